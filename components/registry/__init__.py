@@ -1,0 +1,1 @@
+"""The adapter registry on S3: folders with manifests, versions, aliases, lineage."""

@@ -1,0 +1,366 @@
+"""Aliases and the event log of an adapter.
+
+An alias is one small object that names a version and the sha256 of its manifest; it moves only by compare-and-swap.
+The swap is the commit: the pointer carries the whole event that moved it, so when the writer dies before the event is
+in the log, whoever runs the move again, or makes the next one, writes it. Events are never rewritten.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from components.registry.folders import now, verify
+from components.registry.store import JSON, Store, decode_json, encode_json
+from components.shared.config import Name
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+logger = logging.getLogger(__name__)
+
+EventKind = Literal["published", "promoted", "refused", "overridden", "rolled_back"]
+MoveKind = Literal["promoted", "overridden", "rolled_back"]
+PRODUCTION = "production"
+ANYONE = "*"
+"""For `promote`: take the alias from whoever holds it."""
+FORMAT = 1
+ID_LENGTH = 12
+READS_AT_ONCE = 8
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of an adapter's log."""
+
+    id: str
+    """Derived from kind and body, so that writing an event twice leaves one."""
+    kind: EventKind
+    time: str
+    uri: str
+    body: dict[str, Any]
+    """A move holds alias, from, to, manifest_sha256, run_id, actor, reason and evidence."""
+
+    def move(self) -> dict[str, str | None]:
+        """What the command line prints of a promotion or a rollback."""
+        return {"alias": self.body["alias"], "from": self.body["from"], "to": self.body["to"], "event_uri": self.uri}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What an alias points at, as read; `etag` is the token for the swap."""
+
+    alias: str
+    version: str
+    manifest_sha256: str
+    since: str
+    run_id: str
+    kind: MoveKind
+    event: dict[str, Any]
+    """Body of the event that moved the alias here."""
+    etag: str
+
+
+class AliasConflict(Conflict):
+    """The alias is held by another version than the caller took as its start."""
+
+    holder: Pointer | None = None
+    """Who holds it now; None when nobody does."""
+
+
+def adapter_key(name: str, *parts: str) -> str:
+    """Key of an adapter's folder, or of something in it.
+
+    Raises:
+        UserError: the name is not one that adapter.name allows.
+    """
+    return "/".join(["adapters", checked_name(name, "adapter name"), *parts])
+
+
+def version_key(name: str, version: str) -> str:
+    """Key of a version's folder."""
+    return adapter_key(name, "versions", version)
+
+
+def checked_name(name: str, what: str) -> str:
+    """The name itself.
+
+    Raises:
+        UserError: it holds anything but lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
+    """
+    try:
+        return _NAME.validate_python(name)
+    except ValidationError as exc:
+        raise UserError(
+            f"{what} {name!r} is not allowed: at most 63 lower-case letters, digits, '.', '_' and '-', "
+            "with a letter or digit at either end"
+        ) from exc
+
+
+def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
+    """Where the alias points, or None when it does not exist."""
+    key = _alias_key(name, alias)
+    found = store.read(key)
+    if found is None:
+        return None
+    body, etag = found
+    data = decode_json(body, store.uri(key))
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {body[:80]!r}")
+    try:
+        return Pointer(alias, **data, etag=etag)
+    except TypeError as exc:
+        raise IntegrityError(f"{store.uri(key)} is not an alias: {exc}") from exc
+
+
+def list_aliases(store: Store, name: str) -> list[Pointer]:
+    """Every alias of the adapter, by name."""
+    keys = [info.key for info in store.list(adapter_key(name, "aliases/"))]
+    aliases = sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
+    return [pointer for alias in aliases if (pointer := read_alias(store, name, alias))]
+
+
+def promote(
+    store: Store,
+    name: str,
+    version: str,
+    alias: str = PRODUCTION,
+    *,
+    expected: str | None = ANYONE,
+    kind: MoveKind = "promoted",
+    run_id: str = "",
+    actor: str = "",
+    reason: str = "",
+    evidence: Mapping[str, Any] | None = None,
+) -> Event:
+    """Point the alias at a version. Running it again once it succeeded changes nothing and gives the same event.
+
+    A run promotes a version once: repeating it after somebody rolled that back is a conflict, not a second promotion.
+    `expected` is the version that the candidate was compared with, None when there was none, ANYONE to ask nothing.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        IntegrityError: the version's files do not match its manifest.
+        AliasConflict: another version than `expected` holds the alias or takes it meanwhile, or the run repeats itself.
+    """
+    holder = read_alias(store, name, alias)
+    held = holder.version if holder else None
+    if expected != ANYONE and held not in (expected, version):
+        raise _conflict(store, name, alias, version, expected, holder)
+    if run_id and held != version and (earlier := _promoted_before(store, name, alias, version, run_id)):
+        raise _conflict(
+            store, name, alias, version, version, holder, since=f"run {run_id} promoted it at {earlier.time}"
+        )
+    return move_alias(
+        store,
+        name,
+        alias,
+        version,
+        expected=holder,
+        event=kind,
+        run_id=run_id,
+        actor=actor,
+        reason=reason,
+        evidence=evidence or {},
+    )
+
+
+def rollback(
+    store: Store,
+    name: str,
+    alias: str = PRODUCTION,
+    to: str | None = None,
+    *,
+    run_id: str = "",
+    actor: str = "",
+    reason: str = "",
+) -> Event:
+    """Point the alias back at `to`, or else at the version that held it before the present one, by the event log.
+
+    A second rollback goes one further back, not forward again. With a `run_id`, repeating the same run changes nothing.
+
+    Raises:
+        ObjectMissing: the alias does not exist, or nothing held it before.
+        AliasConflict: somebody moved the alias meanwhile.
+    """
+    holder = read_alias(store, name, alias)
+    if holder is None:
+        raise ObjectMissing(f"{name} has no alias {alias!r} to roll back: promote a version first")
+    if run_id and holder.run_id == run_id and holder.kind == "rolled_back" and to in (None, holder.version):
+        to = holder.version
+    elif to is None:
+        _record(store, name, holder)
+        held = _holders(events(store, name), alias)
+        if len(held) < 2:
+            raise ObjectMissing(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
+        to = held[-2]
+    return move_alias(
+        store,
+        name,
+        alias,
+        to,
+        expected=holder,
+        event="rolled_back",
+        run_id=run_id,
+        actor=actor,
+        reason=reason,
+        evidence={},
+    )
+
+
+def move_alias(
+    store: Store,
+    name: str,
+    alias: str,
+    version: str,
+    *,
+    expected: Pointer | None,
+    event: MoveKind,
+    run_id: str,
+    actor: str,
+    reason: str,
+    evidence: Mapping[str, Any],
+) -> Event:
+    """Move the alias from `expected` (None: it does not exist yet) to a version whose files are all there.
+
+    An alias that points there already is left alone, and its event completed when it is missing.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        IntegrityError: files of the version are missing, of the wrong size, or not in its manifest.
+        AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
+    """
+    holder = read_alias(store, name, alias)
+    if holder is not None and holder.version == version:
+        return _record(store, name, holder)
+    manifest = verify(store, version_key(name, version), contents=False)
+    if expected is not None:
+        _record(store, name, expected)  # the log must be whole before the pointer that could complete it is replaced
+    body = {
+        "alias": alias,
+        "from": expected.version if expected else None,
+        "to": version,
+        "manifest_sha256": manifest.sha256,
+        "run_id": run_id,
+        "actor": actor,
+        "reason": reason,
+        "evidence": dict(evidence),
+    }
+    since = _after(expected.since) if expected else now()
+    fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": run_id}
+    pointer = encode_json({"format": FORMAT, **fields, "kind": event, "event": body})
+    key = _alias_key(name, alias)
+    try:
+        if expected is None:
+            etag = store.create(key, pointer, content_type=JSON)
+        else:
+            etag = store.swap(key, pointer, expected.etag, content_type=JSON)
+    except Conflict as exc:
+        holder = read_alias(store, name, alias)
+        if holder is not None and holder.version == version:  # another run of the same move won
+            return _record(store, name, holder)
+        raise _conflict(store, name, alias, version, expected.version if expected else None, holder) from exc
+    logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"], version, event)
+    return _record(store, name, Pointer(alias, **fields, kind=event, event=body, etag=etag))
+
+
+def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:
+    """Add an event to the log and return its URI. An event of equal kind and body that is there already is left alone.
+
+    `at` is the time to file it under, now when absent; whoever knows it makes a repetition cheap.
+    """
+    event_id = _event_id(kind, body)
+    if at is None:
+        for info in store.list(adapter_key(name, "events/")):
+            if info.key.endswith(f"-{event_id}.json"):
+                return store.uri(info.key)
+        at = now()
+    key = adapter_key(name, "events", f"{at.replace(':', '')}-{event_id}.json")
+    record = {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
+    try:
+        store.create(key, encode_json(record), content_type=JSON)
+    except Conflict:
+        logger.debug("%s is there already", store.uri(key))
+    return store.uri(key)
+
+
+def events(store: Store, name: str) -> list[Event]:
+    """The adapter's log, oldest first."""
+    keys = sorted(info.key for info in store.list(adapter_key(name, "events/")))
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = list(pool.map(lambda key: _read_event(store, key), keys))
+    first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice
+    return sorted(first.values(), key=lambda event: (event.time, event.id))
+
+
+def _read_event(store: Store, key: str) -> Event:
+    data = store.get_json(key)
+    try:
+        return Event(data["id"], data["kind"], data["time"], store.uri(key), data["body"])
+    except (KeyError, TypeError) as exc:
+        raise IntegrityError(f"{store.uri(key)} is not an event: {type(exc).__name__} {exc}") from exc
+
+
+def _record(store: Store, name: str, pointer: Pointer) -> Event:
+    """The event that moved the alias to where `pointer` says, written when the log lacks it."""
+    # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
+    body = {**pointer.event, "since": pointer.since}
+    uri = append_event(store, name, pointer.kind, body, at=pointer.since)
+    return Event(_event_id(pointer.kind, body), pointer.kind, pointer.since, uri, body)
+
+
+def _holders(log: list[Event], alias: str) -> list[str]:
+    """Versions that held the alias, oldest first, without those that were rolled back from."""
+    held: list[str] = []
+    for event in log:
+        if event.kind not in ("promoted", "overridden", "rolled_back") or event.body.get("alias") != alias:
+            continue
+        version = event.body["to"]
+        if event.kind == "rolled_back" and version in held:
+            while held[-1] != version:
+                held.pop()
+        else:
+            held.append(version)
+    return held
+
+
+def _promoted_before(store: Store, name: str, alias: str, version: str, run_id: str) -> Event | None:
+    wanted = {"alias": alias, "to": version, "run_id": run_id}.items()
+    return next((event for event in events(store, name) if wanted <= event.body.items()), None)
+
+
+def _conflict(
+    store: Store,
+    name: str,
+    alias: str,
+    version: str,
+    expected: str | None,
+    holder: Pointer | None,
+    *,
+    since: str = "",
+) -> AliasConflict:
+    by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "nobody"
+    conflict = AliasConflict(
+        f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is held by "
+        f"{by}: compare {version} with that one, then promote it by a run of its own"
+    )
+    conflict.holder = holder
+    return conflict
+
+
+def _after(time: str) -> str:
+    """Now, or just after `time` where this clock is behind: moves of one alias sort as they happened."""
+    earliest = datetime.fromisoformat(time) + timedelta(microseconds=1)
+    return max(now(), earliest.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"))
+
+
+def _event_id(kind: str, body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(encode_json([kind, dict(body)])).hexdigest()[:ID_LENGTH]
+
+
+def _alias_key(name: str, alias: str) -> str:
+    return adapter_key(name, "aliases", f"{checked_name(alias, 'alias')}.json")

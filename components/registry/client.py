@@ -1,0 +1,172 @@
+"""The boto3 client that a store speaks through, and what its errors mean to the person who has to fix them.
+
+boto3 and botocore are imported inside the functions, so that importing the registry stays cheap.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from components.shared.errors import Conflict, FineloopError, ObjectMissing, StoreError
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+ATTEMPTS = 3
+PART_BYTES = 16 * 2**20
+TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
+PROGRESS_FROM_BYTES = 64 * 2**20
+WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+BAD_SESSION = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+
+
+def client_from_environment() -> Any:
+    """An S3 client with the endpoint, the region and the credentials that boto3 finds. Sends nothing to the store.
+
+    Raises:
+        StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        signature_version="s3v4",
+        # A store of one's own seldom has a DNS name for each bucket.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        max_pool_connections=32,
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3", config=config
+        )  # a session of its own: the default one is not thread-safe
+    except ValueError as exc:
+        raise StoreError(
+            f"AWS_ENDPOINT_URL is {endpoint!r}, which is not a URL: set it to http(s)://HOST[:PORT]"
+        ) from exc
+    except BotoCoreError as exc:
+        raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
+
+
+def transfer_config() -> Any:
+    """Concurrent parts for large files, with memory that does not grow with the file."""
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=2 * PART_BYTES,
+        multipart_chunksize=PART_BYTES,
+        max_concurrency=TRANSFERS,
+        max_io_queue=TRANSFERS * 8,
+    )
+
+
+class Progress:
+    """Logs a large transfer at every tenth of it. Called by boto3 from several threads."""
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        self._what = what
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, num_bytes: int) -> None:
+        with self._lock:
+            before, self._done_bytes = self._done_bytes, self._done_bytes + num_bytes
+            done = self._done_bytes
+        if (
+            self._total_bytes >= PROGRESS_FROM_BYTES
+            and done * 10 // self._total_bytes > before * 10 // self._total_bytes
+        ):
+            logger.info("%s: %d of %d MB", self._what, done // 10**6, self._total_bytes // 10**6)
+
+
+def http_status(exc: Any) -> int:
+    """The HTTP status of a botocore ClientError."""
+    return int(exc.response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+@contextlib.contextmanager
+def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
+    """Turn what boto3 and the local disk raise inside the block into our own errors.
+
+    `bucket_field` is what the user changes when the bucket does not exist.
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+    from botocore.exceptions import ConnectionError as NoConnection
+
+    try:
+        with disk_errors(uri):
+            yield
+    except (Boto3Error, BotoCoreError, ClientError) as exc:
+        # boto3's managed transfers hide the error that names the cause behind one of their own.
+        cause = exc.__context__ if isinstance(exc, Boto3Error) and exc.__context__ else exc
+        if isinstance(cause, ClientError):
+            raise _refusal(cause, uri=uri, endpoint=endpoint, bucket_field=bucket_field) from cause
+        if isinstance(cause, NoCredentialsError | PartialCredentialsError):
+            raise StoreError(
+                f"no credentials for {uri} at {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from exc
+        if isinstance(cause, NoConnection | HTTPClientError):
+            raise StoreError(
+                f"the store at {endpoint} cannot be reached ({type(cause).__name__}) for {uri}: "
+                "start it, or set AWS_ENDPOINT_URL to one that runs"
+            ) from exc
+        raise StoreError(f"{uri} at {endpoint} failed: {cause}") from exc
+
+
+@contextlib.contextmanager
+def disk_errors(where: object) -> Iterator[None]:
+    """Turn what the local disk raises inside the block into one error that names the file, or else `where`.
+
+    Raises:
+        FineloopError: the disk is full, or a path cannot be read or written.
+    """
+    try:
+        yield
+    except FineloopError:  # a StoreError is an OSError too
+        raise
+    except OSError as exc:
+        raise FineloopError(
+            f"{exc.filename or where}: {exc.strerror or exc}: free some space there, or choose another folder"
+        ) from exc
+
+
+def _refusal(exc: Any, *, uri: str, endpoint: str, bucket_field: str) -> StoreError:
+    status = http_status(exc)
+    code = str(exc.response.get("Error", {}).get("Code", status))
+    if code == "NoSuchBucket":
+        bucket = uri.removeprefix("s3://").partition("/")[0]
+        return StoreError(f"there is no bucket {bucket!r} at {endpoint}: create it or change {bucket_field}")
+    if status == 404:
+        return ObjectMissing(f"{uri} does not exist")
+    if status in (409, 412):
+        return Conflict(f"{uri} was created or changed by somebody else ({code})")
+    if code in WRONG_REGION:
+        return StoreError(
+            f"{uri} lies in another region than the client asks ({code}): set AWS_REGION to the bucket's region"
+        )
+    if code in BAD_SESSION:
+        return StoreError(f"the session for {uri} at {endpoint} has ended ({code}): renew AWS_SESSION_TOKEN")
+    if code == "RequestTimeTooSkewed":
+        return StoreError(f"the store at {endpoint} refused {uri} ({code}): set this machine's clock")
+    if status in (401, 403):
+        return StoreError(
+            f"the store at {endpoint} refused the credentials for {uri} ({code}): check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and what they are allowed to do"
+        )
+    return StoreError(f"the store at {endpoint} failed on {uri} with {code} (HTTP {status})")

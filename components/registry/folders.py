@@ -1,0 +1,287 @@
+"""Folders that exist when their manifest does.
+
+`manifest.json` lists every file with its size and sha256 and is written last, with If-None-Match. So a writer that dies
+half-way leaves nothing that a reader sees, and two writers cannot both win.
+"""
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from components.registry.client import disk_errors
+from components.registry.store import BINARY, CHUNK_BYTES, JSON, Store, decode_json, encode_json
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+FILES_AT_ONCE = 4
+FAULTS_SHOWN = 5
+CONTENT_TYPES = {".json": JSON, ".md": "text/markdown; charset=utf-8", ".html": "text/html; charset=utf-8"}
+
+
+class FileDigest(TypedDict):
+    """What the manifest says of one file; sha256 in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder's manifest, as stored."""
+
+    files: dict[str, FileDigest]
+    """Path within the folder, with forward slashes, to its digest."""
+    about: dict[str, Any]
+    """What the writer wanted known without opening a file."""
+    created_at: str
+    """UTC, ISO 8601 with microseconds, so that order as text is order in time."""
+    sha256: str
+    """Of the manifest's own bytes: whoever holds it vouches for every byte of the folder."""
+    body: bytes
+    """The stored bytes."""
+
+    def sha256_of(self, path: str) -> str | None:
+        """The digest of one file, or None when the manifest does not list it."""
+        entry = self.files.get(path)
+        return entry["sha256"] if entry else None
+
+
+def now() -> str:
+    """The time, in the one spelling that the registry uses."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def publish(
+    store: Store, key: str, files: Mapping[str, bytes | Path], *, about: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Write the folder `key`, manifest last. The same files again give the stored manifest and change nothing.
+
+    A folder that an interrupted writer left without a manifest is completed, and loses what is not in `files`.
+
+    Raises:
+        Conflict: the folder exists with other files.
+        UserError: a path in `files` is absolute, leaves the folder, or is the manifest's own.
+    """
+    for path in files:
+        if not _is_inside(path):
+            raise UserError(f"cannot publish {path!r} in {store.uri(key)}: use a relative path other than {MANIFEST}")
+    digests = {path: digest_of(files[path]) for path in sorted(files)}
+    existing = find_manifest(store, key)
+    if existing is not None:
+        return _same(store, key, existing, digests)
+    logger.info("publishing %d files to %s", len(files), store.uri(key))
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for _ in pool.map(lambda path: _upload(store, f"{key}/{path}", files[path]), digests):
+            pass  # draining the results raises the first error
+    stored = _sizes(store, key).keys()
+    if MANIFEST not in stored:
+        store.delete(f"{key}/{path}" for path in stored - digests.keys())
+    body = encode_json({"format": FORMAT, "files": digests, "about": dict(about or {}), "created_at": now()})
+    try:
+        store.create(f"{key}/{MANIFEST}", body, content_type=JSON)
+    except Conflict:
+        return _same(store, key, read_manifest(store, key), digests)
+    return _parse(body, store.uri(f"{key}/{MANIFEST}"))
+
+
+def find_manifest(store: Store, key: str) -> Manifest | None:
+    """The folder's manifest, or None when there is no such folder."""
+    found = store.read(f"{key}/{MANIFEST}")
+    return _parse(found[0], store.uri(f"{key}/{MANIFEST}")) if found else None
+
+
+def read_manifest(store: Store, key: str) -> Manifest:
+    """The folder's manifest.
+
+    Raises:
+        ObjectMissing: there is no such folder, or its writer has not finished.
+        IntegrityError: it is not a manifest of a format that this version knows.
+    """
+    found = find_manifest(store, key)
+    if found is None:
+        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {MANIFEST}")
+    return found
+
+
+def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = None) -> Manifest:
+    """Copy the folder to `target`, manifest included, every byte verified before anything appears there.
+
+    A target that already holds this very folder is verified and kept; an empty folder is replaced.
+
+    Raises:
+        ObjectMissing: there is no such folder.
+        IntegrityError: a file is missing or differs, or the manifest is not the one with `manifest_sha256`.
+        UserError: the target holds something else.
+    """
+    manifest = _expected(store, key, manifest_sha256)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        if target.is_dir() and _holds(target, manifest):
+            return manifest
+        raise UserError(f"{target} exists and is not {store.uri(key)}: remove it or choose another folder")
+    with disk_errors(target), _beside(target) as folder:
+        _raise_faults(store, key, _map(lambda path: _download(store, key, manifest, path, folder), manifest.files))
+        _raise_faults(store, key, _unlisted(manifest, _sizes(store, key)))
+        (folder / MANIFEST).write_bytes(manifest.body)
+        folder.rename(target)
+    return manifest
+
+
+def verify(store: Store, key: str, *, contents: bool = True, manifest_sha256: str | None = None) -> Manifest:
+    """Check the folder against its manifest: every byte, or with `contents=False` only which files exist and how large.
+
+    Raises:
+        ObjectMissing: there is no such folder.
+        IntegrityError: a file is missing, differs or is not listed, or the manifest's sha256 is not `manifest_sha256`.
+    """
+    manifest = _expected(store, key, manifest_sha256)
+    sizes = _sizes(store, key)
+    faults = _unlisted(manifest, sizes)
+    intact = []
+    for path, entry in manifest.files.items():
+        if path not in sizes:
+            faults.append(f"{path} is missing")
+        elif sizes[path] != entry["size"]:
+            faults.append(f"{path} has {sizes[path]} bytes, the manifest says {entry['size']}")
+        else:
+            intact.append(path)
+    if contents:
+        faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
+    _raise_faults(store, key, faults)
+    return manifest
+
+
+def digest_of(body: bytes | Path) -> FileDigest:
+    """Size and sha256; a file is streamed."""
+    if isinstance(body, bytes):
+        return {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    with body.open("rb") as file:
+        return _digest(iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+def _digest(chunks: Iterable[bytes]) -> FileDigest:
+    size, sha256 = 0, hashlib.sha256()
+    for chunk in chunks:
+        size += len(chunk)
+        sha256.update(chunk)
+    return {"size": size, "sha256": sha256.hexdigest()}
+
+
+def _is_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return (
+        bool(parts)
+        and path == "/".join(parts)
+        and path != MANIFEST
+        and not {"..", "/"} & set(parts)
+        and "\\" not in path
+    )
+
+
+def _parse(body: bytes, uri: str) -> Manifest:
+    data = decode_json(body, uri)
+    try:
+        if data["format"] != FORMAT:
+            raise IntegrityError(f"{uri} has format {data['format']!r}, this version reads {FORMAT}")
+        files = {
+            str(path): FileDigest(size=int(entry["size"]), sha256=str(entry["sha256"]))
+            for path, entry in data["files"].items()
+        }
+        about, created_at = dict(data["about"]), str(data["created_at"])
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise IntegrityError(f"{uri} is not a manifest: {type(exc).__name__} {exc}") from exc
+    for path in files:  # a manifest from elsewhere must not be able to write outside the folder it is pulled into
+        if not _is_inside(path):
+            raise IntegrityError(f"{uri} lists {path!r}, which does not lie in its folder")
+    return Manifest(files, about, created_at, hashlib.sha256(body).hexdigest(), body)
+
+
+def _same(store: Store, key: str, existing: Manifest, digests: Mapping[str, FileDigest]) -> Manifest:
+    differing = [path for path in sorted({*existing.files, *digests}) if existing.files.get(path) != digests.get(path)]
+    if differing:
+        raise Conflict(
+            f"{store.uri(key)} exists since {existing.created_at} with other content in "
+            f"{', '.join(differing[:FAULTS_SHOWN])}, and is never rewritten: publish under another name"
+        )
+    return existing
+
+
+def _upload(store: Store, key: str, body: bytes | Path) -> None:
+    store.put(key, body, content_type=CONTENT_TYPES.get(PurePosixPath(key).suffix, BINARY))
+
+
+def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:
+    manifest = read_manifest(store, key)
+    if manifest_sha256 is not None and manifest.sha256 != manifest_sha256:
+        raise IntegrityError(
+            f"{store.uri(f'{key}/{MANIFEST}')} has sha256 {manifest.sha256}, but {manifest_sha256} was vouched for"
+        )
+    return manifest
+
+
+def _download(store: Store, key: str, manifest: Manifest, path: str, folder: Path) -> str | None:
+    try:
+        store.download(f"{key}/{path}", folder / path)
+    except ObjectMissing:
+        return f"{path} is missing"
+    return _difference(path, digest_of(folder / path), manifest.files[path])
+
+
+def _content_fault(store: Store, key: str, manifest: Manifest, path: str) -> str | None:
+    try:
+        return _difference(path, _digest(store.chunks(f"{key}/{path}")), manifest.files[path])
+    except ObjectMissing:
+        return f"{path} is missing"
+
+
+def _difference(path: str, found: FileDigest, listed: FileDigest) -> str | None:
+    if found["size"] != listed["size"]:
+        return f"{path} has {found['size']} bytes, the manifest says {listed['size']}"
+    if found["sha256"] != listed["sha256"]:
+        return f"{path} has sha256 {found['sha256']}, the manifest says {listed['sha256']}"
+    return None
+
+
+def _sizes(store: Store, key: str) -> dict[str, int]:
+    return {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
+
+
+def _unlisted(manifest: Manifest, paths: Iterable[str]) -> list[str]:
+    return [f"{path} is not in the manifest" for path in paths if path not in manifest.files and path != MANIFEST]
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """An empty folder on the target's own disk, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch) / "folder"  # unlike the scratch folder itself, readable by whom the umask lets
+        folder.mkdir()
+        yield folder
+
+
+def _holds(target: Path, manifest: Manifest) -> bool:
+    wanted = {**{path: entry["sha256"] for path, entry in manifest.files.items()}, MANIFEST: manifest.sha256}
+    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    return present == set(wanted) and all(digest_of(target / path)["sha256"] == wanted[path] for path in wanted)
+
+
+def _map(check: Callable[[str], str | None], paths: Iterable[str]) -> list[str]:
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return [fault for fault in pool.map(check, list(paths)) if fault]
+
+
+def _raise_faults(store: Store, key: str, faults: list[str]) -> None:
+    if faults:
+        more = f" and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+        raise IntegrityError(f"{store.uri(key)} is damaged: {'; '.join(faults[:FAULTS_SHOWN])}{more}")

@@ -1,0 +1,166 @@
+"""The lineage record of a version: enough to know what an adapter was made from, and to make it again.
+
+Everything but `code_of` and `environment` is pure. Secrets cannot get in: the config holds none, and of a git address
+only what stands beside user and password is kept.
+"""
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from components.shared.config import RunConfig
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "fineloop",
+    "accelerate",
+    "bitsandbytes",
+    "boto3",
+    "deepspeed",
+    "kfp",
+    "peft",
+    "pyarrow",
+    "ray",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base model."""
+
+    reference: str
+    """As the config names it."""
+    identity: Mapping[str, Any]
+    """What fixes its bytes: a commit, or files with their sha256."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The prepared dataset that the adapter was trained on."""
+
+    dataset_id: str
+    uri: str
+    manifest_sha256: str
+    train_records: int
+    eval_records: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """The checkout that ran."""
+
+    commit: str
+    dirty: bool
+    """Whether tracked files differed from the commit."""
+    url: str = ""
+    """The remote named origin; empty without one."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the run ran on. `code` is None outside a git checkout, `image` empty where no container names its own."""
+
+    python: str
+    platform: str
+    packages: Mapping[str, str]
+    code: Code | None = None
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the training went. Losses are mean nats per answer token; None where none was measured."""
+
+    steps: int
+    tokens: int
+    train_loss: float | None
+    eval_loss: float | None
+    wall_s: float
+    world_size: int
+    started_at: str = ""
+    resumed_from: str = ""
+    """URI of the checkpoint that the run went on from; empty when it started afresh."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_lineage(
+    config: RunConfig,
+    *,
+    run_id: str,
+    base: Base,
+    dataset: Dataset,
+    environment: Environment,
+    recipe: Mapping[str, Any],
+    training: Training,
+    parents: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The record as plain JSON values.
+
+    `recipe` is what was built rather than what was asked for (resolved target modules, trainable parameters); `parents`
+    are the URIs of the versions that this one was compared with or grew from.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "adapter": config.adapter.name,
+        "config": config.model_dump(mode="json"),
+        "config_sha256": config.digest,
+        "base": {"reference": base.reference, "identity": dict(base.identity)},
+        "dataset": asdict(dataset),
+        "environment": asdict(environment),
+        "recipe": {"method": config.method.name, **recipe},
+        "training": asdict(training),
+        "parents": list(parents),
+    }
+
+
+def environment(directory: Path, *, image: str = "") -> Environment:
+    """The environment of this process; `directory` is where its code lies."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages=packages,
+        code=code_of(directory),
+        image=image,
+    )
+
+
+def code_of(directory: Path) -> Code | None:
+    """Commit and state of the git checkout that `directory` lies in; None without a checkout, commit or git."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    dirty = bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
+    return Code(commit, dirty, without_credentials(_git(directory, "remote", "get-url", "origin") or ""))
+
+
+def without_credentials(url: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(url)
+    if not parts.scheme or "@" not in parts.netloc:
+        return url
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

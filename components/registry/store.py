@@ -1,0 +1,330 @@
+"""One bucket and prefix of an S3 store. Keys are relative to the prefix.
+
+What boto3 raises never leaves a `Store`: it becomes one `StoreError` that names the environment variable or the config
+field to change.
+"""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from components.registry.client import (
+    ATTEMPTS,
+    Progress,
+    client_from_environment,
+    http_status,
+    transfer_config,
+    translated,
+)
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
+
+if TYPE_CHECKING:
+    from components.shared.config import RegistryConfig
+
+BINARY = "application/octet-stream"
+JSON = "application/json"
+DELETE_BATCH = 1000  # most keys that DeleteObjects takes
+CHUNK_BYTES = 2**20
+CONFLICT_PAUSE_S = 0.2
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One entry of a listing; `key` is relative to the store's prefix."""
+
+    key: str
+    size: int
+    last_modified: datetime
+
+
+class Store:
+    """One bucket and prefix. Safe to share between threads; does not survive pickling (open one in each process)."""
+
+    def __init__(self, client: Any, bucket: str, prefix: str, *, field: str = "registry.bucket") -> None:
+        """`field` is what an error message tells the user to change when the bucket does not exist."""
+        self.bucket = bucket
+        self.prefix = prefix
+        self.endpoint: str = client.meta.endpoint_url
+        self._client = client
+        self._field = field
+
+    @classmethod
+    def open(cls, registry: "RegistryConfig") -> Self:
+        """Open the registry with the endpoint and the credentials that the environment holds. Sends nothing yet.
+
+        Raises:
+            StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
+        """
+        return cls(client_from_environment(), registry.bucket, registry.prefix)
+
+    def uri(self, key: str) -> str:
+        """The object's full address; the empty key gives the registry's own folder."""
+        return f"s3://{self.bucket}/{self._full(key)}"
+
+    def key(self, uri: str) -> str:
+        """The inverse of `uri`.
+
+        Raises:
+            UserError: it is no s3:// address, or lies outside this bucket and prefix.
+        """
+        bucket, full = split_uri(uri)
+        if bucket == self.bucket and not self.prefix:
+            return full
+        if bucket == self.bucket and full.startswith(self.prefix + "/"):
+            return full.removeprefix(self.prefix + "/")
+        raise UserError(
+            f"{uri} lies outside the registry {self.uri('')}: set registry.bucket and registry.prefix to where it lies"
+        )
+
+    def get(self, key: str) -> bytes:
+        """The object's bytes, whole: for small objects.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        found = self.read(key)
+        if found is None:
+            raise ObjectMissing(f"{self.uri(key)} does not exist")
+        return found[0]
+
+    def read(self, key: str) -> tuple[bytes, str] | None:
+        """Body and etag, or None when there is no such object. The etag is what `swap` wants back."""
+        try:
+            with self._errors(key):
+                answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
+                return answer["Body"].read(), answer["ETag"]
+        except ObjectMissing:
+            return None
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """The object's bytes in pieces of 1 MiB, whatever its size.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        with self._errors(key):
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
+            yield from answer["Body"].iter_chunks(CHUNK_BYTES)
+
+    def put(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> None:
+        """Write unconditionally. A `Path` is streamed, in parts when it is large."""
+        with self._errors(key):
+            if isinstance(body, bytes):
+                self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=body, ContentType=content_type)
+            else:
+                self._client.upload_file(
+                    str(body),
+                    self.bucket,
+                    self._full(key),
+                    ExtraArgs={"ContentType": content_type},
+                    Callback=Progress(f"uploading {body.name}", body.stat().st_size),
+                    Config=transfer_config(),
+                )
+
+    def create(self, key: str, body: bytes, *, content_type: str = BINARY) -> str:
+        """Write only when there is no such object yet (If-None-Match: *); returns its etag.
+
+        Raises:
+            Conflict: it exists. An object with these very bytes, met after a lost answer, counts as ours.
+        """
+        return self._put_if(key, body, content_type, IfNoneMatch="*")
+
+    def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
+        """Replace the object only while its etag is `etag` (If-Match); returns the new one.
+
+        The body should say who wrote it: after a lost answer, an object with these very bytes counts as ours.
+
+        Raises:
+            Conflict: it changed or was deleted since `etag` was read.
+        """
+        return self._put_if(key, body, content_type, IfMatch=etag)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            with self._errors(key):
+                self._client.head_object(Bucket=self.bucket, Key=self._full(key))
+        except ObjectMissing:
+            return False
+        return True
+
+    def get_json(self, key: str) -> Any:
+        """The object parsed as JSON.
+
+        Raises:
+            ObjectMissing: there is none.
+            IntegrityError: it is not JSON.
+        """
+        return decode_json(self.get(key), self.uri(key))
+
+    def put_json(self, key: str, value: Any) -> None:
+        """Write `value` as canonical JSON, unconditionally."""
+        self.put(key, encode_json(value), content_type=JSON)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """Names of the folders directly under `prefix`, which ends with a slash or is empty."""
+        full = self._full(prefix)
+        for page in self._pages(full, Delimiter="/"):
+            for entry in page.get("CommonPrefixes", []):
+                yield entry["Prefix"].removeprefix(full).rstrip("/")
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, page by page, in the order of their keys.
+
+        Folder markers (empty objects that consoles write, with a key that ends with a slash) are left out.
+        """
+        for page in self._pages(self._full(prefix)):
+            for entry in page.get("Contents", []):
+                if not entry["Key"].endswith("/"):
+                    yield ObjectInfo(entry["Key"][len(self._full("")) :], entry["Size"], entry["LastModified"])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the objects; those that do not exist are passed over."""
+        pending = iter(keys)
+        while batch := [{"Key": self._full(key)} for key in islice(pending, DELETE_BATCH)]:
+            with self._errors(""):
+                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
+            for failure in answer.get("Errors", []):
+                raise StoreError(f"s3://{self.bucket}/{failure['Key']} could not be deleted: {failure.get('Code')}")
+
+    def download(self, key: str, path: Path) -> None:
+        """Stream the object to `path`, in parts when it is large. A failure leaves nothing at `path`.
+
+        Raises:
+            ObjectMissing: there is none.
+            FineloopError: the disk is full or not writable.
+        """
+        with self._errors(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._client.download_file(self.bucket, self._full(key), str(path), Config=transfer_config())
+
+    def check(self) -> None:
+        """Refuse a store that the registry cannot rely on, before anything is written to it.
+
+        Writes, overwrites and deletes one object under `.check/`.
+
+        Raises:
+            StoreError: unreachable, credentials refused, no such bucket, or conditional writes are not honoured.
+        """
+        next(self.list(".check/"), None)  # unlike HeadBucket, a listing says which of the three went wrong
+        key = f".check/{uuid.uuid4().hex}"
+        try:
+            etag = self._must_allow("If-None-Match", key, b"1", IfNoneMatch="*")
+            self._must_refuse("If-None-Match", key, IfNoneMatch="*")
+            self._must_refuse("If-Match", key, IfMatch='"' + "0" * 32 + '"')
+            self._must_allow("If-Match", key, b"3", IfMatch=etag)
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete([key])
+
+    def _must_allow(self, header: str, key: str, body: bytes, **condition: str) -> str:
+        try:
+            return self._put_if(key, body, BINARY, **condition)
+        except Conflict as exc:
+            raise self._unconditional(header, "refuses a write whose condition holds") from exc
+
+    def _must_refuse(self, header: str, key: str, **condition: str) -> None:
+        with contextlib.suppress(Conflict):
+            self._put_if(key, b"2", BINARY, **condition)
+            raise self._unconditional(header, "overwrites although the condition fails")
+
+    def _unconditional(self, header: str, how: str) -> StoreError:
+        return StoreError(
+            f"the store at {self.endpoint} does not honour {header} ({how}), so two runs could take one alias: "
+            "set AWS_ENDPOINT_URL to a store with conditional writes, such as Amazon S3 or SeaweedFS 4.30 or newer"
+        )
+
+    def _put_if(self, key: str, body: bytes, content_type: str, **condition: str) -> str:
+        from botocore.exceptions import ClientError
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with self._errors(key):
+                    answer = self._client.put_object(
+                        Bucket=self.bucket,
+                        Key=self._full(key),
+                        Body=body,
+                        ContentType=content_type,
+                        ChecksumAlgorithm="SHA256",
+                        **condition,
+                    )
+                return str(answer["ETag"])
+            except ObjectMissing as exc:  # If-Match on a deleted object
+                raise Conflict(f"{self.uri(key)} was deleted by somebody else") from exc
+            except Conflict as exc:
+                cause = exc.__cause__
+                assert isinstance(cause, ClientError)
+                # 409: S3 met a concurrent operation and decided nothing; the same request may be sent again.
+                if http_status(cause) == 409 and attempt < ATTEMPTS:
+                    time.sleep(CONFLICT_PAUSE_S * attempt)
+                    continue
+                # A retry inside botocore may meet our own write, whose answer was lost on the way.
+                if attempt > 1 or cause.response["ResponseMetadata"].get("RetryAttempts"):
+                    found = self.read(key)
+                    if found is not None and found[0] == body:
+                        return found[1]
+                raise
+        raise AssertionError("unreachable")
+
+    def _pages(self, full_prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+        with self._errors(""):
+            pages = self._client.get_paginator("list_objects_v2")
+            yield from pages.paginate(Bucket=self.bucket, Prefix=full_prefix, **options)
+
+    def _full(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _errors(self, key: str) -> contextlib.AbstractContextManager[None]:
+        return translated(uri=self.uri(key), endpoint=self.endpoint, bucket_field=self._field)
+
+
+def open_uri(uri: str, *, field: str = "the s3:// address") -> tuple[Store, str]:
+    """A store over the whole bucket that `uri` names, and the key within it; endpoint and credentials as ever.
+
+    For reading what lies outside the registry. `field` names the config field that held `uri`, for error messages.
+
+    Raises:
+        UserError: it is no s3:// address.
+    """
+    bucket, key = split_uri(uri)
+    return Store(client_from_environment(), bucket, "", field=field), key
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// address.
+
+    Raises:
+        UserError: it is no s3:// address.
+    """
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
+        raise UserError(f"{uri!r} is not an S3 address: write s3://BUCKET/KEY")
+    return bucket, key
+
+
+def encode_json(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, no spaces, UTF-8. Equal values give equal bytes.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot say.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def decode_json(body: bytes, uri: str) -> Any:
+    """Parse what `encode_json` or a person wrote.
+
+    Raises:
+        IntegrityError: it is not JSON.
+    """
+    try:
+        return json.loads(body)
+    except ValueError as exc:
+        raise IntegrityError(f"{uri} is not JSON: {exc}") from exc

@@ -1,0 +1,227 @@
+"""Versions of an adapter: immutable folders whose id is their content."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.registry import folders
+from components.registry.aliases import (
+    PRODUCTION,
+    READS_AT_ONCE,
+    Pointer,
+    adapter_key,
+    append_event,
+    checked_name,
+    list_aliases,
+    version_key,
+)
+from components.registry.folders import FileDigest, Manifest
+from components.registry.store import Store, decode_json, encode_json
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+EVALUATION = "evaluation.json"
+LINEAGE = "lineage.json"
+IDENTITY = (WEIGHTS, ADAPTER_CONFIG)
+"""The files that make a version what it is; the others describe it."""
+ID_DIGITS = 15
+VERSION_PATTERN = re.compile(rf"v[0-9a-f]{{1,{ID_DIGITS}}}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published version."""
+
+    name: str
+    version: str
+    uri: str
+    created_at: str
+    manifest_sha256: str
+    run_id: str
+    """The run that published it; empty when its lineage names none."""
+    metrics: dict[str, Any]
+    """The candidate's metrics at publication; empty when it was published without an evaluation."""
+    aliases: tuple[str, ...] = ()
+    """Aliases that point here, as of when this was read."""
+
+
+def publish_version(
+    store: Store, name: str, files: Mapping[str, bytes | Path], *, lineage: Mapping[str, Any]
+) -> Version:
+    """Publish an adapter with its lineage; the same weights and adapter config again give the version that exists.
+
+    `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version
+    (README.md, evaluation.json). An interrupted publication is completed by the next.
+
+    Raises:
+        UserError: one of the two is missing, or lineage.json is among the files.
+        Conflict: another content has the same id.
+    """
+    if missing := [path for path in IDENTITY if path not in files]:
+        raise UserError(f"cannot publish a version of {name} without {' and '.join(missing)}: add it to the files")
+    if LINEAGE in files:
+        raise UserError(f"{LINEAGE} is written from the lineage: leave it out of the files of {name}")
+    digests = {path: folders.digest_of(files[path]) for path in IDENTITY}
+    version = version_id(digests)
+    key = version_key(name, version)
+    manifest = folders.find_manifest(store, key)
+    if manifest is None:
+        about = {"name": name, "version": version, "run_id": lineage.get("run_id", ""), "metrics": _metrics(files)}
+        try:
+            manifest = folders.publish(store, key, {**files, LINEAGE: encode_json(lineage)}, about=about)
+        except Conflict:  # another run published the same adapter meanwhile, with its own lineage
+            manifest = folders.read_manifest(store, key)
+    if any(manifest.files.get(path) != digest for path, digest in digests.items()):
+        raise Conflict(f"{store.uri(key)} exists with another content of the same id")
+    published = {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
+    append_event(store, name, "published", published, at=manifest.created_at)
+    return _version(store, name, version, manifest, list_aliases(store, name))
+
+
+def version_id(digests: Mapping[str, FileDigest]) -> str:
+    """The id of the version with these weights and this adapter config: v and 15 hex digits (60 bits)."""
+    identity = "".join(f"{path} {digests[path]['sha256']}\n" for path in IDENTITY)
+    return "v" + hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
+
+
+def list_adapters(store: Store) -> list[str]:
+    """Names of the adapters that have a version, an alias or an event."""
+    return sorted(store.folders("adapters/"))
+
+
+def list_versions(store: Store, name: str) -> list[Version]:
+    """Every published version, newest first. One whose publication was interrupted is not among them."""
+    ids = _ids(store, name)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        manifests = list(pool.map(lambda version: folders.find_manifest(store, version_key(name, version)), ids))
+    aliases = list_aliases(store, name)
+    found = [
+        _version(store, name, version, manifest, aliases)
+        for version, manifest in zip(ids, manifests, strict=True)
+        if manifest is not None
+    ]
+    return sorted(found, key=lambda version: (version.created_at, version.version), reverse=True)
+
+
+def resolve(store: Store, reference: str) -> Version:
+    """The version that NAME@VERSION, NAME@ALIAS or NAME means.
+
+    A version may be given by its first digits, when they fit only one. NAME alone means its alias production, or the
+    newest version when there is none. A whole version id comes before an alias, an alias before first digits.
+
+    Raises:
+        UserError: the reference is malformed, or fits several versions.
+        ObjectMissing: there is no such adapter, version or alias.
+        IntegrityError: the alias vouches for another manifest than the version has.
+    """
+    name, at, wanted = reference.partition("@")
+    checked_name(name, "adapter name")
+    if at:
+        checked_name(wanted, f"alias or version in {reference!r}")
+    aliases = list_aliases(store, name)
+    pointer = next((pointer for pointer in aliases if pointer.alias == (wanted or PRODUCTION)), None)
+    if len(wanted) == 1 + ID_DIGITS and VERSION_PATTERN.fullmatch(wanted):
+        manifest = folders.find_manifest(store, version_key(name, wanted))
+        if manifest is not None:
+            return _version(store, name, wanted, manifest, aliases)
+    if pointer is not None:
+        return _pointed_at(store, name, pointer, aliases)
+    versions = list_versions(store, name)
+    if not versions:
+        raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
+    if not at:
+        return versions[0]
+    fitting = [version for version in versions if version.version.startswith(wanted)]
+    if VERSION_PATTERN.fullmatch(wanted) and len(fitting) == 1:
+        return fitting[0]
+    if VERSION_PATTERN.fullmatch(wanted) and fitting:
+        raise UserError(f"{reference} fits {_some(version.version for version in fitting)}: give more digits")
+    raise ObjectMissing(
+        f"{reference} is neither an alias nor a version of {name}: its aliases are "
+        f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(version.version for version in versions)}"
+    )
+
+
+def pull_version(store: Store, version: Version, target: Path) -> Manifest:
+    """Copy the version to the folder `target`, verified; see `folders.pull`."""
+    key = version_key(version.name, version.version)
+    manifest = folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
+    return _identical(store, version, manifest)
+
+
+def verify_version(store: Store, version: Version) -> Manifest:
+    """Read and check every byte of the version; see `folders.verify`."""
+    key = version_key(version.name, version.version)
+    manifest = folders.verify(store, key, manifest_sha256=version.manifest_sha256)
+    return _identical(store, version, manifest)
+
+
+def read_lineage(store: Store, version: Version) -> dict[str, Any]:
+    """The version's lineage record.
+
+    Raises:
+        IntegrityError: it is not the one in the manifest.
+    """
+    key = version_key(version.name, version.version)
+    manifest = folders.read_manifest(store, key)
+    body = store.get(f"{key}/{LINEAGE}")
+    if manifest.files.get(LINEAGE) != folders.digest_of(body):
+        raise IntegrityError(f"{store.uri(key)}/{LINEAGE} is not the one that the manifest lists")
+    lineage: dict[str, Any] = decode_json(body, store.uri(f"{key}/{LINEAGE}"))
+    return lineage
+
+
+def _identical(store: Store, version: Version, manifest: Manifest) -> Manifest:
+    if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != version.version:
+        raise IntegrityError(
+            f"{store.uri(version_key(version.name, version.version))} holds another adapter than its id says"
+        )
+    return manifest
+
+
+def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer]) -> Version:
+    manifest = folders.read_manifest(store, version_key(name, pointer.version))
+    if manifest.sha256 != pointer.manifest_sha256:
+        raise IntegrityError(
+            f"{name}@{pointer.alias} vouches for {pointer.version} with a manifest of sha256 "
+            f"{pointer.manifest_sha256}, but the stored one has {manifest.sha256}"
+        )
+    return _version(store, name, pointer.version, manifest, aliases)
+
+
+def _version(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer]) -> Version:
+    return Version(
+        name=name,
+        version=version,
+        uri=store.uri(version_key(name, version)),
+        created_at=manifest.created_at,
+        manifest_sha256=manifest.sha256,
+        run_id=str(manifest.about.get("run_id", "")),
+        metrics=dict(manifest.about.get("metrics", {})),
+        aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
+    )
+
+
+def _metrics(files: Mapping[str, bytes | Path]) -> dict[str, Any]:
+    if EVALUATION not in files:
+        return {}
+    body = files[EVALUATION]
+    evaluation = decode_json(body if isinstance(body, bytes) else body.read_bytes(), EVALUATION)
+    try:
+        return dict(evaluation["models"]["candidate"]["metrics"])
+    except (KeyError, TypeError) as exc:
+        raise UserError(f"{EVALUATION} has no models.candidate.metrics: write it with the evaluate step") from exc
+
+
+def _ids(store: Store, name: str) -> list[str]:
+    return [version for version in store.folders(adapter_key(name, "versions/")) if VERSION_PATTERN.fullmatch(version)]
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"

@@ -1,0 +1,291 @@
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from components.registry.aliases import (
+    AliasConflict,
+    Event,
+    append_event,
+    events,
+    list_aliases,
+    move_alias,
+    promote,
+    read_alias,
+    rollback,
+)
+from components.registry.store import Store
+from components.registry.versions import publish_version
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+
+@pytest.fixture
+def versions(store: Store) -> list[str]:
+    """Three published versions of the adapter icd."""
+    weights = (b"one", b"two", b"three")
+    return [
+        publish_version(
+            store, "icd", {"adapter_model.safetensors": body, "adapter_config.json": b"{}"}, lineage={"run_id": "r0"}
+        ).version
+        for body in weights
+    ]
+
+
+def holder(store: Store, alias: str = "production") -> str | None:
+    pointer = read_alias(store, "icd", alias)
+    return pointer.version if pointer else None
+
+
+def moves(store: Store) -> list[tuple[str, str | None, str]]:
+    return [(event.kind, event.body["from"], event.body["to"]) for event in events(store, "icd") if "to" in event.body]
+
+
+def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions: list[str]) -> None:
+    one, two, _ = versions
+    assert promote(store, "icd", one, expected=None).move()["from"] is None
+    event = promote(
+        store, "icd", two, expected=one, run_id="r2", actor="ann", reason="better", evidence={"loss": [1.0, 0.5]}
+    )
+    pointer = read_alias(store, "icd", "production")
+    assert pointer is not None
+    assert (pointer.version, pointer.run_id, pointer.kind, pointer.since) == (two, "r2", "promoted", event.time)
+    assert event.move() == {"alias": "production", "from": one, "to": two, "event_uri": event.uri}
+    assert events(store, "icd")[-1] == event
+    assert {key: event.body[key] for key in ("run_id", "actor", "reason", "evidence", "manifest_sha256")} == {
+        "run_id": "r2",
+        "actor": "ann",
+        "reason": "better",
+        "evidence": {"loss": [1.0, 0.5]},
+        "manifest_sha256": pointer.manifest_sha256,
+    }
+
+
+def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_it(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two, run_id="r2")
+    for expected in (one, None):
+        with pytest.raises(
+            AliasConflict, match=f"held by {expected or 'nobody'}, but it is held by {two} .*run r2"
+        ) as raised:
+            promote(store, "icd", three, expected=expected)
+        assert raised.value.holder == read_alias(store, "icd", "production")
+        assert pickle.loads(pickle.dumps(raised.value)).holder == raised.value.holder  # noqa: S301
+    assert holder(store) == two
+    assert moves(store)[-1] == ("promoted", one, two)
+
+
+def test_a_move_from_a_pointer_that_has_moved_is_a_conflict(store: Store, versions: list[str]) -> None:
+    one, two, three = versions
+    how = {"run_id": "r", "actor": "", "reason": "", "evidence": {}}
+    promote(store, "icd", one)
+    stale = read_alias(store, "icd", "production")
+    promote(store, "icd", two)
+    for expected in (stale, None):
+        with pytest.raises(AliasConflict) as raised:
+            move_alias(store, "icd", "production", three, expected=expected, event="promoted", **how)
+        assert raised.value.holder is not None
+        assert raised.value.holder.version == two
+    assert holder(store) == two
+
+
+def test_an_alias_that_returned_to_an_earlier_version_is_not_mistaken_for_unmoved(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    stale = read_alias(store, "icd", "production")
+    promote(store, "icd", two)
+    rollback(store, "icd")
+    assert holder(store) == one
+    with pytest.raises(Conflict):
+        move_alias(
+            store,
+            "icd",
+            "production",
+            three,
+            expected=stale,
+            event="promoted",
+            run_id="",
+            actor="",
+            reason="",
+            evidence={},
+        )
+
+
+def test_of_promotions_at_once_one_wins_and_the_others_learn_who(store: Store, versions: list[str]) -> None:
+    one, *others = versions
+    promote(store, "icd", one)
+    start = read_alias(store, "icd", "production")
+    barrier = threading.Barrier(4)
+
+    def attempt(number: int) -> Event | AliasConflict:
+        barrier.wait()
+        how = {"run_id": f"r{number}", "actor": "", "reason": "", "evidence": {}}
+        try:
+            return move_alias(store, "icd", "production", others[number % 2], expected=start, event="promoted", **how)
+        except AliasConflict as exc:
+            return exc
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(attempt, range(4)))
+    won = holder(store)
+    for number, outcome in enumerate(outcomes):
+        if others[number % 2] == won:
+            assert isinstance(outcome, Event)
+            assert outcome.body["to"] == won
+        else:
+            assert isinstance(outcome, AliasConflict)
+            assert outcome.holder is not None
+            assert outcome.holder.version == won
+    assert moves(store) == [("promoted", None, one), ("promoted", one, won)]
+
+
+def test_a_finished_promotion_run_again_changes_nothing(store: Store, versions: list[str]) -> None:
+    one, two, _ = versions
+    promote(store, "icd", one)
+    event = promote(store, "icd", two, expected=one, run_id="r2")
+    before = {info.key: info.last_modified for info in store.list("")}
+    assert promote(store, "icd", two, expected=one, run_id="r2") == event
+    assert {info.key: info.last_modified for info in store.list("")} == before
+
+
+def test_a_promotion_killed_before_its_event_is_completed_by_running_it_again(
+    store: Store, versions: list[str]
+) -> None:
+    event = promote(store, "icd", versions[0], run_id="r1", evidence={"loss": 1})
+    store.delete([store.key(event.uri)])
+    assert promote(store, "icd", versions[0], run_id="r1", evidence={"loss": 1}) == event
+    assert events(store, "icd")[-1] == event
+
+
+def test_a_promotion_killed_before_its_event_is_completed_by_the_next_move(store: Store, versions: list[str]) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    event = promote(store, "icd", two)
+    store.delete([store.key(event.uri)])
+    promote(store, "icd", three)
+    assert moves(store) == [("promoted", None, one), ("promoted", one, two), ("promoted", two, three)]
+    event = promote(store, "icd", one)
+    store.delete([store.key(event.uri)])
+    rollback(store, "icd")
+    assert holder(store) == three
+
+
+def test_a_run_that_was_rolled_back_does_not_promote_again(store: Store, versions: list[str]) -> None:
+    one, two, _ = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two, expected=one, run_id="r2")
+    rollback(store, "icd", actor="ann")
+    with pytest.raises(AliasConflict, match="run r2 promoted it at"):
+        promote(store, "icd", two, expected=one, run_id="r2")
+    assert holder(store) == one
+    promote(store, "icd", two, expected=one, run_id="r3")
+    assert holder(store) == two
+
+
+def test_rollbacks_go_back_one_holder_at_a_time(store: Store, versions: list[str]) -> None:
+    one, two, three = versions
+    for version in versions:
+        promote(store, "icd", version)
+    event = rollback(store, "icd", actor="ann", reason="wrong answers")
+    assert event.kind == "rolled_back"
+    assert event.move() == {"alias": "production", "from": three, "to": two, "event_uri": event.uri}
+    assert rollback(store, "icd").body["to"] == one
+    with pytest.raises(ObjectMissing, match=f"nothing held icd@production before {one}"):
+        rollback(store, "icd")
+    assert holder(store) == one
+    promote(store, "icd", three)
+    assert rollback(store, "icd").body["to"] == one
+    assert [kind for kind, _, _ in moves(store)] == ["promoted"] * 3 + ["rolled_back"] * 2 + ["promoted", "rolled_back"]
+
+
+def test_a_rollback_to_a_named_version_goes_there(store: Store, versions: list[str]) -> None:
+    one, _, three = versions
+    for version in versions:
+        promote(store, "icd", version)
+    assert rollback(store, "icd", to=one).move()["from"] == three
+    assert holder(store) == one
+    with pytest.raises(ObjectMissing):
+        rollback(store, "icd", to="v000000000000000")
+    with pytest.raises(ObjectMissing, match="no alias 'staging' to roll back"):
+        rollback(store, "icd", "staging")
+
+
+def test_a_finished_rollback_run_again_changes_nothing(store: Store, versions: list[str]) -> None:
+    for version in versions:
+        promote(store, "icd", version)
+    event = rollback(store, "icd", run_id="r9")
+    assert rollback(store, "icd", run_id="r9") == event
+    assert holder(store) == versions[1]
+
+
+def test_aliases_move_independently(store: Store, versions: list[str]) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two, "staging")
+    promote(store, "icd", three, "staging")
+    promote(store, "icd", three)
+    assert rollback(store, "icd", "staging").body["to"] == two
+    assert rollback(store, "icd").body["to"] == one
+    assert [(pointer.alias, pointer.version) for pointer in list_aliases(store, "icd")] == [
+        ("production", one),
+        ("staging", two),
+    ]
+
+
+def test_a_clock_that_is_behind_does_not_reorder_the_moves(
+    store: Store, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two)
+    monkeypatch.setattr("components.registry.aliases.now", lambda: "2001-01-01T00:00:00.000000Z")
+    promote(store, "icd", three)
+    assert moves(store)[-1] == ("promoted", two, three)
+    assert rollback(store, "icd").body["to"] == two
+
+
+def test_the_log_is_ordered_and_never_rewritten(store: Store, versions: list[str]) -> None:
+    refused = append_event(store, "icd", "refused", {"version": versions[0], "run_id": "r1"})
+    promote(store, "icd", versions[0])
+    body = store.get(store.key(refused))
+    before = {info.key: info.last_modified for info in store.list("adapters/icd/events/")}
+    assert append_event(store, "icd", "refused", {"version": versions[0], "run_id": "r1"}) == refused
+    assert {info.key: info.last_modified for info in store.list("adapters/icd/events/")} == before
+    assert store.get(store.key(refused)) == body
+    append_event(store, "icd", "refused", {"version": versions[0], "run_id": "r2"})
+    log = events(store, "icd")
+    assert [event.kind for event in log] == ["published"] * 3 + ["refused", "promoted", "refused"]
+    assert [event.time for event in log] == sorted(event.time for event in log)
+    assert len({event.id for event in log}) == len(log)
+
+
+def test_an_event_filed_twice_at_once_is_read_once(store: Store) -> None:
+    early, late = "2026-01-01T00:00:00.000000Z", "2026-01-01T00:00:01.000000Z"
+    for time in (late, early):
+        append_event(store, "icd", "refused", {"run_id": "r1"}, at=time)
+    assert [event.time for event in events(store, "icd")] == [early]
+
+
+def test_an_unknown_version_or_a_bad_name_moves_nothing(store: Store, versions: list[str]) -> None:
+    with pytest.raises(ObjectMissing, match="v000000000000000 does not exist"):
+        promote(store, "icd", "v000000000000000")
+    with pytest.raises(UserError, match="alias 'Production' is not allowed"):
+        promote(store, "icd", versions[0], "Production")
+    with pytest.raises(UserError, match=r"adapter name '\.\./icd' is not allowed"):
+        promote(store, "../icd", versions[0])
+    assert read_alias(store, "icd", "production") is None
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"3", b'{"version": "v1"}', b'{"format": 1, "other": 2}'])
+def test_a_damaged_pointer_or_event_is_named(store: Store, body: bytes) -> None:
+    store.put("adapters/icd/aliases/production.json", body)
+    with pytest.raises(IntegrityError, match=r"aliases/production\.json"):
+        read_alias(store, "icd", "production")
+    store.put("adapters/icd/events/2026-x.json", body)
+    with pytest.raises(IntegrityError, match=r"events/2026-x\.json"):
+        events(store, "icd")

@@ -1,0 +1,90 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from components.registry.lineage import (
+    Base,
+    Code,
+    Dataset,
+    Environment,
+    Training,
+    build_lineage,
+    code_of,
+    environment,
+    without_credentials,
+)
+from components.shared.config import AdapterConfig, DataConfig, ModelConfig, RunConfig
+
+
+def git(directory: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    return subprocess.run(
+        ["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
+    config = RunConfig(
+        adapter=AdapterConfig(name="icd"), model=ModelConfig(base="org/base"), data=DataConfig(source="data.jsonl")
+    )
+    lineage = build_lineage(
+        config,
+        run_id="r1",
+        base=Base("org/base", {"commit": "abc"}),
+        dataset=Dataset("d1", "s3://b/datasets/d1", "0" * 64, 90, 10),
+        environment=Environment("3.11.9", "Linux", {"torch": "2.13"}, Code("c0ffee", True)),
+        recipe={"trainable_parameters": 1000},
+        training=Training(10, 5000, 0.5, None, 12.5, 2),
+        parents=["s3://b/adapters/icd/versions/v0"],
+    )
+    assert json.loads(json.dumps(lineage, allow_nan=False)) == lineage
+    assert lineage["schema_version"] == 1
+    assert lineage["run_id"] == "r1"
+    assert lineage["adapter"] == "icd"
+    assert lineage["config_sha256"] == config.digest
+    assert RunConfig.model_validate(lineage["config"]).digest == config.digest
+    assert lineage["base"] == {"reference": "org/base", "identity": {"commit": "abc"}}
+    assert lineage["dataset"]["manifest_sha256"] == "0" * 64
+    assert lineage["environment"]["code"] == {"commit": "c0ffee", "dirty": True, "url": ""}
+    assert lineage["recipe"] == {"method": "qlora", "trainable_parameters": 1000}
+    assert lineage["training"]["tokens"] == 5000
+    assert lineage["training"]["eval_loss"] is None
+    assert lineage["parents"] == ["s3://b/adapters/icd/versions/v0"]
+
+
+def test_the_code_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_path: Path) -> None:
+    assert code_of(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    assert code_of(tmp_path) is None  # no commit yet
+    (tmp_path / "a.py").write_text("1\n")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    git(tmp_path, "remote", "add", "origin", "https://me:secret@example.org/repo.git")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert code_of(tmp_path) == Code(commit, False, "https://example.org/repo.git")
+    (tmp_path / "a.py").write_text("2\n")
+    assert code_of(tmp_path) == Code(commit, True, "https://example.org/repo.git")
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("https://user:token@host:8443/a/b", "https://host:8443/a/b"),
+        ("https://token@host/a", "https://host/a"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("git@github.com:a/b.git", "git@github.com:a/b.git"),
+        ("", ""),
+    ],
+)
+def test_no_credentials_of_an_address_are_kept(url: str, kept: str) -> None:
+    assert without_credentials(url) == kept
+
+
+def test_the_environment_names_what_is_installed(tmp_path: Path) -> None:
+    found = environment(tmp_path, image="registry/fineloop@sha256:00")
+    assert found.packages["boto3"].count(".") == 2
+    assert found.python.startswith("3.")
+    assert found.code is None
+    assert found.image == "registry/fineloop@sha256:00"

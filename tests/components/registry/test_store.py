@@ -1,0 +1,215 @@
+import hashlib
+import logging
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from components.registry.client import PART_BYTES
+from components.registry.store import Store, open_uri
+from components.shared.config import RegistryConfig
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from pipelines.local.seaweedfs import Endpoint
+
+
+def test_importing_the_registry_does_not_import_boto3() -> None:
+    modules = ("store", "client", "folders", "versions", "aliases", "lineage")
+    imports = "; ".join(f"import components.registry.{module}" for module in modules)
+    code = (
+        f"import sys; {imports}; sys.exit(' '.join({{'boto3', 'botocore', 'torch', 'kfp', 'ray'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+def test_what_was_put_is_read_back(store: Store) -> None:
+    store.put("runs/r1/config.toml", b"a = 1\n")
+    assert store.get("runs/r1/config.toml") == b"a = 1\n"
+    assert store.exists("runs/r1/config.toml")
+    assert not store.exists("runs/r1/other.toml")
+    found = store.read("runs/r1/config.toml")
+    assert found is not None
+    assert found[0] == b"a = 1\n"
+
+
+def test_an_absent_object_is_missing(store: Store, tmp_path: Path) -> None:
+    assert store.read("nothing") is None
+    with pytest.raises(ObjectMissing, match=f"s3://{store.bucket}/{store.prefix}/nothing does not exist"):
+        store.get("nothing")
+    with pytest.raises(ObjectMissing):
+        list(store.chunks("nothing"))
+    with pytest.raises(ObjectMissing):
+        store.download("nothing", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_read_back_and_damage_is_named(store: Store) -> None:
+    store.put_json("a.json", {"b": [1, None], "a": "ü"})
+    assert store.get("a.json") == '{"a":"ü","b":[1,null]}'.encode()
+    assert store.get_json("a.json") == {"a": "ü", "b": [1, None]}
+    store.put("a.json", b"{")
+    with pytest.raises(IntegrityError, match=r"a\.json is not JSON"):
+        store.get_json("a.json")
+
+
+def test_a_large_file_travels_in_parts_and_comes_back_whole(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "large"
+    block = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(256)) * 128  # 1 MiB
+    with path.open("wb") as file:
+        for _ in range(70):
+            file.write(block)
+        file.write(b"end")
+    assert path.stat().st_size > 2 * PART_BYTES
+    with caplog.at_level(logging.INFO, "components.registry"):
+        store.put("large", path)
+    assert "uploading large: " in caplog.text
+    found = store.read("large")
+    assert found is not None
+    assert "-" in found[1]  # the etag of an object that was uploaded in parts
+    store.download("large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
+    assert b"".join(store.chunks("large")) == path.read_bytes()
+
+
+def test_create_writes_once(store: Store) -> None:
+    etag = store.create("one", b"first")
+    with pytest.raises(Conflict, match="one was created or changed by somebody else"):
+        store.create("one", b"second")
+    assert store.read("one") == (b"first", etag)
+
+
+def test_a_race_to_create_has_one_winner(store: Store) -> None:
+    for round_number in range(2):
+        barrier = threading.Barrier(8)
+
+        def attempt(writer: int, key: str = f"race/{round_number}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                store.create(key, f"writer {writer}".encode())
+            except Conflict:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(attempt, range(8)))
+        assert won.count(True) == 1
+        assert store.get(f"race/{round_number}") == f"writer {won.index(True)}".encode()
+
+
+def test_swap_refuses_a_stale_etag_and_a_deleted_object(store: Store) -> None:
+    first = store.create("pointer", b"1")
+    second = store.swap("pointer", b"2", first)
+    with pytest.raises(Conflict):
+        store.swap("pointer", b"3", first)
+    assert store.read("pointer") == (b"2", second)
+    store.delete(["pointer"])
+    with pytest.raises(Conflict):
+        store.swap("pointer", b"3", second)
+    assert not store.exists("pointer")
+
+
+def test_concurrent_increments_by_compare_and_swap_lose_none(store: Store) -> None:
+    store.create("counter", b"0")
+
+    def increment(writer: int) -> None:
+        done = 0
+        while done < 25:
+            found = store.read("counter")
+            assert found is not None
+            value = int(found[0].split()[0]) + 1
+            try:
+                store.swap("counter", f"{value} by {writer}".encode(), found[1])
+            except Conflict:
+                continue
+            done += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(increment, range(8)))
+    assert int(store.get("counter").split()[0]) == 200
+
+
+def test_a_listing_of_more_than_a_page_is_whole_and_deletes_whole(store: Store) -> None:
+    names = [f"many/{number:04}" for number in range(1050)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: store.put(name, b"x"), names))
+    store.put("manyfold", b"not in the folder")
+    listed = list(store.list("many/"))
+    assert [info.key for info in listed] == names
+    assert {info.size for info in listed} == {1}
+    assert listed[0].last_modified.tzinfo is not None
+    store.delete(name for name in names)
+    assert [info.key for info in store.list("")] == ["manyfold"]
+
+
+def test_folders_are_those_directly_below(store: Store) -> None:
+    for key in ("adapters/a/x", "adapters/a/y/z", "adapters/b/x", "adapters/file", "other/c/x"):
+        store.put(key, b"")
+    assert list(store.folders("adapters/")) == ["a", "b"]
+    assert list(store.folders("")) == ["adapters", "other"]
+    assert list(store.folders("nothing/")) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "team/registry"])
+def test_uris_and_keys_are_inverses(s3_server: Endpoint, prefix: str) -> None:
+    store = Store.open(RegistryConfig(bucket=s3_server.bucket, prefix=prefix))
+    uri = store.uri("adapters/x/versions/v1")
+    assert uri == f"s3://{s3_server.bucket}/{prefix + '/' if prefix else ''}adapters/x/versions/v1"
+    assert store.key(uri) == "adapters/x/versions/v1"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://elsewhere/team/a",
+        "s3://fineloop-tests/team-b/a",
+        "s3://fineloop-tests/team",
+        "https://x/y",
+        "s3://",
+        "/team/a",
+    ],
+)
+def test_an_address_outside_the_registry_has_no_key(s3_server: Endpoint, uri: str) -> None:
+    store = Store.open(RegistryConfig(bucket=s3_server.bucket, prefix="team"))
+    with pytest.raises(UserError):
+        store.key(uri)
+
+
+def test_registries_with_and_without_prefix_see_the_same_objects(s3_server: Endpoint, store: Store) -> None:
+    whole = Store.open(RegistryConfig(bucket=s3_server.bucket))
+    key = f"{store.prefix}/{uuid.uuid4().hex}"
+    whole.put(key, b"x")
+    assert [whole.uri(info.key) for info in whole.list(f"{store.prefix}/")] == [
+        store.uri(info.key) for info in store.list("")
+    ]
+
+
+def test_input_data_is_read_by_its_address(store: Store) -> None:
+    store.put("in/data.jsonl", b"{}\n")
+    outside, key = open_uri(store.uri("in/data.jsonl"))
+    assert outside.get(key) == b"{}\n"
+    with pytest.raises(UserError, match="write s3://BUCKET/KEY"):
+        open_uri("data.jsonl")
+
+
+def test_delete_passes_over_what_is_not_there(store: Store) -> None:
+    store.put("a", b"")
+    store.delete(["a", "b"])
+    store.delete([])
+    assert list(store.list("")) == []
+
+
+def test_a_good_store_passes_the_check_and_keeps_nothing_of_it(store: Store) -> None:
+    store.check()
+    assert list(store.list("")) == []
+
+
+def test_folder_markers_are_not_listed(store: Store) -> None:
+    store.put("folder/", b"")
+    store.put("folder/file", b"")
+    assert [info.key for info in store.list("folder/")] == ["folder/file"]

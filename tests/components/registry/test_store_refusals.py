@@ -1,0 +1,190 @@
+"""Stores that cannot be used, and what they make a person read."""
+
+import hashlib
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from components.registry.store import Store, open_uri
+from components.shared.config import RegistryConfig
+from components.shared.errors import Conflict, FineloopError, StoreError
+from pipelines.local.seaweedfs import Endpoint
+
+
+class Lenient(BaseHTTPRequestHandler):
+    """An S3 of one bucket with faults to choose. botocore signs If-Match, so that no proxy could strip it."""
+
+    protocol_version = "HTTP/1.1"  # answers `Expect: 100-continue`, for which botocore would wait a second
+    objects: dict[str, bytes]
+    ignores: set[str]
+    unanswered: list[str]
+    """Methods whose next request is carried out but answered with a server error."""
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+            body = body.split(b"\r\n")[1]
+        present = self.objects.get(self.path)
+        fails = {
+            "If-None-Match": "If-None-Match" in self.headers and present is not None,
+            "If-Match": "If-Match" in self.headers and (present is None or self.headers["If-Match"] != etag(present)),
+        }
+        if any(failed and header not in self.ignores for header, failed in fails.items()):
+            return self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+        self.objects[self.path] = body
+        if "PUT" in self.unanswered:
+            self.unanswered.remove("PUT")
+            return self._answer(500, b"<Error><Code>InternalError</Code></Error>")
+        return self._answer(200, b"", etag(body))
+
+    def do_GET(self) -> None:
+        if "list-type" in self.path:
+            return self._answer(200, b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+        body = self.objects.get(self.path)
+        if body is None:
+            return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        return self._answer(200, body, etag(body))
+
+    def do_POST(self) -> None:
+        keys = re.findall(rb"<Key>(.*?)</Key>", self.rfile.read(int(self.headers["Content-Length"])))
+        for key in keys:
+            self.objects.pop(f"/bucket/{key.decode()}", None)
+        self._answer(200, b"<DeleteResult/>")
+
+    def _answer(self, status: int, body: bytes, tag: str = "") -> None:
+        self.send_response(status)
+        if tag:
+            self.send_header("ETag", tag)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body).hexdigest()}"'
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Lenient]]:
+    """The faults of a server that the environment points at."""
+    handler = type("Handler", (Lenient,), {"objects": {}, "ignores": set(), "unanswered": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_store_with_conditional_writes_passes_the_check(lenient: type[Lenient]) -> None:
+    Store.open(RegistryConfig(bucket="bucket")).check()
+    assert lenient.objects == {}
+
+
+@pytest.mark.parametrize("header", ["If-None-Match", "If-Match"])
+def test_a_store_that_ignores_a_condition_is_refused(lenient: type[Lenient], header: str) -> None:
+    lenient.ignores.add(header)
+    with pytest.raises(
+        StoreError, match=rf"does not honour {header} .*set AWS_ENDPOINT_URL to a store with conditional"
+    ):
+        Store.open(RegistryConfig(bucket="bucket")).check()
+    assert lenient.objects == {}
+
+
+def test_a_creation_whose_answer_was_lost_is_not_taken_for_a_conflict(lenient: type[Lenient]) -> None:
+    store = Store.open(RegistryConfig(bucket="bucket"))
+    lenient.unanswered.append("PUT")
+    assert store.create("key", b"mine") == etag(b"mine")
+    lenient.objects["/bucket/other"] = b"theirs"
+    with pytest.raises(Conflict):
+        store.create("other", b"mine")
+
+
+def test_a_swap_whose_answer_was_lost_is_not_taken_for_a_conflict(lenient: type[Lenient]) -> None:
+    store = Store.open(RegistryConfig(bucket="bucket"))
+    before = store.create("key", b"before")
+    lenient.unanswered.append("PUT")
+    assert store.swap("key", b"after", before) == etag(b"after")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_name_the_variables_and_no_value(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "not-the-right-one")
+    store = Store.open(RegistryConfig(bucket=s3_server.bucket))
+    for use in (store.check, lambda: store.read("x"), lambda: store.put("x", b""), lambda: store.exists("x")):
+        with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as raised:
+            use()
+        assert s3_server.access_key not in str(raised.value)
+        assert s3_server.secret_key not in str(raised.value)
+        assert "not-the-right-one" not in str(raised.value)
+
+
+def test_absent_credentials_name_the_variables(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(StoreError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        Store.open(RegistryConfig(bucket=s3_server.bucket)).check()
+
+
+def test_an_unreachable_endpoint_is_named_with_its_variable(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    store = Store.open(RegistryConfig(bucket=s3_server.bucket))
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    for use in (store.check, lambda: store.put("x", path), lambda: store.download("x", path)):
+        with pytest.raises(StoreError, match=f"{endpoint} cannot be reached .*AWS_ENDPOINT_URL"):
+            use()
+
+
+def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost 9000")
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is 'localhost 9000'"):
+        Store.open(RegistryConfig())
+
+
+def test_a_missing_bucket_names_the_field(s3_server: Endpoint, tmp_path: Path) -> None:
+    store = Store.open(RegistryConfig(bucket="no-such-bucket"))
+    uses = (store.check, lambda: store.read("x"), lambda: store.create("x", b""), lambda: list(store.list("")))
+    for use in uses:
+        with pytest.raises(StoreError, match=r"no bucket 'no-such-bucket' at http.* change registry\.bucket"):
+            use()
+    outside, key = open_uri("s3://no-such-bucket/data.jsonl", field="data.source")
+    with pytest.raises(StoreError, match=r"change data\.source"):
+        outside.get(key)
+
+
+def test_opening_a_store_sends_nothing(monkeypatch: pytest.MonkeyPatch, s3_server: Endpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        Store.open(RegistryConfig(bucket=s3_server.bucket))
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_a_file_that_cannot_be_read_is_named(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(FineloopError, match="absent"):
+        store.put("x", tmp_path / "absent")

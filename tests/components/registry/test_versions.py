@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from components.registry.aliases import AliasConflict, events, promote, read_alias, version_key
+from components.registry.folders import MANIFEST
+from components.registry.store import Store, encode_json
+from components.registry.versions import (
+    Version,
+    list_adapters,
+    list_versions,
+    publish_version,
+    pull_version,
+    read_lineage,
+    resolve,
+    verify_version,
+)
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+EVALUATION = encode_json({"models": {"candidate": {"metrics": {"loss": 0.5}}}})
+
+
+def published(store: Store, weights: bytes = b"weights", run_id: str = "r1", name: str = "icd") -> Version:
+    files: dict[str, bytes | Path] = {
+        "adapter_model.safetensors": weights,
+        "adapter_config.json": b"{}",
+        "README.md": f"By {run_id}.\n".encode(),
+        "evaluation.json": EVALUATION,
+    }
+    return publish_version(store, name, files, lineage={"run_id": run_id})
+
+
+def test_a_version_is_named_by_its_content(store: Store) -> None:
+    version = published(store)
+    # sha256 of the two lines "<file> <sha256 of the file>", by coreutils
+    assert version.version == "v6e38a1d16008a39"
+    assert version.uri == f"s3://{store.bucket}/{store.prefix}/adapters/icd/versions/{version.version}"
+    assert published(store, b"other").version != version.version
+    assert published(store, name="another").version == version.version
+
+
+def test_a_version_holds_its_files_metrics_lineage_and_event(store: Store, tmp_path: Path) -> None:
+    version = published(store)
+    assert version.metrics == {"loss": 0.5}
+    assert version.run_id == "r1"
+    assert verify_version(store, version).sha256 == version.manifest_sha256
+    pull_version(store, version, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "evaluation.json",
+        "lineage.json",
+        MANIFEST,
+    }
+    assert json.loads((tmp_path / "adapter" / "lineage.json").read_bytes()) == {"run_id": "r1"}
+    assert read_lineage(store, version) == {"run_id": "r1"}
+    assert [(event.kind, event.body["version"], event.body["run_id"]) for event in events(store, "icd")] == [
+        ("published", version.version, "r1")
+    ]
+
+
+def test_the_same_content_again_is_the_same_version_and_changes_nothing(store: Store) -> None:
+    first = published(store)
+    before = {info.key: info.last_modified for info in store.list("")}
+    assert published(store, run_id="r2") == first
+    assert {info.key: info.last_modified for info in store.list("")} == before
+
+
+def test_a_publication_interrupted_before_its_event_is_completed(store: Store) -> None:
+    version = published(store)
+    logged = events(store, "icd")
+    store.delete(store.key(event.uri) for event in logged)
+    assert published(store) == version
+    assert events(store, "icd") == logged
+
+
+def test_a_publication_interrupted_before_its_manifest_is_no_version(store: Store) -> None:
+    version = published(store)
+    store.delete([f"{version_key('icd', version.version)}/{MANIFEST}"])
+    assert list_versions(store, "icd") == []
+    with pytest.raises(ObjectMissing):
+        resolve(store, f"icd@{version.version}")
+    with pytest.raises(ObjectMissing):
+        promote(store, "icd", version.version)
+    assert published(store).version == version.version
+    assert [found.version for found in list_versions(store, "icd")] == [version.version]
+
+
+def test_versions_are_listed_newest_first_with_their_aliases(store: Store) -> None:
+    old, new = published(store, b"old"), published(store, b"new")
+    promote(store, "icd", old.version)
+    promote(store, "icd", old.version, "stable")
+    listed = list_versions(store, "icd")
+    assert [version.version for version in listed] == [new.version, old.version]
+    assert [version.aliases for version in listed] == [(), ("production", "stable")]
+    published(store, name="another")
+    assert list_adapters(store) == ["another", "icd"]
+    assert list_versions(store, "unknown") == []
+
+
+def test_a_reference_is_resolved_by_alias_version_or_first_digits(store: Store) -> None:
+    old, new = published(store, b"old"), published(store, b"new")
+    assert resolve(store, "icd") == new  # no alias yet: the newest
+    promote(store, "icd", old.version)
+    assert resolve(store, "icd").version == old.version
+    assert resolve(store, "icd@production").aliases == ("production",)
+    assert resolve(store, f"icd@{new.version}") == new
+    assert resolve(store, f"icd@{new.version[:6]}") == new
+
+
+def test_an_alias_comes_before_first_digits_and_a_whole_version_before_an_alias(store: Store) -> None:
+    old, new = published(store, b"old"), published(store, b"new")
+    promote(store, "icd", old.version, new.version[:4])
+    promote(store, "icd", old.version, new.version)
+    assert resolve(store, f"icd@{new.version[:4]}").version == old.version
+    assert resolve(store, f"icd@{new.version}").version == new.version
+
+
+def test_first_digits_that_fit_several_versions_are_refused(store: Store) -> None:
+    old, new = published(store, b"old"), published(store, b"new")
+    with pytest.raises(UserError, match="give more digits") as raised:
+        resolve(store, _shared_start(store, old, new))
+    assert old.version in str(raised.value)
+
+
+def _shared_start(store: Store, old: Version, new: Version) -> str:
+    number = 0
+    while new.version[:2] != old.version[:2]:
+        new = published(store, f"new {number}".encode())
+        number += 1
+    return f"icd@{old.version[:2]}"
+
+
+@pytest.mark.parametrize(
+    "reference", ["", "@production", "ICD", "icd@", "icd@Production", "icd@a/b", "../icd", "a@b@c"]
+)
+def test_a_malformed_reference_is_the_users_error(store: Store, reference: str) -> None:
+    with pytest.raises(UserError, match="is not allowed"):
+        resolve(store, reference)
+
+
+def test_what_is_not_there_is_said_with_what_is(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match=r"no adapter 'icd' in .*: it has none"):
+        resolve(store, "icd")
+    version = published(store)
+    with pytest.raises(ObjectMissing, match=r"no adapter 'idc' in .*: it has icd"):
+        resolve(store, "idc")
+    with pytest.raises(
+        ObjectMissing, match=f"icd@staging is neither .* aliases are none; its versions {version.version}"
+    ):
+        resolve(store, "icd@staging")
+
+
+def test_a_rewritten_manifest_is_not_what_the_alias_vouches_for(store: Store, tmp_path: Path) -> None:
+    version = published(store)
+    promote(store, "icd", version.version)
+    key = f"{version_key('icd', version.version)}/{MANIFEST}"
+    store.put(key, store.get(key).replace(b'"r1"', b'"r9"'))
+    with pytest.raises(IntegrityError, match="icd@production vouches for"):
+        resolve(store, "icd")
+    for use in (lambda: verify_version(store, version), lambda: pull_version(store, version, tmp_path / "target")):
+        with pytest.raises(IntegrityError, match="vouched for"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_exchanged_together_with_the_manifest_do_not_fit_the_id(store: Store) -> None:
+    honest, other = published(store, b"honest"), published(store, b"other")
+    for info in store.list(f"{version_key('icd', other.version)}/"):
+        store.put(info.key.replace(other.version, honest.version), store.get(info.key))
+    with pytest.raises(IntegrityError, match="another adapter than its id says"):
+        verify_version(store, resolve(store, f"icd@{honest.version}"))
+    with pytest.raises(Conflict, match="another content of the same id"):
+        published(store, b"honest")
+
+
+def test_a_version_without_its_two_files_is_refused(store: Store) -> None:
+    with pytest.raises(UserError, match=r"without adapter_model\.safetensors"):
+        publish_version(store, "icd", {"adapter_config.json": b"{}"}, lineage={})
+    identity: dict[str, bytes | Path] = {"adapter_model.safetensors": b"", "adapter_config.json": b"{}"}
+    with pytest.raises(UserError, match=r"lineage\.json is written from the lineage"):
+        publish_version(store, "icd", {**identity, "lineage.json": b"{}"}, lineage={})
+    with pytest.raises(UserError, match=r"no models\.candidate\.metrics"):
+        publish_version(store, "icd", {**identity, "evaluation.json": b"{}"}, lineage={})
+    with pytest.raises(UserError, match="adapter name 'Not good' is not allowed"):
+        publish_version(store, "Not good", identity, lineage={})
+    assert list(store.list("")) == []
+    assert publish_version(store, "icd", identity, lineage={}).metrics == {}
+
+
+def test_damaged_weights_are_found_before_and_after_promotion(store: Store) -> None:
+    version = published(store)
+    store.put(f"{version_key('icd', version.version)}/adapter_model.safetensors", b"weights and more")
+    with pytest.raises(IntegrityError, match="16 bytes, the manifest says 7"):
+        promote(store, "icd", version.version)
+    assert read_alias(store, "icd", "production") is None
+    with pytest.raises(IntegrityError):
+        verify_version(store, version)
+
+
+def test_conflicts_are_still_conflicts() -> None:
+    assert issubclass(AliasConflict, Conflict)

@@ -1,0 +1,31 @@
+"""What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from components.registry.store import Store
+from components.shared.config import RegistryConfig
+from pipelines.local import seaweedfs
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[seaweedfs.Endpoint]:
+    """A SeaweedFS of this session's own, which the environment then points every client at."""
+    directory: Path = tmp_path_factory.mktemp("seaweedfs")
+    endpoint = seaweedfs.start(directory, "fineloop-tests")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            environment.delenv(name, raising=False)
+        for name, value in endpoint.environment().items():
+            environment.setenv(name, value)
+        yield endpoint
+    seaweedfs.stop(endpoint)
+
+
+@pytest.fixture
+def store(s3_server: seaweedfs.Endpoint) -> Store:
+    """A registry that nobody else uses."""
+    return Store.open(RegistryConfig(bucket=s3_server.bucket, prefix=f"tests/{uuid.uuid4().hex}"))
