@@ -1,0 +1,1 @@
+"""The prepare step: rows from files become one verified, split and profiled dataset in the store."""

@@ -1,0 +1,190 @@
+"""What a dataset is: its records, its id, and its folder `datasets/<dataset_id>/` in the store."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from components.registry import folders
+from components.shared.errors import Conflict, IntegrityError
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["system", "user", "assistant"]
+SplitName = Literal["train", "eval"]
+
+FORMAT = 1
+"""Version of the files and of the id's recipe; part of the id."""
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example: what the model is given and what it should answer."""
+
+    id: str
+    """The row's own id, or 16 hex digits of the content's hash."""
+    prompt: list[Message]
+    """Every turn before the answer; at least one is the user's."""
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that became no record."""
+
+    source: str
+    line: int
+    """1-based line of a JSONL file, 1-based row of a Parquet file."""
+    reason: str
+    row: str
+    """The row's text, cut to 2000 characters."""
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """Where a dataset lies."""
+
+    dataset_id: str
+    uri: str
+    created: bool
+    """False when the store already held it."""
+
+
+def dataset_id(train: Iterable[Record], evaluation: Iterable[Record]) -> str:
+    """`d` and 15 hex digits of a hash over both splits' records, in their order."""
+    digest = hashlib.sha256(f"fineloop dataset {FORMAT}\n".encode())
+    for split, records in (("train", train), ("eval", evaluation)):
+        digest.update(f"{split}\n".encode())
+        for record in records:
+            digest.update(json.dumps([record.id, record.prompt, record.answer], ensure_ascii=False).encode())
+            digest.update(b"\n")
+    return f"d{digest.hexdigest()[:15]}"
+
+
+def publish(
+    store: "Store",
+    *,
+    train: Sequence[Record],
+    evaluation: Sequence[Record],
+    rejects: Sequence[Reject],
+    profile: Mapping[str, Any],
+) -> DatasetFolder:
+    """Write the dataset's folder, or nothing when the store holds these records already.
+
+    The first run to publish some records also decides the profile and the rejects that are kept beside them.
+    """
+    identity = dataset_id(train, evaluation)
+    key = f"datasets/{identity}"
+    folder = DatasetFolder(identity, store.uri(key), created=True)
+    present = DatasetFolder(identity, store.uri(key), created=False)
+    if folders.find_manifest(store, key) is not None:
+        return present
+    about = {
+        "kind": "dataset",
+        "format": FORMAT,
+        "dataset_id": identity,
+        "train_records": len(train),
+        "eval_records": len(evaluation),
+        "rejected": len(rejects),
+    }
+    with tempfile.TemporaryDirectory(prefix="fineloop-prepare-") as scratch:
+        files: dict[str, bytes | Path] = {
+            "train/part-00000.parquet": _write_records(train, Path(scratch, "train.parquet")),
+            "eval/part-00000.parquet": _write_records(evaluation, Path(scratch, "eval.parquet")),
+            "rejects.parquet": _write_rejects(rejects, Path(scratch, "rejects.parquet")),
+            "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
+        }
+        try:
+            folders.publish(store, key, files, about=about)
+        except Conflict:
+            # Another run published the same records meanwhile, with a profile of its own: either will do.
+            logger.info("%s was published by another run at the same time", folder.uri)
+            return present
+    return folder
+
+
+def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
+    """Read one split of the dataset at `uri`, verified against its manifest, in the order of the records' key hash.
+
+    Raises:
+        ObjectMissing: there is no dataset, or it has no manifest.
+        IntegrityError: a file is not what the manifest lists.
+    """
+    import pyarrow.parquet as pq
+
+    key = store.key(uri).rstrip("/")
+    manifest = folders.read_manifest(store, key)
+    paths = sorted(path for path in manifest.files if path.startswith(f"{split}/"))
+    if not paths:
+        raise IntegrityError(f"{uri} has no {split} split: its manifest lists {', '.join(sorted(manifest.files))}")
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory(prefix="fineloop-dataset-") as scratch:
+        for path in paths:
+            local_path = Path(scratch, "part.parquet")
+            store.download(f"{key}/{path}", local_path)
+            found = folders.digest_of(local_path)
+            if found != manifest.files[path]:
+                raise IntegrityError(f"{uri}/{path} is {found}, its manifest says {manifest.files[path]}")
+            for batch in pq.ParquetFile(local_path).iter_batches():
+                columns = (batch.column(name).to_pylist() for name in ("id", "prompt", "answer"))
+                records.extend(
+                    Record(identity, [Message(turn["role"], turn["content"]) for turn in prompt], answer)
+                    for identity, prompt, answer in zip(*columns, strict=True)
+                )
+    return records
+
+
+def _write_records(records: Sequence[Record], path: Path) -> Path:
+    import pyarrow as pa
+
+    turns = [turn for record in records for turn in record.prompt]
+    offsets = [0]
+    for record in records:
+        offsets.append(offsets[-1] + len(record.prompt))
+    messages = pa.StructArray.from_arrays(
+        [pa.array([turn.role for turn in turns], pa.string()), pa.array([turn.content for turn in turns], pa.string())],
+        names=["role", "content"],
+    )
+    table = pa.table(
+        {
+            "id": pa.array([record.id for record in records], pa.string()),
+            "prompt": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages),
+            "answer": pa.array([record.answer for record in records], pa.string()),
+        }
+    )
+    return _write(table, path)
+
+
+def _write_rejects(rejects: Sequence[Reject], path: Path) -> Path:
+    import pyarrow as pa
+
+    table = pa.table(
+        {
+            "source": pa.array([reject.source for reject in rejects], pa.string()),
+            "line": pa.array([reject.line for reject in rejects], pa.int64()),
+            "reason": pa.array([reject.reason for reject in rejects], pa.string()),
+            "row": pa.array([reject.row for reject in rejects], pa.string()),
+        }
+    )
+    return _write(table, path)
+
+
+def _write(table: Any, path: Path) -> Path:
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, path, compression="zstd")
+    return path

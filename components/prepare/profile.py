@@ -1,0 +1,78 @@
+"""What a person wants to see of a dataset before trusting it: profile.json."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from components.prepare.dataset import FORMAT, Record
+from components.prepare.intake import Intake
+from components.prepare.split import Deduplicated, Split
+from components.prepare.validate import KNOWN_COLUMNS
+
+_TOP_ANSWERS = 20
+_SAMPLES = 3
+_MAX_SAMPLE_CHARS = 2000
+
+
+def build_profile(intake: Intake, deduplicated: Deduplicated, split: Split) -> dict[str, Any]:
+    """Account for every row: rows read = rejected + dropped + the records of both splits."""
+    return {
+        "format": FORMAT,
+        "rows": {
+            "read": intake.num_rows,
+            "accepted": len(intake.accepted),
+            "rejected": len(intake.rejects),
+            "rejected_share": round(intake.rejected_share, 6),
+        },
+        "rejected": [
+            {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
+            for reason, count, example in intake.reasons()
+        ],
+        "dropped": {
+            "duplicate": deduplicated.duplicates,
+            "superseded_by_same_id": deduplicated.superseded,
+            "prompt_in_eval": split.prompt_in_eval,
+            "over_max_records": split.over_max_records,
+        },
+        "columns": dict(intake.columns.most_common()),
+        "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in KNOWN_COLUMNS},
+        "splits": {"train": _describe(split.train), "eval": _describe(split.evaluation)},
+        "sources": [
+            {"source": each.source, "bytes": each.size_bytes, "rows": each.rows, "rejected": each.rejected}
+            for each in intake.sources
+        ],
+    }
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Nearest-rank percentiles of at least one length."""
+    ordered = sorted(lengths)
+    last = len(ordered) - 1
+    return {f"p{percent}": ordered[round(percent / 100 * last)] for percent in (0, 10, 50, 90, 99, 100)}
+
+
+def _describe(records: Sequence[Record]) -> dict[str, Any]:
+    answers = Counter(record.answer for record in records)
+    top = [
+        {"answer": _cut(answer), "records": count, "share": round(count / len(records), 6)}
+        for answer, count in answers.most_common(_TOP_ANSWERS)
+    ]
+    return {
+        "records": len(records),
+        "prompt_chars": percentiles([sum(len(turn.content) for turn in record.prompt) for record in records]),
+        "answer_chars": percentiles([len(record.answer) for record in records]),
+        "distinct_answers": len(answers),
+        "most_frequent_answers": top if len(answers) < len(records) else [],
+        "samples": [
+            {
+                "id": record.id,
+                "prompt": [{"role": turn.role, "content": _cut(turn.content)} for turn in record.prompt],
+                "answer": _cut(record.answer),
+            }
+            for record in records[:_SAMPLES]
+        ],
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SAMPLE_CHARS else f"{text[:_MAX_SAMPLE_CHARS]}…"

@@ -1,0 +1,123 @@
+"""The rows of one source, streamed: line by line from JSONL, batch by batch from Parquet."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from components.prepare.sources import EXAMPLES, PARQUET, Source
+from components.prepare.validate import KNOWN_COLUMNS
+from components.shared.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_BATCH_ROWS = 4096
+
+
+class Unreadable(NamedTuple):
+    """Stands in for a row that could not even be parsed."""
+
+    reason: str
+
+
+class Row(NamedTuple):
+    """One row with where it came from."""
+
+    line: int
+    """1-based: the line of a JSONL file (blank ones count), the row of anything else."""
+    value: object
+    """What was parsed, or `Unreadable`."""
+    raw: bytes | None = None
+    """The line itself, where there is one."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns that the row has and `value` leaves out, because no record needs them."""
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Stream the source's rows; blank lines are skipped.
+
+    Raises:
+        DataError: the file cannot be opened or is not Parquet.
+        StoreError: an s3:// source cannot be read.
+    """
+    if source.name in EXAMPLES:
+        from components.prepare import icd10
+
+        yield from (Row(line, row) for line, row in enumerate(icd10.rows(), start=1))
+    elif source.name.startswith("s3://"):
+        from components.registry.store import open_uri
+
+        store, key = open_uri(source.name, field="data.source")
+        with tempfile.TemporaryDirectory(prefix="fineloop-source-") as scratch:
+            path = Path(scratch, Path(key).name)
+            store.download(key, path)
+            yield from _read_file(path, source.name)
+    else:
+        yield from _read_file(Path(source.name), source.name)
+
+
+def _read_file(path: Path, name: str) -> Iterator[Row]:
+    if path.suffix.lower() in PARQUET:
+        return _read_parquet(path, name)
+    return _read_json_lines(path, name)
+
+
+def _read_json_lines(path: Path, name: str) -> Iterator[Row]:
+    try:
+        file = path.open("rb")
+    except OSError as exc:
+        raise DataError(f"data.source {name} cannot be read: {exc.strerror}") from exc
+    with file:
+        for line, raw in enumerate(file, start=1):
+            if line == 1:
+                raw = raw.removeprefix(_BOM)
+            if not raw.isspace() and raw:
+                yield Row(line, _parse(raw), raw)
+
+
+def _parse(raw: bytes) -> object:
+    try:
+        return json.loads(raw.rstrip(b"\r\n").decode())
+    except UnicodeDecodeError as exc:
+        return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
+    except json.JSONDecodeError as exc:
+        return Unreadable(f"not JSON: {exc.msg} at column {exc.colno}")
+    except ValueError as exc:  # a whole number with thousands of digits
+        return Unreadable(f"not JSON: {exc}")
+    except RecursionError:
+        return Unreadable("not JSON: nested too deeply")
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            known = [column for column in KNOWN_COLUMNS if column in names]
+            unread = tuple(column for column in names if column not in KNOWN_COLUMNS)
+            line = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known):
+                for value in _values(batch):
+                    line += 1
+                    yield Row(line, value, None, unread)
+    except (pa.ArrowException, OSError) as exc:
+        raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
+
+
+def _values(batch: Any) -> Iterator[object]:
+    """The batch as objects without their nulls, so that a null cell reads like a missing one."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = [_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for row in rows:
+        yield row if isinstance(row, Unreadable) else {name: cell for name, cell in row.items() if cell is not None}
+
+
+def _value(one_row: Any) -> object:
+    try:
+        return one_row.to_pylist()[0]
+    except UnicodeDecodeError as exc:
+        return Unreadable(f"not UTF-8 at byte {exc.start + 1}")

@@ -1,0 +1,112 @@
+"""Which records are kept, and on which side of the split each one stands.
+
+All of it is decided by hashes of the records themselves, so that the order of files has no part in it, and a refresh
+that adds rows never moves a record from eval to train.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from components.prepare.dataset import Record
+from components.prepare.validate import KeyedRecord, canonical_prompt
+from components.shared.errors import DataError
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """Distinct records, and how many others were dropped."""
+
+    records: list[KeyedRecord]
+    duplicates: int
+    """Same prompt and answer as another record."""
+    superseded: int
+    """Same id as a later row with other content."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both splits, each in the order of its records' key hash, and how many records are in neither."""
+
+    train: list[Record]
+    evaluation: list[Record]
+    prompt_in_eval: int
+    """Left out of train because the same prompt stands in eval."""
+    over_max_records: int
+    """Left out by data.max_records."""
+
+
+def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
+    """Keep the last row of each id, then one record of each content.
+
+    Of records with the same content the one with the smallest key hash stays. A new duplicate can thus move the content
+    towards eval, whose keys are the small ones, and never away from it.
+    """
+    latest: dict[bytes, KeyedRecord] = {}
+    chosen: dict[bytes, KeyedRecord] = {}
+    duplicates = superseded = 0
+    for row in rows:
+        # Rows without an id share a key when they share a prompt; with another answer they are records of their own.
+        identity = row.key if row.named else row.content
+        previous = latest.get(identity)
+        if previous is not None:
+            if previous.content == row.content:
+                duplicates += 1
+            else:
+                superseded += 1
+        latest[identity] = row
+    for row in latest.values():
+        rival = chosen.get(row.content)
+        if rival is not None:
+            duplicates += 1
+            if rival.key < row.key:
+                continue
+        chosen[row.content] = row
+    return Deduplicated(list(chosen.values()), duplicates, superseded)
+
+
+def split(records: Iterable[KeyedRecord], *, eval_share: float, max_records: int) -> Split:
+    """Divide distinct records by their key's hash.
+
+    Args:
+        records: Distinct records in any order.
+        eval_share: Keys whose hash, as a fraction of all hashes, is below this are held out.
+        max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
+
+    Raises:
+        DataError: a split is empty.
+    """
+    ordered = sorted(records, key=lambda each: (each.key, each.content))
+    evaluation = [each for each in ordered if position(each.key) < eval_share]
+    held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
+    rest = ordered[len(evaluation) :]
+    train = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
+    num_distinct = len(train) + len(evaluation)
+    num_train, num_eval = _sizes(len(train), len(evaluation), eval_share=eval_share, max_records=max_records)
+    if not num_train or not num_eval:
+        limited = f" and data.max_records = {max_records}" if max_records else ""
+        remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
+        raise DataError(
+            f"{len(ordered)} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
+            f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
+            f"{', or raise data.max_records' if max_records else ''}."
+        )
+    return Split(
+        train=[each.record for each in train[:num_train]],
+        evaluation=[each.record for each in evaluation[:num_eval]],
+        prompt_in_eval=len(rest) - len(train),
+        over_max_records=num_distinct - num_train - num_eval,
+    )
+
+
+def position(key: bytes) -> float:
+    """The key's place among all hashes, in [0, 1]."""
+    return int.from_bytes(key[:8]) / 2**64
+
+
+def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> tuple[int, int]:
+    """How many of each split to keep; where one is too short for its part, the other fills up."""
+    if not max_records or num_train + num_eval <= max_records:
+        return num_train, num_eval
+    kept_eval = min(num_eval, max(1, round(max_records * eval_share)))
+    kept_train = min(num_train, max_records - kept_eval)
+    return kept_train, min(num_eval, max_records - kept_train)

@@ -1,0 +1,161 @@
+"""One row in, one normalised record or one clear reason out. Every source passes through here, the example too.
+
+A row is an object in one of two forms, each with an optional `id`; other columns are ignored:
+
+    {"prompt": "ICD-10 chapter: Mpox", "completion": "Infections"}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+
+`prompt` may also be a list of messages and `completion` a list of one assistant message (TRL's conversational form).
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from components.prepare.dataset import Message, Record, Role
+from components.shared.errors import DataError
+
+KNOWN_COLUMNS = ("id", "prompt", "completion", "messages")
+EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
+
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+# What a message may carry beside its text and what would be lost without a word if it were ignored.
+_UNSUPPORTED = ("tool_calls", "function_call")
+_MAX_VALUE_CHARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRecord:
+    """A record with the hashes that decide its split and its duplicates."""
+
+    record: Record
+    key: bytes
+    """sha256 of what identifies the record: its id when the row gave one, else its prompt."""
+    content: bytes
+    """sha256 of prompt and answer."""
+    named: bool
+    """The row gave an id."""
+
+
+def has_known_form(columns: tuple[str, ...]) -> bool:
+    """Whether a row with these columns is in one of the two forms."""
+    return "messages" in columns or ("prompt" in columns and "completion" in columns)
+
+
+def validate(row: object) -> KeyedRecord:
+    """Turn one row into a record in NFC without trailing whitespace.
+
+    Raises:
+        DataError: the row is unusable; the message is the reason alone, without file and line.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"row is {_kind(row)}: expected an object with {EXPECTED}")
+    messages = row.get("messages")
+    prompt = row.get("prompt")
+    completion = row.get("completion")
+    if messages is not None:
+        if prompt is not None or completion is not None:
+            raise DataError("row has messages and also prompt or completion: keep one form")
+        turns = _messages(messages, "messages")
+        if turns[-1].role != "assistant":
+            raise DataError(f"the last message is from {turns[-1].role!r}: expected assistant, who gives the answer")
+        answer = turns.pop().content
+        _require_user(turns, "messages")
+    else:
+        turns = _prompt(prompt)
+        answer = _completion(completion)
+    return _keyed(row.get("id"), turns, answer)
+
+
+def canonical_prompt(turns: list[Message]) -> str:
+    """The prompt as one unambiguous string: equal exactly when the turns are equal."""
+    return "".join([f"{role}:{len(content)}:{content}" for role, content in turns])
+
+
+def _keyed(row_id: object, turns: list[Message], answer: str) -> KeyedRecord:
+    prompt = canonical_prompt(turns)
+    named = row_id is not None
+    if named and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
+        raise DataError(f"id is {_kind(row_id)}: expected text or a whole number")
+    if row_id == "":
+        raise DataError("id is empty: give it a value or leave it out")
+    try:
+        content = hashlib.sha256(f"{prompt}answer:{answer}".encode()).digest()
+        key = hashlib.sha256((f"id:{row_id}" if named else f"prompt:{prompt}").encode()).digest()
+    except UnicodeEncodeError as exc:
+        raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
+    record_id = str(row_id) if named else content.hex()[:16]
+    return KeyedRecord(Record(record_id, turns, answer), key, content, named)
+
+
+def _prompt(prompt: object) -> list[Message]:
+    if isinstance(prompt, list):
+        turns = _messages(prompt, "prompt")
+        _require_user(turns, "prompt")
+        return turns
+    return [Message("user", _text(prompt, "prompt"))]
+
+
+def _completion(completion: object) -> str:
+    if isinstance(completion, list):
+        turns = _messages(completion, "completion")
+        if len(turns) != 1 or turns[0].role != "assistant":
+            raise DataError(
+                f"completion has messages from {', '.join(turn.role for turn in turns)[:_MAX_VALUE_CHARS]}: "
+                "expected one, from assistant"
+            )
+        return turns[0].content
+    return _text(completion, "completion")
+
+
+def _messages(messages: object, field: str) -> list[Message]:
+    if not isinstance(messages, list):
+        raise DataError(f"{field} is {_kind(messages)}: expected a list of {{role, content}}")
+    if not messages:
+        raise DataError(f"{field} is an empty list")
+    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: object, field: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(f"{field} is {_kind(message)}: expected {{role, content}}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise DataError(f"{field}.role is {_value(role)}: expected system, user or assistant")
+    for name in _UNSUPPORTED:
+        if message.get(name):
+            raise DataError(f"{field} has {name}: only text is supported")
+    return Message(_ROLES[role], _text(message.get("content"), f"{field}.content"))
+
+
+def _require_user(turns: list[Message], field: str) -> None:
+    if not any(turn.role == "user" for turn in turns):
+        raise DataError(f"{field} has no user message before the answer")
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{field} is {_kind(value)}{': expected text' if value is not None else ''}")
+    text = unicodedata.normalize("NFC", value).rstrip()
+    if not text:
+        raise DataError(f"{field} is empty")
+    return text
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return repr(value[:_MAX_VALUE_CHARS])
+    return _kind(value)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    kinds: dict[Any, str] = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,37 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared.config import RunConfig
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Write objects (or raw text or bytes) as the lines of a file; gives its path."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
+            for row in rows
+        ]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run_config() -> Callable[..., RunConfig]:
+    """A config with this `data` section."""
+
+    def build(source: str | list[str], **data: Any) -> RunConfig:
+        return RunConfig.model_validate(
+            {"adapter": {"name": "test"}, "model": {"base": "org/model"}, "data": {"source": source, **data}}
+        )
+
+    return build

@@ -1,0 +1,53 @@
+import sys
+from collections import Counter
+
+import pytest
+
+from components.prepare import icd10, intake
+from components.prepare.sources import find_sources
+from components.shared.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    return list(icd10.rows())
+
+
+def test_every_row_of_the_example_is_usable() -> None:
+    example = intake.read(find_sources("example://icd10"))
+    intake.require_usable(example, max_reject_share=0.0)
+    assert len(example.accepted) == 12_533
+
+
+def test_a_known_term_has_its_chapter(rows: list[dict[str, str]]) -> None:
+    assert {"id": "icd10cm/Mpox", "prompt": "ICD-10 chapter: Mpox", "completion": "Infections"} in rows
+    chapters = {row["id"].removeprefix("icd10cm/"): row["completion"] for row in rows}
+    assert chapters["Stye"] == "Eye"
+    assert chapters["RARS"] == "Neoplasms"
+    assert chapters["Noma"] == "Infections"
+
+
+def test_every_chapter_occurs_and_none_is_larger_than_an_eighth(rows: list[dict[str, str]]) -> None:
+    counts = Counter(row["completion"] for row in rows)
+    assert set(counts) == set(icd10.CHAPTERS.values())
+    assert len(counts) == 22
+    assert max(counts.values()) / len(rows) < 0.126
+
+
+def test_ids_and_prompts_are_unique(rows: list[dict[str, str]]) -> None:
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+
+
+def test_a_term_under_two_chapters_is_left_out(rows: list[dict[str, str]]) -> None:
+    chapters_of: dict[str, set[str]] = {}
+    for term, chapter in icd10._terms():
+        chapters_of.setdefault(term, set()).add(chapter)
+    ambiguous = {term for term, chapters in chapters_of.items() if len(chapters) > 1}
+    assert len(ambiguous) == 5
+    assert not ambiguous & {row["id"].removeprefix("icd10cm/") for row in rows}
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
+    with pytest.raises(DataError, match=r"pip install 'fineloop\[local\]'"):
+        next(icd10.rows())

@@ -1,0 +1,120 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.prepare.intake import Intake, read, require_usable
+from components.prepare.sources import find_sources
+from components.shared.errors import DataError
+
+
+def good(count: int) -> list[Any]:
+    return [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)]
+
+
+def intake_of(source: str | list[str]) -> Intake:
+    return read(find_sources(source))
+
+
+def test_a_bad_row_is_kept_with_its_source_line_reason_and_text(write_rows: Callable[..., str]) -> None:
+    name = write_rows([*good(2), '{"prompt": "x", "completion": ""}', b'{"prompt": "caf\xe9"}'])
+    empty, undecodable = intake_of(name).rejects
+    assert (empty.source, empty.line, empty.reason) == (name, 3, "completion is empty")
+    assert empty.row == '{"prompt": "x", "completion": ""}'
+    assert (undecodable.line, undecodable.reason) == (4, "not UTF-8 at byte 16")
+    assert undecodable.row == '{"prompt": "caf\ufffd"}'
+
+
+def test_the_text_of_a_bad_row_is_cut_to_2000_characters(write_rows: Callable[..., str]) -> None:
+    long = "\u00e4" * 5000
+    (reject,) = intake_of(write_rows([f'{{"prompt": "{long}"}}'])).rejects
+    assert len(reject.row) == 2000
+
+
+def test_parquet_rows_are_rejected_by_row_number(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([*good(2), {"prompt": "x", "completion": None}]), path)
+    (reject,) = intake_of(str(path)).rejects
+    assert (reject.line, reject.reason, reject.row) == (3, "completion is missing", '{"prompt": "x"}')
+
+
+@pytest.mark.parametrize(("num_bad", "stops"), [(4, False), (5, False), (6, True)])
+def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_rows: Callable[..., str]) -> None:
+    intake = intake_of(write_rows([*good(100 - num_bad), *["{}"] * num_bad]))
+    if not stops:
+        require_usable(intake, max_reject_share=0.05)
+        return
+    with pytest.raises(DataError, match=r"6\.0% .*\(6 of 100\).*data\.max_reject_share = 0\.05"):
+        require_usable(intake, max_reject_share=0.05)
+
+
+def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
+    write_rows: Callable[..., str],
+) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]
+    bad = [
+        *[{"prompt": "a", "completion": ""}] * 3,
+        *["{broken", "{ broken"],
+        {"messages": messages},
+        {"messages": messages[::-1]},
+        {"prompt": 3, "completion": "x"},
+    ]
+    name = write_rows([*good(2), *bad])
+    with pytest.raises(DataError) as refusal:
+        require_usable(intake_of(name), max_reject_share=0.5)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "80.0% of rows are unusable (8 of 10), more than data.max_reject_share = 0.5 allows:"
+    assert lines[1] == f"  3 x completion is empty (for example {name}:3)"
+    assert lines[2].startswith("  2 x not JSON: Expecting property name")
+    assert lines[2].endswith(f"at column N (for example {name}:6)")
+    assert lines[3] == (f"  2 x messages[N].role is 'tool': expected system, user or assistant (for example {name}:8)")
+    assert lines[4] == "  1 x 1 other reasons"
+    assert lines[5] == "Fix these rows or raise data.max_reject_share."
+
+
+@pytest.mark.parametrize("content", [[], ["", "  "]])
+def test_empty_data_is_refused(content: list[str], write_rows: Callable[..., str]) -> None:
+    name = write_rows(content)
+    with pytest.raises(DataError, match=r"data\.source has no rows: .*rows\.jsonl is empty"):
+        require_usable(intake_of(name), max_reject_share=1.0)
+
+
+def test_unknown_columns_are_refused_by_name_with_what_is_expected(write_rows: Callable[..., str]) -> None:
+    name = write_rows([{"prompt": "a", "response": "b"}] * 3)
+    with pytest.raises(DataError, match=r"found 'prompt', 'response'; expected prompt and completion, or messages"):
+        require_usable(intake_of(name), max_reject_share=1.0)
+
+
+def test_unknown_columns_of_parquet_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"instruction": ["a", "b"], "output": ["c", "d"]}), path)
+    intake = intake_of(str(path))
+    assert intake.num_rows == 2
+    with pytest.raises(DataError, match=r"found 'instruction', 'output'; expected"):
+        require_usable(intake, max_reject_share=1.0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode(encoding) * 3)
+    with pytest.raises(DataError, match=r"no usable row among \d.*\n.*not UTF-8 at byte N .*x\.jsonl:1"):
+        require_usable(intake_of(str(path)), max_reject_share=1.0)
+
+
+def test_data_without_one_usable_row_is_refused_whatever_the_limit(write_rows: Callable[..., str]) -> None:
+    name = write_rows([{"prompt": "", "completion": "b"}] * 3)
+    with pytest.raises(DataError, match=r"no usable row among 3:\n  3 x prompt is empty"):
+        require_usable(intake_of(name), max_reject_share=1.0)
+
+
+def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None:
+    first = write_rows([{**row, "topic": "t"} for row in good(2)], "a.jsonl")
+    second = write_rows([*good(1), "{}"], "b.jsonl")
+    intake = intake_of([first, second])
+    assert intake.columns == {"prompt": 3, "completion": 3, "topic": 2}
+    assert [(each.source, each.rows, each.rejected) for each in intake.sources] == [(first, 2, 0), (second, 2, 1)]
+    assert intake.sources[0].size_bytes == Path(first).stat().st_size

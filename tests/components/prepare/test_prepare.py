@@ -1,0 +1,180 @@
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from components.prepare.dataset import load_split
+from components.prepare.prepare import prepare
+from components.registry import folders
+from components.registry.store import Store
+from components.shared.config import RunConfig
+from components.shared.errors import DataError, IntegrityError, ObjectMissing
+
+Write = Callable[..., str]
+Config = Callable[..., RunConfig]
+
+
+def rows(count: int) -> list[Any]:
+    return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i % 7}", "topic": "t"} for i in range(count)]
+
+
+def test_prepare_writes_what_load_split_reads(store: Store, write_rows: Write, run_config: Config) -> None:
+    chat = {
+        "messages": [{"role": r, "content": f"c {r}"} for r in ("system", "user", "assistant", "user", "assistant")]
+    }
+    prepared = prepare(run_config(write_rows([*rows(99), chat]), eval_share=0.2), store)
+    train = load_split(store, prepared.uri, "train")
+    evaluation = load_split(store, prepared.uri, "eval")
+    assert (len(train), len(evaluation)) == (prepared.train_records, prepared.eval_records)
+    assert len(train) + len(evaluation) == 100
+    by_id = {record.id: record for record in train + evaluation}
+    assert by_id["3"].prompt[0].content == "question 3"
+    assert by_id["3"].answer == "answer 3"
+    (conversation,) = [record for record in train + evaluation if len(record.prompt) > 1]
+    assert [turn.role for turn in conversation.prompt] == ["system", "user", "assistant", "user"]
+    assert conversation.answer == "c assistant"
+
+
+def test_the_folder_holds_both_splits_the_rejects_and_the_profile(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    prepared = prepare(run_config(write_rows([*rows(99), {"prompt": "p", "completion": ""}]), eval_share=0.2), store)
+    assert prepared.uri == store.uri(f"datasets/{prepared.dataset_id}")
+    assert prepared.rejected == 1
+    assert len(prepared.dataset_id) == 16
+    assert prepared.dataset_id[0] == "d"
+    manifest = folders.read_manifest(store, f"datasets/{prepared.dataset_id}")
+    assert set(manifest.files) == {
+        "train/part-00000.parquet",
+        "eval/part-00000.parquet",
+        "rejects.parquet",
+        "profile.json",
+    }
+    assert manifest.about["train_records"] == prepared.train_records
+
+
+def test_bad_rows_are_published_with_their_place_and_reason(
+    store: Store, write_rows: Write, run_config: Config, tmp_path: Path
+) -> None:
+    source = write_rows([*rows(99), {"prompt": "p", "completion": ""}])
+    prepared = prepare(run_config(source), store)
+    store.download(f"datasets/{prepared.dataset_id}/rejects.parquet", tmp_path / "rejects.parquet")
+    assert pq.read_table(tmp_path / "rejects.parquet").to_pylist() == [
+        {"source": source, "line": 100, "reason": "completion is empty", "row": '{"prompt": "p", "completion": ""}'}
+    ]
+
+
+def test_the_profile_accounts_for_every_row(store: Store, write_rows: Write, run_config: Config) -> None:
+    changed = {"id": 5, "prompt": "question 5", "completion": "corrected"}
+    copies = [{"id": f"copy {i}", "prompt": f"question {i}", "completion": "other"} for i in range(60)]
+    source = write_rows([*rows(200), rows(1)[0], changed, *copies, "{}"])
+    prepared = prepare(run_config(source, eval_share=0.3, max_records=180), store)
+    profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
+    splits, dropped = profile["splits"], profile["dropped"]
+    assert profile["rows"]["read"] == 263
+    assert profile["rows"]["rejected"] == 1
+    assert dropped["duplicate"] == 1
+    assert dropped["superseded_by_same_id"] == 1
+    assert dropped["prompt_in_eval"] > 0
+    assert dropped["over_max_records"] > 0
+    kept = splits["train"]["records"] + splits["eval"]["records"]
+    assert kept == 180
+    assert profile["rows"]["read"] == profile["rows"]["rejected"] + sum(dropped.values()) + kept
+    assert profile["extra_columns"] == {"topic": 201}
+    assert profile["sources"] == [{"source": source, "bytes": Path(source).stat().st_size, "rows": 263, "rejected": 1}]
+    assert profile["rejected"][0]["reason"] == "prompt is missing"
+
+
+def test_the_profile_describes_each_split(store: Store, write_rows: Write, run_config: Config) -> None:
+    prepared = prepare(run_config(write_rows(rows(200)), eval_share=0.3), store)
+    profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
+    train = load_split(store, prepared.uri, "train")
+    described = profile["splits"]["train"]
+    assert described["distinct_answers"] == 7
+    assert sum(each["records"] for each in described["most_frequent_answers"]) == len(train)
+    assert described["answer_chars"] == dict.fromkeys(("p0", "p10", "p50", "p90", "p99", "p100"), len("answer 1"))
+    assert described["prompt_chars"]["p0"] == min(len(record.prompt[0].content) for record in train)
+    assert described["prompt_chars"]["p100"] == max(len(record.prompt[0].content) for record in train)
+    assert [sample["id"] for sample in described["samples"]] == [record.id for record in train[:3]]
+
+
+def test_preparing_the_same_data_again_writes_nothing(store: Store, write_rows: Write, run_config: Config) -> None:
+    config = run_config(write_rows(rows(100)))
+    first = prepare(config, store)
+    before = list(store.list(""))
+    second = prepare(config, store)
+    assert list(store.list("")) == before
+    assert first.created
+    assert second == replace(first, created=False)
+
+
+def test_the_id_does_not_depend_on_paths_order_format_or_bad_rows(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    shuffled = random.Random(0).sample(rows(100), 100)
+    first = prepare(run_config(write_rows(rows(100))), store)
+    parts = [write_rows(shuffled[:30], "z/b.jsonl"), write_rows([*shuffled[30:], "not json"], "a.jsonl")]
+    second = prepare(run_config(parts), store)
+    assert second.dataset_id == first.dataset_id
+    assert not second.created
+    assert second.rejected == 1
+
+
+def test_a_refresh_keeps_every_evaluated_record_out_of_training(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    first = prepare(run_config(write_rows(rows(100), "data/1.jsonl"), eval_share=0.3), store)
+    write_rows(rows(300)[90:], "data/2.jsonl")
+    second = prepare(run_config(str(Path(write_rows([], "data/3.jsonl")).parent), eval_share=0.3), store)
+    evaluated = {record.id for record in load_split(store, first.uri, "eval")}
+    assert first.dataset_id != second.dataset_id
+    assert evaluated
+    assert evaluated <= {record.id for record in load_split(store, second.uri, "eval")}
+    assert second.train_records + second.eval_records == 300
+
+
+def test_data_in_the_store_is_prepared_like_local_data(store: Store, write_rows: Write, run_config: Config) -> None:
+    local = write_rows(rows(100))
+    store.put("incoming/rows.jsonl", Path(local))
+    assert prepare(run_config(store.uri("incoming/")), store).dataset_id == prepare(run_config(local), store).dataset_id
+
+
+def test_nothing_is_written_when_the_data_is_refused(store: Store, write_rows: Write, run_config: Config) -> None:
+    with pytest.raises(DataError, match=r"data\.max_reject_share"):
+        prepare(run_config(write_rows([*rows(5), "{}"])), store)
+    assert list(store.list("")) == []
+
+
+def test_a_changed_file_is_not_loaded(store: Store, write_rows: Write, run_config: Config) -> None:
+    prepared = prepare(run_config(write_rows(rows(100))), store)
+    key = f"datasets/{prepared.dataset_id}/eval/part-00000.parquet"
+    store.put(key, store.get(f"datasets/{prepared.dataset_id}/train/part-00000.parquet"))
+    assert load_split(store, prepared.uri, "train")
+    with pytest.raises(IntegrityError, match=r"eval/part-00000\.parquet"):
+        load_split(store, prepared.uri, "eval")
+
+
+def test_a_dataset_without_manifest_is_not_loaded(store: Store, write_rows: Write, run_config: Config) -> None:
+    prepared = prepare(run_config(write_rows(rows(100))), store)
+    store.delete([f"datasets/{prepared.dataset_id}/manifest.json"])
+    with pytest.raises(ObjectMissing):
+        load_split(store, prepared.uri, "train")
+
+
+def test_the_example_gives_the_2000_training_records_it_was_tuned_on(store: Store, run_config: Config) -> None:
+    prepared = prepare(run_config("example://icd10", max_records=2300, eval_share=0.13), store)
+    assert (prepared.train_records, prepared.eval_records, prepared.rejected) == (2001, 299, 0)
+
+
+def test_importing_the_step_loads_nothing_heavy() -> None:
+    heavy = ["boto3", "botocore", "pyarrow", "torch", "ray", "transformers", "kfp", "simple_icd_10_cm", "numpy"]
+    code = f"import sys, components.prepare.prepare\nprint([name for name in {heavy} if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output == "[]\n"

@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+
+from components.prepare.sources import find_sources
+from components.registry.store import Store
+from components.shared.errors import DataError, StoreError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.parquet", "notes.txt", "_SUCCESS", ".cache/x.jsonl", "d.NDJSON"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}\n")
+    return tmp_path
+
+
+def names(source: str | list[str], folder: Path) -> list[str]:
+    return [str(Path(each.name).relative_to(folder)) for each in find_sources(source)]
+
+
+def test_a_path_is_one_source_with_its_size(folder: Path) -> None:
+    (source,) = find_sources(str(folder / "a.jsonl"))
+    assert source.name == str(folder / "a.jsonl")
+    assert source.size_bytes == 3
+
+
+def test_a_folder_gives_its_visible_data_files_sorted(folder: Path) -> None:
+    assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
+
+
+def test_a_glob_gives_what_matches_sorted(folder: Path) -> None:
+    assert names(str(folder / "*.jsonl"), folder) == ["a.jsonl", "b.jsonl"]
+    assert names(str(folder / "**" / "*.parquet"), folder) == ["deep/c.parquet"]
+
+
+def test_a_relative_glob_starts_at_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert [each.name for each in find_sources("deep/*.parquet")] == ["deep/c.parquet"]
+
+
+def test_a_list_keeps_its_order_and_gives_each_file_once(folder: Path) -> None:
+    assert names([str(folder / "b.jsonl"), str(folder / "*.jsonl")], folder) == ["b.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.jsonl", "'missing.jsonl', which does not exist"),
+        ("*.jsonl", r"'\*.jsonl', which holds no data files"),
+        ("", "is empty"),
+        ([], "is an empty list"),
+        ("https://host/x.jsonl", "'https://host/x.jsonl': expected a path, a glob, a folder, s3://BUCKET/KEY"),
+        ("example://icd9", "example://icd10"),
+        ("s3://bucket/folder", "or a folder with / at the end"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(
+    source: str | list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"data.source.*{message}"):
+        find_sources(source)
+
+
+def test_an_unknown_kind_of_file_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"notes.txt': expected a name ending in .jsonl, .ndjson or .parquet"):
+        find_sources(str(folder / "notes.txt"))
+
+
+def test_a_folder_without_data_files_says_what_it_holds_instead(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"only 1 other files such as .*notes.txt"):
+        find_sources(str(tmp_path))
+
+
+def test_an_s3_object_is_one_source_with_its_size(store: Store) -> None:
+    store.put("incoming/a.jsonl", b"{}\n")
+    store.put("incoming/a.jsonl.old", b"")
+    (source,) = find_sources(store.uri("incoming/a.jsonl"))
+    assert (source.name, source.size_bytes) == (store.uri("incoming/a.jsonl"), 3)
+
+
+def test_an_s3_folder_gives_its_visible_data_files_sorted(store: Store) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.parquet", "notes.txt", "_temporary/x.jsonl"):
+        store.put(f"incoming/{name}", b"{}\n")
+    store.put("incoming-not/z.jsonl", b"{}\n")
+    found = [each.name for each in find_sources(store.uri("incoming/"))]
+    assert found == [store.uri(f"incoming/{name}") for name in ("a.jsonl", "b.jsonl", "deep/c.parquet")]
+
+
+@pytest.mark.parametrize("key", ["incoming/a.jsonl", "incoming/"])
+def test_an_s3_source_that_does_not_exist_is_named(store: Store, key: str) -> None:
+    with pytest.raises(DataError, match=f"{store.uri(key)}', which (does not exist|holds no data files)"):
+        find_sources(store.uri(key))
+
+
+def test_an_unreachable_s3_source_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
+        find_sources("s3://bucket/incoming/")
