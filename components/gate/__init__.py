@@ -1,0 +1,1 @@
+"""The gate: decides whether a candidate may take the alias."""

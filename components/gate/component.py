@@ -1,0 +1,17 @@
+"""Kubeflow step: the policy decides whether the candidate may take the alias."""
+
+from kfp import dsl
+
+from components.shared.step import COMPONENT
+
+
+@dsl.component(**COMPONENT)
+def gate(config: str, run_id: str, evaluation_uri: str) -> bool:
+    """Write the decision and return True for promotion. A refusal is an outcome, not a failure."""
+    from components.gate.gate import run_gate
+    from components.shared.step import step
+
+    with step("gate", config, run_id) as run:
+        decision = run_gate(run.config, run.store, run.run_id, evaluation_uri=evaluation_uri)
+        run.result.update(decision=decision.decision, reasons=list(decision.reasons))
+    return decision.promoted

@@ -1,0 +1,160 @@
+"""Geometry of the loss curve, in per cent of the plot: the plot scales with the page, its text does not."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from components.report.numbers import count, number
+from components.report.run_files import finite
+
+MAX_POINTS = 400  # more would not be seen and would only make the page larger
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label on an axis and where it stands."""
+
+    position: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One measurement on held-out records."""
+
+    x: float
+    y: float
+    text: str
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss curve of one run, ready to draw. Paths live in a box of 1000 by 1000."""
+
+    points: str
+    smooth: str
+    learning_rate: str
+    held_out: str
+    dots: tuple[Dot, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    peak_learning_rate: float | None
+    num_above: int
+    """Points above the top of the plot, which are left out."""
+    text: str
+    """What the curve shows, for those who do not see it."""
+
+
+def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
+    """The curve of metrics.jsonl, or None when it has no finite training or held-out loss."""
+    train = _series(records, "train", "loss")
+    held_out = _series(records, "eval", "loss")
+    if not train and not held_out:
+        return None
+    rates = _series(records, "train", "learning_rate")
+    smooth = smoothed(train)
+    first = min(step for step, _ in train + held_out)
+    last = max(step for step, _ in train + held_out)
+    low, high = _loss_range(train, smooth + held_out)
+    y_values = nice_ticks(low, high, 5)
+    low, high = min(low, y_values[0]), max(high, y_values[-1])
+
+    def place(point: Point) -> Point:
+        return (point[0] - first) / max(last - first, 1) * 100, (high - point[1]) / (high - low) * 100
+
+    peak = max((rate for _, rate in rates), default=0.0)
+    best = min((loss for _, loss in held_out), default=None)
+    inside = [point for point in train if point[1] <= high]
+    return Curve(
+        points=" ".join(f"M{_at(place(point))}h0" for point in thinned(inside)),
+        smooth=_path([place(point) for point in thinned(smooth)]),
+        # The rate has no axis: its peak touches 40 % of the height, out of the way of the early, high losses.
+        learning_rate=_path([(place((step, low))[0], 100 - 40 * rate / peak) for step, rate in thinned(rates)])
+        if peak
+        else "",
+        held_out=_path([place(point) for point in held_out]),
+        dots=tuple(
+            Dot(*place((step, loss)), f"step {count(step)}: held-out loss {number(loss)}", loss == best)
+            for step, loss in held_out
+        ),
+        x_ticks=tuple(Tick(place((value, low))[0], count(value)) for value in nice_ticks(first, last, 5, whole=True)),
+        y_ticks=tuple(Tick(place((first, value))[1], f"{value:g}") for value in y_values),
+        peak_learning_rate=peak or None,
+        num_above=len(train) - len(inside),
+        text=_in_words(smooth, held_out),
+    )
+
+
+def smoothed(series: Sequence[Point]) -> list[Point]:
+    """Exponential moving average over a twentieth of the series, unbiased at its start (arXiv:1412.6980, section 3)."""
+    keep = 1 - 1 / max(len(series) / 20, 3.0)
+    result: list[Point] = []
+    average = 0.0
+    for index, (step, value) in enumerate(series, start=1):
+        average = keep * average + (1 - keep) * value
+        result.append((step, average / (1 - keep**index)))
+    return result
+
+
+def thinned(series: Sequence[Point]) -> list[Point]:
+    """At most MAX_POINTS of the series, evenly spread, always with its first and last point."""
+    if len(series) <= MAX_POINTS:
+        return list(series)
+    stride = (len(series) - 1) / (MAX_POINTS - 1)
+    return [series[round(index * stride)] for index in range(MAX_POINTS)]
+
+
+def nice_ticks(low: float, high: float, num_wanted: int, *, whole: bool = False) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that lie between `low` and `high`."""
+    span = (high - low) or abs(high) or 1.0
+    rough = span / num_wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough * 0.999)
+    if whole:
+        step = max(step, 1.0)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    ticks = [round(index * step, 10) for index in range(first, last + 1)]
+    return ticks or [low]
+
+
+def _series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[Point]:
+    """(step, value) by step. A resumed run repeats steps: the later record counts."""
+    by_step: dict[float, float] = {}
+    for record in records:
+        step, value = finite(record.get("step")), finite(record.get(key))
+        if record.get("kind") == kind and step is not None and value is not None:
+            by_step[step] = value
+    return sorted(by_step.items())
+
+
+def _loss_range(train: Sequence[Point], lines: Sequence[Point]) -> Point:
+    """What the plot must show: every line, and the training points but for the highest fiftieth."""
+    values = sorted(loss for _, loss in train)
+    shown = [loss for _, loss in lines] + values[: math.ceil(len(values) * 0.98)]
+    low, high = min(shown), max(shown)
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return max(low - margin, 0.0) if low >= 0 else low - margin, high + margin
+
+
+def _in_words(smooth: Sequence[Point], held_out: Sequence[Point]) -> str:
+    sentences = []
+    if smooth:
+        sentences.append(
+            f"The smoothed training loss went from {number(smooth[0][1])} to {number(smooth[-1][1])} "
+            f"over {count(smooth[-1][0])} steps."
+        )
+    if held_out:
+        step, best = min(held_out, key=lambda point: point[1])
+        sentences.append(f"The best held-out loss is {number(best)}, at step {count(step)}.")
+    return " ".join(sentences)
+
+
+def _path(points: Sequence[Point]) -> str:
+    return "M" + "L".join(_at(point) for point in points) if points else ""
+
+
+def _at(point: Point) -> str:
+    return f"{point[0] * 10:.1f} {point[1] * 10:.1f}"

@@ -1,0 +1,90 @@
+"""The report step: reads what the run left in the store and writes runs/<run_id>/report.html."""
+
+import json
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from components.report.page import build_report
+from components.report.run_files import RunFiles
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import IntegrityError, ObjectMissing
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
+    """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
+
+    Raises:
+        StoreError: the registry cannot be reached, or a file of the run is not what it should be.
+    """
+    page = build_report(read_run(config, store, run_id))
+    key = f"runs/{run_id}/report.html"
+    store.put(key, page.encode(), content_type="text/html; charset=utf-8")
+    logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
+    return store.uri(key)
+
+
+def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
+    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out."""
+    folder = f"runs/{run_id}"
+    evaluation = _json(store, f"{folder}/evaluation.json")
+    decision = _json(store, f"{folder}/decision.json")
+    steps = [store.get_json(entry.key) for entry in store.list(f"{folder}/steps/") if entry.key.endswith(".json")]
+    run = RunFiles(
+        run_id=run_id,
+        adapter=config.adapter.name,
+        alias=config.adapter.alias,
+        config_toml=_text(store, f"{folder}/config.toml") or config_file.dumps(config),
+        config_digest=config.digest,
+        metrics=parse_metrics(_text(store, f"{folder}/metrics.jsonl"), origin=store.uri(f"{folder}/metrics.jsonl")),
+        evaluation=evaluation,
+        decision=decision,
+        steps=steps,
+    )
+    dataset_id = run.dataset_id
+    lineage = f"adapters/{config.adapter.name}/versions/{run.version}/lineage.json"
+    return replace(
+        run,
+        profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
+        lineage=_json(store, lineage) if run.version else None,
+    )
+
+
+def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. A last line without its end, left by a job that was killed, is passed over.
+
+    Raises:
+        IntegrityError: another line is not JSON.
+    """
+    lines = text.split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as exc:
+            if number == len(lines):
+                logger.info("%s ends in the middle of line %d, which is left out", origin, number)
+                continue
+            raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
+    return records
+
+
+def _text(store: "Store", key: str) -> str:
+    found = store.read(key)
+    return found[0].decode() if found is not None else ""
+
+
+def _json(store: "Store", key: str) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = store.get_json(key)
+    except ObjectMissing:
+        return None
+    return value

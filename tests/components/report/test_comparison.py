@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pytest
+
+from components.report.comparison import intervals, panels
+from components.report.numbers import BY_KEY, duration
+from components.report.run_files import RunFiles
+from components.shared.config import GateConfig, Limit
+from tests.components.report import example_runs
+
+
+def loss_panel(run: RunFiles):  # type: ignore[no-untyped-def]
+    return next(panel for panel in panels(run) if panel.metric.key == "loss")
+
+
+def test_bars_are_in_proportion_and_start_at_zero() -> None:
+    base, champion, candidate = loss_panel(example_runs.promoted_run()).bars
+    assert [bar.role for bar in (base, champion, candidate)] == ["base", "champion", "candidate"]
+    assert base.start == candidate.start == 0
+    assert candidate.width / base.width == pytest.approx(0.912 / 2.306)
+    assert champion.text == "0.951"
+
+
+def test_the_gates_bounds_are_drawn_where_they_bind() -> None:
+    to_beat_base, to_keep_up = loss_panel(example_runs.held_run()).marks
+    assert to_beat_base.position == pytest.approx((2.306 - 0.05) / 2.306 * 100)
+    assert to_keep_up.position == pytest.approx((0.951 + 0.02) / 2.306 * 100)
+    assert (to_beat_base.passed, to_keep_up.passed) == (True, False)
+    assert to_keep_up.text == "at most 0.971, not to fall behind production"
+
+
+def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    policy = GateConfig(metric="exact_match", better_than_base_by=0.1, worse_than_champion_by=0.02, limits=[])
+    run = replace(run, decision=example_runs.decision(dict(run.evaluation), policy))
+    marks = next(panel for panel in panels(run) if panel.metric.key == "exact_match").marks
+    assert [mark.text for mark in marks] == [
+        "at least 12.3 %, to beat the base",
+        "at least 66.3 %, not to fall behind production",
+    ]
+
+
+def test_a_negative_value_grows_to_the_left_of_zero() -> None:
+    candidate = example_runs.metrics(1.0, 0.5, 0.5, -0.5)
+    run = replace(example_runs.held_run(), evaluation=example_runs.evaluation("r", candidate, None), decision=None)
+    (bar,) = next(panel for panel in panels(run) if panel.metric.key == "prompt_gain").bars
+    assert (bar.start, bar.width) == (0.0, 100.0)
+
+
+def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    assert "perplexity" not in [panel.metric.key for panel in panels(run)]
+    policy = GateConfig(limits=[Limit(metric="perplexity", max=5.0)])
+    run = replace(run, decision=example_runs.decision(dict(run.evaluation), policy))
+    assert "perplexity" in [panel.metric.key for panel in panels(run)]
+
+
+def test_intervals_keep_their_order_on_their_axis() -> None:
+    against_base, against_champion = intervals(example_runs.promoted_run())
+    for each in (against_base, against_champion):
+        assert 0 <= each.low < each.position < each.high <= 100
+    assert against_champion.bound is not None
+    assert against_champion.bound < against_champion.zero < against_champion.low
+    assert "0.039 better, 95 % interval +0.018 to +0.060, 300 records" in against_champion.text
+
+
+@pytest.mark.parametrize(
+    ("key", "ours", "theirs", "words"),
+    [
+        ("loss", 0.9, 1.0, "0.100 better"),
+        ("loss", 1.0, 0.9, "0.100 worse"),
+        ("exact_match", 0.72, 0.68, "4.0 points better"),
+        ("exact_match", 0.68, 0.72, "4.0 points worse"),
+        ("token_f1", 0.5, 0.5, "no difference"),
+    ],
+)
+def test_differences_are_told_as_better_or_worse(key: str, ours: float, theirs: float, words: str) -> None:
+    metric = BY_KEY[key]
+    assert metric.gain_text(metric.gain(ours, theirs)) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.25, "0.25 s"), (59.9, "59.9 s"), (59.97, "1 min 00 s"), (214, "3 min 34 s"), (7260, "2 h 01 min")],
+)
+def test_durations_read_well(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

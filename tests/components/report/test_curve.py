@@ -1,0 +1,75 @@
+import math
+from typing import Any
+
+import pytest
+
+from components.report.curve import MAX_POINTS, loss_curve, nice_ticks, smoothed, thinned
+from tests.components.report.example_runs import training
+
+
+def train(step: int, loss: Any, rate: float = 1e-3) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "loss": loss, "learning_rate": rate}
+
+
+def test_no_finite_loss_gives_no_curve() -> None:
+    assert loss_curve([]) is None
+    assert loss_curve([train(1, None), train(2, math.nan), train(3, "1.0")]) is None
+
+
+def test_a_single_record_is_enough() -> None:
+    curve = loss_curve([train(1, 2.0)])
+    assert curve is not None
+    assert curve.points.count("M") == 1
+
+
+def test_a_resumed_run_counts_the_later_record_of_a_step() -> None:
+    curve = loss_curve([train(1, 9.0), train(2, 9.0), train(2, 1.0), train(3, 1.0)])
+    assert curve is not None
+    assert curve.points.count("M") == 3
+    assert "to 3." not in curve.text
+
+
+def test_best_held_out_loss_is_marked_and_told() -> None:
+    records = [train(1, 2.0), train(30, 1.0)] + [
+        {"kind": "eval", "step": step, "loss": loss} for step, loss in ((10, 1.5), (20, 1.2), (30, 1.3))
+    ]
+    curve = loss_curve(records)
+    assert curve is not None
+    assert [dot.is_best for dot in curve.dots] == [False, True, False]
+    assert "best held-out loss is 1.200, at step 20" in curve.text
+
+
+def test_everything_lies_inside_the_plot() -> None:
+    curve = loss_curve(training())
+    assert curve is not None
+    for dot in curve.dots:
+        assert 0 <= dot.x <= 100
+        assert 0 <= dot.y <= 100
+    for tick in (*curve.x_ticks, *curve.y_ticks):
+        assert 0 <= tick.position <= 100
+
+
+def test_an_outlier_does_not_flatten_the_curve() -> None:
+    curve = loss_curve([train(step, 1.0 + step % 3) for step in range(1, 200)] + [train(200, 1000.0)])
+    assert curve is not None
+    assert curve.num_above == 1
+
+
+def test_smoothing_keeps_a_constant_and_starts_unbiased() -> None:
+    assert smoothed([(step, 2.0) for step in range(100)]) == [(step, pytest.approx(2.0)) for step in range(100)]
+
+
+def test_thinning_keeps_both_ends() -> None:
+    series = [(float(step), 0.0) for step in range(10_000)]
+    kept = thinned(series)
+    assert len(kept) == MAX_POINTS
+    assert (kept[0], kept[-1]) == (series[0], series[-1])
+    assert thinned(series[:5]) == series[:5]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (0.91, 2.43, [1.0, 1.5, 2.0]), (1, 125, [50, 100]), (5, 5, [5])],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert nice_ticks(low, high, 5) == expected

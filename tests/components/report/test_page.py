@@ -1,0 +1,253 @@
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from components.report.page import TEMPLATES, build_report
+from components.report.run_files import RunFiles
+from tests.components.report import example_runs
+from tests.components.report.example_runs import CANDIDATE, CHAMPION
+
+VARIANTS = (
+    example_runs.promoted_run,
+    example_runs.held_run,
+    example_runs.first_run,
+    example_runs.undecided_run,
+    example_runs.failed_run,
+    lambda: RunFiles(run_id="empty", adapter="icd10-chapters"),
+)
+EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;"
+
+Build = Callable[[], RunFiles]
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects tags, attributes and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_is_balanced_and_has_one_heading_of_the_first_level(build: Build) -> None:
+    html = build_report(build())
+    assert html.startswith("<!doctype html>")
+    assert [tag for tag, _ in Page(html).tags].count("h1") == 1
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_loads_nothing_and_runs_nothing(build: Build) -> None:
+    html = build_report(build())
+    for tag, attributes in Page(html).tags:
+        assert tag not in {"script", "iframe", "object", "embed", "img", "base", "form"}
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
+            assert attributes.get(name) in (None, "data:,"), f"<{tag} {name}={attributes[name]}>"
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "default-src 'none'" in html
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_leaves_no_number_or_name_blank(build: Build) -> None:
+    text = Page(build_report(build())).text
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", text)
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_every_svg_is_described_or_hidden_from_screen_readers(build: Build) -> None:
+    for tag, attributes in Page(build_report(build())).tags:
+        assert tag != "svg" or attributes.get("aria-hidden") == "true"
+
+
+def test_promoted_run_says_what_changed_with_numbers() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "icd10-chapters: a new version is in production" in text
+    assert (
+        "On 300 held-out records the candidate gives the exact answer 72.0 % of the time, against 68.3 % for "
+        "production's version so far and 2.3 % for the base model. Its loss (lower is better) is 0.912, against 0.951 "
+        "for production's version so far and 2.306 for the base model."
+    ) in text
+    assert f"points to {CANDIDATE} now, and pointed to {CHAMPION} before it" in text
+    for number in ("74.3 %", "2.489", "1.384", "3.7 points better", "0.039 better", "+0.018 to +0.060"):
+        assert number in text
+    assert "✕ failed" not in text
+
+
+def test_promotion_that_has_not_happened_is_not_claimed() -> None:
+    run = replace(example_runs.promoted_run(), steps=example_runs.steps("prepare", "finetune", "evaluate", "gate"))
+    text = Page(build_report(run)).text
+    assert "a new version may go to production" in text
+    assert "has not been moved by this run" in text
+
+
+def test_failed_promotion_is_told_as_a_failure() -> None:
+    steps = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
+    text = Page(build_report(replace(example_runs.promoted_run(), steps=steps))).text
+    assert "the promote step failed" in text
+    assert "a new version is in production" not in text
+
+
+def test_held_run_says_what_stands_in_the_way() -> None:
+    run = example_runs.held_run()
+    page = Page(build_report(run))
+    assert "icd10-chapters: production stays as it is" in page.text
+    assert "Are prompts and answers shuffled or mislabelled in the data?" in page.text
+    assert f"Production keeps {CHAMPION}." in page.text
+    assert run.decision is not None
+    assert page.text.count("✕ failed") == sum(not rule["passed"] for rule in run.decision["rules"]) == 3
+    assert page.text.count("✓ passed") == 2
+    assert "1.237 worse" in page.text
+
+
+def test_first_run_has_no_column_for_a_champion() -> None:
+    page = Page(build_report(example_runs.first_run()))
+    assert "There was no version in production when this run compared" in page.text
+    assert "and pointed to nothing before it" in page.text
+    assert "against production" not in page.text
+
+
+def test_undecided_run_says_so() -> None:
+    text = Page(build_report(example_runs.undecided_run())).text
+    assert "icd10-chapters: no decision was made" in text
+    assert "no gate was asked to decide" in text
+
+
+def test_failed_run_names_the_step_and_its_error_and_fills_every_section_with_words() -> None:
+    text = Page(build_report(example_runs.failed_run())).text
+    assert "the finetune step failed" in text
+    assert "worker 1 was lost: out of memory" in text
+    for words in ("nothing to compare", "No sample answers", "No loss was recorded", "no profile", "no lineage record"):
+        assert words in text
+
+
+def test_data_origin_and_times_are_told() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    for words in ("completion is empty", "exact duplicates 11", "Neoplasms", "10.4 %", "224 (10.1 %)"):
+        assert words in text
+    for words in ("6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", "51be" * 16, example_runs.CONFIG.digest, "2.13.0"):
+        assert words in text
+    for words in ("3 min 34 s", "6.4 s", "learning_rate = 0.001"):
+        assert words in text
+
+
+@pytest.mark.parametrize("role", ["prompt", "reference", "base", "champion", "candidate"])
+def test_sample_text_is_escaped(role: str) -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    sample = {**run.evaluation["samples"][0], role: EVIL}
+    _assert_escaped(replace(run, evaluation={**run.evaluation, "samples": [sample]}))
+
+
+def test_every_other_text_from_outside_is_escaped() -> None:
+    run = example_runs.promoted_run()
+    assert run.decision is not None
+    assert run.profile is not None
+    answers = {"answer": EVIL, "records": 1, "share": 0.5}
+    for changed in (
+        {"config_toml": EVIL},
+        {"run_id": EVIL},
+        {"adapter": EVIL},
+        {"alias": EVIL},
+        {"decision": {**run.decision, "reasons": [EVIL]}},
+        {"profile": {**run.profile, "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}]}},
+        {"profile": {**run.profile, "sources": [{"source": EVIL, "rows": 1}]}},
+        {"profile": {**run.profile, "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}}}},
+        {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
+        {"steps": [{"step": EVIL, "status": EVIL, "started_at": "2026-11-24T02:00:00Z", "seconds": 1.0}]},
+    ):
+        _assert_escaped(replace(run, **changed))  # type: ignore[arg-type]
+
+
+def _assert_escaped(run: RunFiles) -> None:
+    html = build_report(run)
+    assert "<script" not in html
+    assert "<img" not in html
+    assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
+
+
+def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "Among the 8 shown: Base model 0 of 8, Production 5 of 8, Candidate 6 of 8." in text
+    assert text.count("▲ newly right") == 2
+    assert text.count("▼ newly wrong") == 1
+    assert "(empty answer)" in text
+
+
+def test_a_conversation_shows_who_spoke_and_a_long_text_is_cut() -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x" * 5000}]
+    sample = {**run.evaluation["samples"][0], "prompt": turns}
+    text = Page(build_report(replace(run, evaluation={**run.evaluation, "samples": [sample]}))).text
+    assert "system Be brief. user xxx" in text
+    assert "… (4,100 more characters)" in text
+
+
+def test_a_long_training_stays_a_small_page() -> None:
+    run = replace(example_runs.promoted_run(), metrics=example_runs.training(num_steps=20_000))
+    assert len(build_report(run)) < 120_000
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
+    run = example_runs.held_run()
+    measured = example_runs.evaluation("r", dict.fromkeys(("loss", "exact_match", "prompt_gain"), value), None)
+    text = Page(build_report(replace(run, evaluation=measured, decision=example_runs.decision(measured)))).text
+    assert "cannot be checked" in text
+    assert "not measured" in text
+
+
+def _palettes() -> list[tuple[str, dict[str, str]]]:
+    css = (TEMPLATES / "styles.html").read_text()
+    blocks = css.split("prefers-color-scheme")
+    light, dark = (dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", block)) for block in blocks[:2])
+    return [("light", light), ("dark", light | dark)]
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.2."""
+    channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("scheme", "colours"), _palettes())
+def test_every_ink_stands_out_from_what_it_is_printed_on(scheme: str, colours: dict[str, str]) -> None:
+    inks = {"text", "muted", "base", "champion", "candidate", "good", "bad", "open"}
+    assert inks <= set(colours)
+    for ink in inks:
+        for ground in {"card"} | ({"page", "faint"} if ink in {"text", "muted", "good", "bad"} else set()):
+            one, other = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
+            assert (other + 0.05) / (one + 0.05) >= 4.5, f"{scheme}: {ink} on {ground}"

@@ -1,0 +1,72 @@
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from components.registry.store import Store
+from components.report.report import parse_metrics, read_run, run_report
+from components.report.run_files import RunFiles
+from components.shared.errors import IntegrityError
+from tests.components.report import example_runs
+from tests.components.report.example_runs import CANDIDATE, CONFIG, DATASET
+
+
+def put(store: Store, run: RunFiles) -> None:
+    folder = f"runs/{run.run_id}"
+    store.put(f"{folder}/config.toml", run.config_toml.encode())
+    store.put(f"{folder}/metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.metrics).encode())
+    documents: dict[str, Mapping[str, Any] | None] = {
+        f"{folder}/evaluation.json": run.evaluation,
+        f"{folder}/decision.json": run.decision,
+        f"datasets/{DATASET}/profile.json": run.profile,
+        f"adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}/lineage.json": run.lineage,
+        **{f"{folder}/steps/{step['step']}.json": step for step in run.steps},
+    }
+    for key, value in documents.items():
+        if value is not None:
+            store.put_json(key, value)
+
+
+def test_a_run_is_read_whole(store: Store) -> None:
+    run = example_runs.promoted_run()
+    put(store, run)
+    found = read_run(CONFIG, store, run.run_id)
+    assert found.evaluation == run.evaluation
+    assert found.decision == run.decision
+    assert found.metrics == run.metrics
+    assert found.profile == run.profile
+    assert found.lineage == run.lineage
+    assert found.config_toml == run.config_toml
+    assert {step["step"] for step in found.steps} == {step["step"] for step in run.steps}
+
+
+def test_the_report_lies_with_its_run(store: Store) -> None:
+    run = example_runs.held_run()
+    put(store, run)
+    uri = run_report(CONFIG, store, run.run_id)
+    assert uri == store.uri(f"runs/{run.run_id}/report.html")
+    page = store.get(store.key(uri)).decode()
+    assert "production stays as it is" in page
+    assert run_report(CONFIG, store, run.run_id) == uri
+
+
+def test_a_run_that_left_nothing_still_gets_a_report(store: Store) -> None:
+    page = store.get(store.key(run_report(CONFIG, store, "nothing"))).decode()
+    assert "no decision was made" in page
+    assert "learning_rate = 0.001" in page  # the config is the caller's when the run stored none
+
+
+def test_before_the_evaluation_the_steps_say_where_dataset_and_version_lie(store: Store) -> None:
+    run = example_runs.promoted_run()
+    put(store, run)
+    store.delete([f"runs/{run.run_id}/evaluation.json", f"runs/{run.run_id}/decision.json"])
+    found = read_run(CONFIG, store, run.run_id)
+    assert found.profile == run.profile
+    assert found.lineage == run.lineage
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_line_inside_is_an_error() -> None:
+    assert parse_metrics('{"step": 1}\n\n{"step": 2}\n{"st', origin="m") == [{"step": 1}, {"step": 2}]
+    with pytest.raises(IntegrityError, match="m line 1"):
+        parse_metrics('{"st\n{"step": 2}\n', origin="m")
