@@ -1,0 +1,1 @@
+"""GPU work, run inside the Ray cluster."""

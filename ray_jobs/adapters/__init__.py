@@ -1,0 +1,1 @@
+"""Building, and later merging, the adapters of the LoRA family."""

@@ -1,0 +1,60 @@
+"""From a row of the table of methods to a peft model, and from there to the files that are published."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.shared.config import MethodConfig
+from components.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def peft_config(method: MethodConfig) -> "PeftConfig":
+    """The peft configuration of a method, spelled as peft spells it."""
+    from peft import LoraConfig, VeraConfig
+
+    targets = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
+    if method.row.adapter == "vera":
+        return VeraConfig(r=method.rank, vera_dropout=method.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=method.rank,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=method.dropout,
+        use_rslora=method.row.scaling == "rslora",
+        use_dora=method.row.adapter == "dora",
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str, seed: int) -> "PeftModel":
+    """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker.
+
+    Raises:
+        ConfigError: `method.target_modules` matches no layer of this base.
+    """
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        adapted = get_peft_model(model, peft_config(method))
+    except ValueError as exc:
+        raise ConfigError(
+            f"method.target_modules {method.target_modules!r} does not fit {base_reference}: {exc}"
+        ) from exc
+    # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
+    adapted.peft_config["default"].base_model_name_or_path = base_reference
+    return adapted
+
+
+def save(model: "PeftModel", directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
+    with warnings.catch_warnings():
+        # peft looks the base up to see whether its vocabulary grew; ours never does.
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's template; the published card is our own

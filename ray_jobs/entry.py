@@ -1,0 +1,61 @@
+"""What every Ray job's entry point does alike: arguments, config, logging, and failing in words."""
+
+import argparse
+import logging
+import sys
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from components.registry.store import open_uri
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import FineloopError
+from components.shared.step import say_failure
+
+
+def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser with what every job takes."""
+    result = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--config", required=True, help="TOML file, or s3:// address of one")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, such as train.learning_rate=2e-4",
+    )
+    return result
+
+
+def load_config(location: str, overrides: list[str]) -> RunConfig:
+    """The config from a file or from the store.
+
+    Raises:
+        ConfigError: it does not exist or is not valid.
+    """
+    if not location.startswith("s3://"):
+        return config_file.load(Path(location), overrides)
+    store, key = open_uri(location, field="--config")
+    return config_file.loads(store.get(key).decode("utf-8"), overrides, origin=location)
+
+
+def new_run_id(adapter: str) -> str:
+    """A run id that sorts by time and says what it is for."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{adapter}-{uuid.uuid4().hex[:4]}"
+
+
+def run(step: str, job: Callable[[], None]) -> None:
+    """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        job()
+    except FineloopError as exc:
+        say_failure(step, exc)
+        sys.exit(exc.exit_code)

@@ -1,0 +1,284 @@
+"""Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
+
+The records are shared out over Ray tasks. Each loads the base once and puts the adapters on it one after the other, as
+`PeftModel.from_pretrained` loads them: what is measured is what a user of the published files gets.
+"""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.prepare.dataset import Record, load_split
+from components.registry.aliases import read_alias
+from components.registry.store import Store
+from components.registry.versions import Version, pull_version, read_lineage, resolve
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import DataError, JobError
+from components.shared.step import say
+from ray_jobs import base_model, entry
+from ray_jobs.answers import Score, as_columns, metrics, paired_difference
+
+logger = logging.getLogger(__name__)
+
+STEP = "evaluate"
+PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
+
+    role: str
+    config_toml: str
+    version: Version | None
+
+
+def main() -> None:
+    """The entry point."""
+    parser = entry.parser(
+        "ray_jobs.evaluate",
+        "Measure base, champion and candidate on the held-out records of a dataset.",
+        "ray job submit --working-dir . -- python -m ray_jobs.evaluate --config pipelines/configs/icd10.toml "
+        "--run-id ID --dataset s3://... --version s3://...",
+    )
+    parser.add_argument("--run-id", required=True, help="name of the run in the store")
+    parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
+    parser.add_argument("--version", required=True, help="s3:// address of the candidate's version")
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        evaluate(config, run_id=arguments.run_id, dataset_uri=arguments.dataset, version_uri=arguments.version)
+
+    entry.run(STEP, job)
+
+
+def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str) -> dict[str, Any]:
+    """Measure the three models and write runs/<run_id>/evaluation.json, and evaluation_records.parquet beside it.
+
+    Raises:
+        UserError: dataset, version or base do not exist, or no held-out record fits the context.
+        JobError: a Ray task failed.
+    """
+    import ray
+
+    started = time.monotonic()
+    store = Store.open(config.registry)
+    records = load_split(store, dataset_uri, "eval")[: config.evaluate.records]
+    contenders = _contenders(config, store, version_uri)
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    num_shards = min(config.ray.num_workers, len(records))
+    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
+    task = ray.remote(max_retries=1, **resources)(measure_shard)
+    say(STEP, f"{len(records)} held-out records for {', '.join(c.role for c in contenders)} on {num_shards} workers")
+    shards = [records[start::num_shards] for start in range(num_shards)]
+    try:
+        results = ray.get([task.remote(contenders, shard, shard_index=i) for i, shard in enumerate(shards)])
+    except ray.exceptions.RayTaskError as exc:
+        raise (
+            exc.cause if isinstance(exc.cause, DataError) else JobError(f"an evaluation task failed: {exc.cause}")
+        ) from exc
+
+    kept = [
+        record for shard, result in zip(shards, results, strict=True) for record in shard if record.id in result.tokens
+    ]
+    tokens = [count for result in results for count in result.tokens.values()]
+    scores = {c.role: [s for result in results for s in result.scores[c.role]] for c in contenders}
+    evaluation = summarise(config, contenders, kept, tokens, scores)
+    evaluation.update(run_id=run_id, dataset_uri=dataset_uri, dataset_id=dataset_uri.rstrip("/").rpartition("/")[2])
+    evaluation["base"] = {"reference": config.model.base, "identity": base_model.resolve(config.model).identity}
+    evaluation["seconds"] = {"total": round(time.monotonic() - started, 3)}
+    _write_records(store, run_id, kept, tokens, scores)
+    store.put_json(f"runs/{run_id}/evaluation.json", evaluation)
+    for role in scores:
+        found = evaluation["models"][role]["metrics"]
+        say(
+            STEP,
+            f"{role}: exact match {found['exact_match']:.1%}, F1 {found['token_f1']:.3f}, loss {found['loss']:.3f}",
+        )
+    return evaluation
+
+
+def summarise(
+    config: RunConfig,
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    tokens: Sequence[int],
+    scores: Mapping[str, Sequence[Score]],
+) -> dict[str, Any]:
+    """The comparison as plain JSON values; pure."""
+    versions = {c.role: c.version.version if c.version else None for c in contenders}
+    shown = range(min(config.evaluate.samples, len(records)))
+    return {
+        "records": len(records),
+        "models": {
+            role: {"version": versions[role], "metrics": metrics(scores[role], tokens)} if role in scores else None
+            for role in ("base", "champion", "candidate")
+        },
+        "paired": {
+            role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric)
+            if role in scores
+            else None
+            for role in ("base", "champion")
+        },
+        "samples": [
+            {
+                "id": records[row].id,
+                "prompt": "\n\n".join(turn.content for turn in records[row].prompt),
+                "reference": records[row].answer,
+                **{
+                    role: scores[role][row].text if role in scores else None
+                    for role in ("base", "champion", "candidate")
+                },
+            }
+            for row in shown
+        ],
+        "generation": {"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
+    }
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Scores of the records that fit every contender's context, in order."""
+
+    tokens: dict[str, int]
+    """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
+    scores: dict[str, list[Score]]
+
+
+def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *, shard_index: int) -> ShardResult:
+    """Measure every contender on some records; runs as a Ray task.
+
+    Raises:
+        DataError: no record fits the context.
+    """
+    import torch
+
+    from ray_jobs.batching import tokenize
+
+    configs = {c.role: config_file.loads(c.config_toml) for c in contenders}
+    candidate = configs["candidate"]
+    if not candidate.ray.use_gpu:
+        torch.set_num_threads(candidate.ray.cpus_per_worker)
+    bases = {role: base_model.resolve(config.model) for role, config in configs.items()}
+    tokenizers = {role: base_model.load_tokenizer(bases[role], config.model) for role, config in configs.items()}
+    splits = {role: tokenize(records, tokenizers[role], config.model.max_length) for role, config in configs.items()}
+    fitting = set.intersection(*(set(split.ids) for split in splits.values()))
+    kept = [record for record in records if record.id in fitting]
+    if not kept:
+        raise DataError(f"no held-out record fits model.max_length {candidate.model.max_length}: raise it")
+    splits = {
+        role: split.take([i for i, name in enumerate(split.ids) if name in fitting]) for role, split in splits.items()
+    }
+
+    progress = _Progress(2 * len(kept) * len(contenders)) if shard_index == 0 else None
+    loaded: tuple[Any, Any] | None = None
+    scores: dict[str, list[Score]] = {}
+    for contender in contenders:
+        config, base = configs[contender.role], bases[contender.role]
+        key = (base.identity, config.method.row.base)
+        if loaded is None or loaded[0] != key:
+            loaded = None  # the memory of the one before
+            loaded = (
+                key,
+                base_model.load_model(base, config.model, config.method.row.base, use_gpu=config.ray.use_gpu),
+            )
+        if progress:
+            progress.role = contender.role
+        scores[contender.role] = _measure(
+            contender, config, loaded[1], tokenizers[contender.role], kept, splits[contender.role], progress
+        )
+    counts = dict(zip(splits["candidate"].ids, splits["candidate"].num_answer_tokens.tolist(), strict=True))
+    return ShardResult(counts, scores)
+
+
+def _measure(
+    contender: Contender, config: RunConfig, base: Any, tokenizer: Any, records: Any, split: Any, progress: Any
+) -> list[Score]:
+    from peft import PeftModel
+
+    from ray_jobs.scoring import other_prompts, score
+
+    def scored(model: Any, *, with_gain: bool) -> list[Score]:
+        return score(
+            model.eval(),
+            tokenizer,
+            records,
+            split,
+            with_other_prompts=other_prompts(split, config.model.max_length) if with_gain else None,
+            batch_size=config.evaluate.batch_size,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            advance=progress.advance if progress else lambda _: None,
+        )
+
+    if contender.version is None:
+        return scored(base, with_gain=False)
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch:
+        folder = Path(scratch) / "adapter"
+        pull_version(Store.open(config.registry), contender.version, folder)
+        adapted = PeftModel.from_pretrained(base, folder)
+        try:
+            return scored(adapted, with_gain=True)
+        finally:
+            adapted.unload()  # the base is as it was
+
+
+def _contenders(config: RunConfig, store: Store, version_uri: str) -> list[Contender]:
+    """Base, champion where there is one, candidate. A champion stands on the base and the method of its own run."""
+    name = config.adapter.name
+    own = config_file.dumps(config)
+    candidate = resolve(store, f"{name}@{version_uri.rstrip('/').rpartition('/')[2]}")
+    result = [Contender("base", own, None)]
+    pointer = read_alias(store, name, config.adapter.alias)
+    if pointer is not None:
+        champion = resolve(store, f"{name}@{pointer.version}")
+        theirs = config_file.validate(read_lineage(store, champion)["config"], origin=f"lineage of {champion.uri}")
+        theirs = config.model_copy(update={"model": theirs.model, "method": theirs.method})
+        result.append(Contender("champion", config_file.dumps(theirs), champion))
+    return [*result, Contender("candidate", own, candidate)]
+
+
+def _write_records(
+    store: Store, run_id: str, records: Sequence[Record], tokens: Sequence[int], scores: Mapping[str, Sequence[Score]]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {
+        "id": [record.id for record in records],
+        "prompt": [json.dumps(record.prompt, ensure_ascii=False) for record in records],
+        "reference": [record.answer for record in records],
+        "answer_tokens": list(tokens),
+    }
+    for role, values in scores.items():
+        columns.update(as_columns(role, values))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    store.put(f"runs/{run_id}/evaluation_records.parquet", sink.getvalue().to_pybytes())
+
+
+class _Progress:
+    """Tells a person how far the first shard is; the others keep pace with it."""
+
+    def __init__(self, total: int) -> None:
+        self.role = ""
+        self._total = total
+        self._done = 0
+        self._said_at = 0.0
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._said_at >= PROGRESS_EVERY_S:
+            self._said_at = now
+            say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")
+
+
+if __name__ == "__main__":
+    main()

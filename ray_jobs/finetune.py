@@ -1,0 +1,171 @@
+"""Fine-tune one adapter on Ray: `python -m ray_jobs.finetune --config pipelines/configs/icd10.toml`.
+
+The driver checks everything that can be checked without a worker: the store, the dataset (prepared here when none is
+named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from components.prepare.dataset import load_split
+from components.prepare.prepare import prepare
+from components.registry import folders, lineage
+from components.registry.store import Store
+from components.shared import config_file, errors
+from components.shared.config import RunConfig
+from components.shared.errors import ConfigError, DataError, JobError
+from components.shared.step import config_key, say
+from ray_jobs import base_model, entry
+from ray_jobs.batching import TokenizedSplit, tokenize
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+logger = logging.getLogger(__name__)
+
+STEP = "finetune"
+
+
+def main() -> None:
+    """The entry point."""
+    parser = entry.parser(
+        "ray_jobs.finetune",
+        "Fine-tune one adapter and publish it as a version, without moving any alias.",
+        "ray job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml",
+    )
+    parser.add_argument("--run-id", help="name of the run in the store; a run that was cut off goes on under its name")
+    parser.add_argument(
+        "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
+    )
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
+        result = finetune(config, run_id=run_id, dataset_uri=arguments.dataset)
+        say(STEP, f"published {config.adapter.name} {result['version']} as {result['version_uri']}")
+
+    entry.run(STEP, job)
+
+
+def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> dict[str, Any]:
+    """Train and publish; the result is also written to runs/<run_id>/finetune.json.
+
+    Raises:
+        UserError: config or data cannot work; said before any worker is started where possible.
+        JobError: the workers failed for another reason.
+    """
+    import ray
+
+    store = Store.open(config.registry)
+    store.check()
+    if dataset_uri is None:
+        say(STEP, f"preparing {config.data.source}")
+        dataset_uri = prepare(config, store).uri
+    store.put(config_key(run_id), config_file.dumps(config).encode(), content_type="application/toml")
+    say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
+
+    base = base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    train_split, eval_split = (
+        _tokenized(load_split(store, dataset_uri, split), tokenizer, config) for split in ("train", "eval")
+    )
+    eval_split = eval_split.take(range(min(config.train.eval_records, len(eval_split))))
+    say(
+        STEP,
+        f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
+    )
+
+    from ray_jobs.worker import TrainJob
+
+    job = TrainJob(
+        config_toml=config_file.dumps(config),
+        run_id=run_id,
+        dataset=_dataset(store, dataset_uri),
+        base=lineage.Base(config.model.base, base.identity),
+        pad=tokenizer.pad_token_id,
+    )
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    fitted = _fit(job, config, store, train_split, eval_split)
+    result: dict[str, Any] = fitted.return_value or {}
+    if "failure" in result:
+        raise errors.by_name(result["failure"]["error"], result["failure"]["message"])
+    store.put_json(f"runs/{run_id}/finetune.json", result)
+    return result
+
+
+def _tokenized(records: Any, tokenizer: Any, config: RunConfig) -> TokenizedSplit:
+    split = tokenize(records, tokenizer, config.model.max_length)
+    share = len(split.too_long) / len(records)
+    if share > config.data.max_reject_share or not len(split):
+        raise DataError(
+            f"the answer of {len(split.too_long)} of {len(records)} records ({share:.0%}; first: {split.too_long[0]!r}) "
+            f"is too long for model.max_length {config.model.max_length}, and no answer is ever cut: raise it, shorten "
+            f"the answers, or allow their loss with data.max_reject_share (now {config.data.max_reject_share:g})"
+        )
+    if split.too_long:
+        limit = config.model.max_length
+        say(STEP, f"left out {len(split.too_long)} records: their answers do not fit model.max_length {limit}")
+    return split
+
+
+def _dataset(store: Store, uri: str) -> lineage.Dataset:
+    manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
+    about = manifest.about
+    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])
+
+
+def _fit(
+    job: Any, config: RunConfig, store: Store, train_split: TokenizedSplit, eval_split: TokenizedSplit
+) -> "Result":
+    import ray
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from ray_jobs.worker import train
+
+    ray_config = config.ray
+    needed = {
+        "CPU": ray_config.num_workers * ray_config.cpus_per_worker,
+        "GPU": ray_config.num_workers * ray_config.use_gpu,
+    }
+    _require_resources(needed, ray.cluster_resources())
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)},
+        torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=ray_config.num_workers,
+            use_gpu=ray_config.use_gpu,
+            resources_per_worker={"CPU": ray_config.cpus_per_worker, **({"GPU": 1} if ray_config.use_gpu else {})},
+        ),
+        run_config=RayRunConfig(
+            name="ray",
+            storage_path=store.uri(f"runs/{job.run_id}"),
+            failure_config=FailureConfig(max_failures=ray_config.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except TrainingFailedError as exc:
+        raise JobError(f"the training workers failed: {_root(exc)}") from exc
+
+
+def _require_resources(needed: dict[str, int], cluster: dict[str, float]) -> None:
+    for name, count in needed.items():
+        if count > cluster.get(name, 0):
+            raise ConfigError(
+                f"ray.num_workers asks for {count} {name}s and the whole cluster has {cluster.get(name, 0):g}: "
+                "lower ray.num_workers, or train on a larger cluster"
+            )
+
+
+def _root(exc: Any) -> str:
+    failures = getattr(exc, "worker_failures", None) or {}
+    return "; ".join(f"rank {rank}: {failure}".strip() for rank, failure in sorted(failures.items())[:1]) or str(exc)
+
+
+if __name__ == "__main__":
+    main()
