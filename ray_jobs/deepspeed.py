@@ -63,6 +63,9 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.train.weight_decay)
     deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(config))
+    for _, state in master_partitions(engine):
+        if "step" in state:  # without ZeRO, DeepSpeed has taken an empty step, which would spoil Adam's bias correction
+            state["step"].zero_()
     return engine
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import uuid
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,9 +52,21 @@ def new_run_id(adapter: str) -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{adapter}-{uuid.uuid4().hex[:4]}"
 
 
+def quiet_libraries() -> None:
+    """Keep progress bars and other people's deprecations out of a job's log, so that its own lines can be found."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
 def run(step: str, job: Callable[[], None]) -> None:
     """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
     try:
         job()
     except FineloopError as exc:

@@ -162,6 +162,7 @@ def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *,
 
     from ray_jobs.batching import tokenize
 
+    entry.quiet_libraries()
     configs = {c.role: config_file.loads(c.config_toml) for c in contenders}
     candidate = configs["candidate"]
     if not candidate.ray.use_gpu:

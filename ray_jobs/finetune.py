@@ -99,9 +99,9 @@ def _tokenized(records: Any, tokenizer: Any, config: RunConfig) -> TokenizedSpli
     share = len(split.too_long) / len(records)
     if share > config.data.max_reject_share or not len(split):
         raise DataError(
-            f"the answer of {len(split.too_long)} of {len(records)} records ({share:.0%}; first: {split.too_long[0]!r}) "
-            f"is too long for model.max_length {config.model.max_length}, and no answer is ever cut: raise it, shorten "
-            f"the answers, or allow their loss with data.max_reject_share (now {config.data.max_reject_share:g})"
+            f"the answers of {len(split.too_long)} of {len(records)} records ({share:.0%}; as {split.too_long[0]!r}) "
+            f"are too long for model.max_length {config.model.max_length}, and none is ever cut: raise it, shorten the "
+            f"answers, or allow their loss with data.max_reject_share (now {config.data.max_reject_share:g})"
         )
     if split.too_long:
         limit = config.model.max_length

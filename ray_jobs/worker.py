@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,11 +21,14 @@ from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import UserError
 from components.shared.step import say
-from ray_jobs import base_model, checkpoint, deepspeed, train_loop
+from ray_jobs import base_model, checkpoint, deepspeed, entry, train_loop
 from ray_jobs.adapters import build
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.model_card import model_card
-from ray_jobs.train_loop import Outcome, Worker
+from ray_jobs.train_loop import Outcome, Report, Worker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     import ray
 
+    entry.quiet_libraries()
     job: TrainJob = arguments["job"]
     train_split: TokenizedSplit
     eval_split: TokenizedSplit
@@ -67,49 +71,17 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
 
     context = ray.train.get_context()
     config = config_file.loads(job.config_toml)
-    use_gpu = config.ray.use_gpu
-    deepspeed.prepare_environment(use_gpu=use_gpu)
-    device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+    device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    if not use_gpu:
-        torch.set_num_threads(config.ray.cpus_per_worker)
     store = Store.open(config.registry)
     metrics = MetricsLog(store, job.run_id) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
-
-    if worker.rank == 0:
-        say("finetune", f"loading {job.base.reference}")
-    base = base_model.resolve(config.model)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=use_gpu)
-    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=config.train.seed)
-    if config.train.gradient_checkpointing:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recipe = _recipe(config, adapted)
-    adapted.train()
-    engine = deepspeed.initialize(adapted, config)
-    if worker.rank == 0:
-        say(
-            "finetune",
-            f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} parameters train "
-            f"({recipe['trainable_share']:.2%}) on {worker.num_workers} {device.type} workers",
-        )
-
-    outcome = train_loop.run(
-        engine,
-        config=config,
-        run_id=job.run_id,
-        store=store,
-        worker=worker,
-        train_split=train_split,
-        eval_split=eval_split,
-        pad=job.pad,
-        report=metrics.add if metrics else _ignore,
+    adapted, outcome, recipe = fit(
+        config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore
     )
     if metrics is None:
         return {}
     metrics.upload()
-    checkpoint.copy_weights(outcome.weights, engine.module)
     version = _publish(job, config, store, adapted, outcome, recipe, worker, started_at)
     return {
         "version": version.version,
@@ -122,6 +94,49 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
         "stopped_early": outcome.stopped_early,
         "resumed_from_step": outcome.resumed_from,
     }
+
+
+def fit(
+    config: RunConfig,
+    job: TrainJob,
+    worker: Worker,
+    store: Store,
+    train_split: TokenizedSplit,
+    eval_split: TokenizedSplit,
+    *,
+    report: Report,
+) -> tuple["PeftModel", Outcome, dict[str, Any]]:
+    """Train in an initialised process group: the model with its final weights, how it went, what was built."""
+    use_gpu = config.ray.use_gpu
+    deepspeed.prepare_environment(use_gpu=use_gpu)
+    if not use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    if worker.rank == 0:
+        say("finetune", f"loading {config.model.base}")
+    base = base_model.resolve(config.model)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=use_gpu)
+    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=config.train.seed)
+    if config.train.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recipe = _recipe(config, adapted)
+    engine = deepspeed.initialize(adapted.train(), config)
+    if worker.rank == 0:
+        trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({recipe['trainable_share']:.2%})"
+        say("finetune", f"training {trained} parameters on {worker.num_workers} {worker.device.type} workers")
+    outcome = train_loop.run(
+        engine,
+        config=config,
+        run_id=job.run_id,
+        store=store,
+        worker=worker,
+        train_split=train_split,
+        eval_split=eval_split,
+        pad=job.pad,
+        report=report,
+    )
+    checkpoint.copy_weights(outcome.weights, engine.module)
+    return adapted, outcome, recipe
 
 
 class MetricsLog:

@@ -67,7 +67,7 @@ class MethodConfig(Section):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """lora_alpha; absent means twice the rank. VeRA has none."""
+    """lora_alpha; absent means twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
@@ -80,12 +80,6 @@ class MethodConfig(Section):
     @property
     def lora_alpha(self) -> float:
         return self.alpha if self.alpha is not None else 2.0 * self.rank
-
-    @model_validator(mode="after")
-    def _vera_has_no_alpha(self) -> "MethodConfig":
-        if self.row.adapter == "vera" and self.alpha is not None:
-            raise ValueError("method.alpha has no meaning for vera, whose scale is learnt: remove it")
-        return self
 
 
 class TrainConfig(Section):

@@ -7,7 +7,7 @@ here and, where peft has no class for it, one file in `ray_jobs/adapters/`.
 from dataclasses import dataclass
 from typing import Literal
 
-AdapterKind = Literal["lora", "dora", "vera"]
+AdapterKind = Literal["lora", "dora"]
 Scaling = Literal["classic", "rslora"]
 BaseFormat = Literal["bf16", "nf4"]
 
@@ -28,7 +28,6 @@ METHODS: dict[str, Method] = {
     "rslora": Method("lora", "rslora", "bf16", "arXiv:2312.03732"),
     "dora": Method("dora", "classic", "bf16", "arXiv:2402.09353"),
     "qdora": Method("dora", "classic", "nf4", "arXiv:2402.09353 on the base of arXiv:2305.14314"),
-    "vera": Method("vera", "classic", "bf16", "arXiv:2310.11454"),
 }
 
-MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora", "vera"]
+MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora"]

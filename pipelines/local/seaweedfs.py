@@ -121,6 +121,7 @@ def _start_once(directory: Path, bucket: str, announce: Callable[[Endpoint], Non
         "-admin.ui=false",
         "-disableHttp",
         "-master.telemetry=false",
+        "-master.resumeState=false",  # as `weed master` has it; else the volumes may join only 5 s after a restart
         # Relative to its working directory: a socket's whole path has at most 107 bytes, and the default is /tmp.
         "-s3.localSocket=s3.sock",
         "-filer.localSocket=filer.sock",
@@ -193,7 +194,7 @@ def _ensure_bucket(client: Any, bucket: str) -> None:
 
 
 def _write_and_read(client: Any, bucket: str) -> None:
-    """Fail while the server knows names but not yet bytes: its volumes join up to 5 s later after a kill."""
+    """Fail while the server knows names but not yet bytes: its volumes join a moment later."""
     client.put_object(Bucket=bucket, Key=PROBE_KEY, Body=b"up")
     client.get_object(Bucket=bucket, Key=PROBE_KEY)["Body"].read()
     client.delete_object(Bucket=bucket, Key=PROBE_KEY)

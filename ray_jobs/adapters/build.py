@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 def peft_config(method: MethodConfig) -> "PeftConfig":
     """The peft configuration of a method, spelled as peft spells it."""
-    from peft import LoraConfig, VeraConfig
+    from peft import LoraConfig
 
     targets = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
-    if method.row.adapter == "vera":
-        return VeraConfig(r=method.rank, vera_dropout=method.dropout, target_modules=targets, task_type="CAUSAL_LM")
     return LoraConfig(
         r=method.rank,
         lora_alpha=method.lora_alpha,

@@ -1,0 +1,20 @@
+"""Kubeflow step: a Ray job compares base, champion and candidate on held-out records."""
+
+from kfp import dsl
+from kfp.dsl import Metrics, Output
+
+from components.shared.step import COMPONENT
+
+
+@dsl.component(**COMPONENT)
+def evaluate(config: str, run_id: str, dataset_uri: str, version_uri: str, metrics: Output[Metrics]) -> str:
+    """Evaluate the version and return the evaluation's URI."""
+    from components.evaluate.evaluate import evaluate as compare
+    from components.evaluate.evaluate import evaluation_key, flat_metrics
+    from components.shared.step import step
+
+    with step("evaluate", config, run_id) as run:
+        evaluation = compare(run, dataset_uri=dataset_uri, version_uri=version_uri)
+        metrics.metadata.update(flat_metrics(evaluation))
+        uri = run.store.uri(evaluation_key(run.run_id))
+    return uri

@@ -1,0 +1,49 @@
+"""The evaluate step: a version in, the comparison of base, champion and candidate out. The work is a Ray job."""
+
+from typing import Any
+
+from components.shared.errors import JobError, ObjectMissing
+from components.shared.ray_submit import Job, submit_and_wait
+from components.shared.step import Step, config_key
+
+ROLES = ("base", "champion", "candidate")
+
+
+def evaluate(run: Step, *, dataset_uri: str, version_uri: str) -> dict[str, Any]:
+    """Measure the version on held-out records and return the run's evaluation.json.
+
+    Raises:
+        FineloopError: what the job failed with.
+        JobError: it ended without success and without saying why, or without a result.
+    """
+    store, config = run.store, run.config
+    command = ("python", "-m", "ray_jobs.evaluate", "--config", store.uri(config_key(run.run_id)))
+    job = Job(
+        run_id=run.run_id,
+        task="evaluate",
+        command=(*command, "--run-id", run.run_id, "--dataset", dataset_uri, "--version", version_uri),
+        timeout_s=config.ray.timeout_s,
+        metadata={"fineloop_adapter": config.adapter.name, "fineloop_config_digest": config.digest},
+    )
+    submission_id = submit_and_wait(job)
+    try:
+        evaluation: dict[str, Any] = store.get_json(evaluation_key(run.run_id))
+    except ObjectMissing as exc:
+        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    run.result.update(submission_id=submission_id, records=evaluation["records"])
+    return evaluation
+
+
+def evaluation_key(run_id: str) -> str:
+    """Where a run's evaluation lies in the store."""
+    return f"runs/{run_id}/evaluation.json"
+
+
+def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Every measured number by `<role>_<metric>`, as the Kubeflow UI compares runs."""
+    return {
+        f"{role}_{name}": float(value)
+        for role in ROLES
+        for name, value in ((evaluation["models"].get(role) or {}).get("metrics") or {}).items()
+        if value is not None
+    }

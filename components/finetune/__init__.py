@@ -1,0 +1,1 @@
+"""Fine-tune an adapter: the step that submits the training job to Ray."""

@@ -1,0 +1,200 @@
+"""One pipeline step: how it starts, ends, fails and tells a person about it.
+
+A step, and a Ray job, prints plain lines `[<step>] text` for people. A failure is one such line, from which another
+process raises the same error: `[<step>] failed {"error": "<class>", "message": "...", "exit_code": N}`.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from components.shared import config_file, errors
+from components.shared.config import RunConfig
+from components.shared.errors import ConfigError, Conflict, FineloopError
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+IMAGE = "fineloop/step-python:0.1.0"
+"""The image that every step runs in; `fineloop compile --image` puts a pinned one in its place."""
+COMPONENT: dict[str, Any] = {"base_image": IMAGE, "packages_to_install": [], "install_kfp_package": False}
+"""What every `dsl.component` takes: the code is in the image, so that a step installs nothing when it starts."""
+
+# Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
+_LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
+_RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way between processes."""
+
+    error: str
+    message: str
+    exit_code: int
+
+    def as_error(self) -> FineloopError:
+        """The error to raise on this side: of the same class where this side knows it."""
+        return errors.by_name(self.error, self.message)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One `[<step>] text` line."""
+
+    step: str
+    text: str
+
+    @property
+    def failure(self) -> Failure | None:
+        """What failed, when this line says so."""
+        word, _, body = self.text.partition(" ")
+        if word != "failed" or not body.startswith("{"):
+            return None
+        try:
+            found = json.loads(body)
+            return Failure(str(found["error"]), str(found["message"]), int(found["exit_code"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the step took, when this line says that it finished."""
+        match = _FINISHED.match(self.text)
+        return float(match[1]) if match else None
+
+
+@dataclass
+class Step:
+    """A running step; what it puts in `result` is recorded with it."""
+
+    name: str
+    run_id: str
+    config: RunConfig
+    store: "Store"
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        """Tell a person how it goes."""
+        say(self.name, text)
+
+
+def say(step: str, text: str) -> None:
+    """Print one line of the protocol."""
+    print(f"[{step}] {' '.join(text.split())}", flush=True)  # noqa: T201 - stdout is the protocol
+
+
+def say_failure(step: str, error: BaseException) -> None:
+    """Print the line that carries an error to another process."""
+    exit_code = error.exit_code if isinstance(error, FineloopError) else 1
+    body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+    print(f"[{step}] failed {json.dumps(body)}", flush=True)  # noqa: T201 - stdout is the protocol
+
+
+def parse_line(line: str) -> Line | None:
+    """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
+    match = _LINE.match(_COLOUR.sub("", line))
+    return Line(match[1], match[2]) if match else None
+
+
+def find_failure(log: str) -> Failure | None:
+    """The last failure that a log tells of."""
+    for text in reversed(log.splitlines()):
+        line = parse_line(text)
+        if line is not None and line.failure is not None:
+            return line.failure
+    return None
+
+
+@contextlib.contextmanager
+def step(name: str, config_toml: str, run_id: str) -> Iterator[Step]:
+    """Run one step: validate the config, open the store, record the outcome in runs/<run_id>/steps/<name>.json.
+
+    The first step of a run records the config as runs/<run_id>/config.toml.
+
+    Raises:
+        ConfigError: the config is not valid, or the run began with another one.
+        StoreError: the store cannot be used.
+    """
+    started_at, began = datetime.now(UTC), time.monotonic()
+    running: Step | None = None
+    with _components_log_as(name):
+        say(name, "started")
+        try:
+            running = _open(name, config_toml, run_id)
+            yield running
+            _record(running, "succeeded", started_at, time.monotonic() - began)
+        except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
+            if not isinstance(exc, FineloopError):
+                traceback.print_exc()
+            say_failure(name, exc)
+            if running is not None:
+                running.result.setdefault("error", {"kind": type(exc).__name__, "message": str(exc)})
+                with contextlib.suppress(FineloopError):
+                    _record(running, "failed", started_at, time.monotonic() - began)
+            raise
+        say(name, f"finished in {time.monotonic() - began:.1f} s")
+
+
+def config_key(run_id: str) -> str:
+    """Where a run's resolved config lies in the store."""
+    return f"runs/{run_id}/config.toml"
+
+
+def _open(name: str, config_toml: str, run_id: str) -> Step:
+    from components.registry.store import Store
+
+    if not _RUN_ID.match(run_id):
+        raise ConfigError(f"run id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
+    config = config_file.loads(config_toml, origin="the pipeline's config")
+    store = Store.open(config.registry)
+    body = config_file.dumps(config).encode()
+    try:
+        store.create(config_key(run_id), body, content_type="application/toml")
+    except Conflict:
+        first = config_file.loads(store.get(config_key(run_id)).decode(), origin=store.uri(config_key(run_id)))
+        if first.digest != config.digest:
+            raise ConfigError(
+                f"run {run_id} began with another config ({store.uri(config_key(run_id))}): start a new run"
+            ) from None
+    return Step(name, run_id, config, store)
+
+
+def _record(running: Step, status: str, started_at: datetime, seconds: float) -> None:
+    record = {
+        "step": running.name,
+        "status": status,
+        "started_at": started_at.isoformat(),
+        "seconds": round(seconds, 3),
+        "result": running.result,
+    }
+    running.store.put_json(f"runs/{running.run_id}/steps/{running.name}.json", record)
+
+
+@contextlib.contextmanager
+def _components_log_as(name: str) -> Iterator[None]:
+    """Let what the components log at INFO and above reach people as lines of this step."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(name, record.getMessage())
+
+    logger, handler = logging.getLogger("components"), Lines()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # kfp's own handler on the root logger would print each line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before

@@ -1,0 +1,95 @@
+"""`fineloop`: the command line. Nothing heavy is imported before a command needs it, so that help answers at once."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from components.shared.errors import FineloopError
+from pipelines.commands import adapters, chat, definition, diagnosis, run, servers
+from pipelines.commands.arguments import EXIT_CODES, Answer
+
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="fineloop",
+        description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
+        epilog=f"start here:\n  fineloop run              the built-in example, end to end, on this machine\n"
+        f"  fineloop COMMAND --help   what a command does, with an example\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    for group in (run, adapters, chat, definition, servers, diagnosis):
+        group.add(commands)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        answer: Answer = options.command(options)
+    except KeyboardInterrupt:
+        _tell("interrupted: nothing of this command is left running")
+        return _fail(options, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
+    except FineloopError as exc:
+        notes = [f"  {note}" for note in getattr(exc, "__notes__", [])]
+        _tell("\n".join([f"fineloop: {exc}", *notes]))
+        return _fail(options, _failure(exc), exc.exit_code)
+    except Exception as exc:  # the process's entry point: a mistake of ours, told whole
+        traceback.print_exc()
+        return _fail(options, _failure(exc), 1)
+    return _finish(options, answer)
+
+
+def _finish(options: argparse.Namespace, answer: Answer) -> int:
+    try:
+        if answer.text:
+            aside = options.json or answer.is_aside
+            print(answer.text, file=sys.stderr if aside else sys.stdout)
+        if options.json:
+            print(json.dumps(answer.body), flush=True)  # noqa: T201
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return answer.exit_code
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What --json prints of an error: who lost a race for an alias learns who holds it."""
+    body: dict[str, Any] = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    if type(error).__name__ == "AliasConflict":  # by name: the registry is not imported here
+        holder = getattr(error, "holder", None)
+        held = ("alias", "version", "since", "run_id")
+        body["conflict"] = {name: getattr(holder, name) for name in held} if holder is not None else {}
+    return body
+
+
+def _fail(options: argparse.Namespace, body: dict[str, Any], exit_code: int) -> int:
+    if options.json:
+        print(json.dumps({**body, "exit_code": exit_code}), flush=True)  # noqa: T201
+    return exit_code
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

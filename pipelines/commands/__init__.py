@@ -1,0 +1,1 @@
+"""The commands of `fineloop`, one file per group."""

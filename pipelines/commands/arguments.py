@@ -1,0 +1,113 @@
+"""Arguments that many commands share, and what they become."""
+
+import argparse
+import shlex
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from components.shared.config import RunConfig
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "icd10.toml"
+HELP_WIDTH = 88
+EXIT_CODES = """exit codes:
+  0  done; for a run: completed, whether the candidate was promoted or held
+  2  the input is wrong (config, data, arguments), said in one message
+  1  anything else failed"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: `body` for --json, `text` for people."""
+
+    body: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    exit_code: int = 0
+    is_aside: bool = False
+    """The text accompanies other output and goes to stderr even without --json."""
+
+
+Command = Callable[[argparse.Namespace], Answer]
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(
+    commands: Any, name: str, command: Command, *, does: str, more: str = "", example: str
+) -> argparse.ArgumentParser:
+    """Add a command with its help: a sentence, an example, its exit codes, and the options that all commands take."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does[:1].lower() + does[1:].rstrip("."),
+        description=textwrap.fill(f"{does} {more}".strip(), HELP_WIDTH),
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=command)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell everything that happens, on stderr")
+    return parser
+
+
+def add_home(parser: argparse.ArgumentParser) -> None:
+    """Where the local store, Ray head and run logs live."""
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=Path(".fineloop"),
+        metavar="DIR",
+        help="where this machine's store, logs and reports lie (default: ./.fineloop)",
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The config, and single keys of it."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="TOML config (default: the built-in example, pipelines/configs/icd10.toml)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="replace one key, such as train.learning_rate=2e-4; may be repeated",
+    )
+
+
+def load_config(options: argparse.Namespace) -> "RunConfig":
+    """The validated config, its relative paths made absolute: steps run in other folders than the user's.
+
+    Raises:
+        ConfigError: the file is missing, or it or an override is wrong.
+    """
+    from components.shared import config_file
+
+    config = config_file.load(options.config, options.overrides)
+    here = Path.cwd()
+    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    absolute = [source if "://" in source else str(here / Path(source).expanduser()) for source in sources]
+    source = absolute[0] if isinstance(config.data.source, str) else absolute
+    base = config.model.base
+    if "://" not in base and (here / Path(base).expanduser()).is_dir():  # else it is a hub id
+        base = str(here / Path(base).expanduser())
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"source": source}),
+            "model": config.model.model_copy(update={"base": base}),
+        }
+    )
+
+
+def home_option(options: argparse.Namespace) -> str:
+    """What to append to a suggested command so that it finds the same home."""
+    default = options.home == Path(".fineloop")
+    return "" if default else f" --home {shlex.quote(str(options.home))}"

@@ -1,0 +1,47 @@
+"""`fineloop chat`."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from pipelines.commands.adapters import REFERENCE
+from pipelines.commands.arguments import DEFAULT_CONFIG, Answer, add_command, add_config, add_home
+from pipelines.commands.opened import opened_registry
+
+
+def add(commands: Any) -> None:
+    """Add it."""
+    chat = add_command(
+        commands,
+        "chat",
+        _chat,
+        does="Talk to an adapter, base and adapter side by side.",
+        more="It reads messages from the terminal, one a line, and runs the adapter on its own base.",
+        example="echo 'ICD-10 chapter: Mpox' | fineloop chat icd10-chapters",
+    )
+    chat.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
+    chat.add_argument("--system", default="", metavar="TEXT", help="a system message before each of yours")
+    add_config(chat)
+    add_home(chat)
+
+
+def _chat(options: argparse.Namespace) -> Answer:
+    from components.registry.versions import resolve
+    from components.shared.step import config_key
+    from pipelines.local.service import python_path
+
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        is_own = options.config == DEFAULT_CONFIG and version.run_id
+        config = store.uri(config_key(version.run_id)) if is_own else str(options.config.absolute())
+        overrides = [part for override in options.overrides for part in ("--set", override)]
+        reference = f"{version.name}@{version.version}"
+        command = [sys.executable, "-m", "ray_jobs.chat", "--config", config, *overrides, "--version", reference]
+        command += ["--system", options.system] if options.system else []
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the child's; it ends, and then this process
+        environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
+        exit_code = subprocess.run(command, env=environment, check=False).returncode
+    return Answer({"name": version.name, "version": version.version}, exit_code=exit_code)

@@ -1,0 +1,36 @@
+"""The registry, opened for one command."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from components.shared.errors import UserError
+from pipelines.commands.arguments import load_config
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+
+@contextlib.contextmanager
+def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
+    """The registry that the config names, on the configured store or on the home's own.
+
+    Raises:
+        UserError: the home holds no store and none is configured.
+        GroundError: the home's store does not start.
+    """
+    from components.registry.store import Store
+    from pipelines.local.ground import ground
+    from pipelines.local.store import configured
+
+    config = load_config(options)
+    if not configured() and not (options.home / "store").is_dir():
+        raise UserError(
+            f"there is no store under {options.home}: give the --home of an earlier `fineloop run`, or set "
+            "AWS_ENDPOINT_URL to where your registry lies"
+        )
+    with ground(options.home, bucket=config.registry.bucket, ray=False) as environment:
+        os.environ.update(environment)  # a command is a process: nothing else runs in it
+        yield Store.open(config.registry)

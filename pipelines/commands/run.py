@@ -1,0 +1,54 @@
+"""`fineloop run` and `fineloop train`."""
+
+import argparse
+import sys
+from typing import Any
+
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home, home_option, load_config
+
+
+def add(commands: Any) -> None:
+    """Add both."""
+    run = add_command(
+        commands,
+        "run",
+        _run,
+        does="Run the whole pipeline on this machine.",
+        more="It prepares the data, fine-tunes an adapter, compares it with the base model and with the version "
+        "in production, and promotes it when the gate lets it pass. With no options it runs the built-in example; "
+        "the second run in one home meets the first one's version as its champion.",
+        example="fineloop run -c pipelines/configs/icd10.toml --set train.learning_rate=5e-4",
+    )
+    train = add_command(
+        commands,
+        "train",
+        _train,
+        does="Prepare, fine-tune and evaluate, without gate and alias.",
+        more="The version is published, and `fineloop adapters promote` can put it into production.",
+        example="fineloop train --set method.name=dora --set method.rank=32",
+    )
+    for parser in (run, train):
+        add_config(parser)
+        add_home(parser)
+        parser.add_argument("--run-id", default="", metavar="ID", help="name of the run (default: its time)")
+    train.add_argument(
+        "--address", default="", metavar="URL", help="Jobs API of a Ray cluster, such as http://HOST:8265"
+    )
+
+
+def _run(options: argparse.Namespace) -> Answer:
+    return _execute(options, "retrain", address="")
+
+
+def _train(options: argparse.Namespace) -> Answer:
+    return _execute(options, "train", address=options.address)
+
+
+def _execute(options: argparse.Namespace, what: Any, *, address: str) -> Answer:
+    from pipelines.local.outcome import summary
+    from pipelines.local.run import Place, run
+
+    config = load_config(options)
+    place = Place(options.home, sys.stderr, verbose=options.verbose, address=address)
+    outcome = run(config, place, what=what, run_id=options.run_id)
+    return Answer(outcome.as_json(), summary(outcome, home_option=home_option(options)), is_aside=True)

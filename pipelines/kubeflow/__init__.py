@@ -1,0 +1,1 @@
+"""What Kubeflow Pipelines runs: the same pipeline, compiled."""

@@ -1,0 +1,117 @@
+"""What a person sees of a run: one line per step, the running one rewritten in place on a terminal."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from components.shared.step import Line
+
+PLAIN_EVERY_S = 5.0
+"""Without a terminal, such as in a CI log, progress is told this often."""
+_PROGRESS = re.compile(r"\b\d+ ?(/|of) ?\d+\b|\d%")
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+class Display:
+    """Steps as they come. `live` rewrites lines with ANSI codes; otherwise lines are only ever added."""
+
+    def __init__(self, stream: TextIO, *, live: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._live = live
+        self._clock = clock
+        self._step = ""
+        self._note = ""
+        self._began = 0.0
+        self._told_at = float("-inf")
+        self._seconds: float | None = None
+
+    def start(self, step: str) -> None:
+        """A step begins; the one before it is over."""
+        self._settle()
+        self._step, self._note, self._began, self._seconds = step, "", self._clock(), None
+        self._told_at = float("-inf")
+        if self._live:
+            self.tick()
+        else:
+            self._write(f"[{step}] started\n")
+
+    def line(self, line: Line) -> None:
+        """One line of the step protocol, from whichever step is running."""
+        if line.step != self._step:
+            self.start(line.step)
+        if line.seconds is not None:
+            self.finish(line.seconds)
+        elif line.text != "started" and line.failure is None:
+            self._say(line.text)
+
+    def finish(self, seconds: float | None = None) -> None:
+        """The running step succeeded, in `seconds` where it measured them itself."""
+        told = self._seconds
+        self._seconds = seconds if seconds is not None else self._clock() - self._began
+        if self._live:
+            self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}")
+        elif told is None:
+            self._write(f"[{self._step}] finished in {self._seconds:.1f} s\n")
+
+    def fail(self) -> None:
+        """The running step, if any, failed or was interrupted."""
+        if self._step and self._seconds is None and self._live:
+            self._rewrite(f"{self._paint('31', '✗')} {self._row(self._clock() - self._began)}\n")
+        self._step = ""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._settle()
+
+    def tick(self) -> None:
+        """Let the clock of the running step go on."""
+        if self._live and self._step and self._seconds is None:
+            now = self._clock()
+            mark = _SPINNER[int(now * 8) % len(_SPINNER)]
+            self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
+
+    def _say(self, text: str) -> None:
+        self._note = text
+        if self._live:
+            self.tick()
+            return
+        is_progress = _PROGRESS.search(text) is not None
+        if is_progress and self._clock() - self._told_at < PLAIN_EVERY_S:
+            return
+        if is_progress:
+            self._told_at = self._clock()
+        self._write(f"[{self._step}] {text}\n")
+
+    def _settle(self) -> None:
+        if self._step and self._live:
+            if self._seconds is None:
+                self.finish()
+            self._write("\n")
+        self._step = ""
+
+    def _row(self, seconds: float) -> str:
+        return f"{self._step:<9} {seconds:7.1f} s  {self._note}".rstrip()
+
+    def _rewrite(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1 + (len(text) - len(_without_codes(text)))
+        end = "\n" if text.endswith("\n") else ""
+        self._write("\r\x1b[2K" + text.rstrip("\n")[:width] + end)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def _paint(self, code: str, text: str) -> str:
+        return text if os.environ.get("NO_COLOR") else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether lines on this stream can be rewritten."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _without_codes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

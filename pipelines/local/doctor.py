@@ -1,0 +1,172 @@
+"""Whether this machine can run Fineloop: `fineloop doctor`. Starts nothing."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.shared.config import RegistryConfig
+from components.shared.errors import FineloopError, StoreError
+from pipelines.local import ray_head, ray_process, seaweedfs, store
+from pipelines.local.ports import LOOPBACK
+
+GIB = 1024**3
+PYTHON = (3, 11)
+HOME_DISK_BYTES = 3 * GIB  # a converted 135M base model, its checkpoints and the embedded store's volumes
+TEMP_DISK_BYTES = 1 * GIB  # Ray spills and logs there
+MEMORY_BYTES = 6 * GIB  # two CPU workers on the built-in example, the Ray head and the store
+SHM_BYTES = ray_process.OBJECT_STORE_BYTES
+STEP_PACKAGES = ("boto3", "pyarrow", "pydantic", "kfp", "ray", "jinja2", "tomli_w")
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "safetensors", "gguf")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `fix` says what to do when `ok` is false, and is empty otherwise."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str
+
+
+def checks(home: Path, *, registry: RegistryConfig | None = None) -> list[Check]:
+    """Look at the machine, the packages, the store and Ray, as far as each is installed, configured or up.
+
+    With `registry` the store that the environment names, or else the embedded one that is up, is written to and read:
+    a few small objects under the registry's prefix, removed again.
+    """
+    return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu()]
+
+
+def _check(name: str, ok: bool, detail: str, fix: str) -> Check:
+    return Check(name, ok, detail, "" if ok else fix)
+
+
+def _machine(home: Path) -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield _check("python", sys.version_info >= PYTHON, version, "use Python 3.11 or newer")
+    yield _disk("disk at --home", home, HOME_DISK_BYTES, "free some space or take another --home")
+    yield _disk("temporary disk", Path(tempfile.gettempdir()), TEMP_DISK_BYTES, "free some space or set TMPDIR")
+    memory = memory_bytes()
+    yield _check(
+        "memory",
+        memory >= MEMORY_BYTES,
+        f"{memory / GIB:.1f} GiB",
+        f"the built-in example needs {MEMORY_BYTES / GIB:.0f} GiB: lower ray.num_workers or use a larger machine",
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield _check("cores", cores >= 2, str(cores), "two workers share one core: it works, slowly")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        yield _disk("/dev/shm", shm, SHM_BYTES, "Ray falls back to the temporary disk: docker run --shm-size=1g")
+
+
+def _disk(name: str, path: Path, needed: int, fix: str) -> Check:
+    existing = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
+    free = shutil.disk_usage(existing).free
+    return _check(name, free >= needed, f"{free / GIB:.1f} GiB free at {path}, {needed / GIB:.1f} wanted", fix)
+
+
+def memory_bytes() -> int:
+    """The memory that this process may use: the machine's, or less where a container is limited."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def _packages() -> Iterator[Check]:
+    for name, packages, extra in (("packages", STEP_PACKAGES, "."), ("train packages", TRAIN_PACKAGES, ".[train]")):
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        detail = f"missing: {', '.join(missing)}" if missing else "all found"
+        yield _check(name, not missing, detail, f"pip install -e '{extra}'")
+
+
+def _weed() -> Check:
+    if store.configured():
+        return Check("embedded store", True, "not needed: AWS_ENDPOINT_URL is set", "")
+    try:
+        return Check("embedded store", True, seaweedfs.find_binary(), "")
+    except FineloopError as exc:
+        return Check("embedded store", False, "no weed binary", str(exc))
+
+
+def _loopback() -> Check:
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind((LOOPBACK, 0))
+            server.listen()
+            client.settimeout(2)
+            client.connect(server.getsockname())
+    except OSError as exc:
+        return Check("loopback", False, str(exc), f"allow TCP connections on {LOOPBACK}")
+    return Check("loopback", True, f"connections on {LOOPBACK} work", "")
+
+
+def _store(home: Path, registry: RegistryConfig | None) -> Check:
+    name = "store"
+    configured = store.configured()
+    endpoint = None if configured else store.service(home).endpoint()
+    if not configured and endpoint is None:
+        return Check(name, True, "none configured: an embedded one starts with each run", "")
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or (endpoint or {})["url"]
+    if registry is None:
+        return Check(name, True, f"{url} (not tried: no config)", "")
+    from components.registry.store import Store
+
+    try:
+        with _environment({} if configured else store.store_environment(home)):
+            Store.open(registry).check()
+    except StoreError as exc:
+        return Check(name, False, f"{url}: {exc}", "see the message")
+    return Check(name, True, f"{url}, bucket {registry.bucket}: reachable, honours conditional writes", "")
+
+
+@contextlib.contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the length of one `with`."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _ray(home: Path) -> Check:
+    if ray_head.configured():
+        url = os.environ["RAY_ADDRESS"]
+        if not url.startswith(("http://", "https://")):
+            return Check("ray", False, f"RAY_ADDRESS={url}", "RAY_ADDRESS takes the Jobs API: http://HOST:8265")
+        token = os.environ.get("RAY_AUTH_TOKEN")
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        if token is None and path.is_file():
+            token = path.read_text(encoding="ascii").strip()
+        fix = "check RAY_ADDRESS, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and that the cluster runs"
+        return _check("ray", ray_process.answers(url, token), url, fix)
+    if (endpoint := ray_head.service(home).endpoint()) is None:
+        return Check("ray", True, "none configured: a local head starts with each run", "")
+    answered = ray_process.answers(endpoint["url"], Path(endpoint["token_path"]).read_text(encoding="ascii"))
+    return _check("ray", answered, endpoint["url"], "fineloop ray down; fineloop ray up")
+
+
+def _gpu() -> Check:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return Check("gpu", True, "none seen: the workers use the CPU", "")
+    try:
+        query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (subprocess.SubprocessError, OSError) as exc:
+        return Check("gpu", False, f"nvidia-smi failed ({exc})", "check the NVIDIA driver")
+    return Check("gpu", True, "; ".join(found.splitlines()), "")

@@ -1,0 +1,161 @@
+"""What a finished run left in the store, as the command line tells it."""
+
+import shlex
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.shared.config import RunConfig
+from components.shared.errors import FineloopError, ObjectMissing
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+METRICS = {"loss": "loss", "perplexity": "perplexity", "exact_match": "exact match", "token_f1": "token F1"}
+PROMPT_GAIN = "prompt_gain"
+ROLES = ("base", "champion", "candidate")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The object that `fineloop run --json` prints; `train` leaves the decision out."""
+
+    run_id: str
+    adapter: str
+    alias: str
+    version: str
+    version_uri: str
+    decision: str | None
+    promoted: bool
+    reasons: list[str]
+    metrics: dict[str, dict[str, float | None] | None]
+    report: str | None
+    store: dict[str, str]
+    timings_s: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object, with the keys that scripts rely on."""
+        fields = dict(vars(self))
+        del fields["alias"]
+        if self.decision is None:
+            for key in ("decision", "promoted", "reasons", "report"):
+                del fields[key]
+        return fields
+
+
+def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
+    """Read how a run of the whole pipeline ended, and copy its report to `report_path`.
+
+    Raises:
+        ObjectMissing: it did not get as far as a decision, or wrote no report.
+        FineloopError: it decided to promote, and the alias did not move.
+    """
+    decision = store.get_json(f"runs/{run_id}/decision.json")
+    name, alias, version = decision["adapter"], decision["alias"], decision["version"]
+    promoted = _succeeded(store, run_id, "promote")
+    if promoted != (decision["decision"] == "promote"):
+        did = "moved" if promoted else "did not move"
+        raise FineloopError(f"run {run_id} decided to {decision['decision']} {version}, but {name}@{alias} {did}")
+    report_path.parent.mkdir(parents=True, exist_ok=True)
+    report_path.write_bytes(store.get(f"runs/{run_id}/report.html"))
+    return Outcome(
+        run_id=run_id,
+        adapter=name,
+        alias=alias,
+        version=version,
+        version_uri=decision["version_uri"],
+        decision=decision["decision"],
+        promoted=promoted,
+        reasons=list(decision["reasons"]),
+        metrics=_metrics(store, run_id),
+        report=str(report_path),
+        store=_where(store),
+        timings_s={"ground": ground_s, **step_seconds(store, run_id), "total": total_s},
+    )
+
+
+def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
+    """Read what `fineloop train` published.
+
+    Raises:
+        ObjectMissing: it did not get that far.
+    """
+    result = store.get_json(f"runs/{run_id}/finetune.json")
+    return Outcome(
+        run_id=run_id,
+        adapter=config.adapter.name,
+        alias=config.adapter.alias,
+        version=result["version"],
+        version_uri=result["version_uri"],
+        decision=None,
+        promoted=False,
+        reasons=[],
+        metrics=_metrics(store, run_id),
+        report=None,
+        store=_where(store),
+        timings_s={"ground": ground_s, **step_seconds(store, run_id), "total": total_s},
+    )
+
+
+def step_seconds(store: "Store", run_id: str) -> dict[str, float]:
+    """Seconds of each recorded step, in the order in which they began."""
+    records = [store.get_json(entry.key) for entry in store.list(f"runs/{run_id}/steps/")]
+    return {record["step"]: record["seconds"] for record in sorted(records, key=lambda record: record["started_at"])}
+
+
+def summary(outcome: Outcome, *, home_option: str) -> str:
+    """The outcome for a person. `home_option` is what the next commands need to find this home again."""
+    reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
+    headline = {
+        "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
+        "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
+        None: f"published {outcome.adapter} {outcome.version}, without an alias",
+    }[outcome.decision]
+    reasons = [
+        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
+    ]
+    lines = ["", headline, *reasons, "", *_table(outcome.metrics), ""]
+    where = {"version": outcome.version_uri, "report": outcome.report}
+    where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
+    lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
+    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.timings_s.items() if step != "total")
+    lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
+    commands = {f"fineloop chat {shlex.quote(reference)}{home_option}": "talk to it, beside its base"}
+    if outcome.promoted and outcome.metrics["champion"]:
+        commands[f"fineloop adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+    elif outcome.decision is None:
+        commands[f"fineloop adapters promote {reference}{home_option}"] = "put it into production"
+    width = max(map(len, commands))
+    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
+
+
+def _table(metrics: Mapping[str, Mapping[str, float | None] | None]) -> list[str]:
+    roles = [role for role in ROLES if metrics.get(role)]
+    rows = [["", *roles]]
+    for key, label in {**METRICS, PROMPT_GAIN: "prompt gain"}.items():
+        values = [(metrics[role] or {}).get(key) for role in roles]
+        if any(value is not None for value in values):
+            rows.append([label, *["-" if value is None else _number(key, value) for value in values]])
+    return [f"  {row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
+
+
+def _number(key: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if key in ("exact_match", "token_f1") else f"{value:.3f}"
+
+
+def _metrics(store: "Store", run_id: str) -> dict[str, dict[str, float | None] | None]:
+    models = store.get_json(f"runs/{run_id}/evaluation.json")["models"]
+    return {role: models[role]["metrics"] if models.get(role) else None for role in ROLES}
+
+
+def _succeeded(store: "Store", run_id: str, step: str) -> bool:
+    try:
+        return bool(store.get_json(f"runs/{run_id}/steps/{step}.json")["status"] == "succeeded")
+    except ObjectMissing:
+        return False
+
+
+def _where(store: "Store") -> dict[str, str]:
+    return {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix}

@@ -1,0 +1,140 @@
+"""`fineloop run` and `fineloop train`: the pipeline on this machine, with embedded servers or configured ones."""
+
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, TextIO
+
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import FineloopError, ObjectMissing
+from pipelines.local.display import Display, is_live
+from pipelines.local.outcome import Outcome, read_outcome, read_trained
+from pipelines.local.service import python_path
+from pipelines.local.watch import Ended, watch
+
+What = Literal["retrain", "train"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs keep their files on this machine, and who watches."""
+
+    home: Path
+    terminal: TextIO
+    verbose: bool = False
+    address: str = ""
+    """Jobs API of a Ray cluster; empty means RAY_ADDRESS, or else the local head."""
+
+
+def new_run_id() -> str:
+    """Sorts by time, and differs between runs that begin in one second."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Outcome:
+    """Run it to the end, with one line per step on the terminal and everything else in HOME/runs/<run_id>/pipeline.log.
+
+    Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
+
+    Raises:
+        FineloopError: what a step failed with, of its own class.
+        GroundError: the store or the Ray head did not start.
+    """
+    from pipelines.local.ground import ground
+
+    run_id = run_id or new_run_id()
+    began = time.monotonic()
+    folder = place.home.absolute() / "runs" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
+    display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
+    try:
+        display.start("ground")
+        ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
+        with ground(place.home, bucket=config.registry.bucket, ray=not place.address) as environment:
+            ground_s = time.monotonic() - began
+            display.finish(ground_s)
+            environment = {**environment, **ray_address}
+            with _in_environment(environment):
+                _execute(what, run_id, folder, environment, place, display)
+                display.close()
+                return _read(what, config, run_id, folder, ground_s=ground_s, began=began)
+    except BaseException:
+        display.fail()
+        raise
+
+
+def _execute(
+    what: What, run_id: str, folder: Path, environment: Mapping[str, str], place: Place, display: Display
+) -> None:
+    log_path = folder / "pipeline.log"
+    try:
+        ended = watch(
+            [
+                *(sys.executable, "-m", "pipelines.local.run_pipeline", what),
+                *("--config", str(folder / "config.toml"), "--run-id", run_id),
+                *("--pipeline-root", str(place.home.absolute() / "kfp")),
+            ],
+            environment={**os.environ, **environment, "PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1"},
+            directory=folder,
+            log_path=log_path,
+            on_line=display.line,
+            on_tick=display.tick,
+            on_text=(lambda text: print(text, file=place.terminal)) if place.verbose else None,
+        )
+    except BaseException:
+        _stop_jobs(run_id)
+        raise
+    _raise_failure(ended, log_path)
+
+
+def _raise_failure(ended: Ended, log_path: Path) -> None:
+    """Raise what a step failed with. How the process ended says little: the outcome is read from the store."""
+    if ended.failure is not None:
+        error = ended.failure.as_error()
+        error.add_note(f"step {ended.failed_step}; log: {log_path}")
+        raise error
+
+
+def _read(what: What, config: RunConfig, run_id: str, folder: Path, *, ground_s: float, began: float) -> Outcome:
+    from components.registry.store import Store
+
+    store = Store.open(config.registry)
+    seconds = {"ground_s": round(ground_s, 3), "total_s": round(time.monotonic() - began, 3)}
+    try:
+        if what == "train":
+            return read_trained(config, store, run_id, **seconds)
+        return read_outcome(store, run_id, **seconds, report_path=folder / "report.html")
+    except ObjectMissing as exc:
+        error = FineloopError(f"run {run_id} ended early and no step said why: {exc}")
+        error.add_note(f"log: {folder / 'pipeline.log'}")
+        raise error from exc
+
+
+def _stop_jobs(run_id: str) -> None:
+    """Stop what the run left on the cluster; a step that was killed at once had no time to."""
+    from components.shared.ray_submit import stop_run
+
+    with contextlib.suppress(FineloopError):
+        stop_run(run_id)
+
+
+@contextlib.contextmanager
+def _in_environment(environment: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

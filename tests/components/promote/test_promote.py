@@ -1,0 +1,84 @@
+from collections.abc import Callable
+
+import pytest
+
+from components.promote.promote import hold, promote
+from components.registry import aliases, versions
+from components.registry.aliases import AliasConflict
+from components.registry.store import Store
+from components.shared.config import RunConfig
+from components.shared.step import Step
+
+Decide = Callable[..., Step]
+
+
+@pytest.fixture
+def published(store: Store) -> list[str]:
+    return [
+        versions.publish_version(
+            store, "sums", {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}, lineage={}
+        ).version
+        for weights in (b"one", b"two", b"three")
+    ]
+
+
+@pytest.fixture
+def decided(store: Store) -> Decide:
+    def decide(version: str, champion: str | None, decision: str = "promote") -> Step:
+        record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion}
+        store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
+        config = RunConfig.model_validate(
+            {"adapter": {"name": "sums"}, "model": {"base": "x"}, "data": {"source": "x"}}
+        )
+        return Step("promote", "r", config, store)
+
+    return decide
+
+
+def holder(store: Store) -> str | None:
+    pointer = aliases.read_alias(store, "sums", "production")
+    return pointer.version if pointer else None
+
+
+def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
+    store: Store, published: list[str], decided: Decide
+) -> None:
+    run = decided(published[0], None)
+
+    event_uri = promote(run)
+
+    assert holder(store) == published[0]
+    event = aliases.events(store, "sums")[-1]
+    assert (event.kind, event.uri) == ("promoted", event_uri)
+    assert (event.body["run_id"], event.body["reason"]) == ("r", "better; by far")
+    assert event.body["evidence"] == {"decision": store.uri("runs/r/decision.json")}
+    assert run.result == {"alias": "production", "from": None, "to": published[0], "event_uri": event_uri}
+
+
+def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:
+    assert promote(decided(published[0], None)) == promote(decided(published[0], None))
+    assert len(aliases.events(store, "sums")) == len(published) + 1
+
+
+@pytest.mark.parametrize("compared_with", [None, 0])
+def test_a_candidate_compared_with_yesterdays_champion_is_refused(
+    store: Store, published: list[str], decided: Decide, compared_with: int | None
+) -> None:
+    aliases.promote(store, "sums", published[1])  # another run, after this one's evaluation
+    champion = None if compared_with is None else published[compared_with]
+
+    with pytest.raises(AliasConflict, match=published[1]):
+        promote(decided(published[2], champion))
+
+    assert holder(store) == published[1]
+
+
+def test_holding_leaves_the_alias_and_tells_why(
+    store: Store, published: list[str], decided: Decide, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aliases.promote(store, "sums", published[0])
+
+    assert hold(decided(published[1], published[0], "hold")) == store.uri("runs/r/decision.json")
+
+    assert holder(store) == published[0]
+    assert "better; by far" in capsys.readouterr().out

@@ -1,0 +1,193 @@
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from components.registry.store import Store
+from components.shared import config_file, errors
+from components.shared.errors import ConfigError, DataError, FineloopError, UserError
+from components.shared.step import Line, find_failure, parse_line, say, say_failure, step
+
+CONFIG = """
+[adapter]
+name = "it's-a-test"
+[model]
+base = "nobody/none"
+[data]
+source = "data.jsonl"
+[registry]
+bucket = "{bucket}"
+prefix = "{prefix}"
+"""
+
+
+def config_toml(store: Store, **changes: str) -> str:
+    text = CONFIG.format(bucket=store.bucket, prefix=store.prefix).replace("it's-a-test", "a-test")
+    return config_file.dumps(config_file.loads(text, [f"{key}={value}" for key, value in changes.items()]))
+
+
+def every_error() -> list[type[FineloopError]]:
+    found = [FineloopError]
+    for kind in found:
+        found += kind.__subclasses__()
+    return [kind for kind in found if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", every_error())
+def test_every_error_crosses_as_itself(kind: type[FineloopError], capsys: pytest.CaptureFixture[str]) -> None:
+    message = 'data.source "x"\nholds {"a": 1} and \u00e9\u4e2d, it\'s [prepare] failed {}'
+
+    say_failure("prepare", kind(message))
+
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    failure = find_failure(f"noise\n\t  {printed}more noise\n")
+    assert failure is not None
+    again = failure.as_error()
+    assert (type(again), str(again), failure.exit_code) == (kind, message, kind.exit_code)
+
+
+def test_a_foreign_error_crosses_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    say_failure("gate", ZeroDivisionError("division by zero"))
+
+    failure = find_failure(capsys.readouterr().out)
+    assert failure is not None
+    assert str(failure.as_error()) == "ZeroDivisionError: division by zero"
+    assert failure.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "[KFP Executor 2026-11-25 INFO]: x",
+        "[prepare]",
+        "[evaluate]\\nrecords = 3",
+        "x [prepare] y",
+        "[Prepare] y",
+    ],
+)
+def test_other_lines_are_not_of_the_protocol(text: str) -> None:
+    assert parse_line(text) is None
+
+
+@pytest.mark.parametrize("body", ["", "because of x", "{}", '{"error": "X"}', "{broken", '{"error": 1, "message": 2}'])
+def test_a_broken_failure_line_is_only_text(body: str) -> None:
+    line = parse_line(f"[prepare] failed {body}")
+    assert line is not None
+    assert line.failure is None
+
+
+def test_an_indented_line_with_carriage_return_is_read() -> None:
+    assert parse_line("        [finetune] 3/10 loss 1.2\r\n") == Line("finetune", "3/10 loss 1.2")
+
+
+@pytest.mark.parametrize("prefix", ["(RayTrainWorker pid=12083) ", "\x1b[36m(Train pid=1, ip=10.0.0.7)\x1b[0m "])
+def test_a_workers_line_is_read_with_rays_prefix(prefix: str) -> None:
+    assert parse_line(f"    {prefix}[finetune] step 3/10 loss 1.2") == Line("finetune", "step 3/10 loss 1.2")
+
+
+def test_said_text_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("gate", "two\nlines\tand   spaces")
+    assert capsys.readouterr().out == "[gate] two lines and spaces\n"
+
+
+def test_the_last_failure_of_a_log_counts() -> None:
+    log = "\n".join(
+        f'[finetune] failed {{"error": "DataError", "message": "{n}", "exit_code": 2}}' for n in ("first", "second")
+    )
+    failure = find_failure(log + "\n[finetune] over\n")
+    assert failure is not None
+    assert failure.message == "second"
+
+
+def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    toml = config_toml(store)
+
+    with step("prepare", toml, "run-1") as running:
+        running.result["records"] = 3
+        logging.getLogger("components.prepare").info("read %d\nrows", 3)
+
+    record = store.get_json("runs/run-1/steps/prepare.json")
+    assert record["status"] == "succeeded"
+    assert record["result"] == {"records": 3}
+    assert record["seconds"] >= 0
+    assert store.get("runs/run-1/config.toml").decode() == toml
+    lines = [parse_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.text for line in lines if line][:2] == ["started", "read 3 rows"]
+    assert lines[-1] is not None
+    assert lines[-1].seconds is not None
+
+
+def test_a_failing_step_is_recorded_told_and_raised(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with step("prepare", config_toml(store), "run-2") as running:
+            running.result["seen"] = 1
+            raise DataError("no rows")
+
+    with pytest.raises(DataError, match="no rows"):
+        fail()
+
+    record = store.get_json("runs/run-2/steps/prepare.json")
+    assert record["status"] == "failed"
+    assert record["result"] == {"seen": 1, "error": {"kind": "DataError", "message": "no rows"}}
+    printed = capsys.readouterr().out
+    failure = find_failure(printed)
+    assert failure is not None
+    assert failure.exit_code == 2
+    assert "finished" not in printed
+
+
+def test_a_step_that_is_run_again_replaces_its_record(store: Store) -> None:
+    with pytest.raises(DataError), step("prepare", config_toml(store), "run-3"):
+        raise DataError("no rows")
+    with step("prepare", config_toml(store), "run-3"):
+        pass
+    assert store.get_json("runs/run-3/steps/prepare.json")["status"] == "succeeded"
+
+
+def test_a_run_keeps_the_config_it_began_with(store: Store) -> None:
+    with step("prepare", config_toml(store), "run-4"):
+        pass
+
+    with (
+        pytest.raises(ConfigError, match="began with another config"),
+        step("finetune", config_toml(store, **{"train.learning_rate": "0.5"}), "run-4"),
+    ):
+        raise AssertionError("the step must not begin")
+
+
+def test_a_wrong_config_is_told_before_any_store_is_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError), step("prepare", "[adapter]\nnam = 1\n", "run-5"):
+        pass
+    failure = find_failure(capsys.readouterr().out)
+    assert failure is not None
+    assert "did you mean adapter.name" in failure.message
+
+
+@pytest.mark.parametrize("run_id", ["", "../x", "a b", "x" * 101, "a/b"])
+def test_a_run_id_that_could_escape_its_folder_is_refused(store: Store, run_id: str) -> None:
+    with pytest.raises(UserError, match="run id"), step("prepare", config_toml(store), run_id):
+        pass
+
+
+def test_the_log_of_components_reaches_no_other_handler(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with step("gate", config_toml(store), "run-6"):
+        logging.getLogger("components.gate").info("once")
+    assert "once" not in caplog.text
+    assert logging.getLogger("components").propagate
+
+
+def test_the_protocol_needs_neither_kfp_nor_ray_nor_torch() -> None:
+    code = (
+        "import sys, json, components.shared.step, components.shared.ray_submit, components.finetune.finetune, "
+        "components.evaluate.evaluate, components.promote.promote\n"
+        "print(json.dumps(sorted({'kfp', 'ray', 'torch', 'transformers'} & set(sys.modules))))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == []

@@ -1,0 +1,134 @@
+"""A double of Ray's Jobs API: the six calls that the client makes, and each entry point as a real process."""
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+TOKEN = "0123456789abcdef" * 4
+RAY_VERSION = importlib.metadata.version("ray")  # importing ray fixes its authentication for the whole process
+
+
+@dataclass
+class FakeJob:
+    submission_id: str
+    entrypoint: str
+    metadata: dict[str, str]
+    log_path: Path
+    process: subprocess.Popen[bytes]
+    stopped: bool = False
+
+    @property
+    def status(self) -> str:
+        code = self.process.poll()
+        if code is None:
+            return "RUNNING"
+        if self.stopped:
+            return "STOPPED"
+        return "SUCCEEDED" if code == 0 else "FAILED"
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "type": "SUBMISSION",
+            "submission_id": self.submission_id,
+            "status": self.status,
+            "entrypoint": self.entrypoint,
+            "metadata": self.metadata,
+            "driver_exit_code": self.process.poll(),
+        }
+
+
+class JobsApi:
+    """Listens on loopback from construction to `close`."""
+
+    def __init__(self, directory: Path, environment: Mapping[str, str] | None = None, *, token: str = "") -> None:
+        self.jobs: dict[str, FakeJob] = {}
+        self.directory = directory
+        self.environment = {**os.environ, **(environment or {})}
+        self.token = token
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(*api.answer("GET", self.path, None, self.headers.get("Authorization", "")))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
+                self._answer(*api.answer("POST", self.path, body, self.headers.get("Authorization", "")))
+
+            def _answer(self, code: int, body: Any) -> None:
+                text = (body if isinstance(body, str) else json.dumps(body)).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def answer(self, verb: str, path: str, body: Any, authorization: str) -> tuple[int, Any]:
+        if self.token and authorization != f"Bearer {self.token}":
+            return 401, "Unauthorized: Missing authentication token"
+        if path == "/api/version":
+            return 200, {"version": "4", "ray_version": RAY_VERSION, "ray_commit": "", "session_name": "double"}
+        if path == "/api/jobs/":
+            return (200, [job.details() for job in self.jobs.values()]) if verb == "GET" else self._submit(body)
+        match = re.fullmatch(r"/api/jobs/([^/]+)(/logs|/stop)?", path)
+        job = self.jobs.get(match[1]) if match else None
+        if match is None or job is None:
+            return 404, f"Job {path} does not exist."
+        if match[2] == "/logs":
+            return 200, {"logs": job.log_path.read_text()}
+        if match[2] == "/stop":
+            was_running = job.status == "RUNNING"
+            self._end(job)
+            return 200, {"stopped": was_running}
+        return 200, job.details()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        for job in self.jobs.values():
+            self._end(job)
+
+    def _submit(self, body: dict[str, Any]) -> tuple[int, Any]:
+        submission_id = body["submission_id"]
+        if submission_id in self.jobs:
+            return 500, f"Job with submission_id {submission_id} already exists."
+        log_path = self.directory / f"{submission_id}.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(  # noqa: S602 - a shell, as Ray does
+                body["entrypoint"],
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self.jobs[submission_id] = FakeJob(submission_id, body["entrypoint"], body["metadata"], log_path, process)
+        return 200, {"job_id": submission_id, "submission_id": submission_id}
+
+    @staticmethod
+    def _end(job: FakeJob) -> None:
+        if job.process.poll() is None:
+            job.stopped = True
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()

@@ -1,0 +1,83 @@
+"""A cluster of stub jobs, a registry and a config: everything that a run needs but training."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from components.registry.store import Store
+from components.shared.config import RunConfig
+from components.shared.config_file import loads
+from pipelines.local.seaweedfs import Endpoint
+from tests.jobs_api import TOKEN, JobsApi
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stub_cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
+    """A Jobs API whose `python -m ray_jobs.X` is the stub's; the environment points at it and at a store."""
+    package = tmp_path / "cluster" / "ray_jobs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for name in ("finetune", "evaluate"):
+        code = (
+            f"import runpy, sys\nsys.argv[:1] = ['stub', '{name}']\n"
+            f"runpy.run_path({str(ROOT / 'tests' / 'stub_jobs.py')!r}, run_name='__main__')\n"
+        )
+        (package / f"{name}.py").write_text(code)
+    environment = {
+        **s3_server.environment(),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{package.parent}:{ROOT}",
+    }
+    api = JobsApi(package.parent, environment, token=TOKEN)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**s3_server.environment(), "RAY_ADDRESS": api.address}.items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        yield api
+    api.close()
+
+
+@pytest.fixture
+def data_path(tmp_path: Path) -> Path:
+    """Sixty records in a folder whose name a shell, a kfp condition and TOML could all trip over."""
+    path = tmp_path / 'it\'s "my" data' / "records.jsonl"
+    path.parent.mkdir()
+    rows = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, store: Store, data_path: Path) -> Path:
+    """A config for the stub: its adapter's loss is train.weight_decay."""
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f"""
+[adapter]
+name = "sums"
+[model]
+base = "nobody/none"
+[data]
+source = {json.dumps(str(data_path))}
+eval_share = 0.3
+[train]
+weight_decay = 1.0
+[registry]
+bucket = "{store.bucket}"
+prefix = "{store.prefix}"
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def make_config(config_path: Path) -> Callable[..., RunConfig]:
+    """The config with some keys replaced."""
+    return lambda *overrides: loads(config_path.read_text(), overrides)

@@ -1,0 +1,156 @@
+"""Users of a home in processes of their own, and what the kernel says about the processes that they started."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.local import guard
+from pipelines.local.service import ROOT, Service
+
+USER = """
+import json, sys
+from pathlib import Path
+from pipelines.local.ground import ground
+with ground(Path(sys.argv[1]), bucket=sys.argv[2], ray=sys.argv[3] == "ray") as environment:
+    print(json.dumps(environment), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "RAY_")):
+            monkeypatch.delenv(name)
+
+
+@dataclass
+class User:
+    """A process that stands on a home's ground until it is told, or made, to end."""
+
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+
+    def leave(self) -> None:
+        self.process.communicate(timeout=30)
+        assert self.process.returncode == 0
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        self.process.wait(30)
+
+
+class Machine:
+    """One home and what runs on it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.users: list[User] = []
+
+    def user(self, *, bucket: str = "bucket-one", ray: bool = False, **added: str) -> User:
+        process = subprocess.Popen(
+            [sys.executable, "-c", USER, str(self.home), bucket, "ray" if ray else "no"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **added},
+        )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "the user did not get its ground"
+        user = User(process, json.loads(line))
+        self.users.append(user)
+        return user
+
+    def processes(self, service: Service) -> dict[int, str]:
+        """The keeper and all that descends from it: process id and start time, which together are unique."""
+        endpoint = service.endpoint()
+        assert endpoint is not None
+        pids = {endpoint["keeper_pid"], *guard.descendants(endpoint["keeper_pid"])}
+        return {pid: started for pid in pids if (started := _start_time(pid)) is not None}
+
+    def keeper_pid(self, service: Service) -> int:
+        endpoint = service.endpoint()
+        assert endpoint is not None
+        return int(endpoint["keeper_pid"])
+
+    def alive(self, processes: dict[int, str]) -> set[int]:
+        return {pid for pid, started in processes.items() if _start_time(pid) == started}
+
+    def wait_gone(self, processes: dict[int, str], *, within_s: float) -> None:
+        wait_until(lambda: not self.alive(processes), within_s=within_s)
+
+    def listeners(self, processes: dict[int, str]) -> dict[int, str]:
+        """Listening TCP ports of the processes, and the address that each is bound to, as the kernel writes it."""
+        sockets = set()
+        for pid in processes:
+            for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+                with contextlib.suppress(OSError):
+                    sockets.add(str(descriptor.readlink()))
+        found = {}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                    address, port = fields[1].split(":")
+                    found[int(port, 16)] = address
+        return found
+
+    def close(self) -> None:
+        for user in self.users:
+            if user.process.poll() is None:
+                user.process.kill()
+            user.process.communicate(timeout=30)
+        for name in ("ray", "store"):
+            (self.home / name / "pinned").unlink(missing_ok=True)
+        left = [name for name in ("ray", "store") if not _stopped(self.home, name)]
+        assert not left, f"still running 30 s after the last user: {left}"
+
+
+def wait_until(condition: Callable[[], Any], *, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.05)
+
+
+def _stopped(home: Path, name: str) -> bool:
+    service = Service(name, name, home, start_timeout_s=1.0)
+    deadline = time.monotonic() + 30
+    while (home / name).is_dir() and time.monotonic() < deadline:
+        with service._keeper_lock() as free:
+            if free is not None:
+                return True
+        time.sleep(0.05)
+    return not (home / name).is_dir()
+
+
+def _start_time(pid: int) -> str | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+@pytest.fixture
+def machine(nothing_is_configured: None, tmp_path: Path) -> Iterator[Machine]:
+    made = Machine(tmp_path / "home")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def machine_at() -> Callable[[Path], Machine]:
+    return Machine

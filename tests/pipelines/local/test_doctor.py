@@ -1,0 +1,61 @@
+import importlib.util
+
+import pytest
+
+from components.shared.config import RegistryConfig
+from pipelines.local import doctor
+from pipelines.local.ground import ground
+
+pytestmark = pytest.mark.usefixtures("nothing_is_configured")
+
+
+def by_name(found):
+    return {check.name: check for check in found}
+
+
+def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
+    found = doctor.checks(tmp_path / "home")
+    assert all(check.detail for check in found)
+    assert all(bool(check.fix) is not check.ok for check in found)
+    assert {"python", "memory", "cores", "packages", "embedded store", "loopback", "store", "ray"} <= set(
+        by_name(found)
+    )
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
+    check = by_name(doctor.checks(tmp_path))["train packages"]
+    assert (check.ok, check.detail, check.fix) == (False, "missing: peft", "pip install -e '.[train]'")
+
+
+def test_too_little_disk_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "HOME_DISK_BYTES", 2**60)
+    assert not by_name(doctor.checks(tmp_path))["disk at --home"].ok
+
+
+def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
+    with ground(tmp_path, bucket="bucket-one", ray=False) as environment:
+        check = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-one")))["store"]
+        assert check.ok
+        assert environment["AWS_ENDPOINT_URL"] in check.detail
+        missing = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-two")))["store"]
+    assert not missing.ok
+    assert "bucket-two" in missing.detail
+
+
+def test_a_configured_store_that_does_not_answer_is_a_finding_not_a_crash(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    check = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-one")))["store"]
+    assert not check.ok
+    assert "http://127.0.0.1:9" in check.detail
+
+
+def test_a_configured_ray_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    assert not by_name(doctor.checks(tmp_path))["ray"].ok
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    assert "Jobs API" in by_name(doctor.checks(tmp_path))["ray"].fix

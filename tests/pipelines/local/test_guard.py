@@ -1,0 +1,99 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.local import guard
+
+# A command that ignores SIGTERM and leaves a daemon in a session of its own, as a Ray job's driver does.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() > 0:
+        os._exit(0)
+open(sys.argv[1] + f"/{os.getpid()}", "w").close()
+time.sleep(600)
+"""
+OWNER = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from pipelines.local import guard
+process = guard.start(
+    sys.argv[2:], orphan_signal=signal.SIGKILL, environment=dict(os.environ), log=2, directory=Path.cwd(), grace_s=0.5
+)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def started(directory: Path, count: int) -> set[int]:
+    deadline = time.monotonic() + 10
+    while len(found := {int(path.name) for path in directory.iterdir()}) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {
+        pid
+        for pid in pids
+        if Path(f"/proc/{pid}/stat").exists()
+        and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    }
+
+
+def test_a_command_that_ignores_its_end_and_its_daemon_end_when_the_owner_is_killed(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
+    root = str(Path(guard.__file__).parents[2])
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, root, *command], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    guard_pid = int(owner.stdout.readline())
+    pids = started(tmp_path, 2) | {guard_pid}
+    assert alive(pids) == pids
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 5
+    while alive(pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_stop_ends_the_command_with_sigterm_first(tmp_path):
+    script = 'trap "echo asked > asked; exit 0" TERM; touch up; while :; do sleep 0.05; done'
+    with (tmp_path / "log").open("wb") as log:
+        process = guard.start(
+            ["/bin/sh", "-c", script],
+            orphan_signal=signal.SIGKILL,
+            environment=dict(os.environ),
+            log=log.fileno(),
+            directory=tmp_path,
+        )
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    guard.stop(process)
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    guard.stop(process)  # harmless
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_guard_ends_with_the_commands_status(tmp_path, status):
+    with (tmp_path / "log").open("wb") as log:
+        process = guard.start(
+            ["/bin/sh", "-c", f"exit {status}"],
+            orphan_signal=signal.SIGKILL,
+            environment=dict(os.environ),
+            log=log.fileno(),
+            directory=tmp_path,
+        )
+    assert process.wait(10) == status
+    guard.stop(process)

@@ -1,0 +1,23 @@
+import socket
+
+from pipelines.local.ports import choose_ports
+
+
+def test_ports_differ_and_earlier_free_ones_come_back_in_order():
+    ports = choose_ports(6)
+    assert len(set(ports)) == 6
+    assert choose_ports(6, earlier=ports) == ports
+
+
+def test_a_port_that_somebody_listens_on_is_replaced_and_the_others_stay():
+    ports = choose_ports(3)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[1]))
+        taken.listen()
+        chosen = choose_ports(3, earlier=ports)
+    assert [chosen[0], chosen[2]] == [ports[0], ports[2]]
+    assert chosen[1] != ports[1]
+
+
+def test_numbers_that_are_no_ports_are_replaced():
+    assert all(1024 <= port <= 65535 for port in choose_ports(3, earlier=[70000, -1, 0]))

@@ -1,0 +1,154 @@
+"""The pipeline under kfp.local: real steps, a real store; the Ray jobs are stubs that keep the contract."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.registry import aliases, versions
+from components.registry.store import Store
+from components.shared.config import RunConfig
+from components.shared.errors import DataError, JobError
+from pipelines.local.outcome import Outcome, summary
+from pipelines.local.run import Place, run
+from tests.jobs_api import JobsApi
+
+RUN_KEYS = {
+    "run_id",
+    "adapter",
+    "version",
+    "version_uri",
+    "decision",
+    "promoted",
+    "reasons",
+    "metrics",
+    "report",
+    "store",
+    "timings_s",
+}
+
+
+@pytest.fixture
+def terminal() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def place(tmp_path: Path, terminal: io.StringIO) -> Place:
+    return Place(tmp_path / "home", terminal)
+
+
+def test_a_good_candidate_is_promoted_and_a_worse_one_held(
+    stub_cluster: JobsApi,
+    store: Store,
+    make_config: Callable[..., RunConfig],
+    place: Place,
+    terminal: io.StringIO,
+) -> None:
+    first = run(make_config(), place, what="retrain")
+    told = terminal.getvalue()
+    second = run(make_config("train.weight_decay=1.5"), place, what="retrain")
+
+    assert (first.decision, first.promoted) == ("promote", True)
+    assert (second.decision, second.promoted) == ("hold", False)
+    pointer = aliases.read_alias(store, "sums", "production")
+    assert pointer is not None
+    assert pointer.version == first.version
+    assert [event.kind for event in aliases.events(store, "sums")] == ["published", "promoted", "published", "refused"]
+    check_outcome(first, champion=None)
+    check_outcome(second, champion=1.0)
+    check_what_a_person_sees(told, place.home / "runs" / first.run_id / "pipeline.log")
+    assert summary(second, home_option="").count(f"fineloop chat sums@{second.version}") == 1
+    third = run(make_config("train.weight_decay=0.5"), place, what="retrain")
+    assert "fineloop adapters rollback" not in summary(first, home_option="")  # nothing held the alias before
+    assert "fineloop adapters rollback sums --home x" in summary(third, home_option=" --home x")
+
+
+def check_outcome(outcome: Outcome, *, champion: float | None) -> None:
+    body = json.loads(json.dumps(outcome.as_json()))
+    assert body.keys() == RUN_KEYS
+    assert body["metrics"].keys() == {"base", "champion", "candidate"}
+    assert (body["metrics"]["champion"] or {}).get("loss") == champion
+    assert body["version_uri"].endswith(f"/adapters/sums/versions/{body['version']}")
+    assert body["store"].keys() == {"endpoint", "bucket", "prefix"}
+    end = "promote" if body["promoted"] else "hold"
+    steps = ["ground", "prepare", "finetune", "evaluate", "gate", end, "report", "total"]
+    assert list(body["timings_s"]) == steps
+    assert sum(body["timings_s"][step] for step in steps[:-1]) <= body["timings_s"]["total"]
+    assert body["reasons"]
+    page = Path(body["report"]).read_text()
+    assert body["run_id"] in page
+
+
+def check_what_a_person_sees(told: str, log_path: Path) -> None:
+    assert all(line.startswith("[") for line in told.splitlines())
+    assert "[finetune] 1/2" in told
+    assert "KFP" not in told
+    assert "KFP Executor" in log_path.read_text()
+    finished = [line.split("]")[0][1:] for line in told.splitlines() if "] finished in" in line]
+    assert finished == ["ground", "prepare", "finetune", "evaluate", "gate", "promote", "report"]
+
+
+def test_training_alone_publishes_and_leaves_the_alias(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    outcome = run(make_config(), place, what="train")
+
+    assert aliases.read_alias(store, "sums", "production") is None
+    assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
+    assert outcome.as_json().keys() == RUN_KEYS - {"decision", "promoted", "reasons", "report"}
+    assert outcome.metrics["candidate"] is not None
+    assert "adapters promote sums@" in summary(outcome, home_option="")
+
+
+def test_an_explicit_address_wins_over_the_environments(
+    stub_cluster: JobsApi,
+    make_config: Callable[..., RunConfig],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    run(make_config(), Place(place.home, place.terminal, address=stub_cluster.address), what="train")
+    assert len(stub_cluster.jobs) == 2
+
+
+@pytest.mark.parametrize("what", ["retrain", "train"])
+def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, what: str
+) -> None:
+    with pytest.raises(DataError, match="every answer is empty") as caught:
+        run(make_config("method.dropout=0.1"), place, what=what)  # type: ignore[arg-type]
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("step finetune; log: ")
+    assert Path(note.rpartition(": ")[2]).is_file()
+    assert versions.list_adapters(store) == []
+
+
+def test_a_crash_inside_a_ray_job_shows_its_last_lines(
+    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    with pytest.raises(JobError, match="MemoryError: no memory for the adapter"):
+        run(make_config("method.dropout=0.2"), place, what="retrain")
+
+
+def test_missing_data_is_said_before_any_ray_job(
+    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        run(make_config("data.source=/nowhere.jsonl"), place, what="retrain")
+    assert stub_cluster.jobs == {}
+
+
+def test_a_repeated_run_id_repeats_nothing(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    first = run(make_config(), place, what="retrain", run_id="again")
+    second = run(make_config(), place, what="retrain", run_id="again")
+
+    assert second.version == first.version
+    assert second.promoted
+    assert len(stub_cluster.jobs) == 2
+    assert [event.kind for event in aliases.events(store, "sums")] == ["published", "promoted"]

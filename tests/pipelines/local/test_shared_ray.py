@@ -1,0 +1,148 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from components.shared.errors import GroundError
+from pipelines.local import ray_head, ray_process, store
+from pipelines.local.ground import ground, ray_up
+from pipelines.local.service import ROOT
+
+pytestmark = pytest.mark.e2e
+
+JOB = """
+import json, sys, time
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient()
+code = "import json, os, ray, ray_jobs; ray.init(); inherited = ray.remote(lambda: dict(os.environ)).remote(); "
+code += "print('RESULT', json.dumps(ray.get(inherited)), flush=True)"
+if sys.argv[1] == "long":
+    code += "; import time; time.sleep(600)"
+job = client.submit_job(entrypoint=f'python -c "{code}"')
+deadline = time.monotonic() + 90
+while time.monotonic() < deadline:
+    status, log = client.get_job_status(job), client.get_job_logs(job)
+    if status.is_terminal() or (sys.argv[1] == "long" and "RESULT" in log):
+        break
+    time.sleep(0.1)
+print(status.value, client.get_job_logs(job))
+"""
+
+
+def run_job(environment: dict[str, str], kind: str = "short") -> str:
+    """Submit from a process of its own, as a pipeline step does."""
+    command = [sys.executable, "-c", JOB, kind]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, cwd="/", capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def status_of(url: str, token: str | None) -> int:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+            return response.status
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code
+
+
+def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_with_the_user(machine):
+    user = machine.user(ray=True)
+    head, shared = ray_head.service(machine.home), store.service(machine.home)
+    processes = machine.processes(head) | machine.processes(shared)
+
+    # Only whoever can read the token gets in, and only from this machine.
+    url, token_path = user.environment["RAY_ADDRESS"], Path(user.environment["RAY_AUTH_TOKEN_PATH"])
+    token = token_path.read_text()
+    assert token_path.stat().st_mode & 0o777 == 0o600
+    assert [status_of(url, each) for each in (token, None, "0" * 64)] == [200, 401, 403]
+    addresses = set(machine.listeners(machine.processes(head)).values())
+    assert addresses == {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, ::ffff:127.0.0.1
+
+    answer = run_job(user.environment)
+    assert answer.startswith("SUCCEEDED"), answer
+    inherited = json.loads(answer.split("RESULT ", 1)[1].splitlines()[0])
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "FINELOOP_CACHE"):
+        assert inherited[name] == user.environment[name]
+    assert inherited["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert inherited["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert (machine.home / "ray" / "logs" / "raylet.out").exists()
+
+    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
+    user.kill()
+    machine.wait_gone(processes, within_s=15)
+    assert not temp_dir.exists()
+    assert (machine.home / "ray" / "logs" / "raylet.out").is_file()  # kept for whoever looks for the reason
+
+
+def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
+    user = machine.user(ray=True)
+    answer = run_job(user.environment, "long")
+    assert answer.startswith("RUNNING"), answer
+    service = ray_head.service(machine.home)
+    processes = machine.processes(service)
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes]
+    assert any("time.sleep(600)" in command for command in commands), "the job's driver is not among the processes"
+    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
+    os.kill(machine.keeper_pid(service), signal.SIGKILL)
+    machine.wait_gone(processes, within_s=20)
+
+    # The next user gets a new head at the same address, and what the killed one left in the temporary folder is gone.
+    second = machine.user(ray=True)
+    assert second.environment == user.environment
+    assert not temp_dir.exists()
+
+
+def test_up_keeps_head_and_store_and_a_run_with_another_store_restarts_an_idle_head_only(machine, monkeypatch):
+    environment = ray_up(machine.home, bucket="bucket-one")
+    head, shared = ray_head.service(machine.home), store.service(machine.home)
+    processes = machine.processes(head)
+    time.sleep(1.0)
+    assert machine.alive(processes) == set(processes)
+    with pytest.raises(GroundError, match="fineloop ray down"):
+        store.store_down(machine.home)  # the head uses it
+    assert store.store_environment(machine.home)["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
+    user = machine.user(ray=True)
+    assert machine.keeper_pid(head) in processes
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theirs")
+    in_use = pytest.raises(GroundError, match=rf"in use with the store {environment['AWS_ENDPOINT_URL']}")
+    with in_use, ground(machine.home, bucket="bucket-one"):
+        pass
+    assert machine.alive(processes) == set(processes)
+    assert head.pinned
+    user.leave()
+    with ground(machine.home, bucket="bucket-one"):
+        assert not machine.alive(processes)
+        assert head.pinned
+        assert shared.endpoint() is None or shared.in_use() is None  # the old head was its last user
+    assert ray_head.ray_down(machine.home)
+    assert head.endpoint() is None
+
+
+def test_a_configured_cluster_wins_and_nothing_starts(machine, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
+    monkeypatch.setenv("RAY_ADDRESS", "http://ray.example.com:8265")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "theirs")
+    with ground(machine.home, bucket="bucket-one") as environment:
+        assert environment["RAY_ADDRESS"] == "http://ray.example.com:8265"
+        assert environment["RAY_AUTH_TOKEN"] == "theirs"
+    assert not machine.home.exists()
+
+
+def test_a_long_home_and_a_long_temporary_directory_do_not_break_the_sockets(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("t" * 100)))
+    made = ray_process._short_temp_dir()
+    assert len(str(made)) <= ray_process.LONGEST_TEMP_DIR
+    made.rmdir()

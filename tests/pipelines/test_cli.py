@@ -1,0 +1,322 @@
+"""The command line as a process: exit codes, what goes to which stream, and how fast help answers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.registry import aliases, versions
+from components.registry.store import Store
+from components.shared import config_file
+from pipelines.commands.arguments import DEFAULT_CONFIG
+from tests.jobs_api import JobsApi
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = [
+    ("run",),
+    ("train",),
+    ("compile",),
+    ("schema",),
+    ("chat",),
+    ("doctor",),
+    *[("adapters", verb) for verb in ("list", "show", "promote", "rollback", "history", "lineage", "verify", "pull")],
+    *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
+]
+HEAVY = {"torch", "ray", "kfp", "boto3", "botocore", "pyarrow", "transformers", "jinja2", "pydantic"}
+
+
+def fineloop(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def body(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return loaded
+
+
+@pytest.fixture
+def published(store: Store) -> list[str]:
+    """Two versions of one adapter, older first; the first is in production."""
+    made = []
+    for weights in (b"one", b"two"):
+        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+        lineage = {"run_id": f"run-{weights.decode()}", "config": {"method": {"name": "qlora"}}}
+        made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
+    aliases.promote(store, "sums", made[0])
+    return made
+
+
+@pytest.mark.parametrize("command", [(), *COMMANDS], ids=" ".join)
+def test_help_teaches(command: tuple[str, ...], tmp_path: Path) -> None:
+    done = fineloop(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "fineloop" in done.stdout
+    assert "exit codes:" in done.stdout
+    if command:
+        assert "example:\n  " in done.stdout
+        assert f"fineloop {' '.join(command)}" in done.stdout
+        assert "--json" in done.stdout
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, json, pipelines.cli\ntry: pipelines.cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    for command in [(), *COMMANDS]:
+        found = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert not HEAVY & set(json.loads(found.stdout.splitlines()[-1])), command
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        fineloop("run", "--help", cwd=tmp_path)
+        times.append(time.monotonic() - began)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--set", "train.learning_rat=1"], "did you mean train.learning_rate?"),
+        (["run", "--set", "learning_rate"], "expected section.key=value"),
+        (["train", "--set", "train.learning_rate=fast"], "train.learning_rate = 'fast'"),
+        (["run", "-c", "none.toml"], "config none.toml does not exist"),
+        (["compile", "--set", "train.batch_size=7"], "train.micro_batch_size"),
+        (["adapters", "list"], "--home"),
+        (["adapters", "show"], "NAME[@ALIAS|@VERSION]"),
+        (["run", "--unknown"], "--unknown"),
+        (["nonsense"], "nonsense"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_wrong_argument_is_exit_2_in_one_message(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    done = fineloop(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_with_json_is_an_object(tmp_path: Path) -> None:
+    done = fineloop("compile", "--json", "--set", "model.bas=x", cwd=tmp_path)
+    assert body(done)["error"]["kind"] == "ConfigError"
+    assert body(done)["exit_code"] == done.returncode == 2
+
+
+def test_schema_is_the_file_beside_the_configs(tmp_path: Path) -> None:
+    done = fineloop("schema", cwd=tmp_path)
+    assert done.stdout == (DEFAULT_CONFIG.parent / "schema.json").read_text()
+    assert body(fineloop("schema", "--json", cwd=tmp_path)) == json.loads(done.stdout)
+
+
+def test_every_config_loads_and_names_its_schema() -> None:
+    for path in DEFAULT_CONFIG.parent.glob("*.toml"):
+        config_file.load(path)
+        assert path.read_text().startswith("#:schema ./schema.json\n")
+        assert "fineloop run" in path.read_text()
+
+
+def test_compile_writes_where_told(tmp_path: Path) -> None:
+    done = fineloop("compile", "-o", "out.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert body(done).keys() == {"path", "sha256", "pipeline", "image"}
+    assert (tmp_path / "out.yaml").is_file()
+
+
+def test_relative_paths_mean_the_users_directory(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    arguments = ["--set", "data.source=rows/*.jsonl", "--set", "model.base=base", "--set", "adapter.name=x"]
+    assert fineloop("compile", "-o", "out.yaml", *arguments, cwd=tmp_path).returncode == 0
+    text = (tmp_path / "out.yaml").read_text()
+    assert f'source = "{tmp_path}/rows/*.jsonl"' in text
+    assert f'base = "{tmp_path}/base"' in text
+
+
+def test_addresses_and_hub_ids_stay_as_they_are(tmp_path: Path) -> None:
+    arguments = ["--set", 'data.source=["s3://b/k", "rows.jsonl"]', "--set", "model.base=org/model"]
+    assert fineloop("compile", "-o", "out.yaml", *arguments, cwd=tmp_path).returncode == 0
+    text = (tmp_path / "out.yaml").read_text()
+    assert '"s3://b/k",' in text
+    assert f'"{tmp_path}/rows.jsonl",' in text
+    assert 'base = "org/model"' in text
+
+
+def test_adapters_are_listed_shown_verified_and_pulled(
+    store: Store, published: list[str], config_path: Path, tmp_path: Path
+) -> None:
+    where = ("-c", config_path)
+    old, new = published
+
+    listed = body(fineloop("adapters", "list", *where, "--json", cwd=tmp_path))
+    assert listed["adapters"] == [{"name": "sums", "newest": new, "versions": 2, "aliases": {"production": old}}]
+    assert [
+        v["version"] for v in body(fineloop("adapters", "list", "sums", *where, "--json", cwd=tmp_path))["versions"]
+    ] == [
+        new,
+        old,
+    ]
+    shown = body(fineloop("adapters", "show", "sums", *where, "--json", cwd=tmp_path))
+    assert {"name", "version", "version_uri", "aliases", "manifest_sha256", "metrics", "servable_as"} <= shown.keys()
+    assert (shown["version"], shown["aliases"], shown["servable_as"]) == (old, ["production"], "lora")
+    lineage = body(fineloop("adapters", "lineage", f"sums@{new[:6]}", *where, "--json", cwd=tmp_path))
+    assert lineage["run_id"] == "run-two"
+    assert body(fineloop("adapters", "verify", f"sums@{new}", *where, "--json", cwd=tmp_path))["verified"] is True
+    pulled = body(fineloop("adapters", "pull", f"sums@{new}", "--to", "here", *where, "--json", cwd=tmp_path))
+    assert pulled == {"path": str(tmp_path / "here"), "version": new, "verified": True}
+    assert (tmp_path / "here" / "adapter_model.safetensors").read_bytes() == b"two"
+
+
+def test_a_promotion_and_its_way_back_are_told_in_the_history(
+    store: Store, published: list[str], config_path: Path, tmp_path: Path
+) -> None:
+    where = ("-c", config_path)
+    old, new = published
+
+    moved = fineloop("adapters", "promote", f"sums@{new}", *where, "--reason", "by hand", "--json", cwd=tmp_path)
+    assert moved.returncode == 0, moved.stderr
+    assert body(moved).keys() == {"alias", "from", "to", "event_uri"}
+    assert (body(moved)["from"], body(moved)["to"]) == (old, new)
+    back = body(fineloop("adapters", "rollback", "sums", *where, "--json", cwd=tmp_path))
+    assert (back["from"], back["to"]) == (new, old)
+    history = fineloop("adapters", "history", "sums", *where, cwd=tmp_path)
+    assert [line.split()[1] for line in history.stdout.splitlines()] == [
+        "published",
+        "published",
+        "promoted",
+        "promoted",
+        "rolled_back",
+    ]
+    assert "by hand" in history.stdout
+
+
+def test_a_refused_version_promoted_by_hand_is_overridden(
+    store: Store, published: list[str], config_path: Path, tmp_path: Path
+) -> None:
+    new = published[1]
+    aliases.append_event(store, "sums", "refused", {"version": new, "alias": "production", "run_id": "r"})
+    assert fineloop("adapters", "promote", f"sums@{new}", "-c", config_path, cwd=tmp_path).returncode == 0
+    assert aliases.events(store, "sums")[-1].kind == "overridden"
+
+
+def test_who_loses_a_race_learns_who_won(store: Store, published: list[str], config_path: Path, tmp_path: Path) -> None:
+    old, new = published
+    lost = fineloop(
+        *("adapters", "promote", f"sums@{new}", "-c", config_path, "--expect", "v000", "--json"), cwd=tmp_path
+    )
+    assert lost.returncode == 1
+    assert body(lost)["conflict"]["version"] == old
+    assert aliases.read_alias(store, "sums", "production").version == old  # type: ignore[union-attr]
+
+
+def test_an_unknown_adapter_is_exit_1_and_named(store: Store, config_path: Path, tmp_path: Path) -> None:
+    done = fineloop("adapters", "show", "nobody", "-c", config_path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "nobody" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("group", ["store", "ray"])
+def test_env_of_a_server_that_is_not_up_says_how_to_start_it(group: str, tmp_path: Path) -> None:
+    done = fineloop(group, "env", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"fineloop {group} up" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
+    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    done = fineloop("run", "-c", config_path, "--set", "method.dropout=0.1", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "fineloop: data.source: every answer is empty" in done.stderr
+    assert "log: " in done.stderr
+    assert body(done)["error"]["kind"] == "DataError"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_an_interrupted_run_leaves_nothing_behind(
+    command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", command, "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    assert len(processes_with(mark)) > 1
+
+    running.send_signal(number)
+    out, err = running.communicate(timeout=20)
+
+    assert running.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in err
+    assert processes_with(mark) == []
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def test_a_run_killed_outright_takes_its_steps_with_it(
+    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    running.kill()
+    running.wait()
+
+    deadline = time.monotonic() + 20
+    while processes_with(mark):
+        assert time.monotonic() < deadline, processes_with(mark)
+        time.sleep(0.1)
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def processes_with(variable: str) -> list[int]:
+    """Process ids that inherited the variable."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{variable}=1".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,42 @@
+"""A tiny base model for the tests of the Ray jobs, made once a session."""
+
+from pathlib import Path
+
+import pytest
+
+from components.shared import config_file
+from components.shared.config import RunConfig
+from tests.tiny import build_base
+
+CONFIG = """
+[adapter]
+name = "colours"
+[model]
+base = "{base}"
+max_length = 64
+[data]
+source = "unused.jsonl"
+[method]
+name = "lora"
+rank = 8
+[train]
+learning_rate = 1e-2
+batch_size = 16
+micro_batch_size = 8
+checkpoint_every_steps = 0
+[ray]
+num_workers = 2
+[evaluate]
+max_new_tokens = 8
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture
+def config(tiny_base: Path) -> RunConfig:
+    """Plain LoRA on the tiny base, two workers."""
+    return config_file.loads(CONFIG.format(base=tiny_base))

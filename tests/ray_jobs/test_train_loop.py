@@ -1,0 +1,195 @@
+"""The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64."""
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.prepare.validate import validate
+from components.registry.store import Store
+from components.shared import config_file
+from components.shared.config import RunConfig, TrainConfig
+from components.shared.errors import ConfigError
+from ray_jobs import base_model
+from ray_jobs.adapters import build
+from ray_jobs.answer_loss import answer_nll
+from ray_jobs.batching import collate, plan_epoch, tokenize
+from ray_jobs.train_loop import eval_steps, learning_rate_at, num_steps
+from tests.tiny import colour_rows
+from tests.train_group import Trained, train
+
+ROWS = colour_rows(256)
+NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
+
+
+@pytest.fixture
+def run(config: RunConfig, store: Store, tmp_path: Path):
+    """Train with some keys changed; each call is a run of its own unless it names one."""
+    names = itertools.count()
+
+    def trained(*changes: str, run_id: str = "", num_workers: int = 2) -> Trained:
+        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
+        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+        name = run_id or f"run{next(names)}"
+        return train(toml, ROWS, tmp_path / name, run_id=name, num_workers=num_workers)
+
+    return trained
+
+
+def plain_training(config: RunConfig) -> list[float]:
+    """The same training as a plain loop in one process: bfloat16 weights, float32 masters, torch's own AdamW."""
+    base = base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    records = [validate(row).record for row in ROWS]
+    split = tokenize(records[: len(records) * 7 // 8], tokenizer, config.model.max_length)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    model = build.attach(model, config.method, base_reference="tiny", seed=config.train.seed).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.bfloat16()
+    masters = [weight.detach().float().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0)
+    steps = num_steps(config.train, len(split))
+    losses = []
+    for step, batch in enumerate(plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)):
+        tensors = collate(split, batch, tokenizer.pad_token_id)
+        loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
+        loss.backward()
+        losses.append(loss.item())
+        for weight, master in zip(weights, masters, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(
+            step, peak=config.train.learning_rate, num_steps=steps, warmup_share=config.train.warmup_share
+        )
+        optimizer.step()
+        for weight, master in zip(weights, masters, strict=True):
+            weight.data.copy_(master)
+    return losses
+
+
+def test_losses_are_those_of_a_plain_loop(run, config):
+    found = run()
+    assert len(found.losses) == 14
+    np.testing.assert_allclose(found.losses, plain_training(config), atol=NOISE)
+    # Values, so that a change of the numbers is seen even where it changes both.
+    np.testing.assert_allclose(found.losses[:3], [6.4404, 6.2079, 5.0018], atol=NOISE)
+    assert found.eval_losses[-1] < 0.5 * found.losses[0]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_every_zero_stage_takes_the_same_steps(run, config, zero_stage):
+    np.testing.assert_allclose(run(f"train.zero_stage={zero_stage}").losses, plain_training(config), atol=NOISE)
+
+
+def test_the_number_of_workers_does_not_change_the_steps(run, config):
+    np.testing.assert_allclose(run(num_workers=1).losses, plain_training(config), atol=NOISE)
+
+
+def test_accumulating_does_not_change_the_steps(run, config):
+    np.testing.assert_allclose(run("train.micro_batch_size=2").losses, plain_training(config), atol=NOISE)
+
+
+def test_checkpointing_activations_does_not_change_the_steps(run, config):
+    np.testing.assert_allclose(run("train.gradient_checkpointing=true").losses, plain_training(config), atol=NOISE)
+
+
+def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):
+    first, second = run("method.name=qlora", "method.dropout=0.1"), run("method.name=qlora", "method.dropout=0.1")
+    assert first.losses == second.losses
+    assert all((first.weights[name] == second.weights[name]).all() for name in first.weights)
+    assert run("method.name=qlora", "method.dropout=0.1", "train.seed=1").losses != first.losses
+
+
+def test_measuring_in_between_does_not_change_an_nf4_training(run):
+    # bitsandbytes would repack weights at the first measurement on CPU and lose the gradient from then on.
+    often = run("method.name=qlora", "train.evals_per_epoch=14", "train.early_stopping_patience=0")
+    never = run("method.name=qlora", "train.evals_per_epoch=0", "train.early_stopping_patience=0")
+    assert often.losses == never.losses
+    assert len(often.eval_losses) == 14
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, method, monkeypatch):
+    changes = [f"method.name={method}", "method.dropout=0.1", "train.checkpoint_every_steps=4"]
+    whole = run(*changes)
+    monkeypatch.setenv("STOP_AFTER_STEP", "10")
+    with pytest.raises(RuntimeError):
+        run(*changes, run_id="interrupted")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    resumed = run(*changes, run_id="interrupted")
+    assert resumed.resumed_from == 8
+    assert resumed.losses == whole.losses[8:]
+    assert resumed.weights.keys() == whole.weights.keys()
+    assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
+
+
+def test_early_stopping_keeps_the_best_weights(run):
+    # A rate this high makes the loss rise after a while.
+    found = run(
+        "train.learning_rate=0.3", "train.evals_per_epoch=14", "train.early_stopping_patience=2", "train.epochs=3"
+    )
+    assert found.stopped_early
+    assert found.steps < 42
+    assert min(found.eval_losses) not in found.eval_losses[-2:]
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(run, tiny_base, tmp_path):
+    broken = shutil.copytree(tiny_base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"the loss at step 0 is nan; lower train\.learning_rate"):
+        run(f"model.base={broken}")
+
+
+def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
+    monkeypatch.setenv("STOP_AFTER_STEP", "5")
+    with pytest.raises(RuntimeError):
+        run("train.checkpoint_every_steps=4", run_id="mine")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    with pytest.raises(RuntimeError, match=f"{ConfigError.__name__}.*written with another config"):
+        run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
+
+
+def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, tiny_base):
+    run("train.checkpoint_every_steps=4", "train.keep_checkpoints=1", run_id="kept")
+    objects = list(store.list("runs/kept/checkpoints/"))
+    assert {o.key.split("/")[3] for o in objects} == {"step-000012"}
+    base_bytes = sum(path.stat().st_size for path in tiny_base.glob("*.safetensors"))
+    weights = run("train.max_steps=1").weights
+    trained = sum(weight.size for weight in weights.values())
+    held = sum(o.size for o in objects)
+    assert held < 1.3 * trained * (2 + 2 + 12)  # two copies in bfloat16; masters and two moments in float32
+    assert base_bytes > 0
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [learning_rate_at(step, peak=1.0, num_steps=100, warmup_share=0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[99] < 1e-3
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert all(math.isfinite(rate) for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("train_config", "records", "steps", "measured"),
+    [
+        (TrainConfig(batch_size=16), 160, 10, {3, 6, 9, 10}),
+        (TrainConfig(batch_size=16), 161, 11, {3, 6, 9, 11}),
+        (TrainConfig(batch_size=16, epochs=2, evals_per_epoch=1), 160, 20, {10, 20}),
+        (TrainConfig(batch_size=16, epochs=2, max_steps=7, evals_per_epoch=0), 160, 7, {7}),
+        (TrainConfig(batch_size=16), 3, 1, {1}),
+    ],
+)
+def test_steps_and_measurements_follow_from_the_config(train_config, records, steps, measured):
+    assert num_steps(train_config, records) == steps
+    assert eval_steps(train_config, records) == measured

@@ -1,0 +1,103 @@
+"""Ray jobs that keep the real ones' contract and train nothing: an adapter is one number, its loss on held-out records.
+
+`python stub_jobs.py finetune|evaluate ...` takes the arguments of `python -m ray_jobs.finetune|evaluate`. The loss is
+train.weight_decay of the config; method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from components.prepare.dataset import load_split
+from components.registry import aliases, versions
+from components.registry.store import Store, open_uri
+from components.shared import config_file
+from components.shared.errors import DataError
+from components.shared.step import say, say_failure
+
+BASE_LOSS = 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job", choices=("finetune", "evaluate"))
+    for name in ("--config", "--run-id", "--dataset", "--version"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    config_store, key = open_uri(options.config)
+    config = config_file.loads(config_store.get(key).decode())
+    store = Store.open(config.registry)
+    if options.job == "finetune":
+        finetune(config, store, options)
+    else:
+        evaluate(config, store, options)
+
+
+def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
+    records = load_split(store, options.dataset, "train")
+    say("finetune", f"1/2 {len(records)} records")
+    if config.method.dropout == 0.1:
+        error = DataError("data.source: every answer is empty")
+        say_failure("finetune", error)
+        sys.exit(error.exit_code)
+    if config.method.dropout == 0.2:
+        raise MemoryError("no memory for the adapter")
+    if config.method.dropout == 0.3:
+        Path("hanging").write_text(str(os.getpid()))
+        time.sleep(600)
+    files = {
+        "adapter_model.safetensors": str(config.train.weight_decay).encode(),
+        "adapter_config.json": b"{}",
+        "README.md": b"# a test",
+    }
+    lineage = {"run_id": options.run_id, "config": config.model_dump(mode="json")}
+    version = versions.publish_version(store, config.adapter.name, files, lineage=lineage)
+    say("finetune", "2/2")
+    result = {
+        "version": version.version,
+        "version_uri": version.uri,
+        "dataset_uri": options.dataset,
+        "train_seconds": 0,
+    }
+    store.put_json(f"runs/{options.run_id}/finetune.json", result)
+
+
+def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
+    name = config.adapter.name
+    records = load_split(store, options.dataset, "eval")
+    pointer = aliases.read_alias(store, name, config.adapter.alias)
+    candidate = options.version.rpartition("/")[2]
+
+    def model(version: str | None) -> dict[str, object]:
+        loss = BASE_LOSS
+        if version is not None:
+            loss = float(store.get(f"adapters/{name}/versions/{version}/adapter_model.safetensors"))
+        gain = None if version is None else 1.0
+        metrics = {"loss": loss, "perplexity": 2.7**loss, "exact_match": 0.5, "token_f1": 0.5, "prompt_gain": gain}
+        return {"version": version, "metrics": metrics}
+
+    evaluation = {
+        "run_id": options.run_id,
+        "dataset_id": options.dataset.rpartition("/")[2],
+        "dataset_uri": options.dataset,
+        "records": len(records),
+        "base": {"reference": config.model.base, "identity": {}},
+        "models": {
+            "base": model(None),
+            "champion": model(pointer.version) if pointer else None,
+            "candidate": model(candidate),
+        },
+        "paired": {"base": None, "champion": None},
+        "samples": [],
+        "generation": {"max_new_tokens": config.evaluate.max_new_tokens},
+        "seconds": {},
+    }
+    store.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
+    say("evaluate", json.dumps(evaluation["records"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A tiny but real base model, made on the spot: a two-layer Llama with a byte-level tokenizer and a chat template.
+
+Nothing about it is faked: transformers loads it from safetensors, bitsandbytes quantises it, peft adapts it.
+"""
+
+from pathlib import Path
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def build_base(directory: Path, *, seed: int = 0) -> Path:
+    """Write the model to `directory`; the same seed gives the same bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(directory)
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=fast.eos_token_id,
+            pad_token_id=fast.pad_token_id,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+            initializer_range=0.15,  # wide enough for a frozen output head to tell tokens apart
+        )
+    )
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+COLOURS = {"sky": "blue", "grass": "green", "blood": "red", "coal": "black", "snow": "white", "sun": "yellow"}
+
+
+def colour_rows(count: int) -> list[dict[str, str]]:
+    """Rows of a task that the tiny model can learn: the colour of a thing, behind a number that does not matter."""
+    things = sorted(COLOURS)
+    return [
+        {
+            "id": str(i),
+            "prompt": f"{i * 7919 % 1000} {things[i % len(things)]}",
+            "completion": COLOURS[things[i % len(things)]],
+        }
+        for i in range(count)
+    ]
