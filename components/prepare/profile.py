@@ -34,6 +34,7 @@ def build_profile(intake: Intake, deduplicated: Deduplicated, split: Split) -> d
             "prompt_in_eval": split.prompt_in_eval,
             "over_max_records": split.over_max_records,
         },
+        "system_message": _shared_system_message([*split.train, *split.evaluation]),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in KNOWN_COLUMNS},
         "splits": {"train": _describe(split.train), "eval": _describe(split.evaluation)},
@@ -72,6 +73,13 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
             for record in records[:_SAMPLES]
         ],
     }
+
+
+def _shared_system_message(records: Sequence[Record]) -> str | None:
+    """The system message that every record begins with, if one: whoever asks the adapter should send it too."""
+    first = {record.prompt[0] for record in records}
+    message = first.pop()
+    return message.content if not first and message.role == "system" else None
 
 
 def _cut(text: str) -> str:

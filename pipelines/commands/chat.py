@@ -20,10 +20,14 @@ def add(commands: Any) -> None:
         _chat,
         does="Talk to an adapter, base and adapter side by side.",
         more="It reads messages from the terminal, one a line, and runs the adapter on its own base.",
-        example="echo 'ICD-10 chapter: Mpox' | fineloop chat icd10-chapters",
+        example="echo Mpox | fineloop chat icd10-chapters",
     )
     chat.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
-    chat.add_argument("--system", default="", metavar="TEXT", help="a system message before each of yours")
+    chat.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="a system message before each of yours; without it, the training data's, if all had the same",
+    )
     add_config(chat)
     add_home(chat)
 
@@ -40,7 +44,7 @@ def _chat(options: argparse.Namespace) -> Answer:
         overrides = [part for override in options.overrides for part in ("--set", override)]
         reference = f"{version.name}@{version.version}"
         command = [sys.executable, "-m", "ray_jobs.chat", "--config", config, *overrides, "--version", reference]
-        command += ["--system", options.system] if options.system else []
+        command += [] if options.system is None else ["--system", options.system]
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the child's; it ends, and then this process
         environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
         exit_code = subprocess.run(command, env=environment, check=False).returncode

@@ -10,7 +10,14 @@ from components.shared.errors import DataError
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    return list(icd10.rows())
+    """Term and chapter of every row."""
+    found = []
+    for row in icd10.rows():
+        system, user, assistant = row["messages"]
+        assert system == {"role": "system", "content": icd10.TASK}
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        found.append({"id": row["id"], "term": user["content"], "chapter": assistant["content"]})
+    return found
 
 
 def test_every_row_of_the_example_is_usable() -> None:
@@ -20,22 +27,22 @@ def test_every_row_of_the_example_is_usable() -> None:
 
 
 def test_a_known_term_has_its_chapter(rows: list[dict[str, str]]) -> None:
-    assert {"id": "icd10cm/Mpox", "prompt": "ICD-10 chapter: Mpox", "completion": "Infections"} in rows
-    chapters = {row["id"].removeprefix("icd10cm/"): row["completion"] for row in rows}
+    assert {"id": "icd10cm/Mpox", "term": "Mpox", "chapter": "Infections"} in rows
+    chapters = {row["id"].removeprefix("icd10cm/"): row["chapter"] for row in rows}
     assert chapters["Stye"] == "Eye"
     assert chapters["RARS"] == "Neoplasms"
     assert chapters["Noma"] == "Infections"
 
 
 def test_every_chapter_occurs_and_none_is_larger_than_an_eighth(rows: list[dict[str, str]]) -> None:
-    counts = Counter(row["completion"] for row in rows)
+    counts = Counter(row["chapter"] for row in rows)
     assert set(counts) == set(icd10.CHAPTERS.values())
     assert len(counts) == 22
     assert max(counts.values()) / len(rows) < 0.126
 
 
 def test_ids_and_prompts_are_unique(rows: list[dict[str, str]]) -> None:
-    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    assert len({row["id"] for row in rows}) == len({row["term"] for row in rows}) == len(rows)
 
 
 def test_a_term_under_two_chapters_is_left_out(rows: list[dict[str, str]]) -> None:
