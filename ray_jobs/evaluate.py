@@ -130,7 +130,7 @@ def summarise(
         "samples": [
             {
                 "id": records[row].id,
-                "prompt": "\n\n".join(turn.content for turn in records[row].prompt),
+                "prompt": "\n\n".join(turn.content for turn in records[row].prompt if turn.role != "system"),
                 "reference": records[row].answer,
                 **{
                     role: scores[role][row].text if role in scores else None

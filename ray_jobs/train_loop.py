@@ -111,7 +111,7 @@ def run(
     started = time.monotonic() - progress.elapsed_s
 
     for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
-        loss, grad_norm, num_tokens = _step(
+        loss, grad_norm, num_tokens = take_step(
             engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
         )
         _require_finite(loss, step=progress.step, learning_rate=train.learning_rate)
@@ -186,7 +186,7 @@ def _batches(
             yield batch, epoch
 
 
-def _step(
+def take_step(
     engine: Any,
     batch: npt.NDArray[np.int64],
     *,

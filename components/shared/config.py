@@ -100,6 +100,7 @@ class TrainConfig(Section):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay of the adapter's weights; 0 decays nothing."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -152,6 +153,7 @@ class Limit(Section):
     """An absolute bound on one of the candidate's metrics."""
 
     metric: LimitedMetric
+    """The metric that is bounded."""
     min: float | None = None
     """Hold below this."""
     max: float | None = None
@@ -184,6 +186,7 @@ class RegistryConfig(Section):
     """Where the registry lies. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL and so on)."""
 
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "fineloop"
+    """S3 bucket: 3 to 63 lower-case letters, digits, '.' and '-'."""
     prefix: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = ""
     """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
 

@@ -3,15 +3,18 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from components.shared.config import RunConfig
 from components.shared.errors import ConfigError
+
+STRINGS = str | list[str]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -21,7 +24,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is not TOML, or does not satisfy the schema.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as exc:
@@ -41,7 +44,7 @@ def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config") -
         raise ConfigError(f"{origin} is not valid TOML: {exc}") from exc
     for override in overrides:
         _override(raw, override)
-    return validate(raw, origin=origin)
+    return validate(raw, origin=f"{origin} with --set" if overrides else origin)
 
 
 def validate(raw: dict[str, Any], *, origin: str = "config") -> RunConfig:
@@ -53,8 +56,13 @@ def validate(raw: dict[str, Any], *, origin: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as exc:
-        problems = [_explain(error) for error in exc.errors()]
-        raise ConfigError(f"{origin}: " + "\n  ".join(["", *problems] if len(problems) > 1 else problems)) from exc
+        found: dict[str, str] = {}
+        for error in exc.errors():
+            found.setdefault(_path(error["loc"]), _explain(error))
+        problems = list(found.values())
+        raise ConfigError(
+            "\n  ".join([f"{origin}:", *problems]) if problems[1:] else f"{origin}: {problems[0]}"
+        ) from exc
 
 
 def dumps(config: RunConfig) -> str:
@@ -73,43 +81,108 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     if not equals or not all(path):
         raise ConfigError(f"--set {override}: expected section.key=value, such as train.learning_rate=2e-4")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word or a path needs no quotes on a command line
     table = raw
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
-    table[path[-1]] = parsed
+            held = ".".join(path[:depth])
+            raise ConfigError(f"--set {override}: {held} is no section but {table!r}: set it whole, as {held}=...")
+    table[path[-1]] = _parse(value, override)
+
+
+def _parse(value: str, override: str) -> Any:
+    """A TOML value, or else the text itself: a bare word or a path needs no quotes on a command line."""
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError as exc:
+        if value.lstrip()[:1] in ("[", "{", '"', "'"):
+            raise ConfigError(f"--set {override}: the value is not valid TOML: {exc}") from exc
+        return value
+    return parsed["value"] if len(parsed) == 1 else value
 
 
 def _explain(error: Any) -> str:
     where, kind, given = error["loc"], error["type"], error["input"]
-    field = ".".join(str(part) for part in where)
+    field, section = _located(where)
+    name = _path(where)
     if kind == "extra_forbidden":
-        known = _keys_at(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        hint = (
-            f"did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?" if near else f"known here: {', '.join(known)}"
-        )
-        return f"unknown key {field}: {hint}"
+        return f"unknown key {name}: {_nearest(where, _section_at(where[:-1]))}"
+    if kind == "missing" and section:
+        return f"section [{name}] is missing: it needs {', '.join(_required(section))}"
     if kind == "missing":
-        return f"{field} is required"
+        return f"{name} is required: {field.description if field else ''}"
     if kind == "value_error":
         message = str(error["ctx"]["error"])
-        return message if not field or message.startswith(field.split(".")[0]) else f"{field}: {message}"
-    return f"{field} = {given!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+        return message if not name else f"{name}: {message}"
+    return f"{name} = {given!r}: {_expectation(error, field, section)}"
 
 
-def _keys_at(where: Sequence[str | int]) -> list[str]:
-    """Names of the keys of the section at a location inside the config."""
-    model: type[BaseModel] = RunConfig
+def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] | None) -> str:
+    kind, given, message = error["type"], error["input"], error["msg"]
+    if field and field.annotation == STRINGS:
+        return "expected a string or a list of strings"
+    if kind == "model_type" and section:
+        one = "one section, headed once" if isinstance(given, list) else "a section"
+        return f"expected {one}, with keys such as {', '.join(_required(section) or list(section.model_fields)[:3])}"
+    if kind == "list_type" and section:
+        return f"expected a list of sections, each headed [[{_path(error['loc'])}]]"
+    if kind == "bool_type":
+        return "expected true or false"
+    if kind == "string_type" and not isinstance(given, list | dict):
+        return f'expected a string, in quotes: "{given}"'
+    if kind == "string_pattern_mismatch" and field:
+        return f"expected {error['ctx']['pattern']} ({field.description})"
+    return str(message).removeprefix("Input ").removeprefix("String ")
+
+
+def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
+    """What the writer of an unknown key may have meant: its namesake in another section, else a like key in this one."""
+    unknown, prefix = str(where[-1]), list(map(str, where[:-1]))
+    meant = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == unknown]
+    if not meant:
+        near = difflib.get_close_matches(unknown, section.model_fields, n=1)
+        meant = [".".join([*prefix, key]) for key in near]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(section.model_fields)}"
+
+
+def _path(where: Sequence[str | int]) -> str:
+    """The key at a location, dotted; pydantic tells of each branch of a union, and people know of none."""
+    for depth in range(1, len(where)):
+        field = _located(where[:depth])[0]
+        if field and field.annotation == STRINGS:
+            return ".".join(map(str, where[:depth]))
+    return ".".join(map(str, where))
+
+
+def _located(where: Sequence[str | int]) -> tuple[FieldInfo | None, type[BaseModel] | None]:
+    """The field at a location inside the config, and the section that it holds, or holds a list of."""
+    field: FieldInfo | None = None
+    section: type[BaseModel] | None = RunConfig
     for part in where:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        nested = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-        model = next(kind for kind in nested if issubclass(kind, BaseModel))
-    return list(model.model_fields)
+        if isinstance(part, str) and section:
+            field = section.model_fields.get(part)
+            section = _held(field) if field else None
+    return field, section
+
+
+def _section_at(where: Sequence[str | int]) -> type[BaseModel]:
+    section = _located(where)[1]
+    assert section, where
+    return section
+
+
+def _held(field: FieldInfo) -> type[BaseModel] | None:
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _required(section: type[BaseModel]) -> list[str]:
+    return [name for name, field in section.model_fields.items() if field.is_required()]
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key below a section that is not inside a list, dotted."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if field.annotation is (inner := _held(field)) and inner:
+            yield from _paths(inner, f"{prefix}{name}.")

@@ -127,10 +127,21 @@ def _attempt(client: Any, job: Job) -> tuple[str, bool]:
 def _submit(client: Any, job: Job, submission_id: str) -> None:
     metadata = {"fineloop_run_id": job.run_id, "fineloop_task": job.task, **job.metadata}
     entrypoint = shlex.join(job.command)
-    _call(
-        f"submit {submission_id}",
-        lambda: client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=metadata),
-    )
+    deadline = time.monotonic() + UNREACHABLE_S
+
+    def submit() -> None:
+        while True:
+            try:
+                client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=metadata)
+                return
+            except RuntimeError as exc:
+                # A head answers before the agent that starts jobs has registered. Other refusals are final: a job that
+                # was accepted after all would be refused as a duplicate.
+                if "No available agent" not in str(exc) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+
+    _call(f"submit {submission_id}", submit)
 
 
 def _follow(client: Any, job: Job, submission_id: str, output: TextIO, poll_s: float) -> tuple[str, str]:

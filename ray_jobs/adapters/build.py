@@ -1,5 +1,6 @@
 """From a row of the table of methods to a peft model, and from there to the files that are published."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,3 +57,9 @@ def save(model: "PeftModel", directory: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)
         model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # peft's template; the published card is our own
+    # peft writes sets in the order of this process's hashes; a version is named after its files, so they are sorted.
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

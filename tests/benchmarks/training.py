@@ -1,0 +1,193 @@
+"""Training speed and memory against transformers' Trainer with peft, as a ratio: `make bench`.
+
+Both sides run in turn, each in a process of its own with the same threads: QLoRA of rank 16 on every linear layer of
+the example's base, the same records, batches of 16 grouped by length, AdamW. Padding does not count as tokens.
+"""
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
+WARM_UP_STEPS = 2
+SIDES = ("fineloop", "trainer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__)
+    parser.add_argument("--records", type=int, default=320)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
+    parser.add_argument("--side", choices=SIDES, help="run one side here and print its figures as JSON")
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps((_fineloop if options.side == "fineloop" else _trainer)(options.records, options.threads)))
+        return
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(options.rounds):
+        for side in SIDES:
+            found[side].append(_in_a_process(side, options))
+            print(f"{side:>9}  {_line(found[side][-1])}", flush=True)
+    best = {side: max(runs, key=lambda run: run["tokens_per_s"]) for side, runs in found.items()}
+    ratio = best["fineloop"]["tokens_per_s"] / best["trainer"]["tokens_per_s"]
+    memory = best["fineloop"]["peak_rss_mb"] / best["trainer"]["peak_rss_mb"]
+    print(f"    ratio  {ratio:.2f} x the tokens/s, {memory:.2f} x the memory of transformers' Trainer with peft")
+
+
+def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
+    command += ["--records", str(options.records), "--threads", str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _line(run: dict[str, float]) -> str:
+    return f"{run['tokens_per_s']:6.0f} tokens/s   {run['peak_rss_mb']:6.0f} MB   loss {run['loss']:.3f}"
+
+
+def _parts(num_records: int, threads: int) -> tuple[Any, Any, Any, Any]:
+    """Config, base, tokenizer and tokenised records, the same for both sides."""
+    import torch
+
+    from components.prepare import icd10
+    from components.prepare.validate import validate
+    from components.shared import config_file
+    from ray_jobs import base_model, entry
+    from ray_jobs.batching import tokenize
+
+    entry.quiet_libraries()
+    torch.set_num_threads(threads)
+    one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={threads}"]
+    config = config_file.load(CONFIG, one_worker)
+    base = base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
+    split = tokenize([each.record for each in keyed[:num_records]], tokenizer, config.model.max_length)
+    return config, base, tokenizer, split
+
+
+def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    return {"tokens_per_s": tokens / seconds, "peak_rss_mb": peak, "loss": loss}
+
+
+def _fineloop(num_records: int, threads: int) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    from ray_jobs import base_model, deepspeed, train_loop
+    from ray_jobs.adapters import build
+    from ray_jobs.batching import plan_epoch
+
+    config, base, tokenizer, split = _parts(num_records, threads)
+    deepspeed.prepare_environment(use_gpu=False)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    engine = deepspeed.initialize(build.attach(model, config.method, base_reference="bench", seed=0).train(), config)
+    worker = train_loop.Worker(0, 1, torch.device("cpu"))
+    plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
+    tokens, started, losses = 0, 0.0, []
+    for step, batch in enumerate(plan):
+        if step == WARM_UP_STEPS:
+            started, tokens = time.perf_counter(), 0
+        loss, _, seen = train_loop.take_step(
+            engine,
+            batch,
+            config=config,
+            worker=worker,
+            split=split,
+            pad=tokenizer.pad_token_id,
+            step=step,
+            total=len(plan),
+        )
+        tokens += seen
+        losses.append(loss)
+    return _figures(tokens, time.perf_counter() - started, losses[-1])
+
+
+def _trainer(num_records: int, threads: int) -> dict[str, float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    config, base, tokenizer, split = _parts(num_records, threads)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    rows = []
+    for index in range(len(split)):
+        tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]].tolist()
+        prompt = int(split.num_prompt_tokens[index])
+        rows.append(
+            {"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:], "attention_mask": [1] * len(tokens)}
+        )
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        started = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == WARM_UP_STEPS:
+                self.started = time.perf_counter()
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            learning_rate=config.train.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            train_sampling_strategy="group_by_length",
+            use_cpu=True,
+            bf16=True,
+            save_strategy="no",
+            report_to=[],
+            logging_steps=1,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            callbacks=[clock],
+        )
+        trainer.train()
+        seconds = time.perf_counter() - clock.started
+    steps = len(trainer.state.log_history) - 1
+    tokens = int(split.lengths.sum() * (steps - WARM_UP_STEPS) / steps)
+    return _figures(tokens, seconds, trainer.state.log_history[-2]["loss"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""The schema, and what a person reads who got it wrong."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))
+GOOD = """
+[adapter]
+name = "sums"
+[model]
+base = "org/name"
+[data]
+source = "rows.jsonl"
+"""
+FULL = r"""
+[adapter]
+name = "a.b_c-9"
+alias = "staging"
+[model]
+base = "org/näme"
+revision = "refs/pr/1"
+max_length = 2048
+trust_remote_code = true
+[data]
+source = ["s3://bucket/a b/*.jsonl", 'C:\new "x".parquet']
+eval_share = 0.25
+[method]
+name = "qdora"
+alpha = 3
+target_modules = ["q_proj", "v_proj"]
+[train]
+learning_rate = 1e-4
+seed = 4_294_967_295
+[[gate.limits]]
+metric = "exact_match"
+min = 0.5
+[[gate.limits]]
+metric = "perplexity"
+max = 30
+[registry]
+bucket = "b-1"
+prefix = "team/a"
+"""
+
+
+def set_in(*overrides: str, text: str = GOOD) -> RunConfig:
+    return config_file.loads(text, overrides)
+
+
+def message_of(*overrides: str, text: str = GOOD) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_file.loads(text, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_repository_is_valid(path: Path) -> None:
+    assert config_file.load(path).adapter.name
+
+
+def test_a_config_needs_no_more_than_what_has_no_default() -> None:
+    assert config_file.loads(GOOD).method.name == "qlora"
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("trian.learning_rate=1", "unknown key trian: did you mean train?"),
+        ("train.learning_rat=1", "unknown key train.learning_rat: did you mean train.learning_rate?"),
+        ("gate.limits=[{metrc='loss',metric='loss',max=1}]", "gate.limits.0.metrc: did you mean gate.limits.0.metric?"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_names_the_nearest(override: str, meant: str) -> None:
+    assert meant in message_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=1", "unknown key learning_rate: did you mean train.learning_rate?"),
+        ("train.num_workers=1", "unknown key train.num_workers: did you mean ray.num_workers?"),
+        ("gate.batch_size=1", "unknown key gate.batch_size: did you mean train.batch_size or evaluate.batch_size?"),
+    ],
+)
+def test_a_key_of_another_section_is_sent_there(override: str, meant: str) -> None:
+    assert meant in message_of(override)
+
+
+def test_a_key_like_no_other_lists_those_that_are_known() -> None:
+    assert "unknown key data.zzz: known here: source, eval_share, max_reject_share, max_records" in message_of(
+        "data.zzz=1"
+    )
+    assert "unknown key zzz: known here: adapter, model, data" in message_of("zzz.yyy=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=fast", "train.learning_rate = 'fast': should be a valid number"),
+        ("train.learning_rate=1", "train.learning_rate = 1: should be less than 1"),
+        ("train.epochs=1.5", "train.epochs = 1.5: should be a valid integer"),
+        ("train.epochs='1'", "train.epochs = '1': should be a valid integer"),
+        ("train.zero_stage=3", "train.zero_stage = 3: should be 0, 1 or 2"),
+        ("train.group_by_length=yes", "train.group_by_length = 'yes': expected true or false"),
+        ("ray.use_gpu=1", "ray.use_gpu = 1: expected true or false"),
+        ("model.max_length=4", "model.max_length = 4: should be greater than or equal to 16"),
+        ("model.base=''", "model.base = '': should have at least 1 character"),
+        ("model.revision=1.0", 'model.revision = 1.0: expected a string, in quotes: "1.0"'),
+        ("method.name=loraa", "method.name = 'loraa': should be 'lora', 'qlora', 'rslora', 'dora' or 'qdora'"),
+        ("adapter.name=Foo", "adapter.name = 'Foo': expected ^[a-z0-9]"),
+        ("adapter.name=Foo", "lower-case letters, digits, '.', '_' and '-', at most 63 characters"),
+        ("registry.prefix=/x/", "without slashes at either end"),
+        ("data.source=1", "data.source = 1: expected a string or a list of strings"),
+        ("data.source=[1, 2]", "data.source = [1, 2]: expected a string or a list of strings"),
+        ("model=1", "model = 1: expected a section, with keys such as base"),
+        ("gate.limits=1", "gate.limits = 1: expected a list of sections, each headed [[gate.limits]]"),
+        ("gate.limits=[1]", "gate.limits.0 = 1: expected a section, with keys such as metric"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str, message: str) -> None:
+    found = message_of(override)
+    assert message in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.batch_size=20", "train.micro_batch_size=4", "ray.num_workers=2"],
+            "train.batch_size 20 is not a multiple of train.micro_batch_size 4 x ray.num_workers 2: "
+            "try train.batch_size=16",
+        ),
+        (["train.batch_size=4"], "try train.batch_size=8"),
+        (["model.base=s3://b/f", "model.revision=main"], "remove model.revision"),
+        (["model.base=pkg://p/f.gguf", "model.revision=main"], "model.base is pkg://p/f.gguf"),
+        (["gate.limits=[{metric='loss',min=2,max=1}]"], "gate.limits.0: min 2.0 is above max 1.0"),
+        (["gate.limits=[{metric='loss'}]"], "gate.limits.0: a limit needs min, max or both"),
+        (["evaluate.max_new_tokens=64", "model.max_length=64"], "leaves no room for a prompt in model.max_length 64"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(overrides: list[str], message: str) -> None:
+    assert message in message_of(*overrides)
+
+
+def test_what_only_just_goes_together_is_taken() -> None:
+    config = set_in(
+        "train.batch_size=16",
+        "train.micro_batch_size=4",
+        "ray.num_workers=4",
+        "model.revision=main",
+        "evaluate.max_new_tokens=63",
+        "model.max_length=64",
+        "gate.limits=[{metric='loss',min=1,max=1}]",
+    )
+    assert config.gate.limits[0].min == config.gate.limits[0].max == 1
+
+
+def test_several_mistakes_are_said_in_one_message() -> None:
+    found = message_of(text="[adapter]\n[model]\nbase = 1\n[trian]\n").splitlines()
+    assert found[0] == "config:"
+    assert [line.strip().split(":")[0] for line in found[1:]] == [
+        "adapter.name is required",
+        "model.base = 1",
+        "section [data] is missing",
+        "unknown key trian",
+    ]
+
+
+def test_a_missing_key_says_what_it_is_for() -> None:
+    assert "model.base is required: Hub id, local folder" in message_of(text=GOOD.replace('base = "org/name"', ""))
+    assert "section [adapter] is missing: it needs name" in message_of(text="")
+
+
+def test_a_section_headed_twice_says_so() -> None:
+    assert "[{'epochs': 1}]: expected one section, headed once" in message_of(text=GOOD + "[[train]]\nepochs = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("train.learning_rate=2e-4", "train.learning_rate", 2e-4),
+        ("train.epochs=3", "train.epochs", 3),
+        ("data.max_records=10_000", "data.max_records", 10000),
+        ("train.weight_decay=0", "train.weight_decay", 0.0),
+        ("train.group_by_length=false", "train.group_by_length", False),
+        ("model.base=org/other", "model.base", "org/other"),
+        ('model.base="org/other"', "model.base", "org/other"),
+        ("model.base=pkg://p/a=b.gguf", "model.base", "pkg://p/a=b.gguf"),
+        ('model.revision="7"', "model.revision", "7"),
+        ("data.source=my rows # 1.jsonl", "data.source", "my rows # 1.jsonl"),
+        (r"data.source=C:\new\rows.jsonl", "data.source", r"C:\new\rows.jsonl"),
+        ("data.source=['a.jsonl', 'b.jsonl']", "data.source", ["a.jsonl", "b.jsonl"]),
+        (" data.source =rows.parquet", "data.source", "rows.parquet"),
+        ("gate.limits=[]", "gate.limits", []),
+        ("registry={bucket='bbb'}", "registry.bucket", "bbb"),
+    ],
+)
+def test_set_takes_toml_values_and_bare_words(override: str, field: str, value: Any) -> None:
+    section, key = field.split(".")
+    found = getattr(getattr(set_in(override), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_later_set_wins() -> None:
+    assert set_in("train.epochs=2", "train.epochs=3").train.epochs == 3
+
+
+@pytest.mark.parametrize("override", ["train", "", "=1", ".=1", "train.=1", ".epochs=1", "train..epochs=1"])
+def test_a_set_that_is_no_assignment_says_how_to_write_one(override: str) -> None:
+    assert "expected section.key=value, such as train.learning_rate=2e-4" in message_of(override)
+
+
+@pytest.mark.parametrize("override", ['data.source=["a", "b"', 'data.source="a', "gate.limits=[{metric=loss}]"])
+def test_a_list_or_string_that_was_not_finished_is_not_taken_for_a_bare_word(override: str) -> None:
+    assert message_of(override).startswith(f"--set {override}: the value is not valid TOML: ")
+
+
+def test_a_second_line_in_a_set_is_not_dropped() -> None:
+    assert r"train.epochs = '1\nseed = 2': should be a valid integer" in message_of("train.epochs=1\nseed = 2")
+
+
+def test_a_set_cannot_reach_into_a_value_or_a_list() -> None:
+    assert "--set data.source.x=1: data.source is no section but 'rows.jsonl'" in message_of("data.source.x=1")
+    limited = GOOD + "[[gate.limits]]\nmetric = 'loss'\nmax = 1\n"
+    assert "gate.limits is no section but [{" in message_of("gate.limits.0.max=2", text=limited)
+    assert "set it whole, as gate.limits=..." in message_of("gate.limits.0.max=2", text=limited)
+    assert "expected a list of sections, each headed [[gate.limits]]" in message_of("gate.limits.0.max=2")
+
+
+def test_a_mistake_names_the_file_and_that_keys_were_set(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"mine\.toml with --set: train\.epochs = 0"):
+        config_file.load(path, ["train.epochs=0"])
+    path.write_text(GOOD + "[train]\nepochs = 0\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml: train\.epochs = 0"):
+        config_file.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"a = \n", r"is not valid TOML: Invalid value \(at line 1, column 5\)"),
+        (b"a = 1\na = 2\n", "is not valid TOML: Cannot overwrite a value"),
+        (b"[adapter]\nname = '\xff'\n", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"mine\.toml {message}"):
+        config_file.load(path)
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config_file.load(tmp_path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert config_file.load(path) == config_file.loads(GOOD)
+
+
+@pytest.mark.parametrize("text", [GOOD, FULL], ids=["defaults", "everything set"])
+def test_a_config_survives_being_written_out(text: str) -> None:
+    config = config_file.loads(text)
+    again = config_file.loads(config_file.dumps(config))
+    assert again == config
+    assert again.digest == config.digest
+
+
+def test_the_digest_follows_from_the_values_alone() -> None:
+    digest = config_file.loads(GOOD).digest
+    reordered = '[data]\nsource = "rows.jsonl"\n[model]\nbase = "org/name"\n[adapter]\nname = "sums"\n'
+    assert config_file.loads(reordered).digest == digest
+    assert set_in("method.rank=16").digest == digest
+    assert set_in("method.rank=17").digest != digest
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = config_file.loads(GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 2  # type: ignore[misc]
+
+
+def test_the_stored_json_schema_is_fresh() -> None:
+    stored = (ROOT / "pipelines" / "configs" / "schema.json").read_text(encoding="utf-8")
+    assert stored == config_file.json_schema(), "run `fineloop schema > pipelines/configs/schema.json`"
+
+
+def test_every_field_has_a_description_in_the_json_schema() -> None:
+    schema = json.loads(config_file.json_schema())
+    sections = {"RunConfig": schema, **schema["$defs"]}
+    silent = [
+        f"{section}.{name}"
+        for section, body in sections.items()
+        for name, field in body["properties"].items()
+        if not field.get("description") and not schema["$defs"].get(field.get("$ref", "")[8:], {}).get("description")
+    ]
+    assert silent == []
+
+
+def test_every_config_names_the_schema_that_lies_beside_it() -> None:
+    for path in CONFIGS:
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("#:schema ")
+        assert (path.parent / first.removeprefix("#:schema ")).is_file()
+        assert tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,101 @@
+"""The command line as a user types it, in a home of the tests' own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import build_base, colour_rows
+
+FINELOOP = str(Path(sys.executable).parent / "fineloop")
+CHECKOUT = Path(__file__).parents[2]
+# What a user's shell may hold would win over the embedded store and Ray head.
+CONFIGURED = ("AWS_", "RAY_", "FINELOOP_")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    exit_code: int
+    answer: dict[str, Any]
+    """The last line of stdout."""
+    told: str
+    """stderr: what a person read."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """One home, and the commands run on it."""
+
+    path: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if not name.startswith(CONFIGURED)}
+
+    def command(self, *arguments: str) -> list[str]:
+        return [FINELOOP, *arguments, "--home", str(self.path), "--json"]
+
+    def fineloop(self, *arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> Done:
+        done = subprocess.run(
+            self.command(*arguments),
+            env={**self.environment, **(environment or {})},
+            cwd=cwd or self.path.parent,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        lines = done.stdout.splitlines()
+        return Done(done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr)
+
+    def store_environment(self) -> dict[str, str]:
+        """What a client needs for this home's store, which must be up."""
+        found: dict[str, str] = self.fineloop("store", "env").answer
+        return found
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """The home of the runs on the real model."""
+    return Home(tmp_path_factory.mktemp("real") / "home")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":
+    """A home, a tiny base and data for it: the whole machinery in seconds of training."""
+    directory = tmp_path_factory.mktemp("tiny")
+    base = build_base(directory / "base")
+    data = directory / "colours.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(400)))
+    return Tiny(Home(directory / "home"), base, data)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The tiny base with its data."""
+
+    home: Home
+    base: Path
+    data: Path
+
+    @property
+    def settings(self) -> list[str]:
+        """The options that turn the example into this task."""
+        keys = {
+            "model.base": self.base,
+            "model.max_length": 64,
+            "data.source": self.data,
+            "data.max_records": 0,
+            "adapter.name": "colours",
+            "train.learning_rate": 0.01,
+            "train.epochs": 4,
+            "evaluate.max_new_tokens": 8,
+        }
+        return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]

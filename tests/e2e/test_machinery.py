@@ -1,0 +1,164 @@
+"""The whole machinery on a tiny base: ad hoc jobs, interruption, repetition, and input that is wrong."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import CHECKOUT, Tiny
+from tests.tiny import colour_rows
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def up(tiny: Tiny) -> Iterator[dict[str, str]]:
+    """Store and Ray head stay up between the commands of these tests; what a client needs to use them."""
+    started = tiny.home.fineloop("ray", "up")
+    assert started.exit_code == 0, started.told
+    yield tiny.home.fineloop("ray", "env").answer
+    assert tiny.home.fineloop("ray", "down").exit_code == 0
+
+
+def test_a_second_run_meets_the_first_ones_version_as_its_champion(tiny: Tiny, up):
+    first = tiny.home.fineloop("run", *tiny.settings)
+    assert first.exit_code == 0, first.told
+    assert first.answer["decision"] == "promote", first.answer["reasons"]
+    second = tiny.home.fineloop("run", *tiny.settings, "--set", "train.max_steps=3")
+    assert second.exit_code == 0, second.told
+    assert second.answer["decision"] == "hold"
+    assert second.answer["metrics"]["champion"] == first.answer["metrics"]["candidate"]
+
+
+def test_the_same_config_gives_the_same_data_the_same_curve_and_the_same_version(tiny: Tiny, up, monkeypatch):
+    runs = [tiny.home.fineloop("train", *tiny.settings, "--set", "adapter.name=twice") for _ in range(2)]
+    assert [run.exit_code for run in runs] == [0, 0], runs[-1].told
+    curves = [_curve(run.answer["run_id"], tiny.home.store_environment(), monkeypatch) for run in runs]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) > 50
+    assert runs[0].answer["version"] == runs[1].answer["version"]
+
+
+def test_ray_job_submit_prepares_the_data_and_publishes(tiny: Tiny, up):
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m"]
+    command += ["ray_jobs.finetune", "--config", "pipelines/configs/icd10.toml", *tiny.settings]
+    command += ["--set", "adapter.name=ad-hoc", "--set", "train.max_steps=4", "--run-id", "ad-hoc"]
+    done = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env={**tiny.home.environment, **up},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 4/4" in done.stdout
+    (version,) = tiny.home.fineloop("adapters", "list", "ad-hoc").answer["versions"]
+    assert version["aliases"] == []
+    assert version["version"] in done.stdout
+
+
+def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
+    rows = [
+        {**row, "completion": f"The {row['prompt'].split()[1]} is {row['completion']}."} for row in colour_rows(300)
+    ]
+    source = tmp_path / "sentences.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["--set", f"data.source={source}", "--set", "adapter.name=sentences", "--set", "model.max_length=96"]
+    done = tiny.home.fineloop("run", *tiny.settings, *changes, "--set", "evaluate.max_new_tokens=32")
+    assert done.exit_code == 0, done.told
+    assert done.answer["metrics"]["candidate"]["token_f1"] > 0.5 > done.answer["metrics"]["base"]["token_f1"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.base=nobody/no-such-model", "model.base 'nobody/no-such-model'"),
+        ("ray.num_workers=16", "ray.num_workers"),
+        ("method.target_modules=['nothing']", "method.target_modules"),
+    ],
+)
+def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: Tiny, up, setting, message):
+    changes = ["--set", setting, "--set", "evaluate.max_new_tokens=4", "--set", "adapter.name=wrong"]
+    changes += ["--set", "train.batch_size=16", "--set", "train.micro_batch_size=1"]
+    done = tiny.home.fineloop("train", *tiny.settings, *changes, environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.exit_code == 2, done.told
+    assert message in done.told
+    assert "Traceback" not in done.told
+    assert tiny.home.fineloop("adapters", "list").answer["adapters"].count("wrong") == 0
+
+
+def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: Tiny, up, tmp_path: Path):
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps({**row, "completion": "x" * 80}) + "\n" for row in colour_rows(60)))
+    done = tiny.home.fineloop("train", *tiny.settings, "--set", f"data.source={source}")
+    assert done.exit_code == 2
+    assert "model.max_length 64" in done.told
+    assert "training" not in done.told
+
+
+def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Tiny, tmp_path: Path):
+    interrupted = type(tiny)(type(tiny.home)(tmp_path / "home"), tiny.base, tiny.data)
+    command = interrupted.home.command("run", *tiny.settings, "--set", "train.epochs=500", "--set", "adapter.name=cut")
+    process = subprocess.Popen(
+        command,
+        env=interrupted.home.environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "step 3" in line:
+            break
+    assert process.poll() is None, told
+    endpoint = json.loads((interrupted.home.path / "store" / "endpoint.json").read_text())
+    port = int(endpoint["url"].rpartition(":")[2])
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    deadline = time.monotonic() + 20
+    while (left := _processes_naming(interrupted.home.path)) and time.monotonic() < deadline:
+        time.sleep(0.25)
+    assert left == {}
+    with contextlib.closing(socket.socket()) as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    # The next run works, and what the interrupted one left is no version.
+    assert interrupted.home.fineloop("adapters", "list").answer["adapters"] == []
+    done = interrupted.home.fineloop("train", *tiny.settings, "--set", "train.max_steps=2", "--set", "adapter.name=cut")
+    assert done.exit_code == 0, done.told
+
+
+def _processes_naming(path: Path) -> dict[int, str]:
+    """Live processes whose command line or environment names the path."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if str(path).encode() in command + (entry / "environ").read_bytes():
+                found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")[:200]
+    return found
+
+
+def _curve(run_id: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    from components.registry.store import Store
+    from components.shared.config import RegistryConfig
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    body = Store.open(RegistryConfig()).get(f"runs/{run_id}/metrics.jsonl").decode()
+    return [json.loads(line)["loss"] for line in body.splitlines()]

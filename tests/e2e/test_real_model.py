@@ -1,0 +1,136 @@
+"""The built-in example as `make run` runs it: real model, real data, real Ray workers, promoted and held."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from components.prepare import icd10
+from tests.e2e.conftest import Done, Home
+
+pytestmark = pytest.mark.e2e
+
+# As a stranger would use a pulled adapter: transformers and peft alone.
+PLAIN_SCRIPT = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+base, adapter, prompts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
+tokenizer = AutoTokenizer.from_pretrained(base)
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, adapter).eval()
+answers = []
+for turns in prompts:
+    tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**tokens, max_new_tokens=12, do_sample=False)
+    answers.append(tokenizer.decode(out[0, tokens["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def first(home: Home) -> Done:
+    """The first run in a fresh home."""
+    assert home.fineloop("store", "up").exit_code == 0
+    return home.fineloop("run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _down(home: Home):
+    yield
+    assert home.fineloop("store", "down").exit_code == 0
+
+
+def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
+    assert first.exit_code == 0, first.told
+    answer = first.answer
+    assert answer["decision"] == "promote"
+    assert answer["promoted"] is True
+    assert answer["metrics"]["champion"] is None
+    base, candidate = answer["metrics"]["base"], answer["metrics"]["candidate"]
+    assert candidate["exact_match"] >= 0.6
+    assert candidate["exact_match"] - base["exact_match"] > 0.5
+    assert candidate["loss"] < 0.5 * base["loss"]
+    assert {"prepare", "finetune", "evaluate", "gate", "promote", "report"} <= answer["timings_s"].keys()
+
+
+def test_the_report_is_one_file_that_tells_of_the_run(first: Done):
+    page = Path(first.answer["report"]).read_text()
+    assert first.answer["version"] in page
+    assert f"{first.answer['metrics']['candidate']['exact_match']:.1%}".replace("%", "") in page
+
+
+def test_the_alias_points_at_the_version_and_its_bytes_verify(home: Home, first: Done):
+    shown = home.fineloop("adapters", "show", "icd10-chapters@production").answer
+    assert shown["version"] == first.answer["version"]
+    assert shown["aliases"] == ["production"]
+    assert shown["metrics"]["exact_match"] == first.answer["metrics"]["candidate"]["exact_match"]
+    assert home.fineloop("adapters", "verify", "icd10-chapters").exit_code == 0
+
+
+def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done, tmp_path: Path, monkeypatch):
+    pulled = home.fineloop("adapters", "pull", "icd10-chapters", "--to", str(tmp_path / "adapter")).answer
+    assert pulled["verified"] is True
+    records = _evaluated(home, first, monkeypatch, tmp_path)[:24]
+    (tmp_path / "prompts.json").write_text(json.dumps([_turns(record["prompt"]) for record in records]))
+    (base,) = (home.path / "cache" / "bases").glob("gguf-*[!k]")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN_SCRIPT, str(base), pulled["path"], str(tmp_path / "prompts.json")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    answers = json.loads(done.stdout.splitlines()[-1])
+    # Batched and single products round differently in bfloat16: a tie may fall the other way.
+    same = sum(ours == record["candidate_answer"] for ours, record in zip(answers, records, strict=True))
+    assert same >= len(records) - 1
+
+
+def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, tmp_path: Path):
+    rows = random.Random(0).sample(list(icd10.rows()), 900)
+    answers = [row["messages"][-1]["content"] for row in rows]
+    random.Random(1).shuffle(answers)
+    for row, answer in zip(rows, answers, strict=True):
+        row["messages"][-1]["content"] = answer
+    source = tmp_path / "shuffled.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = home.fineloop(
+        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=40", "--set", "evaluate.records=120")
+    )
+    assert held.exit_code == 0, held.told
+    assert held.answer["decision"] == "hold"
+    assert held.answer["promoted"] is False
+    assert any("depend on" in reason for reason in held.answer["reasons"])
+    assert held.answer["metrics"]["champion"] is not None
+    production = home.fineloop("adapters", "show", "icd10-chapters@production").answer
+    assert production["version"] == first.answer["version"] != held.answer["version"]
+    kinds = [event["kind"] for event in home.fineloop("adapters", "history", "icd10-chapters").answer["events"]]
+    assert kinds.count("promoted") == 1
+    assert kinds.count("refused") == 1
+
+
+def _turns(prompt: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in json.loads(prompt)]
+
+
+def _evaluated(home: Home, run: Done, monkeypatch: pytest.MonkeyPatch, scratch: Path) -> list[dict[str, str]]:
+    """What the evaluation recorded for each held-out record."""
+    from components.registry.store import Store
+    from components.shared.config import RegistryConfig
+
+    for name, value in home.store_environment().items():
+        monkeypatch.setenv(name, value)
+    path = scratch / "records.parquet"
+    Store.open(RegistryConfig()).download(f"runs/{run.answer['run_id']}/evaluation_records.parquet", path)
+    records: list[dict[str, str]] = pq.read_table(path).to_pylist()
+    assert len(records) >= 200
+    return records

@@ -1,0 +1,153 @@
+"""What may be loaded where, and what the words of the repository promise: commands, targets, file sizes."""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+
+from components.shared import config_file
+from pipelines import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("components", "pipelines", "ray_jobs")
+DOCUMENTS = ("README.md", ".github/CONTRIBUTING.md")
+MAX_LINES = 400
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+imported = [name for name in names if not name.endswith(".component")]
+for name in imported:
+    importlib.import_module(name)
+print(json.dumps({"imported": imported, "loaded": sorted(sys.modules)}))
+"""
+
+
+def import_all(package: str) -> tuple[set[str], set[str]]:
+    """What a new process imported of a package, and every top-level module it has then loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, package], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return set(found["imported"]), {name.partition(".")[0] for name in found["loaded"]}
+
+
+def module_names(package: str) -> set[str]:
+    files = [path for path in (ROOT / package).rglob("*.py") if path.name != "component.py"]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    return {name.removesuffix(".__init__") for name in modules} - {package}
+
+
+def python_files() -> Iterator[Path]:
+    for top in (*PACKAGES, "tests"):
+        yield from (ROOT / top).rglob("*.py")
+
+
+def commands_in(document: str, program: str) -> list[str]:
+    """Each command line of a document's fenced code blocks, or between back-ticks, that starts with `program`."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
+    # A command begins its line, or follows a pipe, `$(` or a folder.
+    starts = re.compile(rf"(?:^\s*|[|;(]\s*|/){program} (?P<rest>[^|;)#>`]*)")
+    return [f"{program} {found['rest'].strip()}" for line in lines for found in starts.finditer(line)]
+
+
+def fineloop_commands() -> list[str]:
+    return [command for document in DOCUMENTS for command in commands_in(document, "fineloop")]
+
+
+def make_targets() -> list[str]:
+    return [
+        target
+        for document in DOCUMENTS
+        for command in commands_in(document, "make")
+        for target in shlex.split(command)[1:]
+        if "=" not in target
+    ]
+
+
+def test_no_component_loads_a_model_library_or_ray_or_kfp() -> None:
+    imported, loaded = import_all("components")
+    assert imported == module_names("components")
+    assert not loaded & {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "ray", "kfp"}
+
+
+def test_no_ray_job_loads_kfp() -> None:
+    imported, loaded = import_all("ray_jobs")
+    assert imported == module_names("ray_jobs")
+    assert "torch" in loaded
+    assert "kfp" not in loaded
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_our_top_level_names_are_ours_alone(package: str) -> None:
+    assert set(metadata.packages_distributions().get(package, ["fineloop"])) == {"fineloop"}
+    assert Path(str(import_module(package).__file__)).resolve() == ROOT / package / "__init__.py"
+
+
+@pytest.mark.parametrize("job", ["finetune", "evaluate", "chat"])
+def test_every_entry_point_explains_itself(job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"ray_jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: python -m ray_jobs.{job}" in done.stdout
+    assert "--config" in done.stdout
+
+
+def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
+    started = {
+        name
+        for top in ("components", "pipelines")
+        for path in (ROOT / top).rglob("*.py")
+        for name in re.findall(r"(?:-m |\")(ray_jobs\.\w+)", path.read_text(encoding="utf-8"))
+    }
+    assert {"ray_jobs.finetune", "ray_jobs.evaluate"} <= started
+    assert started <= module_names("ray_jobs")
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    vague = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
+    assert [path for path in python_files() if path.name in vague] == []
+
+
+def test_the_documents_hold_commands_to_check() -> None:
+    assert len(fineloop_commands()) > 5
+    assert len(make_targets()) > 2
+
+
+@pytest.mark.parametrize("command", sorted(set(fineloop_commands())))
+def test_every_fineloop_command_of_the_documents_exists(command: str) -> None:
+    arguments = shlex.split(command)[1:]
+    if len(arguments) == 1 and arguments[0] in known_commands():
+        return  # named in passing, without what it needs
+    options = cli.parser().parse_args(arguments)
+    if "overrides" in options:
+        config_file.load(options.config, options.overrides)
+
+
+def known_commands() -> set[str]:
+    groups = next(action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return set(groups.choices)
+
+
+@pytest.mark.parametrize("target", sorted(set(make_targets())))
+def test_every_make_target_of_the_documents_exists(target: str) -> None:
+    rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert target in rules
