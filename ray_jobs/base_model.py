@@ -176,9 +176,10 @@ def _from_package(reference: str) -> Base:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"model.base {reference}: the Python package {package!r} is not installed")
-    source = Path(next(iter(spec.submodule_search_locations))) / file
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    source = folder / file
     if not file.endswith(".gguf") or not source.is_file():
-        held = sorted(path.name for path in source.parent.glob("*.gguf"))
+        held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))
         raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {held}")
     digest = _sha256(source)
     path = cache_dir() / f"gguf-{digest[:16]}"
@@ -221,7 +222,11 @@ def _once(path: Path, build: Any) -> None:
 
 
 def _verify(path: Path) -> None:
-    for name, expected in json.loads((path / DIGESTS).read_text(encoding="utf-8")).items():
+    try:
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
+    for name, expected in digests.items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
 
@@ -241,8 +246,8 @@ def _folder_identity(kind: str, path: Path) -> dict[str, str]:
 
 
 def _distribution(package: str) -> str:
-    names = metadata.packages_distributions().get(package, [package])
-    return f"{names[0]}=={metadata.version(names[0])}"
+    names = metadata.packages_distributions().get(package)
+    return f"{names[0]}=={metadata.version(names[0])}" if names else package  # a folder on the path, not installed
 
 
 def _sha256(path: Path) -> str:

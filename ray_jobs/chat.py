@@ -1,6 +1,5 @@
 """Talk to an adapter: `fineloop chat NAME`. Base and adapter answer side by side, from one base in memory."""
 
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -11,9 +10,8 @@ from components.registry.store import Store
 from components.registry.versions import pull_version, read_lineage, resolve
 from components.shared import config_file
 from components.shared.config import RunConfig
+from components.shared.errors import FineloopError
 from ray_jobs import base_model, entry
-
-STEP = "chat"
 
 
 def main() -> None:
@@ -28,9 +26,12 @@ def main() -> None:
         "--system", help="a system message before each prompt; without it, the one that every record had"
     )
     arguments = parser.parse_args()
-    entry.run(
-        STEP, lambda: chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
-    )
+    entry.quiet_libraries()
+    try:
+        chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
+    except FineloopError as exc:  # a person reads this, not a submitter
+        _tell(f"fineloop: {exc}")
+        sys.exit(exc.exit_code)
 
 
 def chat(config: RunConfig, reference: str, system: str | None) -> None:
@@ -39,7 +40,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     Raises:
         ObjectMissing: there is no such version.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import torch
     from peft import PeftModel
 
     store = Store.open(config.registry)
@@ -51,7 +52,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model)
     tokenizer = base_model.load_tokenizer(base, own.model)
-    model = base_model.load_model(base, own.model, own.method.row.base, use_gpu=own.ray.use_gpu)
+    model = base_model.load_model(base, own.model, own.method.row.base, use_gpu=torch.cuda.is_available())
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)

@@ -13,7 +13,7 @@ from components.registry.store import open_uri
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
-from components.shared.step import say_failure
+from components.shared.step import say, say_failure
 
 
 def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -63,9 +63,24 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def log_as(step: str) -> None:
+    """Let what our own modules log at INFO and above reach people as lines of this step."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(step, record.getMessage())
+
+    for name in ("components", "ray_jobs"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [Lines()]
+
+
 def run(step: str, job: Callable[[], None]) -> None:
     """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_as(step)
     quiet_libraries()
     try:
         job()

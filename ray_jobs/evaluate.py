@@ -19,7 +19,7 @@ from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
 from components.shared import config_file
 from components.shared.config import RunConfig
-from components.shared.errors import DataError, JobError
+from components.shared.errors import DataError, FineloopError, JobError
 from components.shared.step import say
 from ray_jobs import base_model, entry
 from ray_jobs.answers import Score, as_columns, metrics, paired_difference
@@ -73,7 +73,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     records = load_split(store, dataset_uri, "eval")[: config.evaluate.records]
     contenders = _contenders(config, store, version_uri)
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    num_shards = min(config.ray.num_workers, len(records))
+    # Two records at least in each: an answer is also read behind another record's prompt.
+    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
     say(STEP, f"{len(records)} held-out records for {', '.join(c.role for c in contenders)} on {num_shards} workers")
@@ -82,7 +83,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
         results = ray.get([task.remote(contenders, shard, shard_index=i) for i, shard in enumerate(shards)])
     except ray.exceptions.RayTaskError as exc:
         raise (
-            exc.cause if isinstance(exc.cause, DataError) else JobError(f"an evaluation task failed: {exc.cause}")
+            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
         ) from exc
 
     kept = [

@@ -75,6 +75,8 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     store = Store.open(config.registry)
     metrics = MetricsLog(store, job.run_id) if worker.rank == 0 else None
+    if worker.rank == 0:
+        entry.log_as("finetune")
     started_at = datetime.now(UTC)
     adapted, outcome, recipe = fit(
         config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore

@@ -67,13 +67,5 @@ def _record_refusal(store: "Store", record: dict[str, Any]) -> None:
 
 
 def _log(rule: Rule) -> None:
-    logger.info(
-        "%s %s: %s candidate=%s other=%s %s=%s",
-        "passed" if rule.passed else "FAILED",
-        rule.name,
-        rule.metric,
-        rule.candidate,
-        rule.other,
-        rule.field,
-        rule.bound,
-    )
+    verdict = "passed" if rule.passed else "FAILED"
+    logger.info("%s %s = %s: %s", verdict, rule.field, "-" if rule.bound is None else rule.bound, rule.text)

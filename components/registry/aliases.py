@@ -264,7 +264,7 @@ def move_alias(
         if holder is not None and holder.version == version:  # another run of the same move won
             return _record(store, name, holder)
         raise _conflict(store, name, alias, version, expected.version if expected else None, holder) from exc
-    logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"], version, event)
+    logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, event)
     return _record(store, name, Pointer(alias, **fields, kind=event, event=body, etag=etag))
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Version:
     run_id: str
     """The run that published it; empty when its lineage names none."""
     metrics: dict[str, Any]
-    """The candidate's metrics at publication; empty when it was published without an evaluation."""
+    """What was measured at publication; empty when nothing was. `evaluated` has what was measured since."""
     aliases: tuple[str, ...] = ()
     """Aliases that point here, as of when this was read."""
 
@@ -145,6 +145,18 @@ def resolve(store: Store, reference: str) -> Version:
         f"{reference} is neither an alias nor a version of {name}: its aliases are "
         f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(version.version for version in versions)}"
     )
+
+
+def evaluated(store: Store, version: Version) -> Version:
+    """The version with the metrics that its run's evaluation gave it, where that evaluation is still there.
+
+    A version is published before it is compared, and never rewritten: the comparison lies with the run.
+    """
+    found = store.read(f"runs/{version.run_id}/{EVALUATION}") if version.run_id else None
+    if found is None:
+        return version
+    candidate = decode_json(found[0], store.uri(f"runs/{version.run_id}/{EVALUATION}"))["models"]["candidate"]
+    return replace(version, metrics=candidate["metrics"]) if candidate["version"] == version.version else version
 
 
 def pull_version(store: Store, version: Version, target: Path) -> Manifest:

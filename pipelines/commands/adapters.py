@@ -86,11 +86,11 @@ def _list(options: argparse.Namespace) -> Answer:
 
 
 def _show(options: argparse.Namespace) -> Answer:
-    from components.registry.versions import resolve
+    from components.registry.versions import evaluated, resolve
     from pipelines.commands.shown import version_shown
 
     with opened_registry(options) as store:
-        return version_shown(store, resolve(store, options.reference))
+        return version_shown(store, evaluated(store, resolve(store, options.reference)))
 
 
 def _promote(options: argparse.Namespace) -> Answer:

@@ -128,7 +128,8 @@ def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Ti
     endpoint = json.loads((interrupted.home.path / "store" / "endpoint.json").read_text())
     port = int(endpoint["url"].rpartition(":")[2])
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    process.communicate(timeout=60)
+    assert process.returncode == 130
     deadline = time.monotonic() + 20
     while (left := _processes_naming(interrupted.home.path)) and time.monotonic() < deadline:
         time.sleep(0.25)

@@ -104,7 +104,7 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     source = tmp_path / "shuffled.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held = home.fineloop(
-        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=40", "--set", "evaluate.records=120")
+        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=24", "--set", "evaluate.records=80")
     )
     assert held.exit_code == 0, held.told
     assert held.answer["decision"] == "hold"

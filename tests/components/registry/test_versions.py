@@ -8,6 +8,7 @@ from components.registry.folders import MANIFEST
 from components.registry.store import Store, encode_json
 from components.registry.versions import (
     Version,
+    evaluated,
     list_adapters,
     list_versions,
     publish_version,
@@ -202,3 +203,13 @@ def test_damaged_weights_are_found_before_and_after_promotion(store: Store) -> N
 
 def test_conflicts_are_still_conflicts() -> None:
     assert issubclass(AliasConflict, Conflict)
+
+
+def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store) -> None:
+    version = published(store, run_id="run1")
+    assert evaluated(store, version).metrics == {"loss": 0.5}
+    candidate = {"version": version.version, "metrics": {"exact_match": 0.72}}
+    store.put_json("runs/run1/evaluation.json", {"models": {"candidate": candidate}})
+    assert evaluated(store, version).metrics == {"exact_match": 0.72}
+    store.put_json("runs/run1/evaluation.json", {"models": {"candidate": {**candidate, "version": "v000"}}})
+    assert evaluated(store, version).metrics == {"loss": 0.5}
