@@ -165,7 +165,10 @@ def _from_s3(reference: str) -> Base:
 
     def download(target: Path) -> None:
         for item in objects:
-            store.download(item.key, target / item.key.removeprefix(prefix))
+            local_path = target / item.key.removeprefix(prefix)
+            if ".." in local_path.parts:
+                raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
+            store.download(item.key, local_path)
 
     _once(path, download)
     return Base(reference, _require_model(path, reference), _folder_identity("s3", path))

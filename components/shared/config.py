@@ -21,7 +21,9 @@ LimitedMetric = Literal["loss", "perplexity", "exact_match", "token_f1", "prompt
 class Section(BaseModel):
     """Frozen, strict about types, and closed: a key nobody reads is a mistake, not a comment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class AdapterConfig(Section):
@@ -70,7 +72,7 @@ class MethodConfig(Section):
     """lora_alpha; absent means twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the layers to adapt, or all-linear for every linear layer but the output head."""
 
     @property

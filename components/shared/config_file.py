@@ -136,7 +136,7 @@ def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] |
 
 
 def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
-    """What the writer of an unknown key may have meant: its namesake in another section, else a like key in this one."""
+    """What an unknown key may stand for: its namesake in another section, or else a like key in this one."""
     unknown, prefix = str(where[-1]), list(map(str, where[:-1]))
     meant = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == unknown]
     if not meant:

@@ -1,0 +1,279 @@
+"""The measurement against a plain one: full logits, one record at a time, in float32, on files that were published."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.prepare.dataset import Message, Record
+from components.registry.aliases import promote
+from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
+from components.registry.store import Store
+from components.registry.versions import Version, publish_version, pull_version
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import DataError
+from ray_jobs import base_model
+from ray_jobs.adapters import build
+from ray_jobs.answers import Score
+from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise
+from tests.tiny import build_base, colour_rows
+
+RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
+NOISE = 0.02  # of a token's nats: bfloat16 weights and activations against float32 ones
+TIE = 0.06  # the same of a logit
+MAX_NEW_TOKENS = 8
+TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}] {{ m['content'] }}<|end|>{% endfor %}[a] "
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A task sets the number of threads of its process."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def config(config: RunConfig, store: Store) -> RunConfig:
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    return changed(config, *place, f"evaluate.max_new_tokens={MAX_NEW_TOKENS}")
+
+
+def changed(config: RunConfig, *overrides: str) -> RunConfig:
+    return config_file.loads(config_file.dumps(config), overrides)
+
+
+def published(config: RunConfig, store: Store, directory: Path, *, seed: int) -> Version:
+    """An adapter whose update is drawn at random, published as the finetune job publishes one."""
+    base = base_model.resolve(config.model)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+    folder = directory / f"adapter-{seed}"
+    build.save(adapted, folder)
+    lineage = build_lineage(
+        config,
+        run_id=f"run-{seed}",
+        base=Base(config.model.base, base.identity),
+        dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),
+        environment=Environment("3.11", "Linux", {}),
+        recipe={"adapter": "lora", "base": "bf16"},
+        training=Training(1, 1, 1.0, 1.0, 1.0, 1),
+    )
+    return publish_version(store, config.adapter.name, {p.name: p for p in folder.iterdir()}, lineage=lineage)
+
+
+class Plain:
+    """A model on its base, as anybody would load and ask it."""
+
+    def __init__(self, base: Path | str, adapter: Path | None = None) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+        if adapter:
+            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+
+    def tokens(self, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+        turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]
+        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        encoded = [
+            self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            for text in (prompt, record.answer + self.tokenizer.eos_token)
+        ]
+        return encoded[0], encoded[1]
+
+    @torch.inference_mode()
+    def nll(self, record: Record, *, prompt_of: Record | None = None) -> float:
+        prompt, answer = self.tokens(prompt_of or record)[0], self.tokens(record)[1]
+        logits = self.model(input_ids=torch.cat([prompt, answer])[None]).logits[0]
+        predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return -predicted.gather(1, answer[:, None]).sum().item()
+
+    @torch.inference_mode()
+    def answer(self, record: Record, max_new_tokens: int) -> tuple[str, int, bool]:
+        """The greedy answer up to its first near tie, where bfloat16 may go another way.
+
+        Also its number of tokens, and whether that is all of it.
+        """
+        prompt = self.tokens(record)[0][None]
+        out = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best_two = torch.cat(out.logits).topk(2).values
+        ties = (best_two[:, 0] - best_two[:, 1] < TIE).nonzero().flatten().tolist()
+        sure = ties[0] if ties else len(out.logits)
+        text = self.tokenizer.decode(out.sequences[0, prompt.shape[1] :][:sure], skip_special_tokens=True)
+        return (
+            text.strip() if not ties else text.lstrip().rstrip("\ufffd"),
+            sure,
+            not ties,
+        )  # may end within a character
+
+
+def plain_of(config: RunConfig, store: Store, version: Version, directory: Path) -> Plain:
+    pull_version(store, version, directory / version.version)
+    return Plain(config.model.base, directory / version.version)
+
+
+def assert_scores_are(scores: list[Score], plain: Plain) -> None:
+    num_compared = 0
+    for score, record in zip(scores, RECORDS, strict=True):
+        assert score.nll == pytest.approx(plain.nll(record), rel=0.01, abs=NOISE * len(plain.tokens(record)[1]))
+        text, num_tokens, is_whole = plain.answer(record, MAX_NEW_TOKENS)
+        assert score.text == text if is_whole else score.text.startswith(text.rstrip())
+        num_compared += num_tokens
+    assert num_compared > len(RECORDS) * MAX_NEW_TOKENS / 3
+
+
+def test_base_and_candidate_score_as_plain_transformers_and_peft(config, store, tmp_path):
+    version = published(config, store, tmp_path, seed=1)
+    found = measure_shard(_contenders(config, store, version.uri), RECORDS, shard_index=0)
+    assert list(found.scores) == ["base", "candidate"]
+    base, candidate = Plain(config.model.base), plain_of(config, store, version, tmp_path)
+    assert_scores_are(found.scores["base"], base)
+    assert_scores_are(found.scores["candidate"], candidate)
+    assert found.tokens == {record.id: len(base.tokens(record)[1]) for record in RECORDS}
+    assert abs(found.scores["base"][0].nll - found.scores["candidate"][0].nll) > 1
+
+
+def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(config, store, tmp_path):
+    other = build_base(tmp_path / "other", seed=5)
+    (other / "chat_template.jinja").write_text(TEMPLATE)
+    theirs = changed(config, f"model.base={other}", "model.max_length=48", "method.rank=4")
+    old = published(theirs, store, tmp_path, seed=2)
+    promote(store, config.adapter.name, old.version)
+    new = published(config, store, tmp_path, seed=1)
+    found = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    assert list(found.scores) == ["base", "champion", "candidate"]
+    assert_scores_are(found.scores["base"], Plain(config.model.base))
+    assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
+    assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
+
+
+def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, store, tmp_path):
+    old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
+    alone = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    promote(store, config.adapter.name, old.version)
+    beside = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    assert beside.scores["candidate"] == alone.scores["candidate"]
+    assert beside.scores["base"] == alone.scores["base"]
+    assert beside.scores["champion"] != beside.scores["candidate"]
+
+
+def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_its_own(config, store, tmp_path):
+    version = published(config, store, tmp_path, seed=1)
+    records = RECORDS[:3]
+    contenders = _contenders(config, store, version.uri)
+    found = measure_shard(contenders, records, shard_index=0)
+    tokens = list(found.tokens.values())
+    summary = summarise(config, contenders, records, tokens, found.scores)
+    plain = plain_of(config, store, version, tmp_path)
+    own = sum(plain.nll(record) for record in records)
+    other = sum(
+        plain.nll(record, prompt_of=behind) for record, behind in zip(records, [*records[1:], records[0]], strict=True)
+    )
+    metrics = summary["models"]["candidate"]["metrics"]
+    assert metrics["prompt_gain"] == pytest.approx((other - own) / sum(tokens), abs=2 * NOISE)
+    assert metrics["loss"] == pytest.approx(own / sum(tokens), abs=NOISE)
+    assert summary["models"]["base"]["metrics"]["prompt_gain"] is None
+    assert abs(other - own) / sum(tokens) > 3 * NOISE
+
+
+def test_a_record_too_long_for_one_contender_is_left_out_of_all(config, store, tmp_path):
+    long = Record("long", [Message("user", "sky")], "x" * 45)
+    longer = Record("longer", [Message("user", "sky")], "x" * 80)
+    theirs = changed(config, "model.max_length=48")
+    old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
+    records = [RECORDS[0], long, RECORDS[1], longer]
+    alone = measure_shard(_contenders(config, store, new.uri), records, shard_index=0)
+    assert list(alone.tokens) == [RECORDS[0].id, "long", RECORDS[1].id]
+    promote(store, config.adapter.name, old.version)
+    found = measure_shard(_contenders(config, store, new.uri), records, shard_index=0)
+    assert list(found.tokens) == [RECORDS[0].id, RECORDS[1].id]
+    assert {role: len(scores) for role, scores in found.scores.items()} == {"base": 2, "champion": 2, "candidate": 2}
+    with pytest.raises(DataError, match=r"no held-out record fits model\.max_length 64: raise it"):
+        measure_shard(_contenders(config, store, new.uri), [longer], shard_index=0)
+
+
+def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):
+    quantised = changed(config, "method.name=qlora")
+    version = published(quantised, store, tmp_path, seed=1)
+    four, sixteen = (
+        measure_shard(_contenders(each, store, version.uri), RECORDS, shard_index=0) for each in (quantised, config)
+    )
+    for role in ("base", "candidate"):
+        assert four.scores[role] != sixteen.scores[role]
+        for a, b in zip(four.scores[role], sixteen.scores[role], strict=True):
+            assert a.nll == pytest.approx(b.nll, rel=0.5)
+
+
+def test_a_version_whose_files_were_tampered_with_is_not_measured(config, store, tmp_path):
+    version = published(config, store, tmp_path, seed=1)
+    path = tmp_path / "adapter-1" / "adapter_model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(path).items()}, path)
+    store.put(store.key(f"{version.uri}/adapter_model.safetensors"), path)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        measure_shard(_contenders(config, store, version.uri), RECORDS, shard_index=0)
+
+
+@pytest.fixture
+def summary(config, store, tmp_path):
+    old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
+    promote(store, config.adapter.name, old.version)
+    config = changed(config, "evaluate.samples=2", "gate.metric=exact_match")
+    contenders = _contenders(config, store, new.uri)
+    asked = [dataclasses.replace(r, prompt=[Message("system", "Be brief."), *r.prompt]) for r in RECORDS]
+    found = measure_shard(contenders, asked, shard_index=0)
+    return old, new, summarise(config, contenders, asked, list(found.tokens.values()), found.scores)
+
+
+def test_the_summary_holds_what_gate_and_report_read_and_nothing_else(summary):
+    old, new, found = summary
+    assert found.keys() == {"records", "models", "paired", "samples", "generation"}
+    assert found["records"] == len(RECORDS)
+    assert {role: model["version"] for role, model in found["models"].items()} == {
+        "base": None,
+        "champion": old.version,
+        "candidate": new.version,
+    }
+    for model in found["models"].values():
+        assert model.keys() == {"version", "metrics"}
+        assert model["metrics"].keys() == {"loss", "perplexity", "exact_match", "token_f1", "prompt_gain"}
+    assert found["paired"].keys() == {"base", "champion"}
+    for pair in found["paired"].values():
+        assert pair.keys() == {"metric", "difference", "ci95", "records"}
+        assert pair["metric"] == "exact_match"
+    assert len(found["samples"]) == 2
+    for sample, record in zip(found["samples"], RECORDS, strict=False):
+        assert sample.keys() == {"id", "prompt", "reference", "base", "champion", "candidate"}
+        assert (sample["id"], sample["prompt"], sample["reference"]) == (
+            record.id,
+            record.prompt[0].content,
+            record.answer,
+        )
+    assert found["generation"] == {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy"}
+
+
+def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
+    version = published(config, store, tmp_path, seed=1)
+    contenders = _contenders(config, store, version.uri)
+    assert contenders[0] == Contender("base", config_file.dumps(config), None)
+    found = measure_shard(contenders, RECORDS, shard_index=0)
+    summary = summarise(config, contenders, RECORDS, list(found.tokens.values()), found.scores)
+    assert summary["models"]["champion"] is None
+    assert summary["paired"]["champion"] is None
+    assert summary["samples"][0]["champion"] is None
