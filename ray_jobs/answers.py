@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+from components.shared.metrics import METRICS
+
 RESAMPLES = 2000
 
 
@@ -68,7 +69,7 @@ def paired_difference(
     """
     ours, weights = _per_record(candidate, num_answer_tokens, metric)
     theirs, _ = _per_record(other, num_answer_tokens, metric)
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if METRICS[metric].lower_is_better else 1.0
     draws = np.random.default_rng(0).integers(0, len(ours), size=(RESAMPLES, len(ours)))
 
     def difference(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -87,7 +88,7 @@ def _per_record(
     scores: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Numerators and denominators whose sums give the metric."""
-    if metric in LOWER_IS_BETTER:
+    if METRICS[metric].lower_is_better:
         return np.array([score.nll for score in scores]), np.array(num_answer_tokens, dtype=np.float64)
     return np.array([float(getattr(score, metric)) for score in scores]), np.ones(len(scores))
 

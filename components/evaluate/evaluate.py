@@ -3,8 +3,8 @@
 from typing import Any
 
 from components.shared.errors import JobError, ObjectMissing
-from components.shared.ray_submit import Job, submit_and_wait
-from components.shared.step import Step, config_key
+from components.shared.ray_submit import submit_step
+from components.shared.step import Step
 
 ROLES = ("base", "champion", "candidate")
 
@@ -16,21 +16,12 @@ def evaluate(run: Step, *, dataset_uri: str, version_uri: str) -> dict[str, Any]
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.
     """
-    store, config = run.store, run.config
-    command = ("python", "-m", "ray_jobs.evaluate", "--config", store.uri(config_key(run.run_id)))
-    job = Job(
-        run_id=run.run_id,
-        task="evaluate",
-        command=(*command, "--run-id", run.run_id, "--dataset", dataset_uri, "--version", version_uri),
-        timeout_s=config.ray.timeout_s,
-        metadata={"fineloop_adapter": config.adapter.name, "fineloop_config_digest": config.digest},
-    )
-    submission_id = submit_and_wait(job)
+    submission_id = submit_step(run, "evaluate", "--dataset", dataset_uri, "--version", version_uri)
     try:
-        evaluation: dict[str, Any] = store.get_json(evaluation_key(run.run_id))
+        evaluation: dict[str, Any] = run.store.get_json(evaluation_key(run.run_id))
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
-    run.result.update(submission_id=submission_id, records=evaluation["records"])
+    run.result.update(records=evaluation["records"])
     return evaluation
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from components.gate.sentences import (
-    MEASURES,
     amount_text,
     bound_text,
     interval_text,
@@ -18,6 +17,7 @@ from components.gate.sentences import (
 )
 from components.shared.config import GateConfig, Limit
 from components.shared.errors import DataError
+from components.shared.metrics import METRICS
 
 Outcome = Literal["promote", "hold"]
 
@@ -181,27 +181,28 @@ def _within(limit: Limit, index: int, candidate: Mapping[str, Any]) -> Iterator[
 def _broken_numbers(candidate: Mapping[str, Any], compared: set[str | None]) -> Iterator[Rule]:
     """A NaN or an infinity in a metric that no rule compares still means that the evaluation cannot be trusted."""
     for metric, value in candidate.items():
-        if metric in MEASURES and metric not in compared and value is not None and _finite(value) is None:
-            text = f"The candidate's {MEASURES[metric].label} is {value}: the evaluation is not sound."
+        if metric in METRICS and metric not in compared and value is not None and _finite(value) is None:
+            text = f"The candidate's {METRICS[metric].label} is {value}: the evaluation is not sound."
             yield Rule("finite_numbers", "evaluate", metric, None, None, None, False, text)
 
 
 def _comparison(metric: str, ours: float, theirs: float, gain: float, other: str, margin: float) -> str:
-    measure = MEASURES[metric]
+    measure = METRICS[metric]
     amount = amount_text(metric, abs(gain), abs(margin))
     if abs(gain) < ROUNDING:
         how = f"the same as {other}'s"
     else:
         how = f"{'better' if gain > 0 else 'worse'} than {other}'s {value_text(metric, theirs, ours)} by {amount}"
-    return f"The candidate's {measure.label} of {value_text(metric, ours, theirs)}{measure.unit} is {how}"
+    shown = f"{value_text(metric, ours, theirs)} {measure.unit}".rstrip()
+    return f"The candidate's {measure.label} of {shown} is {how}"
 
 
 def _limit_text(metric: str, side: str, ours: float, bound: float, *, passed: bool) -> str:
-    shown = value_text(metric, ours, bound) + MEASURES[metric].unit
+    shown = f"{value_text(metric, ours, bound)} {METRICS[metric].unit}".rstrip()
     demand = f"{'at least' if side == 'min' else 'at most'} {bound_text(metric, bound)} is required"
     if metric != "prompt_gain" or side != "min":
         direction = "within" if passed else "below" if side == "min" else "above"
-        return f"The candidate's {MEASURES[metric].label} of {shown} is {direction} the limit: {demand}."
+        return f"The candidate's {METRICS[metric].label} of {shown} is {direction} the limit: {demand}."
     if passed:
         return (
             f"Answers depend on their prompts: seeing its own prompt instead of another record's helps by {shown}; "
@@ -216,12 +217,12 @@ def _limit_text(metric: str, side: str, ours: float, bound: float, *, passed: bo
 def _unmeasured(metric: str, candidate: object, other: object = 0.0, name: str = "") -> str:
     at_fault, value = ("candidate", candidate) if _finite(candidate) is None else (name, other)
     seen = "was not measured" if value is None else f"is {value}, not a finite number"
-    return f"The {at_fault}'s {MEASURES[metric].label} {seen}, so this rule cannot be checked and counts as failed."
+    return f"The {at_fault}'s {METRICS[metric].label} {seen}, so this rule cannot be checked and counts as failed."
 
 
 def _improvement(metric: str, ours: float, theirs: float) -> float:
     """How much better ours is: positive when better, whichever way the metric runs."""
-    return theirs - ours if MEASURES[metric].lower_is_better else ours - theirs
+    return theirs - ours if METRICS[metric].lower_is_better else ours - theirs
 
 
 def _finite(value: object) -> float | None:

@@ -1,33 +1,14 @@
 """How the gate words its numbers: sentences that a manager can read and an engineer can check."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric of an evaluation: its name in a sentence, its unit, and which way is better."""
-
-    label: str
-    unit: str
-    lower_is_better: bool
-    is_share: bool = False
-    """A value in 0..1, shown in per cent; differences are shown in points."""
-
-
-MEASURES: dict[str, Measure] = {
-    "loss": Measure("loss", " nats per answer token", lower_is_better=True),
-    "perplexity": Measure("perplexity", "", lower_is_better=True),
-    "exact_match": Measure("exact match", "", lower_is_better=False, is_share=True),
-    "token_f1": Measure("token F1", "", lower_is_better=False, is_share=True),
-    "prompt_gain": Measure("prompt gain", " nats per answer token", lower_is_better=False),
-}
+from components.shared.metrics import METRICS
 
 
 def value_text(metric: str, value: float, *beside: float) -> str:
     """The number in its usual precision, or in as many digits as keep it apart from the numbers shown `beside` it."""
-    share = MEASURES[metric].is_share
+    share = METRICS[metric].is_share
     usual = 1 if share else 3
     for digits in range(usual, 10):
         shown = _digits(value, digits, share=share)
@@ -43,7 +24,7 @@ def amount_text(metric: str, value: float, *beside: float) -> str:
 
 def bound_text(metric: str, bound: float) -> str:
     """A bound as the config states it, shares in per cent."""
-    return f"{bound * 100:.10g} %" if MEASURES[metric].is_share else f"{bound:.10g}"
+    return f"{bound * 100:.10g} %" if METRICS[metric].is_share else f"{bound:.10g}"
 
 
 def margin_text(metric: str, bound: float) -> str:

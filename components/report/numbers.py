@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from components.shared import metrics
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -38,12 +40,16 @@ class Metric:
         return f"{'−' if gain < 0 else '+'}{amount}"  # noqa: RUF001 - a true minus sign, for people
 
 
-METRICS = (
-    Metric("exact_match", "Exact match", "", False, "answers that equal the reference", is_share=True),
-    Metric("token_f1", "Token F1", "", False, "words shared with the reference", is_share=True),
-    Metric("loss", "Loss", "nats per answer token", True, "surprise at the reference answer"),
-    Metric("perplexity", "Perplexity", "", True, "the same surprise, as a count of choices"),
-    Metric("prompt_gain", "Prompt gain", "nats per answer token", False, "how much the answer depends on its prompt"),
+MEANINGS = {
+    "exact_match": "answers that equal the reference",
+    "token_f1": "words shared with the reference",
+    "loss": "surprise at the reference answer",
+    "perplexity": "the same surprise, as a count of choices",
+    "prompt_gain": "how much the answer depends on its prompt",
+}
+METRICS = tuple(
+    Metric(key, fact.label[0].upper() + fact.label[1:], fact.unit, fact.lower_is_better, MEANINGS[key], fact.is_share)
+    for key, fact in metrics.METRICS.items()
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 

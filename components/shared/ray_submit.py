@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 from components.shared.errors import JobError, UserError
-from components.shared.step import find_failure
+from components.shared.step import Step, config_key, find_failure
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,26 @@ def submit_and_wait(job: Job, *, address: str = "", output: TextIO | None = None
         status, log = _follow(client, job, submission_id, output or sys.stdout, poll_s)
     if status != "SUCCEEDED":
         raise _error(client, submission_id, status, log)
+    return submission_id
+
+
+def submit_step(run: Step, task: str, *arguments: str) -> str:
+    """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns its submission id.
+
+    Raises:
+        FineloopError: as for `submit_and_wait`.
+    """
+    config = run.config
+    command = ("python", "-m", f"ray_jobs.{task}", "--config", run.store.uri(config_key(run.run_id)))
+    job = Job(
+        run_id=run.run_id,
+        task=task,
+        command=(*command, "--run-id", run.run_id, *arguments),
+        timeout_s=config.ray.timeout_s,
+        metadata={"fineloop_adapter": config.adapter.name, "fineloop_config_digest": config.digest},
+    )
+    submission_id = submit_and_wait(job)
+    run.result.update(submission_id=submission_id)
     return submission_id
 
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.config import RunConfig
 from components.shared.errors import FineloopError, ObjectMissing
+from components.shared.metrics import METRICS
 
 if TYPE_CHECKING:
     from components.registry.store import Store
 
-METRICS = {"loss": "loss", "perplexity": "perplexity", "exact_match": "exact match", "token_f1": "token F1"}
-PROMPT_GAIN = "prompt_gain"
 ROLES = ("base", "champion", "candidate")
 
 
@@ -134,15 +133,15 @@ def summary(outcome: Outcome, *, home_option: str) -> str:
 def _table(metrics: Mapping[str, Mapping[str, float | None] | None]) -> list[str]:
     roles = [role for role in ROLES if metrics.get(role)]
     rows = [["", *roles]]
-    for key, label in {**METRICS, PROMPT_GAIN: "prompt gain"}.items():
+    for key, metric in METRICS.items():
         values = [(metrics[role] or {}).get(key) for role in roles]
         if any(value is not None for value in values):
-            rows.append([label, *["-" if value is None else _number(key, value) for value in values]])
+            rows.append([metric.label, *["-" if value is None else _number(key, value) for value in values]])
     return [f"  {row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
 
 
 def _number(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key in ("exact_match", "token_f1") else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if METRICS[key].is_share else f"{value:.3f}"
 
 
 def _metrics(store: "Store", run_id: str) -> dict[str, dict[str, float | None] | None]:
