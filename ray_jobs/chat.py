@@ -13,6 +13,8 @@ from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
 from ray_jobs import base_model, entry
 
+LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
+
 
 def main() -> None:
     """The entry point. Reads one prompt a line from stdin until it ends."""
@@ -79,7 +81,7 @@ def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig)
 
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], tokenizer, config.model.max_length)
-    return greedy(model, tokenizer, split, 1, config.evaluate.max_new_tokens)[0]
+    return greedy(model, tokenizer, split, 1, config.evaluate.max_new_tokens or LONGEST_ANSWER)[0]
 
 
 def _read() -> str:

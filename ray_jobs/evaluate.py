@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 STEP = "evaluate"
 PROGRESS_EVERY_S = 2.0
+NEW_TOKENS = range(8, 257)
+"""What the longest answer may be where the config leaves it to the references."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     started = time.monotonic()
     store = Store.open(config.registry)
     records = load_split(store, dataset_uri, "eval")[: config.evaluate.records]
+    base = base_model.resolve(config.model)
+    config = with_room_for_answers(config, base, records)
     contenders = _contenders(config, store, version_uri)
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Two records at least in each: an answer is also read behind another record's prompt.
@@ -93,7 +97,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     scores = {c.role: [s for result in results for s in result.scores[c.role]] for c in contenders}
     evaluation = summarise(config, contenders, kept, tokens, scores)
     evaluation.update(run_id=run_id, dataset_uri=dataset_uri, dataset_id=dataset_uri.rstrip("/").rpartition("/")[2])
-    evaluation["base"] = {"reference": config.model.base, "identity": base_model.resolve(config.model).identity}
+    evaluation["base"] = {"reference": config.model.base, "identity": base.identity}
     evaluation["seconds"] = {"total": round(time.monotonic() - started, 3)}
     _write_records(store, run_id, kept, tokens, scores)
     store.put_json(f"runs/{run_id}/evaluation.json", evaluation)
@@ -104,6 +108,18 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             f"{role}: exact match {found['exact_match']:.1%}, F1 {found['token_f1']:.3f}, loss {found['loss']:.3f}",
         )
     return evaluation
+
+
+def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Sequence[Record]) -> RunConfig:
+    """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
+    from ray_jobs.batching import tokenize
+
+    if config.evaluate.max_new_tokens is not None:
+        return config
+    split = tokenize(records, base_model.load_tokenizer(base, config.model), config.model.max_length)
+    longest = int(split.num_answer_tokens.max(initial=NEW_TOKENS[0]))
+    settled = config.evaluate.model_copy(update={"max_new_tokens": min(longest, NEW_TOKENS[-1])})
+    return config.model_copy(update={"evaluate": settled})
 
 
 def summarise(
@@ -215,7 +231,7 @@ def _measure(
             split,
             with_other_prompts=other_prompts(split, config.model.max_length) if with_gain else None,
             batch_size=config.evaluate.batch_size,
-            max_new_tokens=config.evaluate.max_new_tokens,
+            max_new_tokens=config.evaluate.max_new_tokens or NEW_TOKENS[-1],
             advance=progress.advance if progress else lambda _: None,
         )
 

@@ -111,20 +111,21 @@ def run(
     started = time.monotonic() - progress.elapsed_s
 
     for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
+        step_started = time.monotonic()
         loss, grad_norm, num_tokens = take_step(
             engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
         )
         _require_finite(loss, step=progress.step, learning_rate=train.learning_rate)
         progress.step += 1
         progress.tokens += num_tokens
-        elapsed_s = time.monotonic() - started
-        step_s, progress.elapsed_s = elapsed_s - progress.elapsed_s, elapsed_s
+        ended = time.monotonic()
+        progress.elapsed_s = ended - started
         outcome.first_loss = loss if outcome.first_loss is None else outcome.first_loss
         outcome.last_loss = loss
         report({
             "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
             "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"], "tokens": progress.tokens,
-            "tokens_per_s": num_tokens / step_s, "elapsed_s": elapsed_s,
+            "tokens_per_s": num_tokens / (ended - step_started), "elapsed_s": progress.elapsed_s,
         })  # fmt: skip
         if progress.step in measured:
             loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)

@@ -50,13 +50,14 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         profile=build_profile(read, unique, parts),
     )
     logger.info(
-        "%s %s: %d records in train, %d in eval, %d duplicates and %d outdated rows dropped",
+        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d beyond data.max_records",
         "published" if folder.created else "already there:",
         folder.uri,
         len(parts.train),
         len(parts.evaluation),
         unique.duplicates,
         unique.superseded,
+        parts.over_max_records,
     )
     return PreparedDataset(
         dataset_id=folder.dataset_id,

@@ -143,8 +143,8 @@ class EvaluateConfig(Section):
 
     records: Annotated[int, Field(ge=1)] = 300
     """Held-out records to use, the same for all three, in order of their key's hash."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longest answer generated."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Records in one forward pass or one generation."""
     samples: Annotated[int, Field(ge=0)] = 12
@@ -219,7 +219,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.revision belongs to a hub id; model.base is {self.model.base}: remove model.revision"
             )
-        if self.evaluate.max_new_tokens >= self.model.max_length:
+        if (self.evaluate.max_new_tokens or 0) >= self.model.max_length:
             raise ValueError(
                 f"evaluate.max_new_tokens {self.evaluate.max_new_tokens} leaves no room for a prompt in "
                 f"model.max_length {self.model.max_length}"

@@ -21,7 +21,7 @@ from components.shared.errors import DataError
 from ray_jobs import base_model
 from ray_jobs.adapters import build
 from ray_jobs.answers import Score
-from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise
+from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise, with_room_for_answers
 from tests.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
@@ -277,3 +277,15 @@ def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
     assert summary["models"]["champion"] is None
     assert summary["paired"]["champion"] is None
     assert summary["samples"][0]["champion"] is None
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 20, 21), ("b" * 400, 256)])
+def test_an_unset_answer_length_is_the_longest_references_within_bounds(config, answer, expected):
+    unset = changed(config, "model.max_length=512")
+    unset = unset.model_copy(update={"evaluate": unset.evaluate.model_copy(update={"max_new_tokens": None})})
+    records = [*RECORDS[:2], Record("long", [Message("user", "sky")], answer)]
+    base = base_model.resolve(unset.model)
+    assert with_room_for_answers(unset, base, records).evaluate.max_new_tokens == expected
+    assert (
+        with_room_for_answers(changed(config, "evaluate.max_new_tokens=3"), base, records).evaluate.max_new_tokens == 3
+    )
