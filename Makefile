@@ -29,7 +29,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
