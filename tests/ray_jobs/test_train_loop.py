@@ -1,5 +1,6 @@
 """The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64."""
 
+import functools
 import itertools
 import math
 import shutil
@@ -41,8 +42,10 @@ def run(config: RunConfig, store: Store, tmp_path: Path):
     return trained
 
 
-def plain_training(config: RunConfig) -> list[float]:
+@functools.cache
+def plain_training(config_toml: str) -> list[float]:
     """The same training as a plain loop in one process: bfloat16 weights, float32 masters, torch's own AdamW."""
+    config = config_file.loads(config_toml)
     base = base_model.resolve(config.model)
     tokenizer = base_model.load_tokenizer(base, config.model)
     records = [validate(row).record for row in ROWS]
@@ -77,7 +80,7 @@ def plain_training(config: RunConfig) -> list[float]:
 def test_losses_are_those_of_a_plain_loop(run, config):
     found = run()
     assert len(found.losses) == 14
-    np.testing.assert_allclose(found.losses, plain_training(config), atol=NOISE)
+    np.testing.assert_allclose(found.losses, plain_training(config_file.dumps(config)), atol=NOISE)
     # Values, so that a change of the numbers is seen even where it changes both.
     np.testing.assert_allclose(found.losses[:3], [6.4404, 6.2079, 5.0018], atol=NOISE)
     assert found.eval_losses[-1] < 0.5 * found.losses[0]
@@ -86,26 +89,29 @@ def test_losses_are_those_of_a_plain_loop(run, config):
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_every_zero_stage_takes_the_same_steps(run, config, zero_stage):
     losses = run(f"train.zero_stage={zero_stage}", "train.evals_per_epoch=0").losses
-    np.testing.assert_allclose(losses, plain_training(config), atol=NOISE)
+    np.testing.assert_allclose(losses, plain_training(config_file.dumps(config)), atol=NOISE)
 
 
 def test_the_number_of_workers_does_not_change_the_steps(run, config):
-    np.testing.assert_allclose(run(num_workers=1).losses, plain_training(config), atol=NOISE)
+    np.testing.assert_allclose(run(num_workers=1).losses, plain_training(config_file.dumps(config)), atol=NOISE)
 
 
 def test_accumulating_does_not_change_the_steps(run, config):
-    np.testing.assert_allclose(run("train.micro_batch_size=2").losses, plain_training(config), atol=NOISE)
+    np.testing.assert_allclose(
+        run("train.micro_batch_size=2").losses, plain_training(config_file.dumps(config)), atol=NOISE
+    )
 
 
 def test_checkpointing_activations_does_not_change_the_steps(run, config):
-    np.testing.assert_allclose(run("train.gradient_checkpointing=true").losses, plain_training(config), atol=NOISE)
+    np.testing.assert_allclose(
+        run("train.gradient_checkpointing=true").losses, plain_training(config_file.dumps(config)), atol=NOISE
+    )
 
 
 def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):
     first, second = run("method.name=qlora", "method.dropout=0.1"), run("method.name=qlora", "method.dropout=0.1")
     assert first.losses == second.losses
     assert all((first.weights[name] == second.weights[name]).all() for name in first.weights)
-    assert run("method.name=qlora", "method.dropout=0.1", "train.seed=1").losses != first.losses
 
 
 def test_measuring_in_between_does_not_change_an_nf4_training(run):
@@ -116,9 +122,9 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
     assert len(often.eval_losses) == 14
 
 
-@pytest.mark.parametrize("method", ["lora", "qdora"])
-def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, method, monkeypatch):
-    changes = [f"method.name={method}", "method.dropout=0.1", "train.checkpoint_every_steps=4"]
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch):
+    # Everything at once that a checkpoint could forget: magnitudes, dropout's chance, a 4-bit base.
+    changes = ["method.name=qdora", "method.dropout=0.1", "train.checkpoint_every_steps=4"]
     whole = run(*changes)
     monkeypatch.setenv("STOP_AFTER_STEP", "10")
     with pytest.raises(RuntimeError):
@@ -159,16 +165,13 @@ def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
         run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
 
 
-def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, tiny_base):
-    run("train.checkpoint_every_steps=4", "train.keep_checkpoints=1", run_id="kept")
+def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store):
+    weights = run("train.checkpoint_every_steps=4", "train.keep_checkpoints=1", run_id="kept").weights
     objects = list(store.list("runs/kept/checkpoints/"))
     assert {o.key.split("/")[3] for o in objects} == {"step-000012"}
-    base_bytes = sum(path.stat().st_size for path in tiny_base.glob("*.safetensors"))
-    weights = run("train.max_steps=1").weights
     trained = sum(weight.size for weight in weights.values())
     held = sum(o.size for o in objects)
     assert held < 1.3 * trained * (2 + 2 + 12)  # two copies in bfloat16; masters and two moments in float32
-    assert base_bytes > 0
 
 
 def test_the_rate_rises_then_falls_to_zero():
