@@ -34,5 +34,5 @@ def hold(run: Step) -> str:
     """Leave the alias alone and return the decision's URI; the gate has recorded the refusal."""
     decision = run.store.get_json(f"runs/{run.run_id}/decision.json")
     run.result.update(version=decision["version"], reasons=decision["reasons"])
-    run.say(f"{decision['version']} stays without an alias: {'; '.join(decision['reasons'])}")
+    run.say(f"{decision['adapter']}@{decision['alias']} stays where it is: {'; '.join(decision['reasons'])}")
     return run.store.uri(f"runs/{run.run_id}/decision.json")

@@ -1,6 +1,8 @@
 """`fineloop run` and `fineloop train`."""
 
 import argparse
+import os
+import shutil
 import sys
 from typing import Any
 
@@ -51,4 +53,10 @@ def _execute(options: argparse.Namespace, what: Any, *, address: str) -> Answer:
     config = load_config(options)
     place = Place(options.home, sys.stderr, verbose=options.verbose, address=address)
     outcome = run(config, place, what=what, run_id=options.run_id)
-    return Answer(outcome.as_json(), summary(outcome, home_option=home_option(options)), is_aside=True)
+    text = summary(outcome, home_option=home_option(options), program=_program())
+    return Answer(outcome.as_json(), text, is_aside=True)
+
+
+def _program() -> str:
+    """What a person types to call us again: `make run` runs us from a virtual environment that is not on the path."""
+    return "fineloop" if shutil.which("fineloop") else os.path.relpath(sys.argv[0])

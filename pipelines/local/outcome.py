@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.shared.config import RunConfig
 from components.shared.errors import FineloopError, ObjectMissing
 from components.shared.metrics import METRICS
+from pipelines.local import store as local_store
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -104,8 +105,11 @@ def step_seconds(store: "Store", run_id: str) -> dict[str, float]:
     return {record["step"]: record["seconds"] for record in sorted(records, key=lambda record: record["started_at"])}
 
 
-def summary(outcome: Outcome, *, home_option: str) -> str:
-    """The outcome for a person. `home_option` is what the next commands need to find this home again."""
+def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
+    """The outcome for a person.
+
+    `home_option` is what the next commands need to find this home again, `program` how this shell calls us.
+    """
     reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
     headline = {
         "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
@@ -121,11 +125,13 @@ def summary(outcome: Outcome, *, home_option: str) -> str:
     lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
     took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.timings_s.items() if step != "total")
     lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
-    commands = {f"fineloop chat {shlex.quote(reference)}{home_option}": "talk to it, beside its base"}
+    commands = {f"{program} chat {shlex.quote(reference)}{home_option}": "talk to it, beside its base"}
     if outcome.promoted and outcome.metrics["champion"]:
-        commands[f"fineloop adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+        commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
     elif outcome.decision is None:
-        commands[f"fineloop adapters promote {reference}{home_option}"] = "put it into production"
+        commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
+    if not local_store.configured():
+        commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
     width = max(map(len, commands))
     return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
 
