@@ -138,7 +138,7 @@ def main() -> int:
         with contextlib.suppress(FileNotFoundError):
             write_private(service.path("failed.txt"), str(exc))
         return exc.exit_code
-    except Exception as exc:
+    except Exception as exc:  # a process entry point: who waits for the server must learn why it will not come
         logger.exception("keeping %s failed", service.title)
         write_private(service.path("failed.txt"), f"{service.title} did not start ({type(exc).__name__}: {exc})")
         return 1
