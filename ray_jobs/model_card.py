@@ -23,7 +23,7 @@ tags: [{recipe["adapter"]}, fineloop]
 
 # {config.adapter.name}
 
-A {config.method.name} adapter (rank {config.method.rank}) for `{config.model.base}`, trained by Fineloop run
+A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}`, trained by Fineloop run
 `{lineage["run_id"]}`. `lineage.json` beside this file holds the whole record, `manifest.json` the sha256 of every file.
 
 | | |

@@ -115,7 +115,7 @@ def run(
         loss, grad_norm, num_tokens = take_step(
             engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
         )
-        _require_finite(loss, step=progress.step, learning_rate=train.learning_rate)
+        _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
         progress.step += 1
         progress.tokens += num_tokens
         ended = time.monotonic()
@@ -201,7 +201,7 @@ def take_step(
     """One optimizer step. Gives the mean loss over the batch's answer tokens, the gradient norm, the tokens seen."""
     train = config.train
     deepspeed.set_learning_rate(
-        engine, learning_rate_at(step, peak=train.learning_rate, num_steps=total, warmup_share=train.warmup_share)
+        engine, learning_rate_at(step, peak=config.learning_rate, num_steps=total, warmup_share=train.warmup_share)
     )
     torch.manual_seed(hash((train.seed, step, worker.rank)))
     answer_tokens = int(split.num_answer_tokens[batch].sum())

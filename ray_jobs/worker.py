@@ -194,7 +194,7 @@ def _recipe(config: RunConfig, adapted: Any) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
     return {
-        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "base")},
+        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
         "trainable_parameters": trainable,
         "parameters": total,
         "trainable_share": trainable / total,

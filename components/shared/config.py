@@ -6,11 +6,14 @@ field. Secrets are never in it: they come from the environment or from mounted f
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from components.shared.methods import METHODS, Method, MethodName
+from components.shared.gpus import GpuName
+from components.shared.legality import Cell, nearest_legal, refusals
+from components.shared.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,33 +65,55 @@ class DataConfig(Section):
 
 
 class MethodConfig(Section):
-    """How the base is adapted. Start with lora or qlora and tune the learning rate (arXiv:2602.04998)."""
+    """How the base is adapted. Start with lora or qlora and tune the learning rate (arXiv:2602.04998).
+
+    A name sets the four axes adapter, scaling, init and base; any of them may be set to something else.
+    """
 
     name: MethodName = "qlora"
     """One row of the table of methods."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank r of the update."""
+    adapter: AdapterKind | None = None
+    """What is trained; absent means what the name says."""
+    scaling: Scaling | None = None
+    """classic is alpha / rank, rslora alpha / sqrt(rank); absent means what the name says."""
+    init: Init | None = None
+    """default starts as the base; loftq as what quantisation took away. Absent means what the name says."""
+    base: BaseFormat | None = None
+    """How the frozen base is stored: bf16, nf4 or int8; absent means what the name says."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank r of the update; absent means the method's own: 16, or 256 for VeRA's kind."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """lora_alpha; absent means twice the rank."""
+    """lora_alpha; absent means twice the rank. VeRA and DVoRA have none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the layers to adapt, or all-linear for every linear layer but the output head."""
+    loftq_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """LoftQ only: alternating steps T. With 1 the base stays plain NF4; with more the adapter has a base of its own."""
 
     @property
     def row(self) -> Method:
-        return METHODS[self.name]
+        """The named row, with the axes that are set to something else."""
+        axes = {axis: getattr(self, axis) for axis in ("adapter", "scaling", "init", "base")}
+        return replace(METHODS[self.name], **{axis: value for axis, value in axes.items() if value is not None})
+
+    @property
+    def r(self) -> int:
+        """The rank in force."""
+        return self.rank if self.rank is not None else self.row.rank
 
     @property
     def lora_alpha(self) -> float:
-        return self.alpha if self.alpha is not None else 2.0 * self.rank
+        """The alpha in force; without meaning where the method has none."""
+        return self.alpha if self.alpha is not None else 2.0 * self.r
 
 
 class TrainConfig(Section):
     """The optimisation."""
 
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    """Peak rate, reached after the warm-up, then a cosine to zero. The setting that matters most: tune it first."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak rate, reached after the warm-up, then a cosine to zero. The setting that matters most: tune it first.
+    Absent means the method's own: 2e-4 for LoRA, and for the others relative to it."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the training split."""
     max_steps: Annotated[int, Field(ge=0)] = 0
@@ -107,8 +132,10 @@ class TrainConfig(Section):
     """Gradients are scaled down to this global norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the adapter's initial weights, the order of records and dropout."""
-    zero_stage: Literal[0, 1, 2] = 2
-    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients as well."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients too, 3 also the base."""
+    cpu_offload: bool = False
+    """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     evals_per_epoch: Annotated[int, Field(ge=0)] = 4
@@ -130,6 +157,10 @@ class RayConfig(Section):
     """Worker processes, one per GPU where GPUs are used."""
     use_gpu: bool = False
     """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
+    gpu: GpuName | None = None
+    """The GPU to plan for, when use_gpu is on; absent means the one that the cluster turns out to have."""
+    gpu_price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPU cores reserved for each worker."""
     max_failures: Annotated[int, Field(ge=0)] = 1
@@ -225,6 +256,41 @@ class RunConfig(Section):
                 f"model.max_length {self.model.max_length}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _is_legal(self) -> "RunConfig":
+        if self.method.alpha is not None and not self.method.row.has_alpha:
+            raise ValueError(
+                f"method.alpha {self.method.alpha:g} scales nothing in {self.method.row.adapter}, whose vectors are "
+                "trained: remove it"
+            )
+        broken = list(refusals(self.cell))
+        if broken:
+            reasons = "; ".join(rule.reason for rule in broken)
+            raise ValueError(
+                f"method.name {self.method.name} cannot be trained like this: {reasons}. "
+                f"Nearest to it: {nearest_legal(self.cell).told(than=self.cell)}"
+            )
+        return self
+
+    @property
+    def cell(self) -> Cell:
+        """Where this run stands in the matrix of what can be combined."""
+        row, train = self.method.row, self.train
+        return Cell(
+            row.adapter,
+            row.scaling,
+            row.init,
+            row.base,
+            train.zero_stage,
+            train.cpu_offload,
+            train.gradient_checkpointing,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak rate in force."""
+        return self.train.learning_rate if self.train.learning_rate is not None else self.method.row.learning_rate
 
     @property
     def digest(self) -> str:

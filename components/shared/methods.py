@@ -1,33 +1,58 @@
 """The table of methods: every name people know, as a row over orthogonal axes.
 
-Torch-free, so that the config refuses an unknown method before anything is started. Adding a method means adding a row
+Torch-free, so that the config refuses an illegal run before anything is started. Adding a method means adding a row
 here and, where peft has no class for it, one file in `ray_jobs/adapters/`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-AdapterKind = Literal["lora", "dora"]
+AdapterKind = Literal["lora", "dora", "vera", "dvora"]
 Scaling = Literal["classic", "rslora"]
-BaseFormat = Literal["bf16", "nf4"]
+Init = Literal["default", "loftq"]
+BaseFormat = Literal["bf16", "nf4", "int8"]
+MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora", "vera", "dvora", "loftq"]
+
+# LoRA's own usual peak rate with Adam, which the table's rates are relative to.
+LORA_LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: what is trained, how its update is scaled, and how the frozen base is stored."""
+    """One row: four axes, and what a config leaves out."""
 
     adapter: AdapterKind
+    """What is trained."""
     scaling: Scaling
+    """How the update is scaled: alpha / r, or alpha / sqrt(r). VeRA's vectors scale themselves."""
+    init: Init
+    """How the update starts: as zero, or as what quantising the base took away."""
     base: BaseFormat
+    """How the frozen base is stored."""
+    rank: int
+    """Default rank."""
+    relative_rate: float
+    """Default peak learning rate, relative to LoRA's; README, "Which method", says where each comes from."""
     source: str
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the update is scaled by alpha at all."""
+        return self.adapter in ("lora", "dora")
+
+    @property
+    def learning_rate(self) -> float:
+        """Default peak learning rate."""
+        return LORA_LEARNING_RATE * self.relative_rate
 
 
 METHODS: dict[str, Method] = {
-    "lora": Method("lora", "classic", "bf16", "arXiv:2106.09685"),
-    "qlora": Method("lora", "classic", "nf4", "arXiv:2305.14314"),
-    "rslora": Method("lora", "rslora", "bf16", "arXiv:2312.03732"),
-    "dora": Method("dora", "classic", "bf16", "arXiv:2402.09353"),
-    "qdora": Method("dora", "classic", "nf4", "arXiv:2402.09353 on the base of arXiv:2305.14314"),
+    "lora": Method("lora", "classic", "default", "bf16", 16, 1.0, "arXiv:2106.09685"),
+    "qlora": Method("lora", "classic", "default", "nf4", 16, 1.0, "arXiv:2305.14314"),
+    "rslora": Method("lora", "rslora", "default", "bf16", 16, 1.0, "arXiv:2312.03732"),
+    "dora": Method("dora", "classic", "default", "bf16", 16, 1.0, "arXiv:2402.09353"),
+    "qdora": Method("dora", "classic", "default", "nf4", 16, 1.0, "arXiv:2402.09353 on the base of arXiv:2305.14314"),
+    "vera": Method("vera", "classic", "default", "bf16", 256, 10.0, "arXiv:2310.11454"),
+    "dvora": Method("dvora", "classic", "default", "bf16", 256, 10.0, "arXiv:2402.09353, section on DVoRA"),
+    "loftq": Method("lora", "classic", "loftq", "nf4", 16, 1.0, "arXiv:2310.08659"),
 }
-
-MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora"]

@@ -8,7 +8,6 @@ from components.registry.aliases import Event
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.errors import ObjectMissing
-from components.shared.methods import METHODS
 from pipelines.commands.arguments import Answer
 
 TOLD_LENGTH = 100
@@ -74,8 +73,7 @@ def version_shown(store: Store, version: Version) -> Answer:
 
 def servable_as(lineage: dict[str, Any]) -> str:
     """ "lora" for what servers of LoRA adapters load as it is; "merged" for what must be merged into its base first."""
-    method = METHODS.get(lineage["config"]["method"]["name"])
-    return "lora" if method is not None and method.adapter == "lora" else "merged"
+    return "lora" if lineage["recipe"]["adapter"] == "lora" else "merged"
 
 
 def move_shown(name: str, event: Event) -> Answer:

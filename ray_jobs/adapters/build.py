@@ -19,7 +19,7 @@ def peft_config(method: MethodConfig) -> "PeftConfig":
 
     targets = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
     return LoraConfig(
-        r=method.rank,
+        r=method.r,
         lora_alpha=method.lora_alpha,
         lora_dropout=method.dropout,
         use_rslora=method.row.scaling == "rslora",

@@ -164,7 +164,7 @@ def _trainer(num_records: int, threads: int) -> dict[str, float]:
             output_dir=scratch,
             per_device_train_batch_size=16,
             num_train_epochs=1,
-            learning_rate=config.train.learning_rate,
+            learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=1,
             train_sampling_strategy="group_by_length",

@@ -69,7 +69,7 @@ def plain_training(config_toml: str) -> list[float]:
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate_at(
-            step, peak=config.train.learning_rate, num_steps=steps, warmup_share=config.train.warmup_share
+            step, peak=config.learning_rate, num_steps=steps, warmup_share=config.train.warmup_share
         )
         optimizer.step()
         for weight, master in zip(weights, masters, strict=True):

@@ -1,0 +1,96 @@
+"""Which combinations of method, base and ZeRO stage are right, and for each that is not, why and what comes nearest.
+
+The matrix test trains every cell that this file lets pass. A cell is refused here only for a reason: it has no meaning,
+or a library computes something else in silence.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from components.shared.methods import AdapterKind, BaseFormat, Init, Scaling
+
+FIELDS = {
+    "adapter": "method.adapter",
+    "scaling": "method.scaling",
+    "init": "method.init",
+    "base": "method.base",
+    "zero_stage": "train.zero_stage",
+    "cpu_offload": "train.cpu_offload",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination; the names are those of the config's fields."""
+
+    adapter: AdapterKind
+    scaling: Scaling
+    init: Init
+    base: BaseFormat
+    zero_stage: int
+    cpu_offload: bool
+    gradient_checkpointing: bool
+
+    def told(self, than: "Cell") -> str:
+        """Where this cell differs from another, as settings."""
+        return ", ".join(
+            f"{FIELDS[field.name]}={_toml(getattr(self, field.name))}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(than, field.name)
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is refused, why, and the change that mends it."""
+
+    refuses: Callable[[Cell], bool]
+    reason: str
+    mend: dict[str, Any]
+
+
+RULES = [
+    Rule(
+        lambda cell: cell.init == "loftq" and cell.base != "nf4",
+        "LoftQ makes up for what 4-bit quantisation takes away, and this base is not NF4",
+        {"base": "nf4"},
+    ),
+    Rule(
+        lambda cell: cell.init == "loftq" and cell.adapter != "lora",
+        "LoftQ starts LoRA's two matrices, and this adapter has others",
+        {"init": "default"},
+    ),
+    Rule(
+        lambda cell: cell.scaling == "rslora" and cell.adapter in ("vera", "dvora"),
+        "rsLoRA scales by alpha / sqrt(r), and VeRA's vectors have no alpha to scale",
+        {"scaling": "classic"},
+    ),
+    Rule(
+        lambda cell: cell.base == "int8" and cell.zero_stage == 3,
+        "ZeRO-3 shards int8 weights without their scales and trains on wrong ones in silence (bitsandbytes#1451)",
+        {"zero_stage": 2},
+    ),
+    Rule(
+        lambda cell: cell.cpu_offload and cell.zero_stage == 0,
+        "without ZeRO there is no partition to keep in host memory",
+        {"zero_stage": 1},
+    ),
+]
+
+
+def refusals(cell: Cell) -> Iterator[Rule]:
+    """Every rule that the cell breaks; none for a legal one."""
+    return (rule for rule in RULES if rule.refuses(cell))
+
+
+def nearest_legal(cell: Cell) -> Cell:
+    """The legal cell that the rules' changes lead to; the cell itself when it is legal."""
+    while rule := next(refusals(cell), None):
+        cell = replace(cell, **rule.mend)
+    return cell
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
