@@ -7,6 +7,7 @@ from components.registry import aliases, versions
 from components.registry.aliases import Event
 from components.registry.store import Store
 from components.registry.versions import Version
+from components.shared import serving
 from components.shared.errors import ObjectMissing
 from pipelines.commands.arguments import Answer
 
@@ -55,7 +56,8 @@ def versions_shown(store: Store, name: str) -> Answer:
 
 def version_shown(store: Store, version: Version) -> Answer:
     """One version."""
-    body = {**_described(version), "servable_as": servable_as(versions.read_lineage(store, version))}
+    served = serving.recorded(versions.read_lineage(store, version))
+    body = {**_described(version), "servable_as": served.servable_as, "serving": served.notes}
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in version.metrics.items() if value is not None)
     rows = [
         ("adapter", version.name),
@@ -66,14 +68,10 @@ def version_shown(store: Store, version: Version) -> Answer:
         ("run", version.run_id or "-"),
         ("metrics", metrics or "-"),
         ("manifest", f"sha256 {version.manifest_sha256}"),
-        ("serve as", body["servable_as"]),
+        ("serve as", served.servable_as),
+        *(("", note) for note in served.notes),
     ]
     return Answer(body, _table(rows))
-
-
-def servable_as(lineage: dict[str, Any]) -> str:
-    """ "lora" for what servers of LoRA adapters load as it is; "merged" for what must be merged into its base first."""
-    return "lora" if lineage["recipe"]["adapter"] == "lora" else "merged"
 
 
 def move_shown(name: str, event: Event) -> Answer:

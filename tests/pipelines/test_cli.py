@@ -54,7 +54,8 @@ def published(store: Store) -> list[str]:
     made = []
     for weights in (b"one", b"two"):
         files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-        lineage = {"run_id": f"run-{weights.decode()}", "config": {"method": {"name": "qlora"}}}
+        recipe = {"adapter": "lora", "serving": {"servable_as": "lora", "notes": ["a setting"]}}
+        lineage = {"run_id": f"run-{weights.decode()}", "config": {"method": {"name": "qlora"}}, "recipe": recipe}
         made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
     aliases.promote(store, "sums", made[0])
     return made
@@ -177,7 +178,8 @@ def test_adapters_are_listed_shown_verified_and_pulled(
     ]
     shown = body(fineloop("adapters", "show", "sums", *where, "--json", cwd=tmp_path))
     assert {"name", "version", "version_uri", "aliases", "manifest_sha256", "metrics", "servable_as"} <= shown.keys()
-    assert (shown["version"], shown["aliases"], shown["servable_as"]) == (old, ["production"], "lora")
+    assert (shown["version"], shown["aliases"]) == (old, ["production"])
+    assert (shown["servable_as"], shown["serving"]) == ("lora", ["a setting"])
     lineage = body(fineloop("adapters", "lineage", f"sums@{new[:6]}", *where, "--json", cwd=tmp_path))
     assert lineage["run_id"] == "run-two"
     assert body(fineloop("adapters", "verify", f"sums@{new}", *where, "--json", cwd=tmp_path))["verified"] is True
