@@ -12,7 +12,7 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def build_base(directory: Path, *, seed: int = 0) -> Path:
+def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
     """Write the model to `directory`; the same seed gives the same bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -31,8 +31,8 @@ def build_base(directory: Path, *, seed: int = 0) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(fast),
-            hidden_size=64,
-            intermediate_size=128,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

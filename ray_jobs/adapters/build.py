@@ -12,12 +12,27 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+# Of VeRA's random matrices. Not the training's own: peft puts several adapters on one base only if their seeds agree.
+PROJECTION_SEED = 0
+
 
 def peft_config(method: MethodConfig) -> "PeftConfig":
     """The peft configuration of a method, spelled as peft spells it."""
-    from peft import LoraConfig
+    from peft import LoraConfig, VeraConfig
+
+    from ray_jobs.adapters.dvora import DvoraConfig
 
     targets = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
+    if method.row.adapter in ("vera", "dvora"):
+        config_class = VeraConfig if method.row.adapter == "vera" else DvoraConfig
+        return config_class(
+            r=method.r,
+            vera_dropout=method.dropout,
+            projection_prng_key=PROJECTION_SEED,
+            save_projection=True,  # the seed gives the same matrices on this PyTorch, which promises it of no other
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
     return LoraConfig(
         r=method.r,
         lora_alpha=method.lora_alpha,
@@ -38,15 +53,30 @@ def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: st
     import torch
     from peft import get_peft_model
 
+    from ray_jobs.adapters import dvora
+
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, peft_config(method))
-    except ValueError as exc:
+    except (TypeError, ValueError) as exc:  # peft has either for a layer of the wrong kind
         raise ConfigError(
             f"method.target_modules {method.target_modules!r} does not fit {base_reference}: {exc}"
         ) from exc
+    dvora.unify_dtype(adapted, model.dtype)
     # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
+    return adapted
+
+
+def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put a saved adapter on its base, for inference; every method of the table."""
+    from peft import PeftModel
+
+    from ray_jobs.adapters import dvora  # which makes its method known to peft
+
+    adapted = PeftModel.from_pretrained(base, folder)
+    # The arithmetic of the training; and rank 256 in float32 would cost a CPU more than the base does.
+    dvora.unify_dtype(adapted, base.dtype)
     return adapted
 
 

@@ -1,0 +1,240 @@
+"""DVoRA: DoRA whose direction is updated by VeRA (arXiv:2402.09353, section on DVoRA; VeRA is arXiv:2310.11454).
+
+    W' = m * (W + L_b B L_d A) / ||W + L_b B L_d A||_c
+
+Trained are the vectors d, b (VeRA's) and the magnitude m (DoRA's); A and B are random, frozen and shared by all layers,
+each of which slices its part from one pair. The norm runs over the input dimension, one value for each output, and is a
+constant for the gradient (arXiv:2402.09353, section 4.3). At the start b is zero and m the norm of W, so W' is W.
+
+Importing this module makes peft know the method: `PeftModel.from_pretrained` then reads it like peft's own.
+
+Shapes: I input, O output, R rank, T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, VeraConfig, VeraModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.vera.layer import Linear as VeraLinear
+from peft.tuners.vera.layer import VeraLayer
+from peft.tuners.vera.model import _get_tuner_layer_class
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PEFT_TYPE = "DVORA"
+
+
+@dataclass
+class DvoraConfig(VeraConfig):
+    """VeRA's settings, under another `peft_type`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+
+class DvoraLinear(VeraLinear):
+    """A linear layer, dense or quantised, with DVoRA adapters around it."""
+
+    adapter_layer_names = (*VeraLinear.adapter_layer_names, "vera_lambda_m")
+    other_param_names = (*VeraLinear.other_param_names, "known_norms", "merged_changes")
+
+    def __init__(
+        self, base_layer: nn.Module, vera_A: Any, vera_B: Any, adapter_name: str, config: DvoraConfig, **kwargs: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        VeraLayer.__init__(self, base_layer, **kwargs)
+        self.vera_lambda_m = nn.ParameterDict()
+        self.known_norms: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.merged_changes: dict[str, Tensor] = {}
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, vera_A, vera_B, config.r, config)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        vera_A: Any,
+        vera_B: Any,
+        r: int,
+        config: VeraConfig,
+        inference_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter that changes nothing yet."""
+        super().update_layer(adapter_name, vera_A, vera_B, r, config, inference_mode, **kwargs)
+        with gather_params_ctx(self.get_base_layer().parameters()), torch.no_grad():
+            norm = _row_norm(self._frozen_weight())
+        self.vera_lambda_m[adapter_name] = nn.Parameter(norm.to(self.vera_lambda_b[adapter_name].device))
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) to (..., O), in the type of `x`."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        base_result = self.base_layer(x, *args, **kwargs)
+        result = base_result
+        for adapter in self.active_adapters:
+            if adapter in self.vera_lambda_d:
+                result = result + self._change(adapter, x, base_result)
+        return result.to(x.dtype)
+
+    def _change(self, adapter: str, x_TI: Tensor, base_result_TO: Tensor) -> Tensor:
+        """What an adapter adds to the base's result: (s - 1) W x + s L_b B L_d A x, where s = m / norm.
+
+        Written as a difference, as peft's DoRA is, so that a fresh adapter adds an exact zero. Dropout reaches both
+        terms, as in DoRA's own code; the base is then multiplied a second time.
+        """
+        if self.training and not isinstance(self.vera_dropout[adapter], nn.Identity):
+            x_TI = self.vera_dropout[adapter](x_TI)
+            base_result_TO = self.base_layer(x_TI)
+        bias_O = self.get_base_layer().bias
+        if bias_O is not None:
+            base_result_TO = base_result_TO - bias_O
+        b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
+        A_RI, B_OR = _shared_matrices(self, adapter)
+        direction_TO = F.linear(d_R * F.linear(self._cast_input_dtype(x_TI, d_R.dtype), A_RI), B_OR)
+        scale_O = self._scale(adapter)
+        return (scale_O - 1).to(base_result_TO.dtype) * base_result_TO + (scale_O * b_O).to(b_O.dtype) * direction_TO
+
+    def _scale(self, adapter: str) -> Tensor:
+        """s = m / norm, one for each output, at least in float32: near 1, bfloat16 knows steps of 0.4 % only."""
+        m_O = self.vera_lambda_m[adapter]
+        # In the type of m, so that a fresh adapter's ratio is exactly one there too. A row of zeros stays one.
+        norm_O = _wide(self.weight_norm(adapter).to(m_O.dtype))
+        return _wide(m_O) / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny)
+
+    @torch.no_grad()
+    def weight_norm(self, adapter: str) -> Tensor:
+        """||W + L_b B L_d A||_c, shape (O,), outside the graph.
+
+        In evaluation it is computed once for each state of the vectors: generation would spend more on it than on the
+        base. By value, since DeepSpeed and checkpoints write to parameters behind autograd's version counter.
+        """
+        b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
+        if not self.training and adapter in self.known_norms:
+            known_b, known_d, known = self.known_norms[adapter]
+            if _same(known_b, b_O) and _same(known_d, d_R):
+                return known
+        norm_O = _row_norm(self._frozen_weight(), lora_factors(self, adapter))
+        if not self.training:
+            self.known_norms[adapter] = b_O.clone(), d_R.clone(), norm_O
+        return norm_O
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W, in the layout of the base's weight and at least in float32: what merging adds."""
+        if adapter in self.merged_changes:
+            return self.merged_changes[adapter]
+        A_RI, B_OR = lora_factors(self, adapter)
+        scale_O1 = self._scale(adapter)[:, None]
+        change_OI = (scale_O1 - 1) * _wide(self._frozen_weight()) + scale_O1 * (_wide(B_OR) @ _wide(A_RI))
+        return change_OI.T if self.fan_in_fan_out else change_OI
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base's weight, each as `forward` adds it.
+
+        What was added is kept until it is unmerged: the merged weight no longer tells the norm.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight holds numbers that are not finite.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.vera_lambda_d:
+                continue
+            change, weight = self.get_delta_weight(adapter), self.get_base_weight()
+            merged = (weight + change).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            self.set_base_weight(merged)
+            self.merged_changes[adapter] = change
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters away again, exactly but for rounding."""
+        super().unmerge()
+        self.merged_changes.clear()
+        self.known_norms.clear()
+
+    def _frozen_weight(self) -> Tensor:
+        """The base's own weight, dequantised: (O, I)."""
+        weight = self.get_base_weight()
+        for change in self.merged_changes.values():
+            weight = weight - change
+        return weight.T if self.fan_in_fan_out else weight
+
+
+class DvoraModel(VeraModel):
+    """Puts `DvoraLinear` around the targeted layers."""
+
+    @staticmethod
+    def _create_new_module(
+        config: DvoraConfig, vera_A: Any, vera_B: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> DvoraLinear:
+        if _get_tuner_layer_class(target) is None:
+            raise TypeError(f"{type(target).__name__} is no linear layer that DVoRA can adapt")
+        config.fan_in_fan_out = isinstance(target, Conv1D)
+        return DvoraLinear(target, vera_A, vera_B, adapter_name, config, **kwargs)
+
+
+class LoraFactors(NamedTuple):
+    """A layer's update as LoRA spells it, with a scaling of one: B A."""
+
+    lora_A_RI: Tensor
+    lora_B_OR: Tensor
+
+
+def lora_factors(layer: VeraLayer, adapter: str) -> LoraFactors:
+    """VeRA's or DVoRA's update of one layer: A' = L_d A and B' = L_b B."""
+    A_RI, B_OR = _shared_matrices(layer, adapter)
+    return LoraFactors(layer.vera_lambda_d[adapter][:, None] * A_RI, layer.vera_lambda_b[adapter][:, None] * B_OR)
+
+
+def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Give the vectors and the shared matrices of VeRA or DVoRA one type; other adapters stay as they are.
+
+    peft's layers need that. DeepSpeed converts parameters alone, and the matrices are buffers.
+    """
+    for layer in model.modules():
+        if isinstance(layer, VeraLayer):
+            for name in (*layer.adapter_layer_names, "vera_A", "vera_B"):
+                getattr(layer, name).to(dtype)  # in place; the layers share the matrices' container
+
+
+def _shared_matrices(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """This layer's part of A (R, I) and B (O, R)."""
+    device = layer.vera_lambda_d[adapter].device
+    A_RI = layer.vera_A[adapter][:, : layer.in_features]
+    B_OR = layer.vera_B[adapter][: layer.out_features]
+    return A_RI.to(device), B_OR.to(device)
+
+
+def _row_norm(weight_OI: Tensor, update: LoraFactors | None = None) -> Tensor:
+    """Norm of each row, summed at least in float32.
+
+    The matrix product is taken in the wider type of weight and factors. In bfloat16 its rounding moves a norm by a few
+    1e-4, less than storing it in bfloat16 does; in float32 it would cost a CPU more than the base's own product.
+    """
+    if update is not None:
+        dtype = torch.promote_types(weight_OI.dtype, update.lora_A_RI.dtype)
+        weight_OI = torch.addmm(weight_OI.to(dtype), update.lora_B_OR.to(dtype), update.lora_A_RI.to(dtype))
+    return torch.linalg.vector_norm(weight_OI, dim=1, dtype=torch.promote_types(weight_OI.dtype, torch.float32))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
+# What peft's register_peft_method does, but for asking its closed enum of types; peft compares types as strings.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DvoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DvoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DvoraModel.prefix
