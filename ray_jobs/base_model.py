@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,23 +93,26 @@ def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase"
     return tokenizer
 
 
-def load_model(base: Base, config: ModelConfig, base_format: BaseFormat, *, use_gpu: bool) -> "PreTrainedModel":
-    """The frozen base in memory: bfloat16, or NF4 with double quantisation and bfloat16 compute (arXiv:2305.14314)."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def load_model(
+    base: Base, config: ModelConfig, base_format: BaseFormat, *, use_gpu: bool, in_host_memory: bool = False
+) -> "PreTrainedModel":
+    """The frozen base in memory: bfloat16; NF4 with double quantisation (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    A folder that is quantised already is loaded as it is. `in_host_memory` leaves the model there for who will move it
+    to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=torch.bfloat16,
-        quantization_config=quantization if base_format == "nf4" else None,
+        # Passed as None, it would make a folder that is quantised already forget how.
+        **({} if _is_quantised(base) else {"quantization_config": _quantization(base_format)}),
         attn_implementation="sdpa" if use_gpu else attention.register(),
-        device_map={"": torch.cuda.current_device() if use_gpu else "cpu"},
+        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
     )
@@ -119,7 +123,29 @@ def load_model(base: Base, config: ModelConfig, base_format: BaseFormat, *, use_
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if base_format == "nf4":
             _never_repack(model)
+    if base_format != "bf16":
+        _never_replace()
     return model
+
+
+def _quantization(base_format: BaseFormat) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if base_format == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,  # what ZeRO-3 needs to shard 4-bit weights
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
+
+
+def _is_quantised(base: Base) -> bool:
+    """Whether the folder's weights are quantised already, and are to be loaded as they are."""
+    return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
 
 
 def _never_repack(model: "PreTrainedModel") -> None:
@@ -133,6 +159,23 @@ def _never_repack(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _never_replace() -> None:
+    """Keep peft's DoRA from putting a copy in place of a quantised weight in host memory at every pass.
+
+    A copy of an int8 weight lacks its scales, and of a copy DeepSpeed does not know that it shards the original (peft
+    0.21, utils/integrations.py).
+    """
+    from peft.tuners.lora import dora
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+
+    def dequantised(module: Any) -> Any:
+        if type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+            return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
+        return dequantize_module_weight(module)
+
+    dora.dequantize_module_weight = dequantised
 
 
 def _from_hub(reference: str, config: ModelConfig) -> Base:
@@ -170,7 +213,7 @@ def _from_s3(reference: str) -> Base:
                 raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
             store.download(item.key, local_path)
 
-    _once(path, download)
+    once(path, download)
     return Base(reference, _require_model(path, reference), _folder_identity("s3", path))
 
 
@@ -186,7 +229,7 @@ def _from_package(reference: str) -> Base:
         raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {held}")
     digest = _sha256(source)
     path = cache_dir() / f"gguf-{digest[:16]}"
-    _once(path, lambda target: _convert_gguf(source, target))
+    once(path, lambda target: _convert_gguf(source, target))
     _verify(path)
     return Base(reference, path, {"kind": "package", "package": _distribution(package), "file": file, "sha256": digest})
 
@@ -208,7 +251,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
 
 
-def _once(path: Path, build: Any) -> None:
+def once(path: Path, build: Callable[[Path], object]) -> None:
     """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen."""
     from filelock import FileLock
 

@@ -12,6 +12,7 @@ from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
 from ray_jobs import base_model, entry
+from ray_jobs.adapters import build, loftq
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -42,9 +43,6 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     Raises:
         ObjectMissing: there is no such version.
     """
-    import torch
-    from peft import PeftModel
-
     store = Store.open(config.registry)
     version = resolve(store, reference)
     lineage = read_lineage(store, version)
@@ -54,19 +52,28 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model)
     tokenizer = base_model.load_tokenizer(base, own.model)
-    model = base_model.load_model(base, own.model, own.method.row.base, use_gpu=torch.cuda.is_available())
+    stands_on = loftq.find(own, base, store)
+    model = _load(stands_on, own)
+    alone = model if stands_on == base else _load(base, own)
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
-        adapted = PeftModel.from_pretrained(model, folder).eval()
+        adapted = build.load(model, folder).eval()
     if system:
         _tell(f"each prompt follows the system message {system!r}, as in training")
     _tell("ready: type a prompt, or Ctrl-D to end")
     while prompt := _read():
         turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
-            _print("base", _answer(adapted, tokenizer, turns, own))
+            _print("base", _answer(alone, tokenizer, turns, own))
         _print(f"{version.name}", _answer(adapted, tokenizer, turns, own))
+
+
+def _load(base: base_model.Base, own: RunConfig) -> Any:
+    import torch
+
+    use_gpu = torch.cuda.is_available()
+    return base_model.load_model(base, own.model, own.method.row.base, use_gpu=use_gpu).eval()
 
 
 def _system_message(store: Store, dataset_uri: str) -> str:

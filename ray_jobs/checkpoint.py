@@ -43,15 +43,24 @@ class Progress:
     evals_without_gain: int = 0
 
 
-def trainable(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights by name; they share memory with the model."""
-    return {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights in host memory, whole. Under ZeRO-3 every worker must call it."""
+    parameters = trainable(module)
+    with deepspeed.whole(parameters.values()):
+        return _contiguous(parameters)
 
 
 def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
-    """Set the adapter's weights in place."""
-    for name, weight in trainable(module).items():
-        weight.copy_(source[name])
+    """Set the adapter's weights in place. Under ZeRO-3 every worker must call it, with the same weights."""
+    parameters = trainable(module)
+    with deepspeed.whole(parameters.values(), changes=True):
+        for name, parameter in parameters.items():
+            parameter.data.copy_(source[name])
 
 
 def save(
@@ -59,6 +68,7 @@ def save(
 ) -> None:
     """Write a checkpoint; every worker calls it at the same step. Returns when it is complete."""
     key = _key(run_id, progress.step)
+    adapter = weights(engine.module)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         folder = Path(scratch)
         save_file(_optimizer_tensors(engine), folder / "optimizer.safetensors")
@@ -67,7 +77,7 @@ def save(
     if rank == 0:
         with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
             folder = Path(scratch)
-            save_file(_contiguous(trainable(engine.module)), folder / "adapter.safetensors")
+            save_file(adapter, folder / "adapter.safetensors")
             save_file(_contiguous(best), folder / "best.safetensors")
             (folder / "state.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             _publish(store, f"{key}/shared", folder)

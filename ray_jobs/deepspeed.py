@@ -1,15 +1,25 @@
-"""DeepSpeed as Fineloop uses it: ZeRO over the adapter's parameters, the same on GPUs and on CPU processes."""
+"""DeepSpeed as Fineloop uses it: ZeRO over the adapter's optimizer, gradients and, at stage 3, every weight.
+
+The same on GPUs and on CPU processes. At stage 3 a weight is whole only while a layer that reads it runs (DoRA's norm
+reads its layer's base: DeepSpeed sees that and gathers it once more); vectors stay whole. `whole` gathers the rest.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from components.shared.config import RunConfig
+from components.shared.errors import JobError
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
 BUCKET_ELEMENTS = 20_000_000
+# Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
+LIVE_ELEMENTS = 100_000_000
+# Of a worker's part of the sharded weights, beyond its share: padding to equal parts.
+PADDING = 1.05
 
 
 def prepare_environment(*, use_gpu: bool) -> None:
@@ -30,42 +40,89 @@ def accumulation(config: RunConfig) -> int:
     return config.train.batch_size // (config.train.micro_batch_size * config.ray.num_workers)
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration, spelled as DeepSpeed spells it."""
+def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
+    """The DeepSpeed configuration, spelled as DeepSpeed spells it.
+
+    `longest_vector`: stage 3 leaves weights of up to so many elements whole on every worker.
+    """
     train = config.train
+    host = {"device": "cpu", "pin_memory": config.ray.use_gpu}
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "overlap_comm": config.ray.use_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if train.cpu_offload:
+        zero["offload_optimizer"] = host
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = longest_vector
+        zero["stage3_prefetch_bucket_size"] = min(BUCKET_ELEMENTS, LIVE_ELEMENTS)
+        zero["stage3_max_live_parameters"] = LIVE_ELEMENTS
+        zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
+        if train.cpu_offload:
+            zero["offload_param"] = host
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation(config),
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": True},
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            "overlap_comm": config.ray.use_gpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
-        "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's own would be compiled at first use
+        "zero_optimization": zero,
+        # torch's AdamW, in host memory too; DeepSpeed's own would be compiled at first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # the loop does the reporting
     }
 
 
-def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
-    """Wrap a model with an attached adapter. What trains becomes bfloat16, with float32 masters in the optimizer.
+@contextmanager
+def sharding(config: RunConfig) -> Iterator[None]:
+    """Within, a model is loaded, adapted and trained in shards, if this config says so. Needs a process group.
 
-    Needs an initialised process group.
+    transformers and peft learn of it from a global, and DeepSpeed replaces `torch.nn.functional.linear`; both are as
+    they were afterwards. transformers cannot read a quantised base in shards: it is shared out by `initialize`.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    from ray_jobs import nf4
+
+    deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
+    linear = torch.nn.functional.linear
+    is_sharded, base = config.train.zero_stage == 3, config.method.row.base
+    told = HfDeepSpeedConfig(settings(config)) if is_sharded and base == "bf16" else None  # transformers' is a weak one
+    try:
+        with nf4.letting_go() if is_sharded and base == "nf4" else nullcontext():
+            yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+        torch.nn.functional.linear = linear
+
+
+def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
+    """Wrap a model with an attached adapter. Its bfloat16 weights get float32 masters in the optimizer.
+
+    Raises:
+        JobError: at stage 3, this worker holds more than its share of the weights.
     """
     import deepspeed
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.train.zero_stage == 3:
+        _share_out(model, config)
     # The learning rate is set before every step.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.train.weight_decay)
-    deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(config))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings(config, longest_vector=_longest_vector(model))
+    )
     for _, state in master_partitions(engine):
         if "step" in state:  # without ZeRO, DeepSpeed has taken an empty step, which would spoil Adam's bias correction
             state["step"].zero_()
+    if config.train.zero_stage == 3:
+        require_shared(engine.module, num_workers=config.ray.num_workers)
     return engine
 
 
@@ -78,6 +135,64 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """This worker's float32 master weights, flat, each with its optimizer state (empty before the first step)."""
     inner = engine.optimizer.optimizer
-    for group in inner.param_groups:
-        for partition in group["params"]:
-            yield partition, inner.state[partition]
+    # Stage 3 puts them into the optimizer's groups only while it steps.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or [
+        partition for group in inner.param_groups for partition in group["params"]
+    ]
+    for partition in masters:
+        yield partition, inner.state[partition]
+
+
+def whole(parameters: Iterable[torch.nn.Parameter], *, changes: bool = False) -> AbstractContextManager[None]:
+    """Within, these weights are whole on every worker; all workers must enter. With `changes`, rank 0's are kept."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        sharded, modifier_rank=0 if changes else None
+    )
+    return context
+
+
+def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
+    """Stage 3's promise, checked: this worker holds its share of the sharded weights and no more.
+
+    Raises:
+        JobError: it holds more, which trains as well, but not in the memory that was planned for.
+    """
+    longest_vector = _longest_vector(module)
+    sharded = [parameter for parameter in module.parameters() if _shape(parameter).numel() > longest_vector]
+    total = sum(_shape(parameter).numel() * parameter.element_size() for parameter in sharded)
+    tensors = [tensor for p in sharded for tensor in (p.data, getattr(p, "ds_tensor", None)) if tensor is not None]
+    held = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+    limit = PADDING * total / num_workers
+    if held > limit:
+        raise JobError(
+            f"ZeRO-3 did not share out the weights: this worker holds {held:,} of their {total:,} bytes and its share "
+            f"is {limit:,.0f}; use train.zero_stage=2, which does not promise that"
+        )
+
+
+def _share_out(model: torch.nn.Module, config: RunConfig) -> None:
+    """Shard what is still whole, weight by weight: DeepSpeed would first move the model to the GPU in one piece."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().current_device_name()
+    for tensor in model.buffers():
+        tensor.data = tensor.data.to(device)
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            state.to(device)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings(config))
+
+
+def _longest_vector(model: torch.nn.Module) -> int:
+    return max((_shape(p).numel() for p in model.parameters() if len(_shape(p)) == 1), default=0)
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -1,9 +1,11 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
 The records are shared out over Ray tasks. Each loads the base once and puts the adapters on it one after the other, as
-`PeftModel.from_pretrained` loads them: what is measured is what a user of the published files gets.
+`PeftModel.from_pretrained` loads them, VeRA's and DVoRA's in the base's dtype: what is measured is what a user of the
+published files gets.
 """
 
+import gc
 import json
 import logging
 import tempfile
@@ -22,6 +24,7 @@ from components.shared.config import RunConfig
 from components.shared.errors import DataError, FineloopError, JobError
 from components.shared.step import say
 from ray_jobs import base_model, entry
+from ray_jobs.adapters import build, loftq
 from ray_jobs.answers import Score, as_columns, metrics, paired_difference
 
 logger = logging.getLogger(__name__)
@@ -184,7 +187,7 @@ def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *,
     candidate = configs["candidate"]
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
-    bases = {role: base_model.resolve(config.model) for role, config in configs.items()}
+    bases = {c.role: _base_of(c, configs[c.role]) for c in contenders}
     tokenizers = {role: base_model.load_tokenizer(bases[role], config.model) for role, config in configs.items()}
     splits = {role: tokenize(records, tokenizers[role], config.model.max_length) for role, config in configs.items()}
     fitting = set.intersection(*(set(split.ids) for split in splits.values()))
@@ -202,7 +205,8 @@ def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *,
         config, base = configs[contender.role], bases[contender.role]
         key = (base.identity, config.method.row.base)
         if loaded is None or loaded[0] != key:
-            loaded = None  # the memory of the one before
+            loaded = None  # the memory of the one before,
+            gc.collect()  # where 4-bit weights and their layers hold each other
             loaded = (
                 key,
                 base_model.load_model(base, config.model, config.method.row.base, use_gpu=config.ray.use_gpu),
@@ -216,11 +220,15 @@ def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *,
     return ShardResult(counts, scores)
 
 
+def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
+    """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
+    base = base_model.resolve(config.model)
+    return loftq.find(config, base, Store.open(config.registry)) if contender.version else base
+
+
 def _measure(
     contender: Contender, config: RunConfig, base: Any, tokenizer: Any, records: Any, split: Any, progress: Any
 ) -> list[Score]:
-    from peft import PeftModel
-
     from ray_jobs.scoring import other_prompts, score
 
     def scored(model: Any, *, with_gain: bool) -> list[Score]:
@@ -240,7 +248,7 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(Store.open(config.registry), contender.version, folder)
-        adapted = PeftModel.from_pretrained(base, folder)
+        adapted = build.load(base, folder)
         try:
             return scored(adapted, with_gain=True)
         finally:

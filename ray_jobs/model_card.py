@@ -4,6 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.shared.config import RunConfig
+from components.shared.serving import recorded
+
+HOW_SERVED = {
+    "lora": "Servers of LoRA adapters load it as it is.",
+    "lora-export": "Servers of LoRA adapters load what `fineloop adapters export --lora` makes of it.",
+    "merged": "It is served merged into its base, by `fineloop adapters export --merged`.",
+}
+MEASURED = {
+    "merge": "merged, against the adapter on the same weights, in float32",
+    "saved": "this folder, against the adapter in float32 on the weights it was trained on",
+    "evaluated": "this folder, against the adapter as it was evaluated",
+    "converted": "this adapter, against the one it was made from, in float32",
+}
 
 
 def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
@@ -28,7 +41,7 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 
 | | |
 |---|---|
-| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |
+| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(recipe)}
 | Data | `{dataset["dataset_id"]}`: {dataset["train_records"]} records trained on, {dataset["eval_records"]} held out |
 | Trained parameters | {trained} |
 | Training | {effort} |
@@ -38,7 +51,67 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained(BASE_FOLDER)  # {config.model.base}
+base = AutoModelForCausalLM.from_pretrained(BASE_FOLDER)  # {recipe.get("stands_on", config.model.base)}
 model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 ```
+
+## Serving
+
+{_serving(lineage)}
 """
+
+
+def _own_base(recipe: Mapping[str, Any]) -> str:
+    if "loftq" not in recipe:
+        return ""
+    return (
+        f"\n| Stands on | `{recipe['stands_on']}`: NF4 weights that LoftQ chose together with the adapter's start. "
+        "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
+    )
+
+
+def _serving(lineage: Mapping[str, Any]) -> str:
+    found = recorded(lineage)
+    notes = [f"- {note[:1].upper()}{note[1:]}." for note in found.notes]
+    return "\n".join([HOW_SERVED[found.servable_as], *(["", *notes] if notes else [])])
+
+
+def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
+    """The README.md of an exported folder: what it is, what it was made from and how far it is from that. Markdown."""
+    base = record["base_model"]
+    is_merged = record["form"] == "merged"
+    what = (
+        f"`{base['reference']}` with the adapter merged into its {record['base']} weights, saved as "
+        f"{record['dtype']}: a transformers model that needs no peft."
+        if is_merged
+        else f"{'The adapter' if record['exact'] else 'The nearest LoRA to the adapter, not the adapter itself,'} as "
+        f"plain LoRA of rank {record['rank']}, for the base `{base['stands_on']}`."
+    )
+    parity = record["parity"]
+    figures = [
+        f"| {MEASURED[name]} | {found['argmax_agreement']:.2%} | {found['max_abs_logit_difference']:.3g} "
+        f"| {found['mean_kl_nats']:.3g} |"
+        for name, found in parity.items()
+        if name in MEASURED
+    ]
+    front = {"library_name": "transformers" if is_merged else "peft", "base_model": base["reference"]}
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {value}" for key, value in front.items()),
+            f"tags: [{'merged' if is_merged else 'lora'}, fineloop]",
+            "---",
+            "",
+            f"# {record['adapter']}",
+            "",
+            f"{what} Made from version `{record['version']}` ({config.method.name}, base trained on as "
+            f"{base['format']}), manifest sha256 `{record['manifest_sha256']}`; `export.json` holds the record.",
+            "",
+            f"Compared on {parity['compared_on']}:",
+            "",
+            "| | same token | largest logit difference | mean KL, nats |",
+            "|---|---|---|---|",
+            *figures,
+            "",
+        ]
+    )

@@ -98,7 +98,7 @@ def run(
     total = num_steps(train, len(train_split))
     measured = eval_steps(train, len(train_split))
     progress = Progress(config.digest, worker.num_workers)
-    best = _snapshot(engine)
+    best = checkpoint.weights(engine.module)
     resumed_from = checkpoint.newest(store, run_id) or 0
     dist.barrier()  # every worker has looked before the first one deletes
     if worker.rank == 0:
@@ -133,7 +133,7 @@ def run(
             outcome.eval_loss = loss
             if loss < progress.best_loss:
                 progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
-                best = _snapshot(engine)
+                best = checkpoint.weights(engine.module)
             else:
                 progress.evals_without_gain += 1
             outcome.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
@@ -149,7 +149,7 @@ def run(
     if train.early_stopping_patience:
         outcome.weights, outcome.eval_loss = best, progress.best_loss
     else:
-        outcome.weights = _snapshot(engine)
+        outcome.weights = checkpoint.weights(engine.module)
     return outcome
 
 
@@ -158,11 +158,15 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
     """Mean nats per answer token over a split that the workers share out."""
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    mine = split.take(range(worker.rank, len(split), worker.num_workers))
-    for indices in by_length(mine.lengths, batch_size):
-        batch = collate(mine, indices, pad)
+    mine = np.arange(worker.rank, len(split), worker.num_workers)
+    rounds = [mine[indices] for indices in by_length(split.lengths[mine], batch_size)]
+    # Under ZeRO-3 a forward pass is everybody's: who has no more records repeats one, uncounted, until all are through.
+    idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
+    for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
+        batch = collate(split, indices, pad)
         nll = answer_nll(engine.module, batch["input_ids"].to(worker.device), batch["labels"].to(worker.device))
-        total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
+        if number < len(rounds):
+            total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
     engine.module.train()
     total = total.to(worker.device)
     dist.all_reduce(total)
@@ -224,7 +228,3 @@ def _require_finite(loss: float, *, step: int, learning_rate: float) -> None:
         raise ConfigError(
             f"training diverged: the loss at step {step} is {loss}; lower train.learning_rate, now {learning_rate:g}"
         )
-
-
-def _snapshot(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().cpu().clone() for name, weight in checkpoint.trainable(engine.module).items()}

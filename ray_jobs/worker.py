@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from components.shared import config_file
 from components.shared.config import RunConfig
-from components.shared.errors import UserError
+from components.shared.errors import JobError, UserError
+from components.shared.serving import serving
 from components.shared.step import say
-from ray_jobs import base_model, checkpoint, deepspeed, entry, train_loop
-from ray_jobs.adapters import build
+from ray_jobs import base_model, checkpoint, deepspeed, entry, step_zero, train_loop
+from ray_jobs.adapters import build, loftq
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.model_card import model_card
 from ray_jobs.train_loop import Outcome, Report, Worker
@@ -51,7 +52,7 @@ class TrainJob:
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """The training function of Ray Train. Returns, on rank 0, the published version, or the user's mistake.
 
-    A `UserError` is returned instead of raised: starting the workers again could not mend it.
+    A `UserError` or `JobError` is returned instead of raised: starting the workers again could not mend it.
     """
     import ray
 
@@ -62,7 +63,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     train_split, eval_split = ray.get([arguments["train_split"], arguments["eval_split"]])
     try:
         return _train(job, train_split, eval_split)
-    except UserError as exc:
+    except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
 
 
@@ -115,30 +116,56 @@ def fit(
         torch.set_num_threads(config.ray.cpus_per_worker)
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    base = base_model.resolve(config.model)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=use_gpu)
-    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=config.train.seed)
+    original = base_model.resolve(config.model)
+    base = loftq.stand(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    probe = step_zero.probe(train_split, job.pad)
+    if config.train.zero_stage == 3 and worker.rank == 0:  # the only time that anybody holds the model in one piece
+        plain_loss = step_zero.probe_loss(_adapted(config, base, use_gpu=False), probe, torch.device("cpu"))
+    with deepspeed.sharding(config):
+        adapted = _adapted(config, base, use_gpu=use_gpu)
+        if config.train.zero_stage < 3:
+            plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
+        recipe = _recipe(config, adapted, base)
+        engine = deepspeed.initialize(adapted, config)
+        loss = step_zero.probe_loss(engine.module, probe, worker.device)
+        expected = plain_loss if worker.rank == 0 else math.nan
+        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
+        if worker.rank == 0:
+            trained, total, share = (recipe[key] for key in ("trainable_parameters", "parameters", "trainable_share"))
+            what = f"{trained:,} of {total:,} ({share:.2%}) parameters"
+            say("finetune", f"training {what} on {worker.num_workers} {worker.device.type} workers")
+        outcome = train_loop.run(
+            engine,
+            config=config,
+            run_id=job.run_id,
+            store=store,
+            worker=worker,
+            train_split=train_split,
+            eval_split=eval_split,
+            pad=job.pad,
+            report=report,
+        )
+        engine.destroy()
+    # Whole on every worker, whatever was sharded: what is published is read from here.
+    for name, parameter in checkpoint.trainable(adapted).items():
+        parameter.data = outcome.weights[name].to(parameter.device)
+    return adapted, outcome, recipe
+
+
+def _adapted(config: RunConfig, base: base_model.Base, *, use_gpu: bool) -> "PeftModel":
+    """The base with a fresh adapter, ready to train in bfloat16. The same on every worker."""
+    model = base_model.load_model(
+        base, config.model, config.method.row.base, use_gpu=use_gpu, in_host_memory=config.train.zero_stage == 3
+    )
+    adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
+    if config.method.row.init == "loftq":
+        loftq.start(adapted, base)
+    for parameter in checkpoint.trainable(adapted).values():
+        parameter.data = parameter.data.bfloat16()
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recipe = _recipe(config, adapted)
-    engine = deepspeed.initialize(adapted.train(), config)
-    if worker.rank == 0:
-        trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({recipe['trainable_share']:.2%})"
-        say("finetune", f"training {trained} parameters on {worker.num_workers} {worker.device.type} workers")
-    outcome = train_loop.run(
-        engine,
-        config=config,
-        run_id=job.run_id,
-        store=store,
-        worker=worker,
-        train_split=train_split,
-        eval_split=eval_split,
-        pad=job.pad,
-        report=report,
-    )
-    checkpoint.copy_weights(outcome.weights, engine.module)
-    return adapted, outcome, recipe
+        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return adapted.train()
 
 
 class MetricsLog:
@@ -190,15 +217,19 @@ def _ignore(_: Mapping[str, Any]) -> None:
     """Ranks beyond 0 report nothing."""
 
 
-def _recipe(config: RunConfig, adapted: Any) -> dict[str, Any]:
+def _recipe(config: RunConfig, adapted: Any, base: base_model.Base) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
+    targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
     return {
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
         "trainable_parameters": trainable,
         "parameters": total,
         "trainable_share": trainable / total,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names}),
+        "target_modules": targets,
+        "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
+        "stands_on": base.reference,
+        **loftq.recipe(base),
     }
 
 

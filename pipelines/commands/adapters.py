@@ -5,10 +5,14 @@ import json
 import os
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home
 from pipelines.commands.opened import opened_registry
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+    from components.registry.versions import Version
 
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
 
@@ -65,6 +69,7 @@ def add(commands: Any) -> None:
     pull = _add(verbs, "pull", _pull, "Fetch a version, verified, for peft or a server.", "fineloop adapters pull NAME")
     _reference(pull)
     pull.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION")
+    pull.add_argument("--with-base", action="store_true", help="LoftQ: fetch the adapter's own base too, to DIR-base")
 
 
 def _add(verbs: Any, name: str, command: Command, does: str, example: str) -> argparse.ArgumentParser:
@@ -152,8 +157,28 @@ def _pull(options: argparse.Namespace) -> Answer:
         version = resolve(store, options.reference)
         target = (options.to or Path(f"{version.name}-{version.version}")).absolute()
         pull_version(store, version, target)
+        base = target.with_name(f"{target.name}-base") if options.with_base else None
+        if base is not None:
+            _pull_base(store, version, base)
     body = {"path": str(target), "version": version.version, "verified": True}
-    return Answer(body, f"{version.name} {version.version} is at {target}, verified")
+    told = f"{version.name} {version.version} is at {target}, verified"
+    return (
+        Answer(body, told) if base is None else Answer({**body, "base_path": str(base)}, f"{told}; its base at {base}")
+    )
+
+
+def _pull_base(store: "Store", version: "Version", target: Path) -> None:
+    from components.registry import folders
+    from components.registry.versions import read_lineage
+    from components.shared.errors import UserError
+
+    stands_on = read_lineage(store, version)["recipe"].get("stands_on", "")
+    if not stands_on.startswith(store.uri("bases/")):
+        raise UserError(
+            f"{version.name} {version.version} has no base of its own in this registry, it stands on "
+            f"{stands_on or 'the base of its config'}: leave out --with-base"
+        )
+    folders.pull(store, store.key(stands_on), target)
 
 
 def _user() -> str:

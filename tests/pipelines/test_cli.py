@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from components.registry import aliases, versions
+from components.registry import aliases, folders, versions
 from components.registry.store import Store
 from components.shared import config_file
 from pipelines.commands.arguments import DEFAULT_CONFIG
@@ -186,6 +186,24 @@ def test_adapters_are_listed_shown_verified_and_pulled(
     pulled = body(fineloop("adapters", "pull", f"sums@{new}", "--to", "here", *where, "--json", cwd=tmp_path))
     assert pulled == {"path": str(tmp_path / "here"), "version": new, "verified": True}
     assert (tmp_path / "here" / "adapter_model.safetensors").read_bytes() == b"two"
+
+
+def test_an_adapter_is_pulled_with_the_base_of_its_own(store: Store, config_path: Path, tmp_path: Path) -> None:
+    folders.publish(store, "bases/b0", {"config.json": b"{}"})
+    recipe = {"adapter": "lora", "stands_on": store.uri("bases/b0")}
+    files = {"adapter_model.safetensors": b"three", "adapter_config.json": b"{}"}
+    version = versions.publish_version(store, "sums", files, lineage={"run_id": "run-three", "recipe": recipe})
+    arguments = ("--to", "here", "--with-base", "-c", config_path, "--json")
+    for _ in range(2):
+        pulled = body(fineloop("adapters", "pull", f"sums@{version.version}", *arguments, cwd=tmp_path))
+        assert pulled["base_path"] == str(tmp_path / "here-base")
+        assert (tmp_path / "here-base" / "config.json").read_bytes() == b"{}"
+
+
+def test_a_base_that_lies_elsewhere_is_not_pulled(published: list[str], config_path: Path, tmp_path: Path) -> None:
+    done = fineloop("adapters", "pull", "sums", "--to", "here", "--with-base", "-c", config_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "leave out --with-base" in done.stderr
 
 
 def test_a_promotion_and_its_way_back_are_told_in_the_history(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
@@ -292,37 +291,3 @@ def test_a_base_without_padding_pads_with_the_end(tiny_base, tmp_path):
 
 
 # Models
-
-
-def test_a_bf16_base_is_bfloat16_and_frozen(tiny_base):
-    model = load(tiny_base)
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert not any(weight.requires_grad for weight in model.parameters())
-    assert not any(isinstance(module, Linear4bit) for module in model.modules())
-
-
-def test_an_nf4_base_holds_four_bits_a_weight_doubly_quantised(tiny_base):
-    model = load(tiny_base, "nf4")
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    assert len(layers) == 2 * 7
-    for layer in layers:
-        assert layer.weight.dtype == torch.uint8
-        assert layer.weight.numel() * 2 == layer.in_features * layer.out_features
-        state = layer.weight.quant_state
-        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
-    assert not any(weight.requires_grad for weight in model.parameters())
-
-
-def test_an_nf4_base_is_never_repacked_by_a_measurement_on_cpu(tiny_base):
-    model = load(tiny_base, "nf4").eval()
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    before = [layer.weight.data.clone() for layer in layers]
-    with torch.inference_mode():
-        model(input_ids=torch.arange(64)[None])
-    for layer, weight in zip(layers, before, strict=True):
-        assert layer.support_avx512bf16_for_cpu is False
-        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-        assert torch.equal(layer.weight.data, weight)
-    embedded = model.get_input_embeddings()(torch.arange(8)[None]).requires_grad_()
-    model.train()(inputs_embeds=embedded).logits.sum().backward()
-    assert embedded.grad.abs().sum() > 0

@@ -1,3 +1,5 @@
+from typing import Any
+
 import yaml
 
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
@@ -5,7 +7,7 @@ from components.shared.config import RunConfig
 from ray_jobs.model_card import model_card
 
 
-def card(config: RunConfig, *, eval_loss: float | None = 0.25) -> str:
+def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) -> str:
     record = build_lineage(
         config,
         run_id="20260101-000000-colours-ab12",
@@ -18,6 +20,7 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25) -> str:
             "trainable_parameters": 10_000,
             "parameters": 2_000_000,
             "trainable_share": 0.005,
+            **recipe,
         },
         training=Training(75, 58_457, 0.5, eval_loss, 177.4, 2),
     )
@@ -50,3 +53,19 @@ def test_the_card_says_what_the_adapter_was_made_from(config):
 
 def test_a_loss_that_was_not_measured_is_not_made_up(config):
     assert "| Held-out loss | not measured |" in card(config, eval_loss=None)
+
+
+def test_the_card_says_how_the_version_is_served(config):
+    text = card(config)
+    assert "## Serving\n\nServers of LoRA adapters load it as it is.\n" in text
+    vera = {"servable_as": "lora-export", "notes": ["one sentence", "another"]}
+    text = card(config, serving=vera)
+    assert "load what `fineloop adapters export --lora` makes of it.\n\n- One sentence.\n- Another.\n" in text
+
+
+def test_the_card_names_the_base_of_its_own_where_there_is_one(config):
+    assert "Stands on" not in card(config)
+    text = card(config, stands_on="s3://b/bases/b0", loftq={})
+    assert "loaded as bf16 |\n| Stands on | `s3://b/bases/b0`" in text
+    assert "--with-base` fetches both |\n| Data |" in text
+    assert "from_pretrained(BASE_FOLDER)  # s3://b/bases/b0\n" in text

@@ -1,4 +1,7 @@
-"""The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64."""
+"""The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64.
+
+That every way of sharing the work out takes these same steps is shown by `test_matrix.py`.
+"""
 
 import functools
 import itertools
@@ -8,19 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from components.prepare.validate import validate
 from components.registry.store import Store
 from components.shared import config_file
 from components.shared.config import RunConfig, TrainConfig
 from components.shared.errors import ConfigError
-from ray_jobs import base_model
-from ray_jobs.adapters import build
-from ray_jobs.answer_loss import answer_nll
-from ray_jobs.batching import collate, plan_epoch, tokenize
 from ray_jobs.train_loop import eval_steps, learning_rate_at, num_steps
+from tests.ray_jobs.plain import plain_training
 from tests.tiny import colour_rows
 from tests.train_group import Trained, train
 
@@ -33,78 +31,36 @@ def run(config: RunConfig, store: Store, tmp_path: Path):
     """Train with some keys changed; each call is a run of its own unless it names one."""
     names = itertools.count()
 
-    def trained(*changes: str, run_id: str = "", num_workers: int = 2) -> Trained:
+    def trained(*changes: str, run_id: str = "", num_workers: int = 2, rows: list[dict[str, str]] = ROWS) -> Trained:
         place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
         toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
         name = run_id or f"run{next(names)}"
-        return train(toml, ROWS, tmp_path / name, run_id=name, num_workers=num_workers)
+        return train(toml, rows, tmp_path / name, run_id=name, num_workers=num_workers)
 
     return trained
 
 
 @functools.cache
-def plain_training(config_toml: str) -> list[float]:
-    """The same training as a plain loop in one process: bfloat16 weights, float32 masters, torch's own AdamW."""
-    config = config_file.loads(config_toml)
-    base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
-    records = [validate(row).record for row in ROWS]
-    split = tokenize(records[: len(records) * 7 // 8], tokenizer, config.model.max_length)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
-    model = build.attach(model, config.method, base_reference="tiny", seed=config.train.seed).train()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.data = weight.data.bfloat16()
-    masters = [weight.detach().float().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(masters, weight_decay=0)
-    steps = num_steps(config.train, len(split))
-    losses = []
-    for step, batch in enumerate(plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)):
-        tensors = collate(split, batch, tokenizer.pad_token_id)
-        loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
-        loss.backward()
-        losses.append(loss.item())
-        for weight, master in zip(weights, masters, strict=True):
-            assert weight.grad is not None
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(
-            step, peak=config.learning_rate, num_steps=steps, warmup_share=config.train.warmup_share
-        )
-        optimizer.step()
-        for weight, master in zip(weights, masters, strict=True):
-            weight.data.copy_(master)
-    return losses
+def plain_losses(config_toml: str) -> list[float]:
+    return plain_training(config_toml, ROWS).losses
 
 
 def test_losses_are_those_of_a_plain_loop(run, config):
     found = run()
     assert len(found.losses) == 14
-    np.testing.assert_allclose(found.losses, plain_training(config_file.dumps(config)), atol=NOISE)
+    np.testing.assert_allclose(found.losses, plain_losses(config_file.dumps(config)), atol=NOISE)
     # Values, so that a change of the numbers is seen even where it changes both.
     np.testing.assert_allclose(found.losses[:3], [6.4404, 6.2079, 5.0018], atol=NOISE)
     assert found.eval_losses[-1] < 0.5 * found.losses[0]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_every_zero_stage_takes_the_same_steps(run, config, zero_stage):
-    losses = run(f"train.zero_stage={zero_stage}", "train.evals_per_epoch=0").losses
-    np.testing.assert_allclose(losses, plain_training(config_file.dumps(config)), atol=NOISE)
-
-
 def test_the_number_of_workers_does_not_change_the_steps(run, config):
-    np.testing.assert_allclose(run(num_workers=1).losses, plain_training(config_file.dumps(config)), atol=NOISE)
+    np.testing.assert_allclose(run(num_workers=1).losses, plain_losses(config_file.dumps(config)), atol=NOISE)
 
 
 def test_accumulating_does_not_change_the_steps(run, config):
     np.testing.assert_allclose(
-        run("train.micro_batch_size=2").losses, plain_training(config_file.dumps(config)), atol=NOISE
-    )
-
-
-def test_checkpointing_activations_does_not_change_the_steps(run, config):
-    np.testing.assert_allclose(
-        run("train.gradient_checkpointing=true").losses, plain_training(config_file.dumps(config)), atol=NOISE
+        run("train.micro_batch_size=2").losses, plain_losses(config_file.dumps(config)), atol=NOISE
     )
 
 
@@ -122,29 +78,56 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
     assert len(often.eval_losses) == 14
 
 
-def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch):
-    # Everything at once that a checkpoint could forget: magnitudes, dropout's chance, a 4-bit base.
-    changes = ["method.name=qdora", "method.dropout=0.1", "train.checkpoint_every_steps=4"]
+@pytest.mark.parametrize(
+    "method",
+    [
+        # What a checkpoint could forget: magnitudes, dropout's chance, weights that are quantised, sharded, offloaded.
+        ["method.name=qdora", "method.dropout=0.1"],
+        ["method.name=dora", "method.dropout=0.1", "train.zero_stage=3"],
+        ["method.name=qlora", "train.zero_stage=3", "train.cpu_offload=true", "train.micro_batch_size=4"],
+        ["method.name=dvora", "method.base=nf4", "train.zero_stage=3"],
+        ["method.name=vera", "method.base=int8", "train.zero_stage=1", "train.cpu_offload=true"],
+        ["method.name=lora", "method.base=int8", "train.zero_stage=0", "train.gradient_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch, method):
+    changes = [*method, "train.checkpoint_every_steps=2", "train.max_steps=6"]
     whole = run(*changes)
-    monkeypatch.setenv("STOP_AFTER_STEP", "10")
+    monkeypatch.setenv("STOP_AFTER_STEP", "5")
     with pytest.raises(RuntimeError):
         run(*changes, run_id="interrupted")
     monkeypatch.delenv("STOP_AFTER_STEP")
     resumed = run(*changes, run_id="interrupted")
-    assert resumed.resumed_from == 8
-    assert resumed.losses == whole.losses[8:]
+    assert resumed.resumed_from == 4
+    assert resumed.losses == whole.losses[4:]
     assert resumed.weights.keys() == whole.weights.keys()
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
-def test_early_stopping_keeps_the_best_weights(run):
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
     found = run(
-        "train.learning_rate=0.3", "train.evals_per_epoch=14", "train.early_stopping_patience=2", "train.epochs=3"
+        "train.learning_rate=0.3",
+        "train.evals_per_epoch=14",
+        "train.early_stopping_patience=2",
+        "train.epochs=3",
+        f"train.zero_stage={zero_stage}",
     )
     assert found.stopped_early
     assert found.steps < 42
     assert min(found.eval_losses) not in found.eval_losses[-2:]
+
+
+def test_workers_with_unequal_shares_of_the_held_out_records_measure_the_same_loss(run):
+    # Of 9 records one worker takes 5 in two rounds, and the other 4 in one: under ZeRO-3 neither could go on alone.
+    rows = colour_rows(72)
+    changes = ["train.micro_batch_size=4", "train.max_steps=1"]
+    alone = run(*changes, num_workers=1, rows=rows)
+    shared = run(*changes, "train.zero_stage=3", rows=rows)
+    assert len(shared.eval_losses) == 1
+    assert shared.eval_losses == pytest.approx(alone.eval_losses, abs=0.01)
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(run, tiny_base, tmp_path):
@@ -165,8 +148,14 @@ def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
         run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
 
 
-def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store):
-    weights = run("train.checkpoint_every_steps=4", "train.keep_checkpoints=1", run_id="kept").weights
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
+    weights = run(
+        "train.checkpoint_every_steps=4",
+        "train.keep_checkpoints=1",
+        f"train.zero_stage={zero_stage}",
+        run_id="kept",
+    ).weights
     objects = list(store.list("runs/kept/checkpoints/"))
     assert {o.key.split("/")[3] for o in objects} == {"step-000012"}
     trained = sum(weight.size for weight in weights.values())

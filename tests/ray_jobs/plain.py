@@ -1,0 +1,62 @@
+"""The reference of every distributed training: a plain loop in one process, without DeepSpeed."""
+
+from dataclasses import dataclass
+
+import torch
+
+from components.prepare.validate import validate
+from components.registry.store import Store
+from components.shared import config_file
+from ray_jobs import base_model
+from ray_jobs.adapters import build, loftq
+from ray_jobs.answer_loss import answer_nll
+from ray_jobs.batching import collate, plan_epoch, tokenize
+from ray_jobs.train_loop import learning_rate_at, num_steps
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Of each step, before it is taken."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
+    """Whole batches, bfloat16 weights, float32 masters, torch's own AdamW."""
+    config = config_file.loads(config_toml)
+    train = config.train
+    original = base_model.resolve(config.model)
+    base = loftq.stand(config, original, Store.open(config.registry))
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    records = [validate(row).record for row in rows]
+    split = tokenize(records[: len(records) * 7 // 8], tokenizer, config.model.max_length)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    model = build.attach(model, config.method, base_reference="tiny", seed=train.seed).train()
+    if config.method.row.init == "loftq":
+        loftq.start(model, base)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.bfloat16()
+    masters = [weight.detach().float().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0)
+    steps = num_steps(train, len(split))
+    plan = plan_epoch(split.lengths, batch_size=train.batch_size, group_by_length=True, seed=0, epoch=0)
+    curve = Curve([], [])
+    for step, batch in enumerate(plan[:steps]):
+        tensors = collate(split, batch, tokenizer.pad_token_id)
+        loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
+        loss.backward()
+        for weight, master in zip(weights, masters, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(masters, train.max_grad_norm)
+        curve.losses.append(loss.item())
+        curve.grad_norms.append(float(norm))
+        optimizer.param_groups[0]["lr"] = learning_rate_at(
+            step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share
+        )
+        optimizer.step()
+        for weight, master in zip(weights, masters, strict=True):
+            weight.data.copy_(master)
+    return curve

@@ -1,0 +1,117 @@
+"""Every legal cell of method x base x ZeRO stage x offload x checkpointing, trained by two real ranks on a tiny base.
+
+Cells that differ in nothing but how the work is shared out must take the same steps, which are those of a plain loop.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.legality import FIELDS, Cell, refusals
+from pipelines.local import seaweedfs
+from tests.components.shared.test_legality import AXES
+from tests.ray_jobs.conftest import CONFIG
+from tests.ray_jobs.plain import Curve, plain_training
+from tests.tiny import colour_rows
+from tests.train_group import Trained, train_all
+
+CELLS = [cell for values in product(*AXES.values()) if not list(refusals(cell := Cell(*values)))]
+NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
+NORM_NOISE = 0.05  # the same for the gradient's norm, as a share of it
+WEIGHT_NOISE = 0.1  # and a trained weight: Adam's first steps are of full length, whichever way noise may point
+ROWS = colour_rows(36)  # 31 to train on in two steps, and 5 held out: an uneven share for two ranks
+SETTINGS = [
+    "method.rank=8",
+    'method.target_modules=["q_proj", "down_proj"]',
+    "train.micro_batch_size=4",
+    "train.evals_per_epoch=0",
+    "train.early_stopping_patience=0",
+]
+AGAIN = "again"
+
+
+def name_of(cell: Cell) -> str:
+    shown = [str(getattr(cell, field)) for field in ("adapter", "scaling", "init", "base")]
+    shown += [f"zero{cell.zero_stage}"] + ["offload"] * cell.cpu_offload
+    return "-".join(shown + ["checkpointing"] * cell.gradient_checkpointing)
+
+
+def reference_of(cell: Cell) -> Cell:
+    """The same method on the same base, with nothing shared out, offloaded or recomputed."""
+    return replace(cell, zero_stage=0, cpu_offload=False, gradient_checkpointing=False)
+
+
+REFERENCES = sorted({reference_of(cell) for cell in CELLS}, key=name_of)
+
+
+class Matrix:
+    """Trains all cells of one reference together, when the first of them is asked for."""
+
+    def __init__(self, config: RunConfig, directory: Path) -> None:
+        self._config = config_file.dumps(config)
+        self._directory = directory
+        self.row = functools.cache(self._row)
+        self.plain = functools.cache(self._plain)
+
+    def _row(self, reference: Cell) -> dict[str, Trained]:
+        configs = {name_of(cell): self._toml(cell) for cell in CELLS if reference_of(cell) == reference}
+        if reference in REFERENCES[::7]:
+            configs[AGAIN] = configs[name_of(reference)]
+        return train_all(configs, ROWS, self._directory / name_of(reference), num_workers=2)
+
+    def _plain(self, reference: Cell) -> Curve:
+        return plain_training(self._toml(reference), ROWS)
+
+    def _toml(self, cell: Cell) -> str:
+        values = {FIELDS[field.name]: getattr(cell, field.name) for field in fields(cell)}
+        spelled = [f"{path}={str(value).lower()}" for path, value in values.items()]
+        return config_file.dumps(config_file.loads(self._config, spelled))
+
+
+@pytest.fixture(scope="module")
+def matrix(
+    tiny_base: Path, s3_server: seaweedfs.Endpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Matrix]:
+    place = [f"registry.bucket={s3_server.bucket}", "registry.prefix=tests/matrix"]
+    config = config_file.loads(CONFIG.format(base=tiny_base), [*SETTINGS, *place])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FINELOOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Matrix(config, tmp_path_factory.mktemp("matrix"))
+
+
+def assert_same_curve(found: Trained, expected: Trained | Curve) -> None:
+    np.testing.assert_allclose(found.losses, expected.losses, atol=NOISE)
+    np.testing.assert_allclose(found.grad_norms, expected.grad_norms, rtol=NORM_NOISE)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+def test_a_legal_cell_takes_the_steps_of_its_method_unshared(cell: Cell, matrix: Matrix):
+    row = matrix.row(reference_of(cell))
+    found, expected = row[name_of(cell)], row[name_of(reference_of(cell))]
+    assert_same_curve(found, expected)
+    np.testing.assert_allclose(found.eval_losses, expected.eval_losses, atol=NOISE)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert np.linalg.norm(found.weights[name] - weight) <= WEIGHT_NOISE * np.linalg.norm(weight), name
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=name_of)
+def test_a_method_takes_the_steps_of_a_plain_loop(reference: Cell, matrix: Matrix):
+    found = matrix.row(reference)[name_of(reference)]
+    assert len(found.losses) == 2
+    assert_same_curve(found, matrix.plain(reference))
+
+
+@pytest.mark.parametrize("reference", REFERENCES[::7], ids=name_of)
+def test_a_process_that_trained_every_other_cell_trains_the_first_as_before(reference: Cell, matrix: Matrix):
+    row = matrix.row(reference)
+    first, again = row[name_of(reference)], row[AGAIN]
+    assert again.losses == first.losses
+    assert all((again.weights[name] == weight).all() for name, weight in first.weights.items())
