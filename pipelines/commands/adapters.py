@@ -7,6 +7,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.commands import export
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home
 from pipelines.commands.opened import opened_registry
 
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "adapters",
-        help="list, show, promote, roll back, verify and fetch adapters",
+        help="list, show, promote, roll back, verify, fetch and export adapters",
         description="What is in the registry, and what its aliases point at.",
         epilog="example:\n  fineloop adapters show icd10-chapters\n\n" + EXIT_CODES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -70,6 +71,8 @@ def add(commands: Any) -> None:
     _reference(pull)
     pull.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION")
     pull.add_argument("--with-base", action="store_true", help="LoftQ: fetch the adapter's own base too, to DIR-base")
+
+    export.add(verbs, reference=REFERENCE)
 
 
 def _add(verbs: Any, name: str, command: Command, does: str, example: str) -> argparse.ArgumentParser:

@@ -25,7 +25,10 @@ COMMANDS = [
     ("schema",),
     ("chat",),
     ("doctor",),
-    *[("adapters", verb) for verb in ("list", "show", "promote", "rollback", "history", "lineage", "verify", "pull")],
+    *[
+        ("adapters", verb)
+        for verb in ("list", "show", "promote", "rollback", "history", "lineage", "verify", "pull", "export")
+    ],
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
 ]
 HEAVY = {"torch", "ray", "kfp", "boto3", "botocore", "pyarrow", "transformers", "jinja2", "pydantic"}

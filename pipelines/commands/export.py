@@ -1,0 +1,127 @@
+"""`fineloop adapters export`."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home
+from pipelines.commands.opened import opened_registry
+
+LOG_TAIL = 20  # lines told of a job that ended without a word
+FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
+"""The options that only one form has."""
+
+
+def add(verbs: Any, *, reference: str) -> None:
+    """Add it to the group; `reference` says how a version is named."""
+    export = add_command(
+        verbs,
+        "export",
+        _export,
+        does="Write a version merged into its base, or as plain LoRA.",
+        more="The result is compared with the adapter on its base on held-out records, in float32; one that does not "
+        "say the same is not written.",
+        example="fineloop adapters export icd10-chapters@production --merged",
+    )
+    export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--merged", action="store_const", dest="form", const="merged", help="a model that needs no peft")
+    form.add_argument("--lora", action="store_const", dest="form", const="lora", help="plain LoRA, where it is one")
+    export.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION-merged or -lora")
+    export.add_argument(
+        "--base",
+        choices=("dequantised", "original"),
+        help="with --merged: into the weights that it was trained on, exactly (default), or into those from before "
+        "quantising, with the error measured",
+    )
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="with --merged: how the weights are saved (default: bfloat16)"
+    )
+    export.add_argument(
+        "--approximate",
+        type=_rank,
+        metavar="RANK",
+        help="with --lora: where it is no LoRA, the nearest one of this rank, with the error measured",
+    )
+    add_config(export)
+    add_home(export)
+
+
+def _export(options: argparse.Namespace) -> Answer:
+    from components.registry.versions import resolve
+
+    chosen = _chosen(options)
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        target = (options.to or Path(f"{version.name}-{version.version}-{options.form}")).absolute()
+        command = [sys.executable, "-m", "ray_jobs.export", "--config", str(options.config.absolute())]
+        command += [part for override in options.overrides for part in ("--set", override)]
+        command += ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
+        _run([*command, *chosen])
+    record = json.loads((target / "export.json").read_text(encoding="utf-8"))
+    told = ("version", "form", "base", "dtype", "exact", "parity")
+    return Answer({"path": str(target), **{key: record.get(key) for key in told}})
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """The options that were given, as the job takes them.
+
+    Raises:
+        UserError: one of them belongs to the other form.
+    """
+    from components.shared.errors import UserError
+
+    given = {name: getattr(options, name) for name in FORM_OF if getattr(options, name) is not None}
+    for name in given:
+        if options.form != FORM_OF[name]:
+            raise UserError(f"--{name} goes with --{FORM_OF[name]}, not with --{options.form}: remove one of the two")
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def _run(command: list[str]) -> None:
+    """Run the job, tell a person what it says, and leave nothing of it behind.
+
+    Raises:
+        FineloopError: it failed; of the class that it failed with.
+    """
+    from components.shared.errors import FineloopError
+    from components.shared.step import Failure, parse_line
+    from pipelines.local.service import python_path
+    from pipelines.local.watch import watch
+
+    failures: list[Failure] = []
+
+    def hear(text: str) -> None:
+        line = parse_line(text)
+        if line is not None and line.failure is not None:
+            failures.append(line.failure)
+        elif line is not None:
+            print(line.text, file=sys.stderr, flush=True)  # noqa: T201
+
+    with tempfile.TemporaryDirectory(prefix="fineloop-export-") as scratch:
+        log_path = Path(scratch) / "log"
+        ended = watch(
+            command,
+            environment={**os.environ, "PYTHONPATH": python_path(os.environ)},
+            directory=Path.cwd(),
+            log_path=log_path,
+            on_line=lambda _: None,
+            on_tick=lambda: None,
+            on_text=hear,
+        )
+        if ended.exit_code and failures:
+            raise failures[-1].as_error()
+        if ended.exit_code:
+            tail = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-LOG_TAIL:])
+            raise FineloopError(f"{command[2]} ended with exit code {ended.exit_code}:\n{tail}")
+
+
+def _rank(text: str) -> int:
+    rank = int(text)
+    if rank < 1:
+        raise argparse.ArgumentTypeError(f"a rank is at least 1, not {rank}")
+    return rank

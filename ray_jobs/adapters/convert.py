@@ -1,0 +1,105 @@
+"""Plain LoRA from what is one in other clothes, for servers that know nothing else.
+
+rsLoRA   W + (alpha / sqrt(r)) B A          alpha' = alpha sqrt(r), so that alpha' / r is the same (arXiv:2312.03732)
+VeRA     W + diag(b) B diag(d) A            A' = diag(d) A, B' = diag(b) B, scaling 1 (arXiv:2310.11454)
+DoRA     m (W + s B A) / norm(W + s B A)    no LoRA: the magnitude scales W too; `nearest_lora` is the best there is
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from components.shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+Factors = tuple["torch.Tensor", "torch.Tensor"]
+"""A (r, in) and B (out, r) of a layer's update."""
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+
+
+def as_lora(adapted: "PeftModel") -> "PeftModel":
+    """The same function as plain LoRA with the scaling alpha / r; takes the base out of `adapted`.
+
+    Raises:
+        UserError: it is no LoRA, whatever is done to it.
+    """
+    config = adapted.peft_config["default"]
+    if config.peft_type == "VERA":
+        return _rebuilt(adapted, rank=config.r, alpha=config.r, factors=_vera_factors)
+    if config.peft_type != "LORA" or config.use_dora:
+        raise UserError(
+            "this adapter's magnitudes scale the base's own weights, so it is no LoRA: use --merged, or --approximate "
+            "RANK for the nearest LoRA of that rank, with its error measured"
+        )
+    alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
+    return _rebuilt(adapted, rank=config.r, alpha=alpha, factors=_lora_factors)
+
+
+def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
+    """The LoRA of this rank nearest to each layer's update in the Frobenius norm; takes the base out of `adapted`.
+
+    By a randomised SVD (arXiv:0909.4061, algorithm 4.4) of what merging adds to the dense weight.
+    """
+    import torch
+
+    def factors(layer: Any) -> Factors:
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge(safe_merge=True)
+        update = layer.get_base_layer().weight.detach() - before
+        layer.get_base_layer().weight.data.copy_(before)  # to subtract the update again would leave a rounding error
+        layer.merged_adapters.clear()
+        num_values = min(rank, *update.shape)
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(update, q=min(num_values + OVERSAMPLING, *update.shape), niter=POWER_ITERATIONS)
+        root = s[:num_values].sqrt()
+        a, b = update.new_zeros(rank, update.shape[1]), update.new_zeros(update.shape[0], rank)
+        a[:num_values] = root[:, None] * v[:, :num_values].T
+        b[:, :num_values] = u[:, :num_values] * root
+        return a, b
+
+    return _rebuilt(adapted, rank=rank, alpha=rank, factors=factors)
+
+
+def _rebuilt(adapted: "PeftModel", *, rank: int, alpha: float, factors: Callable[[Any], Factors]) -> "PeftModel":
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = adapted.peft_config["default"]
+    found = {}
+    with torch.no_grad():
+        for name, layer in adapted.base_model.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                found[name] = factors(layer)
+    plain = get_peft_model(
+        adapted.unload(),
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=config.target_modules,
+            fan_in_fan_out=config.fan_in_fan_out,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    for name, (a, b) in found.items():
+        layer = plain.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    return plain
+
+
+def _lora_factors(layer: Any) -> Factors:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _vera_factors(layer: Any) -> Factors:
+    from ray_jobs.adapters.dvora import lora_factors
+
+    return lora_factors(layer, "default")

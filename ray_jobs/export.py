@@ -1,0 +1,282 @@
+"""Write a version in another form: `python -m ray_jobs.export --version NAME --to DIR --form merged|lora`.
+
+merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
+lora     the same function as plain LoRA, where it is one
+
+Either is compared with the adapter on its base before anything appears at DIR.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from components.prepare.dataset import load_split
+from components.registry.store import Store
+from components.registry.versions import Version, pull_version, read_lineage, resolve
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import ObjectMissing, UserError
+from components.shared.step import say
+from ray_jobs import base_model, entry, model_card
+from ray_jobs.adapters import build, convert, loftq, merge
+from ray_jobs.adapters.merge import Agreement
+from ray_jobs.base_model import Base
+from ray_jobs.batching import tokenize
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEP = "export"
+RECORD = "export.json"
+MAX_RECORDS = 64
+MAX_POSITIONS = 1024
+"""Compared on at least one record and at most about so many positions: their logits are held in memory."""
+SHARD_SIZE = "5GB"
+
+Form = Literal["merged", "lora"]
+BaseWeights = Literal["dequantised", "original"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for."""
+
+    form: Form
+    target: Path
+    base: BaseWeights | None = None
+    """Merged only: the weights merged into. None means those that the adapter was trained on."""
+    dtype: Dtype = "bfloat16"
+    """Merged only: what the weights are saved as."""
+    approximate: int = 0
+    """LoRA only: where it is none, the nearest one of this rank; 0 refuses."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A version on this machine: its adapter, the base that it stands on, and what it is compared on."""
+
+    version: Version
+    config: RunConfig
+    """Of the version's own run."""
+    folder: Path
+    """The adapter's files."""
+    original: Base
+    stands_on: Base
+    """The original, or LoftQ's own quantised base."""
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: Sequence["torch.Tensor"]
+    compared_on: str
+
+
+def main() -> None:
+    """The entry point."""
+    parser = entry.parser(
+        "ray_jobs.export",
+        "Write an adapter's version merged into its base, or as plain LoRA.",
+        "fineloop adapters export icd10-chapters@production --merged",
+    )
+    parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
+    parser.add_argument("--to", required=True, type=Path, dest="target", help="folder to write; must not exist yet")
+    parser.add_argument("--form", required=True, choices=("merged", "lora"))
+    parser.add_argument("--base", choices=("dequantised", "original"), help="merged: the weights merged into")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="merged: as saved")
+    parser.add_argument("--approximate", type=int, default=0, metavar="RANK", help="lora: the nearest where it is none")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an unfinished folder is removed
+
+    def job() -> None:
+        wish = Wish(arguments.form, arguments.target, arguments.base, arguments.dtype, arguments.approximate)
+        export(entry.load_config(arguments.config, arguments.set), arguments.version, wish)
+
+    entry.run(STEP, job)
+
+
+def export(config: RunConfig, reference: str, wish: Wish) -> dict[str, Any]:
+    """Write `wish.target` whole, or leave nothing there; returns what export.json in it says.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        UserError: the target is not empty, or the version cannot be had in this form.
+        FineloopError: what came out does not say what the adapter on its base says.
+    """
+    store = Store.open(config.registry)
+    version = resolve(store, reference)
+    if wish.target.exists() and (wish.target.is_file() or any(wish.target.iterdir())):
+        raise UserError(f"{wish.target} exists and is not empty: remove it or choose another --to")
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, _beside(wish.target) as folder:
+        subject = _subject(store, version, Path(scratch) / "adapter")
+        say(STEP, f"{version.name} {version.version} is compared on {subject.compared_on}")
+        record = _merged(subject, wish, folder) if wish.form == "merged" else _lora(subject, wish, folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card.export_card(subject.config, record), encoding="utf-8")
+        folder.rename(wish.target)
+    say(STEP, f"{version.name} {version.version} is at {wish.target}")
+    return record
+
+
+def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
+    """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    row, rows = subject.config.method.row, subject.rows
+    weights: BaseWeights = "original" if row.base == "bf16" else wish.base or "dequantised"
+    is_exact = row.base == "bf16" or weights == "dequantised"
+    if not is_exact and row.init == "loftq":
+        raise UserError(
+            "LoftQ's adapter holds what quantising its base took away, and the original base has that already: "
+            "use --base dequantised"
+        )
+    evaluated, dense = _evaluated(subject)
+    say(STEP, "running the adapter in float32 on the weights that it was trained on")
+    adapted = build.load(dense, subject.folder).eval()
+    del dense
+    reference = list(merge.logits(adapted, rows))
+    before = reference
+    if not is_exact:
+        say(STEP, "running it on the original weights")
+        del adapted  # one base in memory at a time
+        adapted = build.load(_dense(subject), subject.folder).eval()
+        before = list(merge.logits(adapted, rows))
+    say(STEP, f"merging into the {weights} weights")
+    merged = merge.merge(adapted)
+    parity = {"merge": merge.agreement(before, merge.logits(merged, rows))}
+    merge.require_same(parity["merge"], "the merged model")
+    del adapted, before
+
+    say(STEP, f"saving as {wish.dtype}")
+    dtype = getattr(torch, wish.dtype)
+    merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    subject.tokenizer.save_pretrained(folder)
+    del merged
+    saved = list(merge.logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), rows))
+    parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
+    if is_exact and wish.dtype == "float32":
+        merge.require_same(parity["saved"], "the saved model")
+    _tell(parity)
+    return _record(subject, wish, parity, base=weights, dtype=wish.dtype)
+
+
+def _lora(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
+    """Convert on the dense weights, and compare in float32."""
+    rows = subject.rows
+    adapted = build.load(_trained_on(subject, _loaded(subject)), subject.folder).eval()
+    reference = list(merge.logits(adapted, rows))
+    exact = not (wish.approximate and subject.config.method.row.adapter in ("dora", "dvora"))
+    say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {wish.approximate}")
+    plain = convert.as_lora(adapted) if exact else convert.nearest_lora(adapted, rank=wish.approximate)
+    parity = {"converted": merge.agreement(reference, merge.logits(plain.eval(), rows))}
+    if exact:
+        merge.require_same(parity["converted"], "the converted adapter")
+    build.save(plain, folder)
+    _tell(parity)
+    return _record(subject, wish, parity, exact=exact, rank=plain.peft_config["default"].r)
+
+
+def _subject(store: Store, version: Version, folder: Path) -> Subject:
+    lineage = read_lineage(store, version)
+    config = config_file.validate(lineage["config"], origin=f"lineage of {version.uri}")
+    pull_version(store, version, folder)
+    say(STEP, f"loading {config.model.base}")
+    original = base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(original, config.model)
+    rows, compared_on = _rows(store, lineage["dataset"]["uri"], tokenizer, config.model.max_length)
+    return Subject(version, config, folder, original, loftq.find(config, original, store), tokenizer, rows, compared_on)
+
+
+def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tuple[list["torch.Tensor"], str]:
+    """Held-out records as rows of token ids; random ones where the dataset is gone. Also what they are, in words."""
+    import torch
+
+    try:
+        records = load_split(store, dataset_uri, "eval")[:MAX_RECORDS]
+    except (ObjectMissing, UserError) as exc:  # deleted, or left behind when the registry moved
+        say(STEP, f"the data is gone ({exc})")
+        return list(merge.vocabulary_rows(len(tokenizer), count=16, length=min(64, max_length))), "random tokens"
+    split = tokenize(records, tokenizer, max_length)
+    rows: list[torch.Tensor] = []
+    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        if sum(map(len, rows)) < MAX_POSITIONS:
+            rows.append(torch.from_numpy(split.tokens[start:end]).long())
+    return rows, f"{len(rows)} held-out records of {dataset_uri}"
+
+
+def _loaded(subject: Subject) -> "PreTrainedModel":
+    """The base as it is trained on and evaluated."""
+    import torch
+
+    method, model = subject.config.method, subject.config.model
+    return base_model.load_model(subject.stands_on, model, method.row.base, use_gpu=torch.cuda.is_available())
+
+
+def _dense(subject: Subject) -> "PreTrainedModel":
+    """The original base in float32 on the CPU, rounded to bfloat16 as every use of it rounds it."""
+    return base_model.load_model(subject.original, subject.config.model, "bf16", use_gpu=False).float()
+
+
+def _trained_on(subject: Subject, loaded: "PreTrainedModel") -> "PreTrainedModel":
+    """The weights that the adapter was trained on, in float32 on the CPU."""
+    if subject.config.method.row.base == "bf16":
+        return loaded.float().cpu()
+    dense = _dense(subject)
+    merge.dequantise_into(dense, loaded)
+    return dense
+
+
+def _evaluated(subject: Subject) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
+    """The logits of the adapter as evaluation runs it, and the base without it in float32."""
+    adapted: PeftModel = build.load(_loaded(subject), subject.folder).eval()
+    evaluated = list(merge.logits(adapted, subject.rows))
+    return evaluated, _trained_on(subject, adapted.unload())
+
+
+def _record(subject: Subject, wish: Wish, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
+    version, method = subject.version, subject.config.method
+    return {
+        "form": wish.form,
+        "adapter": version.name,
+        "version": version.version,
+        "version_uri": version.uri,
+        "manifest_sha256": version.manifest_sha256,
+        "run_id": version.run_id,
+        "method": method.name,
+        "base_model": {
+            "reference": subject.original.reference,
+            "identity": subject.original.identity,
+            "stands_on": subject.stands_on.reference,
+            "format": method.row.base,
+        },
+        **form,
+        "parity": {
+            "compared_on": subject.compared_on,
+            **{name: asdict(found) for name, found in parity.items()},
+        },
+    }
+
+
+def _tell(parity: dict[str, Agreement]) -> None:
+    for name, found in parity.items():
+        say(STEP, f"{name}: {found.told()}")
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """An empty folder on the target's own disk, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        folder = Path(scratch) / "folder"  # unlike the scratch folder itself, readable by whom the umask lets
+        folder.mkdir()
+        yield folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`fineloop adapters export` as a process, on a real store and a real version of the tiny base."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from components.registry.store import Store
+from components.registry.versions import Version
+from components.shared import config_file
+from tests.pipelines.test_cli import body, fineloop
+from tests.tiny import build_base
+from tests.tiny_version import publish
+
+
+@pytest.fixture
+def published(store: Store, tmp_path: Path) -> Version:
+    """A VeRA version; where.toml says where its registry lies."""
+    (tmp_path / "where.toml").write_text(
+        '[adapter]\nname = "colours"\n[data]\nsource = "none.jsonl"\n[method]\nname = "vera"\nrank = 8\n'
+        f'[model]\nbase = "{build_base(tmp_path / "base")}"\nmax_length = 64\n'
+        f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n'
+    )
+    return publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
+
+
+def test_a_version_is_exported_where_told_and_never_over_something(published: Version, tmp_path: Path) -> None:
+    arguments = ("adapters", "export", "colours", "-c", "where.toml", "--merged", "--to", "out/merged")
+    done = fineloop(*arguments, "--dtype", "float32", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = body(done)
+    assert found.keys() == {"path", "version", "form", "base", "dtype", "exact", "parity"}
+    assert found["path"] == str(tmp_path / "out" / "merged")
+    assert (found["version"], found["form"], found["dtype"]) == (published.version, "merged", "float32")
+    assert found["parity"]["merge"]["argmax_agreement"] >= 0.999
+    assert json.loads((tmp_path / "out" / "merged" / "export.json").read_text())["version"] == published.version
+    assert "held-out records" in done.stderr
+    assert "merging into" in done.stderr
+    assert "[export]" not in done.stderr
+
+    again = fineloop(*arguments, "--json", cwd=tmp_path)
+    assert again.returncode == 2
+    assert body(again)["error"]["kind"] == "UserError"
+    assert "is not empty" in body(again)["error"]["message"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lora", "--base", "original"), "--base goes with --merged, not with --lora"),
+        (("--lora", "--dtype", "float32"), "--dtype goes with --merged"),
+        (("--merged", "--approximate", "8"), "--approximate goes with --lora"),
+        (("--lora", "--approximate", "0"), "a rank is at least 1"),
+        (("--lora", "--merged"), "not allowed with argument"),
+        ((), "--merged --lora is required"),
+    ],
+)
+def test_options_of_the_other_form_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = fineloop("adapters", "export", "colours", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+"""Exports of published versions, read back by plain transformers and plain peft."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.registry.store import Store
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import FineloopError, UserError
+from ray_jobs import base_model
+from ray_jobs.adapters import build, loftq, merge
+from ray_jobs.export import Wish, export
+from tests.tiny_version import RECORDS, publish
+
+ROWS = merge.vocabulary_rows(256, count=20, length=64)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def of(config: RunConfig, store: Store):
+    """The config of a method, on a registry of its own."""
+    place = (f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}")
+    text = config_file.dumps(config)
+    return lambda name, *more: config_file.loads(text, [f"method.name={name}", *place, *more])
+
+
+def says(model, folder_or_base) -> merge.Agreement:
+    return merge.agreement(merge.logits(model.eval(), ROWS), merge.logits(folder_or_base.eval(), ROWS))
+
+
+def on_its_base(config: RunConfig, store: Store, folder: Path):
+    """The adapter on the dequantised weights that it was trained on, in float32."""
+    original = base_model.resolve(config.model)
+    dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
+    stands_on = loftq.find(config, original, store)
+    merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
+    return build.load(dense, folder)
+
+
+@pytest.mark.parametrize("name", ["lora", "loftq", "dvora"])
+def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path, tiny_base):
+    config = of(name)
+    version = publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", dtype="float32"))
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
+    assert found.argmax_agreement >= 0.999
+    assert found.is_same
+    assert record["parity"]["merge"]["argmax_agreement"] >= 0.999
+    assert record["parity"]["merge"]["positions"] > 500
+    assert record["parity"]["compared_on"].startswith("56 held-out records of s3://")
+    assert record == json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (record["version"], record["manifest_sha256"]) == (version.version, version.manifest_sha256)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "generation_config.json", "README.md", "export.json", "chat_template.jinja"} <= written
+    assert {Path(name).suffix for name in written} == {".safetensors", ".json", ".md", ".jinja"}
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_base)]
+    turns = [{"role": "user", "content": RECORDS[0].prompt[0].content}]
+    assert len({str(tokenizer.apply_chat_template(turns)) for tokenizer in tokenizers}) == 1
+    assert version.version in (tmp_path / "out" / "README.md").read_text()
+    assert list(tmp_path.glob(".out-*")) == []
+
+
+def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store, tmp_path):
+    config = of("qlora")
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    assert (record["base"], record["dtype"]) == ("dequantised", "bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    found = says(on_its_base(config, store, tmp_path / "adapter-qlora"), plain)
+    told = record["parity"]["saved"]
+    assert told["argmax_agreement"] > 0.9
+    assert found.mean_kl_nats / 3 < told["mean_kl_nats"] < found.mean_kl_nats * 3
+    assert 1e-6 < told["mean_kl_nats"] < 1e-2
+    assert record["parity"]["evaluated"]["mean_kl_nats"] < 1e-2
+
+
+def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(of, store, tmp_path, tiny_base):
+    config = of("qlora")
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", base="original", dtype="float32"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    assert says(PeftModel.from_pretrained(original, tmp_path / "adapter-qlora"), plain).is_same
+    assert record["base"] == "original"
+    assert record["parity"]["merge"]["mean_kl_nats"] < 1e-8
+    assert record["parity"]["saved"]["mean_kl_nats"] > 1e-4  # what quantising had changed
+
+
+def test_loftq_is_not_merged_into_the_original_weights(of, store, tmp_path):
+    config = of("loftq")
+    publish(config, store, tmp_path)
+    with pytest.raises(UserError, match="use --base dequantised"):
+        export(config, config.adapter.name, Wish("merged", tmp_path / "out", base="original"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["rslora", "vera"])
+def test_plain_lora_is_what_plain_peft_reads(name, of, store, tmp_path, tiny_base):
+    config = of(name)
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert not plain.peft_config["default"].use_rslora
+    found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
+    assert found.is_same
+    assert found.argmax_agreement == 1
+    assert record["exact"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("adapter_model.safetensors", "adapter_config.json", "README.md", "export.json")
+    }
+
+
+def test_the_nearest_lora_says_how_far_it_is(of, store, tmp_path):
+    config = of("dora")
+    publish(config, store, tmp_path)
+    with pytest.raises(UserError, match="--approximate"):
+        export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    record = export(config, config.adapter.name, Wish("lora", tmp_path / "out", approximate=16))
+    assert (record["exact"], record["rank"]) == (False, 16)
+    assert record["parity"]["converted"]["argmax_agreement"] < 0.99
+    assert "not the adapter itself" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_not_the_same_is_not_written(of, store, tmp_path):
+    config = of("lora")
+    publish(config, store, tmp_path, std=float("inf"))
+    with pytest.raises(FineloopError, match="cannot be merged"):
+        export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out-*")) == []
+
+
+def test_a_folder_that_holds_something_is_left_alone(of, store, tmp_path):
+    config = of("lora")
+    publish(config, store, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="not empty: remove it or choose another --to"):
+        export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store, tmp_path, capsys):
+    config = of("lora")
+    publish(config, store, tmp_path, with_data=False)
+    (tmp_path / "out").mkdir()  # an empty folder is replaced
+    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    assert record["parity"]["compared_on"] == "random tokens"
+    assert record["parity"]["merge"]["positions"] == 16 * 64
+    assert "the data is gone" in capsys.readouterr().out

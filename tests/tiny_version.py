@@ -1,0 +1,53 @@
+"""A published version of the tiny base, without a training: its update is drawn at random, and large."""
+
+from pathlib import Path
+
+from components.prepare import dataset
+from components.prepare.dataset import Message, Record
+from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
+from components.registry.store import Store
+from components.registry.versions import Version, publish_version
+from components.shared.config import RunConfig
+from tests.tiny import colour_rows
+
+RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(60)]
+
+
+def randomise(adapted, *, seed: int = 0, std: float = 0.1) -> None:
+    """An update that does something, as after training."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.empty_like(weight).normal_(std=std, generator=generator))
+
+
+def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1, with_data: bool = True) -> Version:
+    """Publish one, as the finetune job publishes it, with held-out records of its own."""
+    from ray_jobs import base_model
+    from ray_jobs.adapters import build, loftq
+
+    original = base_model.resolve(config.model)
+    base = loftq.stand(config, original, store)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    adapted = build.attach(model, config.method, base_reference=base.reference, seed=0)
+    if config.method.row.init == "loftq":
+        loftq.start(adapted, base)
+    randomise(adapted, std=std)
+    folder = scratch / f"adapter-{config.method.name}"
+    build.save(adapted, folder)
+    data_uri = "s3://nowhere/datasets/d0"
+    if with_data:
+        data_uri = dataset.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:], rejects=[], profile={}).uri
+    row = config.method.row
+    lineage = build_lineage(
+        config,
+        run_id="",
+        base=Base(config.model.base, original.identity),
+        dataset=Dataset("d0", data_uri, "0" * 64, 4, len(RECORDS) - 4),
+        environment=Environment("3.11", "Linux", {}),
+        recipe={"adapter": row.adapter, "base": row.base},
+        training=Training(1, 1, 1.0, 1.0, 1.0, 1),
+    )
+    return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
