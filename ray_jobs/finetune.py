@@ -76,6 +76,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
     )
 
+    from ray_jobs.plan import before_training
     from ray_jobs.worker import TrainJob
 
     job = TrainJob(
@@ -86,6 +87,8 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         pad=tokenizer.pad_token_id,
     )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    for line in before_training(config, base.path, train_split, ray.nodes()):
+        say(STEP, line)
     fitted = _fit(job, config, store, train_split, eval_split)
     result: dict[str, Any] = fitted.return_value or {}
     if "failure" in result:

@@ -1,0 +1,235 @@
+"""Memory, speed and cost of a training before it is started: `python -m ray_jobs.plan --config FILE`.
+
+It touches no GPU and needs no weights: the base's configuration alone is read. One JSON object is the last line of
+stdout; `fineloop plan` lays it out for people.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.shared.config import MethodConfig, RunConfig
+from components.shared.errors import ConfigError
+from components.shared.gpus import PRICED
+from components.shared.legality import nearest_legal
+from components.shared.methods import METHODS, MethodName
+from ray_jobs import base_config, entry
+from ray_jobs.batching import TokenizedSplit
+from ray_jobs.capacity import Choice, Device, Load, advised, chosen, cluster_device, named_device, require_fit
+from ray_jobs.memory import GIB, Parts, Sharing, parts_told, plan
+from ray_jobs.rehearsal import Census, Rehearsal
+from ray_jobs.speed import speed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STEP = "plan"
+MILLION = 1_000_000
+
+
+def main() -> None:
+    """The entry point."""
+    parser = entry.parser(
+        "ray_jobs.plan",
+        "Plan a training: memory of each worker by part, speed, time and cost. Touches no GPU.",
+        "python -m ray_jobs.plan --config pipelines/configs/icd10.toml --set ray.use_gpu=true --set ray.gpu=L4",
+    )
+    parser.add_argument("--all-methods", action="store_true", help="one row for every method of the table as well")
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        base = base_config.read(config.model)
+        body = planned(config, base, named_device(config))
+        if arguments.all_methods:
+            body["methods"] = compared(config, base)
+        print(json.dumps(body), flush=True)  # noqa: T201 - stdout is the answer
+
+    entry.run(STEP, job)
+
+
+def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
+    """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
+    rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    load = worst_load(config)
+    choice = chosen(config, rehearsal, load)
+    better = advised(config, rehearsal, load, device.memory) if device.memory else None
+    train, census = config.train, rehearsal.census
+    step = rehearsal.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing)
+    return {
+        "method": config.method.name,
+        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
+        "model": config.model.base,
+        "rank": config.method.r,
+        "learning_rate": config.learning_rate,
+        "parameters": census.parameters,
+        **_counts(census),
+        "memory_bytes": choice.parts.as_json(),
+        "host_memory_bytes": choice.parts.host,
+        "activations_are_rough": step.is_estimate,
+        "zero_stage": train.zero_stage,
+        "micro_batch_size": train.micro_batch_size,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "num_workers": config.ray.num_workers,
+        "max_length": load.length,
+        "answer_tokens": load.answers,
+        "device": device.name,
+        "device_memory_bytes": device.memory,
+        "fits": choice.parts.total <= device.memory if device.memory else None,
+        "advice": _advice(choice, better),
+        "full_fine_tuning": _full_fine_tuning(config, base, load, choice.parts),
+        **_progress(config, census, load, device),
+    }
+
+
+def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
+    """Every method of the table with its default rank, everything else as the config has it."""
+    rows = []
+    names: list[MethodName] = list(METHODS)  # type: ignore[arg-type]
+    for name in names:
+        method = MethodConfig(name=name, dropout=config.method.dropout, target_modules=config.method.target_modules)
+        other = config.model_copy(update={"method": method})
+        # A stage that this method does not go with is left for the nearest one that it does.
+        train = config.train.model_copy(update={"zero_stage": nearest_legal(other.cell).zero_stage})
+        other = other.model_copy(update={"train": train})
+        rehearsal = Rehearsal(base, method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+        memory = chosen(other, rehearsal, worst_load(other)).parts.as_json()
+        rows.append(
+            {"method": name, "base": method.row.base, "rank": method.r, **_counts(rehearsal.census)}
+            | {"memory_bytes": memory, "learning_rate": method.row.learning_rate}
+        )
+    return rows
+
+
+def before_training(
+    config: RunConfig, base_folder: Path, split: TokenizedSplit, nodes: Iterable[Mapping[str, Any]]
+) -> list[str]:
+    """What to tell a person before any worker is started; `nodes` as `ray.nodes()` gives them.
+
+    Raises:
+        ConfigError: the training cannot fit, or the adapter does not fit the base.
+    """
+    device = cluster_device(config, nodes)
+    try:
+        base = base_config.load(base_folder, config.model)
+        rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    except ConfigError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
+        return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
+    parts = require_fit(config, rehearsal, Load.of(split, config.train.micro_batch_size), device).parts
+    counts = _counts(rehearsal.census)
+    needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
+    if device.memory is None:
+        fits = "; nobody knows how much it has: name the GPU with ray.gpu"
+    else:
+        verdict = "fits" if parts.total <= device.memory else "may not fit"
+        fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
+    return [
+        f"{config.method.name} trains {counts['trainable_parameters']:,} parameters, "
+        f"{counts['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
+        needs + fits,
+    ]
+
+
+def worst_load(config: RunConfig) -> Load:
+    """Records as long as the context. How long their answers may be says evaluate.max_new_tokens, if anything."""
+    length = config.model.max_length
+    return Load(length, min(config.evaluate.max_new_tokens or length, length))
+
+
+def _counts(census: Census) -> dict[str, Any]:
+    """The share is of base and adapter together, as publications count it."""
+    total = census.parameters + census.trainable + census.frozen_adapter
+    return {"trainable_parameters": census.trainable, "trainable_share": census.trainable / total}
+
+
+def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:
+    if better is None:
+        return None
+    return {
+        "settings": better.settings(),
+        "changes": better.changes(asked),
+        "memory_bytes": better.parts.as_json(),
+    }
+
+
+def _full_fine_tuning(config: RunConfig, base: "PretrainedConfig", load: Load, adapter_parts: Parts) -> dict[str, Any]:
+    """The same training with every weight of the base trained, in bfloat16 with float32 masters."""
+    train = config.train
+    whole = Rehearsal(base, None, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    parts = plan(
+        whole.census,
+        whole.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing),
+        base="bf16",
+        answers=load.answers * train.micro_batch_size,
+        sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        use_gpu=config.ray.use_gpu,
+        trains_base=True,
+    )
+    return {
+        "memory_bytes": parts.as_json(),
+        "times": parts.total / adapter_parts.total,
+        "times_between_steps": parts.states / max(1, adapter_parts.states),
+    }
+
+
+def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> Mapping[str, Any]:
+    """Speed, time and cost; null where nobody can know, with the reason."""
+    tokens = _most_tokens(config)
+    if device.gpu is None:
+        reason = (
+            "name the GPU with ray.gpu"
+            if config.ray.use_gpu
+            else "a CPU's rate is not in any table: a run tells its own after a few steps"
+        )
+        unknown = (
+            "tokens_per_s",
+            "time_s",
+            "cost",
+            "price_per_hour",
+            "s_per_million_tokens",
+            "cost_per_million_tokens",
+        )
+        return {**dict.fromkeys(unknown), "most_tokens": tokens, "speed_unknown_because": reason}
+    expected = speed(
+        census,
+        device.gpu,
+        num_gpus=config.ray.num_workers,
+        base=config.method.row.base,
+        adapter=config.method.row.adapter,
+        length=load.length,
+        answer_share=load.answers / load.length,
+        checkpointing=config.train.gradient_checkpointing,
+    )
+    own_price = config.ray.gpu_price_per_hour
+    price = device.gpu.price_per_hour if own_price is None else own_price
+    per_second = price * config.ray.num_workers / 3600
+    time_s = tokens / expected.tokens_per_s if tokens else None
+    return {
+        "tokens_per_s": expected.tokens_per_s,
+        "flops_per_token": expected.flops_per_token,
+        "most_tokens": tokens,
+        "time_s": time_s,
+        "cost": time_s * per_second if time_s is not None else None,
+        "s_per_million_tokens": MILLION / expected.tokens_per_s,
+        "cost_per_million_tokens": MILLION / expected.tokens_per_s * per_second,
+        "price_per_hour": price,
+        "price_source": f"{device.gpu.price_source}, {PRICED}" if own_price is None else "ray.gpu_price_per_hour",
+        "has_bf16": device.gpu.has_bf16,
+    }
+
+
+def _most_tokens(config: RunConfig) -> int | None:
+    """A bound: every record as long as the context. None when nothing says how many records there are."""
+    train, limit = config.train, config.data.max_records
+    steps = train.max_steps or None
+    if limit:
+        per_epoch = -(-round(limit * (1 - config.data.eval_share)) // train.batch_size)
+        steps = min(steps or per_epoch * train.epochs, per_epoch * train.epochs)
+    return steps * train.batch_size * config.model.max_length if steps else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`fineloop plan` as a person calls it: a process, its two streams and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+[adapter]
+name = "sums"
+[model]
+base = "base"
+max_length = 64
+[data]
+source = "rows.jsonl"
+max_records = 1000
+[ray]
+use_gpu = true
+gpu = "L4"
+"""
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A config, and the configuration of a base: no weights, no data."""
+    (tmp_path / "plan.toml").write_text(CONFIG)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def fineloop(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> None:
+    done = fineloop("plan", "-c", "plan.toml", "--json", "--all-methods", cwd=here)
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert (body["method"], body["device"], body["fits"]) == ("qlora", "L4", True)
+    assert len(body["methods"]) == 8
+    for told in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised", "dvora"):
+        assert told in done.stderr
+
+
+def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
+    done = fineloop("plan", "-c", "plan.toml", "--set", "model.base=./nowhere", "--json", cwd=here)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["kind"] == "ConfigError"
+    assert done.stderr.strip().startswith("fineloop: model.base ./nowhere: there is no such folder")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,94 @@
+"""Published memory and speed of trainings on GPUs, each with what it was measured on and where it says so.
+
+Every one of these trainers computes logits for all positions unless said otherwise; plans for them do so as well.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from components.shared.methods import BaseFormat
+
+QWEN = "QwenLM/Qwen README, Profiling of Memory and Speed: A100-80G, batch 1, FlashAttention 2, checkpointing, r=64"
+FACTORY = "LLaMA-Factory wiki, Performance-comparison: A100-40G, FlashAttention 2, r=8 on all layers"
+PEFT = "PEFT docs, accelerate/deepspeed.md: Llama-70B, 2,048 tokens, checkpointing, r=8 on all layers"
+TORCHTUNE = "torchtune README, Memory and training speed: batch 2, packed to 2,048 tokens, r=8 (70B: 16)"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of one GPU."""
+
+    who: str
+    shape: str
+    """In `tests.shapes`."""
+    gb: float
+    base: BaseFormat
+    rank: int
+    batch: int
+    length: int
+    why: str = ""
+    """What is known to differ from Fineloop there."""
+    checkpointing: bool = True
+    all_logits: bool = True
+    num_workers: int = 1
+    zero_stage: int = 0
+    targets: Any = "all-linear"
+
+
+FULL_BUCKETS = "DeepSpeed's default buckets, ten times ours: the published figure is higher"
+CHUNKED = "GiB; compiled, and the loss is computed in chunks, so no logits stand in memory"
+
+MEMORY = [
+    Memory(FACTORY, "LLAMA_2_7B", 17, "bf16", 8, 4, 1024),
+    Memory(FACTORY, "LLAMA_2_7B", 9, "nf4", 8, 4, 1024),
+    Memory(FACTORY, "LLAMA_2_7B", 6, "nf4", 8, 1, 1024),
+    Memory(FACTORY, "LLAMA_2_7B", 19, "nf4", 8, 1, 16384),
+    Memory(QWEN, "QWEN_7B", 21.5, "bf16", 64, 1, 1024),
+    Memory(QWEN, "QWEN_7B", 36.6, "bf16", 64, 1, 8192),
+    Memory(QWEN, "QWEN_7B", 12.3, "nf4", 64, 1, 1024, why="GPTQ instead of NF4, both of 4 bits"),
+    Memory(QWEN, "QWEN_14B", 35.3, "bf16", 64, 1, 1024),
+    Memory(QWEN, "QWEN_72B", 62.9, "nf4", 64, 1, 1024, why="GPTQ instead of NF4, both of 4 bits"),
+    Memory(PEFT, "LLAMA_2_70B", 64, "bf16", 8, 8, 2048, why=FULL_BUCKETS, num_workers=8, zero_stage=3),
+    Memory(PEFT, "LLAMA_2_70B", 36.6, "nf4", 8, 2, 2048, why=FULL_BUCKETS, num_workers=2, zero_stage=3),
+    Memory(TORCHTUNE, "LLAMA_3_8B", 16.2 * 1.074, "bf16", 8, 2, 2048, why=CHUNKED, all_logits=False),
+    Memory(TORCHTUNE, "LLAMA_3_8B", 7.4 * 1.074, "nf4", 8, 2, 2048, why=CHUNKED, all_logits=False),
+    Memory(
+        "PEFT, method_comparison/MetaMathQA, lora--llama-3.2-3B-rank32.json: L40S, up to 768 tokens, cuda_memory_max",
+        "LLAMA_32_3B", 22.27, "bf16", 32, 4, 768, checkpointing=False, targets=("q_proj", "v_proj"),
+    ),
+]  # fmt: skip
+
+# arXiv:2305.14314, abstract: a 65B model on one GPU of 48 GB. Batches of 16 in steps of one record, up to 512 tokens
+# (table 9), r=64, and a paged optimizer, whose state may lie in host memory while it is not needed.
+QLORA_65B = Memory("arXiv:2305.14314", "LLAMA_1_65B", 48, "nf4", 64, 1, 512)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second and GPU."""
+
+    who: str
+    shape: str
+    """In `tests.shapes`."""
+    tokens_per_s: float
+    gpu: str
+    base: BaseFormat
+    rank: int
+    length: int
+    checkpointing: bool = True
+
+
+SPEED = [
+    Speed(FACTORY, "LLAMA_2_7B", 2954, "A100-40G", "bf16", 8, 1024),
+    Speed(FACTORY, "LLAMA_2_7B", 2415, "A100-40G", "nf4", 8, 1024),
+    Speed(QWEN, "QWEN_7B", 8 * 1024 / 2.8, "A100-80G", "bf16", 64, 1024),
+    Speed(QWEN, "QWEN_7B", 8 * 1024 / 3.5, "A100-80G", "nf4", 64, 1024),
+    Speed(QWEN, "QWEN_7B", 8 * 8192 / 21.3, "A100-80G", "bf16", 64, 8192),
+    Speed(QWEN, "QWEN_14B", 8 * 1024 / 4.4, "A100-80G", "bf16", 64, 1024),
+    Speed("NeMo Automodel, performance-summary.mdx: MBS 2", "LLAMA_3_8B", 12473, "H100", "bf16", 8, 4096, False),
+    Speed("NeMo Automodel, performance-summary.mdx: TP 2", "LLAMA_3_70B", 1092, "H100", "bf16", 8, 4096),
+    Speed(
+        "Answer.AI fsdp_qlora, benchmarks_03_2024.md: 1,024 x 2,048 tokens on 4 GPUs in 667 s",
+        "LLAMA_2_70B", 1024 * 2048 / 667 / 4, "H100", "nf4", 64, 2048,
+    ),
+]  # fmt: skip

@@ -1,0 +1,214 @@
+import json
+
+import numpy as np
+import pytest
+
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import ConfigError
+from components.shared.gpus import GPUS
+from ray_jobs import plan
+from ray_jobs.batching import TokenizedSplit
+from ray_jobs.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
+from ray_jobs.memory import GIB
+from ray_jobs.rehearsal import Rehearsal
+from tests.shapes import LLAMA_2_7B, LLAMA_2_70B, small
+
+CONFIG = """
+[adapter]
+name = "sums"
+[model]
+base = "{base}"
+max_length = 512
+[data]
+source = "unused.jsonl"
+[method]
+name = "lora"
+[train]
+batch_size = 16
+[ray]
+use_gpu = true
+gpu = "A10G"
+"""
+
+
+def configured(base="llama-2-7b", *overrides: str) -> RunConfig:
+    return config_file.loads(CONFIG.format(base=base), overrides)
+
+
+@pytest.fixture(scope="module")
+def lora_7b() -> Rehearsal:
+    return Rehearsal(LLAMA_2_7B, configured().method, reference="llama-2-7b")
+
+
+def test_the_plan_says_what_the_command_line_promises(tmp_path):
+    config = configured(tmp_path, "data.max_records=1000", "ray.num_workers=2", "train.epochs=3")
+    body = json.loads(json.dumps(plan.planned(config, small(), gpu_device("A10G"))))
+    assert {
+        "method", "trainable_parameters", "trainable_share", "memory_bytes", "zero_stage", "micro_batch_size",
+        "tokens_per_s", "time_s", "cost", "fits", "advice", "full_fine_tuning", "device",
+    } <= body.keys()  # fmt: skip
+    assert body["memory_bytes"].keys() == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead", "total",
+    }  # fmt: skip
+    assert body["fits"] is True
+    steps = 3 * -(-900 // 16)
+    assert body["most_tokens"] == steps * 16 * 512
+    assert body["time_s"] == pytest.approx(body["most_tokens"] / body["tokens_per_s"])
+    assert body["cost"] == pytest.approx(body["time_s"] / 3600 * 2 * GPUS["A10G"].price_per_hour)
+
+
+def test_your_own_price_wins_over_the_list(tmp_path):
+    body = plan.planned(
+        configured(tmp_path, "ray.gpu_price_per_hour=0.25", "train.max_steps=10"), small(), gpu_device("A10G")
+    )
+    assert body["cost"] == pytest.approx(body["time_s"] / 3600 * 0.25)
+    assert body["price_source"] == "ray.gpu_price_per_hour"
+
+
+def test_without_a_number_of_records_there_is_a_price_for_a_million_tokens(tmp_path):
+    body = plan.planned(configured(tmp_path), small(), gpu_device("A10G"))
+    assert (body["time_s"], body["cost"], body["most_tokens"]) == (None, None, None)
+    assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
+
+
+def test_on_a_cpu_the_speed_is_unknown_and_says_why(tmp_path):
+    config = configured(tmp_path, "ray.use_gpu=false", "data.max_records=10")
+    body = plan.planned(config, small(), cpu_device("this machine", 8 * GIB, 1))
+    assert (body["tokens_per_s"], body["time_s"], body["cost"]) == (None, None, None)
+    assert "after a few steps" in body["speed_unknown_because"]
+    assert body["fits"] is True
+
+
+def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
+    rows = {row["method"]: row for row in plan.compared(configured(tmp_path, "train.learning_rate=0.5"), small())}
+    assert len(rows) == 8
+    assert rows["vera"]["rank"] == 256
+    assert rows["dvora"]["trainable_parameters"] > rows["vera"]["trainable_parameters"]
+    assert rows["qlora"]["memory_bytes"]["weights"] < rows["lora"]["memory_bytes"]["weights"]
+    assert rows["vera"]["learning_rate"] == 10 * rows["lora"]["learning_rate"] < 0.5
+
+
+def test_answers_are_as_long_as_evaluation_lets_them_be(tmp_path):
+    assert plan.worst_load(configured(tmp_path)) == Load(512, 512)
+    assert plan.worst_load(configured(tmp_path, "evaluate.max_new_tokens=32")) == Load(512, 32)
+
+
+def test_advice_is_the_lowest_stage_then_no_recomputation_then_the_largest_micro_batch(lora_7b):
+    config = configured()
+    load = Load(512, 64)
+    roomy = advised(config, lora_7b, load, 200 * GIB)
+    assert roomy is not None
+    assert (roomy.settings()["train.zero_stage"], roomy.settings()["train.micro_batch_size"]) == (0, 16)
+    assert roomy.settings()["train.gradient_checkpointing"] is False
+    tight = advised(config, lora_7b, load, int(22.5 * GIB))
+    assert tight is not None
+    assert tight.parts.total <= 22.5 * GIB < roomy.parts.total
+    assert 1 <= tight.settings()["train.micro_batch_size"] < 16
+    small_one = advised(config, lora_7b, load, 12 * GIB)
+    assert small_one is not None
+    assert small_one.settings()["method.base"] == "nf4"
+    assert small_one.changes(chosen(config, lora_7b, load))["method.base"] == "nf4"
+    assert advised(config, lora_7b, load, 2 * GIB) is None
+
+
+def test_what_is_advised_is_rehearsed_itself(lora_7b):
+    load = Load(512, 64)
+    choice = advised(configured(), lora_7b, load, int(22.5 * GIB))
+    assert choice is not None
+    assert chosen(choice.config, lora_7b, load).parts == choice.parts
+
+
+def test_a_training_that_cannot_fit_is_refused_with_its_parts_and_what_would(lora_7b):
+    config = configured("llama-2-7b", "ray.gpu='T4'", "train.micro_batch_size=16")
+    with pytest.raises(ConfigError, match=r"weights 1\d\.\d") as refused:
+        require_fit(config, lora_7b, Load(512, 64), gpu_device("T4"))
+    assert "has 15.0" in str(refused.value)
+    assert "train.micro_batch_size=4 train.gradient_checkpointing=true it needs 14." in str(refused.value)
+
+
+def test_where_no_setting_helps_a_smaller_base_or_more_workers_are_named():
+    config = configured("llama-2-70b")
+    rehearsal = Rehearsal(LLAMA_2_70B, config.method, reference="llama-2-70b")
+    with pytest.raises(ConfigError, match=r"smaller model\.base, more workers .* train\.zero_stage=3"):
+        require_fit(config, rehearsal, Load(512, 64), gpu_device("T4"))
+
+
+def test_what_an_estimate_alone_speaks_against_is_not_refused(lora_7b):
+    config = configured("llama-2-7b", "train.micro_batch_size=1")
+    load = Load(128, 16)
+    parts = chosen(config, lora_7b, load).parts
+    device = gpu_device("A10G")
+    just_tensors = type(device)("a GPU", parts.total - parts.overhead, device.gpu)
+    assert require_fit(config, lora_7b, load, just_tensors).parts == parts
+    assert require_fit(config, lora_7b, load, gpu_device(None)).parts == parts
+
+
+def test_a_cpu_refuses_only_what_all_its_memory_cannot_hold(lora_7b):
+    config = configured("llama-2-7b", "ray.use_gpu=false", "ray.num_workers=2")
+    require_fit(config, lora_7b, Load(512, 64), cpu_device("this cluster", 16 * GIB, 2))
+    with pytest.raises(ConfigError, match="does not fit on this cluster"):
+        require_fit(config, lora_7b, Load(512, 64), cpu_device("this cluster", 10 * GIB, 2))
+
+
+def node(**resources: float) -> dict[str, object]:
+    return {"Alive": True, "Resources": resources}
+
+
+def test_the_gpu_of_a_cluster_is_what_its_nodes_say_unless_the_config_names_one():
+    unnamed = configured().model_copy(update={"ray": configured().ray.model_copy(update={"gpu": None})})
+    t4, l4 = node(GPU=1, **{"accelerator_type:T4": 1}), node(GPU=1, **{"accelerator_type:L4": 1})
+    assert cluster_device(unnamed, [t4, l4]).name == "L4"
+    assert (
+        cluster_device(unnamed, [node(GPU=8, **{"accelerator_type:A100": 1})]).memory == gpu_device("A100-80G").memory
+    )
+    assert cluster_device(unnamed, [node(GPU=1, **{"accelerator_type:B300": 1}), t4]).memory is None
+    assert cluster_device(unnamed, [node(CPU=4, memory=1e9)]).memory is None
+    assert cluster_device(configured(), [t4]).name == "A10G"
+
+
+def test_the_memory_of_cpu_workers_is_the_clusters_shared_out():
+    config = configured("x", "ray.use_gpu=false", "ray.num_workers=2")
+    lost = {"Alive": False, "Resources": {"memory": 5e9}}
+    device = cluster_device(config, [node(CPU=2, memory=6e9, object_store_memory=2e9), lost])
+    assert (device.memory, device.whole) == (4e9, 8e9)
+    assert cluster_device(config, [node(CPU=2)]).memory is None
+
+
+def split(lengths: list[int], answers: list[int]) -> TokenizedSplit:
+    return TokenizedSplit(
+        ids=[str(i) for i in range(len(lengths))],
+        tokens=np.zeros(sum(lengths), dtype=np.int32),
+        offsets=np.cumsum([0, *lengths]),
+        num_prompt_tokens=np.asarray(lengths) - np.asarray(answers),
+        too_long=[],
+    )
+
+
+def test_a_training_plans_for_its_own_longest_records():
+    assert Load.of(split([40, 90, 20], [3, 5, 10]), 2) == Load(90, 8)
+
+
+def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
+    small().save_pretrained(tmp_path)
+    config = configured(tmp_path, "ray.use_gpu=false")
+    records = split([40, 90, 20], [3, 5, 10])
+    trained, needed = plan.before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)])
+    assert trained.startswith("lora trains ")
+    assert "each worker needs about 0.6 GiB" in needed
+    assert needed.endswith("of 7.5 on this cluster: fits")
+    gpu = plan.before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
+    assert gpu[1].endswith("on A10G: fits")
+
+
+def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tmp_path):
+    small().save_pretrained(tmp_path)
+    config = configured(tmp_path, "method.target_modules=['no_such_layer']")
+    with pytest.raises(ConfigError, match=r"method\.target_modules"):
+        plan.before_training(config, tmp_path, split([10], [2]), [])
+
+
+def test_a_base_that_cannot_be_planned_for_is_trained_all_the_same(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (told,) = plan.before_training(configured(tmp_path), tmp_path, split([10], [2]), [])
+    assert "cannot be planned for" in told

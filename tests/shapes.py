@@ -1,0 +1,33 @@
+"""Shapes of published models, as configurations without weights."""
+
+from transformers import LlamaConfig
+
+
+def llama(layers: int, width: int, mlp: int, vocabulary: int, heads: int, kv_heads: int, *, tied: bool = False):
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def small(layers: int = 6):
+    return llama(layers, 128, 320, 1000, 4, 2, tied=True)
+
+
+# Each from its model card's config.json. Qwen's first generation is a Llama but for the names and three biases.
+LLAMA_2_7B = llama(32, 4096, 11008, 32000, 32, 32)
+LLAMA_2_70B = llama(80, 8192, 28672, 32000, 64, 8)
+LLAMA_1_65B = llama(80, 8192, 22016, 32000, 64, 64)
+LLAMA_3_8B = llama(32, 4096, 14336, 128256, 32, 8)
+LLAMA_3_70B = llama(80, 8192, 28672, 128256, 64, 8)
+LLAMA_32_3B = llama(28, 3072, 8192, 128256, 24, 8, tied=True)
+QWEN_7B = llama(32, 4096, 11008, 151936, 32, 32)
+QWEN_14B = llama(40, 5120, 13696, 152064, 40, 40)
+QWEN_72B = llama(80, 8192, 24576, 152064, 64, 64)
