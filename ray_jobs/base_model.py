@@ -231,6 +231,7 @@ def _from_package(reference: str) -> Base:
     path = cache_dir() / f"gguf-{digest[:16]}"
     once(path, lambda target: _convert_gguf(source, target))
     _verify(path)
+    _require_model(path, reference)
     return Base(reference, path, {"kind": "package", "package": _distribution(package), "file": file, "sha256": digest})
 
 
@@ -245,6 +246,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
         dtype=torch.bfloat16,
     )
+    model.should_save_on_this_rank = lambda _: True  # of a process group only rank 0 would, but each machine converts
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
     digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}

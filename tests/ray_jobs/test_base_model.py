@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs import base_model
 from tests.ray_jobs.tiny_gguf import build_package
+from tests.train_group import in_group
 
 ROOT = Path(__file__).resolve().parents[2]
 RESOLVE = """
@@ -187,6 +189,16 @@ def test_two_processes_at_once_convert_once(package, cache, tmp_path):
     paths = {Path(out.splitlines()[-1]) for out, _ in told}
     assert sum(err.count("converting Tiny.gguf to safetensors, once") for _, err in told) == 1
     assert paths == {path for path in cache.iterdir() if path.is_dir()}
+
+
+def resolve_on_rank_1(reference: str) -> bool:
+    """As the first worker of a second machine does."""
+    return dist.get_rank() != 1 or (resolve(reference).path / "model.safetensors").is_file()
+
+
+def test_a_worker_that_is_not_rank_0_converts_as_well(package, cache, tmp_path):
+    reference = "pkg://tiny_weights/Tiny.gguf"
+    assert all(in_group(resolve_on_rank_1, reference, directory=tmp_path / "group", num_workers=2))
 
 
 def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(package, cache):
