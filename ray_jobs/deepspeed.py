@@ -132,6 +132,15 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def settle(engine: Any) -> None:
+    """To be called by every worker after forward passes that no backward pass follows.
+
+    At stage 3 DeepSpeed is by then gathering what that would need next, and weights in flight can be neither read nor
+    shared out.
+    """
+    engine.empty_partition_cache()
+
+
 def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """This worker's float32 master weights, flat, each with its optimizer state (empty before the first step)."""
     inner = engine.optimizer.optimizer

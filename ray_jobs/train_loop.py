@@ -168,6 +168,7 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
         if number < len(rounds):
             total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
     engine.module.train()
+    deepspeed.settle(engine)
     total = total.to(worker.device)
     dist.all_reduce(total)
     return float(total[0] / total[1])

@@ -128,6 +128,7 @@ def fit(
         recipe = _recipe(config, adapted, base)
         engine = deepspeed.initialize(adapted, config)
         loss = step_zero.probe_loss(engine.module, probe, worker.device)
+        deepspeed.settle(engine)
         expected = plain_loss if worker.rank == 0 else math.nan
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
         if worker.rank == 0:

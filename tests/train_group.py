@@ -93,42 +93,65 @@ def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num
 
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
     """What one rank does for `train_all`."""
-    from components.prepare.validate import validate
-    from components.registry.store import Store
     from components.shared import config_file
-    from ray_jobs import base_model, deepspeed
-    from ray_jobs.batching import tokenize
+    from ray_jobs import checkpoint, deepspeed
 
-    deepspeed.LIVE_ELEMENTS = 1  # so that ZeRO-3 frees and gathers a tiny base as it does a large one
-    config = config_file.loads(next(iter(configs.values())))
-    tokenizer = base_model.load_tokenizer(base_model.resolve(config.model), config.model)
-    records = [validate(row).record for row in rows]
-    cut = len(records) * 7 // 8
-    splits = [tokenize(part, tokenizer, config.model.max_length) for part in (records[:cut], records[cut:])]
-    store = Store.open(config.registry)
-    return {
-        run_id: _trained(config_file.loads(toml), run_id, store, splits, tokenizer.pad_token_id)
-        for run_id, toml in configs.items()
-    }
+    deepspeed.LIVE_ELEMENTS = 20_000  # so that ZeRO-3 frees, gathers and prefetches a tiny base as it does a large one
+    trained = {}
+    for run_id, toml in configs.items():
+        fitted = fit_in_rank(config_file.loads(toml), rows, run_id=run_id)
+        steps = [record for record in fitted.records if record["kind"] == "train"]
+        trained[run_id] = Trained(
+            losses=[record["loss"] for record in steps],
+            grad_norms=[record["grad_norm"] for record in steps],
+            eval_losses=[record["loss"] for record in fitted.records if record["kind"] == "eval"],
+            weights={name: w.detach().float().numpy() for name, w in checkpoint.trainable(fitted.adapted).items()},
+            resumed_from=fitted.outcome.resumed_from,
+            stopped_early=fitted.outcome.stopped_early,
+            steps=fitted.outcome.progress.step,
+        )
+    return trained
 
 
-def _trained(config: Any, run_id: str, store: Any, splits: list[Any], pad: int) -> Trained:
+@dataclass(frozen=True)
+class Fitted:
+    """One rank after `ray_jobs.worker.fit`: what it was given, and what came of it."""
+
+    job: Any
+    worker: Any
+    store: Any
+    adapted: Any
+    outcome: Any
+    recipe: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitted:
+    """Train in this rank's group on `rows`, the last eighth held out."""
     import torch
     import torch.distributed as dist
 
+    from components.prepare.validate import validate
     from components.registry import lineage
+    from components.registry.store import Store
     from components.shared import config_file
-    from ray_jobs import checkpoint
+    from ray_jobs import base_model
+    from ray_jobs.batching import tokenize
     from ray_jobs.train_loop import Worker
     from ray_jobs.worker import TrainJob, fit
 
+    base = base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    records = [validate(row).record for row in rows]
+    cut = len(records) * 7 // 8
+    splits = [tokenize(part, tokenizer, config.model.max_length) for part in (records[:cut], records[cut:])]
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
         dataset=lineage.Dataset("d0", "s3://none", "0", *map(len, splits)),
-        base=lineage.Base(config.model.base, {}),
-        pad=pad,
+        base=lineage.Base(config.model.base, base.identity),
+        pad=tokenizer.pad_token_id,
     )
     seen: list[dict[str, Any]] = []
     stop_after = int(os.environ.get("STOP_AFTER_STEP", "0"))
@@ -138,17 +161,9 @@ def _trained(config: Any, run_id: str, store: Any, splits: list[Any], pad: int) 
         if record["step"] == stop_after:
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
-    adapted, outcome, _ = fit(config, job, worker, store, *splits, report=report)
-    steps = [record for record in seen if record["kind"] == "train"]
-    return Trained(
-        losses=[record["loss"] for record in steps],
-        grad_norms=[record["grad_norm"] for record in steps],
-        eval_losses=[record["loss"] for record in seen if record["kind"] == "eval"],
-        weights={name: weight.detach().float().numpy() for name, weight in checkpoint.trainable(adapted).items()},
-        resumed_from=outcome.resumed_from,
-        stopped_early=outcome.stopped_early,
-        steps=outcome.progress.step,
-    )
+    store = Store.open(config.registry)
+    adapted, outcome, recipe = fit(config, job, worker, store, *splits, report=report)
+    return Fitted(job, worker, store, adapted, outcome, recipe, seen)
 
 
 @functools.cache

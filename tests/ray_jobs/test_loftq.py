@@ -29,7 +29,7 @@ from ray_jobs.base_model import Base
 from ray_jobs.batching import collate, tokenize
 from ray_jobs.evaluate import _contenders, measure_shard
 from tests.tiny import colour_rows
-from tests.train_group import in_group
+from tests.train_group import fit_in_rank, in_group
 
 RANK = 8
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -346,30 +346,10 @@ def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base)
 
 def train_and_save(config_toml: str, rows: list[dict[str, str]], folder: str) -> dict[str, Any]:
     """Train, and on rank 0 save the adapter as it is published; gives the trained model's own logits."""
-    import torch.distributed as dist
-
-    from components.registry import lineage
-    from ray_jobs.train_loop import Worker
-    from ray_jobs.worker import TrainJob, fit
-
-    config = config_file.loads(config_toml)
-    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
-    split_ = tokenize([validate(row).record for row in rows], tokenizer, config.model.max_length)
-    job = TrainJob(
-        config_toml=config_toml,
-        run_id="run",
-        dataset=lineage.Dataset("d0", "s3://none", "0", len(rows), len(rows)),
-        base=lineage.Base(config.model.base, base.identity),
-        pad=tokenizer.pad_token_id,
-    )
-    seen: list[Any] = []
-    model, _, recipe = fit(config, job, worker, Store.open(config.registry), split_, split_, report=seen.append)
-    if worker.rank == 0:
-        build.save(model, Path(folder))
-    losses = [record["loss"] for record in seen if record["kind"] == "train"]
-    return {"logits": logits(model.eval()).numpy(), "losses": losses, "recipe": recipe}
+    fitted = fit_in_rank(config_file.loads(config_toml), rows, run_id="run")
+    if fitted.worker.rank == 0:
+        build.save(fitted.adapted, Path(folder))
+    return {"logits": logits(fitted.adapted.eval()).numpy(), "recipe": fitted.recipe}
 
 
 def test_two_workers_train_and_plain_peft_on_the_pulled_base_gives_their_logits(changed, store, tmp_path):
