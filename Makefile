@@ -29,7 +29,8 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest -m "not gpu and not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -m e2e
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
@@ -39,6 +40,8 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.training
+	@$(BIN)/python -m tests.benchmarks.loftq
+	@$(BIN)/python -m tests.benchmarks.memory
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi

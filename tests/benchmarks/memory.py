@@ -14,9 +14,10 @@ from transformers import LlamaForCausalLM
 
 from components.shared.config import MethodConfig
 from components.shared.methods import METHODS
+from ray_jobs import deepspeed, entry
 from ray_jobs.base_model import Base
 from ray_jobs.memory import GIB, Parts, Sharing, plan
-from ray_jobs.rehearsal import Rehearsal
+from ray_jobs.rehearsal import Census, Rehearsal
 from tests.ray_jobs.measured_step import Measured, load, measure
 from tests.shapes import LLAMA_2_7B, llama
 
@@ -32,9 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
     parser.add_argument("--length", type=int, default=512, help="tokens of the one record of a planned step")
     options = parser.parse_args()
+    entry.quiet_libraries()
+    deepspeed.prepare_environment(use_gpu=False)
 
     print(f"Llama-2-7B, planned: one record of {options.length} tokens, gradient checkpointing, GiB")
-    print(f"{'':<10}{'trained':>14}" + "".join(f"{part:>12}" for part in _names()) + f"{'less':>8}")
+    print(f"{'':<10}{'trained':>14}{'share':>9}" + "".join(f"{part:>12}" for part in _names()) + f"{'less':>8}")
     full = _planned(None, options.length)
     print(_row("full", *full, full[1].total))
     for name in METHODS:
@@ -56,17 +59,22 @@ def _names() -> list[str]:
     return list(Parts(0, 0, 0, 0, 0, 0, 0).as_json())
 
 
-def _planned(method: MethodConfig | None, length: int) -> tuple[int, Parts]:
+def _planned(method: MethodConfig | None, length: int) -> tuple[Census, Parts]:
     rehearsal = Rehearsal(LLAMA_2_7B, method, reference="llama-2-7b")
     step = rehearsal.step(1, length, checkpointing=True)
     base = method.row.base if method else "bf16"
     parts = plan(rehearsal.census, step, base=base, answers=length, sharing=ALONE, trains_base=method is None)
-    return rehearsal.census.trainable, parts
+    return rehearsal.census, parts
 
 
-def _row(name: str, trained: int, parts: Parts, full: int) -> str:
+def _row(name: str, census: Census, parts: Parts, full: int) -> str:
+    share = (
+        ""
+        if name == "full"
+        else f"{census.trainable / (census.parameters + census.trainable + census.frozen_adapter):.3%}"
+    )
     sizes = "".join(f"{size / GIB:>12.2f}" for size in parts.as_json().values())
-    return f"{name:<10}{trained:>14,}{sizes}{full / parts.total:>7.1f}x"
+    return f"{name:<10}{census.trainable:>14,}{share:>9}{sizes}{full / parts.total:>7.1f}x"
 
 
 def _measured(base: Base, method: MethodConfig | None) -> tuple[int, Measured]:
