@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from components.registry.store import open_uri
 from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, ObjectMissing
-from ray_jobs.base_model import cache_dir
+from ray_jobs.base_model import cache_dir, snapshot
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,7 +38,7 @@ def read(config: ModelConfig) -> "PretrainedConfig":
         return load(folder, config)
     if folder.is_absolute() or reference.startswith("."):
         raise ConfigError(f"model.base {reference}: there is no such folder")
-    return load(_from_hub(reference, config), config)
+    return load(snapshot(config, [FILE]), config)
 
 
 def load(path: Path, config: ModelConfig) -> "PretrainedConfig":
@@ -77,21 +77,3 @@ def _from_s3(reference: str, scratch: Path) -> Path:
     except ObjectMissing as exc:
         raise ConfigError(f"model.base {reference}: no {FILE} there, so it is not a transformers model") from exc
     return scratch
-
-
-def _from_hub(reference: str, config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [FILE, *(["*.py"] if config.trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(reference, revision=config.revision or None, allow_patterns=patterns))
-    except HFValidationError as exc:
-        raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
-    except LocalEntryNotFoundError as exc:
-        raise ConfigError(
-            f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
-        ) from exc
-    except HfHubHTTPError as exc:
-        revision = f" at model.revision {config.revision!r}" if config.revision else ""
-        raise ConfigError(f"model.base {reference!r}{revision}: the model hub refuses it: {exc}") from exc

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +76,7 @@ def resolve(config: ModelConfig) -> Base:
         return Base(reference, _require_model(Path(reference), reference), _folder_identity("folder", Path(reference)))
     if Path(reference).is_absolute() or reference.startswith((".", "~")):
         raise ConfigError(f"model.base {reference}: there is no such folder")
-    return _from_hub(reference, config)
+    return _from_hub(config)
 
 
 def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -178,13 +178,19 @@ def _never_replace() -> None:
     dora.dequantize_module_weight = dequantised
 
 
-def _from_hub(reference: str, config: ModelConfig) -> Base:
+def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
+    """Those of a hub model's files that match, on this machine, and its own code where the config trusts it.
+
+    Raises:
+        ConfigError: `model.base` or `model.revision` is none that the hub knows, or the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = FILES + (CODE_FILES if config.trust_remote_code else [])
+    reference, revision = config.base, config.revision or None
+    wanted = [*patterns, *(CODE_FILES if config.trust_remote_code else [])]
     try:
-        path = Path(snapshot_download(reference, revision=config.revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted))
     except HFValidationError as exc:
         raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
     except LocalEntryNotFoundError as exc:
@@ -192,9 +198,13 @@ def _from_hub(reference: str, config: ModelConfig) -> Base:
             f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
         ) from exc
     except HfHubHTTPError as exc:
-        revision = f" at model.revision {config.revision!r}" if config.revision else ""
-        raise ConfigError(f"model.base {reference!r}{revision}: the model hub refuses it: {exc}") from exc
-    return Base(reference, _require_model(path, reference), {"kind": "hub", "commit": path.name})
+        where = f" at model.revision {revision!r}" if revision else ""
+        raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
+
+
+def _from_hub(config: ModelConfig) -> Base:
+    path = snapshot(config, FILES)
+    return Base(config.base, _require_model(path, config.base), {"kind": "hub", "commit": path.name})
 
 
 def _from_s3(reference: str) -> Base:

@@ -132,9 +132,7 @@ def fit(
         expected = plain_loss if worker.rank == 0 else math.nan
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
         if worker.rank == 0:
-            trained, total, share = (recipe[key] for key in ("trainable_parameters", "parameters", "trainable_share"))
-            what = f"{trained:,} of {total:,} ({share:.2%}) parameters"
-            say("finetune", f"training {what} on {worker.num_workers} {worker.device.type} workers")
+            say("finetune", f"training on {worker.num_workers} {worker.device.type} workers")
         outcome = train_loop.run(
             engine,
             config=config,

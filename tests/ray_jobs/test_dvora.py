@@ -1,7 +1,6 @@
 """DVoRA as a peft method. That it computes what the paper says is in test_references.py."""
 
 import functools
-import itertools
 import zlib
 from pathlib import Path
 
@@ -12,15 +11,11 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from components.registry.store import Store
-from components.shared import config_file
-from components.shared.config import MethodConfig, ModelConfig, RunConfig
+from components.shared.config import MethodConfig, ModelConfig
 from components.shared.methods import BaseFormat
 from ray_jobs import base_model
 from ray_jobs.adapters import build, dvora
 from ray_jobs.adapters.dvora import DvoraConfig, DvoraLinear
-from tests.tiny import colour_rows
-from tests.train_group import Trained, train
 
 IDS = torch.arange(12)[None]
 DVORA = MethodConfig(name="dvora", rank=4)
@@ -250,39 +245,3 @@ def test_an_unmerged_nf4_layer_takes_the_norm_of_what_it_then_holds(tiny_base):
     for layer in layers(adapted):
         kept = layer.eval().weight_norm("default")
         assert torch.equal(kept, layer.train().weight_norm("default"))
-
-
-ROWS = colour_rows(256)
-
-
-@pytest.fixture
-def run(config: RunConfig, store: Store, tmp_path: Path):
-    """Train on two ranks with some keys changed."""
-    names = itertools.count()
-
-    def trained(*changes: str, run_id: str = "") -> Trained:
-        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "train.learning_rate=0.2"]
-        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "method.rank=32", *changes]))
-        name = run_id or f"run{next(names)}"
-        return train(toml, ROWS, tmp_path / name, run_id=name, num_workers=2)
-
-    return trained
-
-
-def test_vera_learns_on_two_ranks(run):
-    found = run("method.name=vera")
-    assert found.eval_losses[-1] < 0.7 * found.losses[0]
-
-
-def test_a_lost_group_resumes_dvora_on_four_bits_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch):
-    changes = ["method.name=dvora", "method.base=nf4", "method.dropout=0.1", "train.checkpoint_every_steps=4"]
-    whole = run(*changes)
-    assert whole.eval_losses[-1] < 0.7 * whole.losses[0]
-    monkeypatch.setenv("STOP_AFTER_STEP", "10")
-    with pytest.raises(RuntimeError):
-        run(*changes, run_id="interrupted")
-    monkeypatch.delenv("STOP_AFTER_STEP")
-    resumed = run(*changes, run_id="interrupted")
-    assert resumed.resumed_from == 8
-    assert resumed.losses == whole.losses[8:]
-    assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
