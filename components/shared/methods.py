@@ -49,10 +49,10 @@ class Method:
 METHODS: dict[str, Method] = {
     "lora": Method("lora", "classic", "default", "bf16", 16, 1.0, "arXiv:2106.09685"),
     "qlora": Method("lora", "classic", "default", "nf4", 16, 1.0, "arXiv:2305.14314"),
-    "rslora": Method("lora", "rslora", "default", "bf16", 16, 1.0, "arXiv:2312.03732"),
+    "rslora": Method("lora", "rslora", "default", "bf16", 16, 0.3, "arXiv:2312.03732"),
     "dora": Method("dora", "classic", "default", "bf16", 16, 1.0, "arXiv:2402.09353"),
     "qdora": Method("dora", "classic", "default", "nf4", 16, 1.0, "arXiv:2402.09353 on the base of arXiv:2305.14314"),
-    "vera": Method("vera", "classic", "default", "bf16", 256, 10.0, "arXiv:2310.11454"),
-    "dvora": Method("dvora", "classic", "default", "bf16", 256, 10.0, "arXiv:2402.09353, section on DVoRA"),
-    "loftq": Method("lora", "classic", "loftq", "nf4", 16, 1.0, "arXiv:2310.08659"),
+    "vera": Method("vera", "classic", "default", "bf16", 256, 30.0, "arXiv:2310.11454"),
+    "dvora": Method("dvora", "classic", "default", "bf16", 256, 30.0, "arXiv:2402.09353, section on DVoRA"),
+    "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }

@@ -86,7 +86,7 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     assert rows["vera"]["rank"] == 256
     assert rows["dvora"]["trainable_parameters"] > rows["vera"]["trainable_parameters"]
     assert rows["qlora"]["memory_bytes"]["weights"] < rows["lora"]["memory_bytes"]["weights"]
-    assert rows["vera"]["learning_rate"] == 10 * rows["lora"]["learning_rate"] < 0.5
+    assert rows["vera"]["learning_rate"] == pytest.approx(30 * rows["lora"]["learning_rate"])
 
 
 def test_answers_are_as_long_as_evaluation_lets_them_be(tmp_path):
