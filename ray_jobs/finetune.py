@@ -5,6 +5,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 """
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from components.prepare.dataset import load_split
@@ -135,6 +136,8 @@ def _fit(
         "GPU": ray_config.num_workers * ray_config.use_gpu,
     }
     _require_resources(needed, ray.cluster_resources())
+    # It prints and logs what a worker prints: every line would come twice.
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)},

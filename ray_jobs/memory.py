@@ -161,4 +161,4 @@ def buffer_bytes(census: Census, base: BaseFormat, sharing: Sharing, *, trains_b
 def parts_told(parts: Parts) -> str:
     """The parts for a sentence, largest first, those below one in a hundred left out."""
     named = {name: size for name, size in parts.as_json().items() if name != "total" and size >= parts.total / 100}
-    return ", ".join(f"{name} {named[name] / GIB:.1f}" for name in sorted(named, key=named.__getitem__, reverse=True))
+    return ", ".join(f"{name} {named[name] / GIB:.3g}" for name in sorted(named, key=named.__getitem__, reverse=True))
