@@ -40,7 +40,7 @@ def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serv
     """How an adapter can be served; `target_modules` are the last parts of the adapted layers' names."""
     if obstacles := _obstacles(method, rank, target_modules):
         return Serving("merged", [*obstacles, "adapters export --merged makes a model that every server loads"])
-    notes = [f"vLLM: --enable-lora --max-lora-rank {max_lora_rank(rank)}", *_base_notes(method)]
+    notes = [f"with vLLM: --enable-lora --max-lora-rank {max_lora_rank(rank)}", *_base_notes(method)]
     if method.adapter == "vera":
         exact = "adapters export --lora turns VeRA's shared matrices and vectors into plain LoRA, exactly"
         return Serving("lora-export", [exact, *notes])
