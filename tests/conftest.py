@@ -1,5 +1,6 @@
 """What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 from components.registry.store import Store
 from components.shared.config import RegistryConfig
 from pipelines.local import seaweedfs
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of test processes that wait for each other on the same cores cost three times the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
