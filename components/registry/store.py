@@ -42,6 +42,8 @@ class ObjectInfo:
     key: str
     size: int
     last_modified: datetime
+    etag: str
+    """Changes with the object's content."""
 
 
 class Store:
@@ -183,7 +185,12 @@ class Store:
         for page in self._pages(self._full(prefix)):
             for entry in page.get("Contents", []):
                 if not entry["Key"].endswith("/"):
-                    yield ObjectInfo(entry["Key"][len(self._full("")) :], entry["Size"], entry["LastModified"])
+                    yield ObjectInfo(
+                        entry["Key"][len(self._full("")) :],
+                        entry["Size"],
+                        entry["LastModified"],
+                        entry["ETag"].strip('"'),
+                    )
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the objects; those that do not exist are passed over."""
