@@ -3,43 +3,95 @@
 The run's config travels whole as one parameter, the TOML text; between steps pass only URIs and ids.
 """
 
+from collections.abc import Callable
+
 from kfp import dsl
+from kfp.dsl import Model
 
 from components.evaluate.component import evaluate
 from components.finetune.component import finetune
 from components.gate.component import gate
 from components.prepare.component import prepare
-from components.promote.component import hold, promote
+from components.promote.component import hold, promote, skip
 from components.report.component import report
 
 NAME = "fineloop-retrain"
 
+Settle = Callable[[dsl.PipelineTask], None]
 
-@dsl.pipeline(name=NAME, description="Retrain one adapter and promote it when the gate lets it pass.")
-def retrain(config: str, run_id: str = "") -> None:
-    """Retrain one adapter.
 
-    Args:
-        config: the run's config as TOML.
-        run_id: names the run in the store; empty takes the Kubeflow run's id.
-    """
-    data = prepare(config=config, run_id=run_id, job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    run = {"config": config, "run_id": data.outputs["run_id"]}
-    dataset_uri = data.outputs["dataset_uri"]
+def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
+    """The pipeline; `settle` gives each task what it needs where it will run: time, memory, retries, secrets."""
 
-    candidate = finetune(**run, dataset_uri=dataset_uri)
-    version_uri = candidate.outputs["Output"]
+    @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
+    def retrain(
+        config: str,
+        adapter_name: str = "",
+        data_source: str = "",
+        method_name: str = "",
+        learning_rate: float = 0.0,
+        num_workers: int = 0,
+        train_without_new_data: bool = False,
+        run_id: str = "",
+    ) -> None:
+        """Retrain one adapter. Every parameter but config replaces one key of it; empty or 0 leaves the key as it is.
 
-    evaluation = evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri)
-    decision = gate(**run, evaluation_uri=evaluation.outputs["Output"])
+        Args:
+            config: the run's config as TOML.
+            adapter_name: adapter.name.
+            data_source: data.source.
+            method_name: method.name.
+            learning_rate: train.learning_rate.
+            num_workers: ray.num_workers.
+            train_without_new_data: go on even when data.min_new_records says to skip.
+            run_id: names the run in the store; empty takes the Kubeflow run's id.
+        """
+        this_run = {"run_id": run_id, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
 
-    # On one unnamed output and with both branches spelled out: kfp.local skips a lone If on a named output in silence.
-    with dsl.If(decision.output == True, name="passed"):  # noqa: E712 - kfp overloads ==
-        promoted = promote(**run)
-    with dsl.Else(name="refused"):
-        held = hold(**run)
-    page = report(**run, outcome_uri=dsl.OneOf(promoted.output, held.output))
+        def step(task: dsl.PipelineTask, sentence: str) -> dsl.PipelineTask:
+            task.set_display_name(sentence)
+            task.set_caching_options(False)  # the same config need not mean the same data, champion or weights
+            settle(task)
+            return task
 
-    # The same config need not mean the same data, champion or weights.
-    for task in (data, candidate, evaluation, decision, promoted, held, page):
-        task.set_caching_options(False)
+        page = step(report(config=config, **this_run), "Write the report")
+        with dsl.ExitHandler(page, name="retrain"):
+            data = step(
+                prepare(
+                    config=config,
+                    adapter_name=adapter_name,
+                    data_source=data_source,
+                    method_name=method_name,
+                    learning_rate=learning_rate,
+                    num_workers=num_workers,
+                    train_without_new_data=train_without_new_data,
+                    **this_run,
+                ),
+                "Prepare the data",
+            )
+            run = {"config": data.outputs["config"], "run_id": data.outputs["run_id"]}
+            dataset_uri = data.outputs["dataset_uri"]
+            # Every condition has both branches spelled out: kfp.local skips a lone If on a named output in silence.
+            with dsl.If(data.outputs["has_news"] == True, name="new-data"):  # noqa: E712 - kfp overloads ==
+                candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
+                version_uri = candidate.outputs["Output"]
+                # The artifact points at the registry; the weights are neither copied nor moved.
+                version = dsl.importer(artifact_uri=version_uri, artifact_class=Model, reimport=False)
+                version.set_display_name("Register the version")
+
+                evaluation = step(
+                    evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri),
+                    "Compare it with base and champion",
+                )
+                decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
+                with dsl.If(decision.outputs["Output"] == True, name="passed"):  # noqa: E712
+                    step(promote(**run), "Promote it")
+                with dsl.Else(name="refused"):
+                    step(hold(**run), "Leave the alias as it is")
+            with dsl.Else(name="nothing-new"):
+                step(skip(**run), "Skip the training")
+
+    return retrain
+
+
+retrain = build()

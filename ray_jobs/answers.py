@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from components.shared.metrics import METRICS
 
 RESAMPLES = 2000
+MAX_CLASSES = 30
+OTHER = "(another answer)"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
         "token_f1": sum(score.token_f1 for score in scores) / len(scores),
         "prompt_gain": sum(others) / tokens - loss if len(others) == len(scores) else None,
     }
+
+
+def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
+    """How often each reference was answered by which: labels, and counts[reference][answer].
+
+    None where the answers are no classes: more than MAX_CLASSES distinct references, or hardly any said twice.
+    """
+    expected, given = [_normal(each) for each in references], [_normal(each) for each in answers]
+    classes = [label for label, _ in Counter(expected).most_common()]
+    if not 2 <= len(classes) <= min(MAX_CLASSES, len(expected) // 2):
+        return None
+    labels = [*classes, OTHER]
+    index = {label: row for row, label in enumerate(labels)}
+    counts = [[0] * len(labels) for _ in labels]
+    for reference, answer in zip(expected, given, strict=True):
+        counts[index[reference]][index.get(answer, len(classes))] += 1
+    return {"labels": labels, "counts": counts}
 
 
 def paired_difference(

@@ -25,7 +25,7 @@ from components.shared.errors import DataError, FineloopError, JobError
 from components.shared.step import say
 from ray_jobs import base_model, entry
 from ray_jobs.adapters import build, loftq
-from ray_jobs.answers import Score, as_columns, metrics, paired_difference
+from ray_jobs.answers import Score, as_columns, confusion, metrics, paired_difference
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ def summarise(
             else None
             for role in ("base", "champion")
         },
+        "confusion": confusion([record.answer for record in records], [score.text for score in scores["candidate"]]),
         "samples": [
             {
                 "id": records[row].id,

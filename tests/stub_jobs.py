@@ -91,6 +91,7 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
             "candidate": model(candidate),
         },
         "paired": {"base": None, "champion": None},
+        "confusion": {"labels": ["a", "b"], "counts": [[1, 0], [0, 1]]},
         "samples": [],
         "generation": {"max_new_tokens": config.evaluate.max_new_tokens},
         "seconds": {},

@@ -1,14 +1,21 @@
 """Kubeflow step: a Ray job compares base, champion and candidate on held-out records."""
 
 from kfp import dsl
-from kfp.dsl import Metrics, Output
+from kfp.dsl import ClassificationMetrics, Metrics, Output
 
 from components.shared.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def evaluate(config: str, run_id: str, dataset_uri: str, version_uri: str, metrics: Output[Metrics]) -> str:
-    """Evaluate the version and return the evaluation's URI."""
+def evaluate(
+    config: str,
+    run_id: str,
+    dataset_uri: str,
+    version_uri: str,
+    metrics: Output[Metrics],
+    confusion: Output[ClassificationMetrics],
+) -> str:
+    """Evaluate the version and return the evaluation's URI. Few distinct answers also give a confusion matrix."""
     from components.evaluate.evaluate import evaluate as compare
     from components.evaluate.evaluate import evaluation_key, flat_metrics
     from components.shared.step import step
@@ -16,5 +23,7 @@ def evaluate(config: str, run_id: str, dataset_uri: str, version_uri: str, metri
     with step("evaluate", config, run_id) as run:
         evaluation = compare(run, dataset_uri=dataset_uri, version_uri=version_uri)
         metrics.metadata.update(flat_metrics(evaluation))
+        if matrix := evaluation.get("confusion"):
+            confusion.log_confusion_matrix(matrix["labels"], matrix["counts"])
         uri = run.store.uri(evaluation_key(run.run_id))
     return uri

@@ -12,6 +12,8 @@ ROLES = ("base", "champion", "candidate")
 def evaluate(run: Step, *, dataset_uri: str, version_uri: str) -> dict[str, Any]:
     """Measure the version on held-out records and return the run's evaluation.json.
 
+    Its `confusion` counts references against the candidate's answers, where these are few enough to be classes.
+
     Raises:
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.

@@ -1,17 +1,22 @@
 """Kubeflow step: the policy decides whether the candidate may take the alias."""
 
 from kfp import dsl
+from kfp.dsl import Markdown, Output
 
 from components.shared.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def gate(config: str, run_id: str, evaluation_uri: str) -> bool:
+def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown]) -> bool:
     """Write the decision and return True for promotion. A refusal is an outcome, not a failure."""
+    from pathlib import Path
+
     from components.gate.gate import run_gate
+    from components.gate.summary import as_markdown
     from components.shared.step import step
 
     with step("gate", config, run_id) as run:
         decision = run_gate(run.config, run.store, run.run_id, evaluation_uri=evaluation_uri)
+        Path(summary.path).write_text(as_markdown(decision, run.config), encoding="utf-8")
         run.result.update(decision=decision.decision, reasons=list(decision.reasons))
     return decision.promoted

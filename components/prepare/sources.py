@@ -3,9 +3,14 @@
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from components.shared.errors import DataError
+
+if TYPE_CHECKING:
+    from components.registry.store import ObjectInfo, Store
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
@@ -23,6 +28,10 @@ class Source:
     """As people know it: a path, an s3:// URI, or example://NAME."""
     size_bytes: int
     """0 for the example."""
+    fingerprint: str
+    """Changes with the content: an object's ETag, a file's size and time, the version of the example's package."""
+    modified_at: datetime | None
+    """None for the example."""
 
 
 def find_sources(source: str | list[str]) -> list[Source]:
@@ -54,7 +63,7 @@ def _find(entry: str) -> Iterator[Source]:
     if scheme == "s3":
         return _find_s3(entry)
     if entry in EXAMPLES:
-        return iter([Source(entry, 0)])
+        return iter([_example(entry)])
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}")
 
 
@@ -84,7 +93,15 @@ def _select(entry: str, names: list[str]) -> Iterator[Source]:
 
 
 def _local(name: str) -> Source:
-    return Source(name, Path(name).stat().st_size)
+    found = Path(name).stat()
+    modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
+    return Source(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", modified_at)
+
+
+def _example(name: str) -> Source:
+    from components.prepare import icd10
+
+    return Source(name, 0, icd10.release(), None)
 
 
 def _is_visible(parts: tuple[str, ...]) -> bool:
@@ -99,17 +116,21 @@ def _find_s3(entry: str) -> Iterator[Source]:
     if key and not key.endswith("/"):
         if not is_data_file(key):
             raise DataError(f"data.source is {entry!r}: expected {_ENDINGS}, or a folder with / at the end")
-        sizes = {info.key: info.size for info in store.list(key)}
-        if key not in sizes:
+        found = next((info for info in store.list(key) if info.key == key), None)
+        if found is None:
             raise DataError(
                 f"data.source is {entry!r}, which does not exist: check bucket and key (globs are for local paths)"
             )
-        return iter([Source(entry, sizes[key])])
-    listed = {
-        info.key: info.size
+        return iter([_object(store, found)])
+    listed = [
+        info
         for info in store.list(key)
         if is_data_file(info.key) and _is_visible(PurePosixPath(info.key[len(key) :]).parts)
-    }
+    ]
     if not listed:
         raise DataError(f"data.source is {entry!r}, which holds no data files: expected {_ENDINGS}")
-    return (Source(store.uri(each), listed[each]) for each in sorted(listed))
+    return (_object(store, info) for info in sorted(listed, key=lambda info: info.key))
+
+
+def _object(store: "Store", info: "ObjectInfo") -> Source:
+    return Source(store.uri(info.key), info.size, info.etag, info.last_modified)

@@ -4,10 +4,11 @@ All of it is decided by hashes of the records themselves, so that the order of f
 that adds rows never moves a record from eval to train.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from components.prepare.dataset import Record
+from components.prepare.news import narrow
 from components.prepare.validate import KeyedRecord, canonical_prompt
 from components.shared.errors import DataError
 
@@ -31,6 +32,10 @@ class Split:
     evaluation: list[Record]
     prompt_in_eval: int
     """Left out of train because the same prompt stands in eval."""
+    before_window: int
+    """Left out of train by data.window_days."""
+    replayed: int
+    """In train although they stand before the window."""
     over_max_records: int
     """Left out by data.max_records."""
 
@@ -64,13 +69,22 @@ def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
     return Deduplicated(list(chosen.values()), duplicates, superseded)
 
 
-def split(records: Iterable[KeyedRecord], *, eval_share: float, max_records: int) -> Split:
+def split(
+    records: Iterable[KeyedRecord],
+    *,
+    eval_share: float,
+    max_records: int,
+    window: Set[bytes] | None = None,
+    replay_share: float = 0.0,
+) -> Split:
     """Divide distinct records by their key's hash.
 
     Args:
         records: Distinct records in any order.
         eval_share: Keys whose hash, as a fraction of all hashes, is below this are held out.
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
+        window: Contents to train on, None for all; what is held out comes from all records.
+        replay_share: Share of train to draw from outside the window.
 
     Raises:
         DataError: a split is empty.
@@ -79,7 +93,9 @@ def split(records: Iterable[KeyedRecord], *, eval_share: float, max_records: int
     evaluation = [each for each in ordered if position(each.key) < eval_share]
     held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
     rest = ordered[len(evaluation) :]
-    train = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
+    trainable = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
+    narrowed = narrow(trainable, window, replay_share=replay_share)
+    train = narrowed.records
     num_distinct = len(train) + len(evaluation)
     num_train, num_eval = _sizes(len(train), len(evaluation), eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
@@ -93,7 +109,9 @@ def split(records: Iterable[KeyedRecord], *, eval_share: float, max_records: int
     return Split(
         train=[each.record for each in train[:num_train]],
         evaluation=[each.record for each in evaluation[:num_eval]],
-        prompt_in_eval=len(rest) - len(train),
+        prompt_in_eval=len(rest) - len(trainable),
+        before_window=narrowed.before_window,
+        replayed=narrowed.replayed,
         over_max_records=num_distinct - num_train - num_eval,
     )
 

@@ -1,4 +1,4 @@
-"""Kubeflow steps: the two ends that the gate chooses between."""
+"""Kubeflow steps: the ends of a run."""
 
 from kfp import dsl
 
@@ -24,4 +24,15 @@ def hold(config: str, run_id: str) -> str:
 
     with step("hold", config, run_id) as run:
         decision_uri = leave_alias(run)
+    return decision_uri
+
+
+@dsl.component(**COMPONENT)
+def skip(config: str, run_id: str) -> str:
+    """Train nothing, because there is too little new, and return the decision's URI."""
+    from components.promote.promote import skip as leave_everything
+    from components.shared.step import step
+
+    with step("skip", config, run_id) as run:
+        decision_uri = leave_everything(run)
     return decision_uri

@@ -1,6 +1,11 @@
-"""The ends of a run: the candidate takes the alias, or the alias stays where it is."""
+"""The ends of a run: the candidate takes the alias, the alias stays where it is, or there was nothing new to train on.
 
-from components.registry import aliases
+A run that has decided has consumed its data: the adapter's watermark moves with it.
+"""
+
+from typing import Any
+
+from components.registry import aliases, watermark
 from components.shared.step import Step
 
 
@@ -12,7 +17,7 @@ def promote(run: Step) -> str:
         ObjectMissing: the run has no decision, or the candidate is gone.
         IntegrityError: the candidate's files are not those of its manifest.
     """
-    decision = run.store.get_json(f"runs/{run.run_id}/decision.json")
+    decision = _decision(run)
     name, version, alias = decision["adapter"], decision["version"], decision["alias"]
     event = aliases.promote(
         run.store,
@@ -23,8 +28,9 @@ def promote(run: Step) -> str:
         run_id=run.run_id,
         actor="fineloop pipeline",
         reason="; ".join(decision["reasons"]),
-        evidence={"decision": run.store.uri(f"runs/{run.run_id}/decision.json")},
+        evidence={"decision": _decision_uri(run)},
     )
+    watermark.advance(run.store, name, run.run_id)
     run.result.update(event.move())
     run.say(f"{name}@{alias} is now {version}")
     return event.uri
@@ -32,7 +38,25 @@ def promote(run: Step) -> str:
 
 def hold(run: Step) -> str:
     """Leave the alias alone and return the decision's URI; the gate has recorded the refusal."""
-    decision = run.store.get_json(f"runs/{run.run_id}/decision.json")
+    decision = _decision(run)
+    watermark.advance(run.store, decision["adapter"], run.run_id)
     run.result.update(version=decision["version"], reasons=decision["reasons"])
     run.say(f"{decision['adapter']}@{decision['alias']} stays where it is: {'; '.join(decision['reasons'])}")
+    return _decision_uri(run)
+
+
+def skip(run: Step) -> str:
+    """Leave everything alone and return the decision's URI; the watermark stays, so that what is new stays new."""
+    decision = _decision(run)
+    run.result.update(reasons=decision["reasons"])
+    run.say(f"{decision['adapter']} is not trained: {'; '.join(decision['reasons'])}")
+    return _decision_uri(run)
+
+
+def _decision(run: Step) -> dict[str, Any]:
+    decision: dict[str, Any] = run.store.get_json(f"runs/{run.run_id}/decision.json")
+    return decision
+
+
+def _decision_uri(run: Step) -> str:
     return run.store.uri(f"runs/{run.run_id}/decision.json")

@@ -6,7 +6,7 @@ from typing import Literal
 from components.report.numbers import BY_KEY, count
 from components.report.run_files import RunFiles
 
-Verdict = Literal["promote", "hold", "failed", "open"]
+Verdict = Literal["promote", "hold", "skipped", "failed", "open"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def headline(run: RunFiles) -> Headline:
     if decision is None:
         return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), _undecided(run), ())
     reasons = tuple(str(reason) for reason in decision.get("reasons", ()))
+    if decision["decision"] == "skipped":
+        title = f"{run.adapter}: there is too little new to train on"
+        consequence = f"The alias {run.alias} is as it was. What is new counts again next time."
+        return Headline("skipped", "Skipped", title, "Nothing was trained.", consequence, reasons)
     version, champion = decision.get("version"), decision.get("champion")
     if decision["decision"] == "promote":
         moved = (run.step("promote") or {}).get("status") == "succeeded"

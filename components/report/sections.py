@@ -15,6 +15,7 @@ _DROPPED = {
     "duplicate": "exact duplicates",
     "superseded_by_same_id": "older rows with the same id",
     "prompt_in_eval": "training rows whose prompt is held out",
+    "before_window": "training rows from before data.window_days",
     "over_max_records": "beyond data.max_records",
 }
 

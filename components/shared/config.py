@@ -62,6 +62,23 @@ class DataConfig(Section):
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet."""
     max_records: Annotated[int, Field(ge=0)] = 0
     """Use only this many records, taken in order of their key's hash; 0 uses all."""
+    min_new_records: Annotated[int, Field(ge=0)] = 0
+    """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
+    not lost: they count again next time. 0 never skips."""
+    window_days: Annotated[float, Field(ge=0)] = 0
+    """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
+    still comes from all of them, so that forgetting shows."""
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Share of the training records to draw from before the window, against forgetting."""
+
+    @model_validator(mode="after")
+    def _replay_needs_a_window(self) -> "DataConfig":
+        if self.replay_share and not self.window_days:
+            raise ValueError(
+                f"replay_share {self.replay_share:g} draws from before the window, and there is none: "
+                "set data.window_days, or remove data.replay_share"
+            )
+        return self
 
 
 class MethodConfig(Section):

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -116,10 +116,13 @@ def find_failure(log: str) -> Failure | None:
 
 
 @contextlib.contextmanager
-def step(name: str, config_toml: str, run_id: str) -> Iterator[Step]:
+def step(
+    name: str, config_toml: str, run_id: str, *, overrides: Sequence[str] = (), as_begun: bool = False
+) -> Iterator[Step]:
     """Run one step: validate the config, open the store, record the outcome in runs/<run_id>/steps/<name>.json.
 
-    The first step of a run records the config as runs/<run_id>/config.toml.
+    The first step of a run records the config, `overrides` applied, as runs/<run_id>/config.toml. With `as_begun` that
+    one is taken where it exists, and the given config only says where the store is.
 
     Raises:
         ConfigError: the config is not valid, or the run began with another one.
@@ -130,7 +133,7 @@ def step(name: str, config_toml: str, run_id: str) -> Iterator[Step]:
     with _components_log_as(name):
         say(name, "started")
         try:
-            running = _open(name, config_toml, run_id)
+            running = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
             yield running
             _record(running, "succeeded", started_at, time.monotonic() - began)
         except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
@@ -150,23 +153,30 @@ def config_key(run_id: str) -> str:
     return f"runs/{run_id}/config.toml"
 
 
-def _open(name: str, config_toml: str, run_id: str) -> Step:
+def _open(name: str, config_toml: str, run_id: str, overrides: Sequence[str], *, as_begun: bool) -> Step:
     from components.registry.store import Store
 
     if not _RUN_ID.match(run_id):
         raise ConfigError(f"run id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
-    config = config_file.loads(config_toml, origin="the pipeline's config")
+    config = config_file.loads(config_toml, overrides, origin="the pipeline's config")
     store = Store.open(config.registry)
+    if as_begun:
+        begun = store.read(config_key(run_id))
+        return Step(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
     body = config_file.dumps(config).encode()
     try:
         store.create(config_key(run_id), body, content_type="application/toml")
     except Conflict:
-        first = config_file.loads(store.get(config_key(run_id)).decode(), origin=store.uri(config_key(run_id)))
+        first = _recorded(store, run_id, store.get(config_key(run_id)))
         if first.digest != config.digest:
             raise ConfigError(
                 f"run {run_id} began with another config ({store.uri(config_key(run_id))}): start a new run"
             ) from None
     return Step(name, run_id, config, store)
+
+
+def _recorded(store: "Store", run_id: str, body: bytes) -> RunConfig:
+    return config_file.loads(body.decode(), origin=store.uri(config_key(run_id)))
 
 
 def _record(running: Step, status: str, started_at: datetime, seconds: float) -> None:

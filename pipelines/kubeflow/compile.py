@@ -1,15 +1,16 @@
-"""The pipeline as YAML for Kubeflow Pipelines, with one config as its default."""
+"""The pipelines as YAML for Kubeflow Pipelines, with one config as their default."""
 
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import UserError
+from components.shared.methods import MethodName
 
 
 def write_pipeline(path: Path, config: RunConfig, *, image: str = "") -> dict[str, Any]:
@@ -23,29 +24,43 @@ def write_pipeline(path: Path, config: RunConfig, *, image: str = "") -> dict[st
         path.write_bytes(body)
     except OSError as exc:
         raise UserError(f"--output {path} cannot be written: {exc.strerror}") from exc
-    spec = yaml.safe_load(body)
-    images = {executor["container"]["image"] for executor in spec["deploymentSpec"]["executors"].values()}
-    (used,) = images
+    spec = next(yaml.safe_load_all(body))
+    executors = spec["deploymentSpec"]["executors"].values()
+    (used,) = {executor["container"]["image"] for executor in executors if "container" in executor}
     digest = hashlib.sha256(body).hexdigest()
     return {"path": str(path), "sha256": digest, "pipeline": spec["pipelineInfo"]["name"], "image": used}
 
 
 def compile_pipeline(config: RunConfig, *, image: str = "") -> str:
-    """The pipeline's YAML: the same config and image give the same text. An empty image means the project's own."""
-    from kfp import compiler
+    """The retraining pipeline's YAML, the platform's part as a second document.
 
-    from pipelines.retrain import retrain
+    The same config and image give the same text. An empty image means the project's own.
+    """
+    from pipelines.kubeflow.settle import on_cluster
+    from pipelines.retrain import build
 
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(retrain, str(compiled))
-        spec = yaml.safe_load(compiled.read_text(encoding="utf-8"))
+    spec, platform = _compiled(build(on_cluster(config)))
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
     # Not by the compiler's pipeline_parameters: a default of several lines breaks the comment that it writes on top.
-    spec["root"]["inputDefinitions"]["parameters"]["config"]["defaultValue"] = config_file.dumps(config)
+    parameters["config"]["defaultValue"] = config_file.dumps(config)
+    parameters["config"]["isOptional"] = True
+    # kfp compiles no Literal, which the server checks and the UI shows as a list to choose from.
+    parameters["method_name"]["literals"] = ["", *get_args(MethodName)]
     if image:
         for executor in spec["deploymentSpec"]["executors"].values():
-            executor["container"]["image"] = image
-    return yaml.dump(spec, Dumper=_Dumper, sort_keys=True, width=1_000_000)
+            if "container" in executor:
+                executor["container"]["image"] = image
+    return yaml.dump_all([spec, platform], Dumper=_Dumper, sort_keys=True, width=1_000_000)
+
+
+def _compiled(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    from kfp import compiler
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        spec, platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    return spec, platform
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,13 +20,13 @@ ROLES = ("base", "champion", "candidate")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The object that `fineloop run --json` prints; `train` leaves the decision out."""
+    """The object that `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
 
     run_id: str
     adapter: str
     alias: str
-    version: str
-    version_uri: str
+    version: str | None
+    version_uri: str | None
     decision: str | None
     promoted: bool
     reasons: list[str]
@@ -53,7 +53,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         FineloopError: it decided to promote, and the alias did not move.
     """
     decision = store.get_json(f"runs/{run_id}/decision.json")
-    name, alias, version = decision["adapter"], decision["alias"], decision["version"]
+    name, alias, version = decision["adapter"], decision["alias"], decision.get("version")
     promoted = _succeeded(store, run_id, "promote")
     if promoted != (decision["decision"] == "promote"):
         did = "moved" if promoted else "did not move"
@@ -65,11 +65,11 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         adapter=name,
         alias=alias,
         version=version,
-        version_uri=decision["version_uri"],
+        version_uri=decision.get("version_uri"),
         decision=decision["decision"],
         promoted=promoted,
         reasons=list(decision["reasons"]),
-        metrics=_metrics(store, run_id),
+        metrics=_metrics(store, run_id) if version else dict.fromkeys(ROLES),
         report=str(report_path),
         store=_where(store),
         timings_s={"ground": ground_s, **step_seconds(store, run_id), "total": total_s},
@@ -112,6 +112,7 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     """
     reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
     headline = {
+        "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
         "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
         "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
         None: f"published {outcome.adapter} {outcome.version}, without an alias",
@@ -119,15 +120,20 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     reasons = [
         textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
     ]
-    lines = ["", headline, *reasons, "", *_table(outcome.metrics), ""]
+    table = [*_table(outcome.metrics), ""] if outcome.version else []
+    lines = ["", headline, *reasons, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
     lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
     took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.timings_s.items() if step != "total")
     lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
-    commands = {f"{program} chat {shlex.quote(reference)}{home_option}": "talk to it, beside its base"}
+    commands = {}
+    if outcome.version:
+        commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
     if outcome.promoted and outcome.metrics["champion"]:
         commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+    elif outcome.decision == "skipped":
+        commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
     elif outcome.decision is None:
         commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
     if not local_store.configured():

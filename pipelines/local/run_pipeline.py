@@ -46,7 +46,7 @@ def train(config_toml: str, run_id: str) -> None:
     with step("prepare", config_toml, run_id) as run:
         dataset = prepare(run.config, run.store)
         run.result.update(vars(dataset))
-        run.say(f"{dataset.train_records} records to train on, {dataset.eval_records} held out")
+        run.say(dataset.told)
     with step("finetune", config_toml, run_id) as run:
         version_uri = finetune(run, dataset_uri=dataset.uri)
     with step("evaluate", config_toml, run_id) as run:

@@ -16,14 +16,14 @@ from pathlib import Path
 from components.shared.step import Failure, Line, parse_line
 from pipelines.local import guard
 
-STEPS = ("prepare", "finetune", "evaluate", "gate", "promote", "hold", "report")
+STEPS = ("prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report")
 TICK_S = 0.25
 DRAIN_S = 1.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the process ended, and the last failure that it told of."""
+    """How the process ended, and the first failure that it told of: the report's own, after it, follows from it."""
 
     exit_code: int
     failure: Failure | None
@@ -81,5 +81,5 @@ def watch(
             log.write(pending)
         finally:
             guard.stop(process)
-    failed_step, failure = found[-1] if found else ("", None)
+    failed_step, failure = found[0] if found else ("", None)
     return Ended(process.returncode, failure, failed_step)

@@ -295,7 +295,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert len(processes_with(mark)) > 1
 
     running.send_signal(number)
-    out, err = running.communicate(timeout=20)
+    out, err = running.communicate(timeout=60)
 
     assert running.returncode == 130
     assert out == ""

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ray_jobs.answers import Score, exact_match, metrics, paired_difference, token_f1
+from ray_jobs.answers import MAX_CLASSES, OTHER, Score, confusion, exact_match, metrics, paired_difference, token_f1
 
 
 def score(nll: float, other: float | None = None, match: bool = False, f1: float = 0.0) -> Score:
@@ -77,3 +77,15 @@ def test_the_interval_spans_zero_when_neither_is_better():
     theirs = [score(0, match=i % 2 == 1) for i in range(100)]
     low, high = paired_difference(ours, theirs, [1] * 100, "exact_match")["ci95"]
     assert low < 0 < high
+
+
+def test_answers_are_counted_by_what_was_expected() -> None:
+    found = confusion(["a", "a", "b", "b "], ["a", "b", "b", "something else"])
+    assert found == {"labels": ["a", "b", OTHER], "counts": [[1, 1, 0], [0, 1, 1], [0, 0, 0]]}
+
+
+@pytest.mark.parametrize(
+    "references", [["a"] * 4, ["a", "b", "c", "c"], [str(n // 2) for n in range(2 * (MAX_CLASSES + 1))]]
+)
+def test_answers_that_are_no_classes_have_no_confusion(references: list[str]) -> None:
+    assert confusion(references, references) is None

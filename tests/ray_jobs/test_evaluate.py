@@ -243,7 +243,7 @@ def summary(config, store, tmp_path):
 
 def test_the_summary_holds_what_gate_and_report_read_and_nothing_else(summary):
     old, new, found = summary
-    assert found.keys() == {"records", "models", "paired", "samples", "generation"}
+    assert found.keys() == {"records", "models", "paired", "confusion", "samples", "generation"}
     assert found["records"] == len(RECORDS)
     assert {role: model["version"] for role, model in found["models"].items()} == {
         "base": None,

@@ -116,5 +116,5 @@ def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None
     second = write_rows([*good(1), "{}"], "b.jsonl")
     intake = intake_of([first, second])
     assert intake.columns == {"prompt": 3, "completion": 3, "topic": 2}
-    assert [(each.source, each.rows, each.rejected) for each in intake.sources] == [(first, 2, 0), (second, 2, 1)]
-    assert intake.sources[0].size_bytes == Path(first).stat().st_size
+    assert [(each.source.name, each.rows, each.rejected) for each in intake.sources] == [(first, 2, 0), (second, 2, 1)]
+    assert intake.sources[0].source.size_bytes == Path(first).stat().st_size

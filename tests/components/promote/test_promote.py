@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from components.promote.promote import hold, promote
-from components.registry import aliases, versions
+from components.promote.promote import hold, promote, skip
+from components.registry import aliases, versions, watermark
 from components.registry.aliases import AliasConflict
 from components.registry.store import Store
 from components.shared.config import RunConfig
@@ -27,6 +27,7 @@ def decided(store: Store) -> Decide:
     def decide(version: str, champion: str | None, decision: str = "promote") -> Step:
         record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
+        watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
         config = RunConfig.model_validate(
             {"adapter": {"name": "sums"}, "model": {"base": "x"}, "data": {"source": "x"}}
         )
@@ -82,3 +83,24 @@ def test_holding_leaves_the_alias_and_tells_why(
 
     assert holder(store) == published[0]
     assert "better; by far" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [promote, hold])
+def test_a_decided_run_has_consumed_its_data(
+    store: Store, published: list[str], decided: Decide, end: Callable[[Step], str]
+) -> None:
+    end(decided(published[0], None))
+
+    consumed = watermark.read(store, "sums")
+    assert consumed is not None
+    assert (consumed.run_id, consumed.sources, consumed.records) == ("r", {"data": "1"}, {"a"})
+
+
+def test_a_skipped_run_leaves_alias_and_watermark(
+    store: Store, published: list[str], decided: Decide, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert skip(decided(published[0], None, "skipped")) == store.uri("runs/r/decision.json")
+
+    assert holder(store) is None
+    assert watermark.read(store, "sums") is None
+    assert "sums is not trained: better; by far" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
 
 
 def steps(*names: str, failed: str | None = None) -> list[dict[str, Any]]:
-    seconds = {"prepare": 6.4, "finetune": 214.0, "evaluate": 121.7, "gate": 1.2, "promote": 0.9}
+    seconds = {"prepare": 6.4, "finetune": 214.0, "evaluate": 121.7, "gate": 1.2, "promote": 0.9, "skip": 0.4}
     results: dict[str, dict[str, Any]] = {
         "prepare": {"dataset_id": DATASET, "train_records": 2000},
         "finetune": {"version": CANDIDATE},
@@ -247,6 +247,18 @@ def first_run() -> RunFiles:
 def undecided_run() -> RunFiles:
     """Trained and evaluated ad hoc, without a gate."""
     return replace(promoted_run(), decision=None, steps=steps("prepare", "finetune", "evaluate"))
+
+
+def skipped_run() -> RunFiles:
+    """A schedule fired and nothing had come."""
+    reason = "nothing new since run 2026-11-25-0200, which read all 3 sources"
+    decision = {"decision": "skipped", "reasons": [reason]}
+    return RunFiles(
+        run_id="2026-11-26-0200-idle",
+        adapter=CONFIG.adapter.name,
+        decision=decision,
+        steps=steps("prepare", "skip"),
+    )
 
 
 def failed_run() -> RunFiles:

@@ -17,6 +17,7 @@ VARIANTS = (
     example_runs.first_run,
     example_runs.undecided_run,
     example_runs.failed_run,
+    example_runs.skipped_run,
     lambda: RunFiles(run_id="empty", adapter="icd10-chapters"),
 )
 EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;"
@@ -251,3 +252,10 @@ def test_every_ink_stands_out_from_what_it_is_printed_on(scheme: str, colours: d
         for ground in {"card"} | ({"page", "faint"} if ink in {"text", "muted", "good", "bad"} else set()):
             one, other = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
             assert (other + 0.05) / (one + 0.05) >= 4.5, f"{scheme}: {ink} on {ground}"
+
+
+def test_a_skipped_run_says_why_and_that_nothing_is_lost() -> None:
+    text = Page(build_report(example_runs.skipped_run())).text
+    assert "Skipped" in text
+    assert "nothing new since run 2026-11-25-0200" in text
+    assert "What is new counts again next time" in text

@@ -9,13 +9,15 @@ import pytest
 import yaml
 from kfp import components
 
+from components.prepare.parameters import KEYS
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import UserError
+from components.shared.methods import METHODS
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline, write_pipeline
 
-STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "report"}
+STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report"}
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,36 @@ def text() -> str:
 
 @pytest.fixture(scope="module")
 def spec(text: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(text)
+    loaded: dict[str, Any] = next(yaml.safe_load_all(text))
     return loaded
 
 
+@pytest.fixture(scope="module")
+def settings(text: str) -> dict[str, dict[str, Any]]:
+    """What the platform gives each step."""
+    _, platform = yaml.safe_load_all(text)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): each for name, each in executors.items()}
+
+
 def executors(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name.removeprefix("exec-"): e["container"] for name, e in spec["deploymentSpec"]["executors"].items()}
+    found = spec["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): each["container"] for name, each in found.items() if "container" in each}
+
+
+def tasks(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every task of every graph by its name."""
+    graphs = [spec["root"]["dag"], *[c["dag"] for c in spec["components"].values() if "dag" in c]]
+    return {name: task for graph in graphs for name, task in graph["tasks"].items()}
+
+
+def branches(spec: dict[str, Any], condition: str) -> dict[str, str]:
+    """Name and condition of each branch that depends on an output."""
+    return {
+        task["taskInfo"]["name"]: task["triggerPolicy"]["condition"]
+        for task in tasks(spec).values()
+        if condition in task.get("triggerPolicy", {}).get("condition", "")
+    }
 
 
 def test_the_pipeline_has_every_step_and_kfp_reads_it_back(text: str, spec: dict[str, Any]) -> None:
@@ -50,26 +76,95 @@ def test_no_step_moves_an_artifact_out_of_the_runs_folder(spec: dict[str, Any]) 
         assert ".uri =" not in " ".join(container["command"]), name
 
 
-def test_the_gate_has_both_branches_and_the_report_follows_either(spec: dict[str, Any]) -> None:
-    branches = spec["components"]["comp-condition-branches-1"]["dag"]["tasks"]
-    conditions = {task["taskInfo"]["name"]: task["triggerPolicy"]["condition"] for task in branches.values()}
-    assert conditions.keys() == {"passed", "refused"}
-    assert conditions["refused"] == f"!({conditions['passed']})"
-    assert "gate-Output" in conditions["passed"]
-    assert spec["root"]["dag"]["tasks"]["report"]["dependentTasks"] == ["condition-branches-1", "prepare"]
+@pytest.mark.parametrize(
+    ("output", "yes", "no"), [("gate-Output", "passed", "refused"), ("prepare-has_news", "new-data", "nothing-new")]
+)
+def test_each_choice_has_both_branches(spec: dict[str, Any], output: str, yes: str, no: str) -> None:
+    found = branches(spec, output)
+    assert found.keys() == {yes, no}
+    assert found[no] == f"!({found[yes]})"
+
+
+def test_the_report_is_written_however_the_run_ends(spec: dict[str, Any]) -> None:
+    task = spec["root"]["dag"]["tasks"]["report"]
+    assert task["dependentTasks"] == ["exit-handler-1"]
+    assert task["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
 
 def test_no_step_is_cached(spec: dict[str, Any]) -> None:
-    dags = [spec["root"]["dag"], *[c["dag"] for c in spec["components"].values() if "dag" in c]]
-    tasks = [task for dag in dags for task in dag["tasks"].values() if "triggerPolicy" not in task]
-    steps = [task for task in tasks if task["componentRef"]["name"].removeprefix("comp-") in STEPS]
+    steps = [task for name, task in tasks(spec).items() if name in STEPS]
     assert len(steps) == len(STEPS)
     assert all(not task["cachingOptions"].get("enableCache") for task in steps)
 
 
+def test_step_names_read_as_sentences(spec: dict[str, Any]) -> None:
+    assert {name: tasks(spec)[name]["taskInfo"]["name"] for name in (*STEPS, "importer")} == {
+        "prepare": "Prepare the data",
+        "finetune": "Fine-tune the adapter",
+        "importer": "Register the version",
+        "evaluate": "Compare it with base and champion",
+        "gate": "Decide",
+        "promote": "Promote it",
+        "hold": "Leave the alias as it is",
+        "skip": "Skip the training",
+        "report": "Write the report",
+    }
+
+
+def test_a_person_can_start_a_run_without_filling_in_anything(spec: dict[str, Any]) -> None:
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert len(parameters) == 8
+    assert all(each.get("isOptional") and "defaultValue" in each for each in parameters.values())
+    assert set(parameters) - {"config", "run_id", "train_without_new_data"} == set(KEYS)
+    assert parameters["method_name"]["literals"] == ["", *METHODS]
+
+
+def test_what_people_look_at_is_an_artifact_of_its_step(spec: dict[str, Any]) -> None:
+    shown = {
+        (name.removeprefix("comp-"), artifact["artifactType"]["schemaTitle"])
+        for name, component in spec["components"].items()
+        for artifact in component.get("outputDefinitions", {}).get("artifacts", {}).values()
+    }
+    assert shown == {
+        ("evaluate", "system.Metrics"),
+        ("evaluate", "system.ClassificationMetrics"),
+        ("gate", "system.Markdown"),
+        ("importer", "system.Model"),
+        ("report", "system.HTML"),
+    }
+
+
+def test_every_step_is_retried_and_ends(spec: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:
+    assert settings.keys() == STEPS
+    for name in STEPS:
+        assert tasks(spec)[name]["retryPolicy"]["maxRetryCount"] == 2, name
+        assert int(settings[name]["activeDeadlineSeconds"]) >= 3600, name
+        assert {"resourceMemoryRequest", "resourceMemoryLimit"} <= executors(spec)[name]["resources"].keys(), name
+
+
+def test_a_step_outlives_the_ray_job_that_it_waits_for(make_config: Callable[..., RunConfig]) -> None:
+    _, platform = yaml.safe_load_all(compile_pipeline(make_config("ray.timeout_s=500000")))
+    found = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert {name for name, each in found.items() if int(each["activeDeadlineSeconds"]) > 500_000} == {
+        "exec-finetune",
+        "exec-evaluate",
+    }
+
+
+def test_secrets_are_references_and_every_step_is_unprivileged(
+    text: str, settings: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, each in settings.items():
+        secrets = {entry["secretName"]: entry["optional"] for entry in each["secretAsEnv"]}
+        assert secrets == {"fineloop-s3": True, "fineloop-ray": True}, name
+        assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-compile-me")
+    assert compile_pipeline(config_file.load(DEFAULT_CONFIG)) == text
+
+
 def test_a_config_with_quotes_and_lines_is_the_default_unharmed(make_config: Callable[..., RunConfig]) -> None:
     config = make_config()
-    compiled = yaml.safe_load(compile_pipeline(config))
+    compiled = next(yaml.safe_load_all(compile_pipeline(config)))
     default = compiled["root"]["inputDefinitions"]["parameters"]["config"]["defaultValue"]
     assert config_file.loads(default) == config
 
@@ -95,7 +190,7 @@ def test_an_image_replaces_that_of_every_step(tmp_path: Path, make_config: Calla
     image = f"registry.example/fineloop@sha256:{'0' * 64}"
     written = write_pipeline(tmp_path / "p.yaml", make_config(), image=image)
     body = (tmp_path / "p.yaml").read_bytes()
-    assert {container["image"] for container in executors(yaml.safe_load(body)).values()} == {image}
+    assert {container["image"] for container in executors(next(yaml.safe_load_all(body))).values()} == {image}
     assert written["sha256"] == hashlib.sha256(body).hexdigest()
     assert written["image"] == image
 

@@ -42,7 +42,7 @@ class User:
     environment: dict[str, str]
 
     def leave(self) -> None:
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=60)
         assert self.process.returncode == 0
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -111,7 +111,7 @@ class Machine:
         for user in self.users:
             if user.process.poll() is None:
                 user.process.kill()
-            user.process.communicate(timeout=30)
+            user.process.communicate(timeout=60)
         for name in ("ray", "store"):
             (self.home / name / "pinned").unlink(missing_ok=True)
         left = [name for name in ("ray", "store") if not _stopped(self.home, name)]

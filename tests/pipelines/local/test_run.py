@@ -142,6 +142,38 @@ def test_missing_data_is_said_before_any_ray_job(
     assert stub_cluster.jobs == {}
 
 
+def test_a_run_that_finds_nothing_new_is_skipped(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, data_path: Path
+) -> None:
+    config = make_config("data.min_new_records=5")
+    first = run(config, place, what="retrain")
+    skipped = run(config, place, what="retrain")
+
+    assert first.promoted
+    assert (skipped.decision, skipped.promoted, skipped.version) == ("skipped", False, None)
+    assert skipped.as_json().keys() == RUN_KEYS
+    assert skipped.metrics == {"base": None, "champion": None, "candidate": None}
+    assert skipped.reasons == [f"nothing new since run {first.run_id}, which read {data_path}"]
+    assert list(skipped.timings_s) == ["ground", "prepare", "skip", "report", "total"]
+    assert len(stub_cluster.jobs) == 2
+    assert "data.min_new_records=0" in summary(skipped, home_option="")
+    assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
+
+    more = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60, 65)]
+    data_path.write_text(data_path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    assert run(make_config("data.min_new_records=5", "train.weight_decay=0.5"), place, what="retrain").promoted
+
+
+def test_a_failed_run_has_a_report(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    with pytest.raises(DataError, match="every answer is empty"):
+        run(make_config("method.dropout=0.1"), place, what="retrain", run_id="failing")
+    page = store.get("runs/failing/report.html").decode()
+    assert "the finetune step failed" in page
+    assert "every answer is empty" in page
+
+
 def test_a_repeated_run_id_repeats_nothing(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
 ) -> None:

@@ -1,0 +1,43 @@
+"""What a step gets on a cluster and needs nowhere else: time, memory, retries, and its environment by reference."""
+
+from collections.abc import Callable
+
+from kfp import dsl, kubernetes
+
+from components.shared.config import RunConfig
+
+CONFIG_MAP = "fineloop-env"
+"""Where the cluster keeps what is no secret: the store's endpoint and region, the address of a shared Ray cluster."""
+STORE_SECRET = "fineloop-s3"
+"""Static credentials of the store; absent where a service account's role gives them."""
+RAY_SECRET = "fineloop-ray"
+"""The token of a shared Ray cluster; absent where every run has a cluster of its own."""
+
+ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+ON_RAY = frozenset({"finetune", "evaluate"})
+"""Steps that wait for a Ray job: their deadline has to be beyond the job's own, so that the job says why it ended."""
+STEP_S = 3600
+GRACE_S = 900
+RETRIES = 2
+"""A step that is run again finds what its first attempt left: a Ray job, a folder, an alias."""
+
+
+def on_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
+    """Settle a task of a pipeline that runs this config."""
+
+    def settle(task: dsl.PipelineTask) -> None:
+        name = task.component_spec.name
+        on_ray = name in ON_RAY
+        task.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2)
+        kubernetes.set_timeout(task, config.ray.timeout_s + GRACE_S if on_ray else STEP_S)
+        # Data is read whole by the first step; the others hold a few JSON objects.
+        task.set_cpu_request("500m").set_cpu_limit("2")
+        task.set_memory_request("1Gi").set_memory_limit("8Gi" if name == "prepare" else "2Gi")
+        kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
+        kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
+        kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
+        kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
+
+    return settle

@@ -1,0 +1,179 @@
+"""A schedule's view of prepare: what is new since the last run that ended in a decision."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.prepare import intake
+from components.prepare.dataset import load_split
+from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
+from components.registry import watermark
+from components.registry.store import Store
+from components.shared.config import RunConfig
+from components.shared.errors import DataError
+from components.shared.step import Step
+
+Write = Callable[..., str]
+Prepare = Callable[..., tuple[PreparedDataset | None, Step]]
+
+
+def rows(start: int, end: int) -> list[Any]:
+    return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i % 7}"} for i in range(start, end)]
+
+
+@pytest.fixture
+def prepare_run(store: Store, tmp_path: Path, run_config: Callable[..., RunConfig]) -> Prepare:
+    """Prepare as the run `run_id`; `decided` moves the watermark, as the end of a run does."""
+
+    def run(
+        run_id: str, *, decided: bool = False, source: str = "", **data: Any
+    ) -> tuple[PreparedDataset | None, Step]:
+        config = run_config(source or str(tmp_path / "in"), **{"eval_share": 0.3, "min_new_records": 1, **data})
+        step = Step("prepare", run_id, config, store)
+        prepared = prepare_if_new(step)
+        if decided:
+            watermark.advance(store, "test", run_id)
+        return prepared, step
+
+    return run
+
+
+def test_a_first_run_takes_everything(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    prepared, step = prepare_run("first", min_new_records=5000)  # nothing was consumed: there is no "new"
+    assert prepared is not None
+    assert prepared.train_records + prepared.eval_records == 100
+    assert step.result["new_records"] == 100
+
+
+def test_known_sources_are_skipped_without_being_opened(
+    write_rows: Write, prepare_run: Prepare, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("first", decided=True)
+    monkeypatch.setattr(intake, "read", lambda _: pytest.fail("opened"))
+
+    prepared, step = prepare_run("second")
+
+    assert prepared is None
+    decision = store.get_json("runs/second/decision.json")
+    assert (decision["decision"], decision["since_run"]) == ("skipped", "first")
+    assert decision["reasons"] == [f"nothing new since run first, which read {path}"]
+    assert step.result["skipped"] == decision["reasons"][0]
+    assert not store.exists("runs/second/consumed.json")
+
+
+def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("first", decided=True)
+    write_rows(rows(95, 130), "in/2.jsonl")
+    prepared, step = prepare_run("second")
+    assert prepared is not None
+    assert prepared.train_records + prepared.eval_records == 130
+    assert step.result["new_records"] == 30
+
+
+def test_too_few_new_records_wait_for_more(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("first", decided=True)
+    write_rows(rows(100, 109), "in/2.jsonl")
+    assert prepare_run("second", min_new_records=10)[0] is None
+    (reason,) = store.get_json("runs/second/decision.json")["reasons"]
+    assert reason == "9 records are new since run first, fewer than data.min_new_records = 10"
+    write_rows(rows(109, 110), "in/3.jsonl")
+    assert prepare_run("third", min_new_records=10)[0] is not None
+
+
+def test_a_file_that_is_rewritten_with_the_same_records_is_no_news(write_rows: Write, prepare_run: Prepare) -> None:
+    path = write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("first", decided=True)
+    write_rows(rows(0, 100)[::-1], "in/1.jsonl")
+    os.utime(path, (1, 1))
+    prepared, step = prepare_run("second")
+    assert prepared is None
+    assert step.result["new_records"] == 0
+
+
+def test_a_corrected_answer_is_news(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("first", decided=True)
+    write_rows([{"id": 3, "prompt": "question 3", "completion": "corrected"}], "in/2.jsonl")
+    assert prepare_run("second")[1].result["new_records"] == 1
+
+
+def test_a_run_that_came_to_no_decision_has_consumed_nothing(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    prepare_run("failed")
+    assert prepare_run("next")[0] is not None
+
+
+def test_zero_never_skips(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    first, _ = prepare_run("first", decided=True)
+    second, _ = prepare_run("second", min_new_records=0)
+    assert first is not None
+    assert second is not None
+    assert second.dataset_id == first.dataset_id
+
+
+def test_a_decided_run_that_is_repeated_does_not_skip_itself(write_rows: Write, prepare_run: Prepare) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    first, _ = prepare_run("first", decided=True)
+    again, _ = prepare_run("first")
+    assert again is not None
+    assert first is not None
+    assert again.dataset_id == first.dataset_id
+
+
+def test_objects_of_the_store_are_known_by_their_etag(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
+    store.put("in/1.jsonl", Path(write_rows(rows(0, 100))))
+    source = store.uri("in/")
+    prepare_run("first", decided=True, source=source)
+    store.put("in/1.jsonl", Path(write_rows(rows(0, 100))))  # the same bytes, later
+    assert prepare_run("second", source=source)[0] is None
+    store.put("in/2.jsonl", Path(write_rows(rows(100, 103))))
+    assert prepare_run("third", source=source)[1].result["new_records"] == 3
+
+
+def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
+    write_rows: Write, prepare_run: Prepare, store: Store
+) -> None:
+    day = 86_400
+    for name, span, age in (("1", (0, 200), 40), ("2", (200, 260), 3), ("3", (260, 300), 0)):
+        path = write_rows(rows(*span), f"in/{name}.jsonl")
+        os.utime(path, (1e9 - age * day, 1e9 - age * day))
+
+    prepared, _ = prepare_run("first", window_days=7)
+    assert prepared is not None
+    train = {int(record.id) for record in load_split(store, prepared.uri, "train")}
+    held_out = {int(record.id) for record in load_split(store, prepared.uri, "eval")}
+    assert min(train) >= 200
+    assert len(held_out & set(range(200))) > 30
+    profile = store.get_json(f"datasets/{prepared.dataset_id}/profile.json")
+    assert profile["dropped"]["before_window"] == 300 - len(train) - len(held_out)
+
+    replaying, _ = prepare_run("second", window_days=7, replay_share=0.25)
+    assert replaying is not None
+    mixed = {int(record.id) for record in load_split(store, replaying.uri, "train")}
+    assert mixed > train
+    assert len(mixed & set(range(200))) == round(len(train) / 3)
+    assert store.get_json(f"datasets/{replaying.dataset_id}/profile.json")["replayed"] == round(len(train) / 3)
+
+
+def test_an_ad_hoc_run_asks_for_no_news(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
+    write_rows(rows(0, 100), "in/1.jsonl")
+    first, step = prepare_run("first", decided=True)
+    assert prepare(step.config, store).uri == (first and first.uri)
+
+
+def test_replay_without_a_window_is_refused(run_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ValueError, match=r"set data\.window_days, or remove data\.replay_share"):
+        run_config("x", replay_share=0.2)
+
+
+def test_missing_data_is_an_error_and_no_skip(prepare_run: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        prepare_run("first")
