@@ -1,8 +1,11 @@
-"""A promotion that a person asks for."""
+"""A promotion or a rollback that a person asks for."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from components.registry import aliases, versions
+from components.shared.errors import UserError
+from components.shared.metrics import METRICS
 
 if TYPE_CHECKING:
     from components.registry.aliases import Event
@@ -43,3 +46,74 @@ def promote_by_hand(
         actor=actor,
         reason=reason,
     )
+
+
+PROMOTE, ROLL_BACK = "promote", "roll back"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person filled in."""
+
+    name: str
+    action: str
+    version: str
+    """Empty: the newest one, or when rolling back the one that held the alias before."""
+    alias: str
+    reason: str
+    person: str
+    job_id: str
+    """The Kubeflow run: a step that is run again goes back no further."""
+
+
+def carry_out(store: "Store", request: Request) -> "Event":
+    """Promote or roll back.
+
+    Raises:
+        UserError: the action is neither, or the reference fits no version.
+        ObjectMissing: there is no such version, or nothing to go back to.
+        AliasConflict: somebody moved the alias meanwhile.
+    """
+    asked = {"actor": request.person or "Kubeflow UI", "reason": request.reason}
+    if request.action == ROLL_BACK:
+        to = versions.resolve(store, f"{request.name}@{request.version}").version if request.version else None
+        return aliases.rollback(store, request.name, request.alias, to, run_id=request.job_id, **asked)
+    if request.action != PROMOTE:
+        raise UserError(f"action is {request.action!r}: expected {PROMOTE!r} or {ROLL_BACK!r}")
+    version = request.version or _newest(store, request.name)
+    return promote_by_hand(store, f"{request.name}@{version}", alias=request.alias, **asked)
+
+
+def as_markdown(store: "Store", request: Request, event: "Event") -> str:
+    """What was moved and what both versions had measured, for the Kubeflow UI."""
+    before, after = event.body["from"], event.body["to"]
+    measured = {
+        version: versions.evaluated(store, versions.resolve(store, f"{request.name}@{version}")).metrics
+        for version in (before, after)
+        if version
+    }
+    lines = [
+        f"# {request.name}@{request.alias} is now {after}",
+        "",
+        f"It was {before or 'empty'}. {event.kind.replace('_', ' ').capitalize()} by {event.body['actor']}"
+        f"{f': {reason}' if (reason := event.body['reason']) else ''}.",
+        "",
+        f"| | {' | '.join(measured)} |",
+        f"|---|{'---|' * len(measured)}",
+        *[
+            f"| {metric.label} | {' | '.join(_shown(metrics.get(name)) for metrics in measured.values())} |"
+            for name, metric in METRICS.items()
+        ],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _newest(store: "Store", name: str) -> str:
+    found = versions.list_versions(store, name)
+    if not found:
+        raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
+    return found[0].version
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"

@@ -1,6 +1,7 @@
-"""Kubeflow steps: the ends of a run."""
+"""Kubeflow steps: the ends of a run, and the one step of a promotion by hand."""
 
 from kfp import dsl
+from kfp.dsl import Markdown, Output
 
 from components.shared.step import COMPONENT
 
@@ -36,3 +37,30 @@ def skip(config: str, run_id: str) -> str:
     with step("skip", config, run_id) as run:
         decision_uri = leave_everything(run)
     return decision_uri
+
+
+@dsl.component(**COMPONENT)
+def move_by_hand(
+    adapter_name: str,
+    action: str,
+    version: str,
+    alias: str,
+    reason: str,
+    person: str,
+    bucket: str,
+    prefix: str,
+    job_id: str,
+    summary: Output[Markdown],
+) -> str:
+    """Promote or roll back because a person asked for it, and return the event's URI."""
+    from pathlib import Path
+
+    from components.promote.by_hand import Request, as_markdown, carry_out
+    from components.registry.store import Store
+    from components.shared.config import RegistryConfig
+
+    request = Request(adapter_name, action, version, alias, reason, person, job_id)
+    store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix))
+    event = carry_out(store, request)
+    Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
+    return event.uri

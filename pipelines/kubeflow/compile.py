@@ -2,31 +2,35 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from components.promote.by_hand import PROMOTE, ROLL_BACK
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import UserError
 from components.shared.methods import MethodName
 
+METHOD_NAMES = ["", *get_args(MethodName)]
+"""What the UI offers; nothing keeps the config's."""
 
-def write_pipeline(path: Path, config: RunConfig, *, image: str = "") -> dict[str, Any]:
-    """Write the compiled pipeline and return {"path", "sha256", "pipeline", "image"}.
+
+def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", image: str = "") -> dict[str, Any]:
+    """Write a compiled pipeline, `retrain` or `promotion`, and return {"path", "sha256", "pipeline", "image"}.
 
     Raises:
         UserError: the file cannot be written.
     """
-    body = compile_pipeline(config, image=image).encode()
+    body = PIPELINES[pipeline](config, image=image).encode()
     try:
         path.write_bytes(body)
     except OSError as exc:
         raise UserError(f"--output {path} cannot be written: {exc.strerror}") from exc
     spec = next(yaml.safe_load_all(body))
-    executors = spec["deploymentSpec"]["executors"].values()
-    (used,) = {executor["container"]["image"] for executor in executors if "container" in executor}
+    (used,) = {container["image"] for container in _containers(spec)}
     digest = hashlib.sha256(body).hexdigest()
     return {"path": str(path), "sha256": digest, "pipeline": spec["pipelineInfo"]["name"], "image": used}
 
@@ -39,18 +43,40 @@ def compile_pipeline(config: RunConfig, *, image: str = "") -> str:
     from pipelines.kubeflow.settle import on_cluster
     from pipelines.retrain import build
 
-    spec, platform = _compiled(build(on_cluster(config)))
+    return _text(build(on_cluster(config)), {"config": config_file.dumps(config)}, {"method_name": METHOD_NAMES}, image)
+
+
+def compile_promotion(config: RunConfig, *, image: str = "") -> str:
+    """The YAML of the pipeline that promotes by hand, with the config's adapter and registry as its defaults."""
+    from pipelines.kubeflow.settle import on_cluster
+    from pipelines.promotion import build
+
+    adapter, registry = config.adapter, config.registry
+    defaults = {"adapter_name": adapter.name, "alias": adapter.alias, **registry.model_dump()}
+    return _text(build(on_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
+
+
+PIPELINES: dict[str, Callable[..., str]] = {"retrain": compile_pipeline, "promotion": compile_promotion}
+
+
+def _text(pipeline: Any, defaults: dict[str, str], literals: dict[str, list[str]], image: str) -> str:
+    spec, platform = _compiled(pipeline)
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     # Not by the compiler's pipeline_parameters: a default of several lines breaks the comment that it writes on top.
-    parameters["config"]["defaultValue"] = config_file.dumps(config)
-    parameters["config"]["isOptional"] = True
+    for name, value in defaults.items():
+        parameters[name].update(defaultValue=value, isOptional=True)
     # kfp compiles no Literal, which the server checks and the UI shows as a list to choose from.
-    parameters["method_name"]["literals"] = ["", *get_args(MethodName)]
+    for name, values in literals.items():
+        parameters[name]["literals"] = values
     if image:
-        for executor in spec["deploymentSpec"]["executors"].values():
-            if "container" in executor:
-                executor["container"]["image"] = image
+        for container in _containers(spec):
+            container["image"] = image
     return yaml.dump_all([spec, platform], Dumper=_Dumper, sort_keys=True, width=1_000_000)
+
+
+def _containers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every step's container; the importer has none."""
+    return (each["container"] for each in spec["deploymentSpec"]["executors"].values() if "container" in each)
 
 
 def _compiled(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,9 +93,9 @@ class _Dumper(yaml.SafeDumper):
     """Writes text of several lines as such: the config and the steps' source stay readable."""
 
 
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+def _scalar(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _scalar)

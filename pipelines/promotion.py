@@ -1,0 +1,55 @@
+"""The pipeline that a person starts from the UI: put one version into production, or go back to an earlier one."""
+
+from kfp import dsl
+
+from components.promote.component import move_by_hand
+from pipelines.retrain import Settle
+
+NAME = "fineloop-promotion"
+
+
+def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
+    """The pipeline; `settle` as for `retrain.build`."""
+
+    @dsl.pipeline(name=NAME, description="Promote a published version of an adapter by hand, or roll back.")
+    def promotion(
+        adapter_name: str,
+        action: str = "promote",
+        version: str = "",
+        alias: str = "production",
+        reason: str = "",
+        person: str = "",
+        bucket: str = "fineloop",
+        prefix: str = "",
+    ) -> None:
+        """Move an alias by hand; the event log keeps who and why.
+
+        Args:
+            adapter_name: adapter to move the alias of.
+            action: promote, or roll back.
+            version: the version to point at; empty takes the newest one, or when rolling back the one before.
+            alias: the pointer to move.
+            reason: why, for the event log.
+            person: who asked, for the event log.
+            bucket: the registry's bucket.
+            prefix: its folder in the bucket.
+        """
+        moved = move_by_hand(
+            adapter_name=adapter_name,
+            action=action,
+            version=version,
+            alias=alias,
+            reason=reason,
+            person=person,
+            bucket=bucket,
+            prefix=prefix,
+            job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        )
+        moved.set_display_name("Move the alias")
+        moved.set_caching_options(False)
+        settle(moved)
+
+    return promotion
+
+
+promotion = build()
