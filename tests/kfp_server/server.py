@@ -1,0 +1,207 @@
+"""A double of the Kubeflow Pipelines API server (v2beta1) on loopback, for the real `kfp.Client`.
+
+It refuses what the real one refuses and runs what is submitted, each run under kfp.local in a session of its own.
+`tick` does what the schedule controller does at a moment.
+"""
+
+import contextlib
+import email
+import json
+import os
+import re
+import threading
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tests.kfp_server.errors import ApiError, invalid, missing, unauthenticated
+from tests.kfp_server.execution import Execution
+from tests.kfp_server.listing import page
+from tests.kfp_server.state import State
+
+PREFIX = "/apis/v2beta1"
+
+
+class KfpServer:
+    """Listens from construction to `close`. With a token, requests must bear it."""
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        *,
+        token: str = "",
+        namespaces: frozenset[str] = frozenset(),
+    ) -> None:
+        self.state = State({**os.environ, **(environment or {})}, namespaces)
+        self.token = token
+        self.requests: list[str] = []
+        self.num_outages = 0
+        """So many requests to come find nobody behind the gateway."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do(self) -> None:
+                raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                code, body = server._answer(self.command, self.path, raw, self.headers)
+                text = json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = do_DELETE = do
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def tick(self, at: datetime) -> list[Execution]:
+        """Let the schedule controller act as at this moment; the runs that it created."""
+        return self.state.tick(at)
+
+    def run(self, run_id: str) -> Execution:
+        return self.state.runs[run_id]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self.state.close()
+
+    def _answer(self, method: str, target: str, raw: bytes, headers: Mapping[str, str]) -> tuple[int, Any]:
+        url = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        self.requests.append(f"{method} {url.path.removeprefix(PREFIX)}")
+        if self.num_outages:
+            self.num_outages -= 1
+            return 503, {"error": "no healthy upstream"}
+        try:
+            if self.token and headers.get("Authorization") != f"Bearer {self.token}":
+                raise unauthenticated()
+            if not url.path.startswith(PREFIX):
+                raise missing("Page", url.path)
+            with self.state.lock:
+                return 200, self._route(method, url.path.removeprefix(PREFIX), query, raw, headers)
+        except ApiError as exc:
+            return exc.status, exc.body
+        except Exception as exc:  # a mistake of the double's: the client shall see it, and the server go on
+            return 500, {"error": repr(exc), "code": 13, "message": repr(exc), "details": []}
+
+    def _route(
+        self, method: str, path: str, query: Mapping[str, str], raw: bytes, headers: Mapping[str, str]
+    ) -> dict[str, Any]:
+        state = self.state
+        match method, path.strip("/").replace(":", "/").split("/"):
+            case "GET", ["healthz"]:
+                return {"multi_user": bool(state.namespaces)}
+            case "POST", ["pipelines", "upload"]:
+                return state.upload(_uploaded(raw, headers), query)
+            case "POST", ["pipelines", "upload_version"]:
+                return state.upload_version(_uploaded(raw, headers), query)
+            case "POST", ["pipelines"]:
+                return state.create_pipeline(_json(raw))
+            case "GET", ["pipelines"]:
+                state.check_namespace(query.get("namespace", ""))
+                return page("pipelines", state.pipelines.values(), query)
+            case "GET", ["pipelines", pipeline_id, "versions"]:
+                versions = [v for v in state.versions.values() if v["pipeline_id"] == pipeline_id]
+                return page("pipeline_versions", versions, query)
+            case "GET", ["pipelines", _, "versions", version_id]:
+                return state.find(state.versions, "PipelineVersion", version_id)  # type: ignore[no-any-return]
+            case "POST", ["experiments"]:
+                return state.create_experiment(_json(raw))
+            case "GET", ["experiments"]:
+                state.check_namespace(query.get("namespace", ""))
+                return page("experiments", state.experiments.values(), query)
+            case "GET", ["experiments", experiment_id]:
+                return state.find(state.experiments, "Experiment", experiment_id)  # type: ignore[no-any-return]
+            case _, ["runs", *rest]:
+                return self._runs(method, rest, query, raw)
+            case _, ["recurringruns", *rest]:
+                return self._schedules(method, rest, query, raw)
+        raise missing("Page", path)
+
+    def _runs(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
+        state = self.state
+        match method, rest:
+            case "POST", []:
+                return state.create_run(_json(raw)).shown()
+            case "GET", []:
+                runs = [run.record for run in state.runs.values()]
+                return page("runs", self._of_experiment(runs, query), query)
+            case "GET", [run_id]:
+                return state.find(state.runs, "Run", run_id).shown()  # type: ignore[no-any-return]
+            case "POST", [run_id, "terminate"]:
+                state.find(state.runs, "Run", run_id).terminate()
+                return {}
+        raise missing("Page", "/".join(["runs", *rest]))
+
+    def _schedules(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
+        state = self.state
+        match method, rest:
+            case "POST", []:
+                return state.create_schedule(_json(raw)).record
+            case "GET", []:
+                records = [schedule.record for schedule in state.schedules.values()]
+                return page("recurringRuns", self._of_experiment(records, query), query)
+            case "GET", [schedule_id]:
+                return state.find(state.schedules, "Job", schedule_id).record  # type: ignore[no-any-return]
+            case "POST", [schedule_id, "enable" | "disable" as verb]:
+                state.find(state.schedules, "Job", schedule_id).set_enabled(verb == "enable")
+                return {}
+            case "DELETE", [schedule_id]:
+                state.delete_schedule(schedule_id, query.get("propagation_policy", ""))
+                return {}
+        raise missing("Page", "/".join(["recurringruns", *rest]))
+
+    def _of_experiment(self, records: list[dict[str, Any]], query: Mapping[str, str]) -> list[dict[str, Any]]:
+        wanted = query.get("experiment_id")
+        if not wanted:
+            self.state.check_namespace(query.get("namespace", ""))
+        return [record for record in records if not wanted or record["experiment_id"] == wanted]
+
+
+@contextlib.contextmanager
+def serving(
+    environment: Mapping[str, str] | None = None, *, token: str = "", namespaces: frozenset[str] = frozenset()
+) -> Iterator[KfpServer]:
+    """A server for the length of a block."""
+    server = KfpServer(environment, token=token, namespaces=namespaces)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _json(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except ValueError as exc:
+        raise invalid(f"the request is not JSON: {exc}") from exc
+    if not isinstance(body, dict):
+        raise invalid("the request is not a JSON object")
+    return body
+
+
+def _uploaded(raw: bytes, headers: Mapping[str, str]) -> str:
+    """The file `uploadfile` of a multipart form."""
+    kind = headers.get("Content-Type", "")
+    if not re.match("multipart/form-data", kind):
+        raise invalid("Failed to read pipeline from file: request Content-Type isn't multipart/form-data")
+    form = email.message_from_bytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + raw)
+    for part in form.walk():
+        if part.get_param("name", header="content-disposition") == "uploadfile":
+            content = part.get_payload(decode=True)
+            assert isinstance(content, bytes)
+            return content.decode()
+    raise invalid("Failed to read pipeline from file: no such form field uploadfile")

@@ -1,0 +1,63 @@
+"""A Kubeflow Pipelines server, the command line that talks to it, and a pipeline that takes no time."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kfp
+import pytest
+
+from pipelines import cli
+from tests.kfp_server.server import KfpServer, serving
+from tests.pipelines.kubeflow.small_pipeline import compile_small
+
+VARIABLES = ("KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_NAMESPACE", "KUBECONFIG", "ML_PIPELINE_SERVICE_HOST")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a command answered; `body` is the JSON that it printed."""
+
+    exit_code: int
+    body: dict[str, Any]
+    told: str
+
+
+Fineloop = Callable[..., Answered]
+
+
+@pytest.fixture
+def no_kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the environment or at home names a server."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+
+
+@pytest.fixture
+def server(no_kubeflow: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A server that the environment names."""
+    with serving() as running:
+        monkeypatch.setenv("KFP_ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands send the small pipeline."""
+    monkeypatch.setattr("pipelines.kubeflow.package.compile_pipeline", compile_small)
+
+
+@pytest.fixture
+def fineloop(capsys: pytest.CaptureFixture[str]) -> Fineloop:
+    """Run a command with --json in this process."""
+
+    def run(*arguments: str) -> Answered:
+        exit_code = cli.main([*arguments, "--json"])
+        printed = capsys.readouterr()
+        return Answered(exit_code, json.loads(printed.out.splitlines()[-1]), printed.err)
+
+    return run
