@@ -9,6 +9,8 @@ FineloopError                    exit 1: something failed that the user's input 
 │   ├── IntegrityError           bytes differ from the manifest that vouches for them
 │   └── Conflict                 somebody else moved an alias or created an object first
 ├── JobError                     a Ray job ended without success (RuntimeError)
+├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
+│   └── KubeflowAway             it could not be reached just now; asking again may help
 └── GroundError                  the local store or Ray head could not be started (RuntimeError)
 
 To add one: subclass the branch that sets its exit code, keep `__init__` to one message so that it survives pickling
@@ -54,6 +56,14 @@ class Conflict(StoreError):
 
 class JobError(FineloopError, RuntimeError):
     """A Ray job failed, was stopped, or ran past its deadline."""
+
+
+class KubeflowError(FineloopError, RuntimeError):
+    """The Kubeflow Pipelines API server refused the credentials or the request."""
+
+
+class KubeflowAway(KubeflowError):
+    """The server, or what stands before it, did not answer; asking again may help."""
 
 
 class GroundError(FineloopError, RuntimeError):

@@ -1,6 +1,5 @@
 """The registry for people and for scripts: what `fineloop adapters` answers."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from components.registry import aliases, versions
@@ -10,6 +9,7 @@ from components.registry.versions import Version
 from components.shared import serving
 from components.shared.errors import ObjectMissing
 from pipelines.commands.arguments import Answer
+from pipelines.commands.table import table
 
 TOLD_LENGTH = 100
 
@@ -36,7 +36,7 @@ def adapters_shown(store: Store) -> Answer:
         for a in adapters
     ]
     header = ("adapter", "versions", "newest", "aliases")
-    text = _table([header, *rows]) if rows else f"no adapters in {store.uri('')} yet: `fineloop run` makes one"
+    text = table([header, *rows]) if rows else f"no adapters in {store.uri('')} yet: `fineloop run` makes one"
     return Answer({"adapters": adapters}, text)
 
 
@@ -51,7 +51,7 @@ def versions_shown(store: Store, name: str) -> Answer:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [("version", "published", "run", "aliases")]
     rows += [(v.version, v.created_at[:19], v.run_id or "-", ", ".join(v.aliases) or "-") for v in found]
-    return Answer({"name": name, "versions": [_described(version) for version in found]}, _table(rows))
+    return Answer({"name": name, "versions": [_described(version) for version in found]}, table(rows))
 
 
 def version_shown(store: Store, version: Version) -> Answer:
@@ -71,7 +71,7 @@ def version_shown(store: Store, version: Version) -> Answer:
         ("serve as", served.servable_as),
         *(("", note) for note in served.notes),
     ]
-    return Answer(body, _table(rows))
+    return Answer(body, table(rows))
 
 
 def move_shown(name: str, event: Event) -> Answer:
@@ -90,7 +90,7 @@ def history_shown(store: Store, name: str) -> Answer:
     if not log:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [(event.time[:19], event.kind, _told(event)) for event in log]
-    return Answer({"name": name, "events": [vars(event) for event in log]}, _table(rows))
+    return Answer({"name": name, "events": [vars(event) for event in log]}, table(rows))
 
 
 def _told(event: Event) -> str:
@@ -116,11 +116,3 @@ def _described(version: Version) -> dict[str, Any]:
         "manifest_sha256": version.manifest_sha256,
         "metrics": version.metrics,
     }
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
-        for row in rows
-    )

@@ -25,6 +25,8 @@ COMMANDS = [
     ("schema",),
     ("chat",),
     ("doctor",),
+    ("submit",),
+    *[("runs", verb) for verb in ("list", "show", "stop")],
     *[
         ("adapters", verb)
         for verb in ("list", "show", "promote", "rollback", "history", "lineage", "verify", "pull", "export")
@@ -103,6 +105,8 @@ def test_help_imports_nothing_heavy_and_answers_at_once(tmp_path: Path) -> None:
         (["run", "-c", "none.toml"], "config none.toml does not exist"),
         (["compile", "--set", "train.batch_size=7"], "train.micro_batch_size"),
         (["adapters", "list"], "--home"),
+        (["submit", "--param", "rows"], "expected NAME=VALUE"),
+        (["runs", "list", "--state", "done"], "canceled"),
         (["adapters", "show"], "NAME[@ALIAS|@VERSION]"),
         (["run", "--unknown"], "--unknown"),
         (["nonsense"], "nonsense"),

@@ -1,0 +1,139 @@
+"""`fineloop runs`: what ran on Kubeflow, and how to stop it."""
+
+import argparse
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
+from pipelines.commands.cluster import add_kubeflow, connected
+from pipelines.commands.table import table
+
+if TYPE_CHECKING:
+    from pipelines.kubeflow.run import Run
+
+STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
+
+
+def add(commands: Any) -> None:
+    """Add the group."""
+    group = commands.add_parser(
+        "runs",
+        help="list, show and stop runs on Kubeflow",
+        description="What ran on Kubeflow, and what runs now.",
+        epilog="example:\n  fineloop runs list --state running\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = group.add_subparsers(metavar="COMMAND", required=True)
+    listing = add_command(
+        verbs,
+        "list",
+        _list,
+        does="List the newest runs.",
+        example="fineloop runs list --adapter icd10-chapters --state failed",
+    )
+    listing.add_argument("--adapter", default="", metavar="NAME", help="only runs that retrain this adapter")
+    listing.add_argument("--experiment", default="", metavar="NAME", help="only runs of this experiment")
+    listing.add_argument("--state", default="", choices=STATES, metavar="STATE", help=", ".join(STATES))
+    listing.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many (default: 20)")
+    show = add_command(
+        verbs,
+        "show",
+        _show,
+        does="Show one run: its config's digest, and each step with its state and times.",
+        example="fineloop runs show 3f2a",
+    )
+    stop = add_command(
+        verbs,
+        "stop",
+        _stop,
+        does="Stop a run and wait until it is over.",
+        more="Its steps are told to end, and stop the Ray jobs that they have started.",
+        example="fineloop runs stop 3f2a",
+    )
+    for parser in (show, stop):
+        parser.add_argument("run", metavar="RUN", help="id, the first digits of it, or name")
+    for parser in (listing, show, stop):
+        add_kubeflow(parser)
+
+
+def _list(options: argparse.Namespace) -> Answer:
+    from pipelines.kubeflow import runs
+
+    found = runs.listed(
+        connected(options),
+        experiment=options.experiment,
+        state=options.state,
+        adapter=options.adapter,
+        limit=options.limit,
+    )
+    rows = [("run", "name", "adapter", "state", "began", "took")]
+    rows += [
+        (run.run_id, run.name, run.adapter, run.state.lower(), began(run.detail.created_at), took(run)) for run in found
+    ]
+    text = table(rows) if found else "no such runs yet: `fineloop submit` starts one"
+    return Answer({"runs": [run.as_json() for run in found]}, text)
+
+
+def _show(options: argparse.Namespace) -> Answer:
+    from pipelines.kubeflow import runs
+
+    run = runs.find(connected(options), options.run)
+    steps = run.steps()
+    rows = [
+        ("run", run.run_id),
+        ("name", run.name),
+        ("state", f"{run.state.lower()}{': ' + run.message if run.message else ''}"),
+        ("adapter", run.adapter or "-"),
+        ("config", f"sha256 {run.config_digest}" if run.config_digest else "-"),
+        ("in the store", f"runs/{run.store_run_id}/"),
+        ("began", began(run.detail.created_at)),
+        ("took", took(run)),
+        ("url", run.url),
+    ]
+    told = [
+        (f"  {step.name}", step.state.lower(), began(step.began), f"{seconds(step.seconds)}  {step.message}".rstrip())
+        for step in steps
+    ]
+    body = {
+        **run.as_json(),
+        "message": run.message,
+        "config_digest": run.config_digest,
+        "store_run_id": run.store_run_id,
+        "steps": {step.name: step.as_json() for step in steps},
+    }
+    return Answer(body, "\n".join([table(rows), *([table(told)] if told else [])]))
+
+
+def _stop(options: argparse.Namespace) -> Answer:
+    from pipelines.kubeflow import runs
+
+    kubeflow = connected(options)
+    run = runs.find(kubeflow, options.run)
+    stopped = runs.stop(kubeflow, run)
+    body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over}
+    if run.is_over:
+        return Answer(body, f"{run.name} was over already: {run.state.lower()}")
+    return Answer(body, f"{run.name} is {stopped.state.lower()}")
+
+
+def began(moment: datetime | None) -> str:
+    """A time for people."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" if moment else "-"
+
+
+def took(run: "Run") -> str:
+    """How long a run took, or has taken so far."""
+    end = run.detail.finished_at if run.is_over else datetime.now(UTC)
+    return seconds((end - run.detail.created_at).total_seconds() if end and run.detail.created_at else None)
+
+
+def seconds(length: float | None) -> str:
+    """A length of time for people."""
+    if length is None:
+        return "-"
+    minutes, rest = divmod(round(length), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,196 @@
+"""The one place that makes a `kfp.Client`, and that puts what the server refuses into words.
+
+Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT, the service ml-pipeline of this pod's
+namespace, or what kfp finds in the cluster or the kubeconfig. Who asks: KFP_TOKEN, the file KFP_TOKEN_FILE, the token
+that Kubernetes projects for Kubeflow Pipelines, or the cookies of kfp's context file.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kfp
+import kfp_server_api
+import urllib3
+from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH
+from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
+
+from components.shared.errors import KubeflowAway, KubeflowError, UserError
+
+TIMEOUTS_S = (5, 60)
+"""To connect, and between two bytes of an answer; kfp itself would wait for ever."""
+PAGE_SIZE = 100
+FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
+AWAY = {502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Kubeflow:
+    """A Kubeflow Pipelines server. `namespace` is empty where the server knows but one."""
+
+    client: kfp.Client
+    host: str
+    ui: str
+    namespace: str
+
+    def run_url(self, run_id: str) -> str:
+        """Where people see a run."""
+        return f"{self.ui}/#/runs/details/{run_id}"
+
+    def schedule_url(self, recurring_run_id: str) -> str:
+        """Where people see a recurring run."""
+        return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
+
+    def asking(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around requests: kfp prints nothing, and a failure says that this host refused to `what`."""
+        return _asking(self.host, what)
+
+    def listed(self, what: str, call: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
+        """Every item of a list, page by page, fetched as it is consumed."""
+        token = ""
+        while True:
+            with self.asking(f"list {what}"):
+                page = call(page_size=PAGE_SIZE, page_token=token, **arguments)
+            yield from getattr(page, field) or []
+            token = page.next_page_token
+            if not token:
+                return
+
+
+def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = "") -> Kubeflow:
+    """A client of the server that `host` or the environment names.
+
+    Raises:
+        UserError: no server is named, or a multi-user server got no namespace.
+        KubeflowError: it is unreachable, refuses the credentials, or is no Kubeflow Pipelines.
+    """
+    host = _host(host, environment)
+    token = environment.get("KFP_TOKEN", "").strip()
+    credentials = None if token else _credentials(environment)
+    told = host or "the cluster's Kubeflow Pipelines"
+    with _asking(told, "say how it is"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kfp: that it is for 2.0 and later
+        client = _Client(host=host or None, existing_token=token or None, credentials=credentials)
+        health = client.get_kfp_healthz()
+    _give_up_in_time(client)
+    if not isinstance(getattr(health, "multi_user", None), bool):
+        raise KubeflowError(
+            f"{told} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
+            f"Set --host or KFP_ENDPOINT to the API, such as the one of `{FORWARD}`"
+        )
+    namespace = namespace or environment.get("KFP_NAMESPACE", "") or client.get_user_namespace()
+    if health.multi_user and not namespace:
+        raise UserError(f"{told} has many users, each with a namespace: name yours with --namespace or KFP_NAMESPACE")
+    ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or host
+    return Kubeflow(client, told, ui.rstrip("/"), namespace if health.multi_user else "")
+
+
+def one_of(key: str, *values: str) -> str:
+    """A filter for lists: `key` is one of the values."""
+    return json.dumps({"predicates": [{"operation": "IN", "key": key, "stringValues": {"values": values}}]})
+
+
+class _Client(kfp.Client):
+    """kfp's, without its patience: it asks a server five times how it is, and prints each refusal whole."""
+
+    _health: Any = None
+
+    def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+        if self._health is None:
+            self._health = self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUTS_S)
+        return self._health
+
+    def set_user_namespace(self, namespace: str) -> None:
+        self._context_setting["namespace"] = namespace  # in memory: a pod's home may be read-only
+
+
+def _give_up_in_time(client: kfp.Client) -> None:
+    """Let every request time out; kfp's methods cannot be told to."""
+    api = client._run_api.api_client  # the one that all of its services share
+    unlimited = api.request
+
+    def request(*arguments: Any, **options: Any) -> Any:
+        return unlimited(*arguments, **{**options, "_request_timeout": options.get("_request_timeout") or TIMEOUTS_S})
+
+    api.request = request
+
+
+def _host(given: str, environment: Mapping[str, str]) -> str:
+    """The server's URL; empty where kfp shall find it in the cluster or through the kubeconfig."""
+    host = given or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
+    if host:
+        if not host.startswith(("http://", "https://")):
+            raise UserError(f"--host (KFP_ENDPOINT) is {host!r}: it starts with http:// or https://")
+        return host.rstrip("/")
+    if service := environment.get("ML_PIPELINE_SERVICE_HOST"):
+        return f"http://{service}:{environment.get('ML_PIPELINE_SERVICE_PORT', '8888')}"
+    kubeconfig = Path(environment.get("KUBECONFIG") or Path.home() / ".kube" / "config")
+    if "KUBERNETES_SERVICE_HOST" not in environment and not kubeconfig.exists():
+        raise UserError(
+            "no Kubeflow Pipelines is named: give --host URL or set KFP_ENDPOINT; "
+            f"`{FORWARD}` makes one reachable as http://localhost:8080"
+        )
+    return ""
+
+
+def _credentials(environment: Mapping[str, str]) -> ServiceAccountTokenVolumeCredentials | None:
+    """A token file, read again for each request: Kubernetes replaces it every hour."""
+    if path := environment.get("KFP_TOKEN_FILE"):
+        if not Path(path).is_file():
+            raise UserError(f"KFP_TOKEN_FILE is {path}, which is no file")
+        return ServiceAccountTokenVolumeCredentials(path)
+    projected = environment.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH
+    return ServiceAccountTokenVolumeCredentials(projected) if Path(projected).is_file() else None
+
+
+@contextlib.contextmanager
+def _asking(host: str, what: str) -> Iterator[None]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # kfp prints links to it, and scripts read JSON from it
+            yield
+    except urllib3.exceptions.HTTPError as exc:
+        raise KubeflowAway(
+            f"{host} cannot be reached ({_reason(exc)}): check --host or KFP_ENDPOINT; from outside the cluster "
+            f"`{FORWARD}` makes it http://localhost:8080"
+        ) from exc
+    except kfp_server_api.ApiException as exc:
+        raise _refusal(host, what, exc) from exc
+
+
+def _refusal(host: str, what: str, exc: kfp_server_api.ApiException) -> KubeflowError | UserError:
+    said = _said(exc)
+    if exc.status == 401:
+        return KubeflowError(
+            f"{host} does not know who asks (401: {said}): set KFP_TOKEN to a token, or KFP_TOKEN_FILE to its file"
+        )
+    if exc.status == 403:
+        return KubeflowError(
+            f"{host} does not let this user {what} (403: {said}): ask for the rights, or name another --namespace"
+        )
+    if exc.status == 404:
+        return UserError(f"{host} could not {what}: {said}")
+    if exc.status == 400:
+        return UserError(f"{host} refuses to {what}: {said}")
+    kind = KubeflowAway if exc.status in AWAY or exc.status == 0 else KubeflowError
+    return kind(f"{host} failed to {what} ({exc.status}: {said})")
+
+
+def _said(exc: kfp_server_api.ApiException) -> str:
+    try:
+        said = json.loads(exc.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        said = exc.reason
+    return " ".join(str(said).split())
+
+
+def _reason(exc: BaseException) -> str:
+    """The innermost cause, without the addresses of objects that urllib3 puts before it."""
+    inner = getattr(exc, "reason", None)
+    if isinstance(inner, BaseException):
+        return _reason(inner)
+    return str(exc).rpartition(": ")[2] or type(exc).__name__

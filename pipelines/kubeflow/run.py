@@ -1,0 +1,193 @@
+"""One run on Kubeflow, and the pipeline and config that it has."""
+
+import tomllib
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from components.shared import config_file
+from components.shared.errors import ConfigError, UserError
+from pipelines.kubeflow.client import Kubeflow
+from pipelines.kubeflow.parameters import CONFIG, defined
+
+LIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as the server tells of it; a step that was never started has no times."""
+
+    name: str
+    state: str
+    began: datetime | None = None
+    ended: datetime | None = None
+    message: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, once it is over."""
+        return (self.ended - self.began).total_seconds() if self.began and self.ended else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The step for scripts."""
+        return {"state": self.state, "began": stamp(self.began), "ended": stamp(self.ended), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `detail` is kfp's own record of it."""
+
+    kubeflow: Kubeflow
+    detail: Any
+    spec: dict[str, Any] = field(repr=False)
+
+    @property
+    def run_id(self) -> str:
+        """Kubeflow's id."""
+        return str(self.detail.run_id)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.detail.display_name)
+
+    @property
+    def state(self) -> str:
+        """PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELING, CANCELED or PAUSED."""
+        return self.detail.state or "PENDING"
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it will change any more."""
+        return self.state not in (*LIVE, "RUNTIME_STATE_UNSPECIFIED")
+
+    @property
+    def succeeded(self) -> bool:
+        """It did all that it should have."""
+        return self.state in ("SUCCEEDED", "SKIPPED")
+
+    @property
+    def message(self) -> str:
+        """Why it failed, as far as Kubeflow says."""
+        return (self.detail.error.message or "") if self.detail.error else ""
+
+    @property
+    def url(self) -> str:
+        """Where people see it."""
+        return self.kubeflow.run_url(self.run_id)
+
+    @cached_property
+    def config_toml(self) -> str:
+        """The config that it runs with: as sent, or else the pipeline's default."""
+        sent = (self.detail.runtime_config.parameters or {}) if self.detail.runtime_config else {}
+        return str(
+            sent.get(CONFIG) or (defined(self.spec) if self.spec else {}).get(CONFIG, {}).get("defaultValue", "")
+        )
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that it retrains; empty for a run of something else."""
+        try:
+            return str(tomllib.loads(self.config_toml)["adapter"]["name"])
+        except (tomllib.TOMLDecodeError, KeyError, TypeError):
+            return ""
+
+    @property
+    def config_digest(self) -> str:
+        """Digest of the config, as lineage has it; empty where this version of Fineloop cannot read the config."""
+        try:
+            return config_file.loads(self.config_toml).digest
+        except ConfigError:
+            return ""
+
+    @property
+    def store_run_id(self) -> str:
+        """The run's name in the store."""
+        sent = (self.detail.runtime_config.parameters or {}) if self.detail.runtime_config else {}
+        return sent.get("run_id") or self.run_id
+
+    def steps(self) -> list[Step]:
+        """Each step of the pipeline in the order in which they began, those that did not at the end."""
+        titles = step_titles(self.spec)
+        tasks = self.detail.run_details.task_details if self.detail.run_details else None
+        begun = [
+            Step(
+                titles[task.display_name],
+                task.state or "PENDING",
+                task.start_time or task.create_time,
+                _end(task),
+                (task.error.message or "") if task.error else "",
+            )
+            for task in tasks or []
+            if task.display_name in titles
+        ]
+        begun.sort(key=lambda step: (step.began is None, step.began))
+        others = sorted(set(titles.values()) - {step.name for step in begun})
+        return [*begun, *(Step(name, "SKIPPED" if self.is_over else "PENDING") for name in others)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The run for scripts, without its steps."""
+        return {
+            "run_id": self.run_id,
+            "run_name": self.name,
+            "state": self.state,
+            "url": self.url,
+            "adapter": self.adapter,
+            "created": stamp(self.detail.created_at),
+            "finished": stamp(self.detail.finished_at if self.is_over else None),
+            "recurring_run_id": self.detail.recurring_run_id or "",
+        }
+
+
+def step_titles(spec: dict[str, Any]) -> dict[str, str]:
+    """What people call each task that runs a container, by its key and by its title; loops and branches are not."""
+    components = spec.get("components", {})
+    dags = [spec["root"]["dag"], *(c["dag"] for c in components.values() if "dag" in c)] if spec else []
+    titles = {
+        key: task["taskInfo"]["name"]
+        for dag in dags
+        for key, task in dag["tasks"].items()
+        if "executorLabel" in components[task["componentRef"]["name"]]
+    }
+    return {**titles, **{title: title for title in titles.values()}}
+
+
+def stamp(moment: datetime | None) -> str | None:
+    """A time for scripts, in UTC."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None
+
+
+class Specs:
+    """The pipeline of each run; a version is asked for once."""
+
+    def __init__(self, kubeflow: Kubeflow) -> None:
+        self._kubeflow = kubeflow
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def of(self, detail: Any) -> dict[str, Any]:
+        """The run's spec; empty where its version was deleted."""
+        if detail.pipeline_spec:
+            return _bare(detail.pipeline_spec)
+        reference = detail.pipeline_version_reference
+        if not reference or not reference.pipeline_version_id:
+            return {}
+        version_id = reference.pipeline_version_id
+        if version_id not in self._known:
+            try:
+                with self._kubeflow.asking("show the pipeline of a run"):
+                    version = self._kubeflow.client.get_pipeline_version(reference.pipeline_id, version_id)
+                self._known[version_id] = _bare(version.pipeline_spec)
+            except UserError:
+                self._known[version_id] = {}
+        return self._known[version_id]
+
+
+def _bare(document: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = document.get("pipeline_spec", document)
+    return spec if "root" in spec else {}
+
+
+def _end(task: Any) -> datetime | None:
+    # Argo gives a node that is not over the zero of Go's time.
+    return task.end_time if task.end_time and task.end_time.year > 1970 else None

@@ -1,0 +1,102 @@
+"""Runs on Kubeflow: which there are, and how one is stopped."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from components.shared.errors import KubeflowError, UserError
+from pipelines.kubeflow.client import Kubeflow, one_of
+from pipelines.kubeflow.run import LIVE, Run, Specs
+
+NEWEST_FIRST = "created_at desc"
+NUM_SEARCHED = 1000
+STOP_S = 180.0
+
+
+def get(kubeflow: Kubeflow, run_id: str) -> Run:
+    """The run of an id, with its steps."""
+    with kubeflow.asking(f"show run {run_id}"):
+        detail = kubeflow.client.get_run(run_id)
+    return Run(kubeflow, detail, Specs(kubeflow).of(detail))
+
+
+def find(kubeflow: Kubeflow, reference: str) -> Run:
+    """A run by its id, the first digits of it, or its name; of several of one name the newest.
+
+    Raises:
+        UserError: there is none, or the digits fit several.
+    """
+    seen = list(itertools.islice(_details(kubeflow), NUM_SEARCHED))
+    named = [detail for detail in seen if reference in (detail.run_id, detail.display_name)][:1]
+    found = named or [detail for detail in seen if detail.run_id.startswith(reference)]
+    if len(found) > 1:
+        raise UserError(f"run {reference!r} fits {len(found)} runs: give more digits of its id")
+    if not found and len(seen) < NUM_SEARCHED:
+        raise UserError(f"{kubeflow.host} has no run {reference!r}: see `fineloop runs list`")
+    return get(kubeflow, found[0].run_id if found else reference)
+
+
+def listed(
+    kubeflow: Kubeflow, *, experiment: str = "", state: str = "", adapter: str = "", limit: int = 20
+) -> list[Run]:
+    """The newest runs that fit.
+
+    Raises:
+        UserError: there is no such experiment.
+    """
+    chosen: dict[str, Any] = {}
+    if experiment:
+        chosen["experiment_id"] = _experiment_id(kubeflow, experiment)
+    if state:
+        chosen["filter"] = one_of("state", state.upper())
+    specs = Specs(kubeflow)
+    runs = (Run(kubeflow, detail, specs.of(detail)) for detail in _details(kubeflow, **chosen))
+    return list(itertools.islice((run for run in runs if run.adapter and adapter in ("", run.adapter)), limit))
+
+
+def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[Any]:
+    """kfp's records of the live runs that recurring runs have started."""
+    live = _details(kubeflow, filter=one_of("state", *LIVE))
+    return [detail for detail in live if detail.recurring_run_id in recurring_run_ids]
+
+
+def stop(
+    kubeflow: Kubeflow, run: Run, *, timeout_s: float = STOP_S, sleep: Callable[[float], None] = time.sleep
+) -> Run:
+    """Terminate a run and wait until it is over; one that is over stays as it is.
+
+    Raises:
+        KubeflowError: it is not over in time.
+    """
+    if run.is_over:
+        return run
+    with kubeflow.asking(f"stop run {run.run_id}"):
+        kubeflow.client.terminate_run(run.run_id)
+    deadline = time.monotonic() + timeout_s
+    while not (now := get(kubeflow, run.run_id)).is_over:
+        if time.monotonic() > deadline:
+            raise KubeflowError(
+                f"run {run.run_id} is still {now.state} after {timeout_s:.0f} s: see {run.url}, "
+                "and `kubectl get workflows` in its namespace"
+            )
+        sleep(0.5)
+    return now
+
+
+def _details(kubeflow: Kubeflow, **chosen: Any) -> Iterator[Any]:
+    namespace = {} if "experiment_id" in chosen else {"namespace": kubeflow.namespace or None}
+    return kubeflow.listed("runs", kubeflow.client.list_runs, "runs", sort_by=NEWEST_FIRST, **namespace, **chosen)
+
+
+def _experiment_id(kubeflow: Kubeflow, name: str) -> str:
+    experiments = kubeflow.listed(
+        "experiments",
+        kubeflow.client.list_experiments,
+        "experiments",
+        filter=one_of("display_name", name),
+        namespace=kubeflow.namespace or None,
+    )
+    for experiment in experiments:
+        return str(experiment.experiment_id)
+    raise UserError(f"--experiment {name}: {kubeflow.host} has no such experiment")

@@ -1,0 +1,99 @@
+"""Start a run, and follow it to its end."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from components.shared.errors import KubeflowAway
+from pipelines.kubeflow import runs
+from pipelines.kubeflow.client import Kubeflow
+from pipelines.kubeflow.package import Package, publish
+from pipelines.kubeflow.run import Run, Step
+
+POLL_S = (0.5, 10.0)
+"""Asked again this soon after something changed, and ever later while nothing does."""
+OUTAGE_S = 300.0
+"""A server that is away for longer ends the waiting; the run goes on."""
+
+Say = Callable[[str], None]
+
+
+def start(
+    kubeflow: Kubeflow,
+    package: Package,
+    *,
+    parameters: dict[str, Any],
+    experiment: str,
+    run_name: str,
+    service_account: str = "",
+) -> Run:
+    """Upload the pipeline where it is new, and start a run of it."""
+    published = publish(kubeflow, package)
+    with kubeflow.asking("start a run"):
+        made = kubeflow.client.create_experiment(experiment, namespace=kubeflow.namespace or None)
+        detail = kubeflow.client.run_pipeline(
+            made.experiment_id,
+            run_name,
+            params=parameters,
+            pipeline_id=published.pipeline_id,
+            version_id=published.version_id,
+            service_account=service_account or None,
+        )
+    return Run(kubeflow, detail, package.spec)
+
+
+def follow(
+    run: Run,
+    say: Say,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Run:
+    """Wait until the run is over, however it ends, and tell each change of a step.
+
+    kfp's own wait does not know that a canceled run is over.
+
+    Raises:
+        KubeflowAway: the server was away for five minutes.
+    """
+    told: dict[str, str] = {}
+    pause, answered = POLL_S[0], clock()
+    while True:
+        try:
+            run = runs.get(run.kubeflow, run.run_id)
+            answered = clock()
+        except KubeflowAway as exc:
+            if clock() - answered > OUTAGE_S:
+                exc.add_note(f"run {run.run_id} goes on without being watched: fineloop runs show {run.run_id}")
+                raise
+            if told.get("") != "away":
+                say(f"{exc}; asking again")
+            told[""] = "away"
+        else:
+            news = [*_news(run, told)]
+            for line in news:
+                say(line)
+            if run.is_over:
+                return run
+            pause = POLL_S[0] if news else min(pause * 1.5, POLL_S[1])
+        sleep(pause)
+
+
+def _news(run: Run, told: dict[str, str]) -> list[str]:
+    """What changed since the last look, which `told` remembers."""
+    lines = []
+    if not run.is_over and told.get("") != run.state:
+        told[""] = run.state
+        lines.append(f"{run.name} is {run.state.lower()}")
+    for step in run.steps():
+        if step.began and told.get(step.name) != step.state:
+            told[step.name] = step.state
+            lines.append(f"[{step.name}] {_told(step)}")
+    return lines
+
+
+def _told(step: Step) -> str:
+    if step.seconds is None:
+        return "started" if step.state == "RUNNING" else step.state.lower()
+    why = f": {step.message}" if step.message else ""
+    return f"{step.state.lower()} after {step.seconds:.0f} s{why}"

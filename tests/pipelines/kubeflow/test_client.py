@@ -1,0 +1,150 @@
+"""Finding the server, saying who asks, and what is said when it does not work."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from components.shared.errors import KubeflowAway, KubeflowError, UserError
+from pipelines.kubeflow import runs
+from pipelines.kubeflow.client import connect
+from tests.kfp_server.server import KfpServer, serving
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+pytestmark = pytest.mark.usefixtures("no_kubeflow")
+
+
+@pytest.fixture
+def guarded() -> Iterator[KfpServer]:
+    with serving(token="sesame") as running:
+        yield running
+
+
+@pytest.fixture
+def shared() -> Iterator[KfpServer]:
+    with serving(namespaces=frozenset({"fineloop"})) as running:
+        yield running
+
+
+def test_the_host_is_the_options_the_environments_or_the_pods(guarded: KfpServer) -> None:
+    with serving() as open_server:
+        port = open_server.url.rpartition(":")[2]
+        for found in (
+            connect({"KFP_ENDPOINT": guarded.url}, host=open_server.url + "/"),
+            connect({"KFP_ENDPOINT": open_server.url}),
+            connect({"KF_PIPELINES_ENDPOINT": open_server.url}),
+            connect({"ML_PIPELINE_SERVICE_HOST": "127.0.0.1", "ML_PIPELINE_SERVICE_PORT": port}),
+        ):
+            assert found.host == open_server.url
+            assert found.run_url("7") == f"{open_server.url}/#/runs/details/7"
+    shown = connect({"KF_PIPELINES_UI_ENDPOINT": "https://ui/", "KFP_TOKEN": "sesame"}, host=guarded.url)
+    assert shown.run_url("7") == "https://ui/#/runs/details/7"
+
+
+def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
+    with pytest.raises(UserError, match=r"--host URL or set KFP_ENDPOINT.*port-forward"):
+        connect({})
+
+
+def test_a_host_needs_its_scheme() -> None:
+    with pytest.raises(UserError, match="starts with http"):
+        connect({}, host="localhost:8080")
+
+
+def test_a_token_is_the_environments_or_a_files_that_is_read_again(guarded: KfpServer, tmp_path: Path) -> None:
+    assert connect({"KFP_TOKEN": "sesame\n"}, host=guarded.url).host == guarded.url
+    token_path = tmp_path / "token"
+    token_path.write_text("sesame")
+    for variable in ("KFP_TOKEN_FILE", "KF_PIPELINES_SA_TOKEN_PATH"):
+        kubeflow = connect({variable: str(token_path)}, host=guarded.url)
+        assert runs.listed(kubeflow) == []
+    guarded.token = "renewed"
+    with pytest.raises(KubeflowError, match="401"):
+        runs.listed(kubeflow)
+    token_path.write_text("renewed")
+    assert runs.listed(kubeflow) == []
+
+
+@pytest.mark.parametrize("environment", [{}, {"KFP_TOKEN": "wrong"}])
+def test_a_missing_or_wrong_token_is_one_line_and_asked_once(guarded: KfpServer, environment: dict[str, str]) -> None:
+    with pytest.raises(KubeflowError, match="KFP_TOKEN_FILE") as caught:
+        connect(environment, host=guarded.url)
+    assert "\n" not in str(caught.value)
+    assert "wrong" not in str(caught.value)
+    assert guarded.requests == ["GET /healthz"]
+
+
+def test_a_token_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="KFP_TOKEN_FILE is /nowhere/token"):
+        connect({"KFP_TOKEN_FILE": "/nowhere/token"}, host="http://127.0.0.1:1")
+
+
+def test_an_unreachable_host_is_one_line_soon() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        with pytest.raises(KubeflowAway, match=r"cannot be reached \(.*refused\)") as caught:
+            connect({}, host=f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_a_login_page_is_not_taken_for_kubeflow() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        thread = threading.Thread(target=page.serve_forever, args=(0.02,))
+        thread.start()
+        with pytest.raises(KubeflowError, match="login page"):
+            connect({}, host=f"http://127.0.0.1:{page.server_port}")
+        page.shutdown()
+        thread.join()
+
+
+def test_a_server_of_many_users_wants_a_namespace_that_the_user_may_use(shared: KfpServer) -> None:
+    with pytest.raises(UserError, match="--namespace"):
+        connect({}, host=shared.url)
+    assert runs.listed(connect({"KFP_NAMESPACE": "fineloop"}, host=shared.url)) == []
+    with pytest.raises(KubeflowError, match=r"403.*no access to namespace others"):
+        runs.listed(connect({}, host=shared.url, namespace="others"))
+
+
+@pytest.mark.usefixtures("small")
+def test_everything_happens_in_the_users_namespace(
+    shared: KfpServer, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_ENDPOINT", shared.url)
+    where = ("--namespace", "fineloop")
+    assert fineloop("submit", *where).exit_code == 0
+    assert [one["namespace"] for one in shared.state.experiments.values()] == ["fineloop"]
+    assert len(fineloop("runs", "list", *where).body["runs"]) == 1
+
+
+def test_a_server_of_one_user_needs_no_namespace_and_minds_none() -> None:
+    with serving() as running:
+        assert connect({}, host=running.url, namespace="fineloop").namespace == ""
+
+
+@pytest.mark.usefixtures("small")
+def test_the_command_line_says_it_in_one_message(
+    guarded: KfpServer, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_ENDPOINT", guarded.url)
+    answered = fineloop("submit")
+    assert answered.exit_code == 1
+    assert answered.body["error"]["kind"] == "KubeflowError"
+    assert len(answered.told.splitlines()) == 1
+    monkeypatch.setitem(os.environ, "KFP_TOKEN", "sesame")
+    assert fineloop("runs", "list").exit_code == 0

@@ -1,0 +1,84 @@
+import re
+from typing import Any
+
+import pytest
+
+from components.shared.errors import UserError
+from pipelines.kubeflow.parameters import resolve
+
+SPEC = {
+    "root": {
+        "inputDefinitions": {
+            "parameters": {
+                "config": {"parameterType": "STRING"},
+                "name": {"parameterType": "STRING", "defaultValue": ""},
+                "rows": {"parameterType": "NUMBER_INTEGER", "defaultValue": 1.0},
+                "share": {"parameterType": "NUMBER_DOUBLE", "isOptional": True},
+                "dry": {"parameterType": "BOOLEAN", "defaultValue": False},
+                "tags": {"parameterType": "LIST", "defaultValue": []},
+                "marks": {"parameterType": "STRUCT", "defaultValue": {}},
+                "mode": {"parameterType": "STRING", "defaultValue": "full", "literals": ["full", "quick"]},
+            }
+        }
+    }
+}
+
+
+def test_the_config_alone_is_sent_when_nothing_else_is_given() -> None:
+    assert resolve(SPEC, "a = 1", []) == {"config": "a = 1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("name=a=b", "a=b"),
+        ("name=7", "7"),
+        ("name=", ""),
+        ("rows=7", 7),
+        ("share=1", 1),
+        ("share=2.5e-1", 0.25),
+        ("dry=true", True),
+        ('tags=["a", 1]', ["a", 1]),
+        ('marks={"a": [1]}', {"a": [1]}),
+        ("mode=quick", "quick"),
+    ],
+)
+def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None:
+    sent = resolve(SPEC, "", [given])[given.partition("=")[0]]
+    assert sent == value
+    assert type(sent) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("rows", "expected NAME=VALUE"),
+        ("row=1", "did you mean rows?"),
+        ("colour=1", "it takes dry, marks, mode, name, rows, share, tags"),
+        ("config=x", "-c FILE and --set"),
+        ("rows=many", "expected a whole number"),
+        ("rows=1.5", "expected a whole number"),
+        ("rows=true", "expected a whole number"),
+        ("share=true", "expected a number"),
+        ("dry=yes", "expected true or false"),
+        ("dry=1", "expected true or false"),
+        ("tags={}", "expected a JSON list"),
+        ("marks=[]", "expected a JSON object"),
+        ("mode=slow", "expected one of full, quick"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--param {given.partition('=')[0]}.*{re.escape(message)}"):
+        resolve(SPEC, "", [given])
+
+
+def test_a_parameter_without_default_must_be_given() -> None:
+    spec = {"root": {"inputDefinitions": {"parameters": {"key": {"parameterType": "STRING"}}}}}
+    with pytest.raises(UserError, match="--param key=VALUE"):
+        resolve(spec, "", [])
+    assert resolve(spec, "", ["key=a"]) == {"key": "a"}
+
+
+def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
+    kept = {"config": "old", "rows": 5, "name": "before", "gone": 1}
+    assert resolve(SPEC, "new", ["name=now"], kept=kept) == {"config": "new", "rows": 5, "name": "now"}

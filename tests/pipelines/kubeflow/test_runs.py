@@ -1,0 +1,120 @@
+"""`fineloop runs`: which runs there are, what became of their steps, and how one is stopped."""
+
+import re
+from pathlib import Path
+
+import pytest
+from kfp import compiler, dsl
+
+from components.shared import config_file
+from components.shared.errors import KubeflowError, UserError
+from components.shared.step import COMPONENT
+from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.kubeflow import runs
+from pipelines.kubeflow.client import connect
+from tests.kfp_server.server import KfpServer
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture
+def three(server: KfpServer, fineloop: Fineloop) -> list[str]:
+    """One that promoted, one that failed, both of `sums`; one under way, of `words`, in another experiment."""
+    sums, words = ("--set", "adapter.name=sums"), ("--set", "adapter.name=words", "--experiment", "tries")
+    good, bad, slow = (
+        fineloop("submit", "--no-wait", "--run-name", name, *arguments).body["run_id"]
+        for name, arguments in (
+            ("good", sums),
+            ("bad", (*sums, "--param", "fails=true")),
+            ("slow", (*words, "--param", "seconds=60")),
+        )
+    )
+    assert (server.run(good).wait(), server.run(bad).wait()) == ("SUCCEEDED", "FAILED")
+    return [good, bad, slow]
+
+
+def names(fineloop: Fineloop, *arguments: str) -> set[str]:
+    answered = fineloop("runs", "list", *arguments)
+    assert answered.exit_code == 0
+    return {run["run_name"] for run in answered.body["runs"]}
+
+
+def test_runs_are_listed_by_adapter_experiment_and_state(
+    three: list[str], fineloop: Fineloop, server: KfpServer, tmp_path: Path
+) -> None:
+    @dsl.component(**COMPONENT)
+    def others() -> None:
+        """Not ours."""
+
+    compiler.Compiler().compile(others, str(tmp_path / "others.yaml"))
+    client = connect({}, host=server.url).client
+    client.create_run_from_pipeline_package(str(tmp_path / "others.yaml"), run_name="others", experiment_name="tries")
+
+    assert names(fineloop) == {"good", "bad", "slow"}
+    assert names(fineloop, "--adapter", "sums") == {"good", "bad"}
+    assert names(fineloop, "--experiment", "tries") == {"slow"}
+    assert names(fineloop, "--state", "failed") == {"bad"}
+    assert names(fineloop, "--adapter", "sums", "--state", "succeeded") == {"good"}
+    assert names(fineloop, "--adapter", "sums", "--limit", "1") < {"good", "bad"}
+    assert fineloop("runs", "list", "--experiment", "none").exit_code == 2
+
+
+def test_more_runs_than_fit_on_a_page_are_all_listed(
+    three: list[str], server: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.kubeflow.client.PAGE_SIZE", 1)
+    before = server.requests.count("GET /runs")
+    found = runs.listed(connect({}, host=server.url))
+    assert {run.run_id for run in found} == set(three)
+    assert server.requests.count("GET /runs") - before == 3
+
+
+def test_a_run_is_shown_with_its_steps_and_digest(three: list[str], fineloop: Fineloop) -> None:
+    answered = fineloop("runs", "show", three[0][:13])
+    body = answered.body
+    assert (body["run_id"], body["state"], body["adapter"]) == (three[0], "SUCCEEDED", "sums")
+    assert body["config_digest"] == config_file.load(DEFAULT_CONFIG, ["adapter.name=sums"]).digest
+    assert body["store_run_id"] == three[0]
+    assert [*body["steps"]] == ["prepare", "finetune", "gate", "promote", "hold"]
+    assert body["steps"]["hold"] == {"state": "SKIPPED", "began": None, "ended": None, "seconds": None}
+    prepare = body["steps"]["prepare"]
+    assert prepare["state"] == "SUCCEEDED"
+    assert prepare["began"] <= prepare["ended"]
+    assert prepare["seconds"] >= 0
+    assert re.search(r"prepare +succeeded +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC +\d+ s", answered.told)
+    assert body["config_digest"] in answered.told
+
+
+def test_a_run_is_found_by_name_and_an_unknown_or_ambiguous_one_is_refused(
+    three: list[str], fineloop: Fineloop, server: KfpServer
+) -> None:
+    assert fineloop("runs", "show", "bad").body["run_id"] == three[1]
+    unknown = fineloop("runs", "show", "nobody")
+    assert unknown.exit_code == 2
+    assert "fineloop runs list" in unknown.told
+    with pytest.raises(UserError, match="fits 3 runs"):
+        runs.find(connect({}, host=server.url), "")
+
+
+def test_a_stopped_run_is_canceled_when_the_command_returns(
+    three: list[str], fineloop: Fineloop, server: KfpServer
+) -> None:
+    answered = fineloop("runs", "stop", three[2])
+    assert answered.exit_code == 0
+    assert answered.body == {"run_id": three[2], "state": "CANCELED", "stopped": True}
+    assert server.run(three[2]).record["state"] == "CANCELED"
+
+
+def test_a_run_that_is_over_stays_as_it_is(three: list[str], fineloop: Fineloop, server: KfpServer) -> None:
+    answered = fineloop("runs", "stop", three[1])
+    assert answered.exit_code == 0
+    assert answered.body == {"run_id": three[1], "state": "FAILED", "stopped": False}
+    assert not [request for request in server.requests if request.endswith(":terminate")]
+
+
+def test_a_run_that_will_not_end_is_an_error_that_says_where_to_look(three: list[str], server: KfpServer) -> None:
+    run = runs.get(connect({}, host=server.url), three[2])
+    server.run(three[2]).terminate = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
+        runs.stop(run.kubeflow, run, timeout_s=0.0, sleep=lambda _: None)

@@ -1,0 +1,231 @@
+"""`fineloop submit` against the server double, with the real kfp.Client between them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.registry import aliases
+from components.registry.store import Store
+from components.shared import config_file
+from components.shared.config import RunConfig
+from components.shared.errors import KubeflowAway, KubeflowError
+from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.kubeflow import package, runs, submit
+from pipelines.kubeflow.client import connect
+from tests.jobs_api import JobsApi
+from tests.kfp_server.server import KfpServer, serving
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+ROOT = Path(__file__).resolve().parents[3]
+SUBMIT_SMALL = """
+import sys
+from pipelines import cli
+from pipelines.kubeflow import package
+from tests.pipelines.kubeflow.small_pipeline import compile_small
+package.compile_pipeline = compile_small
+sys.exit(cli.main(["submit", *sys.argv[1:]]))
+"""
+
+
+def until(holds: Callable[[], Any], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_that_succeeds_is_exit_0_and_tells_each_step(server: KfpServer, fineloop: Fineloop) -> None:
+    answered = fineloop("submit", "--run-name", "first", "--set", "adapter.name=mine", "--experiment", "tries")
+    body = answered.body
+    assert answered.exit_code == 0
+    assert body["run_name"] == "first"
+    assert body["state"] == "SUCCEEDED"
+    assert body["adapter"] == "mine"
+    assert body["url"] == f"{server.url}/#/runs/details/{body['run_id']}"
+    assert body["steps"] == {
+        "prepare": "SUCCEEDED",
+        "finetune": "SUCCEEDED",
+        "gate": "SUCCEEDED",
+        "promote": "SUCCEEDED",
+        "hold": "SKIPPED",
+    }
+    told = answered.told.splitlines()
+    for step in ("prepare", "finetune", "gate", "promote"):
+        assert any(line.startswith(f"[{step}] succeeded after") for line in told), told
+    assert body["url"] in told[0]
+
+    record = server.run(body["run_id"]).record
+    config = config_file.load(DEFAULT_CONFIG, ["adapter.name=mine"])
+    assert body["config_digest"] == config.digest
+    assert record["runtime_config"]["parameters"] == {"config": config_file.dumps(config)}
+    assert record["service_account"] == "fineloop-pipeline"
+    assert server.state.experiments[record["experiment_id"]]["display_name"] == "tries"
+
+
+@pytest.mark.usefixtures("small")
+def test_the_other_branch_is_a_success_too(server: KfpServer, fineloop: Fineloop) -> None:
+    answered = fineloop("submit", "--param", "passes=false")
+    assert answered.exit_code == 0
+    assert answered.body["steps"]["hold"] == "SUCCEEDED"
+    assert answered.body["steps"]["promote"] == "SKIPPED"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_that_fails_is_exit_1_and_says_which_step(server: KfpServer, fineloop: Fineloop) -> None:
+    answered = fineloop("submit", "--param", "fails=true")
+    assert answered.exit_code == 1
+    assert answered.body["state"] == "FAILED"
+    assert answered.body["steps"]["prepare"] == "FAILED"
+    assert "task prepare" in answered.body["message"]
+    assert "[prepare] failed after" in answered.told
+
+
+@pytest.mark.usefixtures("small")
+def test_the_wait_ends_when_the_run_is_canceled(server: KfpServer, tmp_path: Path) -> None:
+    submitted = _submit_small("--param", "seconds=60", "--param", f"folder={tmp_path}", "--json")
+    until(lambda: list(tmp_path.glob("*.pid")))
+    (pid_path,) = tmp_path.glob("*.pid")
+    run_id = pid_path.stem
+    connect(os.environ).client.terminate_run(run_id)
+    out, err = submitted.communicate(timeout=30)
+    assert submitted.returncode == 1, err
+    body = json.loads(out.splitlines()[-1])
+    assert (body["run_id"], body["state"]) == (run_id, "CANCELED")
+    until(lambda: not Path(f"/proc/{pid_path.read_text()}").exists())
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_wait_leaves_the_run_and_says_how_to_stop_it(server: KfpServer, tmp_path: Path) -> None:
+    submitted = _submit_small("--param", "seconds=60", "--param", f"folder={tmp_path}", "--json")
+    until(lambda: list(tmp_path.glob("*.pid")))
+    (run_id,) = [path.stem for path in tmp_path.glob("*.pid")]
+    submitted.send_signal(signal.SIGINT)
+    out, err = submitted.communicate(timeout=30)
+    assert submitted.returncode == 130
+    assert f"fineloop runs stop {run_id}" in err
+    assert json.loads(out.splitlines()[-1])["interrupted"] is True
+    assert server.run(run_id).record["state"] == "RUNNING"
+
+
+@pytest.mark.usefixtures("small")
+def test_without_waiting_the_run_is_named_at_once(server: KfpServer, fineloop: Fineloop) -> None:
+    answered = fineloop("submit", "--no-wait", "--param", "seconds=60")
+    assert answered.exit_code == 0
+    assert answered.body["state"] in ("PENDING", "RUNNING")
+    assert answered.body["run_id"] in server.state.runs
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--param", "rows=many"),
+        ("--param", "row=1"),
+        ("--param", "mode=slow"),
+        ("--set", "train.learning_rat=1"),
+        ("-c", "none.toml"),
+    ],
+)
+@pytest.mark.usefixtures("small")
+def test_a_mistake_is_told_before_anything_is_sent(
+    server: KfpServer, fineloop: Fineloop, arguments: tuple[str, ...]
+) -> None:
+    assert fineloop("submit", *arguments).exit_code == 2
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("small")
+def test_the_same_content_is_uploaded_once(server: KfpServer, fineloop: Fineloop) -> None:
+    for name in ("one", "two"):
+        assert fineloop("submit", "--no-wait", "--run-name", name).exit_code == 0
+    assert fineloop("submit", "--no-wait", "--set", "train.seed=9").exit_code == 0
+    (pipeline,) = server.state.pipelines.values()
+    assert pipeline["display_name"] == "fineloop-retrain"
+    versions = [version["display_name"] for version in server.state.versions.values()]
+    assert versions == [
+        package.build(config_file.load(DEFAULT_CONFIG, given)).version for given in ([], ["train.seed=9"])
+    ]
+    assert server.requests.count("POST /pipelines/upload_version") == 2
+
+
+@pytest.mark.usefixtures("small")
+def test_an_image_and_another_account_reach_the_server(server: KfpServer, fineloop: Fineloop) -> None:
+    image = f"registry.example/python@sha256:{'0' * 64}"
+    answered = fineloop("submit", "--no-wait", "--image", image, "--service-account", "")
+    assert "service_account" not in server.run(answered.body["run_id"]).record
+    (version,) = server.state.versions.values()
+    assert image in json.dumps(version["pipeline_spec"])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_server_that_is_away_for_a_while_is_asked_again(
+    server: KfpServer, make_config: Callable[..., RunConfig]
+) -> None:
+    run, told = _start(server, make_config()), []
+    server.num_outages = 2
+    ended = submit.follow(run, told.append, sleep=lambda _: time.sleep(0.05))
+    assert ended.state == "SUCCEEDED"
+    assert [line for line in told if "asking again" in line] == [told[0]]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_server_that_stays_away_ends_the_wait_and_says_that_the_run_goes_on(
+    server: KfpServer, make_config: Callable[..., RunConfig]
+) -> None:
+    run = _start(server, make_config())
+    server.num_outages = 1000
+    clock = iter(range(0, 100_000, 60))
+    with pytest.raises(KubeflowAway) as caught:
+        submit.follow(run, lambda _: None, sleep=lambda _: None, clock=lambda: float(next(clock)))
+    assert f"fineloop runs show {run.run_id}" in caught.value.__notes__[0]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_only_the_server_can_know_is_told_in_its_words(
+    server: KfpServer, make_config: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(Exception, match="not required by pipeline: nonsense") as caught:
+        _start(server, make_config(), nonsense=1)
+    assert caught.value.exit_code == 2
+    server.num_outages = 1
+    with pytest.raises(KubeflowError, match="503"):
+        runs.listed(connect({}, host=server.url))
+
+
+def test_the_real_pipeline_runs_on_kubeflow_and_promotes(
+    stub_cluster: JobsApi, config_path: Path, store: Store, no_kubeflow: None, fineloop: Fineloop
+) -> None:
+    with serving() as running:
+        answered = fineloop("submit", "-c", str(config_path), "--host", running.url)
+        body = answered.body
+        assert answered.exit_code == 0, running.run(body["run_id"]).log
+    assert {step for step, state in body["steps"].items() if state != "SUCCEEDED"} == {"hold"}
+    pointer = aliases.read_alias(store, "sums", "production")
+    assert pointer is not None
+    assert pointer.run_id == body["run_id"]
+
+
+def _start(server: KfpServer, config: RunConfig, **parameters: Any) -> runs.Run:
+    built = package.build(config)
+    given = {"config": built.config_toml, **parameters}
+    kubeflow = connect({}, host=server.url)
+    return submit.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
+
+
+def _submit_small(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SUBMIT_SMALL, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
