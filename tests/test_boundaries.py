@@ -14,6 +14,7 @@ import pytest
 
 from components.shared import config_file
 from pipelines import cli
+from pipelines.commands.arguments import DEFAULT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
@@ -142,7 +143,8 @@ def test_every_fineloop_command_of_the_documents_exists(command: str) -> None:
     options = cli.parser().parse_args(arguments)
     if "overrides" in options:
         # NAME is for the reader to fill in.
-        config_file.load(options.config, [override.replace("NAME", "name") for override in options.overrides])
+        config = options.config or DEFAULT_CONFIG  # left out where a command keeps the config of before
+        config_file.load(config, [override.replace("NAME", "name") for override in options.overrides])
 
 
 def known_commands() -> set[str]:

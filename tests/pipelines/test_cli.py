@@ -26,6 +26,7 @@ COMMANDS = [
     ("chat",),
     ("doctor",),
     ("submit",),
+    *[("schedule", verb) for verb in ("create", "list", "show", "update", "pause", "resume", "delete")],
     *[("runs", verb) for verb in ("list", "show", "stop")],
     *[
         ("adapters", verb)
@@ -105,6 +106,8 @@ def test_help_imports_nothing_heavy_and_answers_at_once(tmp_path: Path) -> None:
         (["run", "-c", "none.toml"], "config none.toml does not exist"),
         (["compile", "--set", "train.batch_size=7"], "train.micro_batch_size"),
         (["adapters", "list"], "--home"),
+        (["schedule", "create", "nightly", "--cron", "0 25 * * *"], "hour takes 0-23"),
+        (["schedule", "create", "nightly"], "--cron"),
         (["submit", "--param", "rows"], "expected NAME=VALUE"),
         (["runs", "list", "--state", "done"], "canceled"),
         (["adapters", "show"], "NAME[@ALIAS|@VERSION]"),

@@ -128,8 +128,10 @@ def test_everything_happens_in_the_users_namespace(
     monkeypatch.setenv("KFP_ENDPOINT", shared.url)
     where = ("--namespace", "fineloop")
     assert fineloop("submit", *where).exit_code == 0
+    assert fineloop("schedule", "create", "nightly", "--cron", "@daily", *where).exit_code == 0
     assert [one["namespace"] for one in shared.state.experiments.values()] == ["fineloop"]
     assert len(fineloop("runs", "list", *where).body["runs"]) == 1
+    assert len(fineloop("schedule", "list", *where).body["schedules"]) == 1
 
 
 def test_a_server_of_one_user_needs_no_namespace_and_minds_none() -> None:
