@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
     group = commands.add_parser(
         "schedule",
         help="retrain by the clock on Kubeflow: create, list, show, update, pause, resume, delete",
-        description="Retraining by the clock, on Kubeflow. Times are in UTC; missed ones are not made up for.",
+        description="Retraining by the clock, on Kubeflow. Times are in UTC, unless Kubeflow's controller was\n"
+        "given a CRON_SCHEDULE_TIMEZONE; missed ones are not made up for.",
         epilog="example:\n  fineloop schedule create nightly --cron '0 2 * * *' -c pipelines/configs/icd10.toml\n\n"
         + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,1 +1,1 @@
-"""What Kubeflow Pipelines runs: the same pipeline, compiled."""
+"""The pipeline on Kubeflow Pipelines: compiled, submitted, scheduled, followed and stopped."""

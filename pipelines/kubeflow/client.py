@@ -1,8 +1,8 @@
 """The one place that makes a `kfp.Client`, and that puts what the server refuses into words.
 
-Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT, the service ml-pipeline of this pod's
-namespace, or what kfp finds in the cluster or the kubeconfig. Who asks: KFP_TOKEN, the file KFP_TOKEN_FILE, the token
-that Kubernetes projects for Kubeflow Pipelines, or the cookies of kfp's context file.
+Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT; in a pod the service ml-pipeline of its
+namespace, or else of namespace kubeflow; elsewhere what kfp finds through the kubeconfig. Who asks: KFP_TOKEN, the file
+KFP_TOKEN_FILE, the token that Kubernetes projects for Kubeflow Pipelines, or the cookies of kfp's context file.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from components.shared.errors import KubeflowAway, KubeflowError, UserError
 TIMEOUTS_S = (5, 60)
 """To connect, and between two bytes of an answer; kfp itself would wait for ever."""
 PAGE_SIZE = 100
+IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
 AWAY = {502, 503, 504}
 
@@ -86,7 +87,7 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
     namespace = namespace or environment.get("KFP_NAMESPACE", "") or client.get_user_namespace()
     if health.multi_user and not namespace:
         raise UserError(f"{told} has many users, each with a namespace: name yours with --namespace or KFP_NAMESPACE")
-    ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or host
+    ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or host or "/pipeline"
     return Kubeflow(client, told, ui.rstrip("/"), namespace if health.multi_user else "")
 
 
@@ -121,7 +122,7 @@ def _give_up_in_time(client: kfp.Client) -> None:
 
 
 def _host(given: str, environment: Mapping[str, str]) -> str:
-    """The server's URL; empty where kfp shall find it in the cluster or through the kubeconfig."""
+    """The server's URL; empty where kfp shall find it through the kubeconfig."""
     host = given or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
     if host:
         if not host.startswith(("http://", "https://")):
@@ -129,8 +130,9 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
         return host.rstrip("/")
     if service := environment.get("ML_PIPELINE_SERVICE_HOST"):
         return f"http://{service}:{environment.get('ML_PIPELINE_SERVICE_PORT', '8888')}"
-    kubeconfig = Path(environment.get("KUBECONFIG") or Path.home() / ".kube" / "config")
-    if "KUBERNETES_SERVICE_HOST" not in environment and not kubeconfig.exists():
+    if "KUBERNETES_SERVICE_HOST" in environment:
+        return IN_CLUSTER
+    if not Path(environment.get("KUBECONFIG") or Path.home() / ".kube" / "config").exists():
         raise UserError(
             "no Kubeflow Pipelines is named: give --host URL or set KFP_ENDPOINT; "
             f"`{FORWARD}` makes one reachable as http://localhost:8080"
@@ -141,8 +143,10 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
 def _credentials(environment: Mapping[str, str]) -> ServiceAccountTokenVolumeCredentials | None:
     """A token file, read again for each request: Kubernetes replaces it every hour."""
     if path := environment.get("KFP_TOKEN_FILE"):
-        if not Path(path).is_file():
-            raise UserError(f"KFP_TOKEN_FILE is {path}, which is no file")
+        try:
+            Path(path).read_bytes()
+        except OSError as exc:
+            raise UserError(f"KFP_TOKEN_FILE is {path}, which cannot be read: {exc.strerror}") from exc
         return ServiceAccountTokenVolumeCredentials(path)
     projected = environment.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH
     return ServiceAccountTokenVolumeCredentials(projected) if Path(projected).is_file() else None

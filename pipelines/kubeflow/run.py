@@ -12,6 +12,7 @@ from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.parameters import CONFIG, defined
 
 LIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
+BAD_FIRST = ("FAILED", "CANCELED", *LIVE)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class Step:
     def seconds(self) -> float | None:
         """How long it took, once it is over."""
         return (self.ended - self.began).total_seconds() if self.began and self.ended else None
+
+    def joined(self, other: "Step") -> "Step":
+        """Two iterations of a loop as one step: as bad as the worse, and over when both are."""
+        worst = min(self, other, key=lambda step: BAD_FIRST.index(step.state) if step.state in BAD_FIRST else 99)
+        began = [step.began for step in (self, other) if step.began]
+        ended = [step.ended for step in (self, other) if step.ended]
+        return Step(
+            self.name,
+            worst.state,
+            min(began, default=None),
+            max(ended) if len(ended) == 2 else None,
+            worst.message,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The step for scripts."""
@@ -94,6 +108,11 @@ class Run:
             return ""
 
     @property
+    def is_ours(self) -> bool:
+        """One of Fineloop's pipelines."""
+        return bool(self.adapter) or self.spec.get("pipelineInfo", {}).get("name", "").startswith("fineloop-")
+
+    @property
     def config_digest(self) -> str:
         """Digest of the config, as lineage has it; empty where this version of Fineloop cannot read the config."""
         try:
@@ -110,21 +129,15 @@ class Run:
     def steps(self) -> list[Step]:
         """Each step of the pipeline in the order in which they began, those that did not at the end."""
         titles = step_titles(self.spec)
-        tasks = self.detail.run_details.task_details if self.detail.run_details else None
-        begun = [
-            Step(
-                titles[task.display_name],
-                task.state or "PENDING",
-                task.start_time or task.create_time,
-                _end(task),
-                (task.error.message or "") if task.error else "",
-            )
-            for task in tasks or []
-            if task.display_name in titles
-        ]
-        begun.sort(key=lambda step: (step.began is None, step.began))
-        others = sorted(set(titles.values()) - {step.name for step in begun})
-        return [*begun, *(Step(name, "SKIPPED" if self.is_over else "PENDING") for name in others)]
+        tasks = (self.detail.run_details.task_details or []) if self.detail.run_details else []
+        begun: dict[str, Step] = {}
+        for task in tasks:
+            if task.display_name in titles:
+                step = _step(titles[task.display_name], task)
+                begun[step.name] = step.joined(begun[step.name]) if step.name in begun else step
+        absent = "SKIPPED" if self.is_over else "PENDING"
+        others = [Step(name, absent) for name in sorted({*titles.values()} - {*begun})]
+        return [*sorted(begun.values(), key=lambda step: (step.began is None, step.began)), *others]
 
     def as_json(self) -> dict[str, Any]:
         """The run for scripts, without its steps."""
@@ -188,6 +201,8 @@ def _bare(document: dict[str, Any]) -> dict[str, Any]:
     return spec if "root" in spec else {}
 
 
-def _end(task: Any) -> datetime | None:
+def _step(name: str, task: Any) -> Step:
     # Argo gives a node that is not over the zero of Go's time.
-    return task.end_time if task.end_time and task.end_time.year > 1970 else None
+    ended = task.end_time if task.end_time and task.end_time.year > 1970 else None
+    message = (task.error.message or "") if task.error else ""
+    return Step(name, task.state or "PENDING", task.start_time or task.create_time, ended, message)

@@ -80,7 +80,7 @@ def test_a_missing_or_wrong_token_is_one_line_and_asked_once(guarded: KfpServer,
 
 
 def test_a_token_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="KFP_TOKEN_FILE is /nowhere/token"):
+    with pytest.raises(UserError, match="KFP_TOKEN_FILE is /nowhere/token, which cannot be read"):
         connect({"KFP_TOKEN_FILE": "/nowhere/token"}, host="http://127.0.0.1:1")
 
 
