@@ -78,8 +78,7 @@ def run(image: str, *command: str) -> "subprocess.CompletedProcess[str]":
     return podman(
         "run",
         "--rm",
-        "--ulimit",
-        OPEN_FILES,
+        *LIMITS,
         *closed,
         "--security-opt",
         "no-new-privileges",
