@@ -10,7 +10,7 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 
-.PHONY: help setup run test lint bench lock pin images clean
+.PHONY: help setup run test lint bench lock pin images infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -19,8 +19,9 @@ help:
 	@echo "make bench   speed and memory against peers, as ratios"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
+	@echo "make infra-lint   checkov on the images and on infra/aws"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
-	@echo "make clean   stop what runs locally; delete .venv and .fineloop, adapters included"
+	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov and .fineloop, adapters included"
 
 setup: $(READY)
 
@@ -69,6 +70,16 @@ images:
 	@$(DOCKER) build --file infra/images/train.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
 		--build-arg REVISION=$$(git rev-parse HEAD) --tag fineloop/train:$(VERSION) .
 
+infra-lint: .venv-checkov/bin/checkov
+	@for folder in infra/images infra/aws; do \
+		.venv-checkov/bin/checkov --config-file infra/checkov.yaml --directory $$folder || exit 1; done
+
+# An environment of its own, as checkov pins an old boto3.
+.venv-checkov/bin/checkov:
+	@echo "Setting up .venv-checkov: about 290 MB of packages, half a minute, once."
+	@$(PYTHON) -m venv .venv-checkov
+	@.venv-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi
-	@rm -rf .venv .fineloop
+	@rm -rf .venv .venv-checkov .fineloop
