@@ -14,8 +14,8 @@ output "admin_role_arn" {
 output "environment" {
   description = "For the ConfigMap fineloop-env."
   value = {
-    AWS_REGION      = var.region
-    FINELOOP_BUCKET = aws_s3_bucket.registry.id
-    FINELOOP_PREFIX = var.prefix
+    AWS_REGION         = var.region
+    AWS_DEFAULT_REGION = var.region
+    FINELOOP_BUCKET    = aws_s3_bucket.registry.id
   }
 }

@@ -97,7 +97,7 @@ def test_the_outputs_are_what_the_manifests_want() -> None:
         "fineloop-pipeline": "${aws_iam_role.pipeline.arn}",
         "fineloop-trainer": "${aws_iam_role.trainer.arn}",
     }
-    assert set(CONFIGURATION.output("environment")["value"]) == {"AWS_REGION", "FINELOOP_BUCKET", "FINELOOP_PREFIX"}
+    assert set(CONFIGURATION.output("environment")["value"]) == {"AWS_REGION", "AWS_DEFAULT_REGION", "FINELOOP_BUCKET"}
 
 
 def test_every_variable_is_described_and_every_one_but_the_tags_is_checked() -> None:
