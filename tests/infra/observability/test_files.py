@@ -43,7 +43,28 @@ def test_kustomize_is_given_every_file_there_is_to_apply() -> None:
     there = {str(path.relative_to(OBSERVABILITY)) for path in OBSERVABILITY.rglob("*") if path.is_file()}
     assert applied == there - about
     assert generator["options"]["labels"]["grafana_dashboard"] == "1"
-    assert kustomization["namespace"] == "monitoring"
+
+
+def test_all_but_the_network_policy_lies_where_prometheus_is() -> None:
+    found = [*documents("monitors.yaml"), *documents("rules.yaml"), *documents("network.yaml")]
+    lie = {document["kind"]: document["metadata"]["namespace"] for document in found}
+    assert lie.pop("NetworkPolicy") == "fineloop"
+    assert (
+        set(lie.values())
+        == {documents("kustomization.yaml")[0]["configMapGenerator"][0]["namespace"]}
+        == {"monitoring"}
+    )
+
+
+def test_prometheus_alone_reaches_the_workflow_controllers_metrics_and_finds_them() -> None:
+    (policy,) = documents("network.yaml")
+    argo = documents("monitors.yaml")[2]
+    assert policy["spec"]["podSelector"] == argo["spec"]["selector"]
+    assert policy["metadata"]["namespace"] in argo["spec"]["namespaceSelector"]["matchNames"]
+    (rule,) = policy["spec"]["ingress"]
+    (peer,) = rule["from"]  # both selectors in one peer: prometheus in monitoring, not either
+    assert peer.keys() == {"namespaceSelector", "podSelector"}
+    assert rule["ports"] == [{"protocol": "TCP", "port": 9090}]
 
 
 def test_ray_pods_are_scraped_by_the_label_that_kuberay_gives_them() -> None:
