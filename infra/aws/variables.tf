@@ -3,8 +3,9 @@ variable "bucket" {
   type        = string
 
   validation {
-    condition     = can(regex("^[a-z0-9][a-z0-9-]{1,61}[a-z0-9]$", var.bucket))
-    error_message = "bucket takes 3 to 63 lower-case letters, digits and '-'. AWS's certificates do not cover names with dots."
+    # AWS's certificates do not cover buckets with dots; a role's name, which is the bucket's and a suffix, has 64 characters at most.
+    condition     = can(regex("^[a-z0-9][a-z0-9-]{1,53}[a-z0-9]$", var.bucket))
+    error_message = "bucket takes 3 to 55 lower-case letters, digits and '-', with a letter or digit at either end."
   }
 }
 

@@ -106,10 +106,19 @@ def test_every_variable_is_described_and_every_one_but_the_tags_is_checked() -> 
     assert {name for name, block in inputs.items() if not block.get("validation")} == {"tags"}
 
 
+def test_the_longest_bucket_gives_role_names_that_iam_takes() -> None:
+    longest = Configuration(SOURCE, variables={"var.bucket": "a" * 55})
+    names = [
+        longest.value(CONFIGURATION.resource("aws_iam_role", role)["name"]) for role in ("trainer", "pipeline", "admin")
+    ]
+    assert max(map(len, names)) == 64
+    assert re.search(CONFIGURATION.inputs()["bucket"]["validation"][0]["condition"].split('"')[1], "a" * 55)
+
+
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("bucket", ["fineloop", "a-1"], ["Fineloop", "fine.loop", "-a1", "ab", "a" * 64]),
+        ("bucket", ["fineloop", "a-1"], ["Fineloop", "fine.loop", "-a1", "ab", "a" * 56]),
         ("prefix", ["", "team-a", "a/b.c/d_e"], ["/a", "a/", "a//b", "a b", "a*"]),
         ("region", ["eu-central-1", "us-gov-west-1"], ["eu-central", "EU-CENTRAL-1", "eu-central-1a"]),
         (
