@@ -110,6 +110,11 @@ def test_it_holds_the_command_line_and_the_built_in_data(image: str) -> None:
     assert done.stdout.strip() == "Cholera", done.stderr
 
 
+def test_it_compiles_the_pipeline_of_the_built_in_example(image: str) -> None:
+    done = run(image, "sh", "-c", "python -m pipelines.cli compile -o /tmp/pipeline.yaml && cat /tmp/pipeline.yaml")
+    assert "pipelineInfo:" in done.stdout, done.stderr
+
+
 def test_nothing_but_the_code_and_the_locks_is_in_it(image: str) -> None:
     done = run(image, "sh", "-c", "ls -A /app /locks && find /app -name '*.md' -o -name '.git*'")
     assert done.stdout.split() == ["/app:", "components", "pipelines", "/locks:", "build.lock", "step.lock"]
