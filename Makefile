@@ -4,9 +4,10 @@ BIN := .venv/bin
 READY := .venv/ready
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-# A lock is for the images: Linux on x86-64 with the base images' Python.
+# A lock is for the images: Linux on x86-64 with the base images' Python. Two packages publish no wheel.
 LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-command "make lock" --generate-hashes \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt \
+	--only-binary :all: --no-binary deepspeed --no-binary kfp-server-api
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 

