@@ -11,7 +11,7 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 
-.PHONY: help setup run test lint bench lock pin images infra-lint clean
+.PHONY: help setup run test lint bench crds lock pin images infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -21,6 +21,7 @@ help:
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   checkov on the images and on infra/aws"
+	@echo "make crds    fetch KubeRay's and Kueue's definitions, to check infra/ against them"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
 	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov and .fineloop, adapters included"
 
@@ -80,6 +81,9 @@ infra-lint: .venv-checkov/bin/checkov
 	@echo "Setting up .venv-checkov: about 290 MB of packages, half a minute, once."
 	@$(PYTHON) -m venv .venv-checkov
 	@.venv-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+
+crds: $(READY)
+	@$(BIN)/python -m tests.infra.crds
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi

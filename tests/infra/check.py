@@ -1,0 +1,89 @@
+"""Check an overlay before it is applied: `python -m tests.infra.check aws`.
+
+Schemas, policies, and that the placeholders of the committed overlay have been filled in.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+from tests.infra import schemas
+from tests.infra.manifests import OVERLAYS, Manifest, render_overlay, title
+from tests.infra.policies import access, pods, ray
+
+Policy = Callable[[list[Manifest]], Iterable[str]]
+
+POLICIES: tuple[Policy, ...] = (
+    pods.pods_do_not_run_as_root,
+    pods.pods_have_no_privileges,
+    pods.root_filesystems_are_read_only,
+    pods.containers_ask_for_what_they_take,
+    pods.memory_volumes_fit_in_memory,
+    pods.images_are_pinned,
+    pods.accounts_are_named,
+    pods.nothing_secret_is_written_down,
+    pods.what_pods_refer_to_exists,
+    ray.kuberay_takes_the_jobs,
+    ray.kuberay_takes_the_clusters,
+    ray.no_pod_of_kuberays_own_is_refused,
+    ray.kueue_takes_the_jobs,
+    ray.jobs_are_gangs,
+    ray.jobs_end,
+    ray.jobs_fit_in_the_queue,
+    ray.clusters_ask_for_a_token,
+    ray.versions_agree,
+    access.accounts_have_their_rights_and_no_other,
+    access.rights_end_at_the_namespace,
+    access.everything_is_in_the_namespace,
+    access.the_namespace_is_restricted,
+    access.the_quota_closes_the_ways_out,
+    access.services_stay_inside,
+    access.promoting_takes_another_role_than_training,
+)
+PLACEHOLDERS = {
+    "registry.invalid": "the registry of your images, in images/kustomization.yaml",
+    "0" * 64: "the digest of an image that you pushed, in images/kustomization.yaml",
+    "s3.invalid": "the URL of your store, in kustomization.yaml",
+    "203.0.113.10": "the address of your store, in s3.yaml",
+    "000000000000": "your AWS account, in roles/kustomization.yaml",
+}
+"""What stands in the committed overlays for something of yours, by reserved names, and what it is."""
+
+
+def policies_of(overlay: str) -> tuple[Policy, ...]:
+    """Those that hold for an overlay: a laptop's images come from no registry."""
+    return POLICIES if overlay == "kind" else (*POLICIES, pods.images_have_a_digest)
+
+
+def violations(manifests: list[Manifest], policies: Iterable[Policy]) -> Iterator[str]:
+    """What the manifests do that policies forbid, each with the policy's name."""
+    for policy in policies:
+        for found in policy(manifests):
+            yield f"{policy.__name__}: {found}"
+
+
+def placeholders(manifests: list[Manifest]) -> Iterator[str]:
+    """What is not filled in yet."""
+    for manifest in manifests:
+        text = repr(manifest)
+        for placeholder, meaning in PLACEHOLDERS.items():
+            if placeholder in text:
+                yield f"{title(manifest)}: {placeholder[:16]} stands for {meaning}"
+                text = text.replace(placeholder, "")
+
+
+def main() -> int:
+    """Print what is wrong; 1 when something is."""
+    parser = argparse.ArgumentParser(prog="python -m tests.infra.check", description=__doc__)
+    parser.add_argument("overlay", choices=OVERLAYS)
+    overlay = parser.parse_args().overlay
+    manifests = render_overlay(overlay)
+    crds = schemas.crds_folder()
+    found = [f"{title(manifest)}: {error}" for manifest in manifests for error in schemas.errors(manifest, crds)]
+    found += [*violations(manifests, policies_of(overlay)), *placeholders(manifests)]
+    print("\n".join(found) or f"infra/overlays/{overlay}: {len(manifests)} objects, nothing wrong")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Who may do what: rights in the Kubernetes API, roles in AWS, and what the namespace itself refuses."""
+
+from collections.abc import Iterator
+
+from tests.infra.manifests import Manifest, of_kind, title
+
+NAMESPACE = "fineloop"
+CLUSTER_KINDS = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass")
+ROLE_ARN = "eks.amazonaws.com/role-arn"
+_ALL_OF_A_JOB = ("create", "delete", "get", "list", "patch", "watch")
+_READ = ("get", "list", "watch")
+RIGHTS = {
+    "fineloop-pipeline": {
+        *((verb, "ray.io/rayjobs") for verb in _ALL_OF_A_JOB),
+        *((verb, "pods") for verb in _READ),
+        *((verb, "pods/log") for verb in _READ),
+        # Argo's and Kubeflow's own.
+        *((verb, "argoproj.io/workflowtaskresults") for verb in ("create", "patch")),
+        *((verb, "argoproj.io/workflowtasksets") for verb in _READ),
+        ("patch", "argoproj.io/workflowtasksets/status"),
+        ("get", "configmaps=kfp-launcher"),
+        ("get", "secrets=mlpipeline-minio-artifact"),
+    },
+    "fineloop-reaper": {("list", "ray.io/rayjobs"), ("delete", "ray.io/rayjobs")},
+    "fineloop-trainer": set(),
+}
+"""All that each account may do: (verb, group/resource), with =NAME where it is for one object."""
+
+
+def rights(manifests: list[Manifest], account: str) -> set[tuple[str, str]]:
+    """What an account may do in the Kubernetes API."""
+    roles = {role["metadata"]["name"]: role["rules"] for role in of_kind(manifests, "Role", "ClusterRole")}
+    bindings = of_kind(manifests, "RoleBinding", "ClusterRoleBinding")
+    bound = [b["roleRef"]["name"] for b in bindings if any(s["name"] == account for s in b["subjects"])]
+    return {
+        (verb, f"{group}/{resource}{'=' * bool(name)}{name}".lstrip("/"))
+        for role in bound
+        for rule in roles.get(role, [{"verbs": ["?"], "apiGroups": ["?"], "resources": [role]}])
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames", [""])
+    }
+
+
+def accounts_have_their_rights_and_no_other(manifests: list[Manifest]) -> Iterator[str]:
+    """The whole of each account's rights, written down: a new one is a decision."""
+    for account, expected in RIGHTS.items():
+        found = rights(manifests, account)
+        for verb, what in sorted(found - expected):
+            yield f"{account}: may {verb} {what}"
+        for verb, what in sorted(expected - found):
+            yield f"{account}: may not {verb} {what}"
+
+
+def rights_end_at_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
+    """No wildcard, no right in the whole cluster, and nobody of another namespace."""
+    for manifest in of_kind(manifests, "ClusterRole", "ClusterRoleBinding"):
+        yield f"{title(manifest)}: holds in every namespace"
+    for role in of_kind(manifests, "Role"):
+        for rule in role["rules"]:
+            if "*" in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]:
+                yield f"{title(role)}: has a wildcard"
+    accounts = {account["metadata"]["name"] for account in of_kind(manifests, "ServiceAccount")}
+    for binding in of_kind(manifests, "RoleBinding"):
+        for subject in binding["subjects"]:
+            ours = subject["kind"] == "ServiceAccount" and subject.get("namespace") == NAMESPACE
+            if not ours or subject["name"] not in accounts:
+                yield f"{title(binding)}: binds {subject['kind']} {subject['name']}, which is no account of ours"
+
+
+def everything_is_in_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
+    """An object without a namespace lands wherever kubectl happens to point."""
+    for manifest in manifests:
+        found = manifest["metadata"].get("namespace")
+        if found != (None if manifest["kind"] in CLUSTER_KINDS else NAMESPACE):
+            yield f"{title(manifest)}: namespace is {found}"
+
+
+def the_namespace_is_restricted(manifests: list[Manifest]) -> Iterator[str]:
+    """The API server enforces what the policies ask, also for pods that nobody here wrote."""
+    for namespace in of_kind(manifests, "Namespace"):
+        if namespace["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce") != "restricted":
+            yield f"{title(namespace)}: set the label pod-security.kubernetes.io/enforce to restricted"
+    for kind in ("Namespace", "ResourceQuota", "LimitRange"):
+        if not list(of_kind(manifests, kind)):
+            yield f"no {kind}"
+
+
+def the_quota_closes_the_ways_out(manifests: list[Manifest]) -> Iterator[str]:
+    """GPUs are counted, and no Service may put the dashboard on a node's port or on a load balancer."""
+    for quota in of_kind(manifests, "ResourceQuota"):
+        hard = quota["spec"]["hard"]
+        for resource in ("requests.cpu", "requests.memory", "requests.nvidia.com/gpu", "pods"):
+            if resource not in hard:
+                yield f"{title(quota)}: does not count {resource}"
+        for service in ("services.loadbalancers", "services.nodeports"):
+            if hard.get(service) != "0":
+                yield f"{title(quota)}: set {service} to 0"
+
+
+def services_stay_inside(manifests: list[Manifest]) -> Iterator[str]:
+    """Nothing is published: people come through `kubectl port-forward`, which asks who they are."""
+    for service in of_kind(manifests, "Service"):
+        if service["spec"].get("type", "ClusterIP") != "ClusterIP":
+            yield f"{title(service)}: type {service['spec']['type']}"
+    for manifest in of_kind(manifests, "Ingress"):
+        yield f"{title(manifest)}: publishes a service"
+
+
+def promoting_takes_another_role_than_training(manifests: list[Manifest]) -> Iterator[str]:
+    """On AWS: the trainer's role cannot write an alias, so no account may hold both, and no key lies in the cluster."""
+    roles = {
+        account["metadata"]["name"]: account["metadata"].get("annotations", {}).get(ROLE_ARN)
+        for account in of_kind(manifests, "ServiceAccount")
+    }
+    if not any(roles.values()):
+        return
+    for account in ("fineloop-pipeline", "fineloop-trainer"):
+        if not roles.get(account):
+            yield f"{account}: has no role"
+    if roles.get("fineloop-pipeline") == roles.get("fineloop-trainer"):
+        yield "fineloop-trainer: has the promoter's role"
+    for account in roles.keys() - {"fineloop-pipeline", "fineloop-trainer"}:
+        if roles[account] == roles.get("fineloop-pipeline"):
+            yield f"{account}: has the promoter's role"

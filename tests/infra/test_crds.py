@@ -1,0 +1,53 @@
+"""The definitions that `make crds` fetches are those that the manifests are checked against."""
+
+import gzip
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tests.infra import schemas
+from tests.infra.crds import FILES, fetch
+
+CRDS = schemas.crds_folder()
+
+
+def served(folder: Path, body: bytes) -> str:
+    path = folder / "served.yaml"
+    path.write_bytes(body)
+    return path.as_uri()
+
+
+def test_a_definition_is_kept_when_its_sum_is_right(tmp_path: Path) -> None:
+    url = served(tmp_path, b"kind: X\n")
+    fetch(tmp_path / "crds", {url: hashlib.sha256(b"kind: X\n").hexdigest()})
+    assert (tmp_path / "crds" / "served.yaml").read_bytes() == b"kind: X\n"
+
+
+def test_a_definition_with_another_sum_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        fetch(tmp_path / "crds", {served(tmp_path, b"kind: Y\n"): "0" * 64})
+    assert list((tmp_path / "crds").iterdir()) == []
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path: Path) -> None:
+    url, body = served(tmp_path, b"kind: X\n"), b"kind: X\n"
+    files = {url: hashlib.sha256(body).hexdigest()}
+    fetch(tmp_path / "crds", files)
+    (tmp_path / "served.yaml").unlink()
+    fetch(tmp_path / "crds", files)
+
+
+@pytest.mark.skipif(CRDS is None, reason=f"{schemas.VARIABLE} is not set: `make crds` says how")
+@pytest.mark.parametrize("url", FILES)
+def test_the_pinned_sums_are_those_of_the_definitions_in_use(url: str) -> None:
+    assert CRDS is not None
+    plain = CRDS / url.rpartition("/")[2]
+    body = plain.read_bytes() if plain.exists() else gzip.decompress(Path(f"{plain}.gz").read_bytes())
+    assert hashlib.sha256(body).hexdigest() == FILES[url]
+
+
+def test_a_folder_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(schemas.VARIABLE, "/nowhere")
+    with pytest.raises(NotADirectoryError, match="make crds"):
+        schemas.crds_folder()

@@ -1,0 +1,207 @@
+"""Who can reach what in the cluster. The tests ask the evaluator; none reads a policy's text."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.infra.manifests import OVERLAYS, Manifest, of_kind, render_overlay
+from tests.infra.reach import End, address, matches, reaches
+
+RAY = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/part-of": "fineloop"}
+"""KubeRay puts the first two on each of its pods."""
+OPERATOR = {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"}
+STEP = {"pipelines.kubeflow.org/v2_component": "true", "workflows.argoproj.io/workflow": "fineloop-retrain-x7"}
+SERVER = {"application-crd-id": "kubeflow-pipelines", "app": "ml-pipeline"}
+
+ENDS = {
+    end.name: end
+    for end in (
+        End("head", RAY | {"ray.io/node-type": "head", "ray.io/cluster": "one"}),
+        End("worker", RAY | {"ray.io/node-type": "worker", "ray.io/cluster": "one"}),
+        End("experiments", RAY | {"ray.io/node-type": "head", "fineloop.dev/autoscaler": "true"}),
+        End("step", STEP),
+        End("reap", {"app.kubernetes.io/name": "fineloop-reap", "app.kubernetes.io/part-of": "fineloop"}),
+        End("kubeflow", SERVER),
+        End("s3", {"app.kubernetes.io/name": "fineloop-s3", "app.kubernetes.io/part-of": "fineloop"}),
+        End("operator", OPERATOR, namespace="ray-system"),
+        End("prometheus", {"app.kubernetes.io/name": "prometheus"}, namespace="monitoring"),
+        End("neighbour", {"app": "notebook"}),
+        End("stranger", {"app": "web"}, namespace="default"),
+        End("stranger with our labels", RAY | STEP | SERVER, namespace="default"),
+        End("stranger with the operator's labels", OPERATOR, namespace="default"),
+        End("another pod beside the operator", {"app": "web"}, namespace="ray-system"),
+    )
+}
+RAY_PODS = {"head", "worker", "experiments"}
+OUTSIDE = {
+    "metadata server": address("metadata server", "169.254.169.254"),
+    "internet": address("internet", "52.216.8.21"),
+    "Kubernetes API": address("Kubernetes API", "10.96.0.1"),
+    "private network": address("private network", "192.168.7.7"),
+}
+
+TO_PODS = [
+    ("head", 8265, RAY_PODS | {"step", "operator"}),
+    ("head", 6379, RAY_PODS),
+    ("head", 10001, RAY_PODS),
+    ("worker", 8265, RAY_PODS | {"step", "operator"}),
+    ("worker", 10002, RAY_PODS),
+    ("experiments", 8265, RAY_PODS | {"step", "operator"}),
+    ("experiments", 6379, RAY_PODS),
+    ("head", 8080, RAY_PODS | {"prometheus"}),
+    ("kubeflow", 8888, {"kubeflow", "step", "reap"}),
+    ("kubeflow", 8887, {"kubeflow", "step"}),
+    ("kubeflow", 3306, {"kubeflow"}),
+    ("step", 8080, set()),
+    ("reap", 8080, set()),
+    ("neighbour", 8888, set()),
+]
+TO_OUTSIDE = [
+    ("metadata server", 80, set()),
+    ("metadata server", 443, set()),
+    ("internet", 443, RAY_PODS | {"step", "reap", "kubeflow"}),
+    ("internet", 22, set()),
+    ("Kubernetes API", 443, {"experiments", "step", "reap", "kubeflow"}),
+    ("Kubernetes API", 6443, {"experiments", "step", "reap", "kubeflow"}),
+    ("private network", 5432, set()),
+]
+
+
+def who_reaches(manifests: list[Manifest], target: End, port: int) -> set[str]:
+    return {name for name, end in ENDS.items() if name != target.name and reaches(manifests, end, target, port)}
+
+
+def of_ours(names: set[str]) -> set[str]:
+    """Pods of other namespaces leave by their own rules, which are not ours to judge."""
+    return {name for name in names if ENDS[name].namespace == "fineloop"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize(("target", "port", "expected"), TO_PODS)
+def test_a_pod_is_reached_by_these_alone(overlay: str, target: str, port: int, expected: set[str]) -> None:
+    assert who_reaches(render_overlay(overlay), ENDS[target], port) == expected - {target}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize(("target", "port", "expected"), TO_OUTSIDE)
+def test_the_outside_is_reached_by_these_alone(overlay: str, target: str, port: int, expected: set[str]) -> None:
+    assert of_ours(who_reaches(render_overlay(overlay), OUTSIDE[target], port)) == expected
+
+
+def test_the_laptops_store_is_reached_by_steps_and_ray_pods_alone() -> None:
+    manifests = render_overlay("kind")
+    assert who_reaches(manifests, ENDS["s3"], 8333) == RAY_PODS | {"step"}
+    assert who_reaches(manifests, ENDS["s3"], 8888) == set()  # the filer, which asks for no key
+
+
+def test_ones_own_store_is_the_only_private_address_for_ray_pods() -> None:
+    store = address("store", "203.0.113.10")
+    manifests = render_overlay("gpu")
+    assert of_ours(who_reaches(manifests, store, 443)) >= RAY_PODS
+    assert not of_ours(who_reaches(manifests, OUTSIDE["private network"], 443)) & {"head", "worker"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_of_ours_can_look_up_names(overlay: str) -> None:
+    dns = End("dns", {"k8s-app": "kube-dns"}, namespace="kube-system")
+    ours = [end for end in ENDS.values() if end.namespace == "fineloop"]
+    assert all(reaches(render_overlay(overlay), end, dns, 53, "UDP") for end in ours)
+
+
+def policy(manifests: list[Manifest], name: str) -> Manifest:
+    return next(p for p in of_kind(manifests, "NetworkPolicy") if p["metadata"]["name"] == name)
+
+
+def drop_default_deny(manifests: list[Manifest]) -> None:
+    manifests.remove(policy(manifests, "deny-everything"))
+
+
+def forget_the_operators_namespace(manifests: list[Manifest]) -> None:
+    policy(manifests, "ray")["spec"]["ingress"][1]["from"][1]["namespaceSelector"] = {}
+
+
+def forget_the_operators_labels(manifests: list[Manifest]) -> None:
+    del policy(manifests, "ray")["spec"]["ingress"][1]["from"][1]["podSelector"]
+
+
+def let_steps_in_on_every_port(manifests: list[Manifest]) -> None:
+    del policy(manifests, "ray")["spec"]["ingress"][1]["ports"]
+    del policy(manifests, "steps")["spec"]["egress"][0]["ports"]
+
+
+def let_everyone_in(manifests: list[Manifest]) -> None:
+    policy(manifests, "ray")["spec"]["ingress"].append({})
+
+
+def select_heads_alone(manifests: list[Manifest]) -> None:
+    policy(manifests, "ray")["spec"]["podSelector"]["matchLabels"]["ray.io/node-type"] = "head"
+
+
+def open_the_metadata_server(manifests: list[Manifest]) -> None:
+    policy(manifests, "ray")["spec"]["egress"][1] = {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        drop_default_deny,
+        forget_the_operators_namespace,
+        forget_the_operators_labels,
+        let_steps_in_on_every_port,
+        let_everyone_in,
+        select_heads_alone,
+        open_the_metadata_server,
+    ],
+)
+def test_a_hole_changes_an_answer(mutation: Callable[[list[Manifest]], None]) -> None:
+    manifests = render_overlay("aws")
+    mutation(manifests)
+    pods = {(target, port): who_reaches(manifests, ENDS[target], port) for target, port, _ in TO_PODS}
+    outside = {(target, port): of_ours(who_reaches(manifests, OUTSIDE[target], port)) for target, port, _ in TO_OUTSIDE}
+    expected = {(target, port): names - {target} for target, port, names in TO_PODS + TO_OUTSIDE}
+    assert pods | outside != expected
+
+
+A, B = End("a", {"app": "a"}, namespace="x"), End("b", {"app": "b"}, namespace="y")
+
+
+def rule(direction: str, *rules: dict[str, object], namespace: str = "x") -> Manifest:
+    spec = {"podSelector": {}, "policyTypes": [direction], direction.lower(): list(rules)}
+    return {"kind": "NetworkPolicy", "metadata": {"namespace": namespace, "name": "p"}, "spec": spec}
+
+
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        ([], True),
+        ([rule("Egress")], False),
+        ([rule("Ingress")], True),
+        ([rule("Ingress", namespace="y")], False),
+        ([rule("Egress", {})], True),
+        ([rule("Egress"), rule("Egress", {"ports": [{"port": 80}]})], True),
+        ([rule("Egress", {"ports": [{"port": 79, "endPort": 81}]})], True),
+        ([rule("Egress", {"ports": [{"port": 80, "protocol": "UDP"}]})], False),
+        ([rule("Egress", {"to": [{"podSelector": {}}]})], False),  # pods of its own namespace
+        ([rule("Egress", {"to": [{"namespaceSelector": {}}]})], True),
+        ([rule("Egress", {"to": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "a"}}}]})], False),
+        ([rule("Egress", {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]})], True),
+        ([rule("Egress", {"to": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.244.0.0/16"]}}]})], False),
+        ([rule("Egress", {}), rule("Ingress", {"from": [{"podSelector": {}}]}, namespace="y")], False),
+    ],
+)
+def test_the_evaluator_judges_as_kubernetes_does(policies: list[Manifest], expected: bool) -> None:
+    assert reaches(policies, A, B, 80) is expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "expected"),
+    [("In", ["a"], True), ("NotIn", ["a"], False), ("Exists", [], True), ("DoesNotExist", [], False)],
+)
+def test_the_evaluator_knows_every_operator(operator: str, values: list[str], expected: bool) -> None:
+    selector = {"matchExpressions": [{"key": "app", "operator": operator, "values": values}]}
+    assert matches(selector, {"app": "a"}) is expected
+
+
+def test_a_named_port_is_refused_rather_than_guessed() -> None:
+    with pytest.raises(ValueError, match="write the number"):
+        reaches([rule("Egress", {"ports": [{"port": "http"}]})], A, B, 80)
