@@ -45,7 +45,7 @@ PLACEHOLDERS = {
     "0" * 64: "the digest of an image that you pushed, in images/kustomization.yaml",
     "s3.invalid": "the URL of your store, in kustomization.yaml",
     "203.0.113.10": "the address of your store, in s3.yaml",
-    "000000000000": "your AWS account, in roles/kustomization.yaml",
+    "000000000000": "your AWS account, in account/kustomization.yaml",
 }
 """What stands in the committed overlays for something of yours, by reserved names, and what it is."""
 

@@ -1,6 +1,7 @@
 """Who can reach what in the cluster. The tests ask the evaluator; none reads a policy's text."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ ENDS = {
         End("head", RAY | {"ray.io/node-type": "head", "ray.io/cluster": "one"}),
         End("worker", RAY | {"ray.io/node-type": "worker", "ray.io/cluster": "one"}),
         End("experiments", RAY | {"ray.io/node-type": "head", "fineloop.dev/autoscaler": "true"}),
+        End("submitter", {"app.kubernetes.io/component": "ray-submitter", "app.kubernetes.io/part-of": "fineloop"}),
         End("step", STEP),
         End("reap", {"app.kubernetes.io/name": "fineloop-reap", "app.kubernetes.io/part-of": "fineloop"}),
         End("kubeflow", SERVER),
@@ -33,6 +35,7 @@ ENDS = {
     )
 }
 RAY_PODS = {"head", "worker", "experiments"}
+JOBS_API = RAY_PODS | {"step", "submitter", "operator"}
 OUTSIDE = {
     "metadata server": address("metadata server", "169.254.169.254"),
     "internet": address("internet", "52.216.8.21"),
@@ -41,12 +44,12 @@ OUTSIDE = {
 }
 
 TO_PODS = [
-    ("head", 8265, RAY_PODS | {"step", "operator"}),
+    ("head", 8265, JOBS_API),
     ("head", 6379, RAY_PODS),
     ("head", 10001, RAY_PODS),
-    ("worker", 8265, RAY_PODS | {"step", "operator"}),
+    ("worker", 8265, JOBS_API),
     ("worker", 10002, RAY_PODS),
-    ("experiments", 8265, RAY_PODS | {"step", "operator"}),
+    ("experiments", 8265, JOBS_API),
     ("experiments", 6379, RAY_PODS),
     ("head", 8080, RAY_PODS | {"prometheus"}),
     ("kubeflow", 8888, {"kubeflow", "step", "reap"}),
@@ -117,11 +120,11 @@ def drop_default_deny(manifests: list[Manifest]) -> None:
 
 
 def forget_the_operators_namespace(manifests: list[Manifest]) -> None:
-    policy(manifests, "ray")["spec"]["ingress"][1]["from"][1]["namespaceSelector"] = {}
+    policy(manifests, "ray")["spec"]["ingress"][1]["from"][2]["namespaceSelector"] = {}
 
 
 def forget_the_operators_labels(manifests: list[Manifest]) -> None:
-    del policy(manifests, "ray")["spec"]["ingress"][1]["from"][1]["podSelector"]
+    del policy(manifests, "ray")["spec"]["ingress"][1]["from"][2]["podSelector"]
 
 
 def let_steps_in_on_every_port(manifests: list[Manifest]) -> None:
@@ -205,3 +208,17 @@ def test_the_evaluator_knows_every_operator(operator: str, values: list[str], ex
 def test_a_named_port_is_refused_rather_than_guessed() -> None:
     with pytest.raises(ValueError, match="write the number"):
         reaches([rule("Egress", {"ports": [{"port": "http"}]})], A, B, 80)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_our_own_pods_carry_the_labels_that_were_asked_about(overlay: str) -> None:
+    manifests: Any = {manifest["kind"]: manifest.get("spec") for manifest in render_overlay(overlay)}
+    reap = manifests["CronJob"]["jobTemplate"]["spec"]["template"]
+    job, experiments = manifests["RayJob"], manifests["RayCluster"]
+    assert reap["metadata"]["labels"].items() >= ENDS["reap"].labels.items()
+    assert job["submitterPodTemplate"]["metadata"]["labels"].items() >= ENDS["submitter"].labels.items()
+    autoscaled = {"fineloop.dev/autoscaler": "true"}
+    assert experiments["headGroupSpec"]["template"]["metadata"]["labels"].items() >= autoscaled.items()
+    assert not job["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"].items() >= autoscaled.items()
+    if overlay == "kind":
+        assert manifests["Deployment"]["template"]["metadata"]["labels"].items() >= ENDS["s3"].labels.items()

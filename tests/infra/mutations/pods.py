@@ -72,7 +72,7 @@ def a_container_has_no_requests(m: list[Manifest]) -> None:
 
 @breaks(pods.memory_volumes_fit_in_memory)
 def shared_memory_is_all_memory(m: list[Manifest]) -> None:
-    pod(m)["volumes"][1]["emptyDir"]["sizeLimit"] = "48Gi"
+    pod(m)["volumes"][2]["emptyDir"]["sizeLimit"] = "48Gi"
 
 
 @breaks(pods.images_are_pinned, "kind")
@@ -93,6 +93,11 @@ def an_image_has_a_tag_alone(m: list[Manifest]) -> None:
 @breaks(pods.accounts_are_named)
 def a_pod_takes_the_default_account(m: list[Manifest]) -> None:
     del pod(m)["serviceAccountName"]
+
+
+@breaks(pods.accounts_are_named)
+def a_submitter_gets_a_token(m: list[Manifest]) -> None:
+    job(m)["submitterPodTemplate"]["spec"]["automountServiceAccountToken"] = True
 
 
 @breaks(pods.accounts_are_named)

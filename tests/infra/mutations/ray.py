@@ -53,7 +53,7 @@ def an_autoscaled_pod_restarts(m: list[Manifest]) -> None:
 
 @breaks(ray.no_pod_of_kuberays_own_is_refused)
 def the_default_submitter_is_used(m: list[Manifest]) -> None:
-    del job(m)["submissionMode"]
+    del job(m)["submitterPodTemplate"]
 
 
 @breaks(ray.no_pod_of_kuberays_own_is_refused)

@@ -167,7 +167,7 @@ def jobs_fit_in_the_queue(manifests: list[Manifest]) -> Iterator[str]:
     """A job larger than its queue waits for ever; a queue larger than the namespace's quota admits it in vain."""
     nominal = _nominal(manifests)
     for job in of_kind(manifests, "RayJob"):
-        for resource, amount in _requests(job["spec"].get("rayClusterSpec")).items():
+        for resource, amount in _requests(job["spec"]).items():
             if amount > nominal.get(resource, 0):
                 yield f"{title(job)}: asks for {amount} of {resource}, the queue has {nominal.get(resource, 0)}"
     quota = {
@@ -190,12 +190,15 @@ def _nominal(manifests: list[Manifest]) -> dict[str, Decimal]:
     return dict(totals)
 
 
-def _requests(cluster: Mapping[str, Any] | None) -> dict[str, Decimal]:
+def _requests(job: Mapping[str, Any]) -> dict[str, Decimal]:
+    """Of the head, all workers and the submitter, which Kueue admits together."""
+    pods = [(group["template"], group.get("replicas", 1)) for group in groups(job["rayClusterSpec"])]
+    pods += [(job["submitterPodTemplate"], 1)] if "submitterPodTemplate" in job else []
     totals: Counter[str] = Counter()
-    for group in groups(cluster) if cluster else []:
-        for container in group["template"]["spec"].get("containers", []):
+    for template, replicas in pods:
+        for container in template["spec"].get("containers", []):
             for resource, amount in container.get("resources", {}).get("requests", {}).items():
-                totals[resource] += parse_quantity(amount) * group.get("replicas", 1)
+                totals[resource] += parse_quantity(amount) * replicas
     return dict(totals)
 
 
