@@ -17,6 +17,7 @@ POLICIES: tuple[Policy, ...] = (
     pods.pods_do_not_run_as_root,
     pods.pods_have_no_privileges,
     pods.root_filesystems_are_read_only,
+    pods.volumes_cannot_fill_the_node,
     pods.containers_ask_for_what_they_take,
     pods.memory_volumes_fit_in_memory,
     pods.images_are_pinned,

@@ -55,7 +55,7 @@ def a_root_filesystem_is_writable(m: list[Manifest]) -> None:
     container(m)["securityContext"]["readOnlyRootFilesystem"] = False
 
 
-@breaks(pods.root_filesystems_are_read_only)
+@breaks(pods.volumes_cannot_fill_the_node)
 def a_volume_may_fill_the_node(m: list[Manifest]) -> None:
     pod(m)["volumes"][0]["emptyDir"] = {}
 

@@ -89,10 +89,14 @@ def pods_have_no_privileges(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def root_filesystems_are_read_only(manifests: list[Manifest]) -> Iterator[str]:
-    """What a process may write is a volume with a limit, so that it cannot fill the node's disk."""
+    """What a process may write is a volume: it cannot change the code that runs."""
     for where, container in containers(manifests):
         if container.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
             yield f"{where}: set readOnlyRootFilesystem"
+
+
+def volumes_cannot_fill_the_node(manifests: list[Manifest]) -> Iterator[str]:
+    """A full disk evicts the neighbours too."""
     for pod in pods(manifests):
         for volume in pod.spec.get("volumes", []):
             if "emptyDir" in volume and "sizeLimit" not in (volume["emptyDir"] or {}):
