@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra import schemas
+from tests.infra import crds, schemas
 from tests.infra.crds import FILES, fetch
 
 CRDS = schemas.crds_folder()
@@ -51,3 +51,22 @@ def test_a_folder_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(schemas.VARIABLE, "/nowhere")
     with pytest.raises(NotADirectoryError, match="make crds"):
         schemas.crds_folder()
+
+
+def test_make_crds_prints_the_line_to_paste(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = b"kind: X\n"
+    monkeypatch.setattr(crds, "FILES", {served(tmp_path, body): hashlib.sha256(body).hexdigest()})
+    monkeypatch.setattr(crds, "FOLDER", tmp_path / "crds")
+    assert crds.main() == 0
+    assert capsys.readouterr().out == f"export FINELOOP_CRDS={tmp_path / 'crds'}\n"
+
+
+def test_make_crds_says_what_cannot_be_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(crds, "FILES", {(tmp_path / "none.yaml").as_uri(): "0" * 64})
+    monkeypatch.setattr(crds, "FOLDER", tmp_path / "crds")
+    assert crds.main() == 1
+    assert "none.yaml" in capsys.readouterr().err

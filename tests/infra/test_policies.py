@@ -47,7 +47,8 @@ KUBERAY = {
     "activeDeadlineSeconds must": {"activeDeadlineSeconds": 0},
     "preRunningDeadlineSeconds must": {"preRunningDeadlineSeconds": 0},
     "backoffLimit is negative": {"backoffLimit": -1},
-    "runtimeEnvYAML": {"runtimeEnvYAML": "- pip"},
+    "runtimeEnvYAML is": {"runtimeEnvYAML": "- pip"},
+    "runtimeEnvYAML": {"runtimeEnvYAML": "pip: ["},
 }
 
 

@@ -46,6 +46,11 @@ def a_folder_of_the_node_is_mounted(m: list[Manifest]) -> None:
 
 
 @breaks(pods.pods_have_no_privileges)
+def a_port_of_the_node_is_taken(m: list[Manifest]) -> None:
+    container(m)["ports"] = [{"containerPort": 8265, "hostPort": 8265}]
+
+
+@breaks(pods.pods_have_no_privileges)
 def the_autoscaler_may_gain_privileges(m: list[Manifest]) -> None:
     del cluster(m)["autoscalerOptions"]["securityContext"]
 
@@ -138,6 +143,16 @@ def a_config_map_is_misspelt(m: list[Manifest]) -> None:
 @breaks(pods.what_pods_refer_to_exists)
 def a_secret_is_nobodys(m: list[Manifest]) -> None:
     container(m)["envFrom"][1]["secretRef"]["name"] = "fineloop-s4"
+
+
+@breaks(pods.what_pods_refer_to_exists)
+def a_mounted_secret_is_nobodys(m: list[Manifest]) -> None:
+    pod(m)["volumes"].append({"name": "key", "secret": {"secretName": "somebodys"}})
+
+
+@breaks(pods.what_pods_refer_to_exists)
+def a_mounted_config_map_is_nobodys(m: list[Manifest]) -> None:
+    pod(m)["volumes"].append({"name": "config", "configMap": {"name": "somebodys"}})
 
 
 @breaks(pods.what_pods_refer_to_exists)

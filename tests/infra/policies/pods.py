@@ -12,6 +12,7 @@ from tests.infra.manifests import Manifest, of_kind, title
 
 GPU = "nvidia.com/gpu"
 SECRETS_MADE_BY_HAND = {"fineloop-s3", "fineloop-ray"}
+VOLUMES = {"configMap", "downwardAPI", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 _CREDENTIAL_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 _CREDENTIAL = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY")
@@ -78,14 +79,16 @@ def pods_have_no_privileges(manifests: list[Manifest]) -> Iterator[str]:
             if pod.spec.get(shared):
                 yield f"{pod.where}: {shared} shares the node's"
         for volume in pod.spec.get("volumes", []):
-            if "hostPath" in volume:
-                yield f"{pod.where}: volume {volume['name']} is a folder of the node"
+            if not volume.keys() - {"name"} <= VOLUMES:
+                yield f"{pod.where}: volume {volume['name']} is none of {sorted(VOLUMES)}"
     for where, container in containers(manifests):
         context = container.get("securityContext", {})
         if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
             yield f"{where}: set allowPrivilegeEscalation to false and drop privileged"
         if context.get("capabilities") != {"drop": ["ALL"]}:
             yield f"{where}: drop all capabilities and add none"
+        if any("hostPort" in port for port in container.get("ports", [])):
+            yield f"{where}: takes a port of the node"
 
 
 def root_filesystems_are_read_only(manifests: list[Manifest]) -> Iterator[str]:
