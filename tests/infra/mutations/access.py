@@ -18,7 +18,7 @@ def a_step_may_enter_pods(m: list[Manifest]) -> None:
 
 @breaks(access.accounts_have_their_rights_and_no_other)
 def a_step_may_read_every_secret(m: list[Manifest]) -> None:
-    del the(m, "Role", "fineloop-kubeflow-run")["rules"][4]["resourceNames"]
+    del the(m, "Role", "fineloop-kubeflow-run")["rules"][2]["resourceNames"]
 
 
 @breaks(access.accounts_have_their_rights_and_no_other)

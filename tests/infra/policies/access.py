@@ -16,8 +16,6 @@ RIGHTS = {
         *((verb, "pods/log") for verb in _READ),
         # Argo's and Kubeflow's own.
         *((verb, "argoproj.io/workflowtaskresults") for verb in ("create", "patch")),
-        *((verb, "argoproj.io/workflowtasksets") for verb in _READ),
-        ("patch", "argoproj.io/workflowtasksets/status"),
         ("get", "configmaps=kfp-launcher"),
         ("get", "secrets=mlpipeline-minio-artifact"),
     },
