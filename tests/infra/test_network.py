@@ -56,6 +56,7 @@ TO_PODS = [
     ("kubeflow", 8888, {"kubeflow", "step", "reap"}),
     ("kubeflow", 8887, {"kubeflow", "step"}),
     ("kubeflow", 3306, {"kubeflow"}),
+    ("kubeflow", 9090, {"kubeflow", "prometheus"}),
     ("kubeflow elsewhere", 8888, {"step", "reap"}),
     ("kubeflow elsewhere", 3306, set()),
     ("step", 8080, set()),
