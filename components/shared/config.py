@@ -9,24 +9,17 @@ import json
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from components.shared.gpus import GpuName
 from components.shared.legality import Cell, nearest_legal, refusals
 from components.shared.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
+from components.shared.ray_config import RayConfig
+from components.shared.section import Section
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["loss", "perplexity", "exact_match", "token_f1"]
 LimitedMetric = Literal["loss", "perplexity", "exact_match", "token_f1", "prompt_gain"]
-
-
-class Section(BaseModel):
-    """Frozen, strict about types, and closed: a key nobody reads is a mistake, not a comment."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class AdapterConfig(Section):
@@ -165,25 +158,6 @@ class TrainConfig(Section):
     """Steps between resumable checkpoints; 0 writes none."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
-
-
-class RayConfig(Section):
-    """The Ray Train workers."""
-
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Worker processes, one per GPU where GPUs are used."""
-    use_gpu: bool = False
-    """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
-    gpu: GpuName | None = None
-    """The GPU to plan for, when use_gpu is on; absent means the one that the cluster turns out to have."""
-    gpu_price_per_hour: Annotated[float, Field(ge=0)] | None = None
-    """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    """CPU cores reserved for each worker."""
-    max_failures: Annotated[int, Field(ge=0)] = 1
-    """How often lost workers are started again from the newest checkpoint."""
-    timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """Deadline of one Ray job; it is stopped when it runs past it."""
 
 
 class EvaluateConfig(Section):

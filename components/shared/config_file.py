@@ -107,6 +107,10 @@ def _explain(error: Any) -> str:
     name = _path(where)
     if kind == "extra_forbidden":
         return f"unknown key {name}: {_nearest(where, _section_at(where[:-1]))}"
+    if kind == "union_tag_not_found":
+        return f"{name}.kind is required: {_kinds(where)}"
+    if kind == "union_tag_invalid":
+        return f"{name}.kind = {error['ctx']['tag']!r}: expected {_kinds(where)}"
     if kind == "missing" and section:
         return f"section [{name}] is missing: it needs {', '.join(_required(section))}"
     if kind == "missing":
@@ -137,21 +141,28 @@ def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] |
 
 def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
     """What an unknown key may stand for: its namesake in another section, or else a like key in this one."""
-    unknown, prefix = str(where[-1]), list(map(str, where[:-1]))
+    unknown, prefix = str(where[-1]), _path(where[:-1])
+    variants = _variants_at(where[:-2])
+    others = [tag for tag, other in variants.items() if unknown in other.model_fields and other is not section]
+    if others:
+        return f'it belongs to {_path(where[:-2])}.kind = "{others[0]}", and this is kind = "{where[-2]}"'
     meant = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == unknown]
     if not meant:
         near = difflib.get_close_matches(unknown, section.model_fields, n=1)
-        meant = [".".join([*prefix, key]) for key in near]
+        meant = [f"{prefix}.{key}" if prefix else key for key in near]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(section.model_fields)}"
 
 
 def _path(where: Sequence[str | int]) -> str:
     """The key at a location, dotted; pydantic tells of each branch of a union, and people know of none."""
-    for depth in range(1, len(where)):
+    parts: list[str] = []
+    for depth, part in enumerate(where):
         field = _located(where[:depth])[0]
         if field and field.annotation == STRINGS:
-            return ".".join(map(str, where[:depth]))
-    return ".".join(map(str, where))
+            break
+        if part not in _variants(field):
+            parts.append(str(part))
+    return ".".join(parts)
 
 
 def _located(where: Sequence[str | int]) -> tuple[FieldInfo | None, type[BaseModel] | None]:
@@ -159,10 +170,27 @@ def _located(where: Sequence[str | int]) -> tuple[FieldInfo | None, type[BaseMod
     field: FieldInfo | None = None
     section: type[BaseModel] | None = RunConfig
     for part in where:
-        if isinstance(part, str) and section:
+        if part in _variants(field):
+            section, field = _variants(field)[str(part)], None
+        elif isinstance(part, str) and section:
             field = section.model_fields.get(part)
             section = _held(field) if field else None
     return field, section
+
+
+def _variants(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
+    """The members of a tagged union by their tag; none for any other field."""
+    if not field or not field.discriminator:
+        return {}
+    return {get_args(member.model_fields["kind"].annotation)[0]: member for member in get_args(field.annotation)}
+
+
+def _variants_at(where: Sequence[str | int]) -> dict[str, type[BaseModel]]:
+    return _variants(_located(where)[0]) if where else {}
+
+
+def _kinds(where: Sequence[str | int]) -> str:
+    return " or ".join(_variants_at(where))
 
 
 def _section_at(where: Sequence[str | int]) -> type[BaseModel]:
@@ -181,8 +209,11 @@ def _required(section: type[BaseModel]) -> list[str]:
 
 
 def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key below a section that is not inside a list, dotted."""
+    """Every key below a section that is not inside a list, dotted; of a tagged union the keys of all members."""
     for name, field in section.model_fields.items():
         yield prefix + name
+        held = [*_variants(field).values()]
         if field.annotation is (inner := _held(field)) and inner:
-            yield from _paths(inner, f"{prefix}{name}.")
+            held = [inner]
+        for below in held:
+            yield from _paths(below, f"{prefix}{name}.")

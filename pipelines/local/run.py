@@ -58,12 +58,13 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     try:
         display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
-        with ground(place.home, bucket=config.registry.bucket, ray=not place.address) as environment:
+        needs_head = config.ray.cluster.kind == "jobs-api" and not place.address
+        with ground(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
             ground_s = time.monotonic() - began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
             with _in_environment(environment):
-                _execute(what, run_id, folder, environment, place, display)
+                _execute(what, run_id, config, folder, environment, place, display)
                 display.close()
                 return _read(what, config, run_id, folder, ground_s=ground_s, began=began)
     except BaseException:
@@ -72,7 +73,13 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
 
 
 def _execute(
-    what: What, run_id: str, folder: Path, environment: Mapping[str, str], place: Place, display: Display
+    what: What,
+    run_id: str,
+    config: RunConfig,
+    folder: Path,
+    environment: Mapping[str, str],
+    place: Place,
+    display: Display,
 ) -> None:
     log_path = folder / "pipeline.log"
     try:
@@ -90,7 +97,7 @@ def _execute(
             on_text=(lambda text: print(text, file=place.terminal)) if place.verbose else None,
         )
     except BaseException:
-        _stop_jobs(run_id)
+        _stop_jobs(config, run_id)
         raise
     _raise_failure(ended, log_path)
 
@@ -118,12 +125,12 @@ def _read(what: What, config: RunConfig, run_id: str, folder: Path, *, ground_s:
         raise error from exc
 
 
-def _stop_jobs(run_id: str) -> None:
+def _stop_jobs(config: RunConfig, run_id: str) -> None:
     """Stop what the run left on the cluster; a step that was killed at once had no time to."""
     from components.shared.ray_submit import stop_run
 
     with contextlib.suppress(FineloopError):
-        stop_run(run_id)
+        stop_run(run_id, config.ray)
 
 
 @contextlib.contextmanager

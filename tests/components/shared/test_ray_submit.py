@@ -1,4 +1,4 @@
-"""Against a double of the Jobs API in every run, and against a real Ray head with `-m e2e`."""
+"""One set of rules for every way to a cluster: against doubles in every run, against a real Ray head with `-m e2e`."""
 
 import io
 import os
@@ -6,44 +6,83 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from components.shared.errors import Conflict, DataError, JobError, UserError
-from components.shared.ray_submit import Job, stop_run, submit_and_wait
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig, RayJobCluster
+from components.shared.ray_submit import connect, stop_run, submit_and_wait
 from pipelines.local.ground import ground
 from pipelines.local.seaweedfs import Endpoint
 from tests.jobs_api import TOKEN, JobsApi
+from tests.kubernetes.api import KubernetesDouble
+from tests.kubernetes.operator import Operator
 
 POLL_S = 0.05
 
 
-@pytest.fixture(scope="module", params=["double", pytest.param("ray", marks=pytest.mark.e2e)])
+@dataclass
+class Cluster:
+    """The environment holds what its client needs."""
+
+    ray: RayConfig
+    status_of: Callable[[str], str]
+
+    def submit(self, job: Job, output: io.StringIO | None = None) -> str:
+        return submit_and_wait(job, self.ray, output=output or io.StringIO(), poll_s=POLL_S)
+
+    def job_id(self, job: Job, attempt: int = 1) -> str:
+        return connect(self.ray).job_id(job, attempt)
+
+    def is_stopped(self, job: Job) -> bool:
+        """A RayJob's cluster goes a moment after the RayJob."""
+        deadline = time.monotonic() + 5
+        while (found := self.status_of(self.job_id(job))) != "STOPPED" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found == "STOPPED"
+
+
+@pytest.fixture(scope="module", params=["jobs-api", "rayjob", pytest.param("ray", marks=pytest.mark.e2e)])
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, s3_server: Endpoint
-) -> Iterator[str]:
-    """The address of a Jobs API; the environment holds what its client needs."""
+) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path.cwd())}
     with pytest.MonkeyPatch.context() as patch:
-        # A process keeps the token that it used first, so both kinds take the same.
+        # A process keeps the token that it used first, so all kinds take the same.
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
-        if request.param == "double":
-            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            api = JobsApi(directory, {"PATH": path, "PYTHONPATH": str(Path.cwd())}, token=TOKEN)
-            patch.setenv("RAY_ADDRESS", api.address)
-            yield api.address
+        patch.delenv("RAY_ADDRESS", raising=False)
+        if request.param == "jobs-api":
+            jobs = JobsApi(directory, environment, token=TOKEN)
+            patch.setenv("RAY_ADDRESS", jobs.address)
+            yield Cluster(RayConfig(), lambda job_id: jobs.jobs[job_id].status)
+            jobs.close()
+        elif request.param == "rayjob":
+            api = KubernetesDouble()
+            operator = Operator(api, directory, environment)
+            patch.setenv("KUBECONFIG", str(api.kubeconfig(directory / "kubeconfig")))
+            ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
+            yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
+            operator.close()
             api.close()
         else:
-            patch.delenv("RAY_ADDRESS", raising=False)
             (directory / "ray").mkdir()
             (directory / "ray" / "token").write_text(TOKEN)
             with ground(directory, bucket=s3_server.bucket) as environment:
                 for name, value in environment.items():
                     patch.setenv(name, value)
-                yield environment["RAY_ADDRESS"]
+                yield Cluster(RayConfig(), lambda job_id: ray_status(environment["RAY_ADDRESS"], job_id))
+
+
+def ray_status(address: str, submission_id: str) -> str:
+    from ray.job_submission import JobSubmissionClient
+
+    return str(JobSubmissionClient(address).get_job_status(submission_id).value)
 
 
 @pytest.fixture
@@ -59,12 +98,6 @@ def job(run_id: str, code: str, *arguments: str, timeout_s: float = 60) -> Job:
     return Job(run_id=run_id, task="finetune", command=python(code, *arguments), timeout_s=timeout_s)
 
 
-def status(address: str, submission_id: str) -> str:
-    from ray.job_submission import JobSubmissionClient
-
-    return str(JobSubmissionClient(address).get_job_status(submission_id).value)
-
-
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 30
     while not path.exists():
@@ -72,28 +105,26 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_success_returns_the_first_attempt_and_copies_the_log(cluster: str, run_id: str) -> None:
+def test_success_returns_the_first_attempt_and_copies_the_log(cluster: Cluster, run_id: str) -> None:
     output = io.StringIO()
 
-    submission_id = submit_and_wait(
-        job(run_id, "print('[finetune] one'); print('last', end='')"), output=output, poll_s=POLL_S
-    )
+    submission_id = cluster.submit(job(run_id, "print('[finetune] one'); print('last', end='')"), output)
 
-    assert submission_id == f"fineloop-{run_id}-finetune-1"
+    assert submission_id == cluster.job_id(job(run_id, "pass"), 1)
     assert "[finetune] one\nlast\n" in output.getvalue()
-    assert status(cluster, submission_id) == "SUCCEEDED"
+    assert cluster.status_of(submission_id) == "SUCCEEDED"
 
 
-def test_arguments_reach_the_entry_point_whatever_they_hold(cluster: str, run_id: str) -> None:
+def test_arguments_reach_the_entry_point_whatever_they_hold(cluster: Cluster, run_id: str) -> None:
     awkward = ["it's", 'a "quoted" word', "$HOME; rm -rf x", "two\nlines", ""]
     output = io.StringIO()
 
-    submit_and_wait(job(run_id, "import sys; print(repr(sys.argv[1:]))", *awkward), output=output, poll_s=POLL_S)
+    cluster.submit(job(run_id, "import sys; print(repr(sys.argv[1:]))", *awkward), output)
 
     assert repr(awkward) in output.getvalue()
 
 
-def test_the_log_comes_while_the_job_runs(cluster: str, run_id: str, tmp_path: Path) -> None:
+def test_the_log_comes_while_the_job_runs(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     class Told(io.StringIO):
         def write(self, text: str) -> int:
             if "[finetune] 1/2" in text:
@@ -104,12 +135,12 @@ def test_the_log_comes_while_the_job_runs(cluster: str, run_id: str, tmp_path: P
         "import pathlib, sys, time\nprint('[finetune] 1/2')\n"
         "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.02)\n"
     )
-    submit_and_wait(job(run_id, code, str(tmp_path / "seen")), output=Told(), poll_s=POLL_S)
+    cluster.submit(job(run_id, code, str(tmp_path / "seen")), Told())
 
 
 @pytest.mark.parametrize("kind", [DataError, Conflict])
 def test_a_failure_comes_back_as_the_error_that_the_job_raised(
-    cluster: str, run_id: str, kind: type[Exception]
+    cluster: Cluster, run_id: str, kind: type[Exception]
 ) -> None:
     code = (
         "import sys\nfrom components.shared import errors\nfrom components.shared.step import say_failure\n"
@@ -118,36 +149,34 @@ def test_a_failure_comes_back_as_the_error_that_the_job_raised(
     )
 
     with pytest.raises(kind) as caught:
-        submit_and_wait(job(run_id, code), output=io.StringIO(), poll_s=POLL_S)
+        cluster.submit(job(run_id, code))
 
     assert type(caught.value) is kind
     assert str(caught.value) == 'data.source is empty: it\'s "nothing"\nat all'
 
 
-def test_a_job_that_dies_without_a_word_shows_its_last_lines(cluster: str, run_id: str) -> None:
+def test_a_job_that_dies_without_a_word_shows_its_last_lines(cluster: Cluster, run_id: str) -> None:
     with pytest.raises(JobError, match=r"(?s)exit code 9.*\n  CUDA out of memory$"):
-        submit_and_wait(
-            job(run_id, "print('CUDA out of memory'); raise SystemExit(9)"), output=io.StringIO(), poll_s=POLL_S
-        )
+        cluster.submit(job(run_id, "print('CUDA out of memory'); raise SystemExit(9)"))
 
 
-def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluster: str, run_id: str) -> None:
+def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluster: Cluster, run_id: str) -> None:
     with pytest.raises(JobError):
-        submit_and_wait(job(run_id, "print('attempt one'); raise SystemExit(9)"), output=io.StringIO(), poll_s=POLL_S)
+        cluster.submit(job(run_id, "print('attempt one'); raise SystemExit(9)"))
     output = io.StringIO()
 
-    submission_id = submit_and_wait(job(run_id, "print('attempt two')"), output=output, poll_s=POLL_S)
+    submission_id = cluster.submit(job(run_id, "print('attempt two')"), output)
 
-    assert submission_id.endswith("-finetune-2")
+    assert submission_id.endswith("-2")
     assert "attempt one" not in output.getvalue()
 
 
-def test_a_success_is_reused_and_not_run_again(cluster: str, run_id: str, tmp_path: Path) -> None:
+def test_a_success_is_reused_and_not_run_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     count = tmp_path / "count"
     counting = job(run_id, "import sys; open(sys.argv[1], 'a').write('x')", str(count))
 
-    first = submit_and_wait(counting, output=io.StringIO(), poll_s=POLL_S)
-    second = submit_and_wait(counting, output=io.StringIO(), poll_s=POLL_S)
+    first = cluster.submit(counting)
+    second = cluster.submit(counting)
 
     assert first == second
     assert count.read_text() == "x"
@@ -157,67 +186,75 @@ WAITING = (
     "import pathlib, sys, time\nprint('[finetune] waiting'); pathlib.Path(sys.argv[1], 'up').touch()\n"
     "while not pathlib.Path(sys.argv[1], 'go').exists(): time.sleep(0.02)\nprint('[finetune] went')\n"
 )
-SUBMITTING = (
-    "import sys\nfrom components.shared.ray_submit import Job, submit_and_wait\n"
-    "job = Job(run_id=sys.argv[1], task='finetune', command=tuple(sys.argv[2:]), timeout_s=60)\n"
-    "submit_and_wait(job, poll_s=0.05)\n"
-)
+SUBMITTING = """
+import os, sys
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig
+from components.shared.ray_submit import submit_and_wait
+job = Job(run_id=sys.argv[1], task='finetune', command=tuple(sys.argv[3:]), timeout_s=60)
+submit_and_wait(job, RayConfig.model_validate_json(sys.argv[2]), poll_s=0.05)
+"""
 
 
-def test_a_step_killed_outright_finds_its_running_job_again(cluster: str, run_id: str, tmp_path: Path) -> None:
+def submitting(job: Job, ray: RayConfig | None = None) -> list[str]:
+    """A step in a process of its own."""
+    return [sys.executable, "-c", SUBMITTING, job.run_id, (ray or RayConfig()).model_dump_json(), *job.command]
+
+
+def test_a_step_killed_outright_finds_its_running_job_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     waiting = job(run_id, WAITING, str(tmp_path))
-    first = subprocess.Popen([sys.executable, "-c", SUBMITTING, run_id, *waiting.command])
+    first = subprocess.Popen(submitting(waiting, cluster.ray))
     wait_for(tmp_path / "up")
     first.kill()
     first.wait()
 
     output = io.StringIO()
     (tmp_path / "go").touch()
-    submission_id = submit_and_wait(waiting, output=output, poll_s=POLL_S)
+    submission_id = cluster.submit(waiting, output)
 
-    assert submission_id.endswith("-finetune-1")
+    assert submission_id.endswith("-1")
     assert "[finetune] waiting\n" in output.getvalue()
     assert "[finetune] went\n" in output.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_job_before_the_step_ends(
-    cluster: str, run_id: str, tmp_path: Path, number: signal.Signals
+    cluster: Cluster, run_id: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     waiting = job(run_id, WAITING, str(tmp_path))
-    step = subprocess.Popen([sys.executable, "-c", SUBMITTING, run_id, *waiting.command], stderr=subprocess.PIPE)
+    step = subprocess.Popen(submitting(waiting, cluster.ray), stderr=subprocess.PIPE)
     wait_for(tmp_path / "up")
 
     step.send_signal(number)
     step.communicate(timeout=15)
 
     assert step.returncode != 0
-    assert status(cluster, f"{waiting.name}-1") == "STOPPED"
+    assert cluster.is_stopped(waiting)
 
 
-def test_a_job_past_its_deadline_is_stopped_and_the_field_named(cluster: str, run_id: str, tmp_path: Path) -> None:
+def test_a_job_past_its_deadline_is_stopped_and_the_field_named(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     waiting = job(run_id, WAITING, str(tmp_path), timeout_s=0.5)
 
     with pytest.raises(JobError, match="ray\\.timeout_s"):
-        submit_and_wait(waiting, output=io.StringIO(), poll_s=POLL_S)
+        cluster.submit(waiting)
 
-    assert status(cluster, f"{waiting.name}-1") == "STOPPED"
+    assert cluster.is_stopped(waiting)
 
 
-def test_stop_run_stops_the_runs_jobs_and_no_others(cluster: str, run_id: str, tmp_path: Path) -> None:
+def test_stop_run_stops_the_runs_jobs_and_no_others(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     started = []
     for name in (run_id, f"{run_id}x"):
         folder = tmp_path / name
         folder.mkdir()
-        command = job(name, WAITING, str(folder)).command
-        started.append(subprocess.Popen([sys.executable, "-c", SUBMITTING, name, *command], stderr=subprocess.PIPE))
+        step = submitting(job(name, WAITING, str(folder)), cluster.ray)
+        started.append(subprocess.Popen(step, stderr=subprocess.PIPE))
         wait_for(folder / "up")
 
-    assert stop_run(run_id) == [f"fineloop-{run_id}-finetune-1"]
+    assert stop_run(run_id, cluster.ray) == [cluster.job_id(job(run_id, "pass"))]
 
     _, errors = started[0].communicate(timeout=15)
     assert b"was stopped by someone else" in errors
-    assert status(cluster, f"fineloop-{run_id}x-finetune-1") == "RUNNING"
+    assert cluster.status_of(cluster.job_id(job(f"{run_id}x", "pass"))) == "RUNNING"
     (tmp_path / f"{run_id}x" / "go").touch()
     started[1].communicate(timeout=15)
     assert started[1].returncode == 0
@@ -243,7 +280,7 @@ def test_a_missing_token_says_which_variables_to_set(tmp_path: Path) -> None:
     api = JobsApi(tmp_path, token=TOKEN)
     try:
         step = subprocess.run(
-            [sys.executable, "-c", SUBMITTING, "r", "true"],
+            submitting(job("r", "pass")),
             env={**os.environ, "RAY_ADDRESS": api.address, "RAY_AUTH_MODE": "disabled"},
             capture_output=True,
             text=True,

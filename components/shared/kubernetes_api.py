@@ -1,0 +1,281 @@
+"""The Kubernetes API for RayJobs: how to reach it, what its refusals mean, and a watch that outlives what breaks it."""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.shared.errors import JobError, UserError
+from components.shared.ray_backend import UNREACHABLE_S
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Resource = dict[str, Any]
+
+GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
+SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""What Kubernetes mounts into every pod that may talk to its API."""
+CALL_S = 10.0
+QUICK_S = 1.0
+_TRANSIENT = (0, 429, 500, 502, 503, 504)
+_DENIED = re.compile(r'User "([^"]+)" cannot (\w+) resource "([^"]+)"')
+
+
+class KubernetesApi:
+    """RayJobs and pods of one namespace."""
+
+    def __init__(self, namespace: str = "") -> None:
+        """Connect: inside a pod by its service account, elsewhere by KUBECONFIG or ~/.kube/config.
+
+        Args:
+            namespace: where the RayJobs live; empty means the pod's own, or the kubeconfig context's.
+
+        Raises:
+            UserError: there is no way to an API server, or no namespace.
+        """
+        from kubernetes import client
+
+        configuration, context_namespace = _configuration()
+        configuration.retries = False  # `call` asks again, and knows for how long
+        self.namespace = namespace or own_namespace() or context_namespace
+        if not self.namespace:
+            raise UserError(
+                "ray.cluster.namespace is empty, and neither a pod nor the kubeconfig's context has one: set it"
+            )
+        api_client = client.ApiClient(configuration)
+        self._objects, self._core = client.CustomObjectsApi(api_client), client.CoreV1Api(api_client)
+        self._where = (GROUP, VERSION, self.namespace, PLURAL)
+
+    def create(self, body: Resource) -> bool:
+        """Create a RayJob; False when one of that name exists."""
+
+        def create() -> bool:
+            from kubernetes.client import ApiException
+
+            try:
+                self._objects.create_namespaced_custom_object(*self._where, body, _request_timeout=CALL_S)
+            except ApiException as exc:
+                if exc.status == 409:
+                    return False
+                raise
+            return True
+
+        # Asked again after an answer that got lost, it is refused as a duplicate: that is False as well.
+        return self.call(f"create RayJob {body['metadata']['name']}", create, UNREACHABLE_S)
+
+    def list(self, labels: dict[str, str], *, name: str = "") -> tuple[list[Resource], str]:
+        """The RayJobs with these labels, or of this name, and the version of the list."""
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        found = self.call(
+            "list RayJobs",
+            lambda: self._objects.list_namespaced_custom_object(
+                *self._where, label_selector=selector, field_selector=_by_name(name), _request_timeout=CALL_S
+            ),
+            UNREACHABLE_S,
+        )
+        return found["items"], found["metadata"]["resourceVersion"]
+
+    def events(self, name: str, version: str, seconds: int) -> Any:
+        """What happens to a RayJob after a version, for at most `seconds`: raw events, bookmarks among them."""
+        from kubernetes.watch import Watch
+
+        return Watch().stream(
+            self._objects.list_namespaced_custom_object,
+            *self._where,
+            field_selector=_by_name(name),
+            resource_version=version,
+            allow_watch_bookmarks=True,
+            timeout_seconds=seconds,
+            _request_timeout=(CALL_S, seconds + CALL_S),
+        )
+
+    def patch(self, name: str, body: Resource) -> None:
+        """Merge `body` into a RayJob."""
+        self.call(
+            f"patch RayJob {name}",
+            lambda: self._objects.patch_namespaced_custom_object(*self._where, name, body, _request_timeout=CALL_S),
+        )
+
+    def delete(self, name: str, *, timeout_s: float = CALL_S) -> bool:
+        """Have a RayJob, its cluster and its pods deleted; False when there is none of that name."""
+
+        def delete() -> bool:
+            from kubernetes.client import ApiException
+
+            try:
+                self._objects.delete_namespaced_custom_object(
+                    *self._where, name, propagation_policy="Background", _request_timeout=timeout_s
+                )
+            except ApiException as exc:
+                if exc.status == 404:
+                    return False
+                raise
+            return True
+
+        return self.call(f"delete RayJob {name}", delete)
+
+    def pod_log(self, labels: dict[str, str]) -> str | None:
+        """The whole log of the newest pod with these labels; None when there is none, or it has not begun."""
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        pods = self.call(
+            "list pods",
+            lambda: self._core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=CALL_S),
+        ).items
+        if not pods:
+            return None
+        newest = max(pods, key=lambda pod: str(pod.metadata.creation_timestamp or ""))
+        response = self.call(
+            f"read the log of pod {newest.metadata.name}",
+            lambda: self._core.read_namespaced_pod_log(
+                newest.metadata.name, self.namespace, _preload_content=False, _request_timeout=CALL_S
+            ),
+        )
+        return str(response.data.decode("utf-8", errors="replace"))
+
+    def call(self, what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
+        """Ask the API server; what may pass is asked again for `patience_s`.
+
+        Raises:
+            JobError: it did not answer, or refused: says what is missing.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return call()
+            except (ApiException, HTTPError, OSError) as exc:
+                may_pass = not isinstance(exc, ApiException) or exc.status in _TRANSIENT
+                if not may_pass or time.monotonic() >= deadline:
+                    raise self.refusal(what, exc) from exc
+                time.sleep(0.5)
+
+    def refusal(self, what: str, error: Exception) -> JobError:
+        """Say what an answer of the API server means and what to do about it."""
+        status, told = getattr(error, "status", None), _told(error)
+        denied = _DENIED.search(told.get("message", ""))
+        if denied:
+            user, verb, resource = denied.groups()
+            return JobError(
+                f"could not {what}: {_account(user)} may not {verb} {resource} in namespace {self.namespace}: "
+                "apply the Role in infra/rbac (kubectl apply -k infra/rbac)"
+            )
+        if status == 401:
+            return JobError(f"could not {what}: the Kubernetes API does not accept our credentials (401 Unauthorized)")
+        if status == 404 and not told.get("details", {}).get("name"):  # with a name, it is the object that is missing
+            return JobError(f"could not {what}: KubeRay is not installed: the cluster knows no {PLURAL}.{GROUP}")
+        causes = told.get("details", {}).get("causes") or []
+        fields = "; ".join(f"{cause.get('field')}: {cause.get('message')}" for cause in causes)
+        reason = fields or told.get("message") or str(error).strip()
+        return JobError(f"could not {what}: {f'refused with {status}: ' if status else ''}{reason}")
+
+
+class Watched:
+    """The newest state of one RayJob, however often the watch on it breaks."""
+
+    def __init__(self, api: KubernetesApi, name: str) -> None:
+        self._api, self._name = api, name
+        self._version = ""
+        self._reached = time.monotonic()
+        self.newest: Resource | None = None
+        """None until the first look, and when it is gone."""
+
+    def wait(self, seconds: float) -> Resource | None:
+        """Its state after the next change, or after `seconds` (rounded up) without one; None when it is gone.
+
+        Raises:
+            JobError: the API server refuses, or has been out of reach for longer than we are patient.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        if not self._version:
+            return self._look()
+        try:
+            for event in self._api.events(self._name, self._version, max(1, int(seconds + 0.999))):
+                found: Resource = event["raw_object"]
+                self._version = found["metadata"]["resourceVersion"]
+                self._reached = time.monotonic()
+                if event["type"] == "BOOKMARK":
+                    continue
+                self.newest = None if event["type"] == "DELETED" else found
+                break
+            self._reached = time.monotonic()
+        except (ApiException, HTTPError, OSError, ValueError) as exc:  # ValueError: a line that was cut off
+            self._broken(exc)
+        return self.newest
+
+    def _look(self) -> Resource | None:
+        items, self._version = self._api.list({}, name=self._name)
+        self._reached = time.monotonic()
+        self.newest = items[0] if items else None
+        return self.newest
+
+    def _broken(self, error: Exception) -> None:
+        """Make ready for the next try, or give up."""
+        status = getattr(error, "status", None)
+        if status == 410:  # our version is older than what the server remembers
+            self._version = ""
+            return
+        if status in (401, 403, 404):
+            raise self._api.refusal("watch RayJobs", error) from error
+        if time.monotonic() - self._reached > UNREACHABLE_S:
+            raise self._api.refusal("watch RayJobs", error) from error
+        logger.debug("the watch on %s broke, and starts again: %s", self._name, error)
+        time.sleep(0.5)
+
+
+def own_namespace() -> str:
+    """The namespace of the pod that this process runs in; empty elsewhere."""
+    try:
+        return (SERVICE_ACCOUNT_DIR / "namespace").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _configuration() -> tuple[Any, str]:
+    """How to reach the API server, and the namespace of the kubeconfig's context."""
+    from kubernetes import client, config
+
+    configuration = client.Configuration()
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException as exc:
+            raise UserError(f"this pod may not talk to the Kubernetes API ({exc}): give it a service account") from exc
+        return configuration, ""
+    path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable at import alone
+    try:
+        config.load_kube_config(config_file=path, client_configuration=configuration)
+        _, context = config.list_kube_config_contexts(config_file=path)
+    except (config.ConfigException, OSError) as exc:
+        raise UserError(
+            f'ray.cluster.kind = "rayjob" needs a Kubernetes API, and {path} names none ({exc}): run inside the '
+            "cluster, or set KUBECONFIG"
+        ) from exc
+    return configuration, str((context or {}).get("context", {}).get("namespace") or "")
+
+
+def _by_name(name: str) -> str:
+    return f"metadata.name={name}" if name else ""
+
+
+def _account(user: str) -> str:
+    """A service account as people write it; other users as they are."""
+    kind, _, name = user.rpartition("system:serviceaccount:")
+    return f"service account {name.replace(':', '/')}" if not kind and name != user else f"user {user}"
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """The Status object that the API server answered with; empty when it was none."""
+    try:
+        told = json.loads(getattr(error, "body", None) or "{}")
+    except (TypeError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}

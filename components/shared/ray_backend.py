@@ -1,0 +1,147 @@
+"""What the two ways to a Ray cluster have in common: a job, its attempts, its log and how it ended."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TextIO
+
+UNREACHABLE_S = 30.0
+"""How long the cluster may be out of reach in the middle of a job before the step gives up on it."""
+STOP_S = 10.0
+"""How long a stopped job may take to end."""
+
+State = Literal["live", "succeeded", "ended"]
+"""Of an attempt: live may still end well or badly; ended is failed, stopped or on its way to be deleted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An entry point, and the run and task that it is an attempt at."""
+
+    run_id: str
+    task: str
+    command: tuple[str, ...]
+    timeout_s: float
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    kfp_run_id: str = ""
+    """The Kubeflow run that waits for it; empty outside Kubeflow."""
+    patience_s: float = 0.0
+    """After this nobody waits for it any more, time in a queue included; 0 means timeout_s."""
+
+    @property
+    def lifetime_s(self) -> int:
+        """The age, in whole seconds, at which nobody waits for it any more."""
+        return round(self.patience_s or self.timeout_s)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the cluster remembers of it."""
+        known = {
+            "fineloop_run_id": self.run_id,
+            "fineloop_task": self.task,
+            "fineloop_lifetime_s": str(self.lifetime_s),
+        }
+        kubeflow = {"fineloop_kfp_run_id": self.kfp_run_id} if self.kfp_run_id else {}
+        return {**known, **kubeflow, **self.metadata}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    status: Literal["SUCCEEDED", "FAILED", "STOPPED"]
+    why: str = ""
+    """Follows "failed": the exit code or the reason."""
+    message: str = ""
+    """What the cluster says about it, log lines included; empty when it says nothing."""
+
+
+@dataclass(frozen=True)
+class LiveJob:
+    """A job of ours that has not ended, as `fineloop reap` looks at it."""
+
+    job_id: str
+    run_id: str
+    task: str
+    kfp_run_id: str
+    age_s: float
+    lifetime_s: float
+    """0 when it does not say."""
+
+
+class Backend(Protocol):
+    """One way to a Ray cluster. Each method raises JobError when the cluster is out of reach or refuses."""
+
+    noun: str
+    """What people call a job there."""
+
+    def job_id(self, job: Job, attempt: int) -> str:
+        """The id of one attempt."""
+
+    def attempts(self, job: Job) -> dict[int, State]:
+        """Every attempt at the job that the cluster knows of, by number."""
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Start an attempt."""
+
+    def adopt(self, job_id: str) -> None:
+        """Take over an attempt that an earlier process of the same step started."""
+
+    def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> Ended:
+        """Wait for the end, copying the log; a job past its deadline is stopped and raised as JobError."""
+
+    def stop_now(self, job_id: str) -> None:
+        """Ask once, and quickly, that it stop."""
+
+    def stop(self, job_id: str) -> None:
+        """Ask that it stop and see it end, as far as the cluster lets us. Raises nothing."""
+
+    def live(self) -> list[LiveJob]:
+        """Every job of ours that has not ended, of any run."""
+
+
+class LogCopy:
+    """Copies a growing log to people, whole lines at a time."""
+
+    def __init__(self, output: TextIO) -> None:
+        self.text = ""
+        self._output = output
+        self._copied = 0
+        self._source = ""
+
+    def take(self, text: str, *, source: str = "", final: bool = False) -> None:
+        """Copy what is new in `text`, the log so far. Another source of the same log goes on where the last one was."""
+        if source != self._source:
+            self._copied = _same_place(self.text[: self._copied], text)
+            self._source = source
+        end = len(text) if final else text.rfind("\n") + 1
+        if end > self._copied:
+            new = text[self._copied : end]
+            self._output.write(new if new.endswith("\n") else new + "\n")
+            self._output.flush()
+            self._copied = end
+        self.text = text
+
+    def restart(self) -> None:
+        """The job begins anew, and with it its log."""
+        self.text, self._copied = "", 0
+
+
+def _same_place(copied: str, text: str) -> int:
+    """Where in `text` the lines already copied from elsewhere end: the sources differ in what they put around them."""
+    last = "\n".join(copied.splitlines()[-5:])
+    at = text.rfind(last) if last else -1
+    return at + len(last) + 1 if at >= 0 else 0
+
+
+def last_lines(text: str, count: int = 8) -> str:
+    """The end of a log, indented, without blank lines."""
+    return "\n  ".join([line for line in text.splitlines() if line.strip()][-count:])
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def kubeflow_run(environment: Mapping[str, str], run_id: str) -> str:
+    """The Kubeflow run of a step: KFP_RUN_ID, or the run id where that is one of Kubeflow's; else empty."""
+    return environment.get("KFP_RUN_ID", "") or (run_id if _UUID.fullmatch(run_id) else "")

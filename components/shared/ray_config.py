@@ -1,0 +1,212 @@
+"""The config's `ray` section: how many workers, and which of two ways leads to the cluster that they run on."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from components.shared.gpus import GPUS, GpuName
+from components.shared.section import Section
+
+DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
+ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NVIDIA_GPU = "nvidia.com/gpu"
+
+# TOKENIZERS_PARALLELISM and its like are settings, not tokens.
+_SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OURS = ("HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
+
+
+class JobsApiCluster(Section):
+    """A Ray cluster that exists already, reached through its Jobs API at RAY_ADDRESS; here, the local head."""
+
+    kind: Literal["jobs-api"] = "jobs-api"
+    """A cluster that is there; its address comes from RAY_ADDRESS."""
+
+
+class WorkerPod(Section):
+    """What one worker pod asks for, and no more than that: its requests are its limits."""
+
+    cpu: Annotated[int, Field(ge=1)] = 4
+    """CPU cores."""
+    memory_gib: Annotated[int, Field(ge=2)] = 24
+    """Memory in GiB, shared memory included."""
+
+
+class HeadPod(Section):
+    """What the head asks for, and no more than that."""
+
+    cpu: Annotated[int, Field(ge=1)] = 2
+    """CPU cores."""
+    memory_gib: Annotated[int, Field(ge=2)] = 8
+    """Memory in GiB. The job's own process runs here: it tokenizes, plans and publishes."""
+
+
+class Toleration(Section):
+    """A taint that the worker pods put up with, as Kubernetes spells it."""
+
+    key: str = ""
+    """The taint's key; empty, with operator Exists, means every taint."""
+    operator: Literal["Equal", "Exists"] = "Exists"
+    """Equal compares the value too."""
+    value: str = ""
+    """The taint's value, for Equal."""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Empty means every effect."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Toleration":
+        if self.operator == "Exists" and self.value:
+            raise ValueError(
+                f'value {self.value!r} is compared with operator = "Equal" alone: set it, or drop the value'
+            )
+        if self.operator == "Equal" and not self.key:
+            raise ValueError('operator = "Equal" needs a key')
+        return self
+
+
+class RayJobCluster(Section):
+    """A cluster of each job's own on Kubernetes: a RayJob that KubeRay starts, and Kueue lets in when there is room."""
+
+    kind: Literal["rayjob"]
+    """A cluster that KubeRay makes for the job and takes down after it."""
+    image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = "fineloop/train:0.1.0"
+    """Image of every Ray pod, with a tag other than latest or a digest."""
+    image_pull_secrets: list[DnsName] = []
+    """Secrets with which the image is pulled."""
+    namespace: OptionalName = ""
+    """Where the RayJob lives; empty means the namespace of the pod that submits it."""
+    service_account: DnsName = "fineloop-trainer"
+    """What the Ray pods run as."""
+    queue: OptionalName = "fineloop"
+    """Kueue's LocalQueue; empty runs without Kueue."""
+    queue_timeout_s: Annotated[int, Field(ge=60)] = 86_400
+    """How long a job may wait in the queue before it is given up."""
+    priority_class: OptionalName = ""
+    """Kueue's WorkloadPriorityClass; empty means the queue's default."""
+    nodes: Annotated[int, Field(ge=0)] = 0
+    """Worker pods, among which ray.num_workers is shared out evenly; 0 means a pod for each worker."""
+    worker: WorkerPod = WorkerPod()
+    """Size of a worker pod; its GPUs, one for each of its workers, come on top."""
+    head: HeadPod = HeadPod()
+    """Size of the head, where no training runs."""
+    shared_memory_gib: Annotated[int, Field(ge=1)] = 8
+    """/dev/shm of a worker pod in GiB, for NCCL, data loading and Ray's object store; part of the pod's memory."""
+    gpu_resource: ResourceName = NVIDIA_GPU
+    """What Kubernetes calls the GPUs."""
+    node_selector: dict[str, str] = {}
+    """Labels that the workers' nodes must have; absent means the nvidia.com/gpu.product that belongs to ray.gpu."""
+    tolerations: list[Toleration] = []
+    """Taints of the workers' nodes, beside the GPU's own."""
+    spot: bool = False
+    """Let workers run on spot nodes too. The head never does: with it goes the whole job."""
+    env: dict[str, str] = {}
+    """Plain variables for the Ray pods, such as NCCL_SOCKET_IFNAME. What is secret belongs in Secret fineloop-s3."""
+    ttl_s: Annotated[int, Field(ge=60)] = 600
+    """How long the cluster stays after the job, for people to look at its dashboard."""
+    backoff_limit: Annotated[int, Field(ge=0, le=10)] = 1
+    """How often KubeRay makes a new cluster when a job died without saying why: a lost head, no memory."""
+    pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800
+    """How long nodes, images and pods may take to be ready, once the job has left the queue."""
+
+    @field_validator("image")
+    @classmethod
+    def _is_pinned(cls, image: str) -> str:
+        name, _, digest = image.partition("@")
+        tag = name.rpartition("/")[2].partition(":")[2]
+        if not digest and tag in ("", "latest"):
+            raise ValueError(f"{image!r} means another image tomorrow: give it a tag other than latest, or a digest")
+        return image
+
+    @field_validator("env")
+    @classmethod
+    def _holds_no_secret(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret, and a config is no place for one: put it in Secret fineloop-s3"
+                )
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a variable")
+            if name in _OURS:
+                raise ValueError(f"{name} is set by Fineloop: remove it")
+        return env
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RayJobCluster":
+        if self.shared_memory_gib >= self.worker.memory_gib:
+            raise ValueError(
+                f"shared_memory_gib {self.shared_memory_gib} is a part of worker.memory_gib {self.worker.memory_gib} "
+                "and leaves nothing of it: raise worker.memory_gib"
+            )
+        return self
+
+
+Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
+
+
+class RayConfig(Section):
+    """The Ray Train workers."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes, one per GPU where GPUs are used."""
+    use_gpu: bool = False
+    """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
+    gpu: GpuName | None = None
+    """The GPU to plan for, when use_gpu is on; absent means the one that the cluster turns out to have."""
+    gpu_price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPU cores reserved for each worker."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """How often lost workers are started again from the newest checkpoint."""
+    timeout_s: Annotated[int, Field(ge=60)] = 86_400
+    """Deadline of one Ray job, from when it may start; it is stopped when it runs past it."""
+    cluster: Cluster = JobsApiCluster()
+    """Which cluster: kind jobs-api is one that exists, rayjob makes one for each job on Kubernetes."""
+
+    @model_validator(mode="after")
+    def _pods_hold_the_workers(self) -> "RayConfig":
+        cluster = self.cluster
+        if not isinstance(cluster, RayJobCluster):
+            return self
+        if self.num_workers % self.pods:
+            raise ValueError(
+                f"num_workers {self.num_workers} cannot be shared out evenly among cluster.nodes {self.pods}: "
+                "make it a multiple"
+            )
+        needed = self.workers_per_pod * self.cpus_per_worker
+        if cluster.worker.cpu < needed:
+            raise ValueError(
+                f"cluster.worker.cpu {cluster.worker.cpu} is less than the {needed} that cpus_per_worker "
+                f"{self.cpus_per_worker} asks for with {self.workers_per_pod} workers in a pod"
+            )
+        return self
+
+    @property
+    def pods(self) -> int:
+        """Worker pods of a RayJob."""
+        nodes = self.cluster.nodes if isinstance(self.cluster, RayJobCluster) else 0
+        return nodes or self.num_workers
+
+    @property
+    def workers_per_pod(self) -> int:
+        """Training workers, and so GPUs where GPUs are used, of one worker pod."""
+        return self.num_workers // self.pods
+
+    @property
+    def node_selector(self) -> dict[str, str]:
+        """The labels that a RayJob's workers ask of their nodes."""
+        cluster = self.cluster
+        if not isinstance(cluster, RayJobCluster) or cluster.node_selector:
+            return dict(cluster.node_selector) if isinstance(cluster, RayJobCluster) else {}
+        if self.use_gpu and self.gpu and cluster.gpu_resource == NVIDIA_GPU:
+            return {"nvidia.com/gpu.product": GPUS[self.gpu].product}
+        return {}
+
+    @property
+    def patience_s(self) -> int:
+        """The longest that a step waits for one job, queue included: what its own timeout must exceed."""
+        return self.timeout_s + (self.cluster.queue_timeout_s if isinstance(self.cluster, RayJobCluster) else 0)

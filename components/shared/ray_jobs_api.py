@@ -1,0 +1,169 @@
+"""Jobs on a cluster that exists, through Ray's Jobs API.
+
+Token authentication is Ray's own: RAY_AUTH_MODE=token, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from components.shared.errors import JobError, UserError
+from components.shared.ray_backend import STOP_S, UNREACHABLE_S, Ended, Job, LiveJob, LogCopy, State
+
+T = TypeVar("T")
+_RAY_VARIABLE = "RAY_API_SERVER_ADDRESS"
+
+
+class JobsApi:
+    """The jobs of one cluster, known by their submission ids."""
+
+    noun = "Ray job"
+
+    def __init__(self, address: str) -> None:
+        """Connect to the URL of a Jobs API.
+
+        Raises:
+            UserError: there is no address, or it is not a URL.
+            JobError: the cluster is out of reach.
+        """
+        self._client = _connect(address)
+
+    def job_id(self, job: Job, attempt: int) -> str:
+        """The submission id."""
+        return f"fineloop-{job.run_id}-{job.task}-{attempt}"
+
+    def attempts(self, job: Job) -> dict[int, State]:
+        """By the number at the end of the submission id."""
+        pattern = re.compile(re.escape(self.job_id(job, 0)[:-1]) + r"(\d+)")
+        return {
+            int(match[1]): _state(found.status)
+            for found in _call("list jobs", self._client.list_jobs)
+            if (match := pattern.fullmatch(found.submission_id or ""))
+        }
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Submit it; a head answers before it can take jobs."""
+        submission_id = self.job_id(job, attempt)
+        entrypoint = shlex.join(job.command)
+        deadline = time.monotonic() + UNREACHABLE_S
+
+        def submit() -> None:
+            while True:
+                try:
+                    self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=job.about)
+                    return
+                except RuntimeError as exc:
+                    # A head answers before the agent that starts jobs has registered. Other refusals are final: a job
+                    # that was accepted after all would be refused as a duplicate.
+                    if "No available agent" not in str(exc) or time.monotonic() > deadline:
+                        raise
+                time.sleep(0.2)
+
+        _call(f"submit {submission_id}", submit)
+
+    def adopt(self, job_id: str) -> None:
+        """Nothing belongs to the process that submitted it."""
+
+    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> Ended:
+        """Ask for status and log every `poll_s`."""
+        deadline = time.monotonic() + job.timeout_s
+        while True:
+            status = _call("read the job's status", lambda: self._client.get_job_status(job_id), UNREACHABLE_S)
+            text: str = _call("read the job's log", lambda: self._client.get_job_logs(job_id), UNREACHABLE_S)
+            log.take(text, final=status.is_terminal())
+            if status.is_terminal():
+                return self._ended(job_id, str(status.value))
+            if time.monotonic() > deadline:
+                self.stop(job_id)
+                raise JobError(f"Ray job {job_id} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped")
+            time.sleep(poll_s)
+
+    def stop_now(self, job_id: str) -> None:
+        """One call."""
+        _call(f"stop {job_id}", lambda: self._client.stop_job(job_id))
+
+    def stop(self, job_id: str) -> None:
+        """Ask until the job has ended, for a while."""
+        deadline = time.monotonic() + STOP_S
+        with contextlib.suppress(JobError):
+            while time.monotonic() < deadline:
+                if _call("read the job's status", lambda: self._client.get_job_status(job_id)).is_terminal():
+                    return
+                _call("stop the job", lambda: self._client.stop_job(job_id))
+                time.sleep(0.2)
+
+    def live(self) -> list[LiveJob]:
+        """Those whose metadata names a run of ours."""
+        now = time.time()
+        return [
+            LiveJob(
+                found.submission_id,
+                about["fineloop_run_id"],
+                about.get("fineloop_task", ""),
+                about.get("fineloop_kfp_run_id", ""),
+                age_s=now - (found.start_time or now * 1000) / 1000,
+                lifetime_s=float(about.get("fineloop_lifetime_s", 0)),
+            )
+            for found in _call("list jobs", self._client.list_jobs)
+            if not found.status.is_terminal() and "fineloop_run_id" in (about := found.metadata or {})
+        ]
+
+    def _ended(self, job_id: str, status: str) -> Ended:
+        if status == "STOPPED":
+            return Ended("STOPPED")
+        if status == "SUCCEEDED":
+            return Ended("SUCCEEDED")
+        info = _call("read why the job failed", lambda: self._client.get_job_info(job_id), UNREACHABLE_S)
+        return Ended("FAILED", f"with exit code {info.driver_exit_code}", info.message or "")
+
+
+def _state(status: Any) -> State:
+    if not status.is_terminal():
+        return "live"
+    return "succeeded" if status == "SUCCEEDED" else "ended"
+
+
+def _connect(address: str) -> Any:
+    if not address:
+        raise UserError("RAY_ADDRESS is not set: set it to a cluster's Jobs API, such as http://HOST:8265")
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"RAY_ADDRESS {address!r} is not the URL of a Jobs API, such as http://HOST:8265")
+    from ray.job_submission import JobSubmissionClient  # half a second
+
+    # Ray lets its variables win over the argument.
+    before = os.environ.get(_RAY_VARIABLE)
+    os.environ[_RAY_VARIABLE] = address
+    try:
+        return _call(f"connect to {address}", lambda: JobSubmissionClient(address))
+    finally:
+        if before is None:
+            del os.environ[_RAY_VARIABLE]
+        else:
+            os.environ[_RAY_VARIABLE] = before
+
+
+def _call(what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
+    """Ask the cluster; a network that fails is asked again for `patience_s`.
+
+    Raises:
+        JobError: it did not answer, or refused.
+    """
+    import requests  # type: ignore[import-untyped]
+    from ray.exceptions import AuthenticationError
+
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return call()
+        except AuthenticationError as exc:
+            raise JobError(
+                f"could not {what} without a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+            ) from exc
+        except (ConnectionError, requests.RequestException, RuntimeError) as exc:
+            if time.monotonic() >= deadline:
+                raise JobError(f"could not {what}: {exc}") from exc
+            time.sleep(1.0)

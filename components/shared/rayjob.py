@@ -1,0 +1,228 @@
+"""Jobs as RayJobs: KubeRay makes a cluster for each, Kueue lets it in when there is room, and it goes with the job.
+
+What can be seen of a RayJob is its status, which KubeRay writes, and `spec.suspend`, which Kueue owns. A RayJob is
+stopped by deleting it: suspended, Kueue would start it again.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from components.shared import rayjob_manifest as manifest
+from components.shared.errors import JobError
+from components.shared.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
+from components.shared.ray_backend import STOP_S, Ended, Job, LiveJob, LogCopy, State
+from components.shared.ray_config import RayConfig, RayJobCluster
+from components.shared.rayjob_log import JobLog
+from components.shared.step import find_failure
+
+logger = logging.getLogger(__name__)
+
+IDLE_WINDOW_S = 20.0
+"""How long one watch lasts while there is no log to copy."""
+ENDED = ("Complete", "Failed", "ValidationFailed")
+_EXIT_CODE = re.compile(r"exit code (-?\d+)")
+
+
+class RayJobs:
+    """The RayJobs of one namespace, known by their names."""
+
+    noun = "RayJob"
+
+    def __init__(self, ray: RayConfig) -> None:
+        """Connect to the Kubernetes API.
+
+        Raises:
+            UserError: there is no way to an API server, or no namespace.
+        """
+        assert isinstance(ray.cluster, RayJobCluster)
+        self._ray, self._cluster = ray, ray.cluster
+        self._api = KubernetesApi(ray.cluster.namespace)
+
+    def job_id(self, job: Job, attempt: int) -> str:
+        """The RayJob's name."""
+        return manifest.rayjob_name(job, attempt)
+
+    def attempts(self, job: Job) -> dict[int, State]:
+        """By the number in the label."""
+        items, _ = self._api.list(manifest.labels(job))
+        return {int(found["metadata"]["labels"].get(manifest.ATTEMPT, 1)): state(found) for found in items}
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Create it; one that another process of this step has just created is followed."""
+        owner = self._owner()
+        body = manifest.rayjob(self._ray, job, attempt, namespace=self._api.namespace, owner=owner)
+        if self._api.create(body):
+            logger.info("created RayJob %s/%s", self._api.namespace, body["metadata"]["name"])
+        else:
+            logger.info("RayJob %s came to be meanwhile: following it", body["metadata"]["name"])
+
+    def adopt(self, job_id: str) -> None:
+        """Make this process's pod an owner as well: the first attempt's pod may be cleared away before the job ends."""
+        owner = self._owner()
+        items, _ = self._api.list({}, name=job_id) if owner else ([], "")
+        owners = items[0]["metadata"].get("ownerReferences", []) if items else []
+        if owner and items and owner.uid not in [known["uid"] for known in owners]:
+            self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
+
+    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> Ended:
+        """Watch it, tell what changes, and copy its log."""
+        watched, clock, told = Watched(self._api, job_id), _Clock(job, self._cluster), ""
+        job_log, running_on = JobLog(self._api, job_id, log), ""
+        found = watched.wait(0)
+        while True:
+            if found is None:
+                return Ended("STOPPED")
+            status = found.get("status") or {}
+            if status.get("rayClusterName", running_on) != running_on:
+                running_on = status["rayClusterName"]
+                job_log.restart()
+            told = _tell(describe(found), told)
+            ended = state(found) != "live"
+            has_log = bool(status.get("dashboardURL"))
+            if has_log:
+                job_log.read(status, final=ended)
+            if ended:
+                return _ended(found, job, self._cluster)
+            if status.get("jobDeploymentStatus") == "Retrying" and find_failure(log.text):
+                self.stop(job_id)  # it said why it failed, and would say so again
+                return Ended("FAILED")
+            clock.check(is_queued(found), lambda: self.stop(job_id), job_id)
+            found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
+
+    def stop_now(self, job_id: str) -> None:
+        """One call: Kubernetes deletes cluster and pods with it, and KubeRay stops the job first."""
+        self._api.delete(job_id, timeout_s=QUICK_S)
+
+    def stop(self, job_id: str) -> None:
+        """Delete it until it is gone or on its way, for a while: one that was being created may appear late."""
+        deadline, absent = time.monotonic() + STOP_S, 0
+        while time.monotonic() < deadline and absent < 3:
+            try:
+                absent = 0 if self._api.delete(job_id) else absent + 1
+                items, _ = self._api.list({}, name=job_id)
+                if items and items[0]["metadata"].get("deletionTimestamp"):
+                    return
+            except JobError as exc:
+                logger.warning("%s", exc)
+            time.sleep(0.1)
+
+    def live(self) -> list[LiveJob]:
+        """Those with our label."""
+        items, _ = self._api.list({manifest.PART_OF: "fineloop"})
+        return [_live(found) for found in items if state(found) == "live"]
+
+    def _owner(self) -> manifest.Owner | None:
+        name, uid = os.environ.get("KFP_POD_NAME", ""), os.environ.get("KFP_POD_UID", "")
+        # An owner in another namespace is one that does not exist, and what it owns is deleted at once.
+        return manifest.Owner(name, uid) if name and uid and self._api.namespace == own_namespace() else None
+
+
+class _Clock:
+    """How long a job has waited in the queue and run; each has its own limit, and a preempted job does both again."""
+
+    def __init__(self, job: Job, cluster: RayJobCluster) -> None:
+        self._limits = {True: float(cluster.queue_timeout_s), False: job.timeout_s}
+        self._spent = {True: 0.0, False: 0.0}
+        self._queued, self._at = False, time.monotonic()
+
+    def check(self, queued: bool, stop: Callable[[], None], job_id: str) -> None:
+        """Count the time since the last look to where the job was then.
+
+        Raises:
+            JobError: a limit is passed; the job has been stopped.
+        """
+        now = time.monotonic()
+        self._spent[self._queued] += now - self._at
+        self._queued, self._at = queued, now
+        for waits, limit in self._limits.items():
+            if self._spent[waits] > limit:
+                stop()
+                key, does = (
+                    ("ray.cluster.queue_timeout_s", "waited in the queue") if waits else ("ray.timeout_s", "ran")
+                )
+                raise JobError(f"RayJob {job_id} {does} past {key} = {limit:.0f} s and was stopped")
+
+    @property
+    def left_s(self) -> float:
+        """Until the limit that is now running down."""
+        return max(0.0, self._limits[self._queued] - self._spent[self._queued])
+
+
+def state(found: Resource) -> State:
+    """Where an attempt stands; one on its way out counts as stopped."""
+    status = found.get("status") or {}
+    if found["metadata"].get("deletionTimestamp"):
+        return "ended"
+    if status.get("jobDeploymentStatus") not in ENDED:
+        return "live"
+    return "succeeded" if status.get("jobStatus") == "SUCCEEDED" else "ended"
+
+
+def is_queued(found: Resource) -> bool:
+    """Whether Kueue holds it back."""
+    deployment = (found.get("status") or {}).get("jobDeploymentStatus")
+    return bool(found["spec"].get("suspend")) or deployment in ("Suspending", "Suspended")
+
+
+def describe(found: Resource) -> str:
+    """Where it stands, for people."""
+    status = found.get("status") or {}
+    deployment, cluster = status.get("jobDeploymentStatus") or "", status.get("rayClusterStatus") or {}
+    if is_queued(found):
+        queue = found["metadata"].get("labels", {}).get(manifest.QUEUE)
+        return f"queued by Kueue in {queue}: waiting for quota" if queue else "suspended"
+    if not deployment:
+        return "created: waiting for KubeRay to take it up"
+    if deployment == "Initializing":
+        ready, wanted = cluster.get("readyWorkerReplicas", 0), cluster.get("desiredWorkerReplicas")
+        return f"waiting for pods: {ready} of {wanted} workers ready" if wanted else "waiting for pods"
+    if deployment == "Running" and status.get("jobStatus") in (None, "", "PENDING"):
+        return "the cluster is up: starting the job"
+    words = {"Running": "running", "Retrying": "failed: KubeRay tries again on a new cluster", "Complete": "complete"}
+    return words.get(deployment, deployment)
+
+
+def _tell(text: str, told: str) -> str:
+    if text != told:
+        logger.info("RayJob: %s", text)
+    return text
+
+
+def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> Ended:
+    """Why it ended, in the config's words where a limit of ours was passed."""
+    status, name = found.get("status") or {}, found["metadata"]["name"]
+    reason, message = status.get("reason") or "", status.get("message") or ""
+    if state(found) == "succeeded":
+        return Ended("SUCCEEDED")
+    if found["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
+        return Ended("STOPPED")
+    if reason == "DeadlineExceeded":
+        raise JobError(f"RayJob {name} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped by KubeRay")
+    if reason == "PreRunningDeadlineExceeded":
+        raise JobError(
+            f"RayJob {name} had no running cluster after ray.cluster.pre_running_timeout_s = "
+            f"{cluster.pre_running_timeout_s} s: no node is free or fits (kubectl describe pods), or the image cannot "
+            f"be pulled; {message}"
+        )
+    exit_code = _EXIT_CODE.search(message)
+    why = f"with exit code {exit_code[1]}" if exit_code else f"({reason or status['jobDeploymentStatus']})"
+    return Ended("FAILED", why, message)
+
+
+def _live(found: Resource) -> LiveJob:
+    meta: dict[str, Any] = found["metadata"]
+    about = meta.get("annotations") or {}
+    created = datetime.fromisoformat(meta["creationTimestamp"])
+    return LiveJob(
+        meta["name"],
+        about.get(manifest.RUN_ID) or meta["labels"].get(manifest.RUN_ID, ""),
+        meta["labels"].get(manifest.TASK, ""),
+        about.get(manifest.KFP_RUN_ID, ""),
+        age_s=(datetime.now(UTC) - created).total_seconds(),
+        lifetime_s=float(about.get(manifest.LIFETIME_S, 0)),
+    )

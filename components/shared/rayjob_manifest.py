@@ -1,0 +1,260 @@
+"""The RayJob of one attempt at a job, from its config alone: https://ray-project.github.io/kuberay/reference/api/.
+
+What the schema does not say, and Kubernetes, Kueue or KubeRay insist on:
+
+- Kueue lets in head and workers together or not at all, for the sizes it reads here: replicas never change.
+- Kueue refuses a RayJob whose cluster would stay, and `deletionStrategy`: so shutdownAfterJobFinishes with a ttl.
+- The namespace admits restricted pods alone. KubeRay copies a worker's security context to its init container, but
+  gives neither the sidecar of SidecarMode nor the default submitter of K8sJobMode one; only the latter can be replaced.
+- HTTPMode has no submitter, and no log once the cluster is gone: hence K8sJobMode, whose submitter keeps the job's log.
+"""
+
+import hashlib
+import importlib.metadata
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from components.shared.kubernetes_api import GROUP, VERSION
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig, RayJobCluster, Toleration
+
+MAX_NAME = 47
+"""KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""
+ENVIRONMENT, S3_SECRET, RAY_SECRET = "fineloop-env", "fineloop-s3", "fineloop-ray"
+PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
+ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
+QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+HOME = "/home/fineloop"
+
+# Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
+SPOT = (
+    {"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
+    {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
+)
+_PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The pod whose deletion takes the RayJob with it. In another namespace it would do so at once."""
+
+    name: str
+    uid: str
+
+    def reference(self) -> dict[str, Any]:
+        """As an owner reference."""
+        return {"apiVersion": "v1", "kind": "Pod", "name": self.name, "uid": self.uid, "controller": False}
+
+
+def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Owner | None = None) -> dict[str, Any]:
+    """The whole resource."""
+    cluster = ray.cluster
+    assert isinstance(cluster, RayJobCluster)
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "RayJob",
+        "metadata": {
+            "name": rayjob_name(job, attempt),
+            "namespace": namespace,
+            "labels": {
+                **labels(job),
+                ATTEMPT: str(attempt),
+                **({QUEUE: cluster.queue} if cluster.queue else {}),
+                **({PRIORITY: cluster.priority_class} if cluster.queue and cluster.priority_class else {}),
+            },
+            "annotations": {
+                RUN_ID: job.run_id,
+                LIFETIME_S: str(job.lifetime_s),
+                **({KFP_RUN_ID: job.kfp_run_id} if job.kfp_run_id else {}),
+            },
+            **({"ownerReferences": [owner.reference()]} if owner else {}),
+        },
+        "spec": {
+            "entrypoint": shlex.join(job.command),
+            "jobId": rayjob_name(job, attempt),
+            "metadata": job.about,
+            "submissionMode": "K8sJobMode",
+            "submitterPodTemplate": _submitter(cluster, job),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": cluster.ttl_s,
+            "activeDeadlineSeconds": active_deadline_s(job.timeout_s),
+            "preRunningDeadlineSeconds": cluster.pre_running_timeout_s,
+            "backoffLimit": cluster.backoff_limit,
+            "rayClusterSpec": {
+                "rayVersion": importlib.metadata.version(
+                    "ray"
+                ),  # the step's, which is the image's: one lock makes both
+                "authOptions": {"mode": "token", "secretName": RAY_SECRET},
+                "enableInTreeAutoscaling": False,
+                "headGroupSpec": _head(cluster, job),
+                "workerGroupSpecs": [_workers(ray, cluster, job)],
+            },
+        },
+    }
+
+
+def rayjob_name(job: Job, attempt: int) -> str:
+    """A DNS label of at most 47 characters; what does not fit or is not allowed in one is told apart by a hash."""
+    plain = f"fineloop-{job.run_id}-{job.task}"
+    slug = _slug(plain)
+    if slug == plain and len(f"{slug}-{attempt}") <= MAX_NAME:
+        return f"{slug}-{attempt}"
+    digest = hashlib.sha256(plain.encode()).hexdigest()[:10]
+    end = f"-{digest}-{_slug(job.task)[:10]}-{attempt}"
+    return _slug(f"fineloop-{job.run_id}")[: MAX_NAME - len(end)].rstrip("-") + end
+
+
+def labels(job: Job) -> dict[str, str]:
+    """By which all attempts at a job are found, and its pods."""
+    return {PART_OF: "fineloop", RUN_ID: label_value(job.run_id), TASK: label_value(job.task)}
+
+
+def label_value(text: str) -> str:
+    """The text, or where it is no value for a label, a part of it and a hash."""
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", text):
+        return text
+    return f"{text[:40].strip('._-')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def active_deadline_s(timeout_s: float) -> int:
+    """KubeRay's own deadline: a little before ours, so that the failure says which it was."""
+    return max(1, int(timeout_s - min(60.0, timeout_s / 10)))
+
+
+def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
+    shared_memory_gib = max(1, cluster.head.memory_gib // 4)
+    container = {
+        **_container("ray-head", cluster),
+        "ports": [{"name": name, "containerPort": port} for name, port in _PORTS.items()],
+        "resources": _exactly({"cpu": str(cluster.head.cpu), "memory": f"{cluster.head.memory_gib}Gi"}),
+    }
+    return {
+        "rayStartParams": {
+            "num-cpus": "0",  # no training on the head
+            "num-gpus": "0",
+            "dashboard-host": "0.0.0.0",
+            "object-store-memory": _object_store(shared_memory_gib, share=0.9),  # nobody else uses it here
+        },
+        "template": _pod(cluster, job, "head", container, shared_memory_gib=shared_memory_gib),
+    }
+
+
+def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]:
+    gpus = {cluster.gpu_resource: str(ray.workers_per_pod)} if ray.use_gpu else {}
+    container = {
+        **_container("ray-worker", cluster),
+        "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
+    }
+    pod = _pod(cluster, job, "worker", container, shared_memory_gib=cluster.shared_memory_gib)
+    taints = [
+        *([{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}] if ray.use_gpu else []),
+        *(SPOT if cluster.spot else ()),
+        *(_toleration(given) for given in cluster.tolerations),
+    ]
+    if ray.node_selector:
+        pod["spec"]["nodeSelector"] = ray.node_selector
+    if taints:
+        pod["spec"]["tolerations"] = taints
+    return {
+        "groupName": "workers",
+        "replicas": ray.pods,
+        "minReplicas": ray.pods,
+        "maxReplicas": ray.pods,
+        "rayStartParams": {"object-store-memory": _object_store(cluster.shared_memory_gib, share=0.5)},
+        "template": pod,
+    }
+
+
+def _submitter(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
+    """Posts the job and follows its log. It needs no S3, so it gets none, and runs as nobody in particular."""
+    container = {
+        "name": "ray-job-submitter",
+        "image": cluster.image,
+        "env": [{"name": "HOME", "value": HOME}],
+        "securityContext": _container_security(),
+        "volumeMounts": _mounts(),
+        "resources": _exactly({"cpu": "500m", "memory": "1Gi"}),
+    }
+    pod = _pod(cluster, job, "submitter", container)
+    del pod["spec"]["serviceAccountName"]
+    pod["spec"]["restartPolicy"] = "Never"
+    return pod
+
+
+def _pod(
+    cluster: RayJobCluster, job: Job, component: str, container: dict[str, Any], *, shared_memory_gib: int = 0
+) -> dict[str, Any]:
+    volumes: list[dict[str, Any]] = [{"name": name, "emptyDir": {}} for name in ("tmp", "ray", "home")]
+    if shared_memory_gib:
+        volumes.append({"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_memory_gib}Gi"}})
+        container["volumeMounts"].append({"name": "shared-mem", "mountPath": "/dev/shm"})
+    pull = [{"name": name} for name in cluster.image_pull_secrets]
+    return {
+        "metadata": {"labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}"}},
+        "spec": {
+            "serviceAccountName": cluster.service_account,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            # A name as the image's USER proves nothing to the kubelet: runAsNonRoot needs the number.
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 1000,
+                "runAsGroup": 100,
+                "fsGroup": 100,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            **({"imagePullSecrets": pull} if pull else {}),
+            "containers": [container],
+            "volumes": volumes,
+        },
+    }
+
+
+def _container(name: str, cluster: RayJobCluster) -> dict[str, Any]:
+    env = {"HOME": HOME, "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", **cluster.env}
+    return {
+        "name": name,
+        "image": cluster.image,
+        "env": [{"name": key, "value": value} for key, value in env.items()],
+        "envFrom": [{"configMapRef": {"name": ENVIRONMENT}}, {"secretRef": {"name": S3_SECRET, "optional": True}}],
+        "securityContext": _container_security(),
+        "volumeMounts": _mounts(),
+    }
+
+
+def _container_security() -> dict[str, Any]:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def _mounts() -> list[dict[str, str]]:
+    """All that can be written, the root being read-only."""
+    return [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "ray", "mountPath": "/tmp/ray"},
+        {"name": "home", "mountPath": HOME},
+    ]
+
+
+def _exactly(resources: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Requests that are also the limits: a pod that may grow takes a neighbour's memory, or dies for its own."""
+    return {"requests": dict(resources), "limits": dict(resources)}
+
+
+def _object_store(shared_memory_gib: int, *, share: float) -> str:
+    """A share of /dev/shm in bytes: by itself Ray takes 30 % of the memory, on a disk if /dev/shm is smaller."""
+    return str(int(shared_memory_gib * 2**30 * share))
+
+
+def _toleration(given: Toleration) -> dict[str, str]:
+    return {key: value for key, value in given.model_dump().items() if value}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,352 @@
+"""A double of the Kubernetes API server for RayJobs and pods, over HTTP on loopback: what our client may meet.
+
+Resource versions, watches with bookmarks and 410 Gone, finalizers, the status subresource, label and field selectors,
+401, 403 by RBAC, 404, 409, and 422 or 400 by the schema. It has no other resources, and collects no garbage.
+"""
+
+import copy
+import json
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.kubernetes import schema
+
+Resource = dict[str, Any]
+TOKEN = "a-service-account-token"
+USER = "system:serviceaccount:fineloop:fineloop-pipeline"
+NAMESPACE = "fineloop"
+_RAYJOBS = re.compile(rf"/apis/ray\.io/v1/namespaces/{NAMESPACE}/rayjobs(?:/([^/]+))?(/status)?")
+_PODS = re.compile(rf"/api/v1/namespaces/{NAMESPACE}/pods(?:/([^/]+))?(/log)?")
+
+
+class Refusal(Exception):
+    """An answer other than success, as the API server words it."""
+
+    def __init__(self, code: int, reason: str, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
+        self.body |= {"reason": reason, "message": message, "details": details}
+
+
+class KubernetesDouble:
+    """Listens on loopback from construction to `close`."""
+
+    def __init__(self, *, validate: bool = True) -> None:
+        self.rayjobs: dict[str, Resource] = {}
+        self.pods: dict[str, Resource] = {}
+        self.pod_logs: dict[str, Callable[[], str]] = {}
+        self.requests: list[tuple[str, str, str]] = []
+        """Verb, resource and name of each, in order."""
+        self.denied: set[tuple[str, str]] = set()
+        """(verb, resource) that RBAC does not allow."""
+        self.is_installed = True
+        self.admit: Callable[[Resource], None] = lambda body: None
+        """A mutating webhook, such as Kueue's; may raise Refusal."""
+        self.outages = 0
+        """How many of the next requests get no answer but 503."""
+        self.before_answer: Callable[[str, str], None] = lambda verb, resource: None
+        self.changed = threading.Condition()
+        self._validate = validate
+        self._version, self._oldest = 100, 0
+        self._events: list[tuple[int, str, Resource]] = []
+        self._watch_era = 0
+        self.is_closed = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.drop_watches()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def kubeconfig(self, path: Path, *, token: str = TOKEN) -> Path:
+        """Write one that leads here."""
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "double",
+            "clusters": [{"name": "double", "cluster": {"server": self.address}}],
+            "users": [{"name": "us", "user": {"token": token}}],
+            "contexts": [{"name": "double", "context": {"cluster": "double", "user": "us", "namespace": NAMESPACE}}],
+        }
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    # What a test does to it.
+
+    def drop_watches(self) -> None:
+        """Cut every open watch in the middle of a line."""
+        with self.changed:
+            self._watch_era += 1
+            self.changed.notify_all()
+
+    def compact(self) -> None:
+        """Forget the history, as etcd does after five minutes: a watch from an earlier version is told 410 Gone."""
+        with self.changed:
+            self._version += 1
+            self._oldest = self._version
+            self._events.clear()
+            self._watch_era += 1
+            self.changed.notify_all()
+
+    def write(self, name: str, change: Callable[[Resource], None]) -> None:
+        """Change a RayJob as somebody else would."""
+        with self.changed:
+            found = copy.deepcopy(self.rayjobs[name])
+            change(found)
+            self._store("MODIFIED", found)
+
+    def patch_status(self, name: str, status: Resource) -> None:
+        """As an operator does."""
+        with self.changed:
+            if name in self.rayjobs:
+                self._merge(self.rayjobs[name], {"status": status}, status=True)
+
+    def remove_finalizers(self, name: str) -> None:
+        with self.changed:
+            if name in self.rayjobs:
+                self._merge(self.rayjobs[name], {"metadata": {"finalizers": None}}, status=False)
+
+    # What the API server does.
+
+    def answer(self, verb: str, path: str, query: dict[str, str], body: Any, authorization: str) -> Resource | str:
+        if authorization != f"Bearer {TOKEN}":
+            raise Refusal(401, "Unauthorized", "Unauthorized")
+        match, resource = _RAYJOBS.fullmatch(path), "rayjobs"
+        if match is None:
+            match, resource = _PODS.fullmatch(path), "pods"
+        if match is None or (resource == "rayjobs" and not self.is_installed):
+            raise Refusal(404, "NotFound", "the server could not find the requested resource")
+        name, sub = match[1] or "", match[2] or ""
+        self.requests.append((verb, resource + sub, name))
+        self.before_answer(verb, resource)
+        self._authorize(verb, resource + sub)
+        if self.outages > 0:
+            self.outages -= 1
+            raise Refusal(503, "ServiceUnavailable", "etcdserver: leader changed")
+        if sub == "/log":
+            if name not in self.pods:
+                raise Refusal(404, "NotFound", f'pods "{name}" not found', name=name, kind="pods")
+            return self.pod_logs[name]()
+        objects = self.rayjobs if resource == "rayjobs" else self.pods
+        with self.changed:
+            if verb == "list":
+                items = [copy.deepcopy(found) for found in objects.values() if selected(found, query)]
+                return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
+            if verb == "create":
+                return self._create(body, strict=query.get("fieldValidation") == "Strict")
+            if name not in objects:
+                raise Refusal(404, "NotFound", f'{resource}.ray.io "{name}" not found', name=name, kind=resource)
+            if verb == "patch":
+                return self._merge(objects[name], body, status=bool(sub))
+            if verb == "delete":
+                return self._delete(name)
+            return copy.deepcopy(objects[name])
+
+    def watch(self, query: dict[str, str], send: Callable[[Resource], None]) -> bool:
+        """Send events until the time is over; False when the connection is to be cut."""
+        seen, end = int(query.get("resourceVersion", 0)), time.monotonic() + float(query.get("timeoutSeconds", 1800))
+        with self.changed:
+            era = self._watch_era
+        while True:
+            with self.changed:
+                if self._watch_era != era:
+                    return False
+                if seen < self._oldest:
+                    gone = Refusal(410, "Expired", f"too old resource version: {seen} ({self._oldest})").body
+                    send({"type": "ERROR", "object": gone})
+                    return True
+                new = [event for event in self._events if event[0] > seen]
+                if not new:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        break
+                    self.changed.wait(left)
+                    continue
+            for version, kind, found in new:
+                seen = version
+                if selected(found, query):
+                    send({"type": kind, "object": found})
+        if query.get("allowWatchBookmarks") == "True":
+            bookmark = {
+                "kind": "RayJob",
+                "apiVersion": "ray.io/v1",
+                "metadata": {"resourceVersion": str(self._version)},
+            }
+            send({"type": "BOOKMARK", "object": bookmark})
+        return True
+
+    def _authorize(self, verb: str, resource: str) -> None:
+        if (verb, resource) in self.denied:
+            group = "ray.io" if resource.startswith("rayjobs") else ""
+            full = resource.replace("rayjobs", "rayjobs.ray.io")
+            message = f'{full} is forbidden: User "{USER}" cannot {verb} resource "{resource}" in API group "{group}"'
+            raise Refusal(403, "Forbidden", f'{message} in the namespace "{NAMESPACE}"', kind=resource)
+
+    def _create(self, body: Resource, *, strict: bool) -> Resource:
+        body = copy.deepcopy(body)
+        name = body["metadata"]["name"]
+        self.admit(body)
+        if self._validate:
+            self._check(body, strict=strict)
+        if name in self.rayjobs:
+            raise Refusal(409, "AlreadyExists", f'rayjobs.ray.io "{name}" already exists', name=name, kind="rayjobs")
+        body.pop("status", None)
+        body["metadata"] |= {"uid": f"uid-{self._version}", "generation": 1, "creationTimestamp": now()}
+        return copy.deepcopy(self._store("ADDED", body))
+
+    def _check(self, body: Resource, *, strict: bool) -> None:
+        wrong, unknown = schema.problems(body)
+        name = body["metadata"]["name"]
+        if unknown and strict:
+            told = ", ".join(f'unknown field "{field}"' for field in unknown)
+            raise Refusal(400, "BadRequest", f'RayJob in version "v1" cannot be handled: strict decoding error: {told}')
+        if wrong:
+            causes = [{"reason": "FieldValueInvalid", "field": field, "message": why} for field, why in wrong]
+            told = "; ".join(f"{field}: {why}" for field, why in wrong)
+            raise Refusal(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {told}', name=name, causes=causes)
+
+    def _merge(self, found: Resource, patch: Resource, *, status: bool) -> Resource:
+        """A merge patch; the status is changed through its own path alone, and nothing else is there."""
+        allowed = {key: value for key, value in patch.items() if (key == "status") == status}
+        changed = merged(found, allowed)
+        if changed["metadata"].get("deletionTimestamp") and not changed["metadata"].get("finalizers"):
+            self._remove(changed["metadata"]["name"])
+            return changed
+        return copy.deepcopy(self._store("MODIFIED", changed))
+
+    def _delete(self, name: str) -> Resource:
+        found = copy.deepcopy(self.rayjobs[name])
+        if found["metadata"].get("finalizers"):
+            found["metadata"].setdefault("deletionTimestamp", now())
+            return copy.deepcopy(self._store("MODIFIED", found))
+        self._remove(name)
+        return {"kind": "Status", "status": "Success"}
+
+    def _remove(self, name: str) -> None:
+        found = copy.deepcopy(self.rayjobs.pop(name))
+        self._record("DELETED", found)
+
+    def _store(self, kind: str, found: Resource) -> Resource:
+        self._record(kind, found)
+        self.rayjobs[found["metadata"]["name"]] = found
+        return found
+
+    def _record(self, kind: str, found: Resource) -> None:
+        self._version += 1
+        found["metadata"]["resourceVersion"] = str(self._version)
+        self._events.append((self._version, kind, copy.deepcopy(found)))
+        self.changed.notify_all()
+
+
+def selected(found: Resource, query: dict[str, str]) -> bool:
+    """Whether an object matches a request's selectors: equality alone, which is what we use."""
+    meta = found["metadata"]
+    labels = dict(pair.split("=", 1) for pair in query.get("labelSelector", "").split(",") if pair)
+    fields = dict(pair.split("=", 1) for pair in query.get("fieldSelector", "").split(",") if pair)
+    assert fields.keys() <= {"metadata.name"}, fields
+    return (
+        labels.items() <= meta.get("labels", {}).items() and fields.get("metadata.name", meta["name"]) == meta["name"]
+    )
+
+
+def merged(found: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    result = copy.deepcopy(found) if isinstance(found, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _handler(api: KubernetesDouble) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._serve("get")
+
+        def do_POST(self) -> None:
+            self._serve("create")
+
+        def do_PATCH(self) -> None:
+            self._serve("patch")
+
+        def do_DELETE(self) -> None:
+            self._serve("delete")
+
+        def _serve(self, verb: str) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            query = dict(urllib.parse.parse_qsl(url.query))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            is_one = re.search(r"/(rayjobs|pods)/", url.path)
+            watching = query.get("watch") == "True"
+            if verb == "get" and not is_one:
+                verb = "list"
+            try:
+                authorization = self.headers.get("Authorization", "")
+                found = api.answer(verb, url.path, query, body, authorization)
+                if watching:
+                    api._authorize("watch", "rayjobs")
+                    self._stream(query)
+                else:
+                    text = found if isinstance(found, str) else json.dumps(found)
+                    self._answer(201 if verb == "create" else 200, text, is_text=isinstance(found, str))
+            except Refusal as refusal:
+                self._answer(refusal.code, json.dumps(refusal.body))
+
+        def _answer(self, code: int, text: str, *, is_text: bool = False) -> None:
+            body = text.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/plain" if is_text else "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _stream(self, query: dict[str, str]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+
+            def chunk(data: bytes) -> None:
+                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                self.wfile.flush()
+
+            try:
+                if api.watch(query, lambda event: chunk(json.dumps(event).encode() + b"\n")):
+                    chunk(b"")
+                else:
+                    chunk(b'{"type": "MODIF')
+                    self.close_connection = True
+            except OSError:  # the client has gone
+                self.close_connection = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler
