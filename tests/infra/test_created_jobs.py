@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from components.shared import config_file
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig
+from components.shared.rayjob_manifest import rayjob
 from tests.infra import schemas
 from tests.infra.check import policies_of, violations
 from tests.infra.manifests import Manifest, render_overlay
@@ -15,12 +18,6 @@ from tests.infra.policies.ray import jobs_fit_in_the_queue
 from tests.infra.runbook import commands
 from tests.infra.test_manifests import DEFINITIONS
 from tests.infra.test_network import ENDS
-
-pytest.importorskip("components.shared.rayjob_manifest")
-
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.rayjob_manifest import rayjob
 
 IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"
 JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)
