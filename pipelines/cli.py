@@ -12,7 +12,19 @@ from types import FrameType
 from typing import Any
 
 from components.shared.errors import FineloopError
-from pipelines.commands import adapters, chat, definition, diagnosis, plan, run, runs, schedule, servers, submit
+from pipelines.commands import (
+    adapters,
+    chat,
+    definition,
+    diagnosis,
+    plan,
+    reap,
+    run,
+    runs,
+    schedule,
+    servers,
+    submit,
+)
 from pipelines.commands.arguments import EXIT_CODES, Answer
 
 INTERRUPTED = 130
@@ -29,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for group in (run, plan, adapters, chat, definition, submit, schedule, runs, servers, diagnosis):
+    for group in (run, plan, adapters, chat, definition, submit, schedule, runs, reap, servers, diagnosis):
         group.add(commands)
     return root
 

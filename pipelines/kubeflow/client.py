@@ -26,7 +26,7 @@ TIMEOUTS_S = (5, 60)
 """To connect, and between two bytes of an answer; kfp itself would wait for ever."""
 PAGE_SIZE = 100
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
-FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
+FORWARD = "kubectl -n fineloop port-forward svc/ml-pipeline-ui 8080:80"
 AWAY = {502, 503, 504}
 
 

@@ -1,0 +1,65 @@
+"""`fineloop reap`."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from components.shared.errors import KubeflowError, UserError
+from pipelines.commands.arguments import Answer, add_command
+from pipelines.commands.cluster import add_kubeflow, connected
+
+if TYPE_CHECKING:
+    from components.shared.ray_backend import Backend
+    from pipelines.kubeflow.client import Kubeflow
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    reap = add_command(
+        commands,
+        "reap",
+        _reap,
+        does="Stop the Ray jobs that nobody waits for any more.",
+        more="These are jobs past their deadline, and jobs whose Kubeflow run is finished, canceled or gone. It looks "
+        "at the RayJobs of a namespace and at the cluster of RAY_ADDRESS. A job in doubt is kept.",
+        example="fineloop reap --dry-run",
+    )
+    add_kubeflow(reap)
+    reap.add_argument("--dry-run", action="store_true", help="only say what would be stopped")
+    reap.add_argument(
+        "--rayjobs", default="", metavar="NAMESPACE", help="where RayJobs are (default: the namespace of this pod)"
+    )
+
+
+def _reap(options: argparse.Namespace) -> Answer:
+    from pipelines.kubeflow.reap import reap, state_on
+
+    def connect() -> "Kubeflow":
+        try:
+            return connected(options)
+        except UserError as exc:  # no server is named: what is in doubt is kept
+            raise KubeflowError(str(exc)) from exc
+
+    verdicts = reap(_backends(options.rayjobs), state_on(connect), dry_run=options.dry_run)
+    orphans = [verdict for verdict in verdicts if verdict.is_orphan]
+    kept = [verdict for verdict in verdicts if not verdict.is_orphan]
+    did = "would stop" if options.dry_run else "stopped"
+    lines = [f"{did} {each.job.job_id}: {each.why}" for each in orphans]
+    lines += [f"kept {each.job.job_id}: {each.why}" for each in kept]
+    body = {"stopped": [each.as_json() for each in orphans], "kept": [each.as_json() for each in kept]}
+    return Answer({**body, "dry_run": options.dry_run}, "\n".join(lines) or "no Ray job of Fineloop is running")
+
+
+def _backends(namespace: str) -> "list[Backend]":
+    from components.shared.kubernetes_api import own_namespace
+    from components.shared.ray_config import RayConfig, RayJobCluster
+    from components.shared.ray_submit import connect
+
+    found: list[Backend] = []
+    if namespace or own_namespace():
+        found.append(connect(RayConfig(cluster=RayJobCluster(kind="rayjob", namespace=namespace))))
+    if os.environ.get("RAY_ADDRESS"):
+        found.append(connect())
+    if not found:
+        raise UserError("there is no cluster to look at: set RAY_ADDRESS, or name the RayJobs' --rayjobs NAMESPACE")
+    return found

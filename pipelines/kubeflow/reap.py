@@ -1,0 +1,85 @@
+"""Ray jobs that nobody waits for any more: a Kubeflow run that is terminated has hardly time to stop its own."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from components.shared.errors import KubeflowError
+from components.shared.ray_backend import Backend, LiveJob
+from pipelines.kubeflow.client import Kubeflow
+from pipelines.kubeflow.run import LIVE
+
+GRACE_S = 120.0
+"""A step stops its own job a little before; and a server may list a run a little after it began."""
+
+StateOf = Callable[[str], str | None]
+"""The state of a Kubeflow run, None when there is no such run; raises KubeflowError when it cannot be asked."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a job is to be stopped, and why."""
+
+    job: LiveJob
+    is_orphan: bool
+    why: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        job = self.job
+        about = {"job_id": job.job_id, "run_id": job.run_id, "task": job.task, "kfp_run_id": job.kfp_run_id}
+        return {**about, "age_s": round(job.age_s), "why": self.why}
+
+
+def judge(job: LiveJob, state_of: StateOf) -> Verdict:
+    """A job is an orphan when it is past its lifetime, or its Kubeflow run is over or gone. In doubt it is kept."""
+    if job.lifetime_s and job.age_s > job.lifetime_s + GRACE_S:
+        return Verdict(job, True, f"it is {job.age_s:.0f} s old, and nobody waits longer than {job.lifetime_s:.0f} s")
+    if not job.kfp_run_id:
+        return Verdict(job, False, "it was not started by Kubeflow")
+    try:
+        state = state_of(job.kfp_run_id)
+    except KubeflowError as exc:
+        return Verdict(job, False, f"its Kubeflow run cannot be asked for: {exc}")
+    if state in LIVE:
+        return Verdict(job, False, f"its Kubeflow run is {state.lower()}")
+    if job.age_s < GRACE_S:
+        return Verdict(job, False, f"it is only {job.age_s:.0f} s old")
+    return Verdict(job, True, f"its Kubeflow run is {state.lower() if state else 'gone'}")
+
+
+def reap(backends: Iterable[Backend], state_of: StateOf, *, dry_run: bool) -> list[Verdict]:
+    """Judge every live job of ours, and unless `dry_run` stop the orphans.
+
+    Raises:
+        JobError: a cluster is out of reach, or refuses.
+    """
+    verdicts = []
+    for backend in backends:
+        for job in backend.live():
+            verdict = judge(job, state_of)
+            if verdict.is_orphan and not dry_run:
+                backend.stop_now(job.job_id)
+            verdicts.append(verdict)
+    return verdicts
+
+
+def state_on(connect: Callable[[], Kubeflow]) -> StateOf:
+    """Ask a server, which is connected to when the first job needs it."""
+    import kfp_server_api
+
+    connected: list[Kubeflow] = []
+
+    def state_of(run_id: str) -> str | None:
+        if not connected:
+            connected.append(connect())
+        kubeflow = connected[0]
+        with kubeflow.asking(f"show run {run_id}"):
+            try:
+                return str(kubeflow.client.get_run(run_id).state)
+            except kfp_server_api.ApiException as exc:
+                if exc.status == 404:
+                    return None
+                raise
+
+    return state_of

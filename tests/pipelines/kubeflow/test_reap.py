@@ -1,0 +1,80 @@
+import pytest
+
+from components.shared.errors import KubeflowError
+from components.shared.ray_backend import LiveJob
+from pipelines.kubeflow.reap import GRACE_S, judge
+from tests.jobs_api import JobsApi
+from tests.kfp_server.server import KfpServer
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"
+
+
+def job(*, age_s: float = 3600, lifetime_s: float = 86_400, kfp_run_id: str = KFP_RUN) -> LiveJob:
+    return LiveJob("fineloop-r-finetune-1", "r", "finetune", kfp_run_id, age_s=age_s, lifetime_s=lifetime_s)
+
+
+@pytest.mark.parametrize("state", ["CANCELED", "FAILED", "SUCCEEDED", None])
+def test_a_job_whose_run_is_over_or_gone_is_an_orphan(state: str | None) -> None:
+    assert judge(job(), lambda _: state).is_orphan
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELING", "PAUSED"])
+def test_a_job_whose_run_goes_on_is_kept(state: str) -> None:
+    assert not judge(job(), lambda _: state).is_orphan
+
+
+def test_a_job_past_its_lifetime_is_an_orphan_whoever_started_it() -> None:
+    old = {"age_s": 1000 + GRACE_S + 1, "lifetime_s": 1000}
+    assert judge(job(**old, kfp_run_id=""), lambda _: "RUNNING").is_orphan
+    assert not judge(job(age_s=1000, lifetime_s=1000, kfp_run_id=""), lambda _: None).is_orphan
+
+
+def test_what_is_in_doubt_is_kept() -> None:
+    def away(_run_id: str) -> str | None:
+        raise KubeflowError("nobody answers")
+
+    assert judge(job(), away).why == "its Kubeflow run cannot be asked for: nobody answers"
+    assert not judge(job(), away).is_orphan
+    assert not judge(job(kfp_run_id=""), lambda _: None).is_orphan
+    assert not judge(job(age_s=5), lambda _: None).is_orphan  # the server may not list its run yet
+
+
+def test_the_command_stops_the_orphan_and_keeps_the_others(
+    server: KfpServer, stub_cluster: JobsApi, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.kubeflow.reap.GRACE_S", -1.0)
+    for name, about in {
+        "orphan": {"fineloop_run_id": KFP_RUN, "fineloop_task": "finetune", "fineloop_kfp_run_id": KFP_RUN},
+        "ad-hoc": {"fineloop_run_id": "mine", "fineloop_task": "finetune"},
+        "foreign": {},
+    }.items():
+        stub_cluster.answer(
+            "POST",
+            "/api/jobs/",
+            {"submission_id": name, "entrypoint": "sleep 60", "metadata": about},
+            f"Bearer {stub_cluster.token}",
+        )
+
+    looked = fineloop("reap", "--dry-run")
+    assert {each["job_id"] for each in looked.body["stopped"]} == {"orphan"}
+    assert {job.status for job in stub_cluster.jobs.values()} == {"RUNNING"}
+
+    done = fineloop("reap")
+    assert done.exit_code == 0, done.told
+    assert [each["why"] for each in done.body["stopped"]] == ["its Kubeflow run is gone"]
+    assert [each["why"] for each in done.body["kept"]] == ["it was not started by Kubeflow"]
+    assert {name: job.status for name, job in stub_cluster.jobs.items()} == {
+        "orphan": "STOPPED",
+        "ad-hoc": "RUNNING",
+        "foreign": "RUNNING",
+    }
+
+
+def test_without_a_cluster_it_says_what_to_set(
+    no_kubeflow: None, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    answered = fineloop("reap")
+    assert answered.exit_code == 2
+    assert "RAY_ADDRESS" in answered.told
