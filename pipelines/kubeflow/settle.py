@@ -17,7 +17,7 @@ ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 ON_RAY = frozenset({"finetune", "evaluate"})
-"""Steps that wait for a Ray job: their deadline has to be beyond the job's own, so that the job says why it ended."""
+"""Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600
 GRACE_S = 900
 RETRIES = 2
@@ -31,7 +31,7 @@ def on_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         name = task.component_spec.name
         on_ray = name in ON_RAY
         task.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2)
-        kubernetes.set_timeout(task, config.ray.timeout_s + GRACE_S if on_ray else STEP_S)
+        kubernetes.set_timeout(task, round(config.ray.patience_s) + GRACE_S if on_ray else STEP_S)
         # Data is read whole by the first step; the others hold a few JSON objects.
         task.set_cpu_request("500m").set_cpu_limit("2")
         task.set_memory_request("1Gi").set_memory_limit("8Gi" if name == "prepare" else "2Gi")

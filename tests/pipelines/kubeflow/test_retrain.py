@@ -1,0 +1,114 @@
+"""The real pipeline, submitted and scheduled through the real client; its Ray jobs are stubs that keep the contract."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from components.registry import aliases
+from components.registry.store import Store
+from tests.jobs_api import JobsApi
+from tests.kfp_server.server import KfpServer, serving
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+
+def rows(start: int, end: int) -> bytes:
+    return b"".join(
+        json.dumps({"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)}).encode() + b"\n"
+        for n in range(start, end)
+    )
+
+
+@pytest.fixture
+def kubeflow(no_kubeflow: None, stub_cluster: JobsApi, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A server whose steps find the stub cluster and the store."""
+    with serving() as running:
+        monkeypatch.setenv("KFP_ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
+def options(config_path: Path, store: Store) -> list[str]:
+    """The config, its data in the store."""
+    store.put("incoming/1.jsonl", rows(0, 60))
+    return ["-c", str(config_path), "--set", f"data.source={store.uri('incoming/')}"]
+
+
+def production(store: Store) -> str | None:
+    pointer = aliases.read_alias(store, "sums", "production")
+    return pointer.version if pointer else None
+
+
+def test_a_submitted_run_promotes_what_the_local_run_would(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
+) -> None:
+    answered = fineloop("submit", *options)
+
+    assert answered.exit_code == 0, answered.told
+    run_id = answered.body["run_id"]
+    decision = store.get_json(f"runs/{run_id}/decision.json")
+    assert decision["decision"] == "promote"
+    assert production(store) == decision["version"]
+    assert "sums: a new version is in production" in store.get(f"runs/{run_id}/report.html").decode()
+    outputs = kubeflow.run(run_id).folder / "outputs"
+    assert any(path.read_text().startswith("# Promote: sums@production") for path in outputs.rglob("summary"))
+
+
+def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
+) -> None:
+    made = fineloop("schedule", "create", "nightly", "--cron", "0 2 * * *", *options, "--set", "data.min_new_records=5")
+    assert made.exit_code == 0, made.told
+
+    def fire(day: int) -> str:
+        (run,) = kubeflow.tick(datetime(2030, 1, day, 2, 0, 1, tzinfo=UTC))
+        assert run.wait(120) == "SUCCEEDED", run.log
+        return str(store.get_json(f"runs/{run.record['run_id']}/decision.json")["decision"])
+
+    assert fire(1) == "promote"
+    first = production(store)
+    assert fire(2) == "skipped"
+    assert len(stub_cluster.jobs) == 2
+    store.put("incoming/2.jsonl", rows(60, 63))
+    assert fire(3) == "skipped"  # three are too few
+    store.put("incoming/3.jsonl", rows(63, 65))
+    better = fineloop("schedule", "update", "nightly", "--set", "train.weight_decay=0.5")
+    assert better.exit_code == 0, better.told
+    assert fire(4) == "promote"
+    assert production(store) != first
+    assert fire(5) == "skipped"
+
+
+def test_stopping_a_run_stops_its_ray_job(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
+) -> None:
+    started = fineloop("submit", *options, "--set", "method.dropout=0.3", "--no-wait")
+    hanging = stub_cluster.directory / "hanging"
+    until(hanging.exists)
+
+    stopped = fineloop("runs", "stop", started.body["run_id"])
+
+    assert stopped.exit_code == 0, stopped.told
+    assert stopped.body["state"] == "CANCELED"
+    until(lambda: [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"])
+    assert production(store) is None
+
+
+def test_a_run_that_fails_has_its_report(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.kubeflow.settle.RETRIES", 0)  # they wait for half a minute
+    answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
+    assert answered.exit_code == 1
+    page = store.get(f"runs/{answered.body['run_id']}/report.html").decode()
+    assert "the finetune step failed" in page
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
