@@ -1,6 +1,7 @@
 """What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from pipelines.local import seaweedfs
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of test processes that wait for each other on the same cores cost three times the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that runs the tests in the background lets them, and every process that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
