@@ -58,7 +58,12 @@ class KubernetesApi:
             from kubernetes.client import ApiException
 
             try:
-                self._objects.create_namespaced_custom_object(*self._where, body, _request_timeout=CALL_S)
+                self._objects.create_namespaced_custom_object(
+                    *self._where,
+                    body,
+                    field_validation="Strict",  # else an older KubeRay drops what it does not know, without a word
+                    _request_timeout=CALL_S,
+                )
             except ApiException as exc:
                 if exc.status == 409:
                     return False

@@ -1,0 +1,228 @@
+"""What only a RayJob can meet: the queue, refusals of the API server, watches that break, and clusters that fail."""
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared.errors import JobError, UserError
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig
+from components.shared.ray_submit import connect, submit_and_wait
+from tests.jobs_api import TOKEN
+from tests.kubernetes.api import KubernetesDouble, Refusal, Resource
+from tests.kubernetes.operator import Operator
+
+
+@dataclass
+class Cluster:
+    """KubeRay on the API double."""
+
+    api: KubernetesDouble
+    operator: Operator
+    caplog: pytest.LogCaptureFixture
+
+    def submit(self, code: str, *, timeout_s: float = 60, output: io.StringIO | None = None, **cluster: Any) -> str:
+        job = Job("r", "finetune", ("python", "-u", "-c", code), timeout_s)
+        return submit_and_wait(job, config(**cluster), output=output or io.StringIO(), poll_s=0.05)
+
+    def when(self, holds: Callable[[Resource], bool], act: Callable[[str], None]) -> None:
+        """Act once, on the first RayJob that `holds` is true of."""
+
+        def wait() -> None:
+            with self.api.changed:
+                while not self.api.is_closed:
+                    found = next((name for name, each in self.api.rayjobs.items() if holds(each)), None)
+                    if found:
+                        break
+                    self.api.changed.wait(0.2)
+                else:
+                    return
+            act(found)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def config(**cluster: Any) -> RayConfig:
+    return RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0, **cluster}})
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Cluster]:
+    api = KubernetesDouble()
+    operator = Operator(api, tmp_path, {})
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    caplog.set_level("INFO", logger="components")
+    yield Cluster(api, operator, caplog)
+    operator.close()
+    api.close()
+
+
+def deployment(found: Resource) -> str:
+    return str((found.get("status") or {}).get("jobDeploymentStatus") or "")
+
+
+@pytest.mark.parametrize(("verb", "resource"), [("create", "rayjobs"), ("list", "rayjobs"), ("watch", "rayjobs")])
+def test_a_right_that_is_missing_is_named_with_the_account_and_the_role(
+    cluster: Cluster, verb: str, resource: str
+) -> None:
+    cluster.api.denied.add((verb, resource))
+    with pytest.raises(JobError, match=f"fineloop-pipeline may not {verb} {resource}.*kubectl apply -k infra/rbac"):
+        cluster.submit("")
+
+
+def test_a_cluster_without_kuberay_is_said(cluster: Cluster) -> None:
+    cluster.api.is_installed = False
+    with pytest.raises(JobError, match=r"KubeRay is not installed: the cluster knows no rayjobs\.ray\.io"):
+        cluster.submit("")
+
+
+def test_credentials_that_do_not_count_are_said(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path / "old", token="expired")))
+    with pytest.raises(JobError, match="401 Unauthorized"):
+        cluster.submit("")
+
+
+def test_no_way_to_a_cluster_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="set KUBECONFIG"):
+        connect(config())
+
+
+def test_a_field_that_the_server_refuses_is_named(cluster: Cluster) -> None:
+    def refuse(body: Resource) -> None:
+        body["spec"]["backoffLimit"] = "often"
+
+    cluster.api.admit = refuse
+    with pytest.raises(JobError, match=r"422.*|spec\.backoffLimit") as caught:
+        cluster.submit("")
+    assert "spec.backoffLimit" in str(caught.value)
+
+
+def test_a_field_that_an_older_kuberay_does_not_know_is_refused_and_not_dropped(cluster: Cluster) -> None:
+    def add(body: Resource) -> None:
+        body["spec"]["fromTheFuture"] = True
+
+    cluster.api.admit = add
+    with pytest.raises(JobError, match="fromTheFuture"):
+        cluster.submit("")
+
+
+def test_a_rayjob_that_came_to_be_meanwhile_is_followed(cluster: Cluster) -> None:
+    """Another process of the same step, between our look and our creation."""
+    output = io.StringIO()
+
+    def race(body: Resource) -> None:
+        cluster.api.admit = lambda _: None
+        cluster.api._create(body, strict=True)
+
+    cluster.api.admit = race
+    assert cluster.submit("print('once')", output=output) == "fineloop-r-finetune-1"
+    assert output.getvalue() == "once\n"
+    assert any("came to be meanwhile" in line for line in cluster.caplog.messages)
+
+
+def test_what_may_pass_is_asked_again(cluster: Cluster) -> None:
+    cluster.api.outages = 3
+    assert cluster.submit("") == "fineloop-r-finetune-1"
+    assert cluster.api.outages == 0
+
+
+@pytest.mark.parametrize("broken", ["drop_watches", "compact"])
+def test_a_watch_that_breaks_is_begun_again(cluster: Cluster, broken: str) -> None:
+    """A connection that is cut, or 410 Gone: the history is no longer there."""
+    cluster.operator.pods_ready = False
+
+    def act(_name: str) -> None:
+        getattr(cluster.api, broken)()
+        cluster.operator.pods_ready = True
+
+    cluster.when(lambda found: deployment(found) == "Initializing", act)
+    output = io.StringIO()
+    cluster.submit("print('done')", output=output)
+    assert output.getvalue() == "done\n"
+
+
+def test_a_person_hears_where_the_job_stands(cluster: Cluster) -> None:
+    def hold(body: Resource) -> None:
+        body["spec"]["suspend"] = True
+
+    cluster.api.admit = hold
+    cluster.when(
+        lambda found: deployment(found) == "Suspended",
+        lambda name: cluster.api.write(name, lambda found: found["spec"].update(suspend=False)),
+    )
+    cluster.submit("import time; time.sleep(0.5)")
+    told = [line.removeprefix("RayJob: ") for line in cluster.caplog.messages if line.startswith("RayJob: ")]
+    assert told[0] == "queued by Kueue in fineloop: waiting for quota"
+    assert told[-2:] == ["running", "complete"]
+
+
+def test_a_job_that_kubernetes_cannot_place_ends_with_the_setting(cluster: Cluster) -> None:
+    cluster.operator.pods_ready = False
+    cluster.api.admit = lambda body: body["spec"].update(preRunningDeadlineSeconds=1)
+    with pytest.raises(JobError, match=r"ray\.cluster\.pre_running_timeout_s"):
+        cluster.submit("")
+
+
+def test_a_failed_cluster_is_tried_again_and_its_last_log_counts(cluster: Cluster, tmp_path: Path) -> None:
+    mark = tmp_path / "tried"
+    code = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); s = p.exists(); p.touch(); sys.exit(0 if s else 1)"
+    cluster.submit(code, backoff_limit=1)
+    assert [state for _, state in cluster.operator.history].count("Retrying") == 1
+
+
+def test_a_job_that_somebody_deletes_was_stopped(cluster: Cluster) -> None:
+    cluster.when(
+        lambda found: deployment(found) == "Running",
+        lambda name: cluster.api.answer(
+            "delete", f"/apis/ray.io/v1/namespaces/fineloop/rayjobs/{name}", {}, None, "Bearer a-service-account-token"
+        ),
+    )
+    with pytest.raises(JobError, match="was stopped by someone else"):
+        cluster.submit("import time; time.sleep(60)")
+
+
+def test_the_submitters_log_serves_when_the_dashboard_is_closed_to_us(cluster: Cluster) -> None:
+    cluster.operator.dashboard_url = "127.0.0.1:9"
+    output = io.StringIO()
+    cluster.submit("print('from the pod')", output=output)
+    assert "from the pod\n" in output.getvalue()
+
+
+def test_the_steps_pod_owns_the_rayjob_and_a_later_pod_joins_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.shared.rayjob.own_namespace", lambda: "fineloop")
+    for pod in ("first", "second"):
+        monkeypatch.setenv("KFP_POD_NAME", pod)
+        monkeypatch.setenv("KFP_POD_UID", f"uid-{pod}")
+        cluster.submit("")
+    (found,) = cluster.api.rayjobs.values()
+    assert [owner["name"] for owner in found["metadata"]["ownerReferences"]] == ["first", "second"]
+    monkeypatch.setattr("components.shared.rayjob.own_namespace", lambda: "elsewhere")
+    assert connect(config())._owner() is None  # type: ignore[attr-defined]
+
+
+def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own() -> None:
+    with pytest.raises(UserError, match=r'ray\.cluster\.kind = "rayjob"'):
+        connect(config(), address="http://127.0.0.1:8265")
+
+
+def test_refusals_of_the_double_are_real(cluster: Cluster) -> None:
+    with pytest.raises(Refusal, match="not found"):
+        cluster.api.answer(
+            "get",
+            "/apis/ray.io/v1/namespaces/fineloop/rayjobs/none",
+            {},
+            None,
+            "Bearer a-service-account-token",
+        )

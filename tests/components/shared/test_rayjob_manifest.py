@@ -1,0 +1,155 @@
+"""The RayJob as it is sent. Schemas, policies and KubeRay's own rules are held in tests/infra/test_created_jobs.py."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig
+from components.shared.rayjob_manifest import Owner, active_deadline_s, label_value, rayjob, rayjob_name
+
+
+def job(run_id: str = "night-7", **fields: Any) -> Job:
+    return Job(run_id, "finetune", ("python", "-m", "ray_jobs.finetune"), 3600, **fields)
+
+
+def config(cluster: dict[str, Any] | None = None, **ray: Any) -> RayConfig:
+    return RayConfig.model_validate({**ray, "cluster": {"kind": "rayjob", **(cluster or {})}})
+
+
+def created(cluster: dict[str, Any] | None = None, owner: Owner | None = None, **ray: Any) -> dict[str, Any]:
+    return rayjob(config(cluster, **ray), job(kfp_run_id="kfp-1"), 2, namespace="fineloop", owner=owner)
+
+
+def containers(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, container and pod of each."""
+    spec = found["spec"]["rayClusterSpec"]
+    pods = [spec["headGroupSpec"]["template"], spec["workerGroupSpecs"][0]["template"]]
+    for pod in (*pods, found["spec"]["submitterPodTemplate"]):
+        for container in pod["spec"]["containers"]:
+            yield container["name"], container, pod
+
+
+def test_who_looks_finds_run_task_attempt_queue_and_kubeflow_run() -> None:
+    found = created({"priority_class": "fineloop-scheduled"}, owner=Owner("pod", "uid"))["metadata"]
+    assert found["name"] == "fineloop-night-7-finetune-2"
+    assert found["labels"] == {
+        "app.kubernetes.io/part-of": "fineloop",
+        "fineloop.dev/run-id": "night-7",
+        "fineloop.dev/task": "finetune",
+        "fineloop.dev/attempt": "2",
+        "kueue.x-k8s.io/queue-name": "fineloop",
+        "kueue.x-k8s.io/priority-class": "fineloop-scheduled",
+    }
+    assert found["annotations"]["fineloop.dev/kfp-run-id"] == "kfp-1"
+    assert found["ownerReferences"][0]["uid"] == "uid"
+
+
+def test_a_gang_never_changes_its_size_and_the_head_trains_nothing() -> None:
+    spec = created(num_workers=4)["spec"]["rayClusterSpec"]
+    (workers,) = spec["workerGroupSpecs"]
+    assert {workers[key] for key in ("replicas", "minReplicas", "maxReplicas")} == {4}
+    assert spec["enableInTreeAutoscaling"] is False
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_gpus_are_shared_out_among_the_nodes() -> None:
+    found = created({"nodes": 2, "worker": {"cpu": 8}}, num_workers=8, use_gpu=True, gpu="A10G")
+    (workers,) = found["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    assert workers["replicas"] == 2
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A10G"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+
+
+@pytest.mark.parametrize("spot", [True, False])
+def test_spot_nodes_are_put_up_with_when_asked(spot: bool) -> None:
+    (workers,) = created({"spot": spot})["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    taints = {each["key"] for each in workers["template"]["spec"].get("tolerations", [])}
+    assert ("cloud.google.com/gke-spot" in taints) is spot
+
+
+def test_deadlines_lie_inside_each_other() -> None:
+    spec = created(timeout_s=3600)["spec"]
+    assert spec["activeDeadlineSeconds"] == active_deadline_s(3600) == 3540
+    assert active_deadline_s(100) == 90
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] > 0
+    assert config(timeout_s=3600).patience_s > 3600
+
+
+def test_every_container_is_unprivileged_and_may_take_what_it_asks_for() -> None:
+    found = list(containers(created(use_gpu=True)))
+    assert {name for name, _, _ in found} == {"ray-head", "ray-worker", "ray-job-submitter"}
+    for name, container, pod in found:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, name
+        assert container["resources"]["requests"] == container["resources"]["limits"], name
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["spec"]["automountServiceAccountToken"] is False, name
+
+
+def test_shared_memory_is_a_volume_in_memory_that_the_pod_pays_for() -> None:
+    (workers,) = created({"shared_memory_gib": 12, "worker": {"memory_gib": 64}})["spec"]["rayClusterSpec"][
+        "workerGroupSpecs"
+    ]
+    pod = workers["template"]["spec"]
+    assert {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": "12Gi"}} in pod["volumes"]
+    assert {"name": "shared-mem", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "64Gi"
+
+
+def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-send-me")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "nor-me")
+    found = created({"env": {"NCCL_DEBUG": "INFO"}})
+    assert not re.search("do-not-send-me|nor-me", str(found))
+    for name, container, _ in containers(found):
+        given = [] if name == "ray-job-submitter" else ["fineloop-env", "fineloop-s3"]
+        assert [next(iter(each.values()))["name"] for each in container.get("envFrom", [])] == given
+    head = next(container for name, container, _ in containers(found) if name == "ray-head")
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in head["env"]
+    assert found["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "fineloop-ray"}
+
+
+@pytest.mark.parametrize(
+    "run_id", ["3f0c1de2-9a4b-4c7d-8e5f-001122334455", "A_run.with.CAPITALS", "x" * 100, "20261125-020000-ab12"]
+)
+def test_a_name_fits_kuberay_and_tells_runs_apart(run_id: str) -> None:
+    name = rayjob_name(job(run_id), 12)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 47
+    assert name.endswith("-12")
+    assert name != rayjob_name(job(f"{run_id}0"), 12)
+    assert name != rayjob_name(job(run_id), 1)
+    assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", label_value(run_id))
+
+
+@pytest.mark.parametrize(
+    ("ray", "told"),
+    [
+        ({"cluster": {"image": "fineloop/train:latest"}}, "give it a tag other than latest, or a digest"),
+        ({"cluster": {"image": "fineloop/train"}}, "give it a tag other than latest, or a digest"),
+        ({"cluster": {"env": {"HF_TOKEN": "x"}}}, "put it in Secret fineloop-s3"),
+        ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "x"}}}, "put it in Secret fineloop-s3"),
+        ({"cluster": {"env": {"HOME": "/x"}}}, "HOME is set by Fineloop"),
+        ({"cluster": {"shared_memory_gib": 24}}, "raise worker.memory_gib"),
+        ({"cluster": {"nodes": 3}, "num_workers": 4}, "make it a multiple"),
+        ({"cpus_per_worker": 5}, "cluster.worker.cpu 4 is less than the 5"),
+        ({"cluster": {"tolerations": [{"operator": "Equal"}]}}, 'operator = "Equal" needs a key'),
+        ({"cluster": {"queue": "Not A Name"}}, "queue"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_cluster_is_asked(ray: dict[str, Any], told: str) -> None:
+    cluster = {"kind": "rayjob", **ray.pop("cluster", {})}
+    with pytest.raises(ValidationError) as caught:
+        RayConfig.model_validate({**ray, "cluster": cluster})
+    assert told in str(caught.value)
