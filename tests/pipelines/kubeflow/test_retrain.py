@@ -52,6 +52,8 @@ def test_a_submitted_run_promotes_what_the_local_run_would(
     decision = store.get_json(f"runs/{run_id}/decision.json")
     assert decision["decision"] == "promote"
     assert production(store) == decision["version"]
+    left_out = {step for step, state in answered.body["steps"].items() if state != "SUCCEEDED"}
+    assert left_out == {"Leave the alias as it is", "Skip the training"}
     assert "sums: a new version is in production" in store.get(f"runs/{run_id}/report.html").decode()
     outputs = kubeflow.run(run_id).folder / "outputs"
     assert any(path.read_text().startswith("# Promote: sums@production") for path in outputs.rglob("summary"))

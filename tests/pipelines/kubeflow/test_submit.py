@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 
-from components.registry import aliases
-from components.registry.store import Store
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import KubeflowAway, KubeflowError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import package, runs, submit
 from pipelines.kubeflow.client import connect
-from tests.jobs_api import JobsApi
-from tests.kfp_server.server import KfpServer, serving
+from tests.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -198,19 +195,6 @@ def test_what_only_the_server_can_know_is_told_in_its_words(
     server.num_outages = 1
     with pytest.raises(KubeflowError, match="503"):
         runs.listed(connect({}, host=server.url))
-
-
-def test_the_real_pipeline_runs_on_kubeflow_and_promotes(
-    stub_cluster: JobsApi, config_path: Path, store: Store, no_kubeflow: None, fineloop: Fineloop
-) -> None:
-    with serving() as running:
-        answered = fineloop("submit", "-c", str(config_path), "--host", running.url)
-        body = answered.body
-        assert answered.exit_code == 0, running.run(body["run_id"]).log
-    assert {step for step, state in body["steps"].items() if state != "SUCCEEDED"} == {"hold"}
-    pointer = aliases.read_alias(store, "sums", "production")
-    assert pointer is not None
-    assert pointer.run_id == body["run_id"]
 
 
 def _start(server: KfpServer, config: RunConfig, **parameters: Any) -> runs.Run:

@@ -1,0 +1,112 @@
+"""One config, four ways to run it: here, submitted to Kubeflow, by its schedule, and as a bare Ray job."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.registry.store import Store
+from components.shared.config import RegistryConfig
+from tests.e2e.conftest import CHECKOUT, Home, Tiny
+from tests.kfp_server.server import KfpServer, serving
+
+pytestmark = pytest.mark.e2e
+
+
+class Ways:
+    """Each way has a folder of its own in the registry; nothing else of the config differs."""
+
+    def __init__(self, home: Home, settings: list[str], environment: dict[str, str], kubeflow: KfpServer) -> None:
+        self.home, self.settings, self.kubeflow = home, settings, kubeflow
+        self.environment = environment
+
+    def options(self, way: str) -> list[str]:
+        return [*self.settings, "--set", f"registry.prefix={way}"]
+
+    def here(self) -> dict[str, Any]:
+        done = self.home.fineloop("run", *self.options("here"), "--run-id", "here")
+        assert done.exit_code == 0, done.told
+        return self.left("here", "here")
+
+    def submitted(self) -> dict[str, Any]:
+        done = self.on_kubeflow("submit", *self.options("submitted"))
+        assert done["state"] == "SUCCEEDED", self.kubeflow.run(done["run_id"]).log
+        return self.left("submitted", done["run_id"])
+
+    def scheduled(self) -> dict[str, Any]:
+        self.on_kubeflow("schedule", "create", "nightly", "--cron", "0 2 * * *", *self.options("scheduled"))
+        (run,) = self.kubeflow.tick(datetime(2030, 1, 1, 2, 0, 1, tzinfo=UTC))
+        assert run.wait(300) == "SUCCEEDED", run.log
+        return self.left("scheduled", run.record["run_id"])
+
+    def ray_job(self) -> dict[str, Any]:
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "-m",
+        ]
+        command += [
+            "ray_jobs.finetune",
+            "--config",
+            "pipelines/configs/icd10.toml",
+            *self.options("ray"),
+            "--run-id",
+            "ray",
+        ]
+        done = subprocess.run(
+            command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.left("ray", "ray")
+
+    def on_kubeflow(self, *arguments: str) -> dict[str, Any]:
+        command = [str(Path(sys.executable).parent / "fineloop"), *arguments, "--host", self.kubeflow.url, "--json"]
+        done = subprocess.run(
+            command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    def left(self, way: str, run_id: str) -> dict[str, Any]:
+        """What the run left in the store, without what names the run or the way."""
+        store = Store.open(RegistryConfig(prefix=way))
+        trained = store.get_json(f"runs/{run_id}/finetune.json")
+        found = {"dataset": trained["dataset_uri"].rpartition("/")[2], "version": trained["version"]}
+        if store.exists(f"runs/{run_id}/decision.json"):
+            decision = store.get_json(f"runs/{run_id}/decision.json")
+            found |= {key: decision[key] for key in ("decision", "reasons", "rules")}
+        return found
+
+
+@pytest.fixture
+def ways(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
+    home = Home(tmp_path / "home")
+    assert home.fineloop("ray", "up").exit_code == 0
+    found = {**home.store_environment(), **home.fineloop("ray", "env").answer}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    environment = {**home.environment, **found}
+    short = {"data.max_records": 120, "train.max_steps": 4, "evaluate.records": 20, "gate.limits": "[]"}
+    settings = [*tiny.settings, *[part for key, value in short.items() for part in ("--set", f"{key}={value}")]]
+    with serving(environment) as kubeflow:
+        yield Ways(home, settings, environment, kubeflow)
+    assert home.fineloop("ray", "down").exit_code == 0
+
+
+def test_every_way_makes_the_same_dataset_version_and_decision(ways: Ways) -> None:
+    here = ways.here()
+    assert here["decision"] == "promote", here["reasons"]
+    assert ways.submitted() == here
+    assert ways.scheduled() == here
+    assert ways.ray_job() == {key: here[key] for key in ("dataset", "version")}
