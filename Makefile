@@ -42,7 +42,7 @@ run: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "not gpu and not e2e and not podman" --numprocesses auto --maxprocesses 4 --dist loadfile
-	@$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m e2e
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

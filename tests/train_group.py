@@ -28,7 +28,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "ray_jobs.worker",
 ]
-TIMEOUT_S = 240.0
+TIMEOUT_S = 600.0
 GRACE_S = 10.0  # for the other ranks to fail by themselves once one is lost
 
 

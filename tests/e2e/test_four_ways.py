@@ -28,10 +28,10 @@ class Ways:
     def options(self, way: str) -> list[str]:
         return [*self.settings, "--set", f"registry.prefix={way}"]
 
-    def here(self) -> dict[str, Any]:
-        done = self.home.fineloop("run", *self.options("here"), "--run-id", "here")
+    def here(self, run_id: str = "first") -> dict[str, Any]:
+        done = self.home.fineloop("run", *self.options("here"), "--run-id", run_id)
         assert done.exit_code == 0, done.told
-        return self.left("here", "here")
+        return self.left("here", run_id)
 
     def submitted(self) -> dict[str, Any]:
         done = self.on_kubeflow("submit", *self.options("submitted"))
@@ -83,6 +83,8 @@ class Ways:
         store = Store.open(RegistryConfig(prefix=way))
         trained = store.get_json(f"runs/{run_id}/finetune.json")
         found = {"dataset": trained["dataset_uri"].rpartition("/")[2], "version": trained["version"]}
+        curve = store.get(f"runs/{run_id}/metrics.jsonl").decode().splitlines()
+        found["losses"] = [json.loads(line)["loss"] for line in curve]
         if store.exists(f"runs/{run_id}/decision.json"):
             decision = store.get_json(f"runs/{run_id}/decision.json")
             found |= {key: decision[key] for key in ("decision", "reasons", "rules")}
@@ -109,4 +111,7 @@ def test_every_way_makes_the_same_dataset_version_and_decision(ways: Ways) -> No
     assert here["decision"] == "promote", here["reasons"]
     assert ways.submitted() == here
     assert ways.scheduled() == here
-    assert ways.ray_job() == {key: here[key] for key in ("dataset", "version")}
+    again = ways.here("again")
+    assert (again["version"], again["decision"]) == (here["version"], "hold")  # its champion is itself
+    assert again["losses"] == here["losses"]
+    assert ways.ray_job() == {key: here[key] for key in ("dataset", "version", "losses")}

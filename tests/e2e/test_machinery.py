@@ -28,19 +28,6 @@ def up(tiny: Tiny) -> Iterator[dict[str, str]]:
     assert tiny.home.fineloop("ray", "down").exit_code == 0
 
 
-def test_the_same_config_again_gives_the_same_data_curve_and_version_and_changes_nothing(tiny: Tiny, up, monkeypatch):
-    first, second = (tiny.home.fineloop("run", *tiny.settings) for _ in range(2))
-    assert (first.exit_code, second.exit_code) == (0, 0), second.told
-    curves = [_curve(run.answer["run_id"], tiny.home.store_environment(), monkeypatch) for run in (first, second)]
-    assert curves[0] == curves[1]
-    assert len(curves[0]) > 50
-    assert first.answer["version"] == second.answer["version"]
-    assert first.answer["decision"] == "promote", first.answer["reasons"]
-    # The second run met the first one's version as its champion: itself.
-    assert second.answer["decision"] == "hold"
-    assert second.answer["metrics"]["champion"] == first.answer["metrics"]["candidate"]
-
-
 def test_ray_job_submit_prepares_the_data_and_publishes(tiny: Tiny, up):
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m"]
     command += ["ray_jobs.finetune", "--config", "pipelines/configs/icd10.toml", *tiny.settings]
@@ -147,13 +134,3 @@ def _processes_naming(path: Path) -> dict[int, str]:
             if str(path).encode() in command + (entry / "environ").read_bytes():
                 found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")[:200]
     return found
-
-
-def _curve(run_id: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    from components.registry.store import Store
-    from components.shared.config import RegistryConfig
-
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    body = Store.open(RegistryConfig()).get(f"runs/{run_id}/metrics.jsonl").decode()
-    return [json.loads(line)["loss"] for line in body.splitlines()]
