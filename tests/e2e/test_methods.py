@@ -37,6 +37,7 @@ STEPS = 5
 NUM_ROWS = (STEPS * 16 * 8 + 6) // 7  # seven eighths are trained on
 RECORDS = 10  # held out, of some forty tokens each
 NOISE = 0.02  # what bfloat16 arithmetic in another order may change a loss by
+ROUNDED = 0.05  # and where the trainer rounds an adapter's vectors to bfloat16 in its arithmetic, and peft does not
 # A few steps need a high rate; VeRA's vectors a higher one.
 RATES = {"lora": 3e-3, "dora": 3e-3, "vera": 1e-1, "dvora": 5e-2}
 CELLS = {
@@ -178,6 +179,9 @@ def test_a_pulled_version_is_to_plain_peft_what_was_trained_and_merged_it_says_t
     base = plain_base(one, tmp_path)
     dense = in_float32(one, base)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    is_rounded = one.config.method.row.adapter in ("vera", "dvora")
+    assert loss_on(held_out, adapted) == pytest.approx(one.eval_loss, rel=ROUNDED if is_rounded else NOISE)
+    dvora.unify_dtype(adapted, base.dtype)  # as the trainer computes; leaves other adapters as they are
     assert loss_on(held_out, adapted) == pytest.approx(one.eval_loss, rel=NOISE)
 
     pulled = PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "adapter").eval()
