@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from components.shared import config_file
 from components.shared.config import RunConfig
-from components.shared.errors import FineloopError, ObjectMissing
+from components.shared.errors import FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.service import python_path
@@ -44,11 +44,18 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
 
     Raises:
+        UserError: an address is given where each job has a cluster of its own.
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
     from pipelines.local.ground import ground
 
+    needs_head = config.ray.cluster.kind == "jobs-api" and not place.address
+    if place.address and config.ray.cluster.kind == "rayjob":
+        raise UserError(
+            f'--address {place.address}: with ray.cluster.kind = "rayjob" each job has a cluster of its own. '
+            "Drop --address, or --set ray.cluster.kind=jobs-api"
+        )
     run_id = run_id or new_run_id()
     began = time.monotonic()
     folder = place.home.absolute() / "runs" / run_id
@@ -58,7 +65,6 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     try:
         display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
-        needs_head = config.ray.cluster.kind == "jobs-api" and not place.address
         with ground(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
             ground_s = time.monotonic() - began
             display.finish(ground_s)

@@ -10,7 +10,7 @@ import pytest
 from components.registry import aliases, versions
 from components.registry.store import Store
 from components.shared.config import RunConfig
-from components.shared.errors import DataError, JobError
+from components.shared.errors import DataError, JobError, UserError
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run
 from tests.jobs_api import JobsApi
@@ -112,6 +112,15 @@ def test_an_explicit_address_wins_over_the_environments(
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     run(make_config(), Place(place.home, place.terminal, address=stub_cluster.address), what="train")
     assert len(stub_cluster.jobs) == 2
+
+
+def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(
+    make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    elsewhere = Place(place.home, place.terminal, address="http://127.0.0.1:9")
+    with pytest.raises(UserError, match="Drop --address"):
+        run(make_config("ray.cluster.kind=rayjob"), elsewhere, what="train")
+    assert not place.home.exists()
 
 
 @pytest.mark.parametrize("what", ["retrain", "train"])
