@@ -100,7 +100,7 @@ class RayJobs:
 
     def stop(self, job_id: str) -> None:
         """Delete it until it is gone or on its way, for a while: one that was being created may appear late."""
-        deadline, absent = time.monotonic() + STOP_S, 0
+        deadline, absent, told = time.monotonic() + STOP_S, 0, ""
         while time.monotonic() < deadline and absent < 3:
             try:
                 absent = 0 if self._api.delete(job_id) else absent + 1
@@ -108,7 +108,9 @@ class RayJobs:
                 if items and items[0]["metadata"].get("deletionTimestamp"):
                     return
             except JobError as exc:
-                logger.warning("%s", exc)
+                if str(exc) != told:
+                    logger.warning("%s", exc)
+                told = str(exc)
             time.sleep(0.1)
 
     def live(self) -> list[LiveJob]:

@@ -212,6 +212,14 @@ def test_the_steps_pod_owns_the_rayjob_and_a_later_pod_joins_it(
     assert connect(config())._owner() is None  # type: ignore[attr-defined]
 
 
+def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.shared.rayjob.STOP_S", 0.5)
+    cluster.api.denied.add(("delete", "rayjobs"))
+    connect(config()).stop("fineloop-r-finetune-1")
+    (told,) = cluster.caplog.messages
+    assert "may not delete rayjobs" in told
+
+
 def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own() -> None:
     with pytest.raises(UserError, match=r'ray\.cluster\.kind = "rayjob"'):
         connect(config(), address="http://127.0.0.1:8265")
