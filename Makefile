@@ -11,7 +11,7 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 
-.PHONY: help setup run test lint bench crds lock pin images infra-lint clean
+.PHONY: help setup run test lint bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -21,6 +21,7 @@ help:
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   checkov on the images and on infra/aws"
+	@echo "make kube    build a Kubernetes control plane from Debian's packages, for pytest -m kubernetes"
 	@echo "make crds    fetch KubeRay's and Kueue's definitions, to check infra/ against them"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
 	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov and .fineloop, adapters included"
@@ -41,7 +42,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not gpu and not e2e and not podman" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -m "not gpu and not e2e and not podman and not kubernetes" --numprocesses auto --maxprocesses 4 --dist loadfile
 	@$(BIN)/python -m pytest -m e2e
 
 lint: $(READY)
@@ -84,6 +85,9 @@ infra-lint: .venv-checkov/bin/checkov
 
 crds: $(READY)
 	@$(BIN)/python -m tests.infra.crds
+
+kube:
+	@tests/kubernetes/build.sh .fineloop/kube
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi

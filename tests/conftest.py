@@ -5,12 +5,16 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from components.registry.store import Store
 from components.shared.config import RegistryConfig
 from pipelines.local import seaweedfs
+
+if TYPE_CHECKING:
+    from tests.kubernetes.control_plane import ControlPlane
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of test processes that wait for each other on the same cores cost three times the time.
@@ -38,3 +42,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[seaweedfs.En
 def store(s3_server: seaweedfs.Endpoint) -> Store:
     """A registry that nobody else uses."""
     return Store.open(RegistryConfig(bucket=s3_server.bucket, prefix=f"tests/{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ControlPlane"]:
+    """A Kubernetes control plane with the laptop's overlay applied."""
+    from tests.infra.manifests import render
+    from tests.kubernetes import control_plane
+
+    with control_plane.running(tmp_path_factory.mktemp("kubernetes")) as plane:
+        plane.apply(render("infra/overlays/kind"))
+        yield plane

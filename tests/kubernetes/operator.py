@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.jobs_api import TOKEN, FakeJob, JobsApi
 from tests.kubernetes.api import KubernetesDouble, Resource, now
+
+if TYPE_CHECKING:
+    from tests.kubernetes.control_plane import RayJobsOfCluster
 
 FINALIZER = "ray.io/rayjob-finalizer"
 TICK_S = 0.03
@@ -19,7 +22,9 @@ MAX_NAME = 47
 class Operator:
     """Reconciles from construction to `close`."""
 
-    def __init__(self, api: KubernetesDouble, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, api: "KubernetesDouble | RayJobsOfCluster", directory: Path, environment: Mapping[str, str]
+    ) -> None:
         self.api = api
         self.dashboard = JobsApi(directory, environment, token=TOKEN)
         self.dashboard_url = self.dashboard.address.removeprefix("http://")

@@ -1,4 +1,5 @@
-"""One set of rules for every way to a cluster: against doubles in every run, against a real Ray head with `-m e2e`."""
+"""One set of rules for every way to a cluster: against doubles in every run, against a real Ray head with `-m e2e`, and
+with `-m kubernetes` against a real API server under the rights that infra/rbac gives."""
 
 import io
 import os
@@ -20,6 +21,7 @@ from pipelines.local.ground import ground
 from pipelines.local.seaweedfs import Endpoint
 from tests.jobs_api import TOKEN, JobsApi
 from tests.kubernetes.api import KubernetesDouble
+from tests.kubernetes.control_plane import RayJobsOfCluster, needs_control_plane
 from tests.kubernetes.operator import Operator
 
 POLL_S = 0.05
@@ -46,7 +48,14 @@ class Cluster:
         return found == "STOPPED"
 
 
-@pytest.fixture(scope="module", params=["jobs-api", "rayjob", pytest.param("ray", marks=pytest.mark.e2e)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("jobs-api", "rayjob"),
+        pytest.param("kubernetes", marks=needs_control_plane),
+        pytest.param("ray", marks=pytest.mark.e2e),
+    ],
+)
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, s3_server: Endpoint
 ) -> Iterator[Cluster]:
@@ -70,6 +79,13 @@ def cluster(
             yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
             operator.close()
             api.close()
+        elif request.param == "kubernetes":
+            plane = request.getfixturevalue("control_plane")
+            operator = Operator(RayJobsOfCluster(plane), directory, environment)
+            patch.setenv("KUBECONFIG", str(plane.account("fineloop-pipeline")))  # with the rights of infra/rbac alone
+            ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
+            yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
+            operator.close()
         else:
             (directory / "ray").mkdir()
             (directory / "ray" / "token").write_text(TOKEN)

@@ -1,0 +1,109 @@
+"""A RayJob on a real API server: rights, refusals, races and watches as Kubernetes words and times them."""
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared.errors import JobError
+from components.shared.kubernetes_api import KubernetesApi, Watched
+from components.shared.ray_backend import Job
+from components.shared.ray_config import RayConfig
+from components.shared.ray_submit import connect, stop_run
+from components.shared.rayjob_manifest import rayjob
+from tests.components.shared.test_ray_submit import submitting
+from tests.jobs_api import TOKEN
+from tests.kubernetes.control_plane import NAMESPACE, ControlPlane, RayJobsOfCluster, needs_control_plane, wait_until
+from tests.kubernetes.operator import Operator
+
+pytestmark = needs_control_plane
+
+RAY = RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0}})
+
+
+def body(run_id: str, **spec: Any) -> dict[str, Any]:
+    found = rayjob(RAY, Job(run_id, "finetune", ("true",), 60), 1, namespace=NAMESPACE, owner=None)
+    found["spec"] |= spec
+    return found
+
+
+@pytest.fixture
+def as_account(control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Become a service account of infra/rbac."""
+    return lambda name: monkeypatch.setenv("KUBECONFIG", str(control_plane.account(name)))
+
+
+@pytest.fixture
+def operator(control_plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    found = Operator(RayJobsOfCluster(control_plane), tmp_path, {})
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("account", ["fineloop-reaper", "fineloop-trainer"])
+def test_an_account_without_the_right_is_told_which_and_where_it_comes_from(as_account, account) -> None:
+    as_account(account)
+    with pytest.raises(JobError, match=f"{account} may not create rayjobs.*kubectl apply -k infra/rbac"):
+        KubernetesApi().create(body("denied"))
+
+
+def test_the_reaper_can_stop_what_a_step_started(as_account, operator, tmp_path) -> None:
+    as_account("fineloop-pipeline")
+    waiting = Job("left-behind", "finetune", ("python", "-c", "import time; time.sleep(60)"), 60)
+    step = subprocess.Popen(submitting(waiting, RAY), stderr=subprocess.PIPE)
+    wait_until(lambda: any(state == "Running" for _, state in operator.history), "the job does not run")
+    as_account("fineloop-reaper")
+    assert [job.run_id for job in connect(RAY).live()] == ["left-behind"]
+    assert stop_run("left-behind", RAY) == ["fineloop-left-behind-finetune-1"]
+    _, told = step.communicate(timeout=30)
+    assert b"was stopped by someone else" in told
+
+
+def test_a_value_that_the_definition_refuses_is_named(as_account) -> None:
+    as_account("fineloop-pipeline")
+    with pytest.raises(JobError, match=r"spec\.backoffLimit"):
+        KubernetesApi().create(body("mistyped", backoffLimit="often"))
+
+
+def test_of_two_steps_that_create_one_job_one_follows_the_other(as_account) -> None:
+    as_account("fineloop-pipeline")
+    api, barrier, found = KubernetesApi(), threading.Barrier(4), []
+
+    def create() -> None:
+        barrier.wait()
+        found.append(api.create(body("raced")))
+
+    threads = [threading.Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [False, False, False, True]
+    assert api.delete("fineloop-raced-finetune-1")
+    assert not api.delete("fineloop-raced-finetune-1")
+
+
+def test_a_watch_from_a_version_that_is_forgotten_looks_anew(as_account, control_plane) -> None:
+    as_account("fineloop-pipeline")
+    api = KubernetesApi()
+    api.create(body("forgotten"))
+    watched = Watched(api, "fineloop-forgotten-finetune-1")
+    watched._version = "1"
+    for _ in range(3):
+        found = watched.wait(1)
+        if found is not None:
+            break
+    assert found is not None
+    assert found["metadata"]["name"] == "fineloop-forgotten-finetune-1"
+    api.patch("fineloop-forgotten-finetune-1", {"metadata": {"annotations": {"seen": "yes"}}})
+    changed = watched.wait(5)
+    assert changed is not None
+    assert changed["metadata"]["annotations"]["seen"] == "yes"
+    api.delete("fineloop-forgotten-finetune-1")
+    assert watched.wait(5) is None
