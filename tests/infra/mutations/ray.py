@@ -131,6 +131,11 @@ def a_quota_does_not_count_gpus(m: list[Manifest]) -> None:
     del the(m, "ResourceQuota")["spec"]["hard"]["requests.nvidia.com/gpu"]
 
 
+@breaks(ray.flavors_ask_for_no_label_of_the_gpu_operator)
+def a_flavor_asks_for_a_label_that_few_nodes_have(m: list[Manifest]) -> None:
+    the(m, "ResourceFlavor")["spec"]["nodeLabels"] = {"nvidia.com/gpu.present": "true"}
+
+
 @breaks(ray.clusters_ask_for_a_token)
 def a_dashboard_is_open(m: list[Manifest]) -> None:
     job(m)["rayClusterSpec"]["authOptions"]["mode"] = "disabled"

@@ -181,6 +181,16 @@ def jobs_fit_in_the_queue(manifests: list[Manifest]) -> Iterator[str]:
             yield f"ClusterQueue: {amount} of {resource} is above the namespace's quota of {quota.get(resource)}"
 
 
+def flavors_ask_for_no_label_of_the_gpu_operator(manifests: list[Manifest]) -> Iterator[str]:
+    """A flavor's labels become its workers' node selector, and NVIDIA's device plugin sets no gpu.present.
+
+    The GPU operator does, and some node images; elsewhere a job would be admitted and wait for ever.
+    """
+    for flavor in of_kind(manifests, "ResourceFlavor"):
+        if "nvidia.com/gpu.present" in flavor["spec"].get("nodeLabels", {}):
+            yield f"{title(flavor)}: not every GPU node has the label nvidia.com/gpu.present"
+
+
 def _nominal(manifests: list[Manifest]) -> dict[str, Decimal]:
     totals: Counter[str] = Counter()
     for queue in of_kind(manifests, "ClusterQueue"):
