@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from pipelines import cli
+from pipelines.commands.cluster import SERVICE_ACCOUNT
 from tests.infra.crds import KUBERAY, KUEUE
 from tests.infra.manifests import INFRA, KUBECTL, ROOT, render
+from tests.infra.policies.access import RIGHTS
 from tests.infra.runbook import RUNBOOK, Command, commands
 from tests.infra.schemas import KUBERNETES
 
@@ -83,6 +85,19 @@ def test_helm_installs_the_versions_that_the_manifests_are_checked_against() -> 
 @pytest.mark.parametrize("command", of("fineloop"))
 def test_fineloop_knows_the_command(command: Command) -> None:
     cli.parser().parse_args(command.arguments)
+
+
+def test_kubeflow_is_told_where_it_is_and_whose_runs_start() -> None:
+    """Its manifests and launcher have the namespace kubeflow written in them, and its own account starts no Ray job."""
+    told = next(c.arguments for c in COMMANDS if c.words[3:5] == ("set", "env"))
+    settings = dict(word.split("=") for word in told if "=" in word)
+    assert settings["DEFAULTPIPELINERUNNERSERVICEACCOUNT"] == settings["ALLOWEDSERVICEACCOUNTS"] == SERVICE_ACCOUNT
+    patched = next(c.arguments for c in COMMANDS if "--patch-file" in c.words)
+    patch = yaml.safe_load((ROOT / patched[patched.index("--patch-file") + 1]).read_text(encoding="utf-8"))
+    store = yaml.safe_load(patch["data"]["providers"])["minio"]["default"]
+    assert store["endpoint"] == f"{settings['OBJECTSTORECONFIG_HOST']}:9000" == "seaweedfs.fineloop:9000"
+    secret = store["credentials"]["secretRef"]["secretName"]
+    assert ("get", f"secrets={secret}") in RIGHTS[SERVICE_ACCOUNT]
 
 
 @pytest.mark.parametrize("command", of("make"))
