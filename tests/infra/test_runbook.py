@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipelines import cli
+from pipelines.commands.arguments import load_config
 from pipelines.commands.cluster import SERVICE_ACCOUNT
 from tests.infra.crds import KUBERAY, KUEUE
 from tests.infra.manifests import INFRA, KUBECTL, ROOT, render
@@ -98,6 +99,27 @@ def test_kubeflow_is_told_where_it_is_and_whose_runs_start() -> None:
     assert store["endpoint"] == f"{settings['OBJECTSTORECONFIG_HOST']}:9000" == "seaweedfs.fineloop:9000"
     secret = store["credentials"]["secretRef"]["secretName"]
     assert ("get", f"secrets={secret}") in RIGHTS[SERVICE_ACCOUNT]
+
+
+def test_what_runs_are_told_is_a_config_that_makes_rayjobs() -> None:
+    told = [c.words[1].removeprefix("CLUSTER=") for c in COMMANDS if c.words[1:] and c.words[1].startswith("CLUSTER=")]
+    clusters = [load_config(cli.parser().parse_args(["submit", *each.split()])).ray.cluster for each in told]
+    assert [cluster.kind for cluster in clusters] == ["rayjob", "rayjob"]
+    assert "--image" in told[0], "off the laptop, steps run in an image that somebody pushed"
+
+
+def test_what_is_scheduled_goes_before_what_people_start() -> None:
+    created = next(c for c in COMMANDS if c.words[:3] == ("fineloop", "schedule", "create"))
+    cluster = load_config(cli.parser().parse_args(created.arguments)).ray.cluster
+    values = {m["metadata"]["name"]: m["value"] for m in render("infra/kueue") if m["kind"] == "WorkloadPriorityClass"}
+    assert values[cluster.priority_class] == max(values.values())
+
+
+def test_the_reaper_is_told_where_to_look_by_who_runs_it_outside_a_pod() -> None:
+    by_hand = [
+        cli.parser().parse_args(c.arguments) for c in COMMANDS if c.words[:2] == ("fineloop", "reap") and c.words[2:]
+    ]
+    assert [options.rayjobs for options in by_hand] == ["fineloop"]
 
 
 @pytest.mark.parametrize("command", of("make"))
