@@ -1,8 +1,9 @@
 output "role_arns" {
   description = "For the annotation eks.amazonaws.com/role-arn of each service account."
   value = {
-    fineloop-pipeline = aws_iam_role.pipeline.arn
-    fineloop-trainer  = aws_iam_role.trainer.arn
+    fineloop-pipeline    = aws_iam_role.pipeline.arn
+    fineloop-trainer     = aws_iam_role.trainer.arn
+    fineloop-experiments = aws_iam_role.trainer.arn
   }
 }
 

@@ -1,14 +1,22 @@
-# Who may do what. A role is taken by one service account of one namespace, or by people (admin); there are no access keys.
+# Who may do what. A role is taken by service accounts of one namespace, or by people (admin); there are no access keys.
 # fineloop-reaper stops Ray jobs and reads no object: it has no role.
 
 locals {
+  # Who takes which role. In a shared cluster the head runs the jobs' own processes, as fineloop-experiments.
+  subjects = {
+    fineloop-pipeline = ["system:serviceaccount:${var.namespace}:fineloop-pipeline"]
+    fineloop-trainer = [
+      "system:serviceaccount:${var.namespace}:fineloop-trainer",
+      "system:serviceaccount:${var.namespace}:fineloop-experiments",
+    ]
+  }
   issuer = replace(var.oidc_provider_arn, "/^.*:oidc-provider\\//", "")
   # A bucket must be listed to read what lies in it.
   source_buckets = distinct([for arn in var.source_arns : split("/", arn)[0]])
 }
 
 data "aws_iam_policy_document" "service_account" {
-  for_each = toset(["fineloop-pipeline", "fineloop-trainer"])
+  for_each = local.subjects
 
   statement {
     actions = ["sts:AssumeRoleWithWebIdentity"]
@@ -21,7 +29,7 @@ data "aws_iam_policy_document" "service_account" {
     condition {
       test     = "StringEquals"
       variable = "${local.issuer}:sub"
-      values   = ["system:serviceaccount:${var.namespace}:${each.key}"]
+      values   = each.value
     }
 
     condition {

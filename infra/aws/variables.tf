@@ -41,7 +41,7 @@ variable "oidc_provider_arn" {
 }
 
 variable "namespace" {
-  description = "Kubernetes namespace of the service accounts fineloop-pipeline and fineloop-trainer."
+  description = "Kubernetes namespace of the service accounts fineloop-pipeline, fineloop-trainer and fineloop-experiments."
   type        = string
   default     = "fineloop"
 

@@ -59,8 +59,8 @@ class Configuration:
         }
         self.symbols["local.root"] = self.value(self.local("root"))
 
-    def local(self, name: str) -> str:
-        return next(str(block[name]) for block in self.blocks["locals"] if name in block)
+    def local(self, name: str) -> Any:
+        return next(block[name] for block in self.blocks["locals"] if name in block)
 
     def resource(self, kind: str, name: str = "registry") -> dict[str, Any]:
         return _named(self.blocks["resource"], kind, name)
@@ -72,7 +72,7 @@ class Configuration:
         """Every variable's block, by name."""
         return {name: block for blocks in self.blocks["variable"] for name, block in blocks.items()}
 
-    def document(self, name: str, **symbols: str) -> list[Statement]:
+    def document(self, name: str, **symbols: Any) -> list[Statement]:
         """The statements of a policy document, with those that it takes over from others."""
         block = _named(self.blocks["data"], "aws_iam_policy_document", name)
         unknown = block.keys() - {"statement", "dynamic", "source_policy_documents", "for_each"}
@@ -91,7 +91,7 @@ class Configuration:
         ]
         return inherited + [self._statement(found, symbols) for found in [*block.get("statement", []), *conditional]]
 
-    def _statement(self, block: dict[str, Any], symbols: dict[str, str]) -> Statement:
+    def _statement(self, block: dict[str, Any], symbols: dict[str, Any]) -> Statement:
         unknown = block.keys() - {"sid", "effect", "actions", "resources", "principals", "condition"}
         assert not unknown, f"a statement uses {unknown}, which this reader does not know"
         return Statement(
@@ -104,13 +104,13 @@ class Configuration:
             ),
         )
 
-    def values(self, found: Any, symbols: dict[str, str] | None = None) -> tuple[str, ...]:
+    def values(self, found: Any, symbols: dict[str, Any] | None = None) -> tuple[str, ...]:
         """A list, or a template that stands for one."""
         if isinstance(found, str):
-            return tuple(self.symbols[found.removeprefix("${").removesuffix("}")])
+            return tuple({**self.symbols, **(symbols or {})}[found.removeprefix("${").removesuffix("}")])
         return tuple(self.value(item, symbols or {}) for item in found)
 
-    def value(self, text: str, symbols: dict[str, str] | None = None) -> str:
+    def value(self, text: str, symbols: dict[str, Any] | None = None) -> str:
         """A string with each `${...}` replaced by what it stands for."""
         known = {**self.symbols, **(symbols or {})}
         filled = _TEMPLATE.sub(lambda match: str(known[match[1]]), text)

@@ -56,13 +56,17 @@ def test_what_was_overwritten_and_uploads_that_were_given_up_do_not_cost_for_eve
     assert {rule["status"] for rule in rules().values()} == {"Enabled"}
 
 
-@pytest.mark.parametrize("account", ["fineloop-pipeline", "fineloop-trainer"])
-def test_a_role_is_taken_by_one_service_account_of_one_namespace(account: str) -> None:
-    (trust,) = CONFIGURATION.document("service_account", **{"each.key": account})
+@pytest.mark.parametrize(
+    ("role", "accounts"),
+    [("fineloop-pipeline", ["fineloop-pipeline"]), ("fineloop-trainer", ["fineloop-trainer", "fineloop-experiments"])],
+)
+def test_a_role_is_taken_by_its_service_accounts_of_one_namespace(role: str, accounts: list[str]) -> None:
+    subjects = [CONFIGURATION.value(subject) for subject in CONFIGURATION.local("subjects")[role]]
+    (trust,) = CONFIGURATION.document("service_account", **{"each.value": subjects})
     issuer = CONFIGURATION.symbols["local.issuer"]
     assert trust.actions == ("sts:AssumeRoleWithWebIdentity",)
     assert set(trust.conditions) == {
-        ("StringEquals", f"{issuer}:sub", (f"system:serviceaccount:fineloop:{account}",)),
+        ("StringEquals", f"{issuer}:sub", tuple(f"system:serviceaccount:fineloop:{account}" for account in accounts)),
         ("StringEquals", f"{issuer}:aud", ("sts.amazonaws.com",)),
     }
 
@@ -96,6 +100,7 @@ def test_the_outputs_are_what_the_manifests_want() -> None:
     assert CONFIGURATION.output("role_arns")["value"] == {
         "fineloop-pipeline": "${aws_iam_role.pipeline.arn}",
         "fineloop-trainer": "${aws_iam_role.trainer.arn}",
+        "fineloop-experiments": "${aws_iam_role.trainer.arn}",
     }
     assert set(CONFIGURATION.output("environment")["value"]) == {"AWS_REGION", "AWS_DEFAULT_REGION", "FINELOOP_BUCKET"}
 

@@ -88,6 +88,11 @@ def a_trainer_has_the_promoters_role(m: list[Manifest]) -> None:
 
 
 @breaks(access.promoting_takes_another_role_than_training)
+def a_shared_clusters_head_has_no_role(m: list[Manifest]) -> None:
+    del the(m, "ServiceAccount", "fineloop-experiments")["metadata"]["annotations"]
+
+
+@breaks(access.promoting_takes_another_role_than_training)
 def a_promoter_has_no_role(m: list[Manifest]) -> None:
     del the(m, "ServiceAccount", "fineloop-pipeline")["metadata"]["annotations"]
 

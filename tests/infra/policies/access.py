@@ -114,7 +114,7 @@ def promoting_takes_another_role_than_training(manifests: list[Manifest]) -> Ite
     }
     if not any(roles.values()):
         return
-    for account in ("fineloop-pipeline", "fineloop-trainer"):
+    for account in ("fineloop-pipeline", "fineloop-trainer", "fineloop-experiments"):
         if not roles.get(account):
             yield f"{account}: has no role"
     if roles.get("fineloop-pipeline") == roles.get("fineloop-trainer"):
