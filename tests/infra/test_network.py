@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.infra.manifests import OVERLAYS, Manifest, of_kind, render_overlay
+from tests.infra.manifests import INFRA, OVERLAYS, Manifest, of_kind, render_overlay
 from tests.infra.reach import End, address, matches, reaches
 
 RAY = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/part-of": "fineloop"}
@@ -117,6 +118,14 @@ def test_every_pod_of_ours_can_look_up_names(overlay: str) -> None:
     dns = End("dns", {"k8s-app": "kube-dns"}, namespace="kube-system")
     ours = [end for end in ENDS.values() if end.namespace == "fineloop"]
     assert all(reaches(render_overlay(overlay), end, dns, 53, "UDP") for end in ours)
+
+
+def test_ones_own_store_may_listen_on_any_port() -> None:
+    """Whoever edits the overlay's file opens it to all who need it."""
+    manifests, file = render_overlay("gpu"), INFRA / "overlays/gpu/s3.yaml"
+    for edited in yaml.safe_load_all(file.read_text(encoding="utf-8").replace("port: 443", "port: 9000")):
+        policy(manifests, edited["metadata"]["name"])["spec"] = edited["spec"]
+    assert who_reaches(manifests, address("store", "203.0.113.10"), 9000) >= RAY_PODS | {"step"}
 
 
 def policy(manifests: list[Manifest], name: str) -> Manifest:
