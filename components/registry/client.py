@@ -158,7 +158,7 @@ def _refusal(exc: Any, *, uri: str, endpoint: str, bucket_field: str) -> StoreEr
         return Conflict(f"{uri} was created or changed by somebody else ({code})")
     if code in WRONG_REGION:
         return StoreError(
-            f"{uri} lies in another region than the client asks ({code}): set AWS_REGION to the bucket's region"
+            f"{uri} lies in another region than the client asks ({code}): set AWS_DEFAULT_REGION to the bucket's region"
         )
     if code in BAD_SESSION:
         return StoreError(f"the session for {uri} at {endpoint} has ended ({code}): renew AWS_SESSION_TOKEN")

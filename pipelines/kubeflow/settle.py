@@ -13,7 +13,7 @@ STORE_SECRET = "fineloop-s3"
 RAY_SECRET = "fineloop-ray"
 """The token of a shared Ray cluster; absent where every run has a cluster of its own."""
 
-ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 ON_RAY = frozenset({"finetune", "evaluate"})

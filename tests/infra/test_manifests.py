@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.kubeflow.settle import CONFIG_MAP, ENVIRONMENT
 from tests.infra import schemas
-from tests.infra.manifests import INFRA, Loader, Manifest, overlay_folders, render, title
+from tests.infra.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_folders, render, render_overlay, title
 
 CRDS = schemas.crds_folder()
 DEFINITIONS = [pytest.param(None, id="own"), pytest.param(CRDS, id="crds")] if CRDS else [pytest.param(None, id="own")]
@@ -111,3 +112,11 @@ def test_kueue_is_installed_so_that_no_job_goes_round_its_queue() -> None:
     assert config["managedJobsNamespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "fineloop"}}
     assert config["integrations"]["frameworks"] == ["ray.io/rayjob"]
     assert config["waitForPodsReady"].keys() >= {"timeout", "recoveryTimeout", "requeuingStrategy"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_steps_are_told_where_the_store_is_as_ray_pods_are(overlay: str) -> None:
+    """Ray pods take the whole ConfigMap; a step names each key. boto3 reads AWS_DEFAULT_REGION, and no AWS_REGION."""
+    (environment,) = (m["data"] for m in render_overlay(overlay) if m["metadata"]["name"] == CONFIG_MAP)
+    assert {name for name in environment if name.startswith("AWS_")} <= {*ENVIRONMENT}
+    assert "AWS_DEFAULT_REGION" in environment
