@@ -56,7 +56,7 @@ resource "aws_s3_bucket_lifecycle_configuration" "registry" {
   bucket = aws_s3_bucket.registry.id
 
   # A filter knows prefixes and sizes, no wildcards, and checkpoints lie in runs/<id>/checkpoints/. Nothing else in a run's
-  # folder is large: reports, metrics and decisions stay.
+  # folder is this large: reports, decisions, evaluated records and the notes of consumed objects stay.
   rule {
     id     = "checkpoints"
     status = "Enabled"
@@ -64,7 +64,7 @@ resource "aws_s3_bucket_lifecycle_configuration" "registry" {
     filter {
       and {
         prefix                   = "${local.keys}runs/"
-        object_size_greater_than = 16777216
+        object_size_greater_than = 67108864
       }
     }
 

@@ -44,7 +44,7 @@ def test_large_files_of_runs_expire_and_nothing_else_that_is_current_does() -> N
     assert expiring == {"checkpoints", "probes"}
     checkpoints = rules()["checkpoints"]["filter"][0]["and"][0]  # type: ignore[index]
     assert CONFIGURATION.value(checkpoints["prefix"]) == "runs/"
-    assert checkpoints["object_size_greater_than"] == 16 * 2**20
+    assert checkpoints["object_size_greater_than"] == 64 * 2**20
     assert CONFIGURATION.value(rules()["probes"]["filter"][0]["prefix"]) == ".check/"  # type: ignore[index]
     assert Configuration(SOURCE, "team-a").value(checkpoints["prefix"]) == "team-a/runs/"
 
