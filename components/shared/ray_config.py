@@ -94,6 +94,9 @@ class RayJobCluster(Section):
     """Size of the head, where no training runs."""
     shared_memory_gib: Annotated[int, Field(ge=1)] = 8
     """/dev/shm of a worker pod in GiB, for NCCL, data loading and Ray's object store; part of the pod's memory."""
+    disk_gib: Annotated[int, Field(ge=1)] = 100
+    """What a Ray pod may write to /tmp, and as much again to its home, in GiB; beyond it, it is evicted. One of the two
+    holds the base model, 2 GiB for each billion of parameters; /tmp also Ray's session and what spills over."""
     gpu_resource: ResourceName = NVIDIA_GPU
     """What Kubernetes calls the GPUs."""
     node_selector: dict[str, str] = {}

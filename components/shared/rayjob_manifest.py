@@ -7,6 +7,8 @@ What the schema does not say, and Kubernetes, Kueue or KubeRay insist on:
 - The namespace admits restricted pods alone. KubeRay copies a worker's security context to its init container, but
   gives neither the sidecar of SidecarMode nor the default submitter of K8sJobMode one; only the latter can be replaced.
 - HTTPMode has no submitter, and no log once the cluster is gone: hence K8sJobMode, whose submitter keeps the job's log.
+- Kueue lets no job in that asks for what its ClusterQueue does not cover, as ephemeral-storage: the volumes on the
+  node's disk are bounded by a sizeLimit each, without a request.
 """
 
 import hashlib
@@ -27,6 +29,7 @@ PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fin
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 HOME = "/home/fineloop"
+SUBMITTER_DISK_GIB = 1
 
 # Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
 SPOT = (
@@ -138,7 +141,7 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
             "dashboard-host": "0.0.0.0",
             "object-store-memory": _object_store(shared_memory_gib, share=0.9),  # nobody else uses it here
         },
-        "template": _pod(cluster, job, "head", container, shared_memory_gib=shared_memory_gib),
+        "template": _pod(cluster, job, "head", container, cluster.disk_gib, shared_memory_gib=shared_memory_gib),
     }
 
 
@@ -148,7 +151,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
         **_container("ray-worker", cluster),
         "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
     }
-    pod = _pod(cluster, job, "worker", container, shared_memory_gib=cluster.shared_memory_gib)
+    pod = _pod(cluster, job, "worker", container, cluster.disk_gib, shared_memory_gib=cluster.shared_memory_gib)
     taints = [
         *([{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}] if ray.use_gpu else []),
         *(SPOT if cluster.spot else ()),
@@ -178,16 +181,24 @@ def _submitter(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
         "volumeMounts": _mounts(),
         "resources": _exactly({"cpu": "500m", "memory": "1Gi"}),
     }
-    pod = _pod(cluster, job, "submitter", container)
+    pod = _pod(cluster, job, "submitter", container, SUBMITTER_DISK_GIB)
     del pod["spec"]["serviceAccountName"]
     pod["spec"]["restartPolicy"] = "Never"
     return pod
 
 
 def _pod(
-    cluster: RayJobCluster, job: Job, component: str, container: dict[str, Any], *, shared_memory_gib: int = 0
+    cluster: RayJobCluster,
+    job: Job,
+    component: str,
+    container: dict[str, Any],
+    disk_gib: int,
+    *,
+    shared_memory_gib: int = 0,
 ) -> dict[str, Any]:
-    volumes: list[dict[str, Any]] = [{"name": name, "emptyDir": {}} for name in ("tmp", "ray", "home")]
+    volumes: list[dict[str, Any]] = [
+        {"name": name, "emptyDir": {"sizeLimit": f"{disk_gib}Gi"}} for name in ("tmp", "home")
+    ]
     if shared_memory_gib:
         volumes.append({"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_memory_gib}Gi"}})
         container["volumeMounts"].append({"name": "shared-mem", "mountPath": "/dev/shm"})
@@ -237,7 +248,6 @@ def _mounts() -> list[dict[str, str]]:
     """All that can be written, the root being read-only."""
     return [
         {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "ray", "mountPath": "/tmp/ray"},
         {"name": "home", "mountPath": HOME},
     ]
 

@@ -13,7 +13,7 @@ from components.shared.rayjob_manifest import rayjob
 from tests.infra import schemas
 from tests.infra.check import policies_of, violations
 from tests.infra.manifests import Manifest, render_overlay
-from tests.infra.policies.pods import volumes_cannot_fill_the_node
+from tests.infra.policies.pods import pods
 from tests.infra.policies.ray import jobs_fit_in_the_queue
 from tests.infra.runbook import commands
 from tests.infra.test_manifests import DEFINITIONS
@@ -41,18 +41,21 @@ def test_a_created_job_is_valid_to_the_last_field(config: dict[str, Any], crds: 
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_created_job_keeps_every_policy_but_one(config: dict[str, Any]) -> None:
-    """How much it writes depends on its base model: its volumes have no limit of their own."""
-    policies = set(policies_of("aws")) - {volumes_cannot_fill_the_node}
+def test_a_created_job_keeps_every_policy(config: dict[str, Any]) -> None:
     manifests = [manifest for manifest in render_overlay("aws") if manifest["kind"] != "RayJob"]
-    assert list(violations([*manifests, created(config)], policies)) == []
+    assert list(violations([*manifests, created(config)], policies_of("aws"))) == []
 
 
 def test_a_person_is_given_the_shape_of_a_created_job() -> None:
     """What is learnt on one holds for the other."""
     (template,) = (manifest for manifest in render_overlay("aws") if manifest["kind"] == "RayJob")
     given = shape(template["spec"]) - shape(created(CONFIGS["gpus"])["spec"])
-    assert {path for path in given if not path.endswith((".emptyDir.sizeLimit", ".rayStartParams"))} == set()
+    assert {path for path in given if not path.endswith(".rayStartParams")} == set()
+
+
+def test_a_person_is_given_the_disk_of_a_created_job() -> None:
+    (template,) = (manifest for manifest in render_overlay("aws") if manifest["kind"] == "RayJob")
+    assert disks(template) == disks(created(CONFIGS["gpus"]))
 
 
 def test_the_runbooks_first_run_fits_the_laptops_queue() -> None:
@@ -71,6 +74,16 @@ def test_the_network_knows_the_pods_of_a_created_job(config: dict[str, Any]) -> 
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
     assert job["submitterPodTemplate"]["metadata"]["labels"].items() >= ENDS["submitter"].labels.items()
     assert "fineloop.dev/autoscaler" not in head  # which would open the Kubernetes API to it
+
+
+def disks(job: Manifest) -> dict[tuple[str, str], str]:
+    """The size of each volume on the node's disk, by container and volume."""
+    return {
+        (pod.containers[0]["name"], volume["name"]): volume["emptyDir"]["sizeLimit"]
+        for pod in pods([job])
+        for volume in pod.spec["volumes"]
+        if "medium" not in volume["emptyDir"]
+    }
 
 
 def shape(value: Any, where: str = "") -> set[str]:

@@ -107,6 +107,21 @@ def test_shared_memory_is_a_volume_in_memory_that_the_pod_pays_for() -> None:
     assert pod["containers"][0]["resources"]["limits"]["memory"] == "64Gi"
 
 
+def test_a_pod_writes_to_its_volumes_alone_and_to_each_no_more_than_it_may() -> None:
+    limits = {
+        name: {volume["name"]: volume["emptyDir"]["sizeLimit"] for volume in pod["spec"]["volumes"]}
+        for name, _, pod in containers(created({"disk_gib": 300}))
+    }
+    assert limits == {
+        "ray-head": {"tmp": "300Gi", "home": "300Gi", "shared-mem": "2Gi"},
+        "ray-worker": {"tmp": "300Gi", "home": "300Gi", "shared-mem": "8Gi"},
+        "ray-job-submitter": {"tmp": "1Gi", "home": "1Gi"},
+    }
+    for name, container, pod in containers(created()):
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}, name
+
+
 def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-send-me")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "nor-me")
