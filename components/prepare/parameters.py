@@ -12,10 +12,12 @@ KEYS = {
 """Parameter to the key that it replaces. Empty and 0 replace nothing: a pipeline's parameter cannot be absent."""
 
 
-def overrides(*, train_without_new_data: bool = False, **parameters: str | float) -> list[str]:
-    """The parameters that were given, as `section.key=value`."""
-    given = {KEYS[name]: value for name, value in parameters.items() if value}
-    if train_without_new_data:
-        given["data.min_new_records"] = 0
+def overrides(*, train_without_new_data: bool = False, **parameters: str | float) -> dict[str, str]:
+    """What the parameters that were given set, as `section.key=value` by the parameter's name."""
     # Text as a quoted TOML string, which JSON's are.
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    given = {
+        name: f"{KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items() if value
+    }
+    if train_without_new_data:
+        given["train_without_new_data"] = "data.min_new_records=0"
+    return given

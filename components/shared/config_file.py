@@ -32,8 +32,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return loads(text, overrides, origin=str(path))
 
 
-def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config") -> RunConfig:
-    """Parse TOML text; `origin` is what an error calls it.
+def loads(
+    text: str, overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = " with --set"
+) -> RunConfig:
+    """Parse TOML text; an error calls it by `origin`, and with overrides by `overriding` after that.
 
     Raises:
         ConfigError: as for `load`.
@@ -44,7 +46,7 @@ def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config") -
         raise ConfigError(f"{origin} is not valid TOML: {exc}") from exc
     for override in overrides:
         _override(raw, override)
-    return validate(raw, origin=f"{origin} with --set" if overrides else origin)
+    return validate(raw, origin=f"{origin}{overriding}" if overrides else origin)
 
 
 def validate(raw: dict[str, Any], *, origin: str = "config") -> RunConfig:

@@ -10,9 +10,10 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from components.shared import config_file, errors
@@ -26,6 +27,10 @@ IMAGE = "fineloop/step-python:0.1.0"
 """The image that every step runs in; `fineloop compile --image` puts a pinned one in its place."""
 COMPONENT: dict[str, Any] = {"base_image": IMAGE, "packages_to_install": [], "install_kfp_package": False}
 """What every `dsl.component` takes: the code is in the image, so that a step installs nothing when it starts."""
+PARAMETER = "run parameter"
+"""As the form of the Kubeflow UI calls its fields."""
+CONFIG = f"{PARAMETER} config"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 # Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
@@ -117,12 +122,13 @@ def find_failure(log: str) -> Failure | None:
 
 @contextlib.contextmanager
 def step(
-    name: str, config_toml: str, run_id: str, *, overrides: Sequence[str] = (), as_begun: bool = False
+    name: str, config_toml: str, run_id: str, *, overrides: Mapping[str, str] = NOTHING, as_begun: bool = False
 ) -> Iterator[Step]:
     """Run one step: validate the config, open the store, record the outcome in runs/<run_id>/steps/<name>.json.
 
-    The first step of a run records the config, `overrides` applied, as runs/<run_id>/config.toml. With `as_begun` that
-    one is taken where it exists, and the given config only says where the store is.
+    The first step of a run records the config, `overrides` applied, as runs/<run_id>/config.toml. They are
+    `section.key=value` by the run parameter that a person filled in; errors about the key name it. With `as_begun` the
+    recorded config is taken where it exists, and the given one only says where the store is.
 
     Raises:
         ConfigError: the config is not valid, or the run began with another one.
@@ -133,8 +139,9 @@ def step(
     with _components_log_as(name):
         say(name, "started")
         try:
-            running = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
-            yield running
+            with _naming_parameters(overrides):
+                running = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
+                yield running
             _record(running, "succeeded", started_at, time.monotonic() - began)
         except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
             if not isinstance(exc, FineloopError):
@@ -153,12 +160,27 @@ def config_key(run_id: str) -> str:
     return f"runs/{run_id}/config.toml"
 
 
-def _open(name: str, config_toml: str, run_id: str, overrides: Sequence[str], *, as_begun: bool) -> Step:
+@contextlib.contextmanager
+def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
+    """Head an error about a key by the run parameter that set it: who fills in the Kubeflow UI's form sees no keys."""
+    try:
+        yield
+    except FineloopError as exc:
+        message = str(exc)
+        names = [name for name, override in overrides.items() if override.partition("=")[0] in message]
+        if not names:
+            raise
+        to_blame = f"{PARAMETER} {', '.join(names)}"
+        is_of_config = message.startswith(CONFIG)
+        raise type(exc)(message.replace(CONFIG, to_blame, 1) if is_of_config else f"{to_blame}: {message}") from exc
+
+
+def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str], *, as_begun: bool) -> Step:
     from components.registry.store import Store
 
     if not _RUN_ID.match(run_id):
-        raise ConfigError(f"run id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
-    config = config_file.loads(config_toml, overrides, origin="the pipeline's config")
+        raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
+    config = config_file.loads(config_toml, [*overrides.values()], origin=CONFIG, overriding="")
     store = Store.open(config.registry)
     if as_begun:
         begun = store.read(config_key(run_id))
@@ -170,7 +192,7 @@ def _open(name: str, config_toml: str, run_id: str, overrides: Sequence[str], *,
         first = _recorded(store, run_id, store.get(config_key(run_id)))
         if first.digest != config.digest:
             raise ConfigError(
-                f"run {run_id} began with another config ({store.uri(config_key(run_id))}): start a new run"
+                f"run {run_id} began with another config ({store.uri(config_key(run_id))}): take another run_id"
             ) from None
     return Step(name, run_id, config, store)
 

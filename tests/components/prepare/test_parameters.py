@@ -1,10 +1,15 @@
 import inspect
+import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from components.prepare.component import prepare
 from components.prepare.parameters import KEYS, overrides
+from components.registry.store import Store
 from components.shared import config_file
+from components.shared.errors import ConfigError, FineloopError
 
 CONFIG = """
 [adapter]
@@ -19,7 +24,7 @@ NOTHING = {"adapter_name": "", "data_source": "", "method_name": "", "learning_r
 
 
 def test_what_is_left_empty_changes_nothing() -> None:
-    assert overrides(**NOTHING) == []
+    assert overrides(**NOTHING) == {}
 
 
 def test_each_parameter_replaces_its_key() -> None:
@@ -30,7 +35,9 @@ def test_each_parameter_replaces_its_key() -> None:
         "learning_rate": 3e-4,
         "num_workers": 2,
     }
-    config = config_file.loads(CONFIG, overrides(**given, train_without_new_data=True))
+    changes = overrides(**given, train_without_new_data=True)
+    assert changes.keys() == {*given, "train_without_new_data"}
+    config = config_file.loads(CONFIG, [*changes.values()])
     assert config.adapter.name == "icd"
     assert config.data.source == given["data_source"]
     assert config.method.name == "dora"
@@ -42,3 +49,46 @@ def test_each_parameter_replaces_its_key() -> None:
 @pytest.mark.parametrize("name", KEYS)
 def test_each_parameter_is_one_of_the_step(name: str) -> None:
     assert name in inspect.signature(prepare.python_func).parameters
+
+
+@pytest.fixture
+def filled_in(store: Store) -> Callable[..., Any]:
+    """Run the step as the form of the Kubeflow UI was filled in."""
+    registry = f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n'
+
+    def run(config: str = CONFIG, **fields: Any) -> Any:
+        form = {**NOTHING, "run_id": "", "job_id": "3f2a", "train_without_new_data": False, **fields}
+        return prepare.python_func(config=config + registry, **form)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"learning_rate": 5.0}, "run parameter learning_rate: train.learning_rate = 5.0: "),
+        ({"adapter_name": "My Adapter"}, "run parameter adapter_name: adapter.name = 'My Adapter': "),
+        ({"method_name": "lora2", "learning_rate": 0.1}, "run parameter method_name: method.name = 'lora2': "),
+        ({"num_workers": 3, "adapter_name": "b"}, "run parameter num_workers: train.batch_size 16 is not a multiple"),
+        (
+            {"num_workers": -1, "learning_rate": 5.0},
+            "run parameter learning_rate, num_workers:\n  train.learning_rate = 5.0: ",
+        ),
+        ({"data_source": "/none/rows.jsonl"}, "run parameter data_source: data.source is '/none/rows.jsonl', which "),
+        ({"data_source": "s3://nobodys-bucket/a/"}, "run parameter data_source: "),
+        ({"run_id": "a b"}, "run_id 'a b': takes "),
+    ],
+)
+def test_a_wrong_value_is_told_by_its_field_of_the_form(
+    filled_in: Callable[..., Any], store: Store, fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(FineloopError, match=f"^{re.escape(told)}") as caught:
+        filled_in(**fields)
+    assert "--set" not in str(caught.value)
+    if "data_source" in fields:
+        assert store.get_json("runs/3f2a/steps/prepare.json")["result"]["error"]["message"] == str(caught.value)
+
+
+def test_what_is_wrong_in_the_forms_config_is_told_of_the_config(filled_in: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^run parameter config: unknown key data\.min_new_record:"):
+        filled_in(CONFIG.replace("records", "record"), learning_rate=0.1)

@@ -172,7 +172,7 @@ def test_a_wrong_config_is_told_before_any_store_is_asked(
 
 @pytest.mark.parametrize("run_id", ["", "../x", "a b", "x" * 101, "a/b"])
 def test_a_run_id_that_could_escape_its_folder_is_refused(store: Store, run_id: str) -> None:
-    with pytest.raises(UserError, match="run id"), step("prepare", config_toml(store), run_id):
+    with pytest.raises(UserError, match="run_id"), step("prepare", config_toml(store), run_id):
         pass
 
 
