@@ -1,13 +1,15 @@
 """The one place that makes a `kfp.Client`, and that puts what the server refuses into words.
 
 Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT; in a pod the service ml-pipeline of its
-namespace, or else of namespace kubeflow; elsewhere what kfp finds through the kubeconfig. Who asks: KFP_TOKEN, the file
-KFP_TOKEN_FILE, the token that Kubernetes projects for Kubeflow Pipelines, or the cookies of kfp's context file.
+namespace, or else of namespace kubeflow; elsewhere that of namespace kubeflow too, behind the API server that the
+kubeconfig names. Who asks: KFP_TOKEN, the file KFP_TOKEN_FILE, the token that Kubernetes projects for Kubeflow
+Pipelines, the cookies of kfp's context file, or the kubeconfig's user.
 """
 
 import contextlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ PAGE_SIZE = 100
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 FORWARD = "kubectl -n fineloop port-forward svc/ml-pipeline-ui 8080:80"
 AWAY = {502, 503, 504}
+_NAME_ONE = f"give --host URL or set KFP_ENDPOINT; `{FORWARD}` makes one reachable as http://localhost:8080"
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,27 @@ def one_of(key: str, *values: str) -> str:
 
 
 class _Client(kfp.Client):
-    """kfp's, without its patience: it asks a server five times how it is, and prints each refusal whole."""
+    """kfp's, without its patience: it asks a server five times how it is, and prints each refusal whole.
+
+    And with its way through a kubeconfig: kfp sets the host to Kubeflow's service behind the Kubernetes API, and the
+    kubernetes package sets it back whenever it is asked for the user's token (kubernetes 30, kube_config.py).
+    """
 
     _health: Any = None
+
+    def _load_config(self, host: str | None, *others: Any, **named: Any) -> Any:
+        config = super()._load_config(host, *others, **named)
+        if not host and "/proxy/" not in config.host:  # kfp prints that it failed, and goes on to localhost
+            raise UserError(f"the kubeconfig names no cluster that can be asked: mend it, or {_NAME_ONE}")
+        if not host and config.refresh_api_key_hook:
+            service, refresh = config.host, config.refresh_api_key_hook
+
+            def refresh_token_alone(configuration: Any) -> None:
+                refresh(configuration)
+                configuration.host, configuration.refresh_api_key_hook = service, refresh_token_alone
+
+            config.refresh_api_key_hook = refresh_token_alone
+        return config
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
         if self._health is None:
@@ -132,11 +153,12 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
         return f"http://{service}:{environment.get('ML_PIPELINE_SERVICE_PORT', '8888')}"
     if "KUBERNETES_SERVICE_HOST" in environment:
         return IN_CLUSTER
-    if not Path(environment.get("KUBECONFIG") or Path.home() / ".kube" / "config").exists():
-        raise UserError(
-            "no Kubeflow Pipelines is named: give --host URL or set KFP_ENDPOINT; "
-            f"`{FORWARD}` makes one reachable as http://localhost:8080"
-        )
+    kubeconfigs = environment.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+    if not any(Path(path).is_file() for path in kubeconfigs.split(os.pathsep)):
+        raise UserError(f"no Kubeflow Pipelines is named: {_NAME_ONE}")
+    for variable in ("KFP_TOKEN", "KFP_TOKEN_FILE"):
+        if environment.get(variable):
+            raise UserError(f"{variable} is set, and would go to the kubeconfig's cluster: unset it, or {_NAME_ONE}")
     return ""
 
 

@@ -25,7 +25,7 @@ PREFIX = "/apis/v2beta1"
 
 
 class KfpServer:
-    """Listens from construction to `close`. With a token, requests must bear it."""
+    """Listens from construction to `close`. With a token, requests must bear it; with `under`, come by this path."""
 
     def __init__(
         self,
@@ -33,9 +33,11 @@ class KfpServer:
         *,
         token: str = "",
         namespaces: frozenset[str] = frozenset(),
+        under: str = "",
     ) -> None:
         self.state = State({**os.environ, **(environment or {})}, namespaces)
         self.token = token
+        self.under = under
         self.requests: list[str] = []
         self.num_outages = 0
         """So many requests to come find nobody behind the gateway."""
@@ -79,13 +81,15 @@ class KfpServer:
         self.state.close()
 
     def _answer(self, method: str, target: str, raw: bytes, headers: Mapping[str, str]) -> tuple[int, Any]:
-        url = urllib.parse.urlsplit(target)
+        url = urllib.parse.urlsplit(target.removeprefix(self.under))
         query = dict(urllib.parse.parse_qsl(url.query))
         self.requests.append(f"{method} {url.path.removeprefix(PREFIX)}")
         if self.num_outages:
             self.num_outages -= 1
             return 503, {"error": "no healthy upstream"}
         try:
+            if not target.startswith(self.under):
+                raise missing("Page", url.path)
             if self.token and headers.get("Authorization") != f"Bearer {self.token}":
                 raise unauthenticated()
             if not url.path.startswith(PREFIX):
@@ -173,10 +177,14 @@ class KfpServer:
 
 @contextlib.contextmanager
 def serving(
-    environment: Mapping[str, str] | None = None, *, token: str = "", namespaces: frozenset[str] = frozenset()
+    environment: Mapping[str, str] | None = None,
+    *,
+    token: str = "",
+    namespaces: frozenset[str] = frozenset(),
+    under: str = "",
 ) -> Iterator[KfpServer]:
     """A server for the length of a block."""
-    server = KfpServer(environment, token=token, namespaces=namespaces)
+    server = KfpServer(environment, token=token, namespaces=namespaces, under=under)
     try:
         yield server
     finally:

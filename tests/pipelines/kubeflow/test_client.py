@@ -1,5 +1,6 @@
 """Finding the server, saying who asks, and what is said when it does not work."""
 
+import json
 import os
 import socket
 import threading
@@ -7,14 +8,19 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kubernetes.config import kube_config
 
 from components.shared.errors import KubeflowAway, KubeflowError, UserError
 from pipelines.kubeflow import runs
-from pipelines.kubeflow.client import connect
+from pipelines.kubeflow.client import IN_CLUSTER, connect
 from tests.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.conftest import Fineloop
+
+KUBE_PROXY = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/"
+"""Where the Kubernetes API passes requests on to Kubeflow's."""
 
 pytestmark = pytest.mark.usefixtures("no_kubeflow")
 
@@ -49,6 +55,70 @@ def test_the_host_is_the_options_the_environments_or_the_pods(guarded: KfpServer
 def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
     with pytest.raises(UserError, match=r"--host URL or set KFP_ENDPOINT.*port-forward"):
         connect({})
+
+
+def test_in_a_pod_it_is_the_service_of_the_pods_namespace_or_else_of_kubeflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving() as running:
+        asked = _answer_for_every_name(running, monkeypatch)
+        own = {"ML_PIPELINE_SERVICE_HOST": "10.96.0.7", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+        assert connect(own).host == "http://10.96.0.7:8888"
+        assert connect({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}).host == IN_CLUSTER
+    assert asked == [("10.96.0.7", 8888), ("ml-pipeline.kubeflow.svc.cluster.local", 8888)]
+
+
+@pytest.mark.parametrize("token", ["", "of-the-kubeconfig"])
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_outside_it_is_behind_the_kubeconfigs_api_server(
+    by_variable: bool, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("mine" if by_variable else ".kube/config")
+    path.parent.mkdir(exist_ok=True)
+    environment = {"KUBECONFIG": f"{tmp_path}/none{os.pathsep}{path}"} if by_variable else {}
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", environment.get("KUBECONFIG", "~/.kube/config"))
+    with serving(token=token, under=KUBE_PROXY) as running:
+        _write_kubeconfig(path, running.url, {"token": token} if token else {})
+        found = connect(environment)
+        assert runs.listed(found) == []
+    assert (found.host, found.ui) == ("the cluster's Kubeflow Pipelines", "/pipeline")
+    assert set(running.requests) == {"GET /healthz", "GET /runs"}
+
+
+def test_a_kubeconfigs_token_is_asked_for_again_when_it_has_expired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, credential = tmp_path / "mine", tmp_path / "credential"
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    about = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
+
+    def grant(token: str) -> str:
+        status = {"token": token, "expirationTimestamp": "2026-01-01T00:00:00Z"}
+        credential.write_text(json.dumps({**about, "status": status}))
+        return token
+
+    with serving(token=grant("first"), under=KUBE_PROXY) as running:
+        command = {"command": "cat", "args": [str(credential)], "interactiveMode": "Never"}
+        _write_kubeconfig(path, running.url, {"exec": {"apiVersion": about["apiVersion"], **command}})
+        found = connect({"KUBECONFIG": str(path)})
+        running.token = grant("second")
+        assert runs.listed(found) == []
+
+
+def test_a_kubeconfig_that_names_no_cluster_is_told_before_anybody_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / ".kube" / "config"
+    path.parent.mkdir()
+    path.write_text("apiVersion: v1\nkind: Config\n")
+    with pytest.raises(UserError, match=r"the kubeconfig names no cluster that can be asked.*--host URL"):
+        connect({})
+
+
+@pytest.mark.parametrize("variable", ["KFP_TOKEN", "KFP_TOKEN_FILE"])
+def test_a_token_of_kubeflows_is_not_sent_to_the_kubeconfigs_cluster(variable: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    _write_kubeconfig(path, "http://127.0.0.1:1", {})
+    with pytest.raises(UserError, match=rf"{variable} is set.*unset it, or give --host"):
+        connect({"KUBECONFIG": str(path), variable: str(path)})
 
 
 def test_a_host_needs_its_scheme() -> None:
@@ -150,3 +220,29 @@ def test_the_command_line_says_it_in_one_message(
     assert len(answered.told.splitlines()) == 1
     monkeypatch.setitem(os.environ, "KFP_TOKEN", "sesame")
     assert fineloop("runs", "list").exit_code == 0
+
+
+def _answer_for_every_name(server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Let whatever is connected to be this server; returns what is asked for from now on, each once in a row."""
+    asked: list[tuple[str, int]] = []
+    look_up, server_port = socket.getaddrinfo, int(server.url.rpartition(":")[2])
+
+    def found(host: str, port: int, *others: Any) -> Any:
+        if asked[-1:] != [(host, port)]:
+            asked.append((host, port))
+        return look_up("127.0.0.1", server_port, *others)
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    return asked
+
+
+def _write_kubeconfig(path: Path, url: str, user: dict[str, Any]) -> None:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "clusters": [{"name": "here", "cluster": {"server": url}}],
+        "users": [{"name": "me", "user": user}],
+    }
+    path.write_text(json.dumps(config))
