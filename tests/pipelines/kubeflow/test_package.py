@@ -1,0 +1,96 @@
+"""One version of the pipeline for each content, also when two people publish it at the same moment."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from components.shared import config_file
+from components.shared.errors import KubeflowError
+from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.kubeflow.client import Kubeflow, connect
+from pipelines.kubeflow.package import PIPELINE, Package, Published, build, find_pipeline, publish
+from tests.kfp_server.errors import ApiError, exists
+from tests.kfp_server.server import KfpServer
+
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture
+def kubeflow(server: KfpServer) -> Kubeflow:
+    return connect({}, host=server.url)
+
+
+@pytest.fixture
+def package() -> Package:
+    return build(config_file.load(DEFAULT_CONFIG))
+
+
+def somebody_is_first(create: Callable[..., Any]) -> Callable[..., Any]:
+    """What the server answers when another request for the same came a moment before."""
+
+    def answer(*request: Any) -> Any:
+        create(*request)
+        return create(*request)
+
+    return answer
+
+
+@pytest.mark.parametrize("raced", ["create_pipeline", "upload_version"])
+def test_who_comes_second_by_a_moment_gets_what_the_first_one_made(
+    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch, raced: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.state, raced, somebody_is_first(getattr(server.state, raced)))
+        published = publish(kubeflow, package)
+    (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
+    assert published == Published(pipeline["pipeline_id"], version["pipeline_version_id"])
+    assert version["display_name"] == package.version
+    assert publish(kubeflow, package) == published
+
+
+def test_a_version_that_is_there_and_cannot_be_found_is_no_empty_id(
+    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise exists("The name already exist")
+
+    monkeypatch.setattr(server.state, "upload_version", refuse)
+    with pytest.raises(KubeflowError, match=f"has version {package.version} of {PIPELINE} and does not list it"):
+        publish(kubeflow, package)
+
+
+@pytest.mark.parametrize(
+    ("refused", "told"), [("create_pipeline", "create the pipeline"), ("upload_version", "upload the pipeline")]
+)
+def test_another_refusal_is_not_taken_for_the_race(
+    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch, refused: str, told: str
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ApiError(500, 13, "disk full")
+
+    monkeypatch.setattr(server.state, refused, refuse)
+    with pytest.raises(KubeflowError, match=rf"failed to {told} \(500: .*disk full\)"):
+        publish(kubeflow, package)
+
+
+def test_a_version_is_named_by_enough_of_its_contents_digest_to_tell_contents_apart(package: Package) -> None:
+    assert re.fullmatch(r"[0-9a-f]{12}", package.version)
+    assert build(config_file.load(DEFAULT_CONFIG)).version == package.version
+    assert build(config_file.load(DEFAULT_CONFIG, ["train.seed=9"])).version != package.version
+
+
+def test_an_unknown_name_is_no_pipeline(kubeflow: Kubeflow, package: Package) -> None:
+    publish(kubeflow, package)
+    assert find_pipeline(kubeflow, PIPELINE)
+    assert find_pipeline(kubeflow, "others") == ""
+
+
+def test_a_pipeline_says_what_it_does_and_a_version_whose_adapter_it_trains(
+    kubeflow: Kubeflow, server: KfpServer, package: Package
+) -> None:
+    publish(kubeflow, package)
+    (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
+    assert pipeline["description"] == "Retrain nothing."
+    assert version["description"] == package.config.adapter.name == "icd10-chapters"
