@@ -1,8 +1,10 @@
 """The manifests of infra/, rendered as `kubectl apply -k` would send them."""
 
 import copy
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,8 @@ KUBECTL = Path(sys.executable).parent / "kubectl"
 OVERLAYS = ("kind", "gpu", "aws")
 PARTS = ("", "rayjob", "raycluster")
 """An overlay is applied once; its two others are created by people who want a run or a cluster of their own."""
+OBSERVABILITY = "- ../../observability"
+"""A line of each overlay, as a comment until somebody has the Prometheus Operator."""
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times faster, where PyYAML was built with libyaml
 
 
@@ -38,6 +42,21 @@ def render(folder: str) -> list[Manifest]:
 def render_overlay(overlay: str) -> list[Manifest]:
     """The objects of an overlay and of both that go with it: all that policies hold for."""
     return [manifest for part in PARTS for manifest in render(f"infra/overlays/{overlay}/{part}".rstrip("/"))]
+
+
+def render_watched(overlay: str) -> list[Manifest]:
+    """The objects of an overlay whose line for infra/observability has been taken in."""
+    return copy.deepcopy(_rendered_watched(overlay))
+
+
+@cache
+def _rendered_watched(overlay: str) -> list[Manifest]:
+    with tempfile.TemporaryDirectory() as scratch:
+        infra = shutil.copytree(INFRA, Path(scratch) / "infra")
+        path = infra / "overlays" / overlay / "kustomization.yaml"
+        taken_in = path.read_text(encoding="utf-8").replace(f"# {OBSERVABILITY}", OBSERVABILITY)
+        path.write_text(taken_in, encoding="utf-8")
+        return _rendered(str(path.parent))
 
 
 @cache

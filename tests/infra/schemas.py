@@ -3,7 +3,7 @@ that nobody here knows.
 
 Built-in kinds are checked against Kubernetes' own schemas. Custom resources are checked against the projects' own
 definitions, where FINELOOP_CRDS names a folder with them (`make crds`), and otherwise against the schemas beside this
-file, which know the fields that Fineloop uses and no other.
+file, which know the fields that Fineloop uses and no other; the Prometheus Operator's are always checked against those.
 """
 
 import gzip
@@ -26,7 +26,8 @@ from tests.infra.manifests import Loader, Manifest
 KUBERNETES = "1.34"
 VARIABLE = "FINELOOP_CRDS"
 OWN = Path(__file__).with_name("schemas")
-CUSTOM_GROUPS = ("ray.io", "kueue.x-k8s.io")
+FETCHED_GROUPS = ("ray.io", "kueue.x-k8s.io")
+CUSTOM_GROUPS = (*FETCHED_GROUPS, "monitoring.coreos.com")
 
 
 def errors(manifest: Manifest, crds: Path | None = None) -> list[str]:
@@ -37,9 +38,10 @@ def errors(manifest: Manifest, crds: Path | None = None) -> list[str]:
         crds: folder with the custom resource definitions; None takes the schemas beside this file.
     """
     api_version, kind = manifest["apiVersion"], manifest["kind"]
-    if api_version.partition("/")[0] not in CUSTOM_GROUPS:
+    group = api_version.partition("/")[0]
+    if group not in CUSTOM_GROUPS:
         return _built_in_errors(manifest)
-    validators = _crd_validators(crds) if crds else _own_validators()
+    validators = _crd_validators(crds) if crds and group in FETCHED_GROUPS else _own_validators()
     if (api_version, kind) not in validators:
         return [f"kind: {kind} is not a kind of {api_version} that is known here"]
     found = validators[api_version, kind].iter_errors(manifest)
@@ -138,6 +140,8 @@ def own_fields_that_are_unknown(crds: Path) -> Iterator[str]:
     """Fields that the schemas beside this file have and the definitions have not."""
     whole = _crd_validators(crds)
     for (api_version, kind), own in _own_validators().items():
+        if api_version.partition("/")[0] not in FETCHED_GROUPS:
+            continue
         if (api_version, kind) in whole:
             yield from _unknown(own.schema, whole[api_version, kind].schema, own.schema["$defs"], kind)
         else:

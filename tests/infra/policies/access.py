@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from tests.infra.manifests import Manifest, of_kind, title
 
 NAMESPACE = "fineloop"
+PROMETHEUS = "monitoring"
 CLUSTER_KINDS = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass")
 ROLE_ARN = "eks.amazonaws.com/role-arn"
 _ALL_OF_A_JOB = ("create", "delete", "get", "list", "patch", "watch")
@@ -68,11 +69,19 @@ def rights_end_at_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def everything_is_in_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
-    """An object without a namespace lands wherever kubectl happens to point."""
+    """An object without a namespace lands wherever kubectl happens to point. What watches lies where Prometheus is."""
     for manifest in manifests:
         found = manifest["metadata"].get("namespace")
-        if found != (None if manifest["kind"] in CLUSTER_KINDS else NAMESPACE):
+        if found != _place(manifest):
             yield f"{title(manifest)}: namespace is {found}"
+
+
+def _place(manifest: Manifest) -> str | None:
+    if manifest["kind"] in CLUSTER_KINDS:
+        return None
+    is_dashboard = "grafana_dashboard" in manifest["metadata"].get("labels", {})
+    is_watching = is_dashboard or manifest.get("apiVersion", "").startswith("monitoring.coreos.com/")
+    return PROMETHEUS if is_watching else NAMESPACE
 
 
 def the_namespace_is_restricted(manifests: list[Manifest]) -> Iterator[str]:
