@@ -1,6 +1,7 @@
 """The RayJob as it is sent. Schemas, policies and KubeRay's own rules are held in tests/infra/test_created_jobs.py."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,74 @@ def test_who_looks_finds_run_task_attempt_queue_and_kubeflow_run() -> None:
     assert found["ownerReferences"][0]["uid"] == "uid"
 
 
+def test_without_a_queue_or_a_kubeflow_run_neither_is_named() -> None:
+    found = rayjob(config({"queue": "", "priority_class": "p"}), job(), 1, namespace="fineloop")["metadata"]
+    assert not [label for label in found["labels"] if label.startswith("kueue")]
+    assert found["annotations"] == {"fineloop.dev/run-id": "night-7", "fineloop.dev/lifetime-s": "3600"}
+    assert "ownerReferences" not in found
+    assert [*created({"priority_class": ""})["metadata"]["labels"]][-1] == "kueue.x-k8s.io/queue-name"
+
+
+def test_what_ray_runs_is_the_command_known_by_the_attempts_name() -> None:
+    command = ("python", "-m", "ray_jobs.finetune", "--set", "adapter.name=a b")
+    spec = rayjob(config(), Job("r", "finetune", command, 60), 3, namespace="fineloop")["spec"]
+    assert shlex.split(spec["entrypoint"]) == [*command]
+    assert spec["jobId"] == "fineloop-r-finetune-3"
+    assert spec["metadata"] == {
+        "fineloop_run_id": "r",
+        "fineloop_task": "finetune",
+        "fineloop_lifetime_s": "60",
+    }
+
+
+def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
+    limits = {"ttl_s": 90, "pre_running_timeout_s": 91, "backoff_limit": 5}
+    pods = {"image_pull_secrets": ["pull"], "service_account": "mine", "gpu_resource": "amd.com/gpu"}
+    tolerated = {"key": "pool", "operator": "Equal", "value": "gpu"}
+    found = created({**limits, **pods, "tolerations": [tolerated]}, use_gpu=True)["spec"]
+    told = ("ttlSecondsAfterFinished", "preRunningDeadlineSeconds", "backoffLimit")
+    assert [found[name] for name in told] == [90, 91, 5]
+    groups = [found["rayClusterSpec"]["headGroupSpec"], *found["rayClusterSpec"]["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        assert pod["imagePullSecrets"] == [{"name": "pull"}]
+        assert pod["serviceAccountName"] == "mine"
+    head, worker = (group["template"]["spec"] for group in groups)
+    assert worker["containers"][0]["resources"]["limits"]["amd.com/gpu"] == "1"
+    assert worker["tolerations"] == [{"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, tolerated]
+    assert "nodeSelector" not in worker
+    assert "tolerations" not in head
+    plain = created()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert not {"imagePullSecrets", "tolerations", "nodeSelector"} & plain.keys()
+
+
+def test_the_pod_that_waits_for_it_owns_it_without_being_its_controller() -> None:
+    """The pod of a second attempt becomes an owner too, and Kubernetes takes but one controller."""
+    (owner,) = created(owner=Owner("pod", "uid"))["metadata"]["ownerReferences"]
+    assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "pod", "uid": "uid", "controller": False}
+
+
+@pytest.mark.parametrize(("memory_gib", "shared_gib"), [(2, 1), (8, 2), (64, 16)])
+def test_rays_objects_fit_in_shared_memory_which_is_part_of_the_pods(memory_gib: int, shared_gib: int) -> None:
+    spec = created({"head": {"memory_gib": memory_gib}, "shared_memory_gib": 4})["spec"]["rayClusterSpec"]
+    head, (worker,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    for group, size_gib, most in ((head, shared_gib, 0.95), (worker, 4, 0.6)):  # NCCL and data loading use a worker's
+        sizes = [volume["emptyDir"]["sizeLimit"] for volume in group["template"]["spec"]["volumes"]]
+        assert sizes[-1] == f"{size_gib}Gi"
+        assert 0 < int(group["rayStartParams"]["object-store-memory"]) <= most * size_gib * 2**30
+
+
+def test_the_head_is_reached_from_other_pods_and_the_submitter_runs_once() -> None:
+    spec = created()["spec"]
+    assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
+    assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+    assert "serviceAccountName" not in spec["submitterPodTemplate"]["spec"]
+    for name, container, pod in containers(created()):
+        assert pod["spec"]["enableServiceLinks"] is False, name
+        assert pod["spec"]["securityContext"]["fsGroup"] == 100, name
+        secrets = [each["secretRef"] for each in container.get("envFrom", []) if "secretRef" in each]
+        assert all(secret["optional"] for secret in secrets), name
+
+
 def test_a_gang_never_changes_its_size_and_the_head_trains_nothing() -> None:
     spec = created(num_workers=4)["spec"]["rayClusterSpec"]
     (workers,) = spec["workerGroupSpecs"]
@@ -77,6 +146,7 @@ def test_deadlines_lie_inside_each_other() -> None:
     spec = created(timeout_s=3600)["spec"]
     assert spec["activeDeadlineSeconds"] == active_deadline_s(3600) == 3540
     assert active_deadline_s(100) == 90
+    assert active_deadline_s(1) == 1  # KubeRay takes no 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
     assert config(timeout_s=3600).patience_s > 3600
@@ -131,7 +201,12 @@ def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch
         given = [] if name == "ray-job-submitter" else ["fineloop-env", "fineloop-s3"]
         assert [next(iter(each.values()))["name"] for each in container.get("envFrom", [])] == given
     head = next(container for name, container, _ in containers(found) if name == "ray-head")
-    assert {"name": "NCCL_DEBUG", "value": "INFO"} in head["env"]
+    assert {each["name"]: each["value"] for each in head["env"]} == {
+        "HOME": "/home/fineloop",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "NCCL_DEBUG": "INFO",
+    }
     assert found["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "fineloop-ray"}
 
 
@@ -146,6 +221,10 @@ def test_a_name_fits_kuberay_and_tells_runs_apart(run_id: str) -> None:
     assert name != rayjob_name(job(f"{run_id}0"), 12)
     assert name != rayjob_name(job(run_id), 1)
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", label_value(run_id))
+
+
+def test_runs_whose_names_differ_in_what_no_name_may_hold_are_told_apart() -> None:
+    assert len({rayjob_name(job(run_id), 1) for run_id in ("a-run", "a.run", "a_run", "A-run")}) == 4
 
 
 @pytest.mark.parametrize(
