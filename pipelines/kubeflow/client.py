@@ -137,7 +137,7 @@ def _give_up_in_time(client: kfp.Client) -> None:
     unlimited = api.request
 
     def request(*arguments: Any, **options: Any) -> Any:
-        return unlimited(*arguments, **{**options, "_request_timeout": options.get("_request_timeout") or TIMEOUTS_S})
+        return unlimited(*arguments, **{**options, "_request_timeout": TIMEOUTS_S})
 
     api.request = request
 

@@ -56,10 +56,11 @@ def test_a_person_moves_the_alias_and_back(
 
 
 def test_the_form_offers_what_there_is() -> None:
-    config = config_file.load(DEFAULT_CONFIG)
+    mine = {"adapter.alias": "staging", "registry.bucket": "mine", "registry.prefix": "team/a"}
+    config = config_file.load(DEFAULT_CONFIG, [f"{key}={value}" for key, value in mine.items()])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert len(parameters) == 8
     assert parameters["action"]["literals"] == ["promote", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
-    assert (parameters["bucket"]["defaultValue"], parameters["prefix"]["defaultValue"]) == ("fineloop", "")
+    assert [parameters[name]["defaultValue"] for name in ("alias", "bucket", "prefix")] == [*mine.values()]

@@ -164,6 +164,18 @@ def test_an_unreachable_host_is_one_line_soon() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_that_stops_answering_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.kubeflow.client.TIMEOUTS_S", (1.0, 0.2))
+    over = threading.Event()
+    with serving() as running:
+        found, answer = connect({}, host=running.url), running._answer
+        monkeypatch.setattr(running, "_answer", lambda *request: over.wait(30) and answer(*request))
+        for ask in (lambda: runs.listed(found), lambda: connect({}, host=running.url)):
+            with pytest.raises(KubeflowAway, match="timed out"):
+                ask()
+        over.set()
+
+
 def test_a_login_page_is_not_taken_for_kubeflow() -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

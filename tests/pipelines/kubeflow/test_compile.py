@@ -142,6 +142,37 @@ def test_every_step_is_retried_and_ends(spec: dict[str, Any], settings: dict[str
         assert {"resourceMemoryRequest", "resourceMemoryLimit"} <= executors(spec)[name]["resources"].keys(), name
 
 
+def test_a_step_waits_before_it_is_tried_again_and_has_memory_for_what_it_reads(spec: dict[str, Any]) -> None:
+    for name, container in executors(spec).items():
+        policy = tasks(spec)[name]["retryPolicy"]
+        assert (policy["backoffDuration"], policy["backoffFactor"]) == ("30s", 2.0), name
+        resources = container["resources"]
+        assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == ("500m", "2"), name
+        assert resources["resourceMemoryRequest"] == "1Gi", name
+        # prepare reads the data; the others a few JSON objects.
+        assert resources["resourceMemoryLimit"] == ("8Gi" if name == "prepare" else "2Gi"), name
+
+
+def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, dict[str, Any]]) -> None:
+    def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
+        return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
+
+    plain = ("AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    for name, each in settings.items():
+        assert taken(each["configMapAsEnv"], "configMapName", "configMapKey") == {
+            "fineloop-env": {variable: variable for variable in plain}
+        }, name
+        assert each["configMapAsEnv"][0]["optional"] is True, name
+        assert taken(each["secretAsEnv"], "secretName", "secretKey") == {
+            "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
+            "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
+        }, name
+
+
+def test_the_config_is_readable_in_the_yaml(text: str) -> None:
+    assert 'name = "icd10-chapters"' in [line.strip() for line in text.splitlines()]
+
+
 def test_a_step_outlives_the_ray_job_that_it_waits_for(make_config: Callable[..., RunConfig]) -> None:
     _, platform = yaml.safe_load_all(compile_pipeline(make_config("ray.timeout_s=500000")))
     found = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

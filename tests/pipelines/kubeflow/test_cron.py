@@ -83,6 +83,8 @@ def test_the_next_five_times_lie_between_start_and_end() -> None:
         ("", "got 0"),
         ("@often", "@hourly, @daily"),
         ("0 0 31 2 *", "no such day in these months"),
+        ("0 0 30,31 2 *", "no such day in these months"),
+        ("0 0 31 4,6,9,11 *", "no such day in these months"),
         ("0 0 L * *", "neither L nor #"),
         ("0 0 * * MON#1", "neither L nor #"),
     ],
@@ -92,6 +94,6 @@ def test_what_is_no_cron_or_not_kubeflows_is_refused_with_the_fix(given: str, me
         cron.parse(given)
 
 
-@pytest.mark.parametrize("kfp", ["30 0 2 * * *", "0 2 * * *", "@every 1h", ""])
+@pytest.mark.parametrize("kfp", ["30 0 2 * * *", "0 2 * * *", "@every 1h", "", "0 61 * * * *", "0 0 2 L * *"])
 def test_what_five_fields_cannot_say_is_not_said(kfp: str) -> None:
     assert cron.from_kfp(kfp) == ""

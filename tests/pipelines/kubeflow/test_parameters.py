@@ -79,6 +79,10 @@ def test_a_parameter_without_default_must_be_given() -> None:
     assert resolve(spec, "", ["key=a"]) == {"key": "a"}
 
 
+def test_a_pipeline_may_take_nothing() -> None:
+    assert resolve({"root": {}}, "a = 1", []) == {}
+
+
 def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
     kept = {"config": "old", "rows": 5, "name": "before", "gone": 1}
     assert resolve(SPEC, "new", ["name=now"], kept=kept) == {"config": "new", "rows": 5, "name": "now"}

@@ -2,7 +2,8 @@ import pytest
 
 from components.shared.errors import KubeflowError
 from components.shared.ray_backend import LiveJob
-from pipelines.kubeflow.reap import GRACE_S, judge
+from pipelines.kubeflow.client import Kubeflow, connect
+from pipelines.kubeflow.reap import GRACE_S, judge, state_on
 from tests.jobs_api import JobsApi
 from tests.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
@@ -38,6 +39,27 @@ def test_what_is_in_doubt_is_kept() -> None:
     assert not judge(job(), away).is_orphan
     assert not judge(job(kfp_run_id=""), lambda _: None).is_orphan
     assert not judge(job(age_s=5), lambda _: None).is_orphan  # the server may not list its run yet
+
+
+def test_a_verdict_for_scripts_says_how_old_the_job_is() -> None:
+    assert judge(job(age_s=3600.4), lambda _: "RUNNING").as_json()["age_s"] == 3600
+
+
+def test_the_state_of_a_run_is_asked_on_one_connection(server: KfpServer, small: None, fineloop: Fineloop) -> None:
+    connected = []
+
+    def connect_once() -> Kubeflow:
+        connected.append(connect({}, host=server.url))
+        return connected[-1]
+
+    state_of = state_on(connect_once)
+    assert connected == []
+    run_id = fineloop("submit").body["run_id"]
+    assert (state_of(run_id), state_of("gone")) == ("SUCCEEDED", None)
+    assert len(connected) == 1
+    server.num_outages = 1
+    with pytest.raises(KubeflowError, match="503"):
+        state_of(run_id)
 
 
 def test_the_command_stops_the_orphan_and_keeps_the_others(

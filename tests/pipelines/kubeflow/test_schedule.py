@@ -171,6 +171,29 @@ def test_schedules_are_listed_and_those_of_others_are_not(
     assert fineloop("schedule", "create", "theirs", "--cron", "@daily").exit_code == 2
 
 
+def test_a_schedule_that_was_made_elsewhere_is_listed_and_needs_a_cron_and_a_config_to_be_updated(
+    server: KfpServer, nightly: Answered, fineloop: Fineloop
+) -> None:
+    reference = record(server, nightly)["pipeline_version_reference"]
+    connect({}, host=server.url).client.create_recurring_run(
+        record(server, nightly)["experiment_id"],
+        "odd",
+        cron_expression="30 0 2 * * *",
+        pipeline_id=reference["pipeline_id"],
+        version_id=reference["pipeline_version_id"],
+        params={"config": ""},
+    )
+    answered = fineloop("schedule", "list")
+    assert [(one["kfp_cron"], one["cron"]) for one in answered.body["schedules"]] == [
+        ("0 0 2 * * *", "0 2 * * *"),
+        ("30 0 2 * * *", ""),
+    ]
+    assert "30 0 2 * * *" in answered.told
+    assert "give one with --cron" in fineloop("schedule", "update", "odd", "-c", str(DEFAULT_CONFIG)).told
+    assert "give one with -c FILE" in fineloop("schedule", "update", "odd", "--cron", "@daily").told
+    assert fineloop("schedule", "update", "odd", "--cron", "@daily", "-c", str(DEFAULT_CONFIG)).exit_code == 0
+
+
 def test_a_paused_schedule_starts_nothing_and_leaves_its_run_alone(
     server: KfpServer, nightly: Answered, fineloop: Fineloop
 ) -> None:
