@@ -1,0 +1,92 @@
+"""A job's age, its Kubeflow run, and the copy of a log that two sources tell."""
+
+import io
+
+import pytest
+
+from components.shared.ray_backend import Job, LogCopy, kubeflow_run, last_lines
+
+KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"
+
+
+class Flushed(io.StringIO):
+    """What a person has seen so far."""
+
+    seen = ""
+
+    def flush(self) -> None:
+        self.seen = self.getvalue()
+
+
+def test_nobody_waits_longer_than_the_patience_or_without_one_the_timeout() -> None:
+    assert Job("r", "finetune", ("x",), 60.4).lifetime_s == 60
+    assert Job("r", "finetune", ("x",), 60, patience_s=3600.6).lifetime_s == 3601
+
+
+def test_the_cluster_remembers_run_task_lifetime_kubeflows_run_and_what_else_is_given() -> None:
+    plain = {"fineloop_run_id": "r", "fineloop_task": "finetune", "fineloop_lifetime_s": "60"}
+    assert Job("r", "finetune", ("x",), 60).about == plain
+    about = Job("r", "finetune", ("x",), 60, {"fineloop_adapter": "sums"}, kfp_run_id="k").about
+    assert about == {**plain, "fineloop_kfp_run_id": "k", "fineloop_adapter": "sums"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "run_id", "found"),
+    [({"KFP_RUN_ID": "k"}, KFP_RUN, "k"), ({}, KFP_RUN, KFP_RUN), ({}, "night-7", ""), ({}, f"{KFP_RUN}-2", "")],
+)
+def test_kubeflows_run_is_the_environments_or_a_run_id_of_kubeflows_kind(
+    environment: dict[str, str], run_id: str, found: str
+) -> None:
+    assert kubeflow_run(environment, run_id) == found
+
+
+def test_whole_lines_are_copied_once_and_at_once_and_the_last_one_at_the_end() -> None:
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("one\ntw")
+    assert output.seen == "one\n"
+    log.take("one\ntwo\nthr")
+    log.take("one\ntwo\nthree", final=True)
+    log.take("one\ntwo\nthree", final=True)
+    assert output.seen == "one\ntwo\nthree\n"
+    assert log.text == "one\ntwo\nthree"
+
+
+def test_another_source_goes_on_where_the_last_one_was() -> None:
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("1\n2\nsame\nsame\n", source="dashboard")
+    log.take("a header\n1\n2\nsame\nsame\n", source="submitter")
+    log.take("a header\n1\n2\nsame\nsame\nnew\n", source="submitter")
+    assert output.seen == "1\n2\nsame\nsame\nnew\n"
+
+
+def test_a_source_that_tells_nothing_of_what_was_copied_is_copied_whole() -> None:
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("lost\n", source="dashboard")
+    log.take("whole\n", source="submitter")
+    assert output.seen == "lost\nwhole\n"
+
+
+def test_repeated_lines_are_placed_by_those_before_them() -> None:
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("a\nb\nsame\n", source="dashboard")
+    log.take("a\nb\nsame\nc\nsame\n", source="submitter")
+    assert output.seen == "a\nb\nsame\nc\nsame\n"
+
+
+def test_a_job_that_begins_anew_is_copied_from_its_beginning() -> None:
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("first\n")
+    log.restart()
+    assert log.text == ""
+    log.take("2nd\n")
+    assert output.seen == "first\n2nd\n"
+
+
+def test_the_end_of_a_log_is_its_last_lines_that_say_something() -> None:
+    assert last_lines("1\n\n2\n \n3\n", count=2) == "2\n  3"
+    assert last_lines("\n \n") == ""
