@@ -16,7 +16,7 @@ NVIDIA_GPU = "nvidia.com/gpu"
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
 _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OURS = ("HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
+_OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
 
 class JobsApiCluster(Section):

@@ -225,7 +225,8 @@ def _pod(
 
 
 def _container(name: str, cluster: RayJobCluster) -> dict[str, Any]:
-    env = {"HOME": HOME, "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", **cluster.env}
+    env = {"HOME": HOME, "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    env |= {"FINELOOP_IMAGE": cluster.image, **cluster.env}  # the lineage names the image that trained
     return {
         "name": name,
         "image": cluster.image,

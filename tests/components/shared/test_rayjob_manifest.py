@@ -205,6 +205,7 @@ def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch
         "HOME": "/home/fineloop",
         "PYTHONUNBUFFERED": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "FINELOOP_IMAGE": head["image"],
         "NCCL_DEBUG": "INFO",
     }
     assert found["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "fineloop-ray"}
