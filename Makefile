@@ -10,6 +10,8 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 	--only-binary :all: --no-binary deepspeed --no-binary kfp-server-api
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
+# The commit, and -dirty where tracked files differ from it.
+REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
 .PHONY: help setup run test lint bench crds lock pin images kube infra-lint clean
 
@@ -69,9 +71,9 @@ pin:
 images:
 	@test -f $(DIGESTS) || { echo "$(DIGESTS) is missing: make pin looks up the base images' digests"; exit 2; }
 	@$(DOCKER) build --file infra/images/step.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
-		--build-arg REVISION=$$(git rev-parse HEAD) --tag fineloop/step-python:$(VERSION) .
+		--build-arg REVISION=$(REVISION) --tag fineloop/step-python:$(VERSION) .
 	@$(DOCKER) build --file infra/images/train.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
-		--build-arg REVISION=$$(git rev-parse HEAD) --tag fineloop/train:$(VERSION) .
+		--build-arg REVISION=$(REVISION) --tag fineloop/train:$(VERSION) .
 
 infra-lint: .venv-checkov/bin/checkov
 	@for folder in infra/images infra/aws; do \

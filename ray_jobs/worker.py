@@ -248,7 +248,11 @@ def _publish(
         run_id=job.run_id,
         base=job.base,
         dataset=job.dataset,
-        environment=lineage.environment(Path(__file__).parent, image=os.environ.get("FINELOOP_IMAGE", "")),
+        environment=lineage.environment(
+            Path(__file__).parent,
+            image=os.environ.get("FINELOOP_IMAGE", ""),
+            revision=os.environ.get("FINELOOP_REVISION", ""),
+        ),
         recipe=recipe,
         training=lineage.Training(
             steps=progress.step,

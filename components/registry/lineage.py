@@ -5,6 +5,7 @@ only what stands beside user and password is kept.
 """
 
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,7 +56,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Code:
-    """The checkout that ran."""
+    """The checkout that ran, or that the image which ran was built from."""
 
     commit: str
     dirty: bool
@@ -66,7 +67,8 @@ class Code:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the run ran on. `code` is None outside a git checkout, `image` empty where no container names its own."""
+    """What the run ran on. `code` is None outside a git checkout and an image that names its commit; `image` is empty
+    where no container names its own."""
 
     python: str
     platform: str
@@ -122,8 +124,11 @@ def build_lineage(
     }
 
 
-def environment(directory: Path, *, image: str = "") -> Environment:
-    """The environment of this process; `directory` is where its code lies."""
+def environment(directory: Path, *, image: str = "", revision: str = "") -> Environment:
+    """The environment of this process; `directory` is where its code lies.
+
+    `revision` is what an image, which holds no checkout, was built from: a commit, then -dirty where files differed.
+    """
     packages = {}
     for name in PACKAGES:
         try:
@@ -134,7 +139,7 @@ def environment(directory: Path, *, image: str = "") -> Environment:
         python=platform.python_version(),
         platform=platform.platform(),
         packages=packages,
-        code=code_of(directory),
+        code=code_of(directory) or code_of_image(revision),
         image=image,
     )
 
@@ -146,6 +151,14 @@ def code_of(directory: Path) -> Code | None:
         return None
     dirty = bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
     return Code(commit, dirty, without_credentials(_git(directory, "remote", "get-url", "origin") or ""))
+
+
+def code_of_image(revision: str) -> Code | None:
+    """The code of an image by its revision; None where that names no commit."""
+    commit, _, changed = revision.partition("-")
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
+        return None
+    return Code(commit, dirty=changed == "dirty")
 
 
 def without_credentials(url: str) -> str:

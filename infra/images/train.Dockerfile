@@ -26,7 +26,9 @@ ENV HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 
+# Beside the label, where a running job can read it: the lineage of what it trains names the commit.
 ARG REVISION=unknown
+ENV FINELOOP_REVISION="${REVISION}"
 LABEL org.opencontainers.image.title="fineloop/train" \
     org.opencontainers.image.description="Fineloop's Ray jobs: fine-tuning and evaluation on GPUs" \
     org.opencontainers.image.licenses="Apache-2.0" \

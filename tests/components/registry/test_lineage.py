@@ -88,3 +88,22 @@ def test_the_environment_names_what_is_installed(tmp_path: Path) -> None:
     assert found.python.startswith("3.")
     assert found.code is None
     assert found.image == "registry/fineloop@sha256:00"
+
+
+COMMIT = "c0ffee42" * 5
+
+
+@pytest.mark.parametrize(
+    ("revision", "code"),
+    [
+        (COMMIT, Code(COMMIT, dirty=False)),
+        (f"{COMMIT}-dirty", Code(COMMIT, dirty=True)),
+        ("unknown", None),
+        ("c0ffee4", None),
+        ("", None),
+    ],
+)
+def test_outside_a_checkout_the_code_is_that_of_the_images_revision(
+    tmp_path: Path, revision: str, code: Code | None
+) -> None:
+    assert environment(tmp_path, revision=revision).code == code

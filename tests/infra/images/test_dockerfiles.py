@@ -1,6 +1,7 @@
 """The Dockerfiles keep the policies of `dockerfiles.py`, each of which is broken here and seen to notice."""
 
 import re
+import shlex
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from components.registry import lineage
 from components.shared import step
-from tests.infra.images.dockerfiles import faults, parse
+from tests.infra.images.dockerfiles import environment, faults, parse
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = ROOT / "infra" / "images"
@@ -106,3 +108,26 @@ def test_what_a_dockerfile_copies_is_all_that_the_build_context_holds() -> None:
     assert {source for source in copied if not any(fnmatch(source, pattern) for pattern in kept)} == set()
     assert [pattern for pattern in kept if not any(fnmatch(source, pattern) for source in copied)] == []
     assert [source for source in copied if not (ROOT / source).exists()] == []
+
+
+def test_a_training_can_read_which_commit_its_image_was_built_from(tmp_path: Path) -> None:
+    train = parse((IMAGES / "train.Dockerfile").read_text(encoding="utf-8"))
+    assert environment(train)["FINELOOP_REVISION"] == '"${REVISION}"'
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert makefile.count("--build-arg REVISION=$(REVISION)") == len(DOCKERFILES)
+    asks = re.search(r"^REVISION = \$\$\((.*)\)$", makefile, flags=re.MULTILINE)
+    assert asks
+
+    def call(command: str) -> str:
+        done = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    call("git init --quiet")
+    (tmp_path / "file").write_text("one")
+    call("git add file")
+    call("git -c user.name=n -c user.email=e@x commit --quiet --no-verify --message one")
+    call("git -c user.name=n -c user.email=e@x tag --annotate v1 --message v1")
+    commit = call("git rev-parse HEAD")
+    assert lineage.code_of_image(call(asks[1])) == lineage.Code(commit, dirty=False)
+    (tmp_path / "file").write_text("two")
+    assert lineage.code_of_image(call(asks[1])) == lineage.Code(commit, dirty=True)
