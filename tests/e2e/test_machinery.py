@@ -1,4 +1,4 @@
-"""The whole machinery on a tiny base: ad hoc jobs, interruption, repetition, and input that is wrong."""
+"""The whole machinery on a tiny base: free answers, interruption, repetition, and input that is wrong."""
 
 import contextlib
 import json
@@ -6,14 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import CHECKOUT, Tiny
+from tests.e2e.conftest import Tiny
 from tests.tiny import colour_rows
 
 pytestmark = pytest.mark.e2e
@@ -26,26 +25,6 @@ def up(tiny: Tiny) -> Iterator[dict[str, str]]:
     assert started.exit_code == 0, started.told
     yield tiny.home.fineloop("ray", "env").answer
     assert tiny.home.fineloop("ray", "down").exit_code == 0
-
-
-def test_ray_job_submit_prepares_the_data_and_publishes(tiny: Tiny, up):
-    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m"]
-    command += ["ray_jobs.finetune", "--config", "pipelines/configs/icd10.toml", *tiny.settings]
-    command += ["--set", "adapter.name=ad-hoc", "--set", "train.max_steps=4", "--run-id", "ad-hoc"]
-    done = subprocess.run(
-        command,
-        cwd=CHECKOUT,
-        env={**tiny.home.environment, **up},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 4/4" in done.stdout
-    (version,) = tiny.home.fineloop("adapters", "list", "ad-hoc").answer["versions"]
-    assert version["aliases"] == []
-    assert version["version"] in done.stdout
 
 
 def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):

@@ -33,9 +33,9 @@ from tests.train_group import fit_in_rank, in_group
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 5
-NUM_ROWS = (STEPS * 16 * 8 + 6) // 7  # seven eighths are trained on
-RECORDS = 10  # held out, of some forty tokens each
+STEPS, BATCH = 3, 8
+RECORDS = 6  # held out, of some forty tokens each
+NUM_ROWS = 8 * RECORDS  # of which `fit_in_rank` holds an eighth out
 NOISE = 0.02  # what bfloat16 arithmetic in another order may change a loss by
 ROUNDED = 0.05  # and where the trainer rounds an adapter's vectors to bfloat16 in its arithmetic, and peft does not
 # A few steps need a high rate; VeRA's vectors a higher one.
@@ -47,7 +47,7 @@ CELLS = {
     "dora": ["train.zero_stage=2", "train.cpu_offload=true"],
     "qdora": ["train.zero_stage=2", "train.gradient_checkpointing=true"],
     "vera": ["train.zero_stage=0"],
-    "dvora": ["train.zero_stage=3", "method.base=nf4"],
+    "dvora": ["train.zero_stage=1", "method.base=nf4"],
     "loftq": ["train.zero_stage=2"],
 }
 NF4 = BitsAndBytesConfig(
@@ -107,7 +107,8 @@ def trained(rows: Any, s3_server: Any, tmp_path_factory: pytest.TempPathFactory)
     found = {}
     for name in METHODS:
         settings = [f"method.name={name}", f"adapter.name={name}", f"train.max_steps={STEPS}"]
-        settings += [f"train.learning_rate={RATES[METHODS[name].adapter]}", "train.evals_per_epoch=0", *CELLS[name]]
+        settings += [f"train.batch_size={BATCH}", f"train.micro_batch_size={BATCH // 2}", "train.evals_per_epoch=0"]
+        settings += [f"train.learning_rate={RATES[METHODS[name].adapter]}", *CELLS[name]]
         settings += [f"registry.bucket={s3_server.bucket}", "registry.prefix=tests/methods"]
         config = config_file.load(CHECKOUT / "pipelines" / "configs" / "icd10.toml", settings)
         arguments, directory = (config_file.dumps(config), rows), tmp_path_factory.mktemp(name)
@@ -193,7 +194,7 @@ def test_a_pulled_version_is_to_plain_peft_what_was_trained_and_merged_it_says_t
     in_memory = merge.agreement(merge.logits(fresh.eval(), tokens), before)
     merged = merge.agreement(before, merge.logits(merge.merge(pulled), tokens))
     for found in (in_memory, merged):
-        assert found.positions > 300
+        assert found.positions > 150
         assert found.argmax_agreement >= 0.999
         assert found.mean_kl_nats < merge.MAX_MEAN_KL_NATS
     assert merge.agreement(alone, before).mean_kl_nats > 1e4 * merge.MAX_MEAN_KL_NATS

@@ -1,4 +1,4 @@
-"""The built-in example as `make run` runs it, but for a shorter evaluation: promoted, held, and loaded by strangers."""
+"""The built-in example as `make run` runs it, on fewer records: promoted, held, and loaded by strangers."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from tests.e2e.conftest import Done, Home
 
 pytestmark = pytest.mark.e2e
 
-NUM_EVALUATED = 120  # fewer than the example has, for time
+NUM_RECORDS, NUM_EVALUATED = 900, 72  # of the example's 2300 and 250, for time
 # As a stranger would use a pulled adapter: transformers and peft alone.
 PLAIN_SCRIPT = """
 import json, sys
@@ -41,7 +41,8 @@ json.dump(answers, sys.stdout)
 def first(home: Home) -> Done:
     """The first run in a fresh home."""
     assert home.fineloop("store", "up").exit_code == 0
-    return home.fineloop("run", "--set", f"evaluate.records={NUM_EVALUATED}")
+    fewer = {"data.max_records": NUM_RECORDS, "evaluate.records": NUM_EVALUATED}
+    return home.fineloop("run", *[part for key, value in fewer.items() for part in ("--set", f"{key}={value}")])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,8 +58,8 @@ def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
     assert answer["promoted"] is True
     assert answer["metrics"]["champion"] is None
     base, candidate = answer["metrics"]["base"], answer["metrics"]["candidate"]
-    assert candidate["exact_match"] >= 0.6
-    assert candidate["exact_match"] - base["exact_match"] > 0.5
+    assert candidate["exact_match"] >= 0.5
+    assert candidate["exact_match"] - base["exact_match"] > 0.4
     assert candidate["loss"] < 0.5 * base["loss"]
     assert {"prepare", "finetune", "evaluate", "gate", "promote", "report"} <= answer["timings_s"].keys()
 
@@ -105,7 +106,7 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     source = tmp_path / "shuffled.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held = home.fineloop(
-        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=16", "--set", "evaluate.records=60"),
+        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=8", "--set", "evaluate.records=40"),
         *("--set", "evaluate.max_new_tokens=4"),
     )
     assert held.exit_code == 0, held.told
