@@ -26,7 +26,6 @@ FOLDER = ROOT / ".fineloop" / "kube"
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
 PATIENCE_S = 60.0
 NAMESPACE = "fineloop"
-MERGE = "application/merge-patch+json"
 _ADMIN_TOKEN = "an-administrators-token"
 _RAYJOBS = ("ray.io", "v1", NAMESPACE, "rayjobs")
 
