@@ -157,7 +157,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
     def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
-    plain = ("AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    plain = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
     for name, each in settings.items():
         assert taken(each["configMapAsEnv"], "configMapName", "configMapKey") == {
             "fineloop-env": {variable: variable for variable in plain}
