@@ -127,6 +127,12 @@ class RayJobsOfCluster:
         with _unless_gone():
             self._objects.patch_namespaced_custom_object(*_RAYJOBS, name, {"metadata": {"finalizers": None}})
 
+    def clear(self) -> None:
+        """Delete all, when no operator is left that would take its finalizer away."""
+        self._objects.delete_collection_namespaced_custom_object(*_RAYJOBS)
+        for name in self.rayjobs:
+            self.remove_finalizers(name)
+
 
 @contextlib.contextmanager
 def running(directory: Path) -> Iterator[ControlPlane]:

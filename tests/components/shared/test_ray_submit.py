@@ -81,11 +81,13 @@ def cluster(
             api.close()
         elif request.param == "kubernetes":
             plane = request.getfixturevalue("control_plane")
-            operator = Operator(RayJobsOfCluster(plane), directory, environment)
+            rayjobs = RayJobsOfCluster(plane)
+            operator = Operator(rayjobs, directory, environment)
             patch.setenv("KUBECONFIG", str(plane.account("fineloop-pipeline")))  # with the rights of infra/rbac alone
             ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
             yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
             operator.close()
+            rayjobs.clear()
         else:
             (directory / "ray").mkdir()
             (directory / "ray" / "token").write_text(TOKEN)

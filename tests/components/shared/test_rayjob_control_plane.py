@@ -41,9 +41,11 @@ def operator(control_plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    found = Operator(RayJobsOfCluster(control_plane), tmp_path, {})
+    rayjobs = RayJobsOfCluster(control_plane)
+    found = Operator(rayjobs, tmp_path, {})
     yield found
     found.close()
+    rayjobs.clear()
 
 
 @pytest.mark.parametrize("account", ["fineloop-reaper", "fineloop-trainer"])
