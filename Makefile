@@ -17,7 +17,7 @@ REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
-	@echo "make test    every test, the whole pipeline on the real model included"
+	@echo "make test    every test without GPU, root or Kubernetes; the whole pipeline on the real model included"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make bench   speed and memory against peers, as ratios"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"

@@ -1,5 +1,5 @@
-"""A stand-in for the KubeRay operator: takes RayJobs of the API double through KubeRay's states, and runs each entry
-point as a real process on a double of the dashboard (controllers/ray/rayjob_controller.go, v1.7)."""
+"""A stand-in for the KubeRay operator: takes RayJobs, of the API double or of a real API server, through KubeRay's
+states, and runs each entry point as a real process on a double of the dashboard (rayjob_controller.go, v1.7)."""
 
 import contextlib
 import threading
