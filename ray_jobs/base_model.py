@@ -23,6 +23,7 @@ from components.registry.store import open_uri
 from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from components.shared.methods import BaseFormat
+from components.shared.ray_config import MatmulDtype
 from ray_jobs import attention
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase"
     """The base's own tokenizer and chat template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    if base.path.suffix == ".gguf":
+        tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -94,12 +98,19 @@ def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase"
 
 
 def load_model(
-    base: Base, config: ModelConfig, base_format: BaseFormat, *, use_gpu: bool, in_host_memory: bool = False
+    base: Base,
+    config: ModelConfig,
+    base_format: BaseFormat,
+    *,
+    use_gpu: bool,
+    in_host_memory: bool = False,
+    matmul_dtype: MatmulDtype = "bfloat16",
 ) -> "PreTrainedModel":
     """The frozen base in memory: bfloat16; NF4 with double quantisation (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
     A folder that is quantised already is loaded as it is. `in_host_memory` leaves the model there for who will move it
     to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
+    `matmul_dtype` is what a CPU multiplies in; whatever it is, weights and activations are the same 16 bits.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -123,6 +134,10 @@ def load_model(
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if base_format == "nf4":
             _never_repack(model)
+        if matmul_dtype == "float32":
+            from ray_jobs import float32_layers
+
+            float32_layers.multiply_in_float32(model)
     if base_format != "bf16":
         _never_replace()
     return model

@@ -11,7 +11,8 @@ from components.registry.versions import pull_version, read_lineage, resolve
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
-from ray_jobs import base_model, entry
+from components.shared.ray_config import MatmulDtype
+from ray_jobs import base_config, base_model, entry, processor
 from ray_jobs.adapters import build, loftq
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
@@ -43,6 +44,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     Raises:
         ObjectMissing: there is no such version.
     """
+    import torch
+
     store = Store.open(config.registry)
     version = resolve(store, reference)
     lineage = read_lineage(store, version)
@@ -53,12 +56,14 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     base = base_model.resolve(own.model)
     tokenizer = base_model.load_tokenizer(base, own.model)
     stands_on = loftq.find(own, base, store)
-    model = _load(stands_on, own)
-    alone = model if stands_on == base else _load(base, own)
+    shape = processor.typical_shape(base_config.load(base.path, own.model))
+    dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
+    model = _load(stands_on, own, dtype)
+    alone = model if stands_on == base else _load(base, own, dtype)
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
-        adapted = build.load(model, folder).eval()
+        adapted = build.load(model, folder, matmul_dtype=dtype).eval()
     if system:
         _tell(f"each prompt follows the system message {system!r}, as in training")
     _tell("ready: type a prompt, or Ctrl-D to end")
@@ -69,11 +74,12 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         _print(f"{version.name}", _answer(adapted, tokenizer, turns, own))
 
 
-def _load(base: base_model.Base, own: RunConfig) -> Any:
+def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
     import torch
 
     use_gpu = torch.cuda.is_available()
-    return base_model.load_model(base, own.model, own.method.row.base, use_gpu=use_gpu).eval()
+    row = own.method.row
+    return base_model.load_model(base, own.model, row.base, use_gpu=use_gpu, matmul_dtype=dtype).eval()
 
 
 def _system_message(store: Store, dataset_uri: str) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from components.registry import folders
 from components.registry.store import Store
 from components.shared.errors import ConfigError
+from components.shared.ray_config import MatmulDtype
 from ray_jobs import deepspeed
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Progress:
     best_step: int = 0
     best_loss: float = float("inf")
     evals_without_gain: int = 0
+    matmul_dtype: MatmulDtype = "bfloat16"
+    """What its products were taken in; a checkpoint that does not say was trained in bfloat16."""
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -110,6 +113,12 @@ def resume(
         _restore_optimizer(engine, load_file(Path(scratch) / "rank" / "optimizer.safetensors"))
         best = load_file(shared / "best.safetensors")
     return progress, best
+
+
+def matmul_dtype(store: Store, run_id: str) -> MatmulDtype | None:
+    """What the run's newest checkpoint was trained in, and so must go on in; None without one."""
+    step = newest(store, run_id)
+    return None if step is None else Progress(**store.get_json(f"{_key(run_id, step)}/shared/state.json")).matmul_dtype
 
 
 def discard_after(store: Store, run_id: str, step: int) -> None:

@@ -22,8 +22,9 @@ from components.registry.versions import Version, pull_version, read_lineage, re
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import DataError, FineloopError, JobError
+from components.shared.ray_config import MatmulDtype
 from components.shared.step import say
-from ray_jobs import base_model, entry
+from ray_jobs import base_config, base_model, entry, processor
 from ray_jobs.adapters import build, loftq
 from ray_jobs.answers import Score, as_columns, confusion, metrics, paired_difference
 
@@ -87,7 +88,10 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     say(STEP, f"{len(records)} held-out records for {', '.join(c.role for c in contenders)} on {num_shards} workers")
     shards = [records[start::num_shards] for start in range(num_shards)]
     try:
-        results = ray.get([task.remote(contenders, shard, shard_index=i) for i, shard in enumerate(shards)])
+        dtype = _matmul_dtype(config, base, num_shards, resources)
+        results = ray.get(
+            [task.remote(contenders, shard, shard_index=i, matmul_dtype=dtype) for i, shard in enumerate(shards)]
+        )
     except ray.exceptions.RayTaskError as exc:
         raise (
             exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
@@ -101,6 +105,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     evaluation = summarise(config, contenders, kept, tokens, scores)
     evaluation.update(run_id=run_id, dataset_uri=dataset_uri, dataset_id=dataset_uri.rstrip("/").rpartition("/")[2])
     evaluation["base"] = {"reference": config.model.base, "identity": base.identity}
+    evaluation["matmul_dtype"] = dtype
     evaluation["seconds"] = {"total": round(time.monotonic() - started, 3)}
     _write_records(store, run_id, kept, tokens, scores)
     store.put_json(f"runs/{run_id}/evaluation.json", evaluation)
@@ -111,6 +116,21 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             f"{role}: exact match {found['exact_match']:.1%}, F1 {found['token_f1']:.3f}, loss {found['loss']:.3f}",
         )
     return evaluation
+
+
+def _matmul_dtype(
+    config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]
+) -> MatmulDtype:
+    """What every task multiplies in: measured where they run, the slowest of each dtype counts."""
+    import ray
+
+    if config.ray.use_gpu:
+        return "bfloat16"
+    if fixed := processor.fixed(config.ray.cpu_matmul_dtype):
+        return fixed
+    shape = processor.typical_shape(base_config.load(base.path, config.model))
+    measure = ray.remote(max_retries=1, **resources)(processor.measure)
+    return processor.slowest(ray.get([measure.remote(shape) for _ in range(num_workers)])).faster
 
 
 def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Sequence[Record]) -> RunConfig:
@@ -173,7 +193,13 @@ class ShardResult:
     scores: dict[str, list[Score]]
 
 
-def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *, shard_index: int) -> ShardResult:
+def measure_shard(
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    *,
+    shard_index: int,
+    matmul_dtype: MatmulDtype = "bfloat16",
+) -> ShardResult:
     """Measure every contender on some records; runs as a Ray task.
 
     Raises:
@@ -210,12 +236,25 @@ def measure_shard(contenders: Sequence[Contender], records: Sequence[Record], *,
             gc.collect()  # where 4-bit weights and their layers hold each other
             loaded = (
                 key,
-                base_model.load_model(base, config.model, config.method.row.base, use_gpu=config.ray.use_gpu),
+                base_model.load_model(
+                    base,
+                    config.model,
+                    config.method.row.base,
+                    use_gpu=config.ray.use_gpu,
+                    matmul_dtype=matmul_dtype,
+                ),
             )
         if progress:
             progress.role = contender.role
         scores[contender.role] = _measure(
-            contender, config, loaded[1], tokenizers[contender.role], kept, splits[contender.role], progress
+            contender,
+            config,
+            loaded[1],
+            tokenizers[contender.role],
+            kept,
+            splits[contender.role],
+            progress,
+            matmul_dtype,
         )
     counts = dict(zip(splits["candidate"].ids, splits["candidate"].num_answer_tokens.tolist(), strict=True))
     return ShardResult(counts, scores)
@@ -228,7 +267,14 @@ def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
 
 
 def _measure(
-    contender: Contender, config: RunConfig, base: Any, tokenizer: Any, records: Any, split: Any, progress: Any
+    contender: Contender,
+    config: RunConfig,
+    base: Any,
+    tokenizer: Any,
+    records: Any,
+    split: Any,
+    progress: Any,
+    matmul_dtype: MatmulDtype,
 ) -> list[Score]:
     from ray_jobs.scoring import other_prompts, score
 
@@ -249,7 +295,7 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(Store.open(config.registry), contender.version, folder)
-        adapted = build.load(base, folder)
+        adapted = build.load(base, folder, matmul_dtype=matmul_dtype)
         try:
             return scored(adapted, with_gain=True)
         finally:

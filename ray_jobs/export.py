@@ -22,8 +22,9 @@ from components.registry.versions import Version, pull_version, read_lineage, re
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import ObjectMissing, UserError
+from components.shared.ray_config import MatmulDtype
 from components.shared.step import say
-from ray_jobs import base_model, entry, model_card
+from ray_jobs import base_config, base_model, entry, model_card, processor
 from ray_jobs.adapters import build, convert, loftq, merge
 from ray_jobs.adapters.merge import Agreement
 from ray_jobs.base_model import Base
@@ -75,6 +76,8 @@ class Subject:
     tokenizer: "PreTrainedTokenizerBase"
     rows: Sequence["torch.Tensor"]
     compared_on: str
+    matmul_dtype: MatmulDtype
+    """What this machine multiplies bfloat16 in."""
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def export(config: RunConfig, reference: str, wish: Wish) -> dict[str, Any]:
     if wish.target.exists() and (wish.target.is_file() or any(wish.target.iterdir())):
         raise UserError(f"{wish.target} exists and is not empty: remove it or choose another --to")
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, _beside(wish.target) as folder:
-        subject = _subject(store, version, Path(scratch) / "adapter")
+        subject = _subject(config, store, version, Path(scratch) / "adapter")
         say(STEP, f"{version.name} {version.version} is compared on {subject.compared_on}")
         record = _merged(subject, wish, folder) if wish.form == "merged" else _lora(subject, wish, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +130,8 @@ def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
     """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from ray_jobs import float32_layers
 
     row, rows = subject.config.method.row, subject.rows
     weights: BaseWeights = "original" if row.base == "bf16" else wish.base or "dequantised"
@@ -158,7 +163,10 @@ def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
     merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
     subject.tokenizer.save_pretrained(folder)
     del merged
-    saved = list(merge.logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), rows))
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if subject.matmul_dtype == "float32":
+        float32_layers.multiply_in_float32(reloaded)
+    saved = list(merge.logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
     if is_exact and wish.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
@@ -182,7 +190,9 @@ def _lora(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
     return _record(subject, wish, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
-def _subject(store: Store, version: Version, folder: Path) -> Subject:
+def _subject(asked: RunConfig, store: Store, version: Version, folder: Path) -> Subject:
+    import torch
+
     lineage = read_lineage(store, version)
     config = config_file.validate(lineage["config"], origin=f"lineage of {version.uri}")
     pull_version(store, version, folder)
@@ -190,7 +200,10 @@ def _subject(store: Store, version: Version, folder: Path) -> Subject:
     original = base_model.resolve(config.model)
     tokenizer = base_model.load_tokenizer(original, config.model)
     rows, compared_on = _rows(store, lineage["dataset"]["uri"], tokenizer, config.model.max_length)
-    return Subject(version, config, folder, original, loftq.find(config, original, store), tokenizer, rows, compared_on)
+    shape = processor.typical_shape(base_config.load(original.path, config.model))
+    dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
+    stands_on = loftq.find(config, original, store)
+    return Subject(version, config, folder, original, stands_on, tokenizer, rows, compared_on, dtype)
 
 
 def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tuple[list["torch.Tensor"], str]:
@@ -215,7 +228,13 @@ def _loaded(subject: Subject) -> "PreTrainedModel":
     import torch
 
     method, model = subject.config.method, subject.config.model
-    return base_model.load_model(subject.stands_on, model, method.row.base, use_gpu=torch.cuda.is_available())
+    return base_model.load_model(
+        subject.stands_on,
+        model,
+        method.row.base,
+        use_gpu=torch.cuda.is_available(),
+        matmul_dtype=subject.matmul_dtype,
+    )
 
 
 def _dense(subject: Subject) -> "PreTrainedModel":
@@ -234,7 +253,7 @@ def _trained_on(subject: Subject, loaded: "PreTrainedModel") -> "PreTrainedModel
 
 def _evaluated(subject: Subject) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
     """The logits of the adapter as evaluation runs it, and the base without it in float32."""
-    adapted: PeftModel = build.load(_loaded(subject), subject.folder).eval()
+    adapted: PeftModel = build.load(_loaded(subject), subject.folder, matmul_dtype=subject.matmul_dtype).eval()
     evaluated = list(merge.logits(adapted, subject.rows))
     return evaluated, _trained_on(subject, adapted.unload())
 

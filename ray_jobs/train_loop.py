@@ -19,6 +19,7 @@ import torch.distributed as dist
 from components.registry.store import Store
 from components.shared.config import RunConfig, TrainConfig
 from components.shared.errors import ConfigError
+from components.shared.ray_config import MatmulDtype
 from ray_jobs import checkpoint, deepspeed
 from ray_jobs.answer_loss import answer_nll
 from ray_jobs.batching import TokenizedSplit, by_length, collate, plan_epoch, share
@@ -36,6 +37,8 @@ class Worker:
     rank: int
     num_workers: int
     device: torch.device
+    matmul_dtype: MatmulDtype = "bfloat16"
+    """What its products are taken in, the same for all of the group."""
 
 
 @dataclass
@@ -97,7 +100,7 @@ def run(
     train = config.train
     total = num_steps(train, len(train_split))
     measured = eval_steps(train, len(train_split))
-    progress = Progress(config.digest, worker.num_workers)
+    progress = Progress(config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype)
     best = checkpoint.weights(engine.module)
     resumed_from = checkpoint.newest(store, run_id) or 0
     dist.barrier()  # every worker has looked before the first one deletes

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from components.registry.versions import Version, publish_version
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import JobError, UserError
+from components.shared.ray_config import MatmulDtype
 from components.shared.serving import serving
 from components.shared.step import say
-from ray_jobs import base_model, checkpoint, deepspeed, entry, step_zero, train_loop
+from ray_jobs import base_config, base_model, checkpoint, deepspeed, entry, processor, step_zero, train_loop
 from ray_jobs.adapters import build, loftq
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.model_card import model_card
@@ -118,21 +119,27 @@ def fit(
         say("finetune", f"loading {config.model.base}")
     original = base_model.resolve(config.model)
     base = loftq.stand(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    on_cpu = _matmul_dtype(config, original, store, job.run_id)
+    if not use_gpu:
+        worker = replace(worker, matmul_dtype=on_cpu)
     probe = step_zero.probe(train_split, job.pad)
     if config.train.zero_stage == 3 and worker.rank == 0:  # the only time that anybody holds the model in one piece
-        plain_loss = step_zero.probe_loss(_adapted(config, base, use_gpu=False), probe, torch.device("cpu"))
+        whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu)
+        plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
+        del whole
     with deepspeed.sharding(config):
-        adapted = _adapted(config, base, use_gpu=use_gpu)
+        adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype)
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
-        recipe = _recipe(config, adapted, base)
+        recipe = _recipe(config, adapted, base, worker)
         engine = deepspeed.initialize(adapted, config)
         loss = step_zero.probe_loss(engine.module, probe, worker.device)
         deepspeed.settle(engine)
         expected = plain_loss if worker.rank == 0 else math.nan
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
         if worker.rank == 0:
-            say("finetune", f"training on {worker.num_workers} {worker.device.type} workers")
+            products = ", products in float32" if worker.matmul_dtype == "float32" else ""
+            say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
         outcome = train_loop.run(
             engine,
             config=config,
@@ -151,12 +158,31 @@ def fit(
     return adapted, outcome, recipe
 
 
-def _adapted(config: RunConfig, base: base_model.Base, *, use_gpu: bool) -> "PeftModel":
+def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
+    """What CPU workers multiply in: as a checkpoint to go on from did, or what all of them are fastest with.
+
+    Of GPU workers each asks for itself alone, and only what it computes on its CPU is meant.
+    """
+    if found := checkpoint.matmul_dtype(store, run_id):
+        return found
+    shape = processor.typical_shape(base_config.load(original.path, config.model))
+    decide = processor.choose if config.ray.use_gpu else processor.agree
+    return decide(config.ray.cpu_matmul_dtype, shape)
+
+
+def _adapted(config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype) -> "PeftModel":
     """The base with a fresh adapter, ready to train in bfloat16. The same on every worker."""
     model = base_model.load_model(
-        base, config.model, config.method.row.base, use_gpu=use_gpu, in_host_memory=config.train.zero_stage == 3
+        base,
+        config.model,
+        config.method.row.base,
+        use_gpu=use_gpu,
+        in_host_memory=config.train.zero_stage == 3,
+        matmul_dtype=matmul_dtype,
     )
-    adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
+    adapted = build.attach(
+        model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
+    )
     if config.method.row.init == "loftq":
         loftq.start(adapted, base)
     for parameter in checkpoint.trainable(adapted).values():
@@ -216,7 +242,7 @@ def _ignore(_: Mapping[str, Any]) -> None:
     """Ranks beyond 0 report nothing."""
 
 
-def _recipe(config: RunConfig, adapted: Any, base: base_model.Base) -> dict[str, Any]:
+def _recipe(config: RunConfig, adapted: Any, base: base_model.Base, worker: Worker) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
     targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
@@ -228,6 +254,7 @@ def _recipe(config: RunConfig, adapted: Any, base: base_model.Base) -> dict[str,
         "target_modules": targets,
         "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
         "stands_on": base.reference,
+        "matmul_dtype": worker.matmul_dtype,
         **loftq.recipe(base),
     }
 

@@ -43,6 +43,7 @@ class Trained:
     resumed_from: int
     stopped_early: bool
     steps: int
+    matmul_dtype: str
 
 
 def train(config_toml: str, rows: list[dict[str, str]], directory: Path, *, run_id: str, num_workers: int) -> Trained:
@@ -109,6 +110,7 @@ def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dic
             resumed_from=fitted.outcome.resumed_from,
             stopped_early=fitted.outcome.stopped_early,
             steps=fitted.outcome.progress.step,
+            matmul_dtype=fitted.recipe["matmul_dtype"],
         )
     return trained
 

@@ -11,6 +11,8 @@ from components.shared.section import Section
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
 ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+MatmulDtype = Literal["bfloat16", "float32"]
+CpuMatmulDtype = Literal["auto"] | MatmulDtype
 NVIDIA_GPU = "nvidia.com/gpu"
 
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
@@ -163,6 +165,9 @@ class RayConfig(Section):
     """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPU cores reserved for each worker."""
+    cpu_matmul_dtype: CpuMatmulDtype = "auto"
+    """What CPU workers multiply in. auto measures, and takes float32 where the processor multiplies bfloat16 slowly;
+    weights are stored in 16 bits or fewer all the same."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are started again from the newest checkpoint."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400

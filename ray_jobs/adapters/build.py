@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from components.shared.config import MethodConfig
 from components.shared.errors import ConfigError
+from components.shared.ray_config import MatmulDtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -44,8 +45,17 @@ def peft_config(method: MethodConfig) -> "PeftConfig":
     )
 
 
-def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str, seed: int) -> "PeftModel":
+def attach(
+    model: "PreTrainedModel",
+    method: MethodConfig,
+    *,
+    base_reference: str,
+    seed: int,
+    matmul_dtype: MatmulDtype = "bfloat16",
+) -> "PeftModel":
     """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker.
+
+    `matmul_dtype` is what the base was loaded with.
 
     Raises:
         ConfigError: `method.target_modules` matches no layer of this base.
@@ -65,11 +75,12 @@ def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: st
     dvora.unify_dtype(adapted, model.dtype)
     # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
+    _multiply_in(matmul_dtype, adapted)
     return adapted
 
 
-def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """Put a saved adapter on its base, for inference; every method of the table."""
+def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "bfloat16") -> "PeftModel":
+    """Put a saved adapter on its base, for inference; every method of the table. `matmul_dtype` is the base's."""
     from peft import PeftModel
 
     from ray_jobs.adapters import dvora  # which makes its method known to peft
@@ -77,6 +88,7 @@ def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     adapted = PeftModel.from_pretrained(base, folder)
     # The arithmetic of the training; and rank 256 in float32 would cost a CPU more than the base does.
     dvora.unify_dtype(adapted, base.dtype)
+    _multiply_in(matmul_dtype, adapted)
     return adapted
 
 
@@ -93,3 +105,10 @@ def save(model: "PeftModel", directory: Path) -> None:
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _multiply_in(matmul_dtype: MatmulDtype, adapted: "PeftModel") -> None:
+    if matmul_dtype == "float32":
+        from ray_jobs import float32_layers
+
+        float32_layers.multiply_in_float32(adapted)

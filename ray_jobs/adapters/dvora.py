@@ -43,6 +43,7 @@ class DvoraLinear(VeraLinear):
 
     adapter_layer_names = (*VeraLinear.adapter_layer_names, "vera_lambda_m")
     other_param_names = (*VeraLinear.other_param_names, "known_norms", "merged_changes")
+    linear = staticmethod(F.linear)
 
     def __init__(
         self, base_layer: nn.Module, vera_A: Any, vera_B: Any, adapter_name: str, config: DvoraConfig, **kwargs: Any
@@ -97,8 +98,8 @@ class DvoraLinear(VeraLinear):
         if bias_O is not None:
             base_result_TO = base_result_TO - bias_O
         b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
-        A_RI, B_OR = _shared_matrices(self, adapter)
-        direction_TO = F.linear(d_R * F.linear(self._cast_input_dtype(x_TI, d_R.dtype), A_RI), B_OR)
+        A_RI, B_OR = shared_matrices(self, adapter)
+        direction_TO = self.linear(d_R * self.linear(self._cast_input_dtype(x_TI, d_R.dtype), A_RI), B_OR)
         scale_O = self._scale(adapter)
         return (scale_O - 1).to(base_result_TO.dtype) * base_result_TO + (scale_O * b_O).to(b_O.dtype) * direction_TO
 
@@ -191,7 +192,7 @@ class LoraFactors(NamedTuple):
 
 def lora_factors(layer: VeraLayer, adapter: str) -> LoraFactors:
     """VeRA's or DVoRA's update of one layer: A' = L_d A and B' = L_b B."""
-    A_RI, B_OR = _shared_matrices(layer, adapter)
+    A_RI, B_OR = shared_matrices(layer, adapter)
     return LoraFactors(layer.vera_lambda_d[adapter][:, None] * A_RI, layer.vera_lambda_b[adapter][:, None] * B_OR)
 
 
@@ -206,7 +207,7 @@ def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:
                 getattr(layer, name).to(dtype)  # in place; the layers share the matrices' container
 
 
-def _shared_matrices(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+def shared_matrices(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """This layer's part of A (R, I) and B (O, R)."""
     device = layer.vera_lambda_d[adapter].device
     A_RI = layer.vera_A[adapter][:, : layer.in_features]

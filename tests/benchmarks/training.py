@@ -2,6 +2,10 @@
 
 Both sides run in turn, each in a process of its own with the same threads: QLoRA of rank 16 on every linear layer of
 the example's base, the same records, batches of 16 grouped by length, AdamW. Padding does not count as tokens.
+
+--processor takes instructions away from PyTorch and oneDNN, so that an older processor's speed can be seen on any that
+has more: avx2 (most laptops; Zen 2 and 3) or avx512 (Cascade Lake). bitsandbytes' own kernels keep what they find, and
+PyTorch's product of two bfloat16 matrices in rows and columns stays up to thirty times as fast as a true AVX2's.
 """
 
 import argparse
@@ -19,18 +23,36 @@ from typing import Any
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
 SIDES = ("fineloop", "trainer")
+# What oneDNN and PyTorch read to use fewer instructions than there are.
+PROCESSORS = {
+    "here": {},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--records", type=int, default=320)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
+    parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
+    parser.add_argument(
+        "--matmul-dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="what both sides multiply in; auto as ray.cpu_matmul_dtype",
+    )
     parser.add_argument("--side", choices=SIDES, help="run one side here and print its figures as JSON")
     options = parser.parse_args()
     if options.side:
-        print(json.dumps((_fineloop if options.side == "fineloop" else _trainer)(options.records, options.threads)))
+        print(json.dumps((_fineloop if options.side == "fineloop" else _trainer)(options)))
         return
+    print(f"processor {options.processor}, {options.threads} threads, products in {options.matmul_dtype}", flush=True)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
@@ -45,7 +67,8 @@ def main() -> None:
 def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
     command += ["--records", str(options.records), "--threads", str(options.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    command += ["--matmul-dtype", options.matmul_dtype]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **PROCESSORS[options.processor]}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
     )
@@ -57,25 +80,26 @@ def _line(run: dict[str, float]) -> str:
     return f"{run['tokens_per_s']:6.0f} tokens/s   {run['peak_rss_mb']:6.0f} MB   loss {run['loss']:.3f}"
 
 
-def _parts(num_records: int, threads: int) -> tuple[Any, Any, Any, Any]:
-    """Config, base, tokenizer and tokenised records, the same for both sides."""
+def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
+    """Config, base, tokenizer, tokenised records and what to multiply in, the same for both sides."""
     import torch
 
     from components.prepare import icd10
     from components.prepare.validate import validate
     from components.shared import config_file
-    from ray_jobs import base_model, entry
+    from ray_jobs import base_config, base_model, entry, processor
     from ray_jobs.batching import tokenize
 
     entry.quiet_libraries()
-    torch.set_num_threads(threads)
-    one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={threads}"]
+    torch.set_num_threads(options.threads)
+    one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={options.threads}"]
     config = config_file.load(CONFIG, one_worker)
     base = base_model.resolve(config.model)
     tokenizer = base_model.load_tokenizer(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
-    split = tokenize([each.record for each in keyed[:num_records]], tokenizer, config.model.max_length)
-    return config, base, tokenizer, split
+    split = tokenize([each.record for each in keyed[: options.records]], tokenizer, config.model.max_length)
+    shape = processor.typical_shape(base_config.load(base.path, config.model))
+    return config, base, tokenizer, split, processor.choose(options.matmul_dtype, shape)
 
 
 def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
@@ -83,7 +107,7 @@ def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
     return {"tokens_per_s": tokens / seconds, "peak_rss_mb": peak, "loss": loss}
 
 
-def _fineloop(num_records: int, threads: int) -> dict[str, float]:
+def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
@@ -91,15 +115,16 @@ def _fineloop(num_records: int, threads: int) -> dict[str, float]:
     from ray_jobs.adapters import build
     from ray_jobs.batching import plan_epoch
 
-    config, base, tokenizer, split = _parts(num_records, threads)
+    config, base, tokenizer, split, dtype = _parts(options)
     deepspeed.prepare_environment(use_gpu=False)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
-    engine = deepspeed.initialize(build.attach(model, config.method, base_reference="bench", seed=0).train(), config)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
+    adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
+    engine = deepspeed.initialize(adapted.train(), config)
     worker = train_loop.Worker(0, 1, torch.device("cpu"))
     plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
@@ -121,7 +146,7 @@ def _fineloop(num_records: int, threads: int) -> dict[str, float]:
     return _figures(tokens, time.perf_counter() - started, losses[-1])
 
 
-def _trainer(num_records: int, threads: int) -> dict[str, float]:
+def _trainer(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -133,7 +158,9 @@ def _trainer(num_records: int, threads: int) -> dict[str, float]:
         TrainingArguments,
     )
 
-    config, base, tokenizer, split = _parts(num_records, threads)
+    from ray_jobs import float32_layers
+
+    config, base, tokenizer, split, dtype = _parts(options)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -143,6 +170,8 @@ def _trainer(num_records: int, threads: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
+    if dtype == "float32":  # the same products for both, so that the loops are compared
+        float32_layers.multiply_in_float32(model)
     rows = []
     for index in range(len(split)):
         tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]].tolist()

@@ -33,8 +33,10 @@ SETTINGS = [
     "train.micro_batch_size=4",
     "train.evals_per_epoch=0",
     "train.early_stopping_patience=0",
+    "ray.cpu_matmul_dtype=bfloat16",
 ]
 AGAIN = "again"
+IN_FLOAT32 = "in float32, ZeRO stage {}"
 
 
 def name_of(cell: Cell) -> str:
@@ -46,6 +48,12 @@ def name_of(cell: Cell) -> str:
 def reference_of(cell: Cell) -> Cell:
     """The same method on the same base, with nothing shared out, offloaded or recomputed."""
     return replace(cell, zero_stage=0, cpu_offload=False, gradient_checkpointing=False)
+
+
+def in_float32(reference: Cell) -> list[Cell]:
+    """The cells of a method that are also trained with products in float32: unshared, and with a sharded base."""
+    sharded = replace(reference, zero_stage=3, gradient_checkpointing=True)
+    return [reference, *([sharded] if sharded in CELLS else [])]
 
 
 REFERENCES = sorted({reference_of(cell) for cell in CELLS}, key=name_of)
@@ -64,15 +72,17 @@ class Matrix:
         configs = {name_of(cell): self._toml(cell) for cell in CELLS if reference_of(cell) == reference}
         if reference in REFERENCES[::7]:
             configs[AGAIN] = configs[name_of(reference)]
+        for cell in in_float32(reference):
+            configs[IN_FLOAT32.format(cell.zero_stage)] = self._toml(cell, "ray.cpu_matmul_dtype=float32")
         return train_all(configs, ROWS, self._directory / name_of(reference), num_workers=2)
 
     def _plain(self, reference: Cell) -> Curve:
         return plain_training(self._toml(reference), ROWS)
 
-    def _toml(self, cell: Cell) -> str:
+    def _toml(self, cell: Cell, *changes: str) -> str:
         values = {FIELDS[field.name]: getattr(cell, field.name) for field in fields(cell)}
         spelled = [f"{path}={str(value).lower()}" for path, value in values.items()]
-        return config_file.dumps(config_file.loads(self._config, spelled))
+        return config_file.dumps(config_file.loads(self._config, [*spelled, *changes]))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,14 @@ def test_a_method_takes_the_steps_of_a_plain_loop(reference: Cell, matrix: Matri
     found = matrix.row(reference)[name_of(reference)]
     assert len(found.losses) == 2
     assert_same_curve(found, matrix.plain(reference))
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=name_of)
+def test_with_products_in_float32_a_method_takes_those_steps_too(reference: Cell, matrix: Matrix):
+    for cell in in_float32(reference):
+        found = matrix.row(reference)[IN_FLOAT32.format(cell.zero_stage)]
+        assert found.matmul_dtype == "float32"
+        assert_same_curve(found, matrix.plain(reference))
 
 
 @pytest.mark.parametrize("reference", REFERENCES[::7], ids=name_of)

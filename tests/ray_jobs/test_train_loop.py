@@ -107,6 +107,19 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, m
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
+def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=4"]
+    monkeypatch.setenv("STOP_AFTER_STEP", "3")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # what makes any x86-64 slow in bfloat16
+    with pytest.raises(RuntimeError):
+        run(*changes, run_id="moved")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    resumed = run(*changes, run_id="moved")
+    assert resumed.resumed_from == 2
+    assert resumed.matmul_dtype == "float32"
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
