@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from components.registry.store import open_uri
 from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, ObjectMissing
-from ray_jobs.base_model import cache_dir, snapshot
+from ray_jobs.base_model import FILES, cache_dir, snapshot
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,6 +39,21 @@ def read(config: ModelConfig) -> "PretrainedConfig":
     if folder.is_absolute() or reference.startswith("."):
         raise ConfigError(f"model.base {reference}: there is no such folder")
     return load(snapshot(config, [FILE]), config)
+
+
+def locate(config: ModelConfig) -> Path:
+    """The folder, or the GGUF, that holds the base's configuration and tokenizer on this machine. Fetches no weights.
+
+    Raises:
+        ConfigError: `model.base` names nothing that exists, or lies in S3.
+    """
+    reference = config.base
+    if reference.startswith("pkg://"):
+        return _gguf(reference)
+    if "://" in reference:
+        raise ConfigError(f"model.base {reference}: only its configuration is read before a run")
+    folder = Path(reference).expanduser()
+    return folder if folder.is_dir() else snapshot(config, [name for name in FILES if "safetensors" not in name])
 
 
 def load(path: Path, config: ModelConfig) -> "PretrainedConfig":

@@ -14,7 +14,7 @@ from components.shared.errors import ConfigError
 from components.shared.gpus import PRICED
 from components.shared.legality import nearest_legal
 from components.shared.methods import METHODS, MethodName
-from ray_jobs import base_config, entry
+from ray_jobs import base_config, entry, estimate
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.capacity import Choice, Device, Load, advised, chosen, cluster_device, named_device, require_fit
 from ray_jobs.memory import GIB, Parts, Sharing, parts_told, plan
@@ -79,7 +79,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "fits": choice.parts.total <= device.memory if device.memory else None,
         "advice": _advice(choice, better),
         "full_fine_tuning": _full_fine_tuning(config, base, load, choice.parts),
-        **_progress(config, census, load, device),
+        **(_progress(config, census, load, device) if config.ray.use_gpu else _estimated(config, base)),
     }
 
 
@@ -175,15 +175,25 @@ def _full_fine_tuning(config: RunConfig, base: "PretrainedConfig", load: Load, a
     }
 
 
+def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
+    """Speed and time on this machine's CPU, measured; its hours have no price."""
+    found = estimate.estimated(config, base)
+    speed, has_speed = found["tokens_per_s"], found["tokens_per_s"] is not None
+    return {
+        "estimate": found,
+        "tokens_per_s": speed,
+        "time_s": found["train_s"],
+        "most_tokens": _most_tokens(config),
+        "s_per_million_tokens": MILLION / speed if has_speed else None,
+        **dict.fromkeys(("cost", "price_per_hour", "cost_per_million_tokens")),
+        "speed_unknown_because": found["unknown_because"],
+    }
+
+
 def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> Mapping[str, Any]:
     """Speed, time and cost; null where nobody can know, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
-        reason = (
-            "name the GPU with ray.gpu"
-            if config.ray.use_gpu
-            else "a CPU's rate is not in any table: a run tells its own after a few steps"
-        )
         unknown = (
             "tokens_per_s",
             "time_s",
@@ -192,7 +202,8 @@ def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> 
             "s_per_million_tokens",
             "cost_per_million_tokens",
         )
-        return {**dict.fromkeys(unknown), "most_tokens": tokens, "speed_unknown_because": reason}
+        reason = "name the GPU with ray.gpu"
+        return {**dict.fromkeys(unknown), "estimate": None, "most_tokens": tokens, "speed_unknown_because": reason}
     expected = speed(
         census,
         device.gpu,
@@ -208,6 +219,7 @@ def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> 
     per_second = price * config.ray.num_workers / 3600
     time_s = tokens / expected.tokens_per_s if tokens else None
     return {
+        "estimate": None,
         "tokens_per_s": expected.tokens_per_s,
         "flops_per_token": expected.flops_per_token,
         "most_tokens": tokens,

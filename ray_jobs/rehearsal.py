@@ -102,7 +102,7 @@ class Rehearsal:
             frozen_adapter=_frozen(adapted),
             applied=_applied(adapted, method.r) if adapted and method else 0,
         )
-        self._period = _period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
+        self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
         self._steps: dict[tuple[int, int, bool], Step] = {}
 
     def step(self, batch: int, length: int, *, checkpointing: bool) -> Step:
@@ -301,7 +301,7 @@ def _applied(adapted: Any, rank: int) -> int:
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def _period(layer_types: list[str], num_layers: int) -> int:
+def period(layer_types: list[str], num_layers: int) -> int:
     """After how many layers their kinds repeat; at least two, since the first may differ a little."""
     periods = (n for n in range(2, num_layers) if layer_types[n:] == layer_types[: len(layer_types) - n])
     return next(periods, num_layers)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from components.prepare import dataset, intake, news
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
-from components.prepare.split import Deduplicated, deduplicate, split
+from components.prepare.split import Deduplicated, Split, deduplicate, split
 from components.shared.config import RunConfig
 from components.shared.step import Step
 
@@ -46,6 +46,15 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         StoreError: an s3:// source or the registry cannot be reached.
     """
     return _publish(config, store, *_read(config, find_sources(config.data.source)))
+
+
+def read_split(config: RunConfig, sources: Sequence[Source]) -> Split:
+    """The records that a run would train on and hold out; nothing is written.
+
+    Raises:
+        DataError: as for `prepare`.
+    """
+    return _split(config, *_read(config, sources))
 
 
 def prepare_if_new(run: Step) -> PreparedDataset | None:
@@ -90,15 +99,19 @@ def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, 
     return read, deduplicate(read.accepted)
 
 
-def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
+def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Split:
     data = config.data
-    parts = split(
+    return split(
         unique.records,
         eval_share=data.eval_share,
         max_records=data.max_records,
         window=news.in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
     )
+
+
+def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
+    parts = _split(config, read, unique)
     folder = dataset.publish(
         store,
         train=parts.train,

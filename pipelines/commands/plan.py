@@ -1,18 +1,15 @@
 """`fineloop plan`."""
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+from components.shared.config import RunConfig
 from pipelines.commands.arguments import Answer, add_command, add_config
+from pipelines.local.outlook import duration, told
 
 GIB = 2**30
 BAR = 30  # characters of the largest part
-LOG_TAIL = 20  # lines told of a planner that ended without a word
 
 
 def add(commands: Any) -> None:
@@ -35,39 +32,21 @@ def add(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> Answer:
     from pipelines.commands.arguments import load_config
-    from pipelines.local.service import python_path
+    from pipelines.local.ray_jobs_here import answer, asking
 
-    load_config(options)  # a mistake in it is told before PyTorch is loaded
-    command = [sys.executable, "-m", "ray_jobs.plan", "--config", str(options.config.absolute())]
-    command += [part for override in options.overrides for part in ("--set", override)]
-    command += ["--all-methods"] if options.all_methods else []
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": python_path(os.environ)},
-        stdout=subprocess.PIPE,
-        stderr=None if options.verbose else subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise _failure(done)
-    body = json.loads(done.stdout.splitlines()[-1])
-    return Answer(body, "\n".join(_told(body)))
+    config = load_config(options)  # a mistake in it is told before PyTorch is loaded
+    arguments = ["--all-methods"] if options.all_methods else []
+    with asking(
+        "ray_jobs.plan", options.config, *arguments, overrides=options.overrides, verbose=options.verbose
+    ) as asked:
+        body = answer(asked)
+    return Answer(body, "\n".join(_told(config, body)))
 
 
-def _failure(done: "subprocess.CompletedProcess[str]") -> Exception:
-    from components.shared.errors import JobError
-    from components.shared.step import find_failure
-
-    failure = find_failure(done.stdout)
-    if failure is not None:
-        return failure.as_error()
-    tail = "\n".join((done.stderr or "").splitlines()[-LOG_TAIL:])
-    return JobError(f"ray_jobs.plan ended with {done.returncode} and gave no reason:\n{tail}".rstrip())
-
-
-def _told(body: dict[str, Any]) -> Iterator[str]:
+def _told(config: RunConfig, body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
+    if body["estimate"]:
+        yield body["estimate"]["processor_told"]
     yield (
         f"{body['method']} on {body['model']}: trains {body['trainable_parameters']:,} of "
         f"{body['parameters'] + body['trainable_parameters']:,} parameters ({_percent(body['trainable_share'])})"
@@ -75,7 +54,7 @@ def _told(body: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _memory_told(body)
     yield ""
-    yield from _progress_told(body)
+    yield from told(config, body["estimate"]) if body["estimate"] else _progress_told(body)
     yield ""
     yield from _advice_told(body)
     if "methods" in body:
@@ -122,11 +101,11 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
     if not body["has_bf16"]:
         yield f"        {body['device']} has no bfloat16 matrix units, and trainings are in bfloat16: expect far less"
     price = f"${body['price_per_hour']:g} per GPU and hour ({body['price_source']})"
-    million = f"{_duration(body['s_per_million_tokens'])} and ${body['cost_per_million_tokens']:.2f} per million tokens"
+    million = f"{duration(body['s_per_million_tokens'])} and ${body['cost_per_million_tokens']:.2f} per million tokens"
     if body["time_s"] is None:
         yield f"time    {million}, at {price}; data.max_records says how many records to plan for"
         return
-    yield f"time    at most {_duration(body['time_s'])}: {body['most_tokens']:,} tokens if every record is that long"
+    yield f"time    at most {duration(body['time_s'])}: {body['most_tokens']:,} tokens if every record is that long"
     yield f"cost    at most ${body['cost']:.2f}, at {price}; {million}"
 
 
@@ -160,13 +139,6 @@ def _methods_told(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return f"{share * 100:.3g} %"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _toml(value: Any) -> str:

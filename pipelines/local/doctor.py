@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.shared.config import RegistryConfig
+from components.shared import config_file
+from components.shared.config import RegistryConfig, RunConfig
+from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
 from pipelines.local import ray_head, ray_process, seaweedfs, store
+from pipelines.local.outlook import estimating, outlook
 from pipelines.local.ports import LOOPBACK
 
 GIB = 1024**3
@@ -46,6 +49,18 @@ def checks(home: Path, *, registry: RegistryConfig | None = None) -> list[Check]
     return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu()]
 
 
+def time_of_a_run(config: RunConfig, home: Path) -> Check:
+    """How long a run of this config takes here, by training a few layers of its base for a second or two."""
+    name = "time of a run"
+    if any(importlib.util.find_spec(package) is None for package in TRAIN_PACKAGES):
+        return Check(name, True, "unknown without the train packages", "")
+    with tempfile.TemporaryDirectory(prefix="fineloop-doctor-") as scratch:
+        path = Path(scratch) / "config.toml"
+        path.write_text(config_file.dumps(config), encoding="utf-8")
+        with estimating(path, home) as asked:
+            return Check(name, True, "; ".join(outlook(config, asked)), "")
+
+
 def _check(name: str, ok: bool, detail: str, fix: str) -> Check:
     return Check(name, ok, detail, "" if ok else fix)
 
@@ -62,8 +77,9 @@ def _machine(home: Path) -> Iterator[Check]:
         f"{memory / GIB:.1f} GiB",
         f"the built-in example needs {MEMORY_BYTES / GIB:.0f} GiB: lower ray.num_workers or use a larger machine",
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield _check("cores", cores >= 2, str(cores), "two workers share one core: it works, slowly")
+    cpu = this_cpu()
+    yield Check("processor", True, f"{cpu.name}, {cpu.kind}", "")
+    yield _check("cores", cpu.cores >= 2, str(cpu.cores), "two workers share one core: it works, slowly")
     shm = Path("/dev/shm")
     if shm.is_dir():
         yield _disk("/dev/shm", shm, SHM_BYTES, "Ray falls back to the temporary disk: docker run --shm-size=1g")

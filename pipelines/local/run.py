@@ -13,9 +13,12 @@ from typing import Literal, TextIO
 
 from components.shared import config_file
 from components.shared.config import RunConfig
+from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, ObjectMissing, UserError
+from pipelines.local import ray_head
 from pipelines.local.display import Display, is_live
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
+from pipelines.local.outlook import estimating, outlook
 from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
 
@@ -62,11 +65,18 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
+    trains_here = needs_head and not ray_head.configured() and not config.ray.use_gpu
     try:
+        if trains_here:
+            print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
+            with estimating(folder / "config.toml", place.home) as asked:
+                for text in outlook(config, asked):
+                    print(text, file=place.terminal, flush=True)
+        ground_began = time.monotonic()
         display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
         with ground(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
-            ground_s = time.monotonic() - began
+            ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
             with _in_environment(environment):

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=320)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
+    parser.add_argument("--base", choices=("nf4", "int8", "bf16"), default="nf4", help="how the base is stored")
     parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
     parser.add_argument(
         "--matmul-dtype",
@@ -52,7 +53,10 @@ def main() -> None:
     if options.side:
         print(json.dumps((_fineloop if options.side == "fineloop" else _trainer)(options)))
         return
-    print(f"processor {options.processor}, {options.threads} threads, products in {options.matmul_dtype}", flush=True)
+    print(
+        f"processor {options.processor}, {options.threads} threads, {options.base}, products in {options.matmul_dtype}",
+        flush=True,
+    )
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
@@ -67,7 +71,7 @@ def main() -> None:
 def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
     command += ["--records", str(options.records), "--threads", str(options.threads)]
-    command += ["--matmul-dtype", options.matmul_dtype]
+    command += ["--matmul-dtype", options.matmul_dtype, "--base", options.base]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **PROCESSORS[options.processor]}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
@@ -93,7 +97,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
     one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={options.threads}"]
-    config = config_file.load(CONFIG, one_worker)
+    config = config_file.load(CONFIG, [*one_worker, f"method.base={options.base}"])
     base = base_model.resolve(config.model)
     tokenizer = base_model.load_tokenizer(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
@@ -167,7 +171,8 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
+    quantization = {"nf4": nf4, "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}[options.base]
+    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization, dtype=torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     if dtype == "float32":  # the same products for both, so that the loops are compared

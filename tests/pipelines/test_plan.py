@@ -65,6 +65,16 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
         assert told in done.stderr
 
 
+def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here: Path) -> None:
+    done = fineloop("plan", "-c", "plan.toml", "--set", "ray.use_gpu=false", "--json", cwd=here)
+    assert done.returncode == 0, done.stderr
+    estimate = json.loads(done.stdout)["estimate"]
+    assert estimate["tokens_per_s"] > 0
+    assert done.stderr.startswith(estimate["processor_told"])
+    assert "training at about" in done.stderr
+    assert "rows.jsonl', which does not exist" in done.stderr
+
+
 def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--set", "model.base=./nowhere", "--json", cwd=here)
     assert done.returncode == 2

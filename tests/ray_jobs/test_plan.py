@@ -72,11 +72,13 @@ def test_without_a_number_of_records_there_is_a_price_for_a_million_tokens(tmp_p
     assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
 
 
-def test_on_a_cpu_the_speed_is_unknown_and_says_why(tmp_path):
+def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are(tmp_path):
     config = configured(tmp_path, "ray.use_gpu=false", "data.max_records=10")
     body = plan.planned(config, small(), cpu_device("this machine", 8 * GIB, 1))
-    assert (body["tokens_per_s"], body["time_s"], body["cost"]) == (None, None, None)
-    assert "after a few steps" in body["speed_unknown_because"]
+    assert body["tokens_per_s"] == body["estimate"]["tokens_per_s"] > 0
+    assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
+    assert (body["time_s"], body["cost"]) == (None, None)
+    assert "unused.jsonl" in body["speed_unknown_because"]
     assert body["fits"] is True
 
 

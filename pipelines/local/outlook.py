@@ -1,0 +1,68 @@
+"""What a person is told of a run's length on this machine before it starts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from components.shared.config import RunConfig
+from components.shared.errors import FineloopError
+from pipelines.local.ray_jobs_here import Asked, answer, asking
+
+LONG_S = 1800.0
+
+
+def estimating(config_path: Path, home: Path) -> AbstractContextManager[Asked]:
+    """Estimate how long a run takes here, in a process of its own; `outlook` waits for what it finds."""
+    cache = os.environ.get("FINELOOP_CACHE") or str(home.absolute() / "cache")
+    return asking("ray_jobs.estimate", config_path, environment={"FINELOOP_CACHE": cache})
+
+
+def outlook(config: RunConfig, asked: Asked) -> list[str]:
+    """Lines for a person; no run fails for want of an estimate."""
+    try:
+        return list(told(config, answer(asked)))
+    except FineloopError as exc:
+        return [f"how long it takes here is unknown: {exc}"]
+
+
+def told(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
+    """Lines for a person, from what `ray_jobs.estimate` says."""
+    if estimate["tokens_per_s"] is None:
+        yield f"how long it takes here is unknown: {estimate['unknown_because']}"
+        return
+    speed = f"{estimate['tokens_per_s']:.0f} tokens/s, products in {estimate['matmul_dtype']}"
+    if estimate["run_s"] is None:
+        yield f"training at about {speed}; how long it takes is unknown: {estimate['unknown_because']}"
+        return
+    run, training, evaluation = (duration(estimate[part]) for part in ("run_s", "train_s", "evaluate_s"))
+    yield f"a run takes about {run} here: {training} of training at {speed}, {evaluation} of evaluation"
+    if estimate["run_s"] > LONG_S:
+        yield f"to make it shorter: {'; '.join(_shorter(config, estimate))}"
+
+
+def _shorter(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
+    """What would help, the most effective first."""
+    if estimate["train_s"] >= estimate["evaluate_s"]:
+        limit = config.data.max_records
+        yield (
+            f"fewer records (--set data.max_records, now {limit})" if limit else "fewer records: --set data.max_records"
+        )
+        if config.train.epochs > 1:
+            yield f"fewer passes (--set train.epochs, now {config.train.epochs})"
+        yield "fewer steps: --set train.max_steps"
+    else:
+        yield f"fewer held-out records (--set evaluate.records, now {config.evaluate.records})"
+        yield "shorter answers: --set evaluate.max_new_tokens"
+    if config.ray.cpu_matmul_dtype == "bfloat16" and "BF16" not in estimate["processor"]["kind"]:
+        yield "--set ray.cpu_matmul_dtype=auto, which multiplies in what this processor is fastest at"
+    yield "a smaller model.base; a GPU, with --set ray.use_gpu=true"
+
+
+def duration(seconds: float) -> str:
+    """For a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

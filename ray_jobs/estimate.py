@@ -1,0 +1,176 @@
+"""How long a run takes on this machine's CPU: `python -m ray_jobs.estimate --config FILE`.
+
+The run's records are read and counted as `prepare` will, some of them are tokenised, and a few layers of the base are
+really trained. Nothing is started or written, and nothing fetched but the base's configuration and tokenizer. One JSON
+object is the last line of stdout.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from components.prepare.prepare import read_split
+from components.prepare.sources import find_sources
+from components.shared.config import RunConfig, TrainConfig
+from components.shared.cpus import Cpu, this_cpu
+from components.shared.errors import UserError
+from ray_jobs import base_config, base_model, entry, pace
+from ray_jobs.batching import TokenizedSplit, tokenize
+from ray_jobs.evaluate import NEW_TOKENS
+from ray_jobs.pace import Pace
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STEP = "estimate"
+SAMPLE = 256
+LARGEST_BYTES = 200_000_000
+"""Data beyond this is not read twice for an estimate."""
+OVERHEAD = 1.4
+"""What a step of a training takes beyond its layers' own passes: padding, the optimizer, the exchange of gradients, and
+workers that share one machine's memory and caches. Measured on the example with and without fast bfloat16."""
+# Seconds that do not depend on the data: servers, processes, imports and the model, measured with the example.
+START_S, START_TRAINING_S, START_EVALUATION_S = 8.0, 30.0, 20.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do, in means of its records."""
+
+    train_records: int
+    eval_records: int
+    length: float
+    """Tokens of a record."""
+    answers: float
+    """Labelled tokens of a record."""
+    new_tokens: int
+    """Of the longest answer that is generated."""
+
+    def train_tokens(self, train: TrainConfig) -> float:
+        """Of the whole training."""
+        steps = math.ceil(self.train_records / train.batch_size) * train.epochs
+        return min(steps, train.max_steps or steps) * train.batch_size * self.length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a run without a champion, whose evaluation compares two models."""
+
+    tokens_per_s: float
+    """While training, all workers together."""
+    train_s: float
+    evaluate_s: float
+    run_s: float
+    """All of it, once the packages are installed."""
+
+
+def main() -> None:
+    """The entry point."""
+    parser = entry.parser(
+        "ray_jobs.estimate",
+        "Estimate how long a run takes on this machine's CPU.",
+        "python -m ray_jobs.estimate --config pipelines/configs/icd10.toml",
+    )
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        print(json.dumps(estimated(config)), flush=True)  # noqa: T201 - stdout is the answer
+
+    entry.run(STEP, job)
+
+
+def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict[str, Any]:
+    """The processor, what it multiplies in and the estimate; with a reason in place of what nobody can know."""
+    cpu = this_cpu()
+    body: dict[str, Any] = {
+        "processor": asdict(cpu),
+        "processor_told": cpu.told,
+        "matmul_dtype": None,
+        **dict.fromkeys(Estimate.__dataclass_fields__),
+        "unknown_because": None,
+    }
+    try:
+        work = counted(config)
+    except UserError as exc:
+        work, body["unknown_because"] = None, str(exc)
+    try:
+        found = pace.measure(config, base or base_config.read(config.model), _load(config, work))
+    except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
+        return {**body, "unknown_because": str(exc)}
+    body |= {"matmul_dtype": found.matmul_dtype, "tokens_per_s": tokens_per_s(config, found, cpu)}
+    return body if work is None else {**body, **asdict(estimate_of(config, work, found, cpu))}
+
+
+def counted(config: RunConfig) -> Work:
+    """The run's records, and the tokens of some of them.
+
+    Raises:
+        UserError: the data cannot be used, or lie where an estimate does not read them.
+    """
+    named = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    if any(entry.startswith("s3://") for entry in named):
+        raise UserError("the data are in S3, where an estimate does not read them")
+    sources = find_sources(config.data.source)
+    if sum(source.size_bytes for source in sources) > LARGEST_BYTES:
+        raise UserError(f"the data are larger than the {LARGEST_BYTES:,} bytes that an estimate reads")
+    path = base_config.locate(config.model)
+    split = read_split(config, sources)
+    tokenizer = base_model.load_tokenizer(base_model.Base(config.model.base, path, {}), config.model)
+    # Records lie in the order of a hash, so the first are as good a sample as any.
+    sample = tokenize(split.train[:SAMPLE], tokenizer, config.model.max_length)
+    held_out = tokenize(split.evaluation[:SAMPLE], tokenizer, config.model.max_length)
+    return Work(
+        train_records=len(split.train),
+        eval_records=len(split.evaluation),
+        length=float(sample.lengths.mean()),
+        answers=float(sample.num_answer_tokens.mean()),
+        new_tokens=_new_tokens(config, held_out),
+    )
+
+
+def estimate_of(config: RunConfig, work: Work, found: Pace, cpu: Cpu) -> Estimate:
+    """The estimate as plain arithmetic."""
+    train, evaluate = config.train, config.evaluate
+    at_once, speed = _at_once(config, cpu), tokens_per_s(config, found, cpu)
+    measured = (train.evals_per_epoch * train.epochs + 1) * min(train.eval_records, work.eval_records) * work.length
+    train_s = work.train_tokens(train) / speed + measured * found.read_s / at_once
+    records = min(evaluate.records, work.eval_records)
+    # The base reads each prompt with its answer once and to answer it once; the candidate once more behind another's.
+    read = 5 * records * work.length * found.read_s / at_once
+    batches = (
+        math.ceil(math.ceil(records / config.ray.num_workers) / evaluate.batch_size) * config.ray.num_workers / at_once
+    )
+    evaluate_s = read + 2 * batches * work.new_tokens * found.write_s
+    return Estimate(
+        tokens_per_s=speed,
+        train_s=train_s,
+        evaluate_s=evaluate_s,
+        run_s=START_S + START_TRAINING_S + train_s + START_EVALUATION_S + evaluate_s,
+    )
+
+
+def tokens_per_s(config: RunConfig, found: Pace, cpu: Cpu) -> float:
+    """Of all workers together, while they train."""
+    return _at_once(config, cpu) / (OVERHEAD * found.train_s)
+
+
+def _at_once(config: RunConfig, cpu: Cpu) -> float:
+    """Workers that really run at once: more than there are cores for share them."""
+    return min(config.ray.num_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
+
+
+def _load(config: RunConfig, work: Work | None) -> pace.Load:
+    """What is read at once; without the records, as long ones as there may be."""
+    length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
+    return pace.Load(config.train.micro_batch_size, round(length), math.ceil(answers), config.evaluate.batch_size)
+
+
+def _new_tokens(config: RunConfig, held_out: TokenizedSplit) -> int:
+    longest = int(held_out.num_answer_tokens.max(initial=NEW_TOKENS[0]))
+    return config.evaluate.max_new_tokens or min(longest, NEW_TOKENS[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What is told of a run's length before it starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared.config import RunConfig
+from pipelines.local import outlook
+
+ESTIMATE = {
+    "processor": {"name": "AMD EPYC 7R13 Processor", "kind": "AVX2", "cores": 2},
+    "processor_told": "2 cores of AMD EPYC 7R13 Processor, AVX2",
+    "matmul_dtype": "float32",
+    "tokens_per_s": 150.0,
+    "train_s": 460.0,
+    "evaluate_s": 80.0,
+    "run_s": 600.0,
+    "unknown_because": None,
+}
+
+
+def told(config: RunConfig, **changes: Any) -> str:
+    return "\n".join(outlook.told(config, {**ESTIMATE, **changes}))
+
+
+def test_a_run_of_minutes_is_told_in_one_line(make_config: Callable[..., RunConfig]) -> None:
+    assert told(make_config()) == (
+        "a run takes about 10 min here: 8 min of training at 150 tokens/s, products in float32, 80 s of evaluation"
+    )
+
+
+def test_a_run_of_more_than_half_an_hour_says_what_would_make_it_shorter(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("data.max_records=5000", "train.epochs=3", "ray.cpu_matmul_dtype=bfloat16")
+    text = told(config, run_s=1801.0, train_s=1700.0, matmul_dtype="bfloat16")
+    for way in ("data.max_records, now 5000", "train.epochs, now 3", "ray.cpu_matmul_dtype=auto", "ray.use_gpu=true"):
+        assert way in text
+    evaluating = told(config, run_s=2000.0, train_s=100.0, evaluate_s=1800.0)
+    assert "evaluate.records" in evaluating
+    assert "data.max_records" not in evaluating
+
+
+def test_what_is_unknown_is_said_with_its_reason(make_config: Callable[..., RunConfig]) -> None:
+    reason = {"unknown_because": "the data are in S3", "run_s": None, "train_s": None}
+    assert told(make_config(), **reason) == (
+        "training at about 150 tokens/s, products in float32; how long it takes is unknown: the data are in S3"
+    )
+    assert told(make_config(), **reason, tokens_per_s=None) == "how long it takes here is unknown: the data are in S3"
+
+
+def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with outlook.estimating(tmp_path / "nowhere.toml", tmp_path) as asked:
+        (line,) = outlook.outlook(make_config(), asked)
+    assert line.startswith("how long it takes here is unknown: ")
+    assert "nowhere.toml" in line
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (89, "89 s"), (600, "10 min"), (7200, "2 h 0 min")])
+def test_a_duration_is_told_as_people_tell_it(seconds: float, text: str) -> None:
+    assert outlook.duration(seconds) == text
