@@ -7,7 +7,7 @@ of the input: never less precise than bfloat16's own. What is stored, trained an
 Each class stands in for one of torch's, transformers', bitsandbytes', peft's or ours, under the same name, which peft
 reads. `multiply_in_float32` turns a model's layers into them in place; products of other modules stay as they are.
 
-Shapes: I input, O output, R rank.
+Shapes: I input, O output, R rank, N tokens, K experts of a token.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,16 @@ import transformers.pytorch_utils
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import dora
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from ray_jobs import deepspeed
 from ray_jobs.adapters import dvora
 
 # Elements of a weight that are widened at a time: 4 MiB in float32, about what the caches of one core hold.
 BLOCK_ELEMENTS = 2**20
+EXPERTS = "float32"
+"""What transformers calls `experts`."""
 
 Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
 """From a weight to its rows in float32: which they are, and their values (rows, I)."""
@@ -150,6 +154,34 @@ class DvoraLinear(dvora.DvoraLinear):
         return super()._frozen_weight().float()  # and so the product that its norm is taken of
 
 
+def experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """The stacked experts of any transformers model, one after the other, each on the tokens that chose it.
+
+    `hidden_states` (N, I), `top_k_index` and `top_k_weights` (N, K); gives (N, I).
+    """
+
+    def multiply(x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(module, name)[expert]
+        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+        return linear(x, weight.T if module.is_transposed else weight, bias)
+
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+        if module.has_gate:
+            inner = module._apply_gate(multiply(hidden_states[tokens], "gate_up_proj", expert))
+        else:
+            inner = module.act_fn(multiply(hidden_states[tokens], "up_proj", expert))
+        out = multiply(inner, "down_proj", expert)
+        if module.has_post_expert_norm:
+            out = module.post_expert_norm(out)
+        weighted = out * top_k_weights[tokens, places, None]
+        result = result.index_add(0, tokens, weighted.to(result.dtype))
+    return result
+
+
 IN_FLOAT32 = {
     torch.nn.Linear: Linear,
     transformers.pytorch_utils.Conv1D: Conv1D,
@@ -165,6 +197,9 @@ def multiply_in_float32(model: torch.nn.Module) -> None:
     """Turn the layers of a base, or of an adapter on it, into those of this module; what is one already stays."""
     for module in model.modules():
         module.__class__ = IN_FLOAT32.get(type(module), type(module))
+    if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
+        ExpertsInterface.register(EXPERTS, experts)
+        model.set_experts_implementation(EXPERTS)
 
 
 def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from components.shared import config_file
@@ -169,6 +169,33 @@ def test_the_loss_is_that_of_the_same_model_in_float32(config: RunConfig, tiny_b
     with torch.no_grad():
         found, expected = (answer_nll(model, tokens, tokens).mean().item() for model in (widened, dense))
     assert found == pytest.approx(expected, rel=0.01)  # what activations of 16 bits may cost
+
+
+def tiny_experts(kind: str) -> Any:
+    """A model whose experts are stacked: as (O, I), as (I, O) with biases, and with a shared one beside them."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 300, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = CONFIG_MAPPING[kind](**shape, head_dim=16)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+def test_experts_give_what_transformers_own_give(kind: str):
+    plain = tiny_experts(kind)
+    widened = copy.deepcopy(plain).bfloat16()
+    exact = copy.deepcopy(widened).float()  # the same weights, rounded to bfloat16, and transformers' own products
+    float32_layers.multiply_in_float32(widened)
+    tokens = torch.arange(30).reshape(2, 15)
+    with Products() as products:
+        found = widened(tokens, labels=tokens)
+        found.loss.backward()
+    expected = exact(tokens, labels=tokens)
+    expected.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
+    embedding, reference = (model.get_input_embeddings().weight.grad for model in (widened, exact))
+    assert torch.cosine_similarity(embedding.float().flatten(), reference.flatten(), dim=0) > 0.99
+    assert "_grouped_mm" not in "".join(products.in_16_bits)
 
 
 def test_gpt2_multiplies_in_float32_too():
