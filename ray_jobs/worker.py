@@ -159,15 +159,14 @@ def fit(
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
-    """What CPU workers multiply in: as a checkpoint to go on from did, or what all of them are fastest with.
+    """What CPU workers multiply in: as the checkpoint that they go on from, or what all of them are fastest with.
 
-    Of GPU workers each asks for itself alone, and only what it computes on its CPU is meant.
+    Of GPU workers each asks for itself alone: only what it computes on its CPU is meant.
     """
-    if found := checkpoint.matmul_dtype(store, run_id):
-        return found
-    shape = processor.typical_shape(base_config.load(original.path, config.model))
-    decide = processor.choose if config.ray.use_gpu else processor.agree
-    return decide(config.ray.cpu_matmul_dtype, shape)
+    wanted, shape = config.ray.cpu_matmul_dtype, processor.typical_shape(base_config.load(original.path, config.model))
+    if config.ray.use_gpu:
+        return processor.choose(wanted, shape)
+    return checkpoint.matmul_dtype(store, run_id) or processor.agree(wanted, shape)
 
 
 def _adapted(config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype) -> "PeftModel":
