@@ -20,6 +20,17 @@ NAME = "fineloop-retrain"
 Settle = Callable[[dsl.PipelineTask], None]
 
 
+@dsl.pipeline(name="register")
+def register(version_uri: str) -> None:
+    """Show a version as a Model in Kubeflow; the artifact points at the registry, no weights are copied or moved.
+
+    A pipeline of its own: Kubeflow looks for an importer's URI among the inputs of the pipeline around it alone, and
+    has an importer wait for no task.
+    """
+    version = dsl.importer(artifact_uri=version_uri, artifact_class=Model, reimport=False)
+    version.set_display_name("Register the version")
+
+
 def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
     """The pipeline; `settle` gives each task what it needs where it will run: time, memory, retries, secrets."""
 
@@ -75,10 +86,7 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
             with dsl.If(data.outputs["has_news"] == True, name="new-data"):  # noqa: E712 - kfp overloads ==
                 candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
                 version_uri = candidate.outputs["Output"]
-                # The artifact points at the registry; the weights are neither copied nor moved.
-                version = dsl.importer(artifact_uri=version_uri, artifact_class=Model, reimport=False)
-                version.set_display_name("Register the version")
-
+                register(version_uri=version_uri).set_display_name("Register the version")
                 evaluation = step(
                     evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri),
                     "Compare it with base and champion",

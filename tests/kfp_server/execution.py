@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.kfp_server.resolving import unresolved
 from tests.kfp_server.specs import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,10 @@ class Execution:
         elif exit_code:
             failed = [name for name, task in self.tasks.items() if task["state"] == "FAILED"]
             self._set("FAILED", f"task {', '.join(failed)}: main: Error (exit code {exit_code})")
+        elif failing := [(name, why) for name, why in unresolved(self.pipeline.spec) if name in self.tasks]:
+            for name, _ in failing:
+                self.tasks[name]["state"] = "FAILED"
+            self._set("FAILED", "; ".join(f"task {name}: {why}" for name, why in failing))
         elif foreign:
             self._set("FAILED", f'URI "{foreign[0]}" does not have expected bucket prefix "{root}"')
         else:

@@ -15,7 +15,8 @@ from components.shared.config import RunConfig
 from components.shared.errors import UserError
 from components.shared.methods import METHODS
 from pipelines.commands.arguments import DEFAULT_CONFIG
-from pipelines.kubeflow.compile import compile_pipeline, write_pipeline
+from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
+from tests.kfp_server.resolving import unresolved
 
 STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report"}
 
@@ -171,6 +172,21 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
 
 def test_the_config_is_readable_in_the_yaml(text: str) -> None:
     assert 'name = "icd10-chapters"' in [line.strip() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("compiled", [compile_pipeline, compile_promotion])
+def test_a_cluster_resolves_every_input(compiled: Callable[[RunConfig], str]) -> None:
+    """By the table of tests/kfp_server/resolving.py, which is that of Kubeflow's driver and launcher."""
+    assert list(unresolved(next(yaml.safe_load_all(compiled(config_file.load(DEFAULT_CONFIG)))))) == []
+
+
+def test_the_version_is_registered_once_it_is_there(spec: dict[str, Any]) -> None:
+    """Argo's task of an importer depends on nothing, of a nested pipeline on its dependentTasks.
+
+    (kubeflow/pipelines 2.17.0, backend/src/v2/compiler/argocompiler/importer.go:38-60 and dag.go:268-270)
+    """
+    assert tasks(spec)["register"]["dependentTasks"] == ["finetune"]
+    assert "dependentTasks" not in tasks(spec)["importer"]
 
 
 def test_a_step_outlives_the_ray_job_that_it_waits_for(make_config: Callable[..., RunConfig]) -> None:

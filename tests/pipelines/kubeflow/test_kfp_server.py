@@ -157,6 +157,45 @@ def test_an_adapter_written_elsewhere_fails_the_run(client: kfp.Client, running:
     assert running.run(kept.run_id).wait() == "SUCCEEDED"
 
 
+@pytest.mark.parametrize(
+    ("source", "state", "message"),
+    [
+        (
+            {"taskOutputParameter": {"producerTask": "finetune", "outputParameterKey": "Output"}},
+            "FAILED",
+            # The launcher's words, with the name that it looks for at their end: there is none.
+            "error resolving artifact URI: parent DAG does not have input parameter ",
+        ),
+        ({"componentInputParameter": "mode"}, "SUCCEEDED", None),
+    ],
+)
+def test_an_importer_takes_its_uri_from_the_pipeline_around_it_alone(
+    client: kfp.Client, running: KfpServer, path: Path, source: dict[str, Any], state: str, message: str | None
+) -> None:
+    spec = yaml.safe_load(path.read_text())
+    model = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
+    importer = {"artifactUri": {"runtimeParameter": "uri"}, "typeSchema": model}
+    spec["deploymentSpec"]["executors"]["exec-importer"] = {"importer": importer}
+    spec["components"]["comp-importer"] = {
+        "executorLabel": "exec-importer",
+        "inputDefinitions": {"parameters": {"uri": {"parameterType": "STRING"}}},
+        "outputDefinitions": {"artifacts": {"artifact": {"artifactType": model}}},
+    }
+    spec["root"]["dag"]["tasks"]["importer"] = {
+        "componentRef": {"name": "comp-importer"},
+        "dependentTasks": ["finetune"],
+        "inputs": {"parameters": {"uri": source}},
+        "taskInfo": {"name": "importer"},
+    }
+    path.write_text(yaml.safe_dump(spec))
+    started = client.create_run_from_pipeline_package(str(path), {}, run_name="r")
+    assert running.run(started.run_id).wait() == state, running.run(started.run_id).log
+    run = client.get_run(started.run_id)
+    tasks = {task.display_name: task.state for task in run.run_details.task_details}
+    assert tasks["importer"] == state
+    assert (run.error.message if run.error else None) == (message and f"task importer: {message}")
+
+
 def test_a_step_that_wants_pip_fails(client: kfp.Client, running: KfpServer, path: Path) -> None:
     spec = yaml.safe_load(path.read_text())
     spec["deploymentSpec"]["executors"]["exec-promote"]["container"]["command"][:0] = [
