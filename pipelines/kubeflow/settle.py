@@ -30,8 +30,12 @@ def on_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
     def settle(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
         on_ray = name in ON_RAY
-        task.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2)
-        kubernetes.set_timeout(task, config.ray.patience_s + GRACE_S if on_ray else STEP_S)
+        deadline_s = config.ray.patience_s + GRACE_S if on_ray else STEP_S
+        kubernetes.set_timeout(task, deadline_s)
+        # Argo counts from the first attempt's start, and ends an attempt that runs when the time is up. kfp's own hour
+        # would take a training with it.
+        at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)
+        task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
         # Data is read whole by the first step; the others hold a few JSON objects.
         task.set_cpu_request("500m").set_cpu_limit("2")
         task.set_memory_request("1Gi").set_memory_limit("8Gi" if name == "prepare" else "2Gi")

@@ -154,6 +154,26 @@ def test_a_step_waits_before_it_is_tried_again_and_has_memory_for_what_it_reads(
         assert resources["resourceMemoryLimit"] == ("8Gi" if name == "prepare" else "2Gi"), name
 
 
+@pytest.mark.parametrize("change", [[], ["ray.timeout_s=500000"]])
+def test_every_attempt_of_a_step_has_its_whole_deadline(
+    make_config: Callable[..., RunConfig], change: list[str]
+) -> None:
+    """Argo ends every attempt, and tries no more, once maxDuration has passed since the first one began.
+
+    (argo-workflows v4.0.5, workflow/controller/operator.go:1026-1095; kubeflow/pipelines 2.17.0 hands it
+    backoffMaxDuration, backend/src/v2/compiler/argocompiler/container.go:640-646)
+    """
+    spec, platform = yaml.safe_load_all(compile_pipeline(make_config(*change)))
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name in STEPS:
+        policy = tasks(spec)[name]["retryPolicy"]
+        seconds = {key: int(policy[key].removesuffix("s")) for key in ("backoffDuration", "backoffMaxDuration")}
+        retries = policy["maxRetryCount"]
+        waits = seconds["backoffDuration"] * policy["backoffFactor"] ** retries
+        attempt = int(executors[f"exec-{name}"]["activeDeadlineSeconds"]) + waits
+        assert seconds["backoffMaxDuration"] >= (retries + 1) * attempt, name
+
+
 def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, dict[str, Any]]) -> None:
     def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
