@@ -23,6 +23,8 @@ SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 10.0
 QUICK_S = 1.0
 _TRANSIENT = (0, 429, 500, 502, 503, 504)
+_STARTING = re.compile("is waiting to start: (ContainerCreating|PodInitializing)$")
+"""The kubelet's words for a container that is on its way; it has others for an image that cannot be pulled."""
 _DENIED = re.compile(r'User "([^"]+)" cannot (\w+) resource "([^"]+)"')
 
 
@@ -125,7 +127,7 @@ class KubernetesApi:
         return self.call(f"delete RayJob {name}", delete)
 
     def pod_log(self, labels: dict[str, str]) -> str | None:
-        """The whole log of the newest pod with these labels; None when there is none, or it has not begun."""
+        """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         pods = self.call(
             "list pods",
@@ -133,14 +135,22 @@ class KubernetesApi:
         ).items
         if not pods:
             return None
-        newest = max(pods, key=lambda pod: str(pod.metadata.creation_timestamp or ""))
-        response = self.call(
-            f"read the log of pod {newest.metadata.name}",
-            lambda: self._core.read_namespaced_pod_log(
-                newest.metadata.name, self.namespace, _preload_content=False, _request_timeout=CALL_S
-            ),
-        )
-        return str(response.data.decode("utf-8", errors="replace"))
+        name = max(pods, key=lambda pod: str(pod.metadata.creation_timestamp or "")).metadata.name
+
+        def read() -> str | None:
+            from kubernetes.client import ApiException
+
+            try:
+                response = self._core.read_namespaced_pod_log(
+                    name, self.namespace, _preload_content=False, _request_timeout=CALL_S
+                )
+            except ApiException as exc:
+                if exc.status == 400 and _STARTING.search(_told(exc).get("message", "")):
+                    return None
+                raise
+            return str(response.data.decode("utf-8", errors="replace"))
+
+        return self.call(f"read the log of pod {name}", read)
 
     def call(self, what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
         """Ask the API server; what may pass is asked again for `patience_s`.

@@ -198,6 +198,45 @@ def test_the_submitters_log_serves_when_the_dashboard_is_closed_to_us(cluster: C
     assert "from the pod\n" in output.getvalue()
 
 
+def starting(message: str) -> Refusal:
+    """The API server's answer for the log of a container that does not run: the kubelet's words in a Status.
+
+    (Kubernetes 1.34: validateContainerLogStatus in pkg/kubelet/kubelet_pods.go words it, GenericHttpResponseChecker in
+    staging/src/k8s.io/apiserver/pkg/registry/generic/rest/response_checker.go makes it a BadRequest)
+    """
+    refusal = Refusal(400, "BadRequest", message)
+    refusal.body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
+    refusal.body |= {"reason": "BadRequest", "code": 400}
+    return refusal
+
+
+@pytest.mark.parametrize(
+    ("reason", "warned"),
+    [
+        ("waiting to start: ContainerCreating", False),
+        ("waiting to start: PodInitializing", False),
+        ("waiting to start: trying and failing to pull image", True),
+        ("waiting to start: CreateContainerConfigError", True),
+        ("not available", True),
+    ],
+)
+def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, reason: str, warned: bool) -> None:
+    cluster.operator.dashboard_url = "127.0.0.1:9"
+    answers = [starting(f'container "ray-job-submitter" in pod "fineloop-r-finetune-1-x7k2p" is {reason}')]
+
+    def answer(_verb: str, _resource: str) -> None:
+        if answers and cluster.api.requests[-1][1] == "pods/log":
+            raise answers.pop()
+
+    cluster.api.before_answer = answer
+    output = io.StringIO()
+    cluster.submit("import time; print('begun', flush=True); time.sleep(1)", output=output)
+    assert "begun\n" in output.getvalue()
+    assert answers == []
+    told = [line for line in cluster.caplog.messages if "could not read the log" in line]
+    assert [reason in line for line in told] == [True] * warned
+
+
 def test_the_steps_pod_owns_the_rayjob_and_a_later_pod_joins_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
