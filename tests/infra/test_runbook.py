@@ -57,7 +57,7 @@ def test_kubectl_refuses_what_it_does_not_know(options: list[str]) -> None:
 def test_what_is_applied_renders() -> None:
     folders = {c.arguments[c.arguments.index("-k") + 1] for c in COMMANDS if c.program == "kubectl" and "-k" in c.words}
     ours = {folder for folder in folders if not folder.startswith(".fineloop/")}
-    assert len(ours) == 9
+    assert len(ours) == 10
     assert all(render(folder) for folder in ours)
 
 
