@@ -81,7 +81,9 @@ def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Dev
     """What a Ray cluster has, as `ray.nodes()` tells it; a GPU that the config names wins."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not config.ray.use_gpu:
-        memory = sum(node.get("memory", 0) + node.get("object_store_memory", 0) for node in resources)
+        # A head that runs no workers (num-cpus 0) lends them no memory.
+        workers = [node for node in resources if node.get("CPU")]
+        memory = sum(node.get("memory", 0) + node.get("object_store_memory", 0) for node in workers)
         return cpu_device("this cluster", int(memory) or None, config.ray.num_workers)
     if config.ray.gpu:
         return gpu_device(config.ray.gpu)

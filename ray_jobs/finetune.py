@@ -14,7 +14,7 @@ from components.registry import folders, lineage
 from components.registry.store import Store
 from components.shared import config_file, errors
 from components.shared.config import RunConfig
-from components.shared.errors import ConfigError, DataError, JobError
+from components.shared.errors import DataError, JobError
 from components.shared.step import config_key, say
 from ray_jobs import base_model, entry
 from ray_jobs.batching import TokenizedSplit, tokenize
@@ -78,6 +78,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     )
 
     from ray_jobs.plan import before_training
+    from ray_jobs.room import wait_for_room
     from ray_jobs.worker import TrainJob
 
     job = TrainJob(
@@ -88,6 +89,8 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         pad=tokenizer.pad_token_id,
     )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    # Before the memory is looked at: a cluster that grows from nothing has none.
+    wait_for_room(_per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     for line in before_training(config, base.path, train_split, ray.nodes()):
         say(STEP, line)
     fitted = _fit(job, config, store, train_split, eval_split)
@@ -131,11 +134,6 @@ def _fit(
     from ray_jobs.worker import train
 
     ray_config = config.ray
-    needed = {
-        "CPU": ray_config.num_workers * ray_config.cpus_per_worker,
-        "GPU": ray_config.num_workers * ray_config.use_gpu,
-    }
-    _require_resources(needed, ray.cluster_resources())
     # It prints and logs what a worker prints: every line would come twice.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
@@ -145,7 +143,7 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=ray_config.num_workers,
             use_gpu=ray_config.use_gpu,
-            resources_per_worker={"CPU": ray_config.cpus_per_worker, **({"GPU": 1} if ray_config.use_gpu else {})},
+            resources_per_worker=_per_worker(config),
         ),
         run_config=RayRunConfig(
             name="ray",
@@ -159,13 +157,8 @@ def _fit(
         raise JobError(f"the training workers failed: {_root(exc)}") from exc
 
 
-def _require_resources(needed: dict[str, int], cluster: dict[str, float]) -> None:
-    for name, count in needed.items():
-        if count > cluster.get(name, 0):
-            raise ConfigError(
-                f"ray.num_workers asks for {count} {name}s and the whole cluster has {cluster.get(name, 0):g}: "
-                "lower ray.num_workers, or train on a larger cluster"
-            )
+def _per_worker(config: RunConfig) -> dict[str, float]:
+    return {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if config.ray.use_gpu else {})}
 
 
 def _root(exc: Any) -> str:

@@ -172,7 +172,8 @@ def test_the_gpu_of_a_cluster_is_what_its_nodes_say_unless_the_config_names_one(
 def test_the_memory_of_cpu_workers_is_the_clusters_shared_out():
     config = configured("x", "ray.use_gpu=false", "ray.num_workers=2")
     lost = {"Alive": False, "Resources": {"memory": 5e9}}
-    device = cluster_device(config, [node(CPU=2, memory=6e9, object_store_memory=2e9), lost])
+    head = node(memory=9e9, object_store_memory=1e9)
+    device = cluster_device(config, [head, node(CPU=2, memory=6e9, object_store_memory=2e9), lost])
     assert (device.memory, device.whole) == (4e9, 8e9)
     assert cluster_device(config, [node(CPU=2)]).memory is None
 

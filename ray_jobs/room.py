@@ -1,0 +1,84 @@
+"""Room for the workers: what the cluster has, or else what its autoscaler can make of it.
+
+A cluster that can grow is one whose autoscaler, version 2, tells the GCS how it stands (KubeRay runs one beside a head
+where the RayCluster says so): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it.
+How far it can grow the GCS knows only where a platform reports it; with that Ray Train compares. Otherwise the
+autoscaler is asked: a placement group is a demand, which it serves or calls infeasible.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from components.shared.errors import ConfigError
+
+POLL_S = 1.0
+CALL_S = 10
+
+
+def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Callable[[str], None]) -> None:
+    """Return once all workers have room at the same time; at once where the cluster is large enough as it is.
+
+    Raises:
+        ConfigError: it is too small, and does not grow or cannot grow enough.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    needed = {name: each * num_workers for name, each in per_worker.items()}
+    has = ray.cluster_resources()
+    if (name := _short_of(needed, has)) is None:
+        return
+    if _autoscaling_state() is None:
+        raise _too_small(name, needed, f"the whole cluster has {has.get(name, 0):g}")
+    most = state.get_max_resources_from_cluster_config()
+    if most and (scarce := _short_of(needed, most)):
+        raise _too_small(scarce, needed, f"the cluster grows to {most.get(scarce, 0):g} at most")
+    tell(f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s: waiting for it to grow")
+    group = placement_group([dict(per_worker)] * num_workers)
+    refused: set[int] = set()
+    try:
+        while not group.wait(POLL_S):
+            said = _autoscaling_state()
+            # What others hold now may be free later. And what it says may be older than that they have let go of it.
+            if said is None or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
+                refused.clear()
+                continue
+            refused.add(said.last_seen_cluster_resource_state_version)
+            if len(refused) > 1:
+                raise _too_small(
+                    name, needed, f"its autoscaler cannot add enough to the {has.get(name, 0):g} there are"
+                )
+    finally:
+        remove_placement_group(group)
+
+
+def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | None:
+    return next((name for name, count in needed.items() if count > limit.get(name, 0)), None)
+
+
+def _too_small(name: str, needed: Mapping[str, float], why: str) -> ConfigError:
+    return ConfigError(
+        f"ray.num_workers asks for {needed[name]:g} {name}s and {why}: "
+        "lower ray.num_workers, or train on a larger cluster"
+    )
+
+
+def _autoscaling_state() -> Any:
+    """The autoscaler's newest AutoscalingState; None where none reports."""
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status(timeout_s=CALL_S))
+    return reply.autoscaling_state if reply.HasField("autoscaling_state") else None
+
+
+def _is_infeasible(group_id: str, said: Any) -> bool:
+    # Of a placement group the autoscaler repeats what it is of: "ID:STRATEGY|STATE".
+    return any(each.details.startswith(group_id) for each in said.infeasible_gang_resource_requests)
+
+
+def _is_busy(name: str) -> bool:
+    import ray
+
+    return bool(ray.available_resources().get(name, 0) < ray.cluster_resources().get(name, 0))
