@@ -169,7 +169,9 @@ def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, ru
     return checkpoint.matmul_dtype(store, run_id) or processor.agree(wanted, shape)
 
 
-def _adapted(config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype) -> "PeftModel":
+def _adapted(
+    config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype = "bfloat16"
+) -> "PeftModel":
     """The base with a fresh adapter, ready to train in bfloat16. The same on every worker."""
     model = base_model.load_model(
         base,

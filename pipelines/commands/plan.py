@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.shared.config import RunConfig
 from pipelines.commands.arguments import Answer, add_command, add_config
-from pipelines.local.outlook import duration, told
+
+if TYPE_CHECKING:
+    from components.shared.config import RunConfig
 
 GIB = 2**30
 BAR = 30  # characters of the largest part
@@ -43,8 +44,10 @@ def _plan(options: argparse.Namespace) -> Answer:
     return Answer(body, "\n".join(_told(config, body)))
 
 
-def _told(config: RunConfig, body: dict[str, Any]) -> Iterator[str]:
+def _told(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
+    from pipelines.local.outlook import told
+
     if body["estimate"]:
         yield body["estimate"]["processor_told"]
     yield (
@@ -92,6 +95,8 @@ def _verdict(body: dict[str, Any]) -> str:
 
 
 def _progress_told(body: dict[str, Any]) -> Iterator[str]:
+    from pipelines.local.outlook import duration
+
     if body["tokens_per_s"] is None:
         yield f"speed, time and cost: unknown; {body['speed_unknown_because']}"
         return
