@@ -27,9 +27,11 @@ def nightly(server: KfpServer, fineloop: Fineloop) -> Answered:
     return fineloop("schedule", "create", "nightly", "--cron", "0 2 * * *", *SLOW)
 
 
-def at_two(days: int = 1) -> datetime:
-    """02:00 UTC of a day to come."""
-    return datetime.now(UTC).replace(hour=2, minute=0, second=0, microsecond=0) + days * DAY
+def at_two(nth: int = 1) -> datetime:
+    """The nth 02:00 UTC from now."""
+    now = datetime.now(UTC)
+    today = now.replace(hour=2, minute=0, second=0, microsecond=0)
+    return today + (nth - (now < today)) * DAY
 
 
 def record(server: KfpServer, answered: Answered) -> dict[str, Any]:
