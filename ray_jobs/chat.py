@@ -49,7 +49,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     store = Store.open(config.registry)
     version = resolve(store, reference)
     lineage = read_lineage(store, version)
-    own = config_file.validate(lineage["config"], origin=f"lineage of {version.uri}")
+    own = config_file.with_stored(config, lineage["config"], origin=f"lineage of {version.uri}")
+    longest = lineage["config"].get("evaluate", {}).get("max_new_tokens") or LONGEST_ANSWER
     if system is None:
         system = _system_message(store, lineage["dataset"]["uri"])
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
@@ -70,8 +71,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     while prompt := _read():
         turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
-            _print("base", _answer(alone, tokenizer, turns, own))
-        _print(f"{version.name}", _answer(adapted, tokenizer, turns, own))
+            _print("base", _answer(alone, tokenizer, turns, own, longest))
+        _print(f"{version.name}", _answer(adapted, tokenizer, turns, own, longest))
 
 
 def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
@@ -88,13 +89,13 @@ def _system_message(store: Store, dataset_uri: str) -> str:
     return (store.get_json(key).get("system_message") or "") if store.exists(key) else ""
 
 
-def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig) -> str:
+def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig, longest: int) -> str:
     from ray_jobs.batching import tokenize
     from ray_jobs.scoring import greedy
 
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], tokenizer, config.model.max_length)
-    return greedy(model, tokenizer, split, 1, config.evaluate.max_new_tokens or LONGEST_ANSWER)[0]
+    return greedy(model, tokenizer, split, 1, longest)[0]
 
 
 def _read() -> str:

@@ -41,7 +41,8 @@ class Contender:
     """A model to measure: the base alone, or an adapter on the base that it was trained on."""
 
     role: str
-    config_toml: str
+    config: RunConfig
+    """The run's, with the base and the method that this model was trained with."""
     version: Version | None
 
 
@@ -129,8 +130,18 @@ def _matmul_dtype(
     if fixed := processor.fixed(config.ray.cpu_matmul_dtype):
         return fixed
     shape = processor.typical_shape(base_config.load(base.path, config.model))
-    measure = ray.remote(max_retries=1, **resources)(processor.measure)
-    return processor.slowest(ray.get([measure.remote(shape) for _ in range(num_workers)])).faster
+    measure = ray.remote(max_retries=1, **resources)(_rates)
+    measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
+    return processor.slowest(ray.get(measured)).faster
+
+
+def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
+    """What this worker multiplies at; runs as a Ray task, whose process the shard's own will find warm."""
+    import torch
+
+    entry.quiet_libraries()
+    torch.set_num_threads(num_threads)
+    return processor.measure(shape)
 
 
 def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Sequence[Record]) -> RunConfig:
@@ -210,7 +221,7 @@ def measure_shard(
     from ray_jobs.batching import tokenize
 
     entry.quiet_libraries()
-    configs = {c.role: config_file.loads(c.config_toml) for c in contenders}
+    configs = {c.role: c.config for c in contenders}
     candidate = configs["candidate"]
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
@@ -305,16 +316,15 @@ def _measure(
 def _contenders(config: RunConfig, store: Store, version_uri: str) -> list[Contender]:
     """Base, champion where there is one, candidate. A champion stands on the base and the method of its own run."""
     name = config.adapter.name
-    own = config_file.dumps(config)
     candidate = resolve(store, f"{name}@{version_uri.rstrip('/').rpartition('/')[2]}")
-    result = [Contender("base", own, None)]
+    result = [Contender("base", config, None)]
     pointer = read_alias(store, name, config.adapter.alias)
     if pointer is not None:
         champion = resolve(store, f"{name}@{pointer.version}")
-        theirs = config_file.validate(read_lineage(store, champion)["config"], origin=f"lineage of {champion.uri}")
-        theirs = config.model_copy(update={"model": theirs.model, "method": theirs.method})
-        result.append(Contender("champion", config_file.dumps(theirs), champion))
-    return [*result, Contender("candidate", own, candidate)]
+        stored = read_lineage(store, champion)["config"]
+        theirs = config_file.with_stored(config, stored, origin=f"lineage of {champion.uri}")
+        result.append(Contender("champion", theirs, champion))
+    return [*result, Contender("candidate", config, candidate)]
 
 
 def _write_records(

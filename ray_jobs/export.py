@@ -67,7 +67,7 @@ class Subject:
 
     version: Version
     config: RunConfig
-    """Of the version's own run."""
+    """With the base and the method of the version's own run."""
     folder: Path
     """The adapter's files."""
     original: Base
@@ -194,7 +194,7 @@ def _subject(asked: RunConfig, store: Store, version: Version, folder: Path) -> 
     import torch
 
     lineage = read_lineage(store, version)
-    config = config_file.validate(lineage["config"], origin=f"lineage of {version.uri}")
+    config = config_file.with_stored(asked, lineage["config"], origin=f"lineage of {version.uri}")
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model)

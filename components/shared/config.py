@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints, model_validator
 from components.shared.legality import Cell, nearest_legal, refusals
 from components.shared.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.shared.ray_config import RayConfig
-from components.shared.section import Section
+from components.shared.section import Section, identity
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -285,5 +285,8 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved config as canonical JSON, in hex."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """sha256 of the resolved config as canonical JSON, in hex; a new release's keys leave it as it was.
+
+        A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it.
+        """
+        return hashlib.sha256(json.dumps(identity(self), sort_keys=True).encode()).hexdigest()

@@ -2,19 +2,24 @@
 
 import difflib
 import json
+import logging
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from components.shared.config import RunConfig
+from components.shared.config import MethodConfig, ModelConfig, RunConfig
 from components.shared.errors import ConfigError
+from components.shared.section import Section
+
+logger = logging.getLogger(__name__)
 
 STRINGS = str | list[str]
+Read = TypeVar("Read", bound=Section)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -65,6 +70,31 @@ def validate(raw: dict[str, Any], *, origin: str = "config") -> RunConfig:
         raise ConfigError(
             "\n  ".join([f"{origin}:", *problems]) if problems[1:] else f"{origin}: {problems[0]}"
         ) from exc
+
+
+def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str) -> RunConfig:
+    """The config, with the base and the method of a stored one: what running an adapter takes of its own run's.
+
+    Another release may have stored it. Nothing but those two sections is read, keys of theirs that this release does
+    not know are passed over, and what could not be trained any more can still be run.
+
+    Raises:
+        ConfigError: a value that is needed is missing, or not one that this release can use.
+    """
+    model = _read_stored(ModelConfig, stored.get("model", {}), origin=f"{origin}: model")
+    method = _read_stored(MethodConfig, stored.get("method", {}), origin=f"{origin}: method")
+    return config.model_copy(update={"model": model, "method": method})
+
+
+def _read_stored(section: type[Read], raw: Mapping[str, Any], *, origin: str) -> Read:
+    known = {key: value for key, value in raw.items() if key in section.model_fields}
+    if passed_over := sorted(raw.keys() - known.keys()):
+        logger.info("%s holds what this release does not know, and passes over: %s", origin, ", ".join(passed_over))
+    try:
+        return section.model_validate(known)
+    except ValidationError as exc:
+        problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+        raise ConfigError(f"{origin} cannot be used by this release: {problems}") from exc
 
 
 def dumps(config: RunConfig) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from components.shared.gpus import GPUS, GpuName
-from components.shared.section import Section
+from components.shared.section import Added, Section
 
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
@@ -165,7 +165,7 @@ class RayConfig(Section):
     """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPU cores reserved for each worker."""
-    cpu_matmul_dtype: CpuMatmulDtype = "auto"
+    cpu_matmul_dtype: Annotated[CpuMatmulDtype, Added("0.2.0")] = "auto"
     """What CPU workers multiply in. auto measures, and takes float32 where the processor multiplies bfloat16 slowly;
     weights are stored in 16 bits or fewer all the same."""
     max_failures: Annotated[int, Field(ge=0)] = 1

@@ -14,11 +14,11 @@ from components.prepare.dataset import Message, Record
 from components.registry.aliases import promote
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from components.registry.store import Store
-from components.registry.versions import Version, publish_version, pull_version
+from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared import config_file
 from components.shared.config import RunConfig
 from components.shared.errors import DataError
-from ray_jobs import base_model
+from ray_jobs import base_model, evaluate
 from ray_jobs.adapters import build
 from ray_jobs.answers import Score
 from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise, with_room_for_answers
@@ -164,6 +164,27 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
 
 
+def test_a_champion_that_another_release_trained_is_still_measured(config, store, tmp_path, monkeypatch):
+    theirs = changed(config, "method.rank=4", "method.base=int8")
+    old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
+    promote(store, config.adapter.name, old.version)
+
+    def of_another_release(*arguments):
+        stored = read_lineage(*arguments)["config"]
+        # Keys that are gone since, a section too, one that is new, and a value that no training takes any more.
+        del stored["ray"]["cpu_matmul_dtype"]
+        stored["train"]["zero_stage"] = 5
+        return {"config": stored | {"model": stored["model"] | {"gone": 1}, "tune": {"trials": 3}}}
+
+    monkeypatch.setattr(evaluate, "read_lineage", of_another_release)
+    sharded = changed(config, "train.zero_stage=3")  # which int8 is not trained with, and is measured all the same
+    contenders = _contenders(sharded, store, new.uri)
+    found = measure_shard(contenders, RECORDS[:4], shard_index=0)
+    assert contenders[1].config.method.r == 4
+    assert contenders[1].config.method.row.base == "int8"
+    assert len(found.scores["champion"]) == 4
+
+
 def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     alone = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
@@ -271,7 +292,7 @@ def test_the_summary_holds_what_gate_and_report_read_and_nothing_else(summary):
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
     contenders = _contenders(config, store, version.uri)
-    assert contenders[0] == Contender("base", config_file.dumps(config), None)
+    assert contenders[0] == Contender("base", config, None)
     found = measure_shard(contenders, RECORDS, shard_index=0)
     summary = summarise(config, contenders, RECORDS, list(found.tokens.values()), found.scores)
     assert summary["models"]["champion"] is None

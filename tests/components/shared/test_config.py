@@ -1,15 +1,17 @@
 """The schema, and what a person reads who got it wrong."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
 from components.shared import config_file
-from components.shared.config import RunConfig
+from components.shared.config import RunConfig, TrainConfig
 from components.shared.errors import ConfigError
+from components.shared.section import Added
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))
@@ -324,3 +326,51 @@ def test_every_config_names_the_schema_that_lies_beside_it() -> None:
         assert first.startswith("#:schema ")
         assert (path.parent / first.removeprefix("#:schema ")).is_file()
         assert tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+# The example as release 0.1.0 has it, and what that release computed as digests.
+FROZEN = ROOT / "tests" / "frozen" / "0.1.0" / "icd10.toml"
+EXAMPLE_IN_0_1_0 = "d149ebc1d6ad9d69ee4ad1707755af96dac5dd9fcc1eea4665497cca1ee996a1"
+RAYJOB_IN_0_1_0 = "8ffa1d80e146ef4be2db84aa46892b2bf619a789620d9bf3fec9cf0f80defea3"
+RAYJOB = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "gate.metric=exact_match"]
+
+
+def test_the_digest_of_a_config_is_the_one_that_0_1_0_gave_it():
+    assert config_file.load(FROZEN).digest == EXAMPLE_IN_0_1_0
+    assert config_file.load(FROZEN, RAYJOB).digest == RAYJOB_IN_0_1_0
+
+
+class TrainConfigToCome(TrainConfig):
+    patience: Annotated[int, Added("9.0.0")] = 3
+
+
+def test_a_key_that_is_added_with_a_default_leaves_every_digest_as_it_was():
+    today = config_file.load(FROZEN)
+    tomorrow = today.model_copy(update={"train": TrainConfigToCome(**dict(today.train))})
+    changed = today.model_copy(update={"train": TrainConfigToCome(**dict(today.train), patience=4)})
+    assert tomorrow.digest == today.digest != changed.digest
+
+
+def test_an_added_key_that_is_set_changes_the_digest():
+    assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=float32"]).digest != EXAMPLE_IN_0_1_0
+    assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=auto"]).digest == EXAMPLE_IN_0_1_0
+
+
+def test_of_a_stored_config_only_the_base_and_the_method_are_read_whatever_else_it_holds():
+    config = config_file.load(FROZEN)
+    stored = {"model": {"base": "org/old", "max_length": 64, "gone": 1}, "method": {"name": "dora", "base": "int8"}}
+    found = config_file.with_stored(config, {**stored, "train": "of another shape", "new": {}}, origin="lineage")
+    assert (found.model.base, found.model.max_length, found.method.name) == ("org/old", 64, "dora")
+    assert found.train == config.train
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"method": {"name": "lora"}}, "lineage: model cannot be used by this release: base: Field required"),
+        ({"model": {"base": "a"}, "method": {"name": "pissa"}}, "lineage: method cannot be used by this release: name"),
+    ],
+)
+def test_a_stored_config_without_what_is_needed_is_refused_with_the_field(stored: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_file.with_stored(config_file.load(FROZEN), stored, origin="lineage")
