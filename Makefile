@@ -13,11 +13,12 @@ DIGESTS := infra/images/digests.env
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test lint bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow lint bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
-	@echo "make test    every test without GPU, root or Kubernetes; the whole pipeline on the real model included"
+	@echo "make test    the tests without GPU, root or Kubernetes; the whole pipeline on the real model included"
+	@echo "make slow    the rest of them: every cell of the matrix of methods, every method on the real model"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make bench   speed and memory against peers, as ratios"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
@@ -43,9 +44,17 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	@$(BIN)/fineloop run
 
+# What needs no GPU, root or Kubernetes, side by side; then what has a Ray of its own, one after the other.
+HERE = not gpu and not podman and not kubernetes
+SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not gpu and not e2e and not podman and not kubernetes" --numprocesses auto --maxprocesses 4 --dist loadfile
-	@$(BIN)/python -m pytest -m e2e
+	@$(BIN)/python -m pytest -m "$(HERE) and not slow and not e2e" $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest -m "e2e and not slow"
+
+slow: $(READY)
+	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest -m "e2e and slow"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

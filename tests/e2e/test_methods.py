@@ -31,7 +31,7 @@ from ray_jobs.batching import TokenizedSplit, collate, tokenize
 from tests.e2e.conftest import CHECKOUT, Home
 from tests.train_group import fit_in_rank, in_group
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 STEPS, BATCH = 3, 8
 RECORDS = 6  # held out, of some forty tokens each

@@ -65,6 +65,7 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
         assert told in done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--set", "ray.use_gpu=false", "--json", cwd=here)
     assert done.returncode == 0, done.stderr

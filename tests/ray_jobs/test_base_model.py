@@ -196,6 +196,7 @@ def resolve_on_rank_1(reference: str) -> bool:
     return dist.get_rank() != 1 or (resolve(reference).path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_not_rank_0_converts_as_well(package, cache, tmp_path):
     reference = "pkg://tiny_weights/Tiny.gguf"
     assert all(in_group(resolve_on_rank_1, reference, directory=tmp_path / "group", num_workers=2))

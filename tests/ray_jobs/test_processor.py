@@ -52,8 +52,10 @@ def test_the_config_decides_without_a_measurement():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="takes instructions of x86-64 away")
 @pytest.mark.parametrize(
     "taken_away",
-    [{"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}],
-    ids=["AVX2", "AVX-512 without BF16"],
+    [
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, id="AVX2"),
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, id="AVX-512 without BF16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):
     script = f"from ray_jobs.processor import choose; print(choose('auto', {SHAPE}))"

@@ -85,11 +85,17 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
         # quantised, sharded or offloaded.
         ["method.name=qdora", "method.dropout=0.1"],
         ["method.name=dora", "method.dropout=0.1", "train.zero_stage=3"],
-        ["method.name=qlora", "train.zero_stage=3", "train.cpu_offload=true", "train.micro_batch_size=4"],
-        ["method.name=dvora", "method.base=nf4", "train.zero_stage=3"],
-        ["method.name=loftq", "method.scaling=rslora"],
+        pytest.param(
+            ["method.name=qlora", "train.zero_stage=3", "train.cpu_offload=true", "train.micro_batch_size=4"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["method.name=dvora", "method.base=nf4", "train.zero_stage=3"], marks=pytest.mark.slow),
+        pytest.param(["method.name=loftq", "method.scaling=rslora"], marks=pytest.mark.slow),
         ["method.name=vera", "method.base=int8", "train.zero_stage=1", "train.cpu_offload=true"],
-        ["method.name=lora", "method.base=int8", "train.zero_stage=0", "train.gradient_checkpointing=true"],
+        pytest.param(
+            ["method.name=lora", "method.base=int8", "train.zero_stage=0", "train.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

@@ -59,6 +59,7 @@ def test_a_submitted_run_promotes_what_the_local_run_would(
     assert any(path.read_text().startswith("# Promote: sums@production") for path in outputs.rglob("summary"))
 
 
+@pytest.mark.slow
 def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:

@@ -151,6 +151,7 @@ def test_missing_data_is_said_before_any_ray_job(
     assert stub_cluster.jobs == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_nothing_new_is_skipped(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, data_path: Path
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_failed_run_has_a_report(
     assert "every answer is empty" in page
 
 
+@pytest.mark.slow
 def test_a_repeated_run_id_repeats_nothing(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
 ) -> None:
