@@ -15,7 +15,7 @@ from components.shared.config import RegistryConfig
 from tests.e2e.conftest import CHECKOUT, Home, Tiny
 from tests.kfp_server.server import KfpServer, serving
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 class Ways:

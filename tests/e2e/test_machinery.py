@@ -27,6 +27,7 @@ def up(tiny: Tiny) -> Iterator[dict[str, str]]:
     assert tiny.home.fineloop("ray", "down").exit_code == 0
 
 
+@pytest.mark.slow
 def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
     rows = [
         {**row, "completion": f"The {row['prompt'].split()[1]} is {row['completion']}."} for row in colour_rows(300)
@@ -42,9 +43,9 @@ def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.base=nobody/no-such-model", "model.base 'nobody/no-such-model'"),
+        pytest.param("model.base=nobody/no-such-model", "model.base 'nobody/no-such-model'", marks=pytest.mark.slow),
         ("ray.num_workers=16", "ray.num_workers"),
-        ("method.target_modules=['nothing']", "method.target_modules"),
+        pytest.param("method.target_modules=['nothing']", "method.target_modules", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: Tiny, up, setting, message):

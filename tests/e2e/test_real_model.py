@@ -14,7 +14,7 @@ from tests.e2e.conftest import Done, Home
 
 pytestmark = pytest.mark.e2e
 
-NUM_RECORDS, NUM_EVALUATED = 900, 72  # of the example's 2300 and 250, for time
+NUM_RECORDS, NUM_EVALUATED, NUM_ASKED = 500, 48, 12  # of the example's 2300 and 250, for time
 # As a stranger would use a pulled adapter: transformers and peft alone.
 PLAIN_SCRIPT = """
 import json, sys
@@ -58,8 +58,8 @@ def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
     assert answer["promoted"] is True
     assert answer["metrics"]["champion"] is None
     base, candidate = answer["metrics"]["base"], answer["metrics"]["candidate"]
-    assert candidate["exact_match"] >= 0.5
-    assert candidate["exact_match"] - base["exact_match"] > 0.4
+    assert candidate["exact_match"] >= 0.4
+    assert candidate["exact_match"] - base["exact_match"] > 0.3
     assert candidate["loss"] < 0.5 * base["loss"]
     assert {"prepare", "finetune", "evaluate", "gate", "promote", "report"} <= answer["timings_s"].keys()
 
@@ -81,7 +81,7 @@ def test_the_alias_points_at_the_version_and_its_bytes_verify(home: Home, first:
 def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done, tmp_path: Path, monkeypatch):
     pulled = home.fineloop("adapters", "pull", "icd10-chapters", "--to", str(tmp_path / "adapter")).answer
     assert pulled["verified"] is True
-    records = _evaluated(home, first, monkeypatch, tmp_path)[:24]
+    records = _evaluated(home, first, monkeypatch, tmp_path)[:NUM_ASKED]
     (tmp_path / "prompts.json").write_text(json.dumps([_turns(record["prompt"]) for record in records]))
     (base,) = (home.path / "cache" / "bases").glob("gguf-*[!k]")
     done = subprocess.run(
@@ -97,6 +97,7 @@ def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done
     assert same >= len(records) - 1
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, tmp_path: Path):
     rows = random.Random(0).sample(list(icd10.rows()), 600)
     answers = [row["messages"][-1]["content"] for row in rows]

@@ -24,6 +24,7 @@ def published(store: Store, tmp_path: Path) -> Version:
     return publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_version_is_exported_where_told_and_never_over_something(published: Version, tmp_path: Path) -> None:
     arguments = ("adapters", "export", "colours", "-c", "where.toml", "--merged", "--to", "out/merged")
     done = fineloop(*arguments, "--dtype", "float32", "--json", cwd=tmp_path)

@@ -129,6 +129,7 @@ def test_a_training_that_cannot_fit_is_refused_with_its_parts_and_what_would(lor
     assert "train.micro_batch_size=4 train.gradient_checkpointing=true it needs 14." in str(refused.value)
 
 
+@pytest.mark.slow
 def test_where_no_setting_helps_a_smaller_base_or_more_workers_are_named():
     config = configured("llama-2-70b")
     rehearsal = Rehearsal(LLAMA_2_70B, config.method, reference="llama-2-70b")

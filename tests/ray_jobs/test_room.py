@@ -11,7 +11,7 @@ import pytest
 
 from tests.ray_jobs.autoscaling import CLIENT, cluster
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 JOB = """
 import json, sys, time

@@ -134,6 +134,7 @@ def test_concurrent_increments_by_compare_and_swap_lose_none(store: Store) -> No
     assert int(store.get("counter").split()[0]) == 200
 
 
+@pytest.mark.slow
 def test_a_listing_of_more_than_a_page_is_whole_and_deletes_whole(store: Store) -> None:
     names = [f"many/{number:04}" for number in range(1050)]
     with ThreadPoolExecutor(8) as pool:

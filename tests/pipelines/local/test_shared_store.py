@@ -97,6 +97,7 @@ def test_a_stale_endpoint_file_fools_nobody(machine):
     client(user.environment).head_bucket(Bucket="bucket-one")
 
 
+@pytest.mark.slow
 def test_ports_that_somebody_else_took_are_replaced(machine):
     user = machine.user()
     earlier = machine.listeners(machine.processes(store.service(machine.home)))
@@ -142,6 +143,7 @@ def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(m
     machine.wait_gone(processes, within_s=WITHIN_S)
 
 
+@pytest.mark.slow
 def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
     store.store_up(machine.home, "bucket-one")
     processes = machine.processes(store.service(machine.home))
@@ -149,6 +151,7 @@ def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
     machine.wait_gone(processes, within_s=WITHIN_S)
 
 
+@pytest.mark.slow
 def test_users_that_start_at_once_get_one_server(machine):
     code = "import sys; from pathlib import Path; from pipelines.local.ground import ground\n"
     code += "with ground(Path(sys.argv[1]), bucket='bucket-one', ray=False) as e: print(e['AWS_ENDPOINT_URL'])"
@@ -224,6 +227,7 @@ def test_a_bucket_name_that_the_server_refuses_is_said_at_once(machine):
         store.store_up(machine.home, "B")
 
 
+@pytest.mark.slow
 def test_a_proxy_and_a_foreign_session_token_do_not_reach_the_embedded_store(machine):
     user = machine.user(http_proxy="http://proxy.example.com:3128", no_proxy="internal", AWS_SESSION_TOKEN="foreign")
     assert user.environment["no_proxy"] == "internal,127.0.0.1,localhost"
