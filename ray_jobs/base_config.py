@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.config.schema import ModelConfig
 from components.registry.store import open_uri
-from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, ObjectMissing
 from ray_jobs.base_model import FILES, cache_dir, snapshot
 

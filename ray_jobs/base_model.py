@@ -19,11 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.config.methods import BaseFormat
+from components.config.ray import MatmulDtype
+from components.config.schema import ModelConfig
 from components.registry.store import open_uri
-from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
-from components.shared.methods import BaseFormat
-from components.shared.ray_config import MatmulDtype
 from ray_jobs import attention
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from components.shared.config import RunConfig
+from components.config.gpus import GPUS, Gpu
+from components.config.legality import refusals
+from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from components.shared.gpus import GPUS, Gpu
-from components.shared.legality import refusals
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.memory import GIB, Parts, Sharing, parts_told, plan
 from ray_jobs.rehearsal import Rehearsal, Step

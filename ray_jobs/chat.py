@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from components.config import config_file
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.store import Store
 from components.registry.versions import pull_version, read_lineage, resolve
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
-from components.shared.ray_config import MatmulDtype
 from ray_jobs import base_config, base_model, entry, processor
 from ray_jobs.adapters import build, loftq
 

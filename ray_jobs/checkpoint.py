@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from components.config.ray import MatmulDtype
 from components.registry import folders
 from components.registry.store import Store
 from components.shared.errors import ConfigError
-from components.shared.ray_config import MatmulDtype
 from ray_jobs import deepspeed
 
 logger = logging.getLogger(__name__)

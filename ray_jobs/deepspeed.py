@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from components.shared.errors import JobError
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.registry.store import open_uri
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import FineloopError
-from components.shared.step import say, say_failure
+from components.shared.protocol import say, say_failure
 
 
 def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:

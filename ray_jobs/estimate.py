@@ -10,9 +10,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from components.config.schema import RunConfig, TrainConfig
 from components.prepare.prepare import read_split
 from components.prepare.sources import find_sources
-from components.shared.config import RunConfig, TrainConfig
 from components.shared.cpus import Cpu, this_cpu
 from components.shared.errors import UserError
 from ray_jobs import base_config, base_model, entry, pace

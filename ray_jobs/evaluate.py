@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.config import config_file
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.registry.aliases import read_alias
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import DataError, FineloopError, JobError
-from components.shared.ray_config import MatmulDtype
-from components.shared.step import say
+from components.shared.protocol import say
 from ray_jobs import base_config, base_model, entry, processor
 from ray_jobs.adapters import build, loftq
 from ray_jobs.answers import Score, as_columns, confusion, metrics, paired_difference

@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from components.config import config_file
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import ObjectMissing, UserError
-from components.shared.ray_config import MatmulDtype
-from components.shared.step import say
+from components.shared.protocol import say
 from ray_jobs import base_config, base_model, entry, model_card, processor
 from ray_jobs.adapters import build, convert, loftq, merge
 from ray_jobs.adapters.merge import Agreement

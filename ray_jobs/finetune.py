@@ -8,14 +8,16 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry import folders, lineage
 from components.registry.store import Store
-from components.shared import config_file, errors
-from components.shared.config import RunConfig
+from components.shared import errors
 from components.shared.errors import DataError, JobError
-from components.shared.step import config_key, say
+from components.shared.protocol import say
+from components.step.step import config_key
 from ray_jobs import base_model, entry
 from ray_jobs.batching import TokenizedSplit, tokenize
 

@@ -14,7 +14,7 @@ overhead     what is no tensor of the model: CUDA context, communication buffers
 import math
 from dataclasses import asdict, dataclass
 
-from components.shared.methods import BaseFormat
+from components.config.methods import BaseFormat
 from ray_jobs.deepspeed import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from ray_jobs.rehearsal import Census, Step
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from components.shared.config import RunConfig
-from components.shared.serving import recorded
+from components.config.schema import RunConfig
+from components.registry.serving import recorded
 
 HOW_SERVED = {
     "lora": "Servers of LoRA adapters load it as it is.",

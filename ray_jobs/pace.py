@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.shared.config import RunConfig
-from components.shared.ray_config import MatmulDtype
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from ray_jobs import processor
 from ray_jobs.base_model import Base, load_model
 

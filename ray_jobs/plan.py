@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.shared.config import MethodConfig, RunConfig
+from components.config.gpus import PRICED
+from components.config.legality import nearest_legal
+from components.config.methods import METHODS, MethodName
+from components.config.schema import MethodConfig, RunConfig
 from components.shared.errors import ConfigError
-from components.shared.gpus import PRICED
-from components.shared.legality import nearest_legal
-from components.shared.methods import METHODS, MethodName
 from ray_jobs import base_config, entry, estimate
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.capacity import Choice, Device, Load, advised, chosen, cluster_device, named_device, require_fit

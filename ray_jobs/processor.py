@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from components.shared.ray_config import CpuMatmulDtype, MatmulDtype
+from components.config.ray import CpuMatmulDtype, MatmulDtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

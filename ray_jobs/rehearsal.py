@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from components.shared.config import MethodConfig
+from components.config.schema import MethodConfig
 from ray_jobs import attention
 from ray_jobs.adapters import build
 

@@ -6,8 +6,8 @@ gradient on; a trained one in two more, for its own. Recomputing activations rep
 
 from dataclasses import dataclass
 
-from components.shared.gpus import Gpu
-from components.shared.methods import AdapterKind, BaseFormat
+from components.config.gpus import Gpu
+from components.config.methods import AdapterKind, BaseFormat
 from ray_jobs.rehearsal import Census
 
 # Share of the data sheet's dense rate that a training achieves, counting every operation above, recomputed ones too.

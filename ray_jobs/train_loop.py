@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
-from components.shared.config import RunConfig, TrainConfig
 from components.shared.errors import ConfigError
-from components.shared.ray_config import MatmulDtype
 from ray_jobs import checkpoint, deepspeed
 from ray_jobs.answer_loss import answer_nll
 from ray_jobs.batching import TokenizedSplit, by_length, collate, plan_epoch, share

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from components.config import config_file
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.registry import lineage
+from components.registry.serving import serving
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import JobError, UserError
-from components.shared.ray_config import MatmulDtype
-from components.shared.serving import serving
-from components.shared.step import say
+from components.shared.protocol import say
 from ray_jobs import base_config, base_model, checkpoint, deepspeed, entry, processor, step_zero, train_loop
 from ray_jobs.adapters import build, loftq
 from ray_jobs.batching import TokenizedSplit

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry.store import Store
-from components.shared.config import RegistryConfig
 from pipelines.local import seaweedfs
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+from components.config import config_file
 from components.prepare.dataset import load_split
 from components.registry import aliases, versions
 from components.registry.store import Store, open_uri
-from components.shared import config_file
 from components.shared.errors import DataError
-from components.shared.step import say, say_failure
+from components.shared.protocol import say, say_failure
 
 BASE_LOSS = 2.0
 

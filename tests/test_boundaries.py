@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from components.shared import config_file
+from components.config import config_file
 from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
 

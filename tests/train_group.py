@@ -94,7 +94,7 @@ def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num
 
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
     """What one rank does for `train_all`."""
-    from components.shared import config_file
+    from components.config import config_file
     from ray_jobs import checkpoint, deepspeed
 
     deepspeed.LIVE_ELEMENTS = 20_000  # so that ZeRO-3 frees, gathers and prefetches a tiny base as it does a large one
@@ -133,10 +133,10 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
     import torch
     import torch.distributed as dist
 
+    from components.config import config_file
     from components.prepare.validate import validate
     from components.registry import lineage
     from components.registry.store import Store
-    from components.shared import config_file
     from ray_jobs import base_model
     from ray_jobs.batching import tokenize
     from ray_jobs.train_loop import Worker

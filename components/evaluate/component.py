@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import ClassificationMetrics, Metrics, Output
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
@@ -18,7 +18,7 @@ def evaluate(
     """Evaluate the version and return the evaluation's URI. Few distinct answers also give a confusion matrix."""
     from components.evaluate.evaluate import evaluate as compare
     from components.evaluate.evaluate import evaluation_key, flat_metrics
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("evaluate", config, run_id) as run:
         evaluation = compare(run, dataset_uri=dataset_uri, version_uri=version_uri)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from components.ray_cluster.submit import submit_step
 from components.shared.errors import JobError, ObjectMissing
-from components.shared.ray_submit import submit_step
-from components.shared.step import Step
+from components.step.step import Step
 
 ROLES = ("base", "champion", "candidate")
 

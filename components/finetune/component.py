@@ -2,14 +2,14 @@
 
 from kfp import dsl
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
 def finetune(config: str, run_id: str, dataset_uri: str) -> str:
     """Fine-tune on the dataset and return the version's URI."""
     from components.finetune.finetune import finetune as train
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("finetune", config, run_id) as run:
         version_uri = train(run, dataset_uri=dataset_uri)

@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
@@ -13,7 +13,7 @@ def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown
 
     from components.gate.gate import run_gate
     from components.gate.summary import as_markdown
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("gate", config, run_id) as run:
         decision = run_gate(run.config, run.store, run.run_id, evaluation_uri=evaluation_uri)

@@ -3,8 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from components.config.schema import RunConfig
 from components.gate.policy import GateDecision, Rule, decide
-from components.shared.config import RunConfig
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:

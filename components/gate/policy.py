@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from components.config.schema import GateConfig, Limit
 from components.gate.sentences import (
     amount_text,
     bound_text,
@@ -15,7 +16,6 @@ from components.gate.sentences import (
     margin_text,
     value_text,
 )
-from components.shared.config import GateConfig, Limit
 from components.shared.errors import DataError
 from components.shared.metrics import METRICS
 

@@ -1,8 +1,8 @@
 """The decision as Markdown, which the Kubeflow UI shows with the step; pure."""
 
+from components.config.schema import RunConfig
 from components.gate.policy import GateDecision, Rule
 from components.gate.sentences import bound_text, value_text
-from components.shared.config import RunConfig
 
 
 def as_markdown(decision: GateDecision, config: RunConfig) -> str:

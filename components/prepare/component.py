@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
@@ -20,10 +20,10 @@ def prepare(
     train_without_new_data: bool,
 ) -> NamedTuple("Prepared", [("config", str), ("run_id", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
     """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
+    from components.config.config_file import dumps
     from components.prepare.parameters import overrides
     from components.prepare.prepare import prepare_if_new
-    from components.shared.config_file import dumps
-    from components.shared.step import step
+    from components.step.step import step
 
     changes = overrides(
         adapter_name=adapter_name,

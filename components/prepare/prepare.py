@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, Split, deduplicate, split
-from components.shared.config import RunConfig
-from components.shared.step import Step
+from components.step.step import Step
 
 if TYPE_CHECKING:
     from components.registry.store import Store

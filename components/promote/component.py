@@ -3,14 +3,14 @@
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
 def promote(config: str, run_id: str) -> str:
     """Point the alias at the candidate and return the event's URI."""
     from components.promote.promote import promote as move_alias
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("promote", config, run_id) as run:
         event_uri = move_alias(run)
@@ -21,7 +21,7 @@ def promote(config: str, run_id: str) -> str:
 def hold(config: str, run_id: str) -> str:
     """Leave the alias where it is and return the decision's URI."""
     from components.promote.promote import hold as leave_alias
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("hold", config, run_id) as run:
         decision_uri = leave_alias(run)
@@ -32,7 +32,7 @@ def hold(config: str, run_id: str) -> str:
 def skip(config: str, run_id: str) -> str:
     """Train nothing, because there is too little new, and return the decision's URI."""
     from components.promote.promote import skip as leave_everything
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("skip", config, run_id) as run:
         decision_uri = leave_everything(run)
@@ -55,9 +55,9 @@ def move_by_hand(
     """Promote or roll back because a person asked for it, and return the event's URI."""
     from pathlib import Path
 
+    from components.config.schema import RegistryConfig
     from components.promote.by_hand import Request, as_markdown, carry_out
     from components.registry.store import Store
-    from components.shared.config import RegistryConfig
 
     request = Request(adapter_name, action, version, alias, reason, person, job_id)
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix))

@@ -6,7 +6,7 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 from typing import Any
 
 from components.registry import aliases, watermark
-from components.shared.step import Step
+from components.step.step import Step
 
 
 def promote(run: Step) -> str:

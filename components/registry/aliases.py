@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from components.config.schema import Name
 from components.registry.folders import now, verify
 from components.registry.store import JSON, Store, decode_json, encode_json
-from components.shared.config import Name
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 
 SCHEMA_VERSION = 1
 PACKAGES = (

@@ -26,7 +26,7 @@ from components.registry.client import (
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
 
 if TYPE_CHECKING:
-    from components.shared.config import RegistryConfig
+    from components.config.schema import RegistryConfig
 
 BINARY = "application/octet-stream"
 JSON = "application/json"

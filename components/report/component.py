@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import HTML, Output, PipelineTaskFinalStatus
 
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
@@ -12,7 +12,7 @@ def report(config: str, run_id: str, job_id: str, status: PipelineTaskFinalStatu
     from pathlib import Path
 
     from components.report.report import run_report
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("report", config, run_id or job_id, as_begun=True) as run:
         report_uri = run_report(run.config, run.store, run.run_id)

@@ -5,10 +5,10 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.report.page import build_report
 from components.report.run_files import RunFiles
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import IntegrityError, ObjectMissing
 
 if TYPE_CHECKING:

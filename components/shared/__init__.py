@@ -1,1 +1,1 @@
-"""What every step shares: the config, the methods, the errors, the way to Ray."""
+"""What everything shares: the errors, the lines that processes print, the metrics, the processor."""

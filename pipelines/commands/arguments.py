@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from components.shared.config import RunConfig
+    from components.config.schema import RunConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "icd10.toml"
 HELP_WIDTH = 88
@@ -89,7 +89,7 @@ def load_config(options: argparse.Namespace) -> "RunConfig":
     Raises:
         ConfigError: the file is missing, or it or an override is wrong.
     """
-    from components.shared import config_file
+    from components.config import config_file
 
     config = config_file.load(options.config, options.overrides)
     here = Path.cwd()

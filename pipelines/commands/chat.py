@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 def _chat(options: argparse.Namespace) -> Answer:
     from components.registry.versions import resolve
-    from components.shared.step import config_key
+    from components.step.step import config_key
     from pipelines.local.service import python_path
 
     with opened_registry(options) as store:

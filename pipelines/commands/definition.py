@@ -41,7 +41,7 @@ def _compile(options: argparse.Namespace) -> Answer:
 
 
 def _schema(_options: argparse.Namespace) -> Answer:
-    from components.shared.config_file import json_schema
+    from components.config.config_file import json_schema
 
     schema = json_schema()
     return Answer(json.loads(schema), schema.rstrip("\n"))

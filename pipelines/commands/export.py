@@ -89,7 +89,7 @@ def _run(command: list[str]) -> None:
         FineloopError: it failed; of the class that it failed with.
     """
     from components.shared.errors import FineloopError
-    from components.shared.step import Failure, parse_line
+    from components.shared.protocol import Failure, parse_line
     from pipelines.local.service import python_path
     from pipelines.local.watch import watch
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.commands.arguments import Answer, add_command, add_config
 
 if TYPE_CHECKING:
-    from components.shared.config import RunConfig
+    from components.config.schema import RunConfig
 
 GIB = 2**30
 BAR = 30  # characters of the largest part

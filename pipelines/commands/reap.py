@@ -9,7 +9,7 @@ from pipelines.commands.arguments import Answer, add_command
 from pipelines.commands.cluster import add_kubeflow, connected
 
 if TYPE_CHECKING:
-    from components.shared.ray_backend import Backend
+    from components.ray_cluster.backend import Backend
     from pipelines.kubeflow.client import Kubeflow
 
 
@@ -51,9 +51,9 @@ def _reap(options: argparse.Namespace) -> Answer:
 
 
 def _backends(namespace: str) -> "list[Backend]":
-    from components.shared.kubernetes_api import own_namespace
-    from components.shared.ray_config import RayConfig, RayJobCluster
-    from components.shared.ray_submit import connect
+    from components.config.ray import RayConfig, RayJobCluster
+    from components.ray_cluster.kubernetes_api import own_namespace
+    from components.ray_cluster.submit import connect
 
     found: list[Backend] = []
     if namespace or own_namespace():

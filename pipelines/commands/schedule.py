@@ -110,7 +110,7 @@ def _create(options: argparse.Namespace) -> Answer:
 
 
 def _update(options: argparse.Namespace) -> Answer:
-    from components.shared import config_file
+    from components.config import config_file
     from pipelines.kubeflow import package, parameters, schedule
     from pipelines.kubeflow.cron import parse
     from pipelines.kubeflow.reach import check_reach

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from components.registry import aliases, versions
+from components.registry import aliases, serving, versions
 from components.registry.aliases import Event
 from components.registry.store import Store
 from components.registry.versions import Version
-from components.shared import serving
 from components.shared.errors import ObjectMissing
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table

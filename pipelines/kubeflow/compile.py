@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import yaml
 
+from components.config import config_file
+from components.config.methods import MethodName
+from components.config.schema import RunConfig
 from components.promote.by_hand import PROMOTE, ROLL_BACK
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import UserError
-from components.shared.methods import MethodName
 
 METHOD_NAMES = ["", *get_args(MethodName)]
 """What the UI offers; nothing keeps the config's."""

@@ -9,8 +9,8 @@ from typing import Any
 import kfp_server_api
 import yaml
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.shared.errors import KubeflowError
 from pipelines.kubeflow.client import Kubeflow, one_of
 from pipelines.kubeflow.compile import compile_pipeline

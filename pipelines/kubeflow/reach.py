@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from components.shared.errors import UserError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

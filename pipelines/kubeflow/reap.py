@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from components.ray_cluster.backend import Backend, LiveJob
 from components.shared.errors import KubeflowError
-from components.shared.ray_backend import Backend, LiveJob
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.run import LIVE
 

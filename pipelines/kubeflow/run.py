@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from components.shared import config_file
+from components.config import config_file
 from components.shared.errors import ConfigError, UserError
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.parameters import CONFIG, defined

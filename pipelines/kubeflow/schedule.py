@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.shared.errors import ConfigError, UserError
-from components.shared.step import IMAGE
+from components.step.kfp import IMAGE
 from pipelines.kubeflow import cron, runs
 from pipelines.kubeflow.client import Kubeflow, one_of
 from pipelines.kubeflow.package import PIPELINE, Package, find_pipeline, publish

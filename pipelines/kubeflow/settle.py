@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kfp import dsl, kubernetes
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 
 CONFIG_MAP = "fineloop-env"
 """Where the cluster keeps what is no secret: the store's endpoint and region, the address of a shared Ray cluster."""

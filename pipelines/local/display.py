@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from components.shared.step import Line
+from components.shared.protocol import Line
 
 PLAIN_EVERY_S = 5.0
 """Without a terminal, such as in a CI log, progress is told this often."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.shared import config_file
-from components.shared.config import RegistryConfig, RunConfig
+from components.config import config_file
+from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
 from pipelines.local import ray_head, ray_process, seaweedfs, store

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from components.shared.errors import FineloopError, ObjectMissing
 from components.shared.metrics import METRICS
 from pipelines.local import store as local_store

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from components.shared.errors import FineloopError
 from pipelines.local.ray_jobs_here import Asked, answer, asking
 

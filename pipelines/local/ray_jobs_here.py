@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared.errors import FineloopError, JobError
-from components.shared.step import find_failure
+from components.shared.protocol import find_failure
 from pipelines.local.service import python_path
 
 LOG_TAIL = 20  # lines told of a process that ended without a word

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TextIO
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, ObjectMissing, UserError
 from pipelines.local import ray_head
@@ -143,7 +143,7 @@ def _read(what: What, config: RunConfig, run_id: str, folder: Path, *, ground_s:
 
 def _stop_jobs(config: RunConfig, run_id: str) -> None:
     """Stop what the run left on the cluster; a step that was killed at once had no time to."""
-    from components.shared.ray_submit import stop_run
+    from components.ray_cluster.submit import stop_run
 
     with contextlib.suppress(FineloopError):
         stop_run(run_id, config.ray)

@@ -41,7 +41,7 @@ def train(config_toml: str, run_id: str) -> None:
     from components.evaluate.evaluate import evaluate
     from components.finetune.finetune import finetune
     from components.prepare.prepare import prepare
-    from components.shared.step import step
+    from components.step.step import step
 
     with step("prepare", config_toml, run_id) as run:
         dataset = prepare(run.config, run.store)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.shared.step import Failure, Line, parse_line
+from components.shared.protocol import Failure, Line, parse_line
 from pipelines.local import guard
 
 STEPS = ("prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report")

@@ -5,9 +5,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.shared.config import MethodConfig
+from components.config.ray import MatmulDtype
+from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
-from components.shared.ray_config import MatmulDtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

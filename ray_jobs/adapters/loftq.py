@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from components.config.schema import MethodConfig, RunConfig
 from components.registry import folders
 from components.registry.store import Store, encode_json
-from components.shared.config import MethodConfig, RunConfig
 from components.shared.errors import Conflict, FineloopError
-from components.shared.step import say
+from components.shared.protocol import say
 from ray_jobs import base_model
 from ray_jobs.adapters import loftq_make
 from ray_jobs.adapters.loftq_make import INIT

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from components.shared.step import say
+from components.shared.protocol import say
 from ray_jobs import base_model
 from ray_jobs.adapters import build
 from ray_jobs.adapters.loftq_split import NF4, Split, split

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from components.config import config_file
+from components.config.methods import METHODS
 from components.prepare import icd10
-from components.shared import config_file
-from components.shared.methods import METHODS
 from pipelines.local import seaweedfs
 from tests.train_group import train
 

@@ -13,7 +13,7 @@ import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors import safe_open
 
-from components.shared import config_file
+from components.config import config_file
 from ray_jobs import base_model, entry
 from ray_jobs.adapters.loftq_split import quantize, split
 

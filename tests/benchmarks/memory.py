@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from components.shared.config import MethodConfig
-from components.shared.methods import METHODS
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig
 from ray_jobs import deepspeed, entry
 from ray_jobs.base_model import Base
 from ray_jobs.memory import GIB, Parts, Sharing, plan

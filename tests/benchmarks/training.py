@@ -88,9 +88,9 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     """Config, base, tokenizer, tokenised records and what to multiply in, the same for both sides."""
     import torch
 
+    from components.config import config_file
     from components.prepare import icd10
     from components.prepare.validate import validate
-    from components.shared import config_file
     from ray_jobs import base_config, base_model, entry, processor
     from ray_jobs.batching import tokenize
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry.store import Store
-from components.shared.config import RegistryConfig
 from tests.e2e.conftest import CHECKOUT, Home, Tiny
 from tests.kfp_server.server import KfpServer, serving
 

@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from components.config import config_file
+from components.config.methods import METHODS, BaseFormat
+from components.config.schema import RunConfig
 from components.prepare import icd10
 from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
-from components.shared import config_file
-from components.shared.config import RunConfig
-from components.shared.methods import METHODS, BaseFormat
 from ray_jobs import base_model, checkpoint
 from ray_jobs.adapters import build, dvora, merge
 from ray_jobs.answer_loss import answer_nll

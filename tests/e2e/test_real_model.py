@@ -128,8 +128,8 @@ def _turns(prompt: str) -> list[dict[str, str]]:
 
 def _evaluated(home: Home, run: Done, monkeypatch: pytest.MonkeyPatch, scratch: Path) -> list[dict[str, str]]:
     """What the evaluation recorded for each held-out record."""
+    from components.config.schema import RegistryConfig
     from components.registry.store import Store
-    from components.shared.config import RegistryConfig
 
     for name, value in home.store_environment().items():
         monkeypatch.setenv(name, value)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 from kubernetes import client
 
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.rayjob_manifest import Owner, rayjob
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import Owner, rayjob
 from tests.infra.manifests import Manifest, of_kind, overlay_folders, render
 from tests.infra.policies.access import NAMESPACE, RIGHTS
 from tests.kubernetes.control_plane import ControlPlane, needs_control_plane, wait_until

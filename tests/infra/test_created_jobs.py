@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from components.shared import config_file
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.rayjob_manifest import rayjob
+from components.config import config_file
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import rayjob
 from tests.infra import schemas
 from tests.infra.check import policies_of, violations
 from tests.infra.manifests import Manifest, render_overlay

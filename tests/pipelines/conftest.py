@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from components.config.config_file import loads
+from components.config.schema import RunConfig
 from components.registry.store import Store
-from components.shared.config import RunConfig
-from components.shared.config_file import loads
 from pipelines.local.seaweedfs import Endpoint
 from tests.jobs_api import TOKEN, JobsApi
 

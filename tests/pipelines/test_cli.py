@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.registry import aliases, folders, versions
 from components.registry.store import Store
-from components.shared import config_file
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from tests.jobs_api import JobsApi
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from components.config import config_file
 from components.registry.store import Store
 from components.registry.versions import Version
-from components.shared import config_file
 from tests.pipelines.test_cli import body, fineloop
 from tests.tiny import build_base
 from tests.tiny_version import publish

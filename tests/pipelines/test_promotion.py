@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.config import config_file
 from components.registry import aliases, versions
 from components.registry.store import Store
-from components.shared import config_file
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_promotion
 from pipelines.local.seaweedfs import Endpoint

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.schema import RunConfig
 from tests.tiny import build_base
 
 CONFIG = """

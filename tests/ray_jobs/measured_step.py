@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from components.shared.config import MethodConfig, ModelConfig
+from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs import base_model
 from ray_jobs.adapters import build
 from ray_jobs.answer_loss import answer_nll

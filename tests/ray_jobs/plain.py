@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from components.config import config_file
 from components.prepare.validate import validate
 from components.registry.store import Store
-from components.shared import config_file
 from ray_jobs import base_model
 from ray_jobs.adapters import build, loftq
 from ray_jobs.answer_loss import answer_nll

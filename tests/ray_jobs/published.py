@@ -6,7 +6,7 @@ Every one of these trainers computes logits for all positions unless said otherw
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared.methods import BaseFormat
+from components.config.methods import BaseFormat
 
 QWEN = "QwenLM/Qwen README, Profiling of Memory and Speed: A100-80G, batch 1, FlashAttention 2, checkpointing, r=64"
 FACTORY = "LLaMA-Factory wiki, Performance-comparison: A100-40G, FlashAttention 2, r=8 on all layers"

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from components.config.schema import ModelConfig
 from components.registry.store import Store
-from components.shared.config import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs import base_config
 from tests.shapes import LLAMA_2_7B, small

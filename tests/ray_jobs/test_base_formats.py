@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from components.shared.config import MethodConfig, ModelConfig
+from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs import attention, base_model
 from ray_jobs.adapters import build
 

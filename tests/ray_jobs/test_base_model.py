@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from components.shared.config import ModelConfig
+from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs import base_model
 from tests.ray_jobs.tiny_gguf import build_package
@@ -23,7 +23,7 @@ from tests.train_group import in_group
 ROOT = Path(__file__).resolve().parents[2]
 RESOLVE = """
 import logging, sys
-from components.shared.config import ModelConfig
+from components.config.schema import ModelConfig
 from ray_jobs import base_model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 base = base_model.resolve(ModelConfig(base=sys.argv[1]))

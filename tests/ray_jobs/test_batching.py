@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from components.shared.config import ModelConfig
 from ray_jobs import base_model
 from ray_jobs.batching import IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
 

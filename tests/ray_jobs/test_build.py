@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from components.shared.config import MethodConfig, ModelConfig
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
-from components.shared.methods import METHODS
 from ray_jobs import base_model
 from ray_jobs.adapters import build
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from components.shared.config import MethodConfig
+from components.config.schema import MethodConfig
 from components.shared.errors import UserError
 from ray_jobs.adapters import build, convert, merge
 from tests.tiny_version import randomise

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from components.shared import config, config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config import schema as config
+from components.config.schema import RunConfig
 from components.shared.errors import JobError
 from ray_jobs import deepspeed
 from tests.tiny import build_base

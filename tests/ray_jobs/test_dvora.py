@@ -11,8 +11,8 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from components.shared.config import MethodConfig, ModelConfig
-from components.shared.methods import BaseFormat
+from components.config.methods import BaseFormat
+from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs import base_model
 from ray_jobs.adapters import build, dvora
 from ray_jobs.adapters.dvora import DvoraConfig, DvoraLinear

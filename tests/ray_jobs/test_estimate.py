@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry.store import Store
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.cpus import Cpu
 from ray_jobs import base_model, pace, processor
 from ray_jobs.batching import tokenize

@@ -10,13 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.aliases import promote
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import DataError
 from ray_jobs import base_model, evaluate
 from ray_jobs.adapters import build

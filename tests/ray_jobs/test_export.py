@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.registry.store import Store
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import FineloopError, UserError
 from ray_jobs import base_model
 from ray_jobs.adapters import build, loftq, merge

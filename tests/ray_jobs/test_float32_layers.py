@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
-from components.shared import config_file
-from components.shared.config import RunConfig
-from components.shared.methods import METHODS
+from components.config import config_file
+from components.config.methods import METHODS
+from components.config.schema import RunConfig
 from ray_jobs import base_model, float32_layers
 from ray_jobs.adapters import build
 from ray_jobs.answer_loss import answer_nll

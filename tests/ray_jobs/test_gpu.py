@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.config.schema import RunConfig
 from components.prepare.validate import validate
-from components.shared.config import RunConfig
 from ray_jobs import base_model
 from ray_jobs.answer_loss import answer_nll
 from ray_jobs.batching import collate, tokenize

@@ -13,12 +13,12 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import publish_version
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import ConfigError, ObjectMissing, UserError
 from ray_jobs import base_model
 from ray_jobs.adapters import build, loftq

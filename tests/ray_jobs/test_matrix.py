@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig
-from components.shared.legality import FIELDS, Cell, refusals
+from components.config import config_file
+from components.config.legality import FIELDS, Cell, refusals
+from components.config.schema import RunConfig
 from pipelines.local import seaweedfs
-from tests.components.shared.test_legality import AXES
+from tests.components.config.test_legality import AXES
 from tests.ray_jobs.conftest import CONFIG
 from tests.ray_jobs.plain import Curve, plain_training
 from tests.tiny import colour_rows

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from components.shared.config import MethodConfig
-from components.shared.methods import METHODS
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig
 from ray_jobs.base_model import Base
 from ray_jobs.memory import FLOAT32, GIB, Sharing, adapter_bytes, buffer_bytes, logits_bytes, plan, weight_bytes
 from ray_jobs.rehearsal import Rehearsal, Step

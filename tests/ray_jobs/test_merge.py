@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from components.shared.config import MethodConfig, ModelConfig
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import FineloopError
-from components.shared.methods import METHODS
 from ray_jobs import base_model
 from ray_jobs.adapters import build, merge
 from tests.tiny_version import randomise

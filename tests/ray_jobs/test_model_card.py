@@ -2,8 +2,8 @@ from typing import Any
 
 import yaml
 
+from components.config.schema import RunConfig
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
-from components.shared.config import RunConfig
 from ray_jobs.model_card import model_card
 
 

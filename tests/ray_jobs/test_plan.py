@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.gpus import GPUS
+from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from components.shared.gpus import GPUS
 from ray_jobs import plan
 from ray_jobs.batching import TokenizedSplit
 from ray_jobs.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit

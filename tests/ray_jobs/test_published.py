@@ -2,8 +2,8 @@ from functools import cache
 
 import pytest
 
-from components.shared.config import MethodConfig
-from components.shared.gpus import GPUS
+from components.config.gpus import GPUS
+from components.config.schema import MethodConfig
 from ray_jobs.memory import Sharing, plan
 from ray_jobs.rehearsal import Rehearsal
 from ray_jobs.speed import speed

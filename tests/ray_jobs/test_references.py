@@ -9,7 +9,7 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from components.shared.config import MethodConfig
+from components.config.schema import MethodConfig
 from ray_jobs.adapters import build
 
 RANK, ALPHA = 4, 6.0

@@ -50,7 +50,7 @@ def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
 
 @pytest.fixture(scope="module")
 def tiny(tiny_base):
-    from components.shared.config import ModelConfig
+    from components.config.schema import ModelConfig
 
     config = ModelConfig(base=str(tiny_base))
     base = base_model.resolve(config)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.registry.store import Store
-from components.shared import config_file
-from components.shared.config import RunConfig
 from ray_jobs import deepspeed
 from tests.tiny import colour_rows
 from tests.train_group import in_group, train_in_rank

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from components.config import config_file
+from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
-from components.shared import config_file
-from components.shared.config import RunConfig, TrainConfig
 from components.shared.errors import ConfigError
 from ray_jobs.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.ray_jobs.plain import plain_training

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
 from components.registry import aliases
 from components.registry.store import Store
-from components.shared.config import GateConfig, RunConfig
 from components.shared.errors import DataError, ObjectMissing
 
 RUN = "run-1"

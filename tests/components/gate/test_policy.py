@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from components.config.schema import GateConfig, Limit
 from components.gate.policy import GateDecision, Rule, decide
-from components.shared.config import GateConfig, Limit
 from components.shared.errors import DataError
 
 GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "prompt_gain": 1.2}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 
 
 @pytest.fixture

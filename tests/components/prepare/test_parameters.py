@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.prepare.component import prepare
 from components.prepare.parameters import KEYS, overrides
 from components.registry.store import Store
-from components.shared import config_file
 from components.shared.errors import ConfigError, FineloopError
 
 CONFIG = """

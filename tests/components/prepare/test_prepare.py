@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry import folders
 from components.registry.store import Store
-from components.shared.config import RunConfig
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 
 Write = Callable[..., str]

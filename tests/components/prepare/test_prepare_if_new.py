@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from components.config.schema import RunConfig
 from components.prepare import intake
 from components.prepare.dataset import load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
 from components.registry import watermark
 from components.registry.store import Store
-from components.shared.config import RunConfig
 from components.shared.errors import DataError
-from components.shared.step import Step
+from components.step.step import Step
 
 Write = Callable[..., str]
 Prepare = Callable[..., tuple[PreparedDataset | None, Step]]

@@ -2,12 +2,12 @@ from collections.abc import Callable
 
 import pytest
 
+from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
 from components.registry import aliases, versions, watermark
 from components.registry.aliases import AliasConflict
 from components.registry.store import Store
-from components.shared.config import RunConfig
-from components.shared.step import Step
+from components.step.step import Step
 
 Decide = Callable[..., Step]
 

@@ -55,7 +55,7 @@ def test_a_publication_killed_before_its_manifest_is_invisible_and_the_next_comp
 import os
 from components.registry import folders
 from components.registry.store import Store
-from components.shared.config import RegistryConfig
+from components.config.schema import RegistryConfig
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
 store.create = lambda *_, **__: os.kill(os.getpid(), 9)
 folders.publish(store, {KEY!r}, {{"a": b"from the first", "left": b"over"}})
@@ -230,7 +230,7 @@ import resource, sys
 from pathlib import Path
 from components.registry import folders
 from components.registry.store import Store
-from components.shared.config import RegistryConfig
+from components.config.schema import RegistryConfig
 from components.shared.errors import FineloopError
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
@@ -254,7 +254,7 @@ import os
 from pathlib import Path
 from components.registry import folders
 from components.registry.store import Store
-from components.shared.config import RegistryConfig
+from components.config.schema import RegistryConfig
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
 download = store.download
 store.download = lambda key, path: (download(key, path), os.kill(os.getpid(), 9))

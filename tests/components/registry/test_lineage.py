@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from components.config.schema import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from components.registry.lineage import (
     Base,
     Code,
@@ -15,7 +16,6 @@ from components.registry.lineage import (
     environment,
     without_credentials,
 )
-from components.shared.config import AdapterConfig, DataConfig, ModelConfig, RunConfig
 
 
 def git(directory: Path, *arguments: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry.client import PART_BYTES
 from components.registry.store import Store, open_uri
-from components.shared.config import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from pipelines.local.seaweedfs import Endpoint
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry.store import Store, open_uri
-from components.shared.config import RegistryConfig
 from components.shared.errors import Conflict, FineloopError, StoreError
 from pipelines.local.seaweedfs import Endpoint
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from components.config import config_file
+from components.config.schema import GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
 from components.report.run_files import RunFiles
-from components.shared import config_file
-from components.shared.config import GateConfig
 
 CONFIG = config_file.loads(
     """

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from components.config.schema import GateConfig, Limit
 from components.report.comparison import intervals, panels
 from components.report.numbers import BY_KEY, duration
 from components.report.run_files import RunFiles
-from components.shared.config import GateConfig, Limit
 from tests.components.report import example_runs
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from components.registry.aliases import adapter_key, version_key
-from components.shared.step import config_key
+from components.step.step import config_key
 from tests.infra.aws.iam import ROLES, STRANGER, Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration, source
 

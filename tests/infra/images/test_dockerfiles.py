@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components.registry import lineage
-from components.shared import step
+from components.step import step
 from tests.infra.images.dockerfiles import environment, faults, parse
 
 ROOT = Path(__file__).resolve().parents[3]

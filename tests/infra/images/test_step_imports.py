@@ -91,7 +91,7 @@ def test_what_is_imported_inside_functions_is_in_the_step_lock_too() -> None:
 
 @pytest.mark.parametrize(
     ("distribution", "module"),
-    [("pydantic", "components.shared.config"), ("docstring-parser", "components.gate.component")],
+    [("pydantic", "components.config.schema"), ("docstring-parser", "components.gate.component")],
 )
 def test_a_distribution_that_the_lock_lacks_is_noticed(distribution: str, module: str) -> None:
     locked = pins(text_of("step")).keys() - {distribution}

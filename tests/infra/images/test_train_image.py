@@ -3,7 +3,7 @@
 Opt-in, as root: `pytest -m podman`. CUDA's wheels are some gigabytes; no GPU is needed, nor a compiler.
 """
 
-from components.shared import config_file
+from components.config import config_file
 from tests.infra.images.containers import IMPORT_ALL, LIMITS, ROOT, podman, podman_tier, run
 from tests.infra.images.locks import pins, text_of
 
@@ -12,7 +12,7 @@ pytestmark = podman_tier
 SITE = "import importlib.metadata as m; print(*sorted(f'{d.name}=={d.version}' for d in m.distributions()))"
 RESOLVE = """
 import os, sys
-from components.shared.config import ModelConfig
+from components.config.schema import ModelConfig
 from ray_jobs.base_model import resolve
 print(*os.listdir(resolve(ModelConfig(base=sys.argv[1])).path))
 """

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from kfp import compiler, dsl
 
-from components.shared import config_file
-from components.shared.config import RunConfig
-from components.shared.step import COMPONENT
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)

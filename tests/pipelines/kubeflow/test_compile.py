@@ -9,11 +9,11 @@ import pytest
 import yaml
 from kfp import components
 
+from components.config import config_file
+from components.config.methods import METHODS
+from components.config.schema import RunConfig
 from components.prepare.parameters import KEYS
-from components.shared import config_file
-from components.shared.config import RunConfig
 from components.shared.errors import UserError
-from components.shared.methods import METHODS
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
 from tests.kfp_server.resolving import unresolved

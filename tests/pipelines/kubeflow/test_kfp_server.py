@@ -11,7 +11,7 @@ import kfp_server_api
 import pytest
 import yaml
 
-from components.shared import config_file
+from components.config import config_file
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline
 from tests.kfp_server.cron import Cron

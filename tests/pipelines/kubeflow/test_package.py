@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.shared import config_file
+from components.config import config_file
 from components.shared.errors import KubeflowError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow, connect

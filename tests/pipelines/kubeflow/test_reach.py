@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from components.shared.config import RunConfig
-from components.shared.config_file import loads
+from components.config.config_file import loads
+from components.config.schema import RunConfig
 from components.shared.errors import UserError
 from pipelines.kubeflow.reach import check_reach
 from tests.kfp_server.server import KfpServer

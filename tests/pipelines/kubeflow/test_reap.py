@@ -1,7 +1,7 @@
 import pytest
 
+from components.ray_cluster.backend import LiveJob
 from components.shared.errors import KubeflowError
-from components.shared.ray_backend import LiveJob
 from pipelines.kubeflow.client import Kubeflow, connect
 from pipelines.kubeflow.reap import GRACE_S, judge, state_on
 from tests.jobs_api import JobsApi

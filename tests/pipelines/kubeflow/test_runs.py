@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from kfp import compiler, dsl
 
-from components.shared import config_file
+from components.config import config_file
 from components.shared.errors import KubeflowError, UserError
-from components.shared.step import COMPONENT
+from components.step.kfp import COMPONENT
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect

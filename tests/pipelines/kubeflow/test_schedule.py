@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from components.shared import config_file
-from components.shared.step import IMAGE
+from components.config import config_file
+from components.step.kfp import IMAGE
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import package, schedule
 from pipelines.kubeflow.client import connect

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.shared.errors import KubeflowAway, KubeflowError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import package, runs, submit

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from components.shared.step import Line
+from components.shared.protocol import Line
 from pipelines.local.display import PLAIN_EVERY_S, Display
 
 

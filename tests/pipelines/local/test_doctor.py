@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RegistryConfig
+from components.config import config_file
+from components.config.schema import RegistryConfig
 from components.shared.cpus import this_cpu
 from pipelines.local import doctor
 from pipelines.local.ground import ground

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.shared.config import RunConfig
+from components.config.schema import RunConfig
 from pipelines.local import outlook
 
 ESTIMATE = {

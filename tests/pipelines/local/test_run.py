@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from components.config.schema import RunConfig
 from components.registry import aliases, versions
 from components.registry.store import Store
-from components.shared.config import RunConfig
 from components.shared.errors import DataError, JobError, UserError
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
+from components.config import config_file
 from components.registry.store import Store
-from components.shared import config_file, errors
+from components.shared import errors
 from components.shared.errors import ConfigError, DataError, FineloopError, UserError
-from components.shared.step import Line, find_failure, parse_line, say, say_failure, step
+from components.shared.protocol import Line, find_failure, parse_line, say, say_failure
+from components.step.step import step
 
 CONFIG = """
 [adapter]
@@ -185,7 +187,7 @@ def test_the_log_of_components_reaches_no_other_handler(store: Store, caplog: py
 
 def test_the_protocol_needs_neither_kfp_nor_ray_nor_torch() -> None:
     code = (
-        "import sys, json, components.shared.step, components.shared.ray_submit, components.finetune.finetune, "
+        "import sys, json, components.step.step, components.ray_cluster.submit, components.finetune.finetune, "
         "components.evaluate.evaluate, components.promote.promote\n"
         "print(json.dumps(sorted({'kfp', 'ray', 'torch', 'transformers'} & set(sys.modules))))"
     )

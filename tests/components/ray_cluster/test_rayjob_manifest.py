@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.rayjob_manifest import Owner, active_deadline_s, label_value, rayjob, rayjob_name
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import Owner, active_deadline_s, label_value, rayjob, rayjob_name
 
 
 def job(run_id: str = "night-7", **fields: Any) -> Job:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from components.shared.methods import AdapterKind, BaseFormat, Init, Scaling
+from components.config.methods import AdapterKind, BaseFormat, Init, Scaling
 
 FIELDS = {
     "adapter": "method.adapter",

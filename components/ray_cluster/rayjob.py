@@ -12,13 +12,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from components.shared import rayjob_manifest as manifest
+from components.config.ray import RayConfig, RayJobCluster
+from components.ray_cluster import rayjob_manifest as manifest
+from components.ray_cluster.backend import STOP_S, Ended, Job, LiveJob, LogCopy, State
+from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
+from components.ray_cluster.rayjob_log import JobLog
 from components.shared.errors import JobError
-from components.shared.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
-from components.shared.ray_backend import STOP_S, Ended, Job, LiveJob, LogCopy, State
-from components.shared.ray_config import RayConfig, RayJobCluster
-from components.shared.rayjob_log import JobLog
-from components.shared.step import find_failure
+from components.shared.protocol import find_failure
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from components.shared import rayjob
+from components.config.ray import RayJobCluster
+from components.ray_cluster import rayjob
+from components.ray_cluster.backend import Ended, Job
+from components.ray_cluster.rayjob import describe, is_queued, state
 from components.shared.errors import JobError
-from components.shared.ray_backend import Ended, Job
-from components.shared.ray_config import RayJobCluster
-from components.shared.rayjob import describe, is_queued, state
 
 CLUSTER = RayJobCluster(kind="rayjob", pre_running_timeout_s=77)
 JOB = Job("r", "finetune", ("x",), 3600)

@@ -6,12 +6,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.legality import FIELDS, Cell, nearest_legal, refusals
+from components.config.methods import METHODS
+from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from components.shared.legality import FIELDS, Cell, nearest_legal, refusals
-from components.shared.methods import METHODS
-from tests.components.shared.test_config import message_of, set_in
+from tests.components.config.test_schema import message_of, set_in
 
 AXES: dict[str, tuple[Any, ...]] = {
     name: get_args(kind) or {int: range(4), bool: (False, True)}[kind] for name, kind in get_type_hints(Cell).items()

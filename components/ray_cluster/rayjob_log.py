@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from components.ray_cluster.backend import LogCopy
+from components.ray_cluster.kubernetes_api import KubernetesApi
 from components.shared.errors import JobError
-from components.shared.kubernetes_api import KubernetesApi
-from components.shared.ray_backend import LogCopy
 
 logger = logging.getLogger(__name__)
 

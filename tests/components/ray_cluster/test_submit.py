@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from components.config.ray import RayConfig, RayJobCluster
+from components.ray_cluster.backend import Job
+from components.ray_cluster.submit import connect, stop_run, submit_and_wait
 from components.shared.errors import Conflict, DataError, JobError, UserError
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig, RayJobCluster
-from components.shared.ray_submit import connect, stop_run, submit_and_wait
 from pipelines.local.ground import ground
 from pipelines.local.seaweedfs import Endpoint
 from tests.jobs_api import TOKEN, JobsApi
@@ -161,7 +161,7 @@ def test_a_failure_comes_back_as_the_error_that_the_job_raised(
     cluster: Cluster, run_id: str, kind: type[Exception]
 ) -> None:
     code = (
-        "import sys\nfrom components.shared import errors\nfrom components.shared.step import say_failure\n"
+        "import sys\nfrom components.shared import errors\nfrom components.shared.protocol import say_failure\n"
         f"error = errors.{kind.__name__}('data.source is empty: it\\'s \"nothing\"\\nat all')\n"
         "say_failure('finetune', error)\nsys.exit(error.exit_code)\n"
     )
@@ -206,9 +206,9 @@ WAITING = (
 )
 SUBMITTING = """
 import os, sys
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.ray_submit import submit_and_wait
+from components.ray_cluster.backend import Job
+from components.config.ray import RayConfig
+from components.ray_cluster.submit import submit_and_wait
 job = Job(run_id=sys.argv[1], task='finetune', command=tuple(sys.argv[3:]), timeout_s=60)
 submit_and_wait(job, RayConfig.model_validate_json(sys.argv[2]), poll_s=0.05)
 """

@@ -18,9 +18,9 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared.kubernetes_api import GROUP, VERSION
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig, RayJobCluster, Toleration
+from components.config.ray import RayConfig, RayJobCluster, Toleration
+from components.ray_cluster.backend import Job
+from components.ray_cluster.kubernetes_api import GROUP, VERSION
 
 MAX_NAME = 47
 """KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Ended, Job, LiveJob, LogCopy, State
 from components.shared.errors import JobError, UserError
-from components.shared.ray_backend import STOP_S, UNREACHABLE_S, Ended, Job, LiveJob, LogCopy, State
 
 T = TypeVar("T")
 _RAY_VARIABLE = "RAY_API_SERVER_ADDRESS"

@@ -12,9 +12,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from components.shared.config import MethodConfig, ModelConfig, RunConfig
+from components.config.schema import MethodConfig, ModelConfig, RunConfig
+from components.config.section import Section
 from components.shared.errors import ConfigError
-from components.shared.section import Section
 
 logger = logging.getLogger(__name__)
 

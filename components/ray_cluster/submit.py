@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TextIO
 
+from components.config.ray import RayConfig, RayJobCluster
+from components.ray_cluster.backend import Backend, Ended, Job, LogCopy, kubeflow_run, last_lines
 from components.shared.errors import JobError, UserError
-from components.shared.ray_backend import Backend, Ended, Job, LogCopy, kubeflow_run, last_lines
-from components.shared.ray_config import RayConfig, RayJobCluster
-from components.shared.step import Step, config_key, find_failure
+from components.shared.protocol import find_failure
+from components.step.step import Step, config_key
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,10 @@ def connect(ray: RayConfig | None = None, *, address: str = "") -> Backend:
             raise UserError(
                 f'{address} is no address for ray.cluster.kind = "rayjob": drop it, or set kind = "jobs-api"'
             )
-        from components.shared.rayjob import RayJobs
+        from components.ray_cluster.rayjob import RayJobs
 
         return RayJobs(ray)
-    from components.shared.ray_jobs_api import JobsApi
+    from components.ray_cluster.jobs_api import JobsApi
 
     return JobsApi(address or os.environ.get("RAY_ADDRESS", ""))
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from components.shared.ray_backend import Job, LogCopy, kubeflow_run, last_lines
+from components.ray_cluster.backend import Job, LogCopy, kubeflow_run, last_lines
 
 KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"
 

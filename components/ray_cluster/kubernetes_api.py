@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from components.ray_cluster.backend import UNREACHABLE_S
 from components.shared.errors import JobError, UserError
-from components.shared.ray_backend import UNREACHABLE_S
 
 logger = logging.getLogger(__name__)
 

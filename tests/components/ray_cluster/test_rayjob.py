@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.submit import connect, submit_and_wait
 from components.shared.errors import JobError, UserError
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.ray_submit import connect, submit_and_wait
 from tests.jobs_api import TOKEN
 from tests.kubernetes.api import KubernetesDouble, Refusal, Resource
 from tests.kubernetes.operator import Operator
@@ -240,19 +240,19 @@ def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, 
 def test_the_steps_pod_owns_the_rayjob_and_a_later_pod_joins_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("components.shared.rayjob.own_namespace", lambda: "fineloop")
+    monkeypatch.setattr("components.ray_cluster.rayjob.own_namespace", lambda: "fineloop")
     for pod in ("first", "second"):
         monkeypatch.setenv("KFP_POD_NAME", pod)
         monkeypatch.setenv("KFP_POD_UID", f"uid-{pod}")
         cluster.submit("")
     (found,) = cluster.api.rayjobs.values()
     assert [owner["name"] for owner in found["metadata"]["ownerReferences"]] == ["first", "second"]
-    monkeypatch.setattr("components.shared.rayjob.own_namespace", lambda: "elsewhere")
+    monkeypatch.setattr("components.ray_cluster.rayjob.own_namespace", lambda: "elsewhere")
     assert connect(config())._owner() is None  # type: ignore[attr-defined]
 
 
 def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.shared.rayjob.STOP_S", 0.5)
+    monkeypatch.setattr("components.ray_cluster.rayjob.STOP_S", 0.5)
     cluster.api.denied.add(("delete", "rayjobs"))
     connect(config()).stop("fineloop-r-finetune-1")
     (told,) = cluster.caplog.messages

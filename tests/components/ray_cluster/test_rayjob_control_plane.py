@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.kubernetes_api import KubernetesApi, Watched
+from components.ray_cluster.rayjob_manifest import rayjob
+from components.ray_cluster.submit import connect, stop_run
 from components.shared.errors import JobError
-from components.shared.kubernetes_api import KubernetesApi, Watched
-from components.shared.ray_backend import Job
-from components.shared.ray_config import RayConfig
-from components.shared.ray_submit import connect, stop_run
-from components.shared.rayjob_manifest import rayjob
-from tests.components.shared.test_ray_submit import submitting
+from tests.components.ray_cluster.test_submit import submitting
 from tests.jobs_api import TOKEN
 from tests.kubernetes.control_plane import NAMESPACE, ControlPlane, RayJobsOfCluster, needs_control_plane, wait_until
 from tests.kubernetes.operator import Operator

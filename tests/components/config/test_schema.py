@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import pytest
 
-from components.shared import config_file
-from components.shared.config import RunConfig, TrainConfig
+from components.config import config_file
+from components.config.schema import RunConfig, TrainConfig
+from components.config.section import Added
 from components.shared.errors import ConfigError
-from components.shared.section import Added
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))

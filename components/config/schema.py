@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from components.shared.legality import Cell, nearest_legal, refusals
-from components.shared.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
-from components.shared.ray_config import RayConfig
-from components.shared.section import Section, identity
+from components.config.legality import Cell, nearest_legal, refusals
+from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
+from components.config.ray import RayConfig
+from components.config.section import Section, identity
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]

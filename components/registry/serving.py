@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.shared.methods import Method
+from components.config.methods import Method
 
 ServableAs = Literal["lora", "lora-export", "merged"]
 

@@ -1,11 +1,6 @@
-"""One pipeline step: how it starts, ends, fails and tells a person about it.
-
-A step, and a Ray job, prints plain lines `[<step>] text` for people. A failure is one such line, from which another
-process raises the same error: `[<step>] failed {"error": "<class>", "message": "...", "exit_code": N}`.
-"""
+"""One step of a run: how it is opened, recorded and ended."""
 
 import contextlib
-import json
 import logging
 import re
 import time
@@ -14,68 +9,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from components.shared import config_file, errors
-from components.shared.config import RunConfig
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.registry.store import Store
 from components.shared.errors import ConfigError, Conflict, FineloopError
+from components.shared.protocol import say, say_failure
 
-if TYPE_CHECKING:
-    from components.registry.store import Store
-
-IMAGE = "fineloop/step-python:0.1.0"
-"""The image that every step runs in; `fineloop compile --image` puts a pinned one in its place."""
-COMPONENT: dict[str, Any] = {"base_image": IMAGE, "packages_to_install": [], "install_kfp_package": False}
-"""What every `dsl.component` takes: the code is in the image, so that a step installs nothing when it starts."""
 PARAMETER = "run parameter"
 """As the form of the Kubeflow UI calls its fields."""
 CONFIG = f"{PARAMETER} config"
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
-# Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
-_LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
 _RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error on its way between processes."""
-
-    error: str
-    message: str
-    exit_code: int
-
-    def as_error(self) -> FineloopError:
-        """The error to raise on this side: of the same class where this side knows it."""
-        return errors.by_name(self.error, self.message)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One `[<step>] text` line."""
-
-    step: str
-    text: str
-
-    @property
-    def failure(self) -> Failure | None:
-        """What failed, when this line says so."""
-        word, _, body = self.text.partition(" ")
-        if word != "failed" or not body.startswith("{"):
-            return None
-        try:
-            found = json.loads(body)
-            return Failure(str(found["error"]), str(found["message"]), int(found["exit_code"]))
-        except (ValueError, KeyError, TypeError):
-            return None
-
-    @property
-    def seconds(self) -> float | None:
-        """How long the step took, when this line says that it finished."""
-        match = _FINISHED.match(self.text)
-        return float(match[1]) if match else None
 
 
 @dataclass
@@ -85,39 +32,12 @@ class Step:
     name: str
     run_id: str
     config: RunConfig
-    store: "Store"
+    store: Store
     result: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Tell a person how it goes."""
         say(self.name, text)
-
-
-def say(step: str, text: str) -> None:
-    """Print one line of the protocol."""
-    print(f"[{step}] {' '.join(text.split())}", flush=True)  # noqa: T201 - stdout is the protocol
-
-
-def say_failure(step: str, error: BaseException) -> None:
-    """Print the line that carries an error to another process."""
-    exit_code = error.exit_code if isinstance(error, FineloopError) else 1
-    body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
-    print(f"[{step}] failed {json.dumps(body)}", flush=True)  # noqa: T201 - stdout is the protocol
-
-
-def parse_line(line: str) -> Line | None:
-    """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
-    match = _LINE.match(_COLOUR.sub("", line))
-    return Line(match[1], match[2]) if match else None
-
-
-def find_failure(log: str) -> Failure | None:
-    """The last failure that a log tells of."""
-    for text in reversed(log.splitlines()):
-        line = parse_line(text)
-        if line is not None and line.failure is not None:
-            return line.failure
-    return None
 
 
 @contextlib.contextmanager
@@ -176,8 +96,6 @@ def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
 
 
 def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str], *, as_begun: bool) -> Step:
-    from components.registry.store import Store
-
     if not _RUN_ID.match(run_id):
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
     config = config_file.loads(config_toml, [*overrides.values()], origin=CONFIG, overriding="")
@@ -197,7 +115,7 @@ def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str]
     return Step(name, run_id, config, store)
 
 
-def _recorded(store: "Store", run_id: str, body: bytes) -> RunConfig:
+def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:
     return config_file.loads(body.decode(), origin=store.uri(config_key(run_id)))
 
 

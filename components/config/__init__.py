@@ -1,0 +1,1 @@
+"""The config: one schema, how it is read and written, and the tables that it is checked against."""

@@ -1,0 +1,83 @@
+"""The lines that a step or a Ray job prints, for people and for whoever started it.
+
+`[<step>] text` is for people. A failure is one such line, from which another process raises the same error:
+`[<step>] failed {"error": "<class>", "message": "...", "exit_code": N}`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from components.shared import errors
+from components.shared.errors import FineloopError
+
+# Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
+_LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way between processes."""
+
+    error: str
+    message: str
+    exit_code: int
+
+    def as_error(self) -> FineloopError:
+        """The error to raise on this side: of the same class where this side knows it."""
+        return errors.by_name(self.error, self.message)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One `[<step>] text` line."""
+
+    step: str
+    text: str
+
+    @property
+    def failure(self) -> Failure | None:
+        """What failed, when this line says so."""
+        word, _, body = self.text.partition(" ")
+        if word != "failed" or not body.startswith("{"):
+            return None
+        try:
+            found = json.loads(body)
+            return Failure(str(found["error"]), str(found["message"]), int(found["exit_code"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the step took, when this line says that it finished."""
+        match = _FINISHED.match(self.text)
+        return float(match[1]) if match else None
+
+
+def say(step: str, text: str) -> None:
+    """Print one line of the protocol."""
+    print(f"[{step}] {' '.join(text.split())}", flush=True)  # noqa: T201 - stdout is the protocol
+
+
+def say_failure(step: str, error: BaseException) -> None:
+    """Print the line that carries an error to another process."""
+    exit_code = error.exit_code if isinstance(error, FineloopError) else 1
+    body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+    print(f"[{step}] failed {json.dumps(body)}", flush=True)  # noqa: T201 - stdout is the protocol
+
+
+def parse_line(line: str) -> Line | None:
+    """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
+    match = _LINE.match(_COLOUR.sub("", line))
+    return Line(match[1], match[2]) if match else None
+
+
+def find_failure(log: str) -> Failure | None:
+    """The last failure that a log tells of."""
+    for text in reversed(log.splitlines()):
+        line = parse_line(text)
+        if line is not None and line.failure is not None:
+            return line.failure
+    return None

@@ -1,0 +1,1 @@
+"""What a pipeline step is, whatever it does."""
