@@ -12,8 +12,9 @@ from components.prepare.dataset import Message, Record
 from components.registry.store import Store
 from components.registry.versions import pull_version, read_lineage, resolve
 from components.shared.errors import FineloopError
-from ray_jobs import base_config, base_model, entry, processor
-from ray_jobs.adapters import build, loftq
+from ray_jobs import entry
+from ray_jobs.adapters import build, own_base
+from ray_jobs.base import base_config, base_model, processor
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -56,7 +57,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model)
     tokenizer = base_model.load_tokenizer(base, own.model)
-    stands_on = loftq.find(own, base, store)
+    stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))
     dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
     model = _load(stands_on, own, dtype)
@@ -90,8 +91,8 @@ def _system_message(store: Store, dataset_uri: str) -> str:
 
 
 def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig, longest: int) -> str:
-    from ray_jobs.batching import tokenize
-    from ray_jobs.scoring import greedy
+    from ray_jobs.base.batching import tokenize
+    from ray_jobs.scoring.scoring import greedy
 
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], tokenizer, config.model.max_length)

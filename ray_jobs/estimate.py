@@ -15,10 +15,12 @@ from components.prepare.prepare import read_split
 from components.prepare.sources import find_sources
 from components.shared.cpus import Cpu, this_cpu
 from components.shared.errors import UserError
-from ray_jobs import base_config, base_model, entry, pace
-from ray_jobs.batching import TokenizedSplit, tokenize
-from ray_jobs.evaluate import NEW_TOKENS
-from ray_jobs.pace import Pace
+from ray_jobs import entry
+from ray_jobs.base import base_config, base_model
+from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.planning import pace
+from ray_jobs.planning.pace import Pace
+from ray_jobs.scoring.answers import NEW_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

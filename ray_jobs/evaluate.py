@@ -24,16 +24,15 @@ from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
 from components.shared.errors import DataError, FineloopError, JobError
 from components.shared.protocol import say
-from ray_jobs import base_config, base_model, entry, processor
-from ray_jobs.adapters import build, loftq
-from ray_jobs.answers import Score, as_columns, confusion, metrics, paired_difference
+from ray_jobs import entry
+from ray_jobs.adapters import build, own_base
+from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
 
 logger = logging.getLogger(__name__)
 
 STEP = "evaluate"
 PROGRESS_EVERY_S = 2.0
-NEW_TOKENS = range(8, 257)
-"""What the longest answer may be where the config leaves it to the references."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
 
 def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Sequence[Record]) -> RunConfig:
     """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
-    from ray_jobs.batching import tokenize
+    from ray_jobs.base.batching import tokenize
 
     if config.evaluate.max_new_tokens is not None:
         return config
@@ -218,7 +217,7 @@ def measure_shard(
     """
     import torch
 
-    from ray_jobs.batching import tokenize
+    from ray_jobs.base.batching import tokenize
 
     entry.quiet_libraries()
     configs = {c.role: c.config for c in contenders}
@@ -274,7 +273,7 @@ def measure_shard(
 def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
     """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
     base = base_model.resolve(config.model)
-    return loftq.find(config, base, Store.open(config.registry)) if contender.version else base
+    return own_base.find(config, base, Store.open(config.registry)) if contender.version else base
 
 
 def _measure(
@@ -287,7 +286,7 @@ def _measure(
     progress: Any,
     matmul_dtype: MatmulDtype,
 ) -> list[Score]:
-    from ray_jobs.scoring import other_prompts, score
+    from ray_jobs.scoring.scoring import other_prompts, score
 
     def scored(model: Any, *, with_gain: bool) -> list[Score]:
         return score(

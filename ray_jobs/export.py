@@ -24,11 +24,13 @@ from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
 from components.shared.errors import ObjectMissing, UserError
 from components.shared.protocol import say
-from ray_jobs import base_config, base_model, entry, model_card, processor
-from ray_jobs.adapters import build, convert, loftq, merge
+from ray_jobs import entry
+from ray_jobs.adapters import build, convert, merge, own_base
 from ray_jobs.adapters.merge import Agreement
-from ray_jobs.base_model import Base
-from ray_jobs.batching import tokenize
+from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base.base_model import Base
+from ray_jobs.base.batching import tokenize
+from ray_jobs.training import model_card
 
 if TYPE_CHECKING:
     import torch
@@ -131,15 +133,15 @@ def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ray_jobs import float32_layers
+    from ray_jobs.base import float32_layers
 
     row, rows = subject.config.method.row, subject.rows
     weights: BaseWeights = "original" if row.base == "bf16" else wish.base or "dequantised"
     is_exact = row.base == "bf16" or weights == "dequantised"
-    if not is_exact and row.init == "loftq":
+    if not is_exact and subject.stands_on != subject.original:
         raise UserError(
-            "LoftQ's adapter holds what quantising its base took away, and the original base has that already: "
-            "use --base dequantised"
+            f"this adapter was chosen together with a base of its own, {subject.stands_on.reference}, and is wrong on "
+            "the original: use --base dequantised"
         )
     evaluated, dense = _evaluated(subject)
     say(STEP, "running the adapter in float32 on the weights that it was trained on")
@@ -202,7 +204,7 @@ def _subject(asked: RunConfig, store: Store, version: Version, folder: Path) -> 
     rows, compared_on = _rows(store, lineage["dataset"]["uri"], tokenizer, config.model.max_length)
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
-    stands_on = loftq.find(config, original, store)
+    stands_on = own_base.find(config, original, store)
     return Subject(version, config, folder, original, stands_on, tokenizer, rows, compared_on, dtype)
 
 

@@ -18,8 +18,9 @@ from components.shared import errors
 from components.shared.errors import DataError, JobError
 from components.shared.protocol import say
 from components.step.step import config_key
-from ray_jobs import base_model, entry
-from ray_jobs.batching import TokenizedSplit, tokenize
+from ray_jobs import entry
+from ray_jobs.base import base_model
+from ray_jobs.base.batching import TokenizedSplit, tokenize
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -79,9 +80,9 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
     )
 
-    from ray_jobs.plan import before_training
-    from ray_jobs.room import wait_for_room
-    from ray_jobs.worker import TrainJob
+    from ray_jobs.planning.before_training import before_training
+    from ray_jobs.training.room import wait_for_room
+    from ray_jobs.training.worker import TrainJob
 
     job = TrainJob(
         config_toml=config_file.dumps(config),
@@ -133,7 +134,7 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from ray_jobs.worker import train
+    from ray_jobs.training.worker import train
 
     ray_config = config.ray
     # It prints and logs what a worker prints: every line would come twice.

@@ -5,21 +5,20 @@ stdout; `fineloop plan` lays it out for people.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.config.gpus import PRICED
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
 from components.config.schema import MethodConfig, RunConfig
-from components.shared.errors import ConfigError
-from ray_jobs import base_config, entry, estimate
-from ray_jobs.batching import TokenizedSplit
-from ray_jobs.capacity import Choice, Device, Load, advised, chosen, cluster_device, named_device, require_fit
-from ray_jobs.memory import GIB, Parts, Sharing, parts_told, plan
-from ray_jobs.rehearsal import Census, Rehearsal
-from ray_jobs.speed import speed
+from ray_jobs import entry, estimate
+from ray_jobs.base import base_config
+from ray_jobs.planning.before_training import counts
+from ray_jobs.planning.capacity import Choice, Device, Load, advised, chosen, named_device
+from ray_jobs.planning.memory import Parts, Sharing, plan
+from ray_jobs.planning.rehearsal import Census, Rehearsal
+from ray_jobs.planning.speed import speed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,7 +63,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "rank": config.method.r,
         "learning_rate": config.learning_rate,
         "parameters": census.parameters,
-        **_counts(census),
+        **counts(census),
         "memory_bytes": choice.parts.as_json(),
         "host_memory_bytes": choice.parts.host,
         "activations_are_rough": step.is_estimate,
@@ -96,53 +95,16 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         rehearsal = Rehearsal(base, method, reference=config.model.base, use_gpu=config.ray.use_gpu)
         memory = chosen(other, rehearsal, worst_load(other)).parts.as_json()
         rows.append(
-            {"method": name, "base": method.row.base, "rank": method.r, **_counts(rehearsal.census)}
+            {"method": name, "base": method.row.base, "rank": method.r, **counts(rehearsal.census)}
             | {"memory_bytes": memory, "learning_rate": method.row.learning_rate}
         )
     return rows
-
-
-def before_training(
-    config: RunConfig, base_folder: Path, split: TokenizedSplit, nodes: Iterable[Mapping[str, Any]]
-) -> list[str]:
-    """What to tell a person before any worker is started; `nodes` as `ray.nodes()` gives them.
-
-    Raises:
-        ConfigError: the training cannot fit, or the adapter does not fit the base.
-    """
-    device = cluster_device(config, nodes)
-    try:
-        base = base_config.load(base_folder, config.model)
-        rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
-    except ConfigError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
-        return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
-    parts = require_fit(config, rehearsal, Load.of(split, config.train.micro_batch_size), device).parts
-    counts = _counts(rehearsal.census)
-    needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
-    if device.memory is None:
-        fits = "; nobody knows how much it has: name the GPU with ray.gpu"
-    else:
-        verdict = "fits" if parts.total <= device.memory else "may not fit"
-        fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
-    return [
-        f"{config.method.name} trains {counts['trainable_parameters']:,} parameters, "
-        f"{counts['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
-        needs + fits,
-    ]
 
 
 def worst_load(config: RunConfig) -> Load:
     """Records as long as the context. How long their answers may be says evaluate.max_new_tokens, if anything."""
     length = config.model.max_length
     return Load(length, min(config.evaluate.max_new_tokens or length, length))
-
-
-def _counts(census: Census) -> dict[str, Any]:
-    """The share is of base and adapter together, as publications count it."""
-    total = census.parameters + census.trainable + census.frozen_adapter
-    return {"trainable_parameters": census.trainable, "trainable_share": census.trainable / total}
 
 
 def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:

@@ -25,15 +25,14 @@ def randomise(adapted, *, seed: int = 0, std: float = 0.1) -> None:
 
 def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1, with_data: bool = True) -> Version:
     """Publish one, as the finetune job publishes it, with held-out records of its own."""
-    from ray_jobs import base_model
-    from ray_jobs.adapters import build, loftq
+    from ray_jobs.adapters import build, own_base
+    from ray_jobs.base import base_model
 
     original = base_model.resolve(config.model)
-    base = loftq.stand(config, original, store)
+    base = own_base.prepare(config, original, store)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=0)
-    if config.method.row.init == "loftq":
-        loftq.start(adapted, base)
+    own_base.begin(config, adapted, base)
     randomise(adapted, std=std)
     folder = scratch / f"adapter-{config.method.name}"
     build.save(adapted, folder)

@@ -26,7 +26,7 @@ PRELOADED = [
     "boto3",
     "peft.tuners.lora.bnb",
     "transformers.models.llama.modeling_llama",
-    "ray_jobs.worker",
+    "ray_jobs.training.worker",
 ]
 TIMEOUT_S = 600.0
 GRACE_S = 10.0  # for the other ranks to fail by themselves once one is lost
@@ -95,9 +95,9 @@ def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
     """What one rank does for `train_all`."""
     from components.config import config_file
-    from ray_jobs import checkpoint, deepspeed
+    from ray_jobs.training import checkpoint, zero
 
-    deepspeed.LIVE_ELEMENTS = 20_000  # so that ZeRO-3 frees, gathers and prefetches a tiny base as it does a large one
+    zero.LIVE_ELEMENTS = 20_000  # so that ZeRO-3 frees, gathers and prefetches a tiny base as it does a large one
     trained = {}
     for run_id, toml in configs.items():
         fitted = fit_in_rank(config_file.loads(toml), rows, run_id=run_id)
@@ -117,7 +117,7 @@ def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dic
 
 @dataclass(frozen=True)
 class Fitted:
-    """One rank after `ray_jobs.worker.fit`: what it was given, and what came of it."""
+    """One rank after `ray_jobs.training.worker.fit`: what it was given, and what came of it."""
 
     job: Any
     worker: Any
@@ -137,10 +137,10 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
     from components.prepare.validate import validate
     from components.registry import lineage
     from components.registry.store import Store
-    from ray_jobs import base_model
-    from ray_jobs.batching import tokenize
-    from ray_jobs.train_loop import Worker
-    from ray_jobs.worker import TrainJob, fit
+    from ray_jobs.base import base_model
+    from ray_jobs.base.batching import tokenize
+    from ray_jobs.training.group import Worker
+    from ray_jobs.training.worker import TrainJob, fit
 
     base = base_model.resolve(config.model)
     tokenizer = base_model.load_tokenizer(base, config.model)

@@ -109,6 +109,7 @@ def save(model: "PeftModel", directory: Path) -> None:
 
 def _multiply_in(matmul_dtype: MatmulDtype, adapted: "PeftModel") -> None:
     if matmul_dtype == "float32":
-        from ray_jobs import float32_layers
+        from ray_jobs.adapters import float32_layers
+        from ray_jobs.base.float32_layers import multiply_in_float32
 
-        float32_layers.multiply_in_float32(adapted)
+        multiply_in_float32(adapted, float32_layers.LAYERS)

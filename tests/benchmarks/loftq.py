@@ -14,8 +14,9 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors import safe_open
 
 from components.config import config_file
-from ray_jobs import base_model, entry
-from ray_jobs.adapters.loftq_split import quantize, split
+from ray_jobs import entry
+from ray_jobs.adapters.loftq.split import quantize, split
+from ray_jobs.base import base_model
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 LAYERS = [

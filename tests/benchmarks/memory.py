@@ -14,10 +14,11 @@ from transformers import LlamaForCausalLM
 
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig
-from ray_jobs import deepspeed, entry
-from ray_jobs.base_model import Base
-from ray_jobs.memory import GIB, Parts, Sharing, plan
-from ray_jobs.rehearsal import Census, Rehearsal
+from ray_jobs import entry
+from ray_jobs.base.base_model import Base
+from ray_jobs.planning.memory import GIB, Parts, Sharing, plan
+from ray_jobs.planning.rehearsal import Census, Rehearsal
+from ray_jobs.training import zero
 from tests.ray_jobs.measured_step import Measured, load, measure
 from tests.shapes import LLAMA_2_7B, llama
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of the one record of a planned step")
     options = parser.parse_args()
     entry.quiet_libraries()
-    deepspeed.prepare_environment(use_gpu=False)
+    zero.prepare_environment(use_gpu=False)
 
     print(f"Llama-2-7B, planned: one record of {options.length} tokens, gradient checkpointing, GiB")
     print(f"{'':<10}{'trained':>14}{'share':>9}" + "".join(f"{part:>12}" for part in _names()) + f"{'less':>8}")

@@ -91,8 +91,9 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.config import config_file
     from components.prepare import icd10
     from components.prepare.validate import validate
-    from ray_jobs import base_config, base_model, entry, processor
-    from ray_jobs.batching import tokenize
+    from ray_jobs import entry
+    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.base.batching import tokenize
 
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
@@ -115,12 +116,14 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from ray_jobs import base_model, deepspeed, train_loop
     from ray_jobs.adapters import build
-    from ray_jobs.batching import plan_epoch
+    from ray_jobs.base import base_model
+    from ray_jobs.base.batching import plan_epoch
+    from ray_jobs.training import train_loop, zero
+    from ray_jobs.training.group import Worker
 
     config, base, tokenizer, split, dtype = _parts(options)
-    deepspeed.prepare_environment(use_gpu=False)
+    zero.prepare_environment(use_gpu=False)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
@@ -128,8 +131,8 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
     adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
-    engine = deepspeed.initialize(adapted.train(), config)
-    worker = train_loop.Worker(0, 1, torch.device("cpu"))
+    engine = zero.initialize(adapted.train(), config)
+    worker = Worker(0, 1, torch.device("cpu"))
     plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
     for step, batch in enumerate(plan):
@@ -162,7 +165,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
         TrainingArguments,
     )
 
-    from ray_jobs import float32_layers
+    from ray_jobs.base import float32_layers
 
     config, base, tokenizer, split, dtype = _parts(options)
     nf4 = BitsAndBytesConfig(

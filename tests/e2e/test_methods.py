@@ -24,10 +24,11 @@ from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
-from ray_jobs import base_model, checkpoint
 from ray_jobs.adapters import build, dvora, merge
-from ray_jobs.answer_loss import answer_nll
-from ray_jobs.batching import TokenizedSplit, collate, tokenize
+from ray_jobs.base import base_model
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
+from ray_jobs.training import checkpoint
 from tests.e2e.conftest import CHECKOUT, Home
 from tests.train_group import fit_in_rank, in_group
 
@@ -72,7 +73,7 @@ class Trained:
 
 def train_and_publish(config_toml: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What each rank does."""
-    from ray_jobs import worker
+    from ray_jobs.training import worker
 
     started_at = datetime.now(UTC)
     config = config_file.loads(config_toml)

@@ -8,9 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from components.config.schema import MethodConfig, ModelConfig
-from ray_jobs import base_model
 from ray_jobs.adapters import build
-from ray_jobs.answer_loss import answer_nll
+from ray_jobs.base import base_model
+from ray_jobs.base.answer_loss import answer_nll
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from components.config import config_file
 from components.prepare.validate import validate
 from components.registry.store import Store
-from ray_jobs import base_model
-from ray_jobs.adapters import build, loftq
-from ray_jobs.answer_loss import answer_nll
-from ray_jobs.batching import collate, plan_epoch, tokenize
-from ray_jobs.train_loop import learning_rate_at, num_steps
+from ray_jobs.adapters import build, own_base
+from ray_jobs.base import base_model
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import collate, plan_epoch, tokenize
+from ray_jobs.training.train_loop import learning_rate_at, num_steps
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,13 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     config = config_file.loads(config_toml)
     train = config.train
     original = base_model.resolve(config.model)
-    base = loftq.stand(config, original, Store.open(config.registry))
+    base = own_base.prepare(config, original, Store.open(config.registry))
     tokenizer = base_model.load_tokenizer(base, config.model)
     records = [validate(row).record for row in rows]
     split = tokenize(records[: len(records) * 7 // 8], tokenizer, config.model.max_length)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     model = build.attach(model, config.method, base_reference="tiny", seed=train.seed).train()
-    if config.method.row.init == "loftq":
-        loftq.start(model, base)
+    own_base.begin(config, model, base)
     weights = [p for p in model.parameters() if p.requires_grad]
     for weight in weights:
         weight.data = weight.data.bfloat16()

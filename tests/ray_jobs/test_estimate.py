@@ -16,10 +16,11 @@ from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry.store import Store
 from components.shared.cpus import Cpu
-from ray_jobs import base_model, pace, processor
-from ray_jobs.batching import tokenize
+from ray_jobs.base import base_model, processor
+from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
-from ray_jobs.pace import Load, Pace
+from ray_jobs.planning import pace
+from ray_jobs.planning.pace import Load, Pace
 from tests.tiny import colour_rows
 
 TWO_CORES = Cpu("any", "AVX2", 2)

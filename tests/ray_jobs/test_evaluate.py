@@ -18,10 +18,11 @@ from components.registry.lineage import Base, Dataset, Environment, Training, bu
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError
-from ray_jobs import base_model, evaluate
+from ray_jobs import evaluate
 from ray_jobs.adapters import build
-from ray_jobs.answers import Score
+from ray_jobs.base import base_model
 from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise, with_room_for_answers
+from ray_jobs.scoring.answers import Score
 from tests.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]

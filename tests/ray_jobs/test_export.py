@@ -12,8 +12,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.store import Store
 from components.shared.errors import FineloopError, UserError
-from ray_jobs import base_model
-from ray_jobs.adapters import build, loftq, merge
+from ray_jobs.adapters import build, merge, own_base
+from ray_jobs.base import base_model
 from ray_jobs.export import Wish, export
 from tests.tiny_version import RECORDS, publish
 
@@ -41,7 +41,7 @@ def on_its_base(config: RunConfig, store: Store, folder: Path):
     """The adapter on the dequantised weights that it was trained on, in float32."""
     original = base_model.resolve(config.model)
     dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
-    stands_on = loftq.find(config, original, store)
+    stands_on = own_base.find(config, original, store)
     merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
     return build.load(dense, folder)
 

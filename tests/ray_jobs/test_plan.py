@@ -8,10 +8,10 @@ from components.config.gpus import GPUS
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan
-from ray_jobs.batching import TokenizedSplit
-from ray_jobs.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
-from ray_jobs.memory import GIB
-from ray_jobs.rehearsal import Rehearsal
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.planning.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
+from ray_jobs.planning.memory import GIB
+from ray_jobs.planning.rehearsal import Rehearsal
 from tests.shapes import LLAMA_2_7B, LLAMA_2_70B, small
 
 CONFIG = """

@@ -13,7 +13,7 @@ SITE = "import importlib.metadata as m; print(*sorted(f'{d.name}=={d.version}' f
 RESOLVE = """
 import os, sys
 from components.config.schema import ModelConfig
-from ray_jobs.base_model import resolve
+from ray_jobs.base.base_model import resolve
 print(*os.listdir(resolve(ModelConfig(base=sys.argv[1])).path))
 """
 

@@ -1,0 +1,59 @@
+"""Adapters' layers that multiply in float32, beside those of `ray_jobs.base.float32_layers`, which LoRA's factors are.
+
+Shapes: I input, O output, R rank.
+"""
+
+from typing import Any
+
+import peft.tuners.vera.layer
+from peft.tuners.lora import dora
+from torch import Tensor
+
+from ray_jobs.adapters import dvora
+from ray_jobs.base import float32_layers
+from ray_jobs.base.float32_layers import linear
+
+
+class DoraLinearLayer(dora.DoraLinearLayer):
+    """DoRA's part beside LoRA's; with dropout peft would multiply the base's weight without asking its layer."""
+
+    def forward(self, x: Tensor, *, base_layer: Any, base_result: Tensor | None = None, **others: Any) -> Tensor:
+        """What is added to the base's result (..., O)."""
+        result: Tensor = super().forward(
+            x, base_layer=base_layer, base_result=base_layer(x) if base_result is None else base_result, **others
+        )
+        return result
+
+
+class VeraLinear(peft.tuners.vera.layer.Linear):
+    """A linear layer with VeRA adapters around it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) to (..., O), in the type of `x`."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.vera_lambda_d:
+                b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
+                A_RI, B_OR = dvora.shared_matrices(self, adapter)
+                x_R = linear(self.vera_dropout[adapter](self._cast_input_dtype(x, d_R.dtype)), A_RI)
+                result = result + b_O * linear(d_R * x_R, B_OR)
+        return result.to(x.dtype)
+
+
+class DvoraLinear(dvora.DvoraLinear):
+    """A linear layer with DVoRA adapters around it."""
+
+    linear = staticmethod(linear)
+
+    def _frozen_weight(self) -> Tensor:
+        return super()._frozen_weight().float()  # and so the product that its norm is taken of
+
+
+LAYERS: dict[type, type] = {
+    **float32_layers.LAYERS,
+    dora.DoraLinearLayer: DoraLinearLayer,
+    peft.tuners.vera.layer.Linear: VeraLinear,
+    dvora.DvoraLinear: DvoraLinear,
+}

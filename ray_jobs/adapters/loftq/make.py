@@ -1,0 +1,203 @@
+"""Making a LoftQ base: the layers shared out over the workers and split, what was gained, and the folder of files."""
+
+import gc
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from components.config.schema import RunConfig
+from components.shared.errors import ConfigError
+from components.shared.protocol import say
+from ray_jobs.adapters import build
+from ray_jobs.adapters.loftq.split import NF4, Split, split
+from ray_jobs.base import base_model
+from ray_jobs.base.base_model import Base
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+INIT = "loftq_init.safetensors"  # a name that transformers does not take for the model's weights
+PROGRESS_EVERY_S = 5.0
+COPIED = {
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".py",
+}  # of the original: tokenizer, chat template, code where it has any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to split, and where its original weight lies."""
+
+    size: int
+    file: Path
+    tensor: str
+
+    def read(self, device: torch.device) -> torch.Tensor:
+        """The weight, and no other of its file."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as file:
+            weight: torch.Tensor = file.get_tensor(self.tensor)
+        return weight.to(device)
+
+
+def split_together(
+    config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
+) -> dict[str, Split]:
+    """Split every layer that will have an adapter, each on one of the workers; all of them on rank 0, none elsewhere.
+
+    The number of workers does not change a bit of the result.
+
+    Raises:
+        ConfigError: on every worker, as `find_layers`.
+    """
+    layers = find_layers(config, original)
+    device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")
+    parts = shares({name: layer.size for name, layer in layers.items()}, num_workers)
+    mine: dict[str, Split] = {}
+    said_at = time.monotonic()
+    if rank == 0:
+        say("finetune", f"LoftQ: splitting {len(layers)} weights into NF4 and rank {config.method.r}, once")
+    for name in parts[rank]:
+        weight = layers[name].read(device)
+        mine[name] = split(weight, rank=config.method.r, steps=config.method.loftq_steps, name=name)
+        if rank == 0 and time.monotonic() - said_at >= PROGRESS_EVERY_S:
+            said_at = time.monotonic()
+            done, total = (sum(layers[each].size for each in names) for names in (mine, parts[0]))
+            say("finetune", f"LoftQ: {done / total:.0%} of the weights")
+    return mine if group is None else _gather(mine, parts, rank, group)
+
+
+def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
+    """The layers that peft will adapt, by name, found without a weight in memory.
+
+    Raises:
+        ConfigError: the base is quantised already, or a layer is not one that training will have in NF4.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    trust = config.model.trust_remote_code
+    model_config = AutoConfig.from_pretrained(original.path, trust_remote_code=trust)
+    if getattr(model_config, "quantization_config", None):
+        raise ConfigError(
+            f"method.init loftq: model.base {original.reference} is quantised already: name the original that it was "
+            "made from"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    never_quantised = get_keys_to_not_convert(model)
+    prefix = f"{model.base_model_prefix}."
+    adapted = build.attach(model, config.method, base_reference=original.reference, seed=config.train.seed)
+    files: dict[str, Path] = {}
+    for path in sorted(original.path.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    found = {}
+    for name in adapted.targeted_module_names:
+        layer: Any = adapted.get_base_model().get_submodule(f"{name}.base_layer")
+        if type(layer) is not torch.nn.Linear or not should_convert_module(name, never_quantised):
+            raise ConfigError(
+                f"method.init loftq: {name} of {original.reference} is not quantised, so there is nothing to make up "
+                "for: leave it out of method.target_modules"
+            )
+        tensor = f"{name}.weight"
+        if tensor not in files:  # a checkpoint of the model without its head
+            tensor = tensor.removeprefix(prefix)
+        if tensor not in files:
+            raise ConfigError(
+                f"method.init loftq: {original.reference} holds no tensor {name}.weight: leave the layer out of "
+                'method.target_modules, or set method.init="default"'
+            )
+        found[name] = Layer(layer.in_features * layer.out_features, files[tensor], tensor)
+    return found
+
+
+def shares(sizes: Mapping[str, int], num_workers: int) -> list[list[str]]:
+    """Share layers out: each, the largest first, to the worker that has least so far."""
+    names: list[list[str]] = [[] for _ in range(num_workers)]
+    loads = [0] * num_workers
+    for name in sorted(sizes, key=lambda each: (-sizes[each], each)):
+        least = loads.index(min(loads))
+        names[least].append(name)
+        loads[least] += sizes[name]
+    return names
+
+
+def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
+    """For each kind of layer, the share of the weights' Frobenius norm that is lost: by NF4 alone, and with LoftQ.
+
+    Raises:
+        ConfigError: LoftQ loses no less for some kind.
+    """
+    kinds: dict[str, list[Split]] = {}
+    for layer in sorted(splits):
+        kinds.setdefault(layer.rpartition(".")[2], []).append(splits[layer])
+    found: dict[str, dict[str, float]] = {}
+    for kind, members in kinds.items():
+        weight = sum(member.weight_norm2 for member in members) ** 0.5
+        nf4 = sum(member.nf4_norm2 for member in members) ** 0.5
+        loftq = sum(member.loftq_norm2 for member in members) ** 0.5
+        if not loftq < nf4:
+            raise ConfigError(
+                f"LoftQ gains nothing on {kind}: of weights with norm {weight:.6g}, NF4 loses {nf4:.6g} and LoftQ "
+                f"{loftq:.6g}, which must be less. Leave {kind} out of method.target_modules, or set "
+                'method.init="default"'
+            )
+        found[kind] = {"layers": len(members), "nf4": nf4 / weight, "loftq": loftq / weight}
+    return found
+
+
+def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path) -> None:
+    """The new base as files: the original in NF4, with the Q of each split in place of the layer's own.
+
+    The same splits give the same bytes.
+    """
+    from bitsandbytes.nn import Params4bit
+    from safetensors.torch import save_file
+
+    model: Any = base_model.load_model(original, config.model, "nf4", use_gpu=config.ray.use_gpu)
+    for name, found in splits.items():
+        layer = model.get_submodule(name)
+        device, settings = layer.weight.device, {setting: getattr(layer.weight, setting) for setting in NF4}
+        assert settings == NF4, f"load_model quantises with {settings}"
+        statistics = dict(found.packed)
+        data = statistics.pop("weight")
+        layer.weight = Params4bit.from_prequantized(data, statistics, device=device, module=layer)
+    model.save_pretrained(folder)
+    del model, layer
+    gc.collect()  # a 4-bit weight and its layer hold each other, and on a GPU the next model needs the room
+    for path in original.path.iterdir():
+        if path.suffix in COPIED and path.name != base_model.DIGESTS and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
+    init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
+    save_file({name: init[name].contiguous() for name in sorted(init)}, folder / INIT)
+
+
+def _gather(
+    mine: dict[str, Split], parts: Sequence[Sequence[str]], rank: int, group: "ProcessGroup"
+) -> dict[str, Split]:
+    """Every worker's splits, on rank 0; one layer at a time travels."""
+    import torch.distributed as dist
+
+    gathered = dict(mine) if rank == 0 else {}
+    for owner in range(1, len(parts)):
+        for name in parts[owner]:
+            if rank == owner:
+                dist.send_object_list([mine.pop(name)], dst=0, group=group)
+            elif rank == 0:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, src=owner, group=group)
+                gathered[name] = box[0]
+    return gathered

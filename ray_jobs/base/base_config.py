@@ -1,0 +1,86 @@
+"""The shape of a base model without its weights: config.json, or the header of a GGUF, and nothing else is fetched."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.config.schema import ModelConfig
+from components.registry.store import open_uri
+from components.shared.errors import ConfigError, ObjectMissing
+from ray_jobs.base.base_model import FILES, cache_dir, snapshot
+from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FILE = "config.json"
+
+
+def read(config: ModelConfig) -> "PretrainedConfig":
+    """The base's transformers configuration.
+
+    Raises:
+        ConfigError: `model.base` names nothing that exists, or nothing that transformers knows.
+    """
+    match parse(config.base):
+        case PackagedGguf(path=path):
+            return load(_converted(path), config)
+        case S3Folder(uri):
+            with tempfile.TemporaryDirectory(prefix="fineloop-config-") as scratch:
+                return load(_from_s3(uri, Path(scratch)), config)
+        case LocalFolder(path):
+            if not (path / FILE).is_file():
+                raise ConfigError(f"model.base {config.base}: no {FILE} there, so it is not a transformers model")
+            return load(path, config)
+        case HubId():
+            return load(snapshot(config, [FILE]), config)
+
+
+def locate(config: ModelConfig) -> Path:
+    """The folder, or the GGUF, that holds the base's configuration and tokenizer on this machine. Fetches no weights.
+
+    Raises:
+        ConfigError: `model.base` names nothing that exists, or lies in S3.
+    """
+    match parse(config.base):
+        case PackagedGguf(path=path):
+            return _converted(path)
+        case S3Folder(uri):
+            raise ConfigError(f"model.base {uri}: only its configuration is read before a run")
+        case LocalFolder(path):
+            return path
+        case HubId():
+            return snapshot(config, [name for name in FILES if "safetensors" not in name])
+
+
+def load(path: Path, config: ModelConfig) -> "PretrainedConfig":
+    """The configuration that lies in a folder or in a GGUF on this machine."""
+    from transformers import AutoConfig
+
+    try:
+        if path.suffix == ".gguf":
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model.base {config.base}: transformers cannot read its configuration: {exc}") from exc
+
+
+def _converted(gguf: Path) -> Path:
+    """Where `base_model` has put it, which is read in no time; the GGUF itself before that."""
+    with gguf.open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    converted = cache_dir() / f"gguf-{digest[:16]}"
+    return converted if (converted / FILE).is_file() else gguf
+
+
+def _from_s3(reference: str, scratch: Path) -> Path:
+    store, prefix = open_uri(reference, field="model.base")
+    prefix = prefix.rstrip("/") + "/"
+    code = [item.key for item in store.list(prefix) if item.key.endswith(".py") and "/" not in item.key[len(prefix) :]]
+    try:
+        for key in [prefix + FILE, *code]:  # the code runs only with model.trust_remote_code
+            (scratch / key.removeprefix(prefix)).write_bytes(store.get(key))
+    except ObjectMissing as exc:
+        raise ConfigError(f"model.base {reference}: no {FILE} there, so it is not a transformers model") from exc
+    return scratch

@@ -1,0 +1,317 @@
+"""The frozen base model: from a reference to files on this machine, to an immutable identity, to a model in memory.
+
+hub id               downloaded by huggingface_hub; identity is the commit
+local folder         used where it lies; identity is the sha256 of its files
+s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of its files
+pkg://PACKAGE/FILE   converted once into the cache; identity is the sha256 of the GGUF
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.methods import BaseFormat
+from components.config.ray import MatmulDtype
+from components.config.schema import ModelConfig
+from components.registry.store import open_uri
+from components.shared.errors import ConfigError, IntegrityError
+from ray_jobs.base import attention
+from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Weights are read from safetensors alone: a pickle can run code.
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+CODE_FILES = ["*.py"]
+DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
+
+# For bases that ship no chat template: turns separated by blank lines, the answer after the last one.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine's disk."""
+
+    reference: str
+    path: Path
+    """Folder in transformers' format, with safetensors weights."""
+    identity: dict[str, str]
+    """What makes it this base and no other: kind, and a commit or sha256."""
+
+
+def cache_dir() -> Path:
+    """Where downloaded and converted bases are kept: $FINELOOP_CACHE, or ~/.cache/fineloop."""
+    return Path(os.environ.get("FINELOOP_CACHE") or Path.home() / ".cache" / "fineloop") / "bases"
+
+
+def resolve(config: ModelConfig) -> Base:
+    """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
+
+    Raises:
+        ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
+        IntegrityError: the cached copy is not what was written.
+    """
+    match parse(config.base):
+        case PackagedGguf() as found:
+            return _from_package(config.base, found)
+        case S3Folder(uri):
+            return _from_s3(uri)
+        case LocalFolder(path):
+            return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
+        case HubId():
+            return _from_hub(config)
+
+
+def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The base's own tokenizer and chat template."""
+    from transformers import AutoTokenizer
+
+    if base.path.suffix == ".gguf":
+        tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(
+    base: Base,
+    config: ModelConfig,
+    base_format: BaseFormat,
+    *,
+    use_gpu: bool,
+    in_host_memory: bool = False,
+    matmul_dtype: MatmulDtype = "bfloat16",
+) -> "PreTrainedModel":
+    """The frozen base in memory: bfloat16; NF4 with double quantisation (arXiv:2305.14314); or int8 (arXiv:2208.07339).
+
+    A folder that is quantised already is loaded as it is. `in_host_memory` leaves the model there for who will move it
+    to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
+    `matmul_dtype` is what a CPU multiplies in; whatever it is, weights and activations are the same 16 bits.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=torch.bfloat16,
+        # Passed as None, it would make a folder that is quantised already forget how.
+        **({} if _is_quantised(base) else {"quantization_config": _quantization(base_format)}),
+        attn_implementation="sdpa" if use_gpu else attention.register(),
+        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    if not use_gpu:
+        # The last position of each row is no contiguous matrix, and PyTorch would multiply it by one copy of the output
+        # head for each row: seconds for every batch that is generated from.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        if base_format == "nf4":
+            _never_repack(model)
+        if matmul_dtype == "float32":
+            from ray_jobs.base import float32_layers
+
+            float32_layers.multiply_in_float32(model)
+    if base_format != "bf16":
+        _never_replace()
+    return model
+
+
+def _quantization(base_format: BaseFormat) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if base_format == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,  # what ZeRO-3 needs to shard 4-bit weights
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
+
+
+def _is_quantised(base: Base) -> bool:
+    """Whether the folder's weights are quantised already, and are to be loaded as they are."""
+    return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+
+
+def _never_repack(model: "PreTrainedModel") -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPU.
+
+    It would do so when a layer first runs in evaluation mode, and never undo it: the repacked product has no gradient,
+    so a training that goes on after a measurement would silently be wrong (bitsandbytes 0.50, nn/modules.py).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _never_replace() -> None:
+    """Keep peft's DoRA from putting a copy in place of a quantised weight in host memory at every pass.
+
+    A copy of an int8 weight lacks its scales, and of a copy DeepSpeed does not know that it shards the original (peft
+    0.21, utils/integrations.py).
+    """
+    from peft.tuners.lora import dora
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+
+    def dequantised(module: Any) -> Any:
+        if type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+            return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
+        return dequantize_module_weight(module)
+
+    dora.dequantize_module_weight = dequantised
+
+
+def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
+    """Those of a hub model's files that match, on this machine, and its own code where the config trusts it.
+
+    Raises:
+        ConfigError: `model.base` or `model.revision` is none that the hub knows, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    reference, revision = config.base, config.revision or None
+    wanted = [*patterns, *(CODE_FILES if config.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted))
+    except HFValidationError as exc:
+        raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
+    except LocalEntryNotFoundError as exc:
+        raise ConfigError(
+            f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
+        ) from exc
+    except HfHubHTTPError as exc:
+        where = f" at model.revision {revision!r}" if revision else ""
+        raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
+
+
+def _from_hub(config: ModelConfig) -> Base:
+    path = snapshot(config, FILES)
+    return Base(config.base, _require_model(path, config.base), {"kind": "hub", "commit": path.name})
+
+
+def _from_s3(reference: str) -> Base:
+    store, prefix = open_uri(reference, field="model.base")
+    prefix = prefix.rstrip("/") + "/"
+    objects = list(store.list(prefix))
+    if not objects:
+        raise ConfigError(f"model.base {reference}: there is nothing in this folder")
+    listing = json.dumps([[item.key, item.size, item.last_modified.isoformat()] for item in objects])
+    path = cache_dir() / f"s3-{hashlib.sha256((reference + listing).encode()).hexdigest()[:16]}"
+
+    def download(target: Path) -> None:
+        for item in objects:
+            local_path = target / item.key.removeprefix(prefix)
+            if ".." in local_path.parts:
+                raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
+            store.download(item.key, local_path)
+
+    once(path, download)
+    return Base(reference, _require_model(path, reference), _folder_identity("s3", path))
+
+
+def _from_package(reference: str, found: PackagedGguf) -> Base:
+    digest = _sha256(found.path)
+    path = cache_dir() / f"gguf-{digest[:16]}"
+    once(path, lambda target: _convert_gguf(found.path, target))
+    _verify(path)
+    _require_model(path, reference)
+    package = _distribution(found.package)
+    return Base(reference, path, {"kind": "package", "package": package, "file": found.file, "sha256": digest})
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting %s to safetensors, once", source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
+        dtype=torch.bfloat16,
+    )
+    model.should_save_on_this_rank = lambda _: True  # of a process group only rank 0 would, but each machine converts
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+    (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+def once(path: Path, build: Callable[[Path], object]) -> None:
+    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
+        try:
+            build(scratch)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify(path: Path) -> None:
+    try:
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
+    for name, expected in digests.items():
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
+
+
+def _require_model(path: Path, reference: str) -> Path:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
+    if not list(path.glob("*.safetensors")):
+        raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
+    return path
+
+
+def _folder_identity(kind: str, path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    digests = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+    return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
+
+
+def _distribution(package: str) -> str:
+    names = metadata.packages_distributions().get(package)
+    return f"{names[0]}=={metadata.version(names[0])}" if names else package  # a folder on the path, not installed
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,182 @@
+"""Layers that store few bits and multiply in float32, for processors that multiply bfloat16 slowly.
+
+Without AMX or AVX-512 BF16 a bfloat16 product takes three to forty times as long as one in float32 (torch 2.13). Here
+operands are widened for the length of one product, forward and backward, and the result is rounded once, to the dtype
+of the input: never less precise than bfloat16's own. What is stored, trained and published stays as it is.
+
+Each class stands in for one of torch's, transformers' or bitsandbytes', under the same name, which peft reads.
+`multiply_in_float32` turns a model's layers into them in place; products of other modules stay as they are. What
+adapters need beside these has `ray_jobs.adapters.float32_layers`.
+
+Shapes: I input, O output, N tokens, K experts of a token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.functional
+import torch
+import torch.nn.functional as F
+import transformers.pytorch_utils
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from ray_jobs.base.gathered import gathered
+
+# Elements of a weight that are widened at a time: 4 MiB in float32, about what the caches of one core hold.
+BLOCK_ELEMENTS = 2**20
+EXPERTS = "float32"
+"""What transformers calls `experts`."""
+
+Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
+"""From a weight to its rows in float32: which they are, and their values (rows, I)."""
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of x (..., I), W (O, I) and b (O,), in the dtype of x; differentiable in all three."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(input, weight, bias)
+    product: Tensor = Product.apply(input, weight, bias, weight.shape[0], _dense_blocks)
+    return product
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b for a W of any storage. Between the passes it keeps `x` as it came, and of W nothing widened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, num_outputs: int, blocks: Blocks) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.weight, ctx.blocks = weight, blocks  # the parameter itself: under ZeRO-3 its data come and go
+        ctx.num_inputs = x.shape[-1]
+        wide_x = x.float()
+        out = x.new_empty(*x.shape[:-1], num_outputs)
+        for rows, wide_rows in blocks(weight):
+            out[..., rows] = F.linear(wide_x, wide_rows, None if bias_O is None else bias_O[rows].float())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        wide_gradient = gradient.float().reshape(-1, gradient.shape[-1])
+        x_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            wide = wide_gradient.new_zeros(len(wide_gradient), ctx.num_inputs)
+            with gathered([weight] if not weight.numel() else []):
+                for rows, wide_rows in ctx.blocks(weight):
+                    wide.addmm_(wide_gradient[:, rows], wide_rows)
+            x_gradient = wide.to(gradient.dtype).view(*gradient.shape[:-1], ctx.num_inputs)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (wide_gradient.T @ x.reshape(-1, ctx.num_inputs).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            bias_gradient = wide_gradient.sum(0).to(gradient.dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None
+
+
+class Linear(torch.nn.Linear):
+    """A linear layer of a 16-bit base, its head, or a low-rank factor."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        return linear(input, self.weight, self.bias)
+
+
+class Conv1D(transformers.pytorch_utils.Conv1D):
+    """GPT-2's linear layer, whose weight is (I, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        return linear(x, self.weight.T, self.bias)
+
+
+class Linear4bit(bitsandbytes.nn.Linear4bit):
+    """NF4 or FP4, dequantised to float32 for each product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        fix_4bit_weight_quant_state_from_module(self)
+        blocks = partial(_dequantized_4bit, quant_state=self.weight.quant_state)
+        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, blocks)
+        return product
+
+
+class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
+    """int8 weights, dequantised for each product; inputs are not rounded to int8, in evaluation either."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        blocks = partial(_dequantized_8bit, scale_O=self.state.SCB)
+        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, blocks)
+        return product
+
+
+def experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """The stacked experts of any transformers model, one after the other, each on the tokens that chose it.
+
+    `hidden_states` (N, I), `top_k_index` and `top_k_weights` (N, K); gives (N, I).
+    """
+
+    def multiply(x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(module, name)[expert]
+        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+        return linear(x, weight.T if module.is_transposed else weight, bias)
+
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+        if module.has_gate:
+            inner = module._apply_gate(multiply(hidden_states[tokens], "gate_up_proj", expert))
+        else:
+            inner = module.act_fn(multiply(hidden_states[tokens], "up_proj", expert))
+        out = multiply(inner, "down_proj", expert)
+        if module.has_post_expert_norm:
+            out = module.post_expert_norm(out)
+        weighted = out * top_k_weights[tokens, places, None]
+        result = result.index_add(0, tokens, weighted.to(result.dtype))
+    return result
+
+
+LAYERS: dict[type, type] = {
+    torch.nn.Linear: Linear,
+    transformers.pytorch_utils.Conv1D: Conv1D,
+    bitsandbytes.nn.Linear4bit: Linear4bit,
+    bitsandbytes.nn.Linear8bitLt: Linear8bitLt,
+}
+
+
+def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LAYERS) -> None:
+    """Turn a model's layers into those that the table has in their place; what is one already stays."""
+    for module in model.modules():
+        module.__class__ = layers.get(type(module), type(module))
+    if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
+        ExpertsInterface.register(EXPERTS, experts)
+        model.set_experts_implementation(EXPERTS)
+
+
+def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for rows in _rows(weight_OI):
+        yield rows, weight_OI[rows].float()
+
+
+def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[slice, Tensor]]:
+    # To 16 bits first: the very weights that an export dequantises and that other processors multiply with.
+    yield from _dense_blocks(bitsandbytes.functional.dequantize_4bit(weight.data, quant_state))
+
+
+def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for rows in _rows(weight_OI):
+        yield rows, weight_OI[rows].float() * (scale_O[rows, None] / 127)
+
+
+def _rows(weight_OI: Tensor) -> Iterator[slice]:
+    num_outputs, num_inputs = weight_OI.shape
+    step = max(1, BLOCK_ELEMENTS // num_inputs)
+    for start in range(0, num_outputs, step):
+        yield slice(start, start + step)

@@ -1,0 +1,19 @@
+"""Weights that ZeRO-3 shards, in one piece for as long as somebody reads them."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter], *, changes: bool = False) -> AbstractContextManager[None]:
+    """Within, these weights are whole on every worker; all workers must enter. With `changes`, rank 0's are kept."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        sharded, modifier_rank=0 if changes else None
+    )
+    return context

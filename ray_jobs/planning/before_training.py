@@ -1,0 +1,50 @@
+"""The last look before workers are started: the plan for the real records, against what the cluster has."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from components.config.schema import RunConfig
+from components.shared.errors import ConfigError
+from ray_jobs.base import base_config
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.planning.capacity import Load, cluster_device, require_fit
+from ray_jobs.planning.memory import GIB, parts_told
+from ray_jobs.planning.rehearsal import Census, Rehearsal
+
+
+def before_training(
+    config: RunConfig, base_folder: Path, split: TokenizedSplit, nodes: Iterable[Mapping[str, Any]]
+) -> list[str]:
+    """What to tell a person before any worker is started; `nodes` as `ray.nodes()` gives them.
+
+    Raises:
+        ConfigError: the training cannot fit, or the adapter does not fit the base.
+    """
+    device = cluster_device(config, nodes)
+    try:
+        base = base_config.load(base_folder, config.model)
+        rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    except ConfigError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
+        return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
+    parts = require_fit(config, rehearsal, Load.of(split, config.train.micro_batch_size), device).parts
+    counted = counts(rehearsal.census)
+    needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
+    if device.memory is None:
+        fits = "; nobody knows how much it has: name the GPU with ray.gpu"
+    else:
+        verdict = "fits" if parts.total <= device.memory else "may not fit"
+        fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
+    return [
+        f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
+        f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
+        needs + fits,
+    ]
+
+
+def counts(census: Census) -> dict[str, Any]:
+    """The share is of base and adapter together, as publications count it."""
+    total = census.parameters + census.trainable + census.frozen_adapter
+    return {"trainable_parameters": census.trainable, "trainable_share": census.trainable / total}

@@ -1,0 +1,212 @@
+"""Does a training fit, and what would: a rehearsed plan against the memory that there is."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from components.config.gpus import GPUS, Gpu
+from components.config.legality import refusals
+from components.config.schema import RunConfig
+from components.shared.errors import ConfigError
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan
+from ray_jobs.planning.rehearsal import Rehearsal, Step
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Ray's names of accelerators that differ from ours; of two sizes the larger, so that nothing is refused that would run.
+RAY_NAMES = {"A100": "A100-80G"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one worker trains on."""
+
+    name: str
+    memory: int | None
+    """Bytes for one worker; None when nobody knows."""
+    gpu: Gpu | None = None
+    whole: int | None = None
+    """Of CPU workers, the memory that all of them share."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The worst micro-batch that a training meets."""
+
+    length: int
+    """Tokens of its longest record."""
+    answers: int
+    """Labelled tokens of one of its records."""
+
+    @classmethod
+    def of(cls, split: TokenizedSplit, micro_batch_size: int) -> "Load":
+        """Of real records: the longest, and the longest answers."""
+        longest = sorted(split.num_answer_tokens.tolist())[-micro_batch_size:]
+        return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
+
+
+SETTINGS = ("method.base", "train.zero_stage", "train.micro_batch_size", "train.gradient_checkpointing")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config, and the memory that it takes."""
+
+    config: RunConfig
+    parts: Parts
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the memory, as keys of the config."""
+        method, train = self.config.method, self.config.train
+        values = (method.row.base, train.zero_stage, train.micro_batch_size, train.gradient_checkpointing)
+        return dict(zip(SETTINGS, values, strict=True))
+
+    def changes(self, asked: "Choice") -> dict[str, Any]:
+        """Where it differs."""
+        before = asked.settings()
+        return {key: value for key, value in self.settings().items() if value != before[key]}
+
+
+def named_device(config: RunConfig) -> Device:
+    """What the config alone says: the GPU it names, or this machine for CPU workers."""
+    if config.ray.use_gpu:
+        return gpu_device(config.ray.gpu)
+    return cpu_device("this machine", machine_bytes(), config.ray.num_workers)
+
+
+def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Device:
+    """What a Ray cluster has, as `ray.nodes()` tells it; a GPU that the config names wins."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    if not config.ray.use_gpu:
+        # A head that runs no workers (num-cpus 0) lends them no memory.
+        workers = [node for node in resources if node.get("CPU")]
+        memory = sum(node.get("memory", 0) + node.get("object_store_memory", 0) for node in workers)
+        return cpu_device("this cluster", int(memory) or None, config.ray.num_workers)
+    if config.ray.gpu:
+        return gpu_device(config.ray.gpu)
+    kinds = {key.partition(":")[2] for node in resources if node.get("GPU") for key in node if key.startswith("accel")}
+    known = [RAY_NAMES.get(kind, kind) for kind in kinds]
+    if not known or not set(known) <= GPUS.keys():
+        return gpu_device(None)
+    return gpu_device(max(known, key=lambda kind: GPUS[kind].memory_gib))
+
+
+def gpu_device(name: str | None) -> Device:
+    """One GPU of the table; with no name, one that nobody knows."""
+    if name is None:
+        return Device("an unnamed GPU", None)
+    return Device(name, int(GPUS[name].memory_gib * GIB), GPUS[name])
+
+
+def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
+    """A worker's part of a memory that all share."""
+    return Device(name, memory // num_workers if memory else None, whole=memory)
+
+
+def machine_bytes() -> int:
+    """This machine's memory, or the container's."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def chosen(config: RunConfig, rehearsal: Rehearsal, load: Load, step: Step | None = None) -> Choice:
+    """What a config takes; `step` where it is known already."""
+    train = config.train
+    parts = plan(
+        rehearsal.census,
+        step or rehearsal.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing),
+        base=config.method.row.base,
+        answers=load.answers * train.micro_batch_size,
+        sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        use_gpu=config.ray.use_gpu,
+    )
+    return Choice(config, parts)
+
+
+def advised(config: RunConfig, rehearsal: Rehearsal, load: Load, memory: int) -> Choice | None:
+    """The lowest ZeRO stage, then no recomputation, then the largest micro-batch that fits; else the same on NF4.
+
+    None where not even one record on an NF4 base does.
+    """
+    for rough in _legal_choices(config, rehearsal, load):
+        if rough.parts.total <= memory:
+            choice = chosen(rough.config, rehearsal, load)
+            if choice.parts.total <= memory:
+                return choice
+    return None
+
+
+def require_fit(config: RunConfig, rehearsal: Rehearsal, load: Load, device: Device) -> Choice:
+    """The plan of a training that may begin.
+
+    Refused is only what cannot run: on a GPU, tensors that are larger than its memory with nothing else on it; on CPUs,
+    whose memory can be swapped and mapped from files, one worker's state larger than all the memory there is.
+
+    Raises:
+        ConfigError: it cannot fit; the message names the parts and the settings that would.
+    """
+    choice = chosen(config, rehearsal, load)
+    parts = choice.parts
+    needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
+    if limit is None or needed <= limit:
+        return choice
+    memory = device.memory or limit
+    raise ConfigError(
+        f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
+        f"({parts_told(parts)}) and has {memory / GIB:.1f}. "
+        f"{_way_out(choice, advised(config, rehearsal, load, memory), load)}"
+    )
+
+
+def _way_out(asked: Choice, better: Choice | None, load: Load) -> str:
+    if better is not None:
+        changes = " ".join(f"{key}={toml(value)}" for key, value in better.changes(asked).items())
+        return f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
+    return (
+        f"Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length below "
+        f"{load.length}"
+    )
+
+
+def toml(value: Any) -> str:
+    """A value as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _legal_choices(config: RunConfig, rehearsal: Rehearsal, load: Load) -> Iterator[Choice]:
+    per_worker = config.train.batch_size // config.ray.num_workers
+    sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
+    for base in dict.fromkeys((config.method.row.base, "nf4")):
+        for zero_stage, checkpointing in product(range(4), (False, True)):
+            if any(
+                refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
+            ):
+                continue
+            ends = [rehearsal.step(size, load.length, checkpointing=checkpointing) for size in (1, per_worker)]
+            for size in sizes:
+                settings = {
+                    "zero_stage": zero_stage,
+                    "micro_batch_size": size,
+                    "gradient_checkpointing": checkpointing,
+                }
+                candidate = config.model_copy(
+                    update={
+                        "method": config.method.model_copy(update={"base": base}),
+                        "train": config.train.model_copy(update=settings),
+                    }
+                )
+                step = _between(*ends, share=(size - 1) / max(1, per_worker - 1))
+                yield chosen(candidate, rehearsal, load, step)
+
+
+def _between(first: Step, last: Step, *, share: float) -> Step:
+    """About what a batch between them takes: what is kept grows with it evenly, the workspace no faster."""
+    return Step(
+        int(first.kept + share * (last.kept - first.kept)),
+        int(first.workspace + share * (last.workspace - first.workspace)),
+        first.is_estimate,
+    )

@@ -1,0 +1,164 @@
+"""How much memory one worker needs, by part: pure arithmetic over what a rehearsal counted.
+
+Names: n parameters, N workers. Everything is in bytes and for one worker.
+
+weights      the frozen base, as it is stored
+adapter      the adapter's own weights, bfloat16
+gradients    of what is trained, bfloat16
+optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1)
+activations  what the layers keep and use at the peak of a step
+logits       of the positions that carry a label, where Fineloop computes any, and their gradients
+overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from components.config.methods import BaseFormat
+from ray_jobs.planning.rehearsal import Census, Step
+from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
+
+BF16, FLOAT32 = 2, 4
+GIB = 2**30
+
+# bitsandbytes: blocks of 64 weights with one 8-bit constant each, itself quantised in blocks of 256 with one float32.
+# Each layer also has both code books and an offset, float32 (functional.py, QuantState).
+NF4_BLOCK, NF4_OUTER_BLOCK, NF4_LAYER_BYTES = 64, 256, (16 + 256 + 1) * FLOAT32
+
+# Each logit, at the peak of the loss: its float32 log-probability and that one's gradient, and bfloat16's own.
+LOGIT_BYTES = 2 * FLOAT32 + BF16
+
+# A CUDA context with cuBLAS, cuDNN and NCCL loaded takes 0.5 to 1 GiB, by driver and GPU.
+CONTEXT_BYTES = int(0.7 * GIB)
+# Of what comes and goes, PyTorch's allocator holds a little more than is in use: blocks of 2 MiB, split and kept.
+FRAGMENTATION = 0.1
+# A Python process with PyTorch, transformers, peft, DeepSpeed and Ray imported, on a CPU worker.
+PROCESS_BYTES = int(0.6 * GIB)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How DeepSpeed spreads a training over its workers."""
+
+    num_workers: int
+    zero_stage: int
+    cpu_offload: bool = False
+
+    def part(self, from_stage: int) -> float:
+        """What one worker holds of something that is partitioned from this ZeRO stage on."""
+        return 1 / self.num_workers if self.zero_stage >= from_stage else 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on one worker's device."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+    host: int = 0
+    """In host memory instead, with train.cpu_offload; not in the total."""
+
+    @property
+    def total(self) -> int:
+        """All of it on the device."""
+        return self.states + self.activations + self.logits + self.overhead
+
+    @property
+    def states(self) -> int:
+        """What is there between two steps, whatever the batch."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+    def as_json(self) -> dict[str, int]:
+        """By part, and in total."""
+        parts = asdict(self)
+        del parts["host"]
+        return {**parts, "total": self.total}
+
+
+def plan(
+    census: Census,
+    step: Step,
+    *,
+    base: BaseFormat,
+    answers: int,
+    sharing: Sharing,
+    use_gpu: bool = True,
+    trains_base: bool = False,
+) -> Parts:
+    """One worker's memory. `answers`: labelled tokens of a micro-batch; B x T for a trainer that scores every token.
+
+    `trains_base` is full fine-tuning: what is trained are the weights themselves.
+    """
+    weights = weight_bytes(census, base, sharing)
+    adapter = 0 if trains_base else math.ceil(adapter_bytes(census) * sharing.part(3))
+    gradients = math.ceil(BF16 * census.trainable * sharing.part(2))
+    optimizer = math.ceil(3 * FLOAT32 * census.trainable * sharing.part(1))
+    logits = logits_bytes(answers, census)
+    # The loss and the backward pass through the layers have their peaks one after the other.
+    activations = step.kept + max(0, step.workspace - logits)
+    overhead = buffer_bytes(census, base, sharing, trains_base=trains_base)
+    overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
+    host = 0
+    if sharing.cpu_offload:
+        host, optimizer = optimizer, 0
+        if sharing.zero_stage == 3:
+            host, weights = host + weights, 0
+    return Parts(weights, adapter, gradients, optimizer, activations, logits, overhead, host)
+
+
+def weight_bytes(census: Census, base: BaseFormat, sharing: Sharing) -> int:
+    """The base. Embeddings, head, norms and biases stay bfloat16 in every format."""
+    packed = sum(stored_bytes(outputs * inputs, base) for outputs, inputs in census.matrices)
+    constants = sum(constant_bytes(outputs, inputs, base) for outputs, inputs in census.matrices)
+    rest = census.parameters - sum(outputs * inputs for outputs, inputs in census.matrices)
+    # ZeRO-3 shares out parameters; the constants of a quantised one are no parameters, and every worker has them all.
+    return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
+
+
+def stored_bytes(numel: int, base: BaseFormat) -> int:
+    """One weight matrix."""
+    return {"nf4": math.ceil(numel / 2), "int8": numel, "bf16": BF16 * numel}[base]
+
+
+def constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
+    """What is needed to read one quantised matrix: arXiv:2305.14314, section 3, or one float32 a row."""
+    if base == "bf16":
+        return 0
+    if base == "int8":
+        return FLOAT32 * outputs
+    blocks = math.ceil(outputs * inputs / NF4_BLOCK)
+    return blocks + FLOAT32 * math.ceil(blocks / NF4_OUTER_BLOCK) + NF4_LAYER_BYTES
+
+
+def adapter_bytes(census: Census) -> int:
+    """What is trained and what is not."""
+    return BF16 * (census.trainable + census.frozen_adapter)
+
+
+def logits_bytes(answers: int, census: Census) -> int:
+    """Logits and gradients of so many positions, and their hidden states."""
+    return answers * (LOGIT_BYTES * census.vocabulary + 2 * BF16 * census.width)
+
+
+def buffer_bytes(census: Census, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:
+    """The largest quantised weight as it is multiplied, ZeRO's buckets, and what ZeRO-3 gathers."""
+    largest = max((outputs * inputs for outputs, inputs in census.matrices), default=0)
+    result = BF16 * largest if base != "bf16" else 0
+    if sharing.zero_stage >= 1 and sharing.num_workers > 1:
+        result += 2 * BF16 * min(BUCKET_ELEMENTS, census.trainable)
+    if sharing.zero_stage == 3 and sharing.num_workers > 1:
+        whole = weight_bytes(census, base, Sharing(1, 0))
+        gathered = BF16 * (LIVE_ELEMENTS + max(largest, census.vocabulary * census.width))
+        result += min(whole, gathered)
+    return result
+
+
+def parts_told(parts: Parts) -> str:
+    """The parts for a sentence, largest first, those below one in a hundred left out."""
+    named = {name: size for name, size in parts.as_json().items() if name != "total" and size >= parts.total / 100}
+    return ", ".join(f"{name} {named[name] / GIB:.3g}" for name in sorted(named, key=named.__getitem__, reverse=True))

@@ -1,0 +1,148 @@
+"""How fast this processor goes: a few layers of the base really train and read, in a second or two.
+
+A processor's data sheet says little about a step: how fast weights are dequantised and widened, what memory keeps up
+with and what an adapter costs differ by more than arithmetic does. Layers repeat, so a few of them tell of all.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from ray_jobs.base import processor
+from ray_jobs.base.base_model import Base, load_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+VOCABULARY = 2048
+"""Of the few layers' own model: its head must cost next to nothing beside them."""
+FEWEST_TOKENS = 16
+SECONDS = 0.5
+"""What one pass should take, about; a micro-batch is cut to that where a layer is large or the processor slow."""
+REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is read at once, in mean records."""
+
+    records: int
+    """Of a micro-batch."""
+    length: int
+    """Tokens of a record."""
+    answers: int
+    """Labelled tokens of a record."""
+    generated: int
+    """Records that are answered together in evaluation."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that one worker takes here."""
+
+    train_s: float
+    """For a token, forward and backward."""
+    read_s: float
+    """For a token, forward alone."""
+    write_s: float
+    """For one more token of every answer that is generated together."""
+    matmul_dtype: MatmulDtype
+
+
+def measure(config: RunConfig, base: "PretrainedConfig", load: Load) -> Pace:
+    """Measure on the threads of one worker.
+
+    Raises:
+        Exception: whatever a model of this architecture with random weights and few layers stumbles over.
+    """
+    torch.set_num_threads(config.ray.cpus_per_worker)
+    rates = processor.measure(processor.typical_shape(base))
+    dtype = processor.fixed(config.ray.cpu_matmul_dtype) or rates.faster
+    rate: float = getattr(rates, dtype)
+    text = base.get_text_config()
+    with tempfile.TemporaryDirectory(prefix="fineloop-pace-") as scratch:
+        adapted, num_layers = _few_layers(config, base, Path(scratch), dtype)
+    weights = sum(layer.in_features * layer.out_features for layer in _linear_layers(adapted))
+    affordable = int(SECONDS * rate / (4 * weights))
+    length = max(FEWEST_TOKENS, min(load.length, affordable))
+    records = max(1, min(load.records, affordable // length))
+    tokens = torch.randint(VOCABULARY, (records, length))
+    labels = tokens.clone()
+    labels[:, : -min(load.answers, length - 1)] = -100
+    next_tokens = torch.randint(VOCABULARY, (load.generated, 1))
+
+    from ray_jobs.base.answer_loss import answer_nll
+
+    def train() -> None:
+        answer_nll(adapted, tokens, labels).sum().backward()
+
+    def read() -> None:
+        answer_nll(adapted, tokens, labels)
+
+    def write() -> None:
+        adapted(input_ids=next_tokens, use_cache=False)
+
+    train_s = _seconds(train)
+    adapted.eval()
+    with torch.inference_mode():
+        read_s, write_s = _seconds(read), _seconds(write)
+    # The head alone is not among the few layers' own: two operations for each weight forward, and as many backward.
+    head_s = 2 * text.vocab_size * text.hidden_size / rate
+    share = load.answers / load.length
+    times = text.num_hidden_layers / num_layers
+    return Pace(
+        train_s=times * train_s / tokens.numel() + 2 * share * head_s,
+        read_s=times * read_s / tokens.numel() + share * head_s,
+        write_s=times * write_s + load.generated * head_s,
+        matmul_dtype=dtype,
+    )
+
+
+def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtype: MatmulDtype) -> tuple[Any, int]:
+    """A model of the base's shape with its first layers alone and random weights, adapted, and how many those are."""
+    from transformers import AutoModelForCausalLM
+
+    from ray_jobs.adapters import build
+    from ray_jobs.planning.rehearsal import period
+
+    few = copy.deepcopy(base)
+    text = few.get_text_config()
+    num_layers = min(text.num_hidden_layers, period(getattr(text, "layer_types", None) or [], text.num_hidden_layers))
+    text.num_hidden_layers, text.vocab_size = num_layers, VOCABULARY
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, 0)
+    AutoModelForCausalLM.from_config(few, dtype=torch.bfloat16).save_pretrained(scratch)
+    files = Base("a few layers", scratch, {})
+    method = config.method
+    model = load_model(files, config.model, method.row.base, use_gpu=False, matmul_dtype=dtype)
+    adapted = build.attach(model, method, base_reference="", seed=0, matmul_dtype=dtype)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return adapted.train(), num_layers
+
+
+def _linear_layers(adapted: Any) -> list[Any]:
+    head = adapted.get_output_embeddings()
+    return [module for module in adapted.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The best of a few, after one that warms up."""
+    work()
+    found = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)

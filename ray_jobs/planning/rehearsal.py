@@ -1,0 +1,314 @@
+"""One training step rehearsed on fake tensors: real model code, real adapter, real shapes, and no memory behind them.
+
+What a step keeps for its backward pass depends on the architecture, the adapter and the versions of three libraries;
+a formula for each would be wrong with the next release. Here the model itself says it, in a second and for any size:
+its layers run forward and backward on PyTorch's fake tensors, and every storage that appears and goes is counted.
+
+Shapes: B records of a micro-batch, T tokens of each.
+"""
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from components.config.schema import MethodConfig
+from ray_jobs.adapters import build
+from ray_jobs.base import attention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# arXiv:2205.05198, equation 2, without the attention matrix, which fused kernels never store: bytes that a transformer
+# layer keeps for each token and unit of its width. Only for an architecture that does not run on fake tensors.
+LAYER_BYTES = 34
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a base and its adapter consist of, counted on the model itself."""
+
+    parameters: int
+    """Of the base; tied weights count once."""
+    matrices: tuple[tuple[int, int], ...]
+    """(outputs, inputs) of each weight that a quantised base stores in fewer bits: every linear layer but the head."""
+    active: int
+    """Weights that one token is multiplied with in the base's layers, the head not included."""
+    vocabulary: int
+    width: int
+    """Of the residual stream."""
+    attention_width: int
+    """Heads times their size."""
+    num_layers: int
+    trainable: int
+    """Adapter's parameters that are trained; for full fine-tuning, all of the base."""
+    frozen_adapter: int
+    """Adapter's parameters that are not: VeRA's shared random matrices."""
+    applied: int
+    """Adapter weights that one token is multiplied with; shared matrices count once for each layer that uses them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one forward and backward pass through the layers, the output head left out."""
+
+    kept: int
+    """What is kept between the passes."""
+    workspace: int
+    """What the passes need beyond that, at their peak."""
+    is_estimate: bool = False
+    """The architecture does not run on fake tensors, and a formula stands in."""
+
+
+class Rehearsal:
+    """A base with a fresh adapter, on no device at all; with no method, the base trained in full."""
+
+    def __init__(
+        self, base: "PretrainedConfig", method: MethodConfig | None, *, reference: str, use_gpu: bool = True
+    ) -> None:
+        """Raises ConfigError where `method.target_modules` matches no layer of the base."""
+        self._model = _empty_model(base, use_gpu=use_gpu)
+        base = base.get_text_config()  # of a model that also sees, what reads and writes
+        matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        active = _active(self._model, base)
+        self._model.requires_grad_(method is None)
+        adapted = None
+        if method is not None:
+            if method.row.base == "int8":
+                for layer, _, _ in _linear_layers(self._model):
+                    _as_int8(layer)
+            with torch.device("meta"):
+                adapted = build.attach(self._model, method, base_reference=reference, seed=0)
+        self.census = Census(
+            parameters=parameters,
+            matrices=matrices,
+            active=active,
+            vocabulary=self._model.get_output_embeddings().weight.shape[0],
+            width=base.hidden_size,
+            attention_width=_attention_width(base),
+            num_layers=base.num_hidden_layers,
+            trainable=adapted.get_nb_trainable_parameters()[0] if adapted else parameters,
+            frozen_adapter=_frozen(adapted),
+            applied=_applied(adapted, method.r) if adapted and method else 0,
+        )
+        self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
+        self._steps: dict[tuple[int, int, bool], Step] = {}
+
+    def step(self, batch: int, length: int, *, checkpointing: bool) -> Step:
+        """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat."""
+        key = (batch, length, checkpointing)
+        if key not in self._steps:
+            try:
+                self._steps[key] = self._extrapolated(*key)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # whatever such a model stumbles over
+                logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
+                self._steps[key] = _estimate(self.census, *key)
+        return self._steps[key]
+
+    def _extrapolated(self, batch: int, length: int, checkpointing: bool) -> Step:
+        num_layers, few, more = self.census.num_layers, self._period, 2 * self._period
+        if num_layers <= more:
+            kept, workspace = self._run(batch, length, checkpointing, num_layers)
+            return Step(kept, workspace)
+        fewer, _ = self._run(batch, length, checkpointing, few)
+        kept, workspace = self._run(batch, length, checkpointing, more)
+        return Step(kept + (num_layers - more) * (kept - fewer) // (more - few), workspace)
+
+    def _run(self, batch: int, length: int, checkpointing: bool, num_layers: int) -> tuple[int, int]:
+        with self._fake, _first_layers(self._decoder, num_layers), _checkpointing(self._model, on=checkpointing):
+            input_ids = torch.zeros(batch, length, dtype=torch.long)
+            with LiveBytes() as live:
+                # As in `answer_loss`: no mask, no cache.
+                hidden = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+                kept = live.now
+                hidden.backward(torch.ones_like(hidden))
+                del hidden
+        return kept, live.peak - kept
+
+    @cached_property
+    def _fake(self) -> FakeTensorMode:
+        return FakeTensorMode()
+
+    @cached_property
+    def _decoder(self) -> torch.nn.Module:
+        """The layers without the output head, on fake tensors."""
+        self._model.train()
+        with self._fake:
+            _replace_tensors(self._model)
+        decoder: torch.nn.Module = self._model.get_decoder()
+        return decoder
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that are created within and still alive: `now`, and at most `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it made; a view of its input is nothing new."""
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if id(storage) not in self._alive | inputs:
+                self._alive.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
+        self.now -= num_bytes
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _empty_model(base: "PretrainedConfig", *, use_gpu: bool) -> "PreTrainedModel":
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    real = AttentionInterface()["sdpa" if use_gpu else attention.register()]
+    name = f"rehearsed_{'gpu' if use_gpu else 'cpu'}"
+    AttentionInterface.register(name, real)
+    # Of fake tensors transformers cannot see that nothing is padded: in a training there is no mask either.
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16, attn_implementation=name)
+    return model
+
+
+class _Int8Product(torch.autograd.Function):
+    """As bitsandbytes' product, which holds its input by a plain attribute: checkpointing does not make that go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.x, ctx.weight = x, weight
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0] @ ctx.weight, None, None
+
+
+def _as_int8(linear: torch.nn.Linear) -> None:
+    linear.forward = lambda x: _Int8Product.apply(x, linear.weight, linear.bias)
+
+
+def _replace_tensors(model: torch.nn.Module) -> None:
+    """Put a fake tensor in the place of each one on the meta device; what is trained is bfloat16, as DeepSpeed has it.
+
+    A gradient goes as soon as it is there: it is counted elsewhere.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = torch.bfloat16 if parameter.requires_grad else parameter.dtype
+                fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                if fake.requires_grad:
+                    fake.register_post_accumulate_grad_hook(_drop_gradient)
+                module._parameters[name] = fake
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _first_layers(decoder: torch.nn.Module, count: int) -> Iterator[None]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    name, layers = next(
+        (name, child)
+        for name, child in decoder.named_children()
+        if isinstance(child, torch.nn.ModuleList) and isinstance(child[0], GradientCheckpointingLayer)
+    )
+    setattr(decoder, name, layers[:count])
+    try:
+        yield
+    finally:
+        setattr(decoder, name, layers)
+
+
+@contextmanager
+def _checkpointing(model: "PreTrainedModel", *, on: bool) -> Iterator[None]:
+    if not on:
+        yield
+        return
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
+
+
+def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:
+    """Each linear layer but the head, with its numbers of outputs and inputs."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            yield module, module.weight.shape[1], module.weight.shape[0]
+        elif isinstance(module, torch.nn.Linear) and module is not head:
+            yield module, module.out_features, module.in_features
+
+
+def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
+    """Of experts, stored as one tensor (experts, ., .), a token meets only those it is sent to."""
+    dense = sum(outputs * inputs for _, outputs, inputs in _linear_layers(model))
+    experts = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+    chosen = getattr(base, "num_experts_per_tok", None) or 1
+    return dense + sum(tensor.numel() // tensor.shape[0] * min(chosen, tensor.shape[0]) for tensor in experts)
+
+
+def _attention_width(base: "PretrainedConfig") -> int:
+    head = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    return int(head * base.num_attention_heads)
+
+
+def _frozen(adapted: Any) -> int:
+    if adapted is None:
+        return 0
+    shared = (getattr(adapted.base_model, name, None) for name in ("vera_A", "vera_B"))
+    return sum(matrix.numel() for matrices in shared if matrices is not None for matrix in matrices.values())
+
+
+def _applied(adapted: Any, rank: int) -> int:
+    """Low-rank methods alike: a token meets r x inputs and outputs x r weights at each adapted layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def period(layer_types: list[str], num_layers: int) -> int:
+    """After how many layers their kinds repeat; at least two, since the first may differ a little."""
+    periods = (n for n in range(2, num_layers) if layer_types[n:] == layer_types[: len(layer_types) - n])
+    return next(periods, num_layers)
+
+
+def _estimate(census: Census, batch: int, length: int, checkpointing: bool) -> Step:
+    layer = LAYER_BYTES * batch * length * census.width
+    if checkpointing:
+        return Step(census.num_layers * 2 * batch * length * census.width, layer, is_estimate=True)
+    return Step(census.num_layers * layer, layer, is_estimate=True)

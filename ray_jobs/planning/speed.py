@@ -1,0 +1,55 @@
+"""How fast a training will go, from its arithmetic and from what published trainings achieve. Pure functions.
+
+Each weight of the frozen base takes part in two operations for each token forward and two backward, to pass the
+gradient on; a trained one in two more, for its own. Recomputing activations repeats the forward pass.
+"""
+
+from dataclasses import dataclass
+
+from components.config.gpus import Gpu
+from components.config.methods import AdapterKind, BaseFormat
+from ray_jobs.planning.rehearsal import Census
+
+# Share of the data sheet's dense rate that a training achieves, counting every operation above, recomputed ones too.
+# Calibrated on published LoRA trainings, of which tests/ray_jobs/published.py holds each with its source.
+ACHIEVED = 0.44
+# Dequantising costs time as well: LLaMA-Factory's and Qwen's own tables have QLoRA at 0.80 to 0.87 of LoRA's speed.
+BASE_FACTOR: dict[BaseFormat, float] = {"bf16": 1.0, "nf4": 0.82, "int8": 0.82}
+# The norm of every weight at every step: 1,191 s against LoRA's 942 s in peft's own comparison (MetaMathQA, 3B).
+ADAPTER_FACTOR: dict[AdapterKind, float] = {"lora": 1.0, "dora": 942 / 1191, "vera": 1.0, "dvora": 942 / 1191}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What to expect of the whole group of workers."""
+
+    flops_per_token: float
+    tokens_per_s: float
+
+
+def speed(
+    census: Census,
+    gpu: Gpu,
+    *,
+    num_gpus: int,
+    base: BaseFormat,
+    adapter: AdapterKind,
+    length: int,
+    answer_share: float,
+    checkpointing: bool,
+) -> Speed:
+    """`answer_share`: what part of all positions the head computes logits for."""
+    operations = flops_per_token(census, length=length, answer_share=answer_share, checkpointing=checkpointing)
+    rate = gpu.tflops * 1e12 * ACHIEVED * BASE_FACTOR[base] * ADAPTER_FACTOR[adapter] * num_gpus
+    return Speed(operations, rate / operations)
+
+
+def flops_per_token(census: Census, *, length: int, answer_share: float, checkpointing: bool) -> float:
+    """Operations of one token, forward and backward, averaged over a record of `length` tokens."""
+    # Causal attention: each position meets half of the others, in two products of the heads' width.
+    attention = 2 * length * census.attention_width * census.num_layers
+    forward = 2 * (census.active + census.applied) + attention
+    # Fused attention recomputes its scores going back: five products where there were two (arXiv:2205.14135).
+    backward = 2 * (census.active + 2 * census.applied) + 2.5 * attention
+    head = 4 * answer_share * census.vocabulary * census.width
+    return forward * (2 if checkpointing else 1) + backward + head

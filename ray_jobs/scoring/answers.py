@@ -1,0 +1,133 @@
+"""What an answer is worth: pure functions over texts and log-likelihoods."""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components.shared.metrics import METRICS
+
+RESAMPLES = 2000
+MAX_CLASSES = 30
+OTHER = "(another answer)"
+NEW_TOKENS = range(8, 257)
+"""What the longest answer may be where the config leaves it to the references."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one record."""
+
+    nll: float
+    """-log p(answer | prompt) in nats, the end of the answer included."""
+    other_prompt_nll: float | None
+    """The same given another record's prompt; None where it was not measured."""
+    text: str
+    """The greedy answer."""
+    exact_match: bool
+    token_f1: float
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Equal up to Unicode form and white space."""
+    return _normal(answer) == _normal(reference)
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words, in 0..1, as SQuAD counts it (arXiv:1606.05250, section 6.1):
+    a bag of words, without case and punctuation."""
+    ours, theirs = Counter(_words(answer)), Counter(_words(reference))
+    common = (ours & theirs).total()
+    if not common:
+        return float(ours == theirs)
+    precision, recall = common / ours.total(), common / theirs.total()
+    return 2 * precision * recall / (precision + recall)
+
+
+def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[str, float | None]:
+    """A model's metrics over all records. Losses are per answer token; every model is divided by the same counts."""
+    tokens = sum(num_answer_tokens)
+    loss = sum(score.nll for score in scores) / tokens
+    others = [score.other_prompt_nll for score in scores if score.other_prompt_nll is not None]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "exact_match": sum(score.exact_match for score in scores) / len(scores),
+        "token_f1": sum(score.token_f1 for score in scores) / len(scores),
+        "prompt_gain": sum(others) / tokens - loss if len(others) == len(scores) else None,
+    }
+
+
+def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
+    """How often each reference was answered by which: labels, and counts[reference][answer].
+
+    None where the answers are no classes: more than MAX_CLASSES distinct references, or hardly any said twice.
+    """
+    expected, given = [_normal(each) for each in references], [_normal(each) for each in answers]
+    classes = [label for label, _ in Counter(expected).most_common()]
+    if not 2 <= len(classes) <= min(MAX_CLASSES, len(expected) // 2):
+        return None
+    labels = [*classes, OTHER]
+    index = {label: row for row, label in enumerate(labels)}
+    counts = [[0] * len(labels) for _ in labels]
+    for reference, answer in zip(expected, given, strict=True):
+        counts[index[reference]][index.get(answer, len(classes))] += 1
+    return {"labels": labels, "counts": counts}
+
+
+def paired_difference(
+    candidate: Sequence[Score], other: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
+) -> dict[str, object]:
+    """How much better the candidate is than another model on the same records, with a 95 % bootstrap interval.
+
+    Records are drawn together with both models' results on them, so what makes a record hard for both cancels out.
+    Positive means that the candidate is better, whichever way the metric points.
+    """
+    ours, weights = _per_record(candidate, num_answer_tokens, metric)
+    theirs, _ = _per_record(other, num_answer_tokens, metric)
+    sign = -1.0 if METRICS[metric].lower_is_better else 1.0
+    draws = np.random.default_rng(0).integers(0, len(ours), size=(RESAMPLES, len(ours)))
+
+    def difference(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        drawn = weights[rows].sum(axis=-1)
+        means = [values[rows].sum(axis=-1) / drawn for values in (ours, theirs)]
+        if metric == "perplexity":
+            means = [np.exp(np.minimum(mean, 700.0)) for mean in means]
+        return np.asarray(sign * (means[0] - means[1]))
+
+    low, high = np.quantile(difference(draws), [0.025, 0.975])
+    point = float(difference(np.arange(len(ours))))
+    return {"metric": metric, "difference": point, "ci95": [float(low), float(high)], "records": len(ours)}
+
+
+def _per_record(
+    scores: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Numerators and denominators whose sums give the metric."""
+    if METRICS[metric].lower_is_better:
+        return np.array([score.nll for score in scores]), np.array(num_answer_tokens, dtype=np.float64)
+    return np.array([float(getattr(score, metric)) for score in scores]), np.ones(len(scores))
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]:
+    """Per-record results as columns of a table."""
+    return {
+        f"{role}_answer": [score.text for score in scores],
+        f"{role}_nll": [score.nll for score in scores],
+        f"{role}_exact_match": [score.exact_match for score in scores],
+        f"{role}_token_f1": [score.token_f1 for score in scores],
+    }

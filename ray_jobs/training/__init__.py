@@ -1,0 +1,1 @@
+"""One training: its worker, its loop, its checkpoints, and DeepSpeed as it is used here."""

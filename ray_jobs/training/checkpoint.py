@@ -1,0 +1,185 @@
+"""Resumable checkpoints in the store: the adapter and the optimizer, never the base.
+
+    runs/<run_id>/checkpoints/step-000100/rank-0/     this worker's part of the optimizer: float32 masters and moments
+                                          rank-1/
+                                          shared/     adapter weights, best weights so far, state.json
+
+Each of these is a folder with a manifest. `shared` is written after every rank's, so a checkpoint exists when `shared`
+does: a half-uploaded one is never resumed from.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.config.ray import MatmulDtype
+from components.registry import folders
+from components.registry.store import Store
+from components.shared.errors import ConfigError
+from ray_jobs.base.gathered import gathered
+from ray_jobs.training import zero
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where a training stands, beyond its tensors."""
+
+    config_digest: str
+    num_workers: int
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    evals_without_gain: int = 0
+    matmul_dtype: MatmulDtype = "bfloat16"
+    """What its products were taken in; a checkpoint that does not say was trained in bfloat16."""
+
+
+def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights in host memory, whole. Under ZeRO-3 every worker must call it."""
+    parameters = trainable(module)
+    with gathered(parameters.values()):
+        return _contiguous(parameters)
+
+
+def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
+    """Set the adapter's weights in place. Under ZeRO-3 every worker must call it, with the same weights."""
+    parameters = trainable(module)
+    with gathered(parameters.values(), changes=True):
+        for name, parameter in parameters.items():
+            parameter.data.copy_(source[name])
+
+
+def save(
+    store: Store, run_id: str, engine: Any, progress: Progress, best: Mapping[str, torch.Tensor], *, rank: int
+) -> None:
+    """Write a checkpoint; every worker calls it at the same step. Returns when it is complete."""
+    key = _key(run_id, progress.step)
+    adapter = weights(engine.module)
+    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+        folder = Path(scratch)
+        save_file(_optimizer_tensors(engine), folder / "optimizer.safetensors")
+        _publish(store, f"{key}/rank-{rank}", folder)
+    torch.distributed.barrier()
+    if rank == 0:
+        with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+            folder = Path(scratch)
+            save_file(adapter, folder / "adapter.safetensors")
+            save_file(_contiguous(best), folder / "best.safetensors")
+            (folder / "state.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            _publish(store, f"{key}/shared", folder)
+    torch.distributed.barrier()
+
+
+def newest(store: Store, run_id: str) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    steps = [step for step in _steps(store, run_id) if folders.find_manifest(store, f"{_key(run_id, step)}/shared")]
+    return max(steps, default=None)
+
+
+def resume(
+    store: Store, run_id: str, step: int, engine: Any, expected: Progress, *, rank: int
+) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Put an engine into the state that the checkpoint holds; gives the progress and the best weights.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another config or another number of workers.
+        IntegrityError: a file is not what its manifest lists.
+    """
+    key = _key(run_id, step)
+    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+        shared = Path(scratch) / "shared"
+        folders.pull(store, f"{key}/shared", shared)
+        progress = Progress(**json.loads((shared / "state.json").read_text(encoding="utf-8")))
+        _require_same(progress, expected, store.uri(key))
+        folders.pull(store, f"{key}/rank-{rank}", Path(scratch) / "rank")
+        copy_weights(load_file(shared / "adapter.safetensors"), engine.module)
+        _restore_optimizer(engine, load_file(Path(scratch) / "rank" / "optimizer.safetensors"))
+        best = load_file(shared / "best.safetensors")
+    return progress, best
+
+
+def matmul_dtype(store: Store, run_id: str) -> MatmulDtype | None:
+    """What the run's newest checkpoint was trained in, and so must go on in; None without one."""
+    step = newest(store, run_id)
+    return None if step is None else Progress(**store.get_json(f"{_key(run_id, step)}/shared/state.json")).matmul_dtype
+
+
+def discard_after(store: Store, run_id: str, step: int) -> None:
+    """Delete what a lost worker group left of checkpoints beyond `step`."""
+    for found in _steps(store, run_id):
+        if found > step:
+            _delete(store, run_id, found)
+
+
+def keep_newest(store: Store, run_id: str, count: int) -> None:
+    """Delete all but the newest checkpoints."""
+    for step in sorted(_steps(store, run_id))[:-count]:
+        _delete(store, run_id, step)
+
+
+def _require_same(found: Progress, expected: Progress, uri: str) -> None:
+    if found.config_digest != expected.config_digest:
+        raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
+    if found.num_workers != expected.num_workers:
+        raise ConfigError(
+            f"{uri} was written by {found.num_workers} workers and ray.num_workers is {expected.num_workers}: "
+            f"resume with ray.num_workers={found.num_workers}, or start a new run"
+        )
+
+
+def _optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for index, (master, state) in enumerate(zero.master_partitions(engine)):
+        tensors[f"{index}.master"] = master.detach()
+        tensors[f"{index}.step"] = torch.as_tensor(float(state["step"]))
+        tensors.update({f"{index}.{moment}": state[moment] for moment in MOMENTS})
+    return _contiguous(tensors)
+
+
+def _restore_optimizer(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    for index, (master, state) in enumerate(zero.master_partitions(engine)):
+        master.data.copy_(tensors[f"{index}.master"])
+        state["step"] = tensors[f"{index}.step"].clone()  # AdamW keeps its count on the CPU
+        state.update({moment: tensors[f"{index}.{moment}"].to(master.device) for moment in MOMENTS})
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _publish(store: Store, key: str, folder: Path) -> None:
+    folders.publish(store, key, {path.name: path for path in folder.iterdir()}, about={"kind": "checkpoint"})
+
+
+def _key(run_id: str, step: int) -> str:
+    return f"runs/{run_id}/checkpoints/step-{step:06d}"
+
+
+def _steps(store: Store, run_id: str) -> list[int]:
+    names = store.folders(f"runs/{run_id}/checkpoints/")
+    return [int(name.removeprefix("step-")) for name in names if name.startswith("step-")]
+
+
+def _delete(store: Store, run_id: str, step: int) -> None:
+    # The manifest first: from then on it does not exist, however far the deletion gets.
+    key = _key(run_id, step)
+    store.delete([f"{key}/shared/{folders.MANIFEST}"])
+    store.delete(item.key for item in list(store.list(f"{key}/")))

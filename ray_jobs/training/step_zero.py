@@ -1,0 +1,64 @@
+"""The check before the first step: a sharded model must give the loss of the same model in one piece.
+
+A library that shards weights it does not understand trains on wrong ones without an error (bitsandbytes#1451: int8
+under ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records by a plain forward pass, before DeepSpeed
+has touched anything; then every worker computes it through its engine.
+"""
+
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+from components.shared.errors import JobError
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.training.group import Worker
+
+logger = logging.getLogger(__name__)
+
+RECORDS = 4  # the shortest ones: under ZeRO-3 the plain pass runs on a CPU
+# What other kernels and another order of sums may move the loss by, in nats and as a share of it.
+TOLERANCE = 0.02
+RELATIVE_TOLERANCE = 0.005
+
+
+def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
+    """The records that are compared: `input_ids` and `labels`, both (B, T)."""
+    shortest = list(by_length(split.lengths, 1))[-RECORDS:]
+    return collate(split, [int(index) for (index,) in shortest], pad)
+
+
+@torch.no_grad()
+def probe_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> float:
+    """Mean nats per answer token, without dropout. Under ZeRO-3 every worker must call it."""
+    was_training = model.training
+    model.eval()
+    loss = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().mean().item()
+    model.train(was_training)
+    return loss
+
+
+def require_same_loss(found: float, expected: float, *, worker: Worker, zero_stage: int) -> None:
+    """Stop all workers if one's loss is not rank 0's plain one; `expected` is read on rank 0 alone.
+
+    Raises:
+        JobError: on every worker alike.
+    """
+    losses = torch.zeros(worker.num_workers + 1, dtype=torch.float64, device=worker.device)
+    losses[worker.rank] = found
+    if worker.rank == 0:
+        losses[-1] = expected
+    dist.all_reduce(losses)
+    *sharded, plain = losses.tolist()
+    distances = [math.inf if math.isnan(loss) else abs(loss - plain) for loss in sharded]
+    rank = distances.index(max(distances))
+    limit = TOLERANCE + RELATIVE_TOLERANCE * plain
+    logger.info("loss before the first step: %.4f, unsharded %.4f", sharded[rank], plain)
+    if math.isfinite(plain) and distances[rank] > limit:  # a model that gives no number was not broken by sharding
+        raise JobError(
+            f"before the first step, rank {rank}'s loss with train.zero_stage={zero_stage} is {sharded[rank]:.4f} and "
+            f"that of the same model unsharded is {plain:.4f}, more than {limit:.2f} apart: the weights were not "
+            "sharded right, and training would go on wrong ones; use a lower train.zero_stage"
+        )

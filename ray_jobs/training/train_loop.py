@@ -1,0 +1,223 @@
+"""The training loop of one worker: steps, measurements on held-out records, early stopping, checkpoints.
+
+Nothing here depends on chance beyond `train.seed`: batches are a pure function of seed and epoch, dropout is seeded by
+step and rank, so a resumed training takes the very steps that an uninterrupted one takes.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from components.config.schema import RunConfig, TrainConfig
+from components.registry.store import Store
+from components.shared.errors import ConfigError
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import TokenizedSplit, by_length, collate, plan_epoch, share
+from ray_jobs.training import checkpoint, zero
+from ray_jobs.training.checkpoint import Progress
+from ray_jobs.training.group import Worker
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Outcome:
+    """What a finished training gives: the weights to publish and how they came to be."""
+
+    weights: dict[str, torch.Tensor]
+    progress: Progress
+    num_steps: int
+    stopped_early: bool
+    first_loss: float | None = None
+    last_loss: float | None = None
+    eval_loss: float | None = None
+    resumed_from: int = 0
+    evals: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: float) -> float:
+    """Rate of optimizer step `step`, counted from 0: a linear warm-up, then a cosine to zero after the last."""
+    num_warmup = math.ceil(warmup_share * num_steps)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def num_steps(train: TrainConfig, num_records: int) -> int:
+    """Optimizer steps of the whole training."""
+    per_epoch = math.ceil(num_records / train.batch_size)
+    return min(train.max_steps or math.inf, per_epoch * train.epochs).__int__()
+
+
+def eval_steps(train: TrainConfig, num_records: int) -> set[int]:
+    """After how many steps the held-out loss is measured; the last step is always one of them."""
+    total = num_steps(train, num_records)
+    steps = {total}
+    if train.evals_per_epoch:
+        every = max(1, math.ceil(math.ceil(num_records / train.batch_size) / train.evals_per_epoch))
+        steps.update(range(every, total, every))
+    return steps
+
+
+def run(
+    engine: Any,
+    *,
+    config: RunConfig,
+    run_id: str,
+    store: Store,
+    worker: Worker,
+    train_split: TokenizedSplit,
+    eval_split: TokenizedSplit,
+    pad: int,
+    report: Report,
+) -> Outcome:
+    """Train to the end, from the newest complete checkpoint of this run when there is one.
+
+    `report` gets one record for each step and each measurement, on every rank.
+    """
+    train = config.train
+    total = num_steps(train, len(train_split))
+    measured = eval_steps(train, len(train_split))
+    progress = Progress(config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype)
+    best = checkpoint.weights(engine.module)
+    resumed_from = checkpoint.newest(store, run_id) or 0
+    dist.barrier()  # every worker has looked before the first one deletes
+    if worker.rank == 0:
+        checkpoint.discard_after(store, run_id, resumed_from)
+    dist.barrier()
+    if resumed_from:
+        progress, best = checkpoint.resume(store, run_id, resumed_from, engine, progress, rank=worker.rank)
+        logger.info("resumed from step %d", resumed_from)
+    outcome = Outcome(best, progress, total, stopped_early=False, resumed_from=resumed_from)
+    started = time.monotonic() - progress.elapsed_s
+
+    for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
+        step_started = time.monotonic()
+        loss, grad_norm, num_tokens = take_step(
+            engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
+        )
+        _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
+        progress.step += 1
+        progress.tokens += num_tokens
+        ended = time.monotonic()
+        progress.elapsed_s = ended - started
+        outcome.first_loss = loss if outcome.first_loss is None else outcome.first_loss
+        outcome.last_loss = loss
+        report({
+            "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
+            "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"], "tokens": progress.tokens,
+            "tokens_per_s": num_tokens / (ended - step_started), "elapsed_s": progress.elapsed_s,
+        })  # fmt: skip
+        if progress.step in measured:
+            loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
+            report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
+            outcome.eval_loss = loss
+            if loss < progress.best_loss:
+                progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
+                best = checkpoint.weights(engine.module)
+            else:
+                progress.evals_without_gain += 1
+            outcome.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
+        finished = outcome.stopped_early or progress.step == total
+        every = train.checkpoint_every_steps
+        if every and progress.step % every == 0 and not finished:
+            checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
+            if worker.rank == 0:
+                checkpoint.keep_newest(store, run_id, train.keep_checkpoints)
+        if finished:
+            break
+
+    if train.early_stopping_patience:
+        outcome.weights, outcome.eval_loss = best, progress.best_loss
+    else:
+        outcome.weights = checkpoint.weights(engine.module)
+    return outcome
+
+
+@torch.no_grad()
+def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_size: int, pad: int) -> float:
+    """Mean nats per answer token over a split that the workers share out."""
+    engine.module.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    mine = np.arange(worker.rank, len(split), worker.num_workers)
+    rounds = [mine[indices] for indices in by_length(split.lengths[mine], batch_size)]
+    # Under ZeRO-3 a forward pass is everybody's: who has no more records repeats one, uncounted, until all are through.
+    idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
+    for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
+        batch = collate(split, indices, pad)
+        nll = answer_nll(engine.module, batch["input_ids"].to(worker.device), batch["labels"].to(worker.device))
+        if number < len(rounds):
+            total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
+    engine.module.train()
+    zero.finish_forward(engine)
+    total = total.to(worker.device)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _batches(
+    train: TrainConfig, split: TokenizedSplit, *, start: int, stop: int
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """The batches of the steps `start` to `stop`, each with its epoch."""
+    per_epoch = math.ceil(len(split) / train.batch_size)
+    for epoch in range(start // per_epoch, math.ceil(stop / per_epoch)):
+        plan = plan_epoch(
+            split.lengths,
+            batch_size=train.batch_size,
+            group_by_length=train.group_by_length,
+            seed=train.seed,
+            epoch=epoch,
+        )
+        first = epoch * per_epoch
+        for batch in plan[max(0, start - first) : stop - first]:
+            yield batch, epoch
+
+
+def take_step(
+    engine: Any,
+    batch: npt.NDArray[np.int64],
+    *,
+    config: RunConfig,
+    worker: Worker,
+    split: TokenizedSplit,
+    pad: int,
+    step: int,
+    total: int,
+) -> tuple[float, float, int]:
+    """One optimizer step. Gives the mean loss over the batch's answer tokens, the gradient norm, the tokens seen."""
+    train = config.train
+    zero.set_learning_rate(
+        engine, learning_rate_at(step, peak=config.learning_rate, num_steps=total, warmup_share=train.warmup_share)
+    )
+    torch.manual_seed(hash((train.seed, step, worker.rank)))
+    answer_tokens = int(split.num_answer_tokens[batch].sum())
+    rounds = share(batch, micro_batch_size=train.micro_batch_size, num_workers=worker.num_workers)
+    # DeepSpeed averages over rounds and workers; the loss is a mean over tokens, which they do not hold in equal parts.
+    scale = len(rounds) * worker.num_workers / answer_tokens
+    nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
+    for indices in rounds[:, worker.rank]:
+        micro = collate(split, indices, pad)
+        nll = answer_nll(engine, micro["input_ids"].to(worker.device), micro["labels"].to(worker.device)).sum()
+        engine.backward(nll * scale)
+        engine.step()
+        nll_sum += nll.detach().double()
+    dist.all_reduce(nll_sum)
+    return float(nll_sum) / answer_tokens, float(engine.get_global_grad_norm() or 0.0), int(split.lengths[batch].sum())
+
+
+def _require_finite(loss: float, *, step: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"training diverged: the loss at step {step} is {loss}; lower train.learning_rate, now {learning_rate:g}"
+        )

@@ -1,0 +1,311 @@
+"""What each Ray Train worker does: load the base, attach the adapter, train, and, on rank 0, publish the version."""
+
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from components.config import config_file
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from components.registry import lineage
+from components.registry.serving import serving
+from components.registry.store import Store
+from components.registry.versions import Version, publish_version
+from components.shared.errors import JobError, UserError
+from components.shared.protocol import say
+from ray_jobs import entry
+from ray_jobs.adapters import build, own_base
+from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.training import checkpoint, step_zero, train_loop, zero
+from ray_jobs.training.group import Worker
+from ray_jobs.training.model_card import model_card
+from ray_jobs.training.train_loop import Outcome, Report
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 1.0
+METRICS_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs, small enough to travel to each of them."""
+
+    config_toml: str
+    run_id: str
+    dataset: lineage.Dataset
+    base: lineage.Base
+    """The identity that the driver resolved; each worker finds the files on its own machine."""
+    pad: int
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The training function of Ray Train. Returns, on rank 0, the published version, or the user's mistake.
+
+    A `UserError` or `JobError` is returned instead of raised: starting the workers again could not mend it.
+    """
+    import ray
+
+    entry.quiet_libraries()
+    job: TrainJob = arguments["job"]
+    train_split: TokenizedSplit
+    eval_split: TokenizedSplit
+    train_split, eval_split = ray.get([arguments["train_split"], arguments["eval_split"]])
+    try:
+        return _train(job, train_split, eval_split)
+    except (UserError, JobError) as exc:
+        return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
+
+
+def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit) -> dict[str, Any]:
+    import ray.train
+
+    context = ray.train.get_context()
+    config = config_file.loads(job.config_toml)
+    device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    store = Store.open(config.registry)
+    metrics = MetricsLog(store, job.run_id) if worker.rank == 0 else None
+    if worker.rank == 0:
+        entry.log_as("finetune")
+    started_at = datetime.now(UTC)
+    adapted, outcome, recipe = fit(
+        config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore
+    )
+    if metrics is None:
+        return {}
+    metrics.upload()
+    version = _publish(job, config, store, adapted, outcome, recipe, worker, started_at)
+    return {
+        "version": version.version,
+        "version_uri": version.uri,
+        "dataset_uri": job.dataset.uri,
+        "train_seconds": round(outcome.progress.elapsed_s, 3),
+        "steps": outcome.progress.step,
+        "tokens": outcome.progress.tokens,
+        "eval_loss": outcome.eval_loss,
+        "stopped_early": outcome.stopped_early,
+        "resumed_from_step": outcome.resumed_from,
+    }
+
+
+def fit(
+    config: RunConfig,
+    job: TrainJob,
+    worker: Worker,
+    store: Store,
+    train_split: TokenizedSplit,
+    eval_split: TokenizedSplit,
+    *,
+    report: Report,
+) -> tuple["PeftModel", Outcome, dict[str, Any]]:
+    """Train in an initialised process group: the model with its final weights, how it went, what was built."""
+    use_gpu = config.ray.use_gpu
+    zero.prepare_environment(use_gpu=use_gpu)
+    if not use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    if worker.rank == 0:
+        say("finetune", f"loading {config.model.base}")
+    original = base_model.resolve(config.model)
+    base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    on_cpu = _matmul_dtype(config, original, store, job.run_id)
+    if not use_gpu:
+        worker = replace(worker, matmul_dtype=on_cpu)
+    probe = step_zero.probe(train_split, job.pad)
+    if config.train.zero_stage == 3 and worker.rank == 0:  # the only time that anybody holds the model in one piece
+        whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu)
+        plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
+        del whole
+    with zero.sharding(config):
+        adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype)
+        if config.train.zero_stage < 3:
+            plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
+        recipe = _recipe(config, adapted, base, worker)
+        engine = zero.initialize(adapted, config)
+        loss = step_zero.probe_loss(engine.module, probe, worker.device)
+        zero.finish_forward(engine)
+        expected = plain_loss if worker.rank == 0 else math.nan
+        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
+        if worker.rank == 0:
+            products = ", products in float32" if worker.matmul_dtype == "float32" else ""
+            say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
+        outcome = train_loop.run(
+            engine,
+            config=config,
+            run_id=job.run_id,
+            store=store,
+            worker=worker,
+            train_split=train_split,
+            eval_split=eval_split,
+            pad=job.pad,
+            report=report,
+        )
+        engine.destroy()
+    # Whole on every worker, whatever was sharded: what is published is read from here.
+    for name, parameter in checkpoint.trainable(adapted).items():
+        parameter.data = outcome.weights[name].to(parameter.device)
+    return adapted, outcome, recipe
+
+
+def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
+    """What CPU workers multiply in: as the checkpoint that they go on from, or what all of them are fastest with.
+
+    Of GPU workers each asks for itself alone: only what it computes on its CPU is meant.
+    """
+    wanted, shape = config.ray.cpu_matmul_dtype, processor.typical_shape(base_config.load(original.path, config.model))
+    if config.ray.use_gpu:
+        return processor.choose(wanted, shape)
+    return checkpoint.matmul_dtype(store, run_id) or processor.agree(wanted, shape)
+
+
+def _adapted(
+    config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype = "bfloat16"
+) -> "PeftModel":
+    """The base with a fresh adapter, ready to train in bfloat16. The same on every worker."""
+    model = base_model.load_model(
+        base,
+        config.model,
+        config.method.row.base,
+        use_gpu=use_gpu,
+        in_host_memory=config.train.zero_stage == 3,
+        matmul_dtype=matmul_dtype,
+    )
+    adapted = build.attach(
+        model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
+    )
+    own_base.begin(config, adapted, base)
+    for parameter in checkpoint.trainable(adapted).values():
+        parameter.data = parameter.data.bfloat16()
+    if config.train.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return adapted.train()
+
+
+class MetricsLog:
+    """runs/<run_id>/metrics.jsonl, and the line that a person watches."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store = store
+        self._key = f"runs/{run_id}/metrics.jsonl"
+        found = store.read(self._key)
+        # After a restart the curve goes on; records beyond the checkpoint are replaced as their steps come again.
+        self._records: list[dict[str, Any]] = [json.loads(line) for line in found[0].splitlines()] if found else []
+        self._said_at = 0.0
+        self._uploaded_at = time.monotonic()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Record a step or a measurement."""
+        step = record["step"]
+        same = record["kind"]
+        self._records = [r for r in self._records if r["step"] < step or (r["step"] == step and r["kind"] != same)]
+        self._records.append(dict(record))
+        now = time.monotonic()
+        if record["kind"] == "eval":
+            say("finetune", f"step {step}: held-out loss {record['loss']:.4f} on {record['records']} records")
+        elif now - self._said_at >= PROGRESS_EVERY_S or step == record["num_steps"]:
+            self._said_at = now
+            say("finetune", progress_line(record))
+        if now - self._uploaded_at >= METRICS_EVERY_S:
+            self.upload()
+
+    def upload(self) -> None:
+        """Write the whole file: objects cannot be appended to."""
+        body = "".join(json.dumps(record) + "\n" for record in self._records)
+        self._store.put(self._key, body.encode(), content_type="application/x-ndjson")
+        self._uploaded_at = time.monotonic()
+
+
+def progress_line(record: Mapping[str, Any]) -> str:
+    """One step for a person: where, how good, how fast, how long still."""
+    step, total = record["step"], record["num_steps"]
+    left_s = record["elapsed_s"] / step * (total - step)
+    minutes, seconds = divmod(math.ceil(left_s), 60)
+    return (
+        f"step {step}/{total}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
+        f"{record['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
+    )
+
+
+def _ignore(_: Mapping[str, Any]) -> None:
+    """Ranks beyond 0 report nothing."""
+
+
+def _recipe(config: RunConfig, adapted: Any, base: base_model.Base, worker: Worker) -> dict[str, Any]:
+    """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
+    trainable, total = adapted.get_nb_trainable_parameters()
+    targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
+    return {
+        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "trainable_share": trainable / total,
+        "target_modules": targets,
+        "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
+        "stands_on": base.reference,
+        "matmul_dtype": worker.matmul_dtype,
+        **own_base.recipe(config, base),
+    }
+
+
+def _publish(
+    job: TrainJob,
+    config: RunConfig,
+    store: Store,
+    adapted: Any,
+    outcome: Outcome,
+    recipe: Mapping[str, Any],
+    worker: Worker,
+    started_at: datetime,
+) -> Version:
+    progress = outcome.progress
+    record = lineage.build_lineage(
+        config,
+        run_id=job.run_id,
+        base=job.base,
+        dataset=job.dataset,
+        environment=lineage.environment(
+            Path(__file__).parent,
+            image=os.environ.get("FINELOOP_IMAGE", ""),
+            revision=os.environ.get("FINELOOP_REVISION", ""),
+        ),
+        recipe=recipe,
+        training=lineage.Training(
+            steps=progress.step,
+            tokens=progress.tokens,
+            train_loss=outcome.last_loss,
+            eval_loss=outcome.eval_loss,
+            wall_s=round(progress.elapsed_s, 3),
+            world_size=worker.num_workers,
+            started_at=started_at.isoformat(),
+            resumed_from=f"step {outcome.resumed_from}" if outcome.resumed_from else "",
+            more={
+                "first_loss": outcome.first_loss,
+                "best_step": progress.best_step,
+                "stopped_early": outcome.stopped_early,
+            },
+        ),
+    )
+    # What was measured while training; the comparison with base and champion is the evaluate step's.
+    evaluation = {"run_id": job.run_id, "models": {"candidate": {"metrics": {"loss": outcome.eval_loss}}}}
+    with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
+        folder = Path(scratch)
+        build.save(adapted, folder)
+        files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
+        files["README.md"] = model_card(config, record).encode()
+        files["evaluation.json"] = json.dumps(evaluation).encode()
+        return publish_version(store, config.adapter.name, files, lineage=record)

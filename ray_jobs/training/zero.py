@@ -1,0 +1,234 @@
+"""DeepSpeed as Fineloop uses it: ZeRO over the adapter's optimizer, gradients and, at stage 3, every weight.
+
+The same on GPUs and on CPU processes. At stage 3 a weight is whole only while a layer that reads it runs (DoRA's norm
+reads its layer's base: DeepSpeed sees that and gathers it once more); vectors stay whole. `gathered` makes the rest so.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from components.config.schema import RunConfig
+from components.shared.errors import JobError
+from ray_jobs.base.gathered import gathered
+
+# Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
+BUCKET_ELEMENTS = 20_000_000
+# Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
+LIVE_ELEMENTS = 100_000_000
+# Of a worker's part of the sharded weights, beyond its share: padding to equal parts.
+PADDING = 1.05
+
+
+def prepare_environment(*, use_gpu: bool) -> None:
+    """Keep DeepSpeed from compiling a kernel at its first use on CPU, before anything imports it.
+
+    That takes a C++ compiler and 40 s; gloo does the kernel's work as fast.
+    """
+    if use_gpu:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def accumulation(config: RunConfig) -> int:
+    """Forward passes of each worker in one optimizer step."""
+    return config.train.batch_size // (config.train.micro_batch_size * config.ray.num_workers)
+
+
+def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
+    """The DeepSpeed configuration, spelled as DeepSpeed spells it.
+
+    `longest_vector`: stage 3 leaves weights of up to so many elements whole on every worker.
+    """
+    train = config.train
+    host = {"device": "cpu", "pin_memory": config.ray.use_gpu}
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "overlap_comm": config.ray.use_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if train.cpu_offload:
+        zero["offload_optimizer"] = host
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = longest_vector
+        zero["stage3_prefetch_bucket_size"] = min(BUCKET_ELEMENTS, LIVE_ELEMENTS)
+        zero["stage3_max_live_parameters"] = LIVE_ELEMENTS
+        zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
+        if train.cpu_offload:
+            zero["offload_param"] = host
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(config),
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        # torch's AdamW, in host memory too; DeepSpeed's own would be compiled at first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,  # the loop does the reporting
+    }
+
+
+@contextmanager
+def sharding(config: RunConfig) -> Iterator[None]:
+    """Within, a model is loaded, adapted and trained in shards, if this config says so. Needs a process group.
+
+    transformers and peft learn of it from a global, and DeepSpeed replaces `torch.nn.functional.linear`; both are as
+    they were afterwards. transformers cannot read a quantised base in shards: it is shared out by `initialize`.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
+    linear = torch.nn.functional.linear
+    is_sharded, base = config.train.zero_stage == 3, config.method.row.base
+    told = HfDeepSpeedConfig(settings(config)) if is_sharded and base == "bf16" else None  # transformers' is a weak one
+    try:
+        with regather_for_backward() if is_sharded and base == "nf4" else nullcontext():
+            yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+        torch.nn.functional.linear = linear
+
+
+def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
+    """Wrap a model with an attached adapter. Its bfloat16 weights get float32 masters in the optimizer.
+
+    Raises:
+        JobError: at stage 3, this worker holds more than its share of the weights.
+    """
+    import deepspeed
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.train.zero_stage == 3:
+        _share_out(model, config)
+    # The learning rate is set before every step.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.train.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings(config, longest_vector=_longest_vector(model))
+    )
+    for _, state in master_partitions(engine):
+        if "step" in state:  # without ZeRO, DeepSpeed has taken an empty step, which would spoil Adam's bias correction
+            state["step"].zero_()
+    if config.train.zero_stage == 3:
+        require_shared(engine.module, num_workers=config.ray.num_workers)
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """The rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def finish_forward(engine: Any) -> None:
+    """To be called by every worker after forward passes that no backward pass follows.
+
+    At stage 3 DeepSpeed is by then gathering what that would need next, and weights in flight can be neither read nor
+    shared out.
+    """
+    engine.empty_partition_cache()
+
+
+def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """This worker's float32 master weights, flat, each with its optimizer state (empty before the first step)."""
+    inner = engine.optimizer.optimizer
+    # Stage 3 puts them into the optimizer's groups only while it steps.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or [
+        partition for group in inner.param_groups for partition in group["params"]
+    ]
+    for partition in masters:
+        yield partition, inner.state[partition]
+
+
+def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
+    """Stage 3's promise, checked: this worker holds its share of the sharded weights and no more.
+
+    Raises:
+        JobError: it holds more, which trains as well, but not in the memory that was planned for.
+    """
+    longest_vector = _longest_vector(module)
+    sharded = [parameter for parameter in module.parameters() if _shape(parameter).numel() > longest_vector]
+    total = sum(_shape(parameter).numel() * parameter.element_size() for parameter in sharded)
+    tensors = [tensor for p in sharded for tensor in (p.data, getattr(p, "ds_tensor", None)) if tensor is not None]
+    held = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+    limit = PADDING * total / num_workers
+    if held > limit:
+        raise JobError(
+            f"ZeRO-3 did not share out the weights: this worker holds {held:,} of their {total:,} bytes and its share "
+            f"is {limit:,.0f}; use train.zero_stage=2, which does not promise that"
+        )
+
+
+def _share_out(model: torch.nn.Module, config: RunConfig) -> None:
+    """Shard what is still whole, weight by weight: DeepSpeed would first move the model to the GPU in one piece."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().current_device_name()
+    for tensor in model.buffers():
+        tensor.data = tensor.data.to(device)
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            state.to(device)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings(config))
+
+
+def _longest_vector(model: torch.nn.Module) -> int:
+    return max((_shape(p).numel() for p in model.parameters() if len(_shape(p)) == 1), default=0)
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+@contextmanager
+def regather_for_backward() -> Iterator[None]:
+    """Within, a sharded 4-bit weight is gathered once more for its backward pass.
+
+    bitsandbytes keeps the gathered weight from the forward to the backward pass, so that every worker would hold the
+    whole base once in each step (0.50, autograd/_functions.py, MatMul4Bit), and checkpointing activations would not
+    help: it is kept where autograd does not see it.
+    """
+    import bitsandbytes
+
+    keeping = bitsandbytes.matmul_4bit
+
+    def matmul_4bit(x: torch.Tensor, weight: Any, quant_state: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        product: torch.Tensor = _Product4bit.apply(x, weight, quant_state, keeping)
+        return product if bias is None else product + bias
+
+    bitsandbytes.matmul_4bit = matmul_4bit
+    try:
+        yield
+    finally:
+        bitsandbytes.matmul_4bit = keeping
+
+
+class _Product4bit(torch.autograd.Function):
+    """x W^T for a frozen 4-bit W: x (..., I) to (..., O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Any, quant_state: Any, matmul_4bit: Any) -> torch.Tensor:
+        ctx.weight, ctx.quant_state = weight, quant_state  # the parameter: its data come and go
+        product: torch.Tensor = matmul_4bit(x, weight, quant_state=quant_state)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        with gathered([ctx.weight] if not ctx.weight.numel() else []):
+            weight = dequantize_4bit(ctx.weight.data, ctx.quant_state)
+        return gradient @ weight.to(gradient.dtype), None, None, None

@@ -1,0 +1,198 @@
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig, ModelConfig
+from components.shared.errors import ConfigError
+from ray_jobs.adapters import build
+from ray_jobs.base import base_model
+
+REFERENCE = "s3://models/tiny"
+
+
+def plain_base(path: Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def adapted_base(path: Path, method: MethodConfig, *, seed: int = 0):
+    return build.attach(plain_base(path), method, base_reference=REFERENCE, seed=seed).eval()
+
+
+def fill(model) -> None:
+    """An update that does something, as after training; the same in every process."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(12)[None]).logits
+
+
+def save_all(base: Path, directory: Path) -> None:
+    """One folder for each method, and the logits that it must give."""
+    for name in METHODS:
+        model = adapted_base(base, MethodConfig(name=name, rank=4))
+        fill(model)
+        build.save(model, directory / name)
+        save_file({"logits": logits(model)}, directory / f"{name}.logits")
+
+
+def load_all_with_peft(base: Path, directory: Path) -> None:
+    """What a user of published files does, with nothing of ours imported but, for DVoRA, its module."""
+    assert "ray_jobs.adapters.dvora" not in sys.modules
+    for name in sorted(METHODS, key="dvora".__eq__):
+        if name == "dvora":
+            with pytest.raises(KeyError, match="DVORA"):
+                PeftModel.from_pretrained(plain_base(base), directory / name)
+            importlib.import_module("ray_jobs.adapters.dvora")
+        loaded = PeftModel.from_pretrained(plain_base(base), directory / name).eval()
+        save_file({"logits": logits(loaded)}, directory / f"{name}.peft")
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_base, tmp_path_factory) -> tuple[Path, Path]:
+    """Every method's folder as this process writes it, and as a second one does that has read the first's."""
+    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
+    save_all(tiny_base, ours)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, str(tiny_base), str(ours), str(theirs)],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_files_give_peft_the_same_logits_in_another_process(name, saved, tiny_base):
+    written, read = (load_file(saved[0] / f"{name}.{by}")["logits"] for by in ("logits", "peft"))
+    assert torch.equal(read, written)
+    assert torch.equal(logits(build.load(plain_base(tiny_base), saved[0] / name).eval()), written)
+    assert (written - logits(plain_base(tiny_base))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_adapter_is_written_as_the_same_bytes_by_every_process(name, saved):
+    one, other = ({p.name: p.read_bytes() for p in (directory / name).iterdir()} for directory in saved)
+    assert one == other
+    assert set(one) == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_a_version_is_two_files_that_name_the_base_and_no_folder_of_this_machine(tiny_base, tmp_path):
+    build.save(adapted_base(tiny_base, MethodConfig(rank=4)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == REFERENCE
+    assert str(tiny_base) not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "spelled"),
+    [
+        (MethodConfig(name="lora", rank=4), {"r": 4, "lora_alpha": 8.0, "use_rslora": False, "use_dora": False}),
+        (MethodConfig(name="rslora", rank=4, alpha=3), {"lora_alpha": 3.0, "use_rslora": True, "use_dora": False}),
+        (
+            MethodConfig(name="qdora", dropout=0.1),
+            {"r": 16, "lora_dropout": 0.1, "use_rslora": False, "use_dora": True},
+        ),
+        (MethodConfig(name="vera", dropout=0.1), {"peft_type": "VERA", "r": 256, "vera_dropout": 0.1}),
+        (
+            MethodConfig(name="dvora", rank=8),
+            {"peft_type": "DVORA", "r": 8, "projection_prng_key": 0, "save_projection": True},
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_row_of_the_table_is_spelled_as_peft_spells_it(method, spelled, tiny_base, tmp_path):
+    build.save(adapted_base(tiny_base, method), tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {key: saved[key] for key in spelled} == spelled
+    assert saved["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fresh_adapter_changes_nothing_yet(name, tiny_base):
+    fresh = logits(adapted_base(tiny_base, MethodConfig(name=name, rank=4)))
+    torch.testing.assert_close(fresh, logits(plain_base(tiny_base)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_many_parameters_train_as_the_papers_formula_says(name, tiny_base):
+    r = 4
+    trained = {
+        "lora": lambda d_in, d_out: r * (d_in + d_out),
+        "dora": lambda d_in, d_out: r * (d_in + d_out) + d_out,
+        "vera": lambda d_in, d_out: r + d_out,
+        "dvora": lambda d_in, d_out: r + 2 * d_out,
+    }[METHODS[name].adapter]
+    layers = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # of the tiny model, two times
+    model = adapted_base(tiny_base, MethodConfig(name=name, rank=r))
+    assert model.get_nb_trainable_parameters()[0] == 2 * sum(trained(*shape) for shape in layers)
+
+
+@pytest.mark.parametrize("name", ["vera", "dvora"])
+@pytest.mark.parametrize("base", ["bf16", "nf4", "int8"])
+def test_veras_matrices_have_the_type_of_its_vectors_and_are_there_once(base, name, tiny_base, tmp_path):
+    config = ModelConfig(base=str(tiny_base))
+    model = functools.partial(base_model.load_model, base_model.resolve(config), config, base, use_gpu=False)
+    adapted = build.attach(model(), MethodConfig(name=name, rank=4), base_reference=REFERENCE, seed=0)
+    vectors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    shared = [buffer for key, buffer in adapted.named_buffers(remove_duplicate=False) if ".vera_" in key]
+    assert {tensor.dtype for tensor in (*vectors, *shared)} == {torch.bfloat16}
+    assert len({buffer.data_ptr() for buffer in shared}) == 2
+    assert len(shared) == 2 * (1 + 14)
+    adapted(input_ids=torch.arange(12)[None]).logits.sum().backward()
+    # And so when they are loaded: what is measured is what was trained.
+    fill(adapted)
+    build.save(adapted, tmp_path)
+    assert torch.equal(logits(build.load(model(), tmp_path).eval()), logits(adapted.eval()))
+
+
+def test_only_the_adapter_trains_and_every_layer_but_the_head_has_one(tiny_base):
+    model = adapted_base(tiny_base, MethodConfig(rank=4))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all("lora_" in name for name in trained)
+
+
+def test_the_seed_alone_decides_the_first_weights(tiny_base):
+    def first(seed: int) -> torch.Tensor:
+        torch.rand(seed + 3)  # whatever was drawn before
+        weights = dict(adapted_base(tiny_base, MethodConfig(rank=4), seed=seed).named_parameters())
+        return next(weight for name, weight in weights.items() if "lora_A" in name)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_named_layers_alone_are_adapted(tiny_base):
+    model = adapted_base(tiny_base, MethodConfig(rank=4, target_modules=["q_proj"]))
+    assert all("q_proj" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["qlora", "vera", "dvora"])
+@pytest.mark.parametrize("targets", [["no_such_layer"], "no_such_layer", ["q_proj", "input_layernorm"]])
+def test_layers_that_the_base_does_not_have_are_the_users_mistake(name, targets, tiny_base):
+    with pytest.raises(ConfigError, match=r"method\.target_modules .* does not fit s3://models/tiny"):
+        adapted_base(tiny_base, MethodConfig(name=name, rank=4, target_modules=targets))
+
+
+if __name__ == "__main__":
+    base, ours, theirs = map(Path, sys.argv[1:])
+    load_all_with_peft(base, ours)
+    save_all(base, theirs)

@@ -1,0 +1,377 @@
+"""LoftQ's bases: made together, found again, and files that plain transformers and peft load."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.prepare.validate import validate
+from components.registry import folders
+from components.registry.store import Store
+from components.registry.versions import publish_version
+from components.shared.errors import ConfigError, ObjectMissing, UserError
+from ray_jobs.adapters import build
+from ray_jobs.adapters.loftq import loftq
+from ray_jobs.adapters.loftq.make import find_layers
+from ray_jobs.adapters.loftq.split import NF4, split
+from ray_jobs.base import base_model
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.base_model import Base
+from ray_jobs.base.batching import collate, tokenize
+from ray_jobs.evaluate import _contenders, measure_shard
+from tests.tiny import colour_rows
+from tests.train_group import fit_in_rank, in_group
+
+RANK = 8
+KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+RECORDS = [validate(row).record for row in colour_rows(48)]
+INPUT_IDS = torch.arange(24).view(2, 12)
+
+Changed = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """An evaluation sets the number of threads of its process."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def learned_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, taught the colours whole, so that its weights matter to a loss."""
+    path = tmp_path_factory.mktemp("learned-base")
+    shutil.copytree(tiny_base, path, dirs_exist_ok=True)
+    tokens = batch(tiny_base)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        answer_nll(model, tokens["input_ids"], tokens["labels"]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def changed(config: RunConfig, learned_base: Path, store: Store) -> Changed:
+    """LoftQ on the base that learned, with some keys changed."""
+    place = [f"model.base={learned_base}", f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    text = config_file.dumps(config)
+    return lambda *changes: config_file.loads(text, [*place, "method.name=loftq", f"method.rank={RANK}", *changes])
+
+
+def batch(base: Path) -> dict[str, torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return collate(tokenize(RECORDS, tokenizer, 64), list(range(len(RECORDS))), tokenizer.pad_token_id)
+
+
+def originals(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The weight of each layer that gets an adapter."""
+    weights = load_file(Path(config.model.base) / "model.safetensors")
+    return {
+        name.removesuffix(".weight"): weight for name, weight in weights.items() if weight.ndim == 2 and "_proj" in name
+    }
+
+
+def stood(config: RunConfig, store: Store) -> Base:
+    return loftq.stand(config, base_model.resolve(config.model), store)
+
+
+def loaded(base: Base, config: RunConfig, base_format: Any = "nf4") -> Any:
+    return base_model.load_model(base, config.model, base_format, use_gpu=False).eval()
+
+
+def adapted(base: Base, config: RunConfig) -> Any:
+    """The model as training starts with it."""
+    model = build.attach(loaded(base, config), config.method, base_reference=base.reference, seed=0)
+    loftq.start(model, base)
+    return model.eval()
+
+
+def dequantised(packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    statistics = {name: tensor for name, tensor in packed.items() if name != "weight"}
+    return dequantize_4bit(packed["weight"], QuantState.from_dict(statistics, torch.device("cpu")))
+
+
+def bytes_of(layer: Any) -> dict[str, torch.Tensor]:
+    """A 4-bit layer's tensors as bytes: packed bfloat16 holds bits that are no number."""
+    tensors = {"weight": layer.weight.data, **layer.weight.quant_state.as_dict(packed=True)}
+    return {name: tensor.contiguous().view(torch.uint8) for name, tensor in tensors.items()}
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=INPUT_IDS).logits.float()
+
+
+def test_an_adapted_model_starts_nearer_to_the_original_than_qlora(changed, store):
+    config = changed()
+    original = base_model.resolve(config.model)
+    dense, plain, ours = (
+        loaded(original, config, "bf16"),
+        loaded(original, config),
+        adapted(stood(config, store), config),
+    )
+    assert (logits(ours) - logits(dense)).norm() < 0.8 * (logits(plain) - logits(dense)).norm()
+    tokens = batch(original.path)
+    with torch.inference_mode():
+        losses = [answer_nll(model, tokens["input_ids"], tokens["labels"]).mean() for model in (dense, ours, plain)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_the_scaling_is_divided_out_whatever_it_is(changed, store):
+    for changes in ((), ("method.alpha=3",), ("method.scaling=rslora", "method.alpha=1")):
+        config = changed(*changes)
+        base = stood(config, store)
+        init = load_file(base.path / "loftq_init.safetensors")
+        model = adapted(base, config)
+        assert len(model.targeted_module_names) == 14
+        for name in model.targeted_module_names:
+            product = init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
+            torch.testing.assert_close(model.get_base_model().get_submodule(name).get_delta_weight("default"), product)
+
+
+def test_plain_transformers_load_the_published_base_bit_for_bit(changed, store):
+    config = changed()
+    base = stood(config, store)
+    plain = AutoModelForCausalLM.from_pretrained(base.path)
+    ours = loaded(base, config)
+    init = load_file(base.path / "loftq_init.safetensors")
+    for name, weight in originals(config).items():
+        found = split(weight, rank=RANK, steps=5, name=name)
+        expected = {key: tensor.contiguous().view(torch.uint8) for key, tensor in found.packed.items()}
+        for model in (plain, ours):
+            stored = bytes_of(model.get_submodule(name))
+            assert stored.keys() == expected.keys()
+            assert all(torch.equal(stored[key], expected[key]) for key in stored)
+            layer = model.get_submodule(name).weight
+            assert torch.equal(dequantize_4bit(layer.data, layer.quant_state), dequantised(found.packed))
+        assert torch.equal(init[f"{name}.lora_A"], found.right_RN)
+        assert torch.equal(init[f"{name}.lora_B"], found.left_MR)
+    assert (
+        AutoTokenizer.from_pretrained(base.path).chat_template
+        == AutoTokenizer.from_pretrained(config.model.base).chat_template
+    )
+
+
+def test_layers_without_an_adapter_keep_plain_nf4(changed, store):
+    config = changed('method.target_modules=["q_proj"]')
+    plain, ours = loaded(base_model.resolve(config.model), config), loaded(stood(config, store), config)
+    for name, same in (("self_attn.q_proj", False), ("self_attn.v_proj", True), ("mlp.up_proj", True)):
+        theirs, found = (bytes_of(model.get_submodule(f"model.layers.0.{name}"))["weight"] for model in (plain, ours))
+        assert torch.equal(theirs, found) == same
+
+
+def test_one_step_keeps_plain_nf4_everywhere(changed, store):
+    config = changed("method.loftq_steps=1")
+    plain, ours = loaded(base_model.resolve(config.model), config), loaded(stood(config, store), config)
+    for name in originals(config):
+        theirs, found = bytes_of(plain.get_submodule(name)), bytes_of(ours.get_submodule(name))
+        assert all(torch.equal(theirs[key], found[key]) for key in theirs)
+
+
+def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
+    first = stood(changed(), store)
+    assert "splitting 14 weights" in capsys.readouterr().out
+    shutil.rmtree(cache)  # another machine
+    second = stood(changed("method.alpha=5", "train.seed=3"), store)
+    assert "splitting" not in capsys.readouterr().out
+    assert second == first == loftq.find(changed(), base_model.resolve(changed().model), store)
+    assert second.reference.startswith(store.uri("bases/"))
+
+
+def test_a_reader_never_makes_a_base(changed, store):
+    with pytest.raises(ObjectMissing, match="bases/"):
+        loftq.find(changed(), base_model.resolve(changed().model), store)
+
+
+def test_a_cached_base_that_was_changed_is_refused(changed, store):
+    base = stood(changed(), store)
+    (base.path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"loftq-.* is not .*bases/"):
+        stood(changed(), store)
+
+
+def test_other_methods_stand_on_the_original(changed, store):
+    config = changed("method.name=qlora")
+    original = base_model.resolve(config.model)
+    assert stood(config, store) == original
+    assert loftq.find(config, original, store) is original
+    assert loftq.recipe(original) == {}
+
+
+def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
+    original = Base("anywhere", Path("anywhere"), {"kind": "hub", "commit": "c0"})
+
+    def key(*changes: str, base: Base = original) -> str:
+        return loftq.folder_key(changed(*changes).method, base)
+
+    same = [
+        ("method.alpha=5",),
+        ("method.scaling=rslora",),
+        ("method.dropout=0.1",),
+        ("train.seed=9", "train.learning_rate=0.01"),
+        ("method.name=qlora", "method.init=loftq"),
+    ]
+    assert {key(*changes) for changes in same} == {key()}
+    assert key(base=dataclasses.replace(original, reference="elsewhere", path=Path("elsewhere"))) == key()
+    targets = 'method.target_modules=["{}", "{}"]'
+    assert key(targets.format("q_proj", "k_proj")) == key(targets.format("k_proj", "q_proj"))
+    others = [
+        key("method.rank=4"),
+        key("method.loftq_steps=1"),
+        key('method.target_modules=["q_proj"]'),
+        key(base=dataclasses.replace(original, identity={"kind": "hub", "commit": "c1"})),
+    ]
+    assert len({key(), *others}) == 5
+
+
+def test_weights_that_nf4_holds_exactly_are_refused_and_nothing_is_published(changed, store, learned_base, tmp_path):
+    # Every block of 64 has an absmax of 1, and every value is one of NF4's sixteen.
+    shutil.copytree(learned_base, tmp_path / "exact")
+    weights = load_file(learned_base / "model.safetensors")
+    code = quantize_4bit(torch.ones(64), **NF4)[1].code.bfloat16()
+    for name, weight in weights.items():
+        if "k_proj" in name:
+            weights[name] = code.repeat(weight.numel() // 16).view(weight.shape)
+    save_file(weights, tmp_path / "exact" / "model.safetensors", metadata={"format": "pt"})
+    config = changed(f"model.base={tmp_path / 'exact'}")
+    with pytest.raises(
+        ConfigError, match=r"LoftQ gains nothing on k_proj: .* method\.target_modules, or set method\.init"
+    ):
+        stood(config, store)
+    assert not list(store.list("bases/"))
+    assert stood(changed(f"model.base={tmp_path / 'exact'}", 'method.target_modules=["v_proj"]'), store)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_layer_that_stays_16_bit_is_refused(changed, store):
+    with pytest.raises(ConfigError, match=r"lm_head .* is not quantised.*method\.target_modules"):
+        stood(changed('method.target_modules=["q_proj", "lm_head"]'), store)
+
+
+def test_a_base_that_is_quantised_already_is_refused(changed, store):
+    base = stood(changed(), store)
+    with pytest.raises(ConfigError, match="is quantised already"):
+        stood(changed(f"model.base={base.path}"), store)
+
+
+def test_a_checkpoint_without_the_head_is_read_by_its_shorter_names(changed, learned_base, tmp_path):
+    shutil.copytree(learned_base, tmp_path / "headless")
+    weights = load_file(learned_base / "model.safetensors")
+    shorter = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(shorter, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    config = changed(f"model.base={tmp_path / 'headless'}")
+    layers = find_layers(config, base_model.resolve(config.model))
+    assert layers.keys() == originals(changed()).keys()
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(layers[name].read(torch.device("cpu")), weights[f"{name}.weight"])
+
+
+def test_an_evaluation_puts_each_contender_on_its_own_base(changed, store, tmp_path):
+    config = changed("evaluate.max_new_tokens=2")
+    original, base = base_model.resolve(config.model), stood(config, store)
+    candidate = adapted(base, config)
+    build.save(candidate, tmp_path / "adapter")
+    lineage = {"config": config.model_dump(mode="json")}
+    files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
+    version = publish_version(store, config.adapter.name, files, lineage=lineage)
+    records = RECORDS[:6]
+    scores = measure_shard(_contenders(config, store, version.uri), records, shard_index=1).scores
+
+    tokenizer = base_model.load_tokenizer(original, config.model)
+    tokens = collate(tokenize(records, tokenizer, 64), list(range(6)), tokenizer.pad_token_id)
+    for role, model in (("base", loaded(original, config)), ("candidate", candidate)):
+        with torch.inference_mode():
+            nll = answer_nll(model, tokens["input_ids"], tokens["labels"]).sum().item()
+        assert sum(score.nll for score in scores[role]) == pytest.approx(nll, rel=0.01)
+    assert sum(score.nll for score in scores["base"]) > 1.02 * sum(score.nll for score in scores["candidate"])
+
+
+def stand_on_rank(config_toml: str) -> str:
+    """What one worker does; gives the address that it stands on."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    config = config_file.loads(config_toml)
+    store = Store.open(config.registry)
+    original = base_model.resolve(config.model)
+    try:
+        return loftq.stand(config, original, store, rank=dist.get_rank(), num_workers=dist.get_world_size()).reference
+    except ConfigError as exc:
+        return str(exc)
+
+
+def test_the_number_of_workers_does_not_change_a_bit(changed, store, tmp_path):
+    digests = []
+    for num_workers in (1, 2):
+        config = changed(f"registry.prefix={store.prefix}/{num_workers}")
+        uris = in_group(
+            stand_on_rank, config_file.dumps(config), directory=tmp_path / str(num_workers), num_workers=num_workers
+        )
+        assert len(set(uris)) == 1
+        own = Store.open(config.registry)
+        digests.append(folders.read_manifest(own, own.key(uris[0])).files)
+    assert digests[0] == digests[1]
+
+
+def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base):
+    shutil.copytree(learned_base, tmp_path / "zero")
+    weights = load_file(learned_base / "model.safetensors")
+    weights = {name: weight * ("k_proj" not in name) for name, weight in weights.items()}
+    save_file(weights, tmp_path / "zero" / "model.safetensors", metadata={"format": "pt"})
+    toml = config_file.dumps(changed(f"model.base={tmp_path / 'zero'}"))
+    said = in_group(stand_on_rank, toml, directory=tmp_path / "group", num_workers=2)
+    assert said[0] == said[1]
+    assert "LoftQ gains nothing on k_proj" in said[0]
+
+
+def train_and_save(config_toml: str, rows: list[dict[str, str]], folder: str) -> dict[str, Any]:
+    """Train, and on rank 0 save the adapter as it is published; gives the trained model's own logits."""
+    fitted = fit_in_rank(config_file.loads(config_toml), rows, run_id="run")
+    if fitted.worker.rank == 0:
+        build.save(fitted.adapted, Path(folder))
+    return {"logits": logits(fitted.adapted.eval()).numpy(), "recipe": fitted.recipe}
+
+
+def test_two_workers_train_and_plain_peft_on_the_pulled_base_gives_their_logits(changed, store, tmp_path):
+    config = changed("train.max_steps=6", "train.evals_per_epoch=0", "train.learning_rate=1e-3")
+    arguments = (config_file.dumps(config), colour_rows(64), str(tmp_path / "adapter"))
+    trained = in_group(train_and_save, *arguments, directory=tmp_path / "group", num_workers=2)[0]
+
+    stands_on = trained["recipe"]["stands_on"]
+    peft_config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert stands_on == peft_config.base_model_name_or_path
+    folders.pull(store, store.key(stands_on), tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    before = logits(base.train())  # in evaluation mode, bitsandbytes would repack the weights
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    found, theirs = torch.from_numpy(trained["logits"]), logits(plain)
+    torch.testing.assert_close(theirs, found, atol=0.15, rtol=0.02)
+    assert (found - before).abs().max() > 5 * (theirs - found).abs().max()
+    assert trained["recipe"]["loftq"]["lost_shares"].keys() == KINDS
+
+    # Six small steps lead away from where LoftQ starts, and not far.
+    name = "model.layers.1.mlp.up_proj.lora_A"
+    begun = load_file(tmp_path / "base" / "loftq_init.safetensors")[name]
+    ended = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[f"base_model.model.{name}.weight"]
+    assert 0.9 < torch.cosine_similarity(begun.flatten(), ended.float().flatten(), dim=0) < 0.9999

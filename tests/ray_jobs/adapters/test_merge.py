@@ -1,0 +1,122 @@
+"""Merging, against the adapter on the real quantised layers in float32, as plain transformers reads what was saved."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig, ModelConfig
+from components.shared.errors import FineloopError
+from ray_jobs.adapters import build, merge
+from ray_jobs.base import base_model
+from tests.tiny_version import randomise
+
+ROWS = merge.vocabulary_rows(256, count=20, length=64)
+FORMATS = ("bf16", "nf4", "int8")
+CASES = [(name, fmt) for name in METHODS for fmt in FORMATS if name != "loftq"]  # LoftQ's base needs a store
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_base):
+    """The base in each format, and the dense weights that the format stands for."""
+    config = ModelConfig(base=str(tiny_base))
+    found = base_model.resolve(config)
+
+    def loaded(fmt):
+        return base_model.load_model(found, config, fmt, use_gpu=False)
+
+    def dense(fmt):
+        model = loaded("bf16").float()
+        merge.dequantise_into(model, loaded(fmt))
+        return model
+
+    return {fmt: (loaded(fmt), dense(fmt)) for fmt in FORMATS}
+
+
+def weight_of(layer) -> torch.Tensor:
+    """What a quantised layer multiplies by: its answer to the identity, or LLM.int8's definition (arXiv:2208.07339)."""
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):  # the identity's answer would be rounded to bfloat16
+        return layer.weight.CB.float() * layer.weight.SCB[:, None] / 127
+    return layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).T.float()
+
+
+def in_float32(model):
+    """The quantised model, every weight as it is and all arithmetic in float32."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
+            layer.forward = partial(torch.nn.functional.linear, weight=weight_of(layer))
+        else:
+            for weight in [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
+                weight.data = weight.data.float() if weight.is_floating_point() else weight.data
+    return model
+
+
+def saved_adapter(dense, method: MethodConfig, folder: Path) -> Path:
+    adapted = build.attach(copy.deepcopy(dense), method, base_reference="s3://models/tiny", seed=0)
+    randomise(adapted)
+    build.save(adapted, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "fmt"), CASES)
+def test_a_merged_model_says_what_the_adapter_says_on_the_base_it_was_trained_on(name, fmt, bases, tmp_path):
+    quantised, dense = bases[fmt]
+    folder = saved_adapter(dense, MethodConfig(name=name, base=fmt, rank=8), tmp_path / "adapter")
+    reference = list(merge.logits(build.load(in_float32(quantised), folder).eval(), ROWS))
+    untouched = list(merge.logits(dense, ROWS))
+
+    merge.merge(build.load(copy.deepcopy(dense), folder)).save_pretrained(tmp_path / "merged")
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    found = merge.agreement(reference, merge.logits(plain, ROWS))
+    assert found.positions == 20 * 64
+    assert found.argmax_agreement >= 0.999
+    assert found.max_abs_logit_difference < 1e-3
+    assert found.is_same
+    assert merge.agreement(reference, untouched).argmax_agreement < 0.9
+
+
+def test_a_merge_into_the_quantised_base_is_found_to_be_wrong(bases, tmp_path):
+    quantised, dense = bases["nf4"]
+    folder = saved_adapter(dense, MethodConfig(name="qlora", rank=8), tmp_path)
+    reference = list(merge.logits(build.load(copy.deepcopy(dense), folder).eval(), ROWS))
+    with pytest.warns(UserWarning, match="4-bit"):
+        wrong = build.load(copy.deepcopy(quantised), folder).merge_and_unload()
+    with pytest.raises(FineloopError, match=r"nothing is exported.*99\.9% must agree"):
+        merge.require_same(merge.agreement(reference, merge.logits(wrong, ROWS)), "the merged model")
+
+
+def test_an_update_scaled_a_little_wrongly_is_found(bases, tmp_path):
+    dense = bases["bf16"][1]
+    folder = saved_adapter(dense, MethodConfig(name="lora", rank=8), tmp_path)
+    adapted = build.load(copy.deepcopy(dense), folder).eval()
+    reference = list(merge.logits(adapted, ROWS))
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] *= 1.01
+    assert not merge.agreement(reference, merge.logits(merge.merge(adapted), ROWS)).is_same
+
+
+def test_weights_that_are_not_finite_are_not_merged(bases, tmp_path):
+    folder = saved_adapter(bases["bf16"][1], MethodConfig(name="lora", rank=8), tmp_path)
+    adapted = build.load(copy.deepcopy(bases["bf16"][1]), folder)
+    next(weight for name, weight in adapted.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    with pytest.raises(FineloopError, match="cannot be merged"):
+        merge.merge(adapted)
+
+
+def test_agreement_is_counted_and_the_divergence_is_that_of_the_definition():
+    reference = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
+    other = torch.tensor([[0.0, 2.5, 2.0], [3.0, 1.0, 0.5]])
+    p, q = reference.softmax(-1), other.softmax(-1)
+    found = merge.agreement([reference], [other])
+    assert (found.positions, found.argmax_agreement, found.max_abs_logit_difference) == (2, 0.5, 1.5)
+    assert found.mean_kl_nats == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-5)
+    assert merge.agreement([reference], [reference]).is_same

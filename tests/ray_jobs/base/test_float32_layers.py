@@ -1,0 +1,211 @@
+"""Products in float32 against numpy in float64, and that no product of bfloat16 is left in any method.
+
+numpy multiplies what the layers store, read by torch's and bitsandbytes' own functions; nothing of ours is in between.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
+from transformers.pytorch_utils import Conv1D
+
+from components.config import config_file
+from components.config.methods import METHODS
+from components.config.schema import RunConfig
+from ray_jobs.adapters import build
+from ray_jobs.base import base_model, float32_layers
+from ray_jobs.base.answer_loss import answer_nll
+
+HALF_STEP = 2.0**-8  # bfloat16 has 8 significant bits: rounding once moves a number by at most this share of it
+SUMMED = 1e-5  # and what a float32 sum of a thousand terms may be off by, as a share of the sum of their sizes
+# Larger than a block, and no multiple of one.
+INPUTS, OUTPUTS, ROWS = 1000, 1100, 7
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def exact(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def assert_rounded_once(found: torch.Tensor, left: np.ndarray, right: np.ndarray, added: Any = 0.0) -> None:
+    """`found` is left @ right + added, as precise as bfloat16 can say it."""
+    assert found.dtype == torch.bfloat16
+    expected, sizes = left @ right + added, np.abs(left) @ np.abs(right) + np.abs(added)
+    assert (np.abs(exact(found) - expected) <= HALF_STEP * np.abs(expected) + SUMMED * sizes).all()
+
+
+def linear() -> tuple[torch.nn.Module, np.ndarray]:
+    layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16)
+    return layer, exact(layer.weight)
+
+
+def conv1d() -> tuple[torch.nn.Module, np.ndarray]:
+    layer = Conv1D(OUTPUTS, INPUTS).bfloat16()
+    torch.nn.init.normal_(layer.bias)
+    return layer, exact(layer.weight).T
+
+
+def nf4() -> tuple[torch.nn.Module, np.ndarray]:
+    layer = bitsandbytes.nn.Linear4bit(
+        INPUTS, OUTPUTS, quant_type="nf4", compress_statistics=True, compute_dtype=torch.bfloat16
+    )
+    layer = layer.bfloat16().to("cpu")
+    quantized = layer.weight if layer.weight.quant_state else layer.weight._quantize("cpu")
+    return layer, exact(bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state))
+
+
+def int8() -> tuple[torch.nn.Module, np.ndarray]:
+    layer = bitsandbytes.nn.Linear8bitLt(INPUTS, OUTPUTS, has_fp16_weights=False, threshold=6.0).bfloat16()
+    layer.weight = layer.weight._quantize("cpu") if layer.weight.CB is None else layer.weight
+    return layer, exact(layer.weight.CB) * exact(layer.weight.SCB)[:, None] / 127
+
+
+@pytest.mark.parametrize("make", [linear, conv1d, nf4, int8])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_multiplies_both_ways_as_precisely_as_bfloat16_can_say(make, training):
+    layer, weight_OI = make()
+    layer.train(training).requires_grad_(False)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    float32_layers.multiply_in_float32(layer)
+    x = random(2, ROWS, INPUTS, seed=1).requires_grad_()
+    gradient = random(2, ROWS, OUTPUTS, seed=2)
+    found = layer(x)
+    found.backward(gradient)
+    assert_rounded_once(found, exact(x), weight_OI.T, exact(layer.bias))
+    assert_rounded_once(x.grad, exact(gradient), weight_OI)
+    for name, tensor in stored.items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+        assert layer.state_dict()[name].dtype == tensor.dtype
+
+
+def test_what_is_trained_gets_its_gradient_as_precisely():
+    layer = torch.nn.Linear(INPUTS, 16, dtype=torch.bfloat16)
+    float32_layers.multiply_in_float32(layer)
+    x, gradient = random(3, ROWS, INPUTS, seed=3), random(3, ROWS, 16, seed=4)
+    layer(x).backward(gradient)
+    rows, gradients = exact(x).reshape(-1, INPUTS), exact(gradient).reshape(-1, 16)
+    assert_rounded_once(layer.weight.grad, gradients.T, rows)
+    assert_rounded_once(layer.bias.grad, np.ones(len(rows)), gradients)
+
+
+def test_a_float32_layer_stays_as_exact_as_it_was():
+    layer = torch.nn.Linear(INPUTS, OUTPUTS)
+    x = torch.randn(ROWS, INPUTS)
+    before = layer(x)
+    float32_layers.multiply_in_float32(layer)
+    assert torch.equal(layer(x), before)
+
+
+def test_nothing_widened_is_kept_between_the_passes():
+    layer = torch.nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    float32_layers.multiply_in_float32(layer)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(random(ROWS, INPUTS, seed=5).requires_grad_())
+    assert kept == []  # of a frozen layer not even its input
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products of 16-bit operands that PyTorch is asked for, forward and backward."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "dot", "einsum", "_grouped_mm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_16_bits: list[str] = []
+        self.in_float32 = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in self.NAMES:
+            dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+            if dtypes & {torch.bfloat16, torch.float16}:
+                self.in_16_bits.append(str(function))
+            self.in_float32 += torch.float32 in dtypes
+        return function(*args, **(kwargs or {}))
+
+
+def trained_once(config: RunConfig, base: base_model.Base) -> Products:
+    """One step with dropout, and one pass in evaluation."""
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype="float32")
+    adapted = build.attach(model, config.method, base_reference="", seed=0, matmul_dtype="float32").train()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    tokens = torch.arange(24).reshape(2, 12)
+    with Products() as products:
+        answer_nll(adapted, tokens, tokens).sum().backward()
+        with torch.no_grad():
+            answer_nll(adapted.eval(), tokens, tokens)
+            adapted.generate(tokens, max_new_tokens=2, do_sample=False)
+    return products
+
+
+@pytest.mark.parametrize("base_format", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"loftq"}))
+def test_no_method_is_left_with_a_product_in_16_bits(name: str, base_format: str, config: RunConfig, tiny_base: Path):
+    changes = [f"method.name={name}", f"method.base={base_format}", "method.dropout=0.1"]
+    config = config_file.loads(config_file.dumps(config), changes)
+    products = trained_once(config, base_model.resolve(config.model))
+    assert products.in_16_bits == []
+    assert products.in_float32 > 50
+
+
+def test_the_loss_is_that_of_the_same_model_in_float32(config: RunConfig, tiny_base: Path):
+    base = base_model.resolve(config.model)
+    tokens = torch.arange(40).reshape(2, 20)
+    widened = base_model.load_model(base, config.model, "bf16", use_gpu=False, matmul_dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = (answer_nll(model, tokens, tokens).mean().item() for model in (widened, dense))
+    assert found == pytest.approx(expected, rel=0.01)  # what activations of 16 bits may cost
+
+
+def tiny_experts(kind: str) -> Any:
+    """A model whose experts are stacked: as (O, I), as (I, O) with biases, and with a shared one beside them."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 300, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = CONFIG_MAPPING[kind](**shape, head_dim=16)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+def test_experts_give_what_transformers_own_give(kind: str):
+    plain = tiny_experts(kind)
+    widened = copy.deepcopy(plain).bfloat16()
+    exact = copy.deepcopy(widened).float()  # the same weights, rounded to bfloat16, and transformers' own products
+    float32_layers.multiply_in_float32(widened)
+    tokens = torch.arange(30).reshape(2, 15)
+    with Products() as products:
+        found = widened(tokens, labels=tokens)
+        found.loss.backward()
+    expected = exact(tokens, labels=tokens)
+    expected.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
+    embedding, reference = (model.get_input_embeddings().weight.grad for model in (widened, exact))
+    assert torch.cosine_similarity(embedding.float().flatten(), reference.flatten(), dim=0) > 0.99
+    assert "_grouped_mm" not in "".join(products.in_16_bits)
+
+
+def test_gpt2_multiplies_in_float32_too():
+    shape = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    widened = copy.deepcopy(model)
+    float32_layers.multiply_in_float32(widened)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad(), Products() as products:
+        found = widened(tokens).logits
+    assert not [name for name in products.in_16_bits if "addmm" in name or name.startswith("aten.mm")]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(tokens).logits, atol=0.05, rtol=0.05)

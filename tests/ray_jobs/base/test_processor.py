@@ -1,0 +1,83 @@
+"""Who decides what CPU workers multiply in: the rates of each class of processor, a real measurement, and a group."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from transformers import AutoConfig, GPT2Config
+
+from ray_jobs.base import processor
+from ray_jobs.base.processor import Rates
+from tests.train_group import in_group
+
+FAST, SLOW = Rates(bfloat16=160e9, float32=80e9), Rates(bfloat16=4.7e9, float32=75e9)
+SHAPE = (1536, 576)
+
+
+@pytest.mark.parametrize(
+    ("rates", "dtype"),
+    [
+        # FLOP/s of one thread in bfloat16 and float32, torch 2.13.
+        pytest.param(FAST, "bfloat16", id="AVX-512 BF16: Zen 4, measured"),
+        pytest.param(Rates(33e9, 80e9), "float32", id="AVX-512: the same one without BF16, measured"),
+        pytest.param(SLOW, "float32", id="AVX2: the same one without AVX-512, measured"),
+        pytest.param(Rates(1.1e9, 25e9), "float32", id="AVX2: Zen 3, measured"),
+        pytest.param(Rates(210e9, 50e9), "bfloat16", id="AMX: bfloat16 measured, float32 assumed"),
+        pytest.param(Rates(90e9, 45e9), "bfloat16", id="ARM with BF16: twice float32, as its instructions are"),
+        pytest.param(Rates(2e9, 35e9), "float32", id="ARM without BF16: assumed"),
+        pytest.param(Rates(50e9, 55e9), "bfloat16", id="a little faster is not worth widening"),
+    ],
+)
+def test_float32_is_taken_where_it_is_clearly_faster(rates: Rates, dtype: str):
+    assert rates.faster == dtype
+
+
+def test_of_a_group_the_slowest_of_each_dtype_counts():
+    assert processor.slowest([FAST, SLOW]) == Rates(bfloat16=4.7e9, float32=75e9)
+
+
+def test_the_config_decides_without_a_measurement():
+    with mock.patch.object(processor, "measure", side_effect=AssertionError("measured")):
+        assert processor.choose("bfloat16", SHAPE) == "bfloat16"
+        assert processor.choose("float32", SHAPE) == "float32"
+        assert processor.choose("auto", SHAPE, use_gpu=True) == "bfloat16"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="takes instructions of x86-64 away")
+@pytest.mark.parametrize(
+    "taken_away",
+    [
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, id="AVX2"),
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, id="AVX-512 without BF16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):
+    script = f"from ray_jobs.base.processor import choose; print(choose('auto', {SHAPE}))"
+    environment = {**os.environ, **taken_away, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["float32"]
+
+
+def agreed(rates: list[Rates]) -> str:
+    """In a rank: what the group agrees on when this one measures its own."""
+    with mock.patch.object(processor, "measure", return_value=rates[dist.get_rank()]):
+        return processor.agree("auto", SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("rates", "dtype"), [([FAST, FAST], "bfloat16"), ([FAST, SLOW], "float32"), ([SLOW, FAST], "float32")]
+)
+def test_workers_on_unlike_processors_agree(rates: list[Rates], dtype: str, tmp_path: Path):
+    assert in_group(agreed, rates, directory=tmp_path, num_workers=2) == [dtype, dtype]
+
+
+def test_the_layer_that_is_measured_is_the_feed_forwards_of_any_architecture(tiny_base: Path):
+    written = json.loads((tiny_base / "config.json").read_text())
+    assert processor.typical_shape(AutoConfig.from_pretrained(tiny_base)) == (written["intermediate_size"], 64)
+    assert processor.typical_shape(GPT2Config(n_embd=96)) == (384, 96)

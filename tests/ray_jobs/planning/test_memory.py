@@ -1,0 +1,234 @@
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig
+from ray_jobs.base.base_model import Base
+from ray_jobs.planning.memory import (
+    FLOAT32,
+    GIB,
+    Sharing,
+    adapter_bytes,
+    buffer_bytes,
+    logits_bytes,
+    plan,
+    weight_bytes,
+)
+from ray_jobs.planning.rehearsal import Rehearsal, Step
+from tests.ray_jobs.measured_step import load, measure
+from tests.shapes import LLAMA_2_7B, llama, small
+
+ALONE = Sharing(num_workers=1, zero_stage=0)
+BATCH, LENGTH, ANSWERS = 4, 96, 12
+NO_STEP = Step(kept=0, workspace=0)
+
+# (outputs, inputs) of the linear layers of Llama-2-7B, 32 times.
+LAYERS_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+BASE_7B = 32 * (sum(o * i for o, i in LAYERS_7B) + 2 * 4096) + 2 * 32000 * 4096 + 4096
+
+
+@cache
+def rehearsal(name: str, **settings) -> Rehearsal:
+    return Rehearsal(LLAMA_2_7B, MethodConfig(name=name, **settings), reference="llama-2-7b")
+
+
+def trained_7b(name: str) -> int:
+    """From the papers: r inputs and outputs for LoRA, one magnitude an output for DoRA, r + outputs for VeRA."""
+    row = METHODS[name]
+    per_layer = {"lora": lambda o, i: row.rank * (o + i), "vera": lambda o, i: row.rank + o}
+    kind = "lora" if row.adapter in ("lora", "dora") else "vera"
+    magnitude = row.adapter in ("dora", "dvora")
+    return 32 * sum(per_layer[kind](o, i) + magnitude * o for o, i in LAYERS_7B)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_trained_of_llama_2_7b_is_what_the_papers_say(name):
+    census = rehearsal(name).census
+    assert census.parameters == BASE_7B == 6_738_415_616
+    assert census.trainable == trained_7b(name)
+
+
+def test_shares_of_llama_2_7b_are_as_published():
+    share = {name: rehearsal(name).census.trainable / BASE_7B for name in METHODS}
+    assert 0.001 < share["lora"] < 0.01
+    assert share["dora"] - share["lora"] == pytest.approx(0.0002, rel=0.05)
+    assert rehearsal("vera").census.trainable == pytest.approx(
+        1.4e6, rel=0.02
+    )  # arXiv:2310.11454, 7B instruction tuning
+    assert share["dvora"] - share["vera"] == pytest.approx(0.0002, rel=0.05)
+
+
+def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer():
+    assert rehearsal("vera").census.frozen_adapter == 256 * (11008 + 11008)
+    assert rehearsal("lora").census.frozen_adapter == 0
+
+
+def test_an_nf4_base_takes_half_a_byte_and_its_doubly_quantised_constants():
+    linear = 32 * sum(o * i for o, i in LAYERS_7B)
+    constants = linear / 64 * (1 + 4 / 256)  # arXiv:2305.14314, section 3: 8 / 64 + 32 / (64 x 256) bits a weight
+    expected = linear / 2 + constants + 2 * (BASE_7B - linear)
+    assert weight_bytes(rehearsal("qlora").census, "nf4", ALONE) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_layers_of_a_llama_keep_what_its_equations_need():
+    """arXiv:2205.05198, section 4.1, for a gated MLP, two RMS norms, a frozen base with LoRA on every layer.
+
+    Bytes for each token of a layer of width h and inner width m: two norms in float32 (8 h); inputs of q, k and v
+    together, of o, of gate and up together (6 h); q, k, v (6 h); the MLP's gate before and after its activation, its
+    other half and their product, which is the input of down (8 m); what A gives in seven layers (14 r); one float32 for
+    each head and each norm. No attention matrix.
+    """
+    width, inner, heads, rank, tokens = 128, 320, 4, 8, 2 * 64
+    method = MethodConfig(name="lora", rank=rank)
+    kept = [
+        Rehearsal(llama(layers, width, inner, 100, heads, heads), method, reference="x")
+        .step(2, 64, checkpointing=False)
+        .kept
+        for layers in (4, 8)
+    ]
+    expected = tokens * (20 * width + 8 * inner + 14 * rank + 4 * heads + 8)
+    assert (kept[1] - kept[0]) / 4 == pytest.approx(expected, rel=0.01)
+
+
+def test_checkpointing_keeps_one_hidden_state_for_each_layer():
+    kept = [
+        Rehearsal(small(layers), MethodConfig(name="lora"), reference="x").step(4, 64, checkpointing=True).kept
+        for layers in (4, 8)
+    ]
+    assert (kept[1] - kept[0]) / 4 == pytest.approx(4 * 64 * 128 * 2, rel=0.01)
+
+
+def test_layers_that_are_not_rehearsed_cost_what_the_first_ones_do():
+    rehearsed = Rehearsal(small(12), MethodConfig(name="lora"), reference="x")
+    kept, workspace = rehearsed._run(2, 64, False, 12)
+    step = rehearsed.step(2, 64, checkpointing=False)
+    assert step.kept == pytest.approx(kept, rel=0.001)
+    assert step.workspace == pytest.approx(workspace, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    path: Path = tmp_path_factory.mktemp("small-base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(small()).to(torch.bfloat16).save_pretrained(path)
+    return Base(str(path), path, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "checkpointing"),
+    [
+        ({"name": "lora"}, False),
+        pytest.param({"name": "lora"}, True, marks=pytest.mark.slow),
+        pytest.param({"name": "lora", "dropout": 0.1}, False, marks=pytest.mark.slow),
+        ({"name": "qlora"}, False),
+        ({"name": "lora", "base": "int8"}, True),
+        pytest.param({"name": "qdora"}, True, marks=pytest.mark.slow),
+        ({"name": "vera", "base": "nf4", "rank": 16}, False),
+        ({"name": "dvora", "rank": 16}, False),
+    ],
+    ids=str,
+)
+def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small_base):
+    method = MethodConfig(**settings)
+    real = measure(load(small_base, method, checkpointing=checkpointing), batch=BATCH, length=LENGTH, answers=ANSWERS)
+    rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
+    census, step = rehearsed.census, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
+    answers = BATCH * ANSWERS
+    parts = plan(census, step, base=method.row.base, answers=answers, sharing=ALONE, use_gpu=False)
+
+    saved_logits = answers * census.vocabulary * FLOAT32
+    assert step.kept + saved_logits == pytest.approx(real.kept, rel=0.1)
+    buffers = buffer_bytes(census, method.row.base, ALONE, trains_base=False)
+    assert parts.activations + parts.logits + buffers == pytest.approx(real.peak, rel=0.1)
+    assert parts.weights == pytest.approx(real.weights, rel=0.01)
+    assert parts.adapter == pytest.approx(real.adapter, rel=0.01)
+
+
+def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
+    adapted = load(small_base, MethodConfig(name="lora"), checkpointing=False)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in trained]
+    optimizer = torch.optim.AdamW(masters)
+    for master in masters:
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+    census = Rehearsal(small(), MethodConfig(name="lora"), reference="small").census
+    parts = plan(census, NO_STEP, base="bf16", answers=0, sharing=ALONE)
+    assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
+    assert parts.optimizer == sum(tensor.nbytes for tensor in [*masters, *moments])
+
+
+@pytest.mark.parametrize(
+    ("stage", "partitioned"),
+    [
+        (0, set()),
+        (1, {"optimizer"}),
+        (2, {"optimizer", "gradients"}),
+        (3, {"optimizer", "gradients", "adapter", "weights"}),
+    ],
+)
+def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
+    census = rehearsal("lora").census
+    whole, shared = (
+        plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(4, zero_stage)).as_json()
+        for zero_stage in (0, stage)
+    )
+    for part in ("weights", "adapter", "gradients", "optimizer"):
+        assert shared[part] == math.ceil(whole[part] / (4 if part in partitioned else 1)), part
+
+
+def test_every_worker_keeps_the_constants_of_an_nf4_base_at_stage_3():
+    census = rehearsal("qlora").census
+    quarter = weight_bytes(census, "nf4", Sharing(4, 3)) - weight_bytes(census, "nf4", ALONE) / 4
+    assert quarter == pytest.approx(3 / 4 * 6_476_005_376 / 64, rel=0.02)
+
+
+def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
+    census = rehearsal("lora").census
+    here = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2))
+    moved = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2, cpu_offload=True))
+    assert (moved.optimizer, moved.host) == (0, here.optimizer)
+    assert here.total - moved.total == here.optimizer
+    base_too = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 3, cpu_offload=True))
+    assert base_too.weights == 0
+    assert base_too.host > moved.host + 6e9
+
+
+def test_parts_add_up_and_the_two_peaks_do_not():
+    census = rehearsal("lora").census
+    logits = logits_bytes(100, census)
+    calm = plan(census, Step(10 * GIB, logits // 2), base="bf16", answers=100, sharing=ALONE)
+    busy = plan(census, Step(10 * GIB, 3 * logits), base="bf16", answers=100, sharing=ALONE)
+    assert calm.activations == 10 * GIB
+    assert busy.activations + busy.logits == 10 * GIB + 3 * logits
+    for parts in (calm, busy):
+        assert sum(size for name, size in parts.as_json().items() if name != "total") == parts.total
+
+
+def test_a_7b_takes_ten_to_twenty_times_less_memory_than_full_fine_tuning():
+    full = Rehearsal(LLAMA_2_7B, None, reference="llama-2-7b")
+    settings = {"answers": 512, "sharing": ALONE}
+    whole = plan(full.census, full.step(1, 512, checkpointing=True), base="bf16", trains_base=True, **settings)
+    qlora = rehearsal("qlora")
+    small_part = plan(qlora.census, qlora.step(1, 512, checkpointing=True), base="nf4", **settings)
+    assert 10 < whole.total / small_part.total < 20
+    assert whole.states == 16 * BASE_7B  # arXiv:1910.02054: 2 + 2 + 12 bytes a parameter
+    assert adapter_bytes(qlora.census) < whole.weights / 100
+
+
+def test_an_architecture_that_cannot_be_rehearsed_gets_a_formula(monkeypatch):
+    rehearsed = Rehearsal(small(), MethodConfig(name="lora"), reference="small")
+    monkeypatch.setattr(rehearsed._model, "get_decoder", lambda: torch.nn.Identity())
+    step = rehearsed.step(2, 64, checkpointing=False)
+    assert step.is_estimate
+    exact = Rehearsal(small(), MethodConfig(name="lora"), reference="small").step(2, 64, checkpointing=False)
+    assert step.kept == pytest.approx(exact.kept, rel=0.5)

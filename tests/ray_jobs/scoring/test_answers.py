@@ -1,0 +1,100 @@
+import math
+
+import pytest
+
+from ray_jobs.scoring.answers import (
+    MAX_CLASSES,
+    OTHER,
+    Score,
+    confusion,
+    exact_match,
+    metrics,
+    paired_difference,
+    token_f1,
+)
+
+
+def score(nll: float, other: float | None = None, match: bool = False, f1: float = 0.0) -> Score:
+    return Score(nll=nll, other_prompt_nll=other, text="", exact_match=match, token_f1=f1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("Skin", "Skin", True),
+        (" Skin\n", "Skin", True),
+        ("External  causes", "External causes", True),
+        ("e\u0301", "\u00e9", True),
+        ("skin", "Skin", False),
+        ("Skin and hair", "Skin", False),
+        ("", "Skin", False),
+    ],
+)
+def test_exact_match_ignores_white_space_and_unicode_form_alone(answer, reference, expected):
+    assert exact_match(answer, reference) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("The cat, sat!", "the cat sat", 1.0),
+        ("the cat", "the cat sat", 0.8),
+        ("a a b", "a c", 0.4),
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("...", "!", 1.0),
+    ],
+)
+def test_token_f1(answer, reference, expected):
+    assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+def test_losses_are_per_answer_token_and_not_per_record():
+    found = metrics([score(1.0, 5.0, True, 1.0), score(5.0, 7.0)], [1, 5])
+    assert found["loss"] == pytest.approx(1.0)
+    assert found["perplexity"] == pytest.approx(math.e)
+    assert found["exact_match"] == 0.5
+    assert found["token_f1"] == 0.5
+    assert found["prompt_gain"] == pytest.approx(1.0)
+
+
+def test_prompt_gain_is_absent_where_it_was_not_measured():
+    assert metrics([score(1.0)], [1])["prompt_gain"] is None
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+def test_a_lower_loss_is_a_positive_difference(metric):
+    found = paired_difference([score(1.0)] * 4, [score(2.0)] * 4, [1] * 4, metric)
+    assert found["difference"] > 0
+    assert found["records"] == 4
+
+
+def test_the_interval_is_that_of_the_paired_differences():
+    # Records differ far more from each other than the models do: a paired interval stays narrow.
+    base = [float(i) for i in range(200)]
+    found = paired_difference(
+        [score(x) for x in base], [score(x + 0.5 + 0.1 * (i % 2)) for i, x in enumerate(base)], [1] * 200, "loss"
+    )
+    low, high = found["ci95"]
+    assert found["difference"] == pytest.approx(0.55)
+    assert 0.53 < low < 0.55 < high < 0.57
+
+
+def test_the_interval_spans_zero_when_neither_is_better():
+    ours = [score(0, match=i % 2 == 0) for i in range(100)]
+    theirs = [score(0, match=i % 2 == 1) for i in range(100)]
+    low, high = paired_difference(ours, theirs, [1] * 100, "exact_match")["ci95"]
+    assert low < 0 < high
+
+
+def test_answers_are_counted_by_what_was_expected() -> None:
+    found = confusion(["a", "a", "b", "b "], ["a", "b", "b", "something else"])
+    assert found == {"labels": ["a", "b", OTHER], "counts": [[1, 1, 0], [0, 1, 1], [0, 0, 0]]}
+
+
+@pytest.mark.parametrize(
+    "references", [["a"] * 4, ["a", "b", "c", "c"], [str(n // 2) for n in range(2 * (MAX_CLASSES + 1))]]
+)
+def test_answers_that_are_no_classes_have_no_confusion(references: list[str]) -> None:
+    assert confusion(references, references) is None

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+
+from components.prepare.dataset import Message, Record
+from ray_jobs.base import base_model
+from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.scoring.scoring import greedy, other_prompts, score
+
+RECORDS = [
+    Record(str(i), [Message("user", prompt)], answer)
+    for i, (prompt, answer) in enumerate([("sky", "blue"), ("a longer one about grass", "green"), ("coal", "black")])
+]
+
+
+def split_of(*records: tuple[list[int], list[int]]) -> TokenizedSplit:
+    rows = [prompt + answer for prompt, answer in records]
+    return TokenizedSplit(
+        ids=[str(i) for i in range(len(rows))],
+        tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
+        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        num_prompt_tokens=np.array([len(prompt) for prompt, _ in records], dtype=np.int32),
+        too_long=[],
+    )
+
+
+def rows_of(split: TokenizedSplit) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of each record."""
+    rows = [split.tokens[start:end].tolist() for start, end in zip(split.offsets, split.offsets[1:], strict=False)]
+    return [(row[:cut], row[cut:]) for row, cut in zip(rows, split.num_prompt_tokens, strict=True)]
+
+
+def test_each_answer_stands_behind_the_next_prompt_and_the_last_behind_the_first():
+    split = split_of(([1, 2], [10]), ([3], [20, 21]), ([4, 5, 6], [30]))
+    found = other_prompts(split, 64)
+    assert rows_of(found) == [([3], [10]), ([4, 5, 6], [20, 21]), ([1, 2], [30])]
+    assert found.ids == split.ids
+    assert found.num_answer_tokens.tolist() == split.num_answer_tokens.tolist()
+
+
+def test_a_prompt_that_does_not_fit_its_new_answer_loses_its_beginning():
+    split = split_of(([1], [10, 11, 12, 13]), ([2, 3, 4, 5], [20]))
+    assert rows_of(other_prompts(split, 6)) == [([4, 5], [10, 11, 12, 13]), ([1], [20])]
+
+
+def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
+    split = split_of(([1], [10, 11, 12]), ([2, 3], [20]))
+    assert rows_of(other_prompts(split, 3))[0] == ([3], [10, 11, 12])
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_base):
+    from components.config.schema import ModelConfig
+
+    config = ModelConfig(base=str(tiny_base))
+    base = base_model.resolve(config)
+    model = base_model.load_model(base, config, "bf16", use_gpu=False).eval()
+    return model, base_model.load_tokenizer(base, config)
+
+
+def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
+    model, tokenizer = tiny
+    split = tokenize(RECORDS, tokenizer, 64)
+    done = []
+
+    def scored(batch_size):
+        done.clear()
+        return score(
+            model,
+            tokenizer,
+            RECORDS,
+            split,
+            with_other_prompts=None,
+            batch_size=batch_size,
+            max_new_tokens=4,
+            advance=done.append,
+        )
+
+    one, all_at_once = scored(1), scored(3)
+    assert sum(done) == 2 * len(RECORDS)
+    assert [s.nll for s in one] == pytest.approx([s.nll for s in all_at_once], abs=0.1)  # bfloat16
+    assert len({round(s.nll, 1) for s in one}) == len(RECORDS)
+    assert all(s.other_prompt_nll is None for s in one)
+
+
+def test_an_answer_ends_at_the_end_of_its_turn_and_holds_no_special_token(tiny):
+    model, tokenizer = tiny
+    split = tokenize(RECORDS, tokenizer, 64)
+    head = model.get_output_embeddings()
+
+    def say_x_then_end(_, inputs, logits):
+        spoken = say_x_then_end.tokens.pop(0)
+        return torch.nn.functional.one_hot(torch.full(logits.shape[:-1], spoken), logits.shape[-1]).to(logits.dtype)
+
+    say_x_then_end.tokens = [tokenizer.convert_tokens_to_ids(t) for t in ("Ġ", "x", "Ġ", "<|end|>", "y", "y")]
+    handle = head.register_forward_hook(say_x_then_end)
+    try:
+        assert greedy(model, tokenizer, split, 3, 6) == ["x", "x", "x"]
+    finally:
+        handle.remove()
+    assert say_x_then_end.tokens == [tokenizer.convert_tokens_to_ids("y")] * 2

@@ -1,0 +1,58 @@
+"""A sharding that is really broken must stop the training before its first step."""
+
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.registry.store import Store
+from ray_jobs.training import zero
+from tests.tiny import colour_rows
+from tests.train_group import in_group, train_in_rank
+
+ROWS = colour_rows(32)
+
+
+def train_with_a_broken_shard(config_toml: str) -> None:
+    """One worker's part of one matrix is turned around after DeepSpeed has set everything up."""
+    initialize = zero.initialize
+
+    def break_one(model: torch.nn.Module, config: RunConfig) -> Any:
+        engine = initialize(model, config)
+        if dist.get_rank() == 1:
+            name = "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
+            weight = dict(engine.module.named_parameters())[name]
+            part = weight.ds_tensor if config.train.zero_stage == 3 else weight.data
+            part.copy_(part.flatten().flip(0).view(part.shape))
+        return engine
+
+    with mock.patch.object(zero, "initialize", break_one):
+        train_in_rank({"broken": config_toml}, ROWS)
+
+
+@pytest.mark.parametrize("base_format", ["bf16", "nf4"])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_one_broken_part_stops_the_training_with_both_losses(
+    config: RunConfig, store: Store, tmp_path: Path, base_format, zero_stage
+):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    changes = [*place, f"method.base={base_format}", f"train.zero_stage={zero_stage}"]
+    toml = config_file.dumps(config_file.loads(config_file.dumps(config), changes))
+    with pytest.raises(RuntimeError) as raised:
+        in_group(train_with_a_broken_shard, toml, directory=tmp_path, num_workers=2)
+    found = re.search(
+        rf"JobError: before the first step, rank (\d)'s loss with train\.zero_stage={zero_stage} is (\S+) and that of "
+        r"the same model unsharded is (\S+), more than (\S+) apart",
+        str(raised.value),
+    )
+    assert found
+    rank, sharded, plain, limit = int(found[1]), *map(float, found.groups()[1:])
+    assert abs(sharded - plain) > limit > 0
+    if zero_stage == 2:  # every worker has weights of its own; under ZeRO-3 all see the broken part
+        assert rank == 1

@@ -1,0 +1,209 @@
+"""The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64.
+
+That every way of sharing the work out takes these same steps is shown by `test_matrix.py`.
+"""
+
+import functools
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from components.config import config_file
+from components.config.schema import RunConfig, TrainConfig
+from components.registry.store import Store
+from components.shared.errors import ConfigError
+from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
+from tests.ray_jobs.plain import plain_training
+from tests.tiny import colour_rows
+from tests.train_group import Trained, train
+
+ROWS = colour_rows(256)
+NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
+
+
+@pytest.fixture
+def run(config: RunConfig, store: Store, tmp_path: Path):
+    """Train with some keys changed; each call is a run of its own unless it names one."""
+    names = itertools.count()
+
+    def trained(*changes: str, run_id: str = "", num_workers: int = 2, rows: list[dict[str, str]] = ROWS) -> Trained:
+        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
+        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+        name = run_id or f"run{next(names)}"
+        return train(toml, rows, tmp_path / name, run_id=name, num_workers=num_workers)
+
+    return trained
+
+
+@functools.cache
+def plain_losses(config_toml: str) -> list[float]:
+    return plain_training(config_toml, ROWS).losses
+
+
+def test_losses_are_those_of_a_plain_loop(run, config):
+    found = run()
+    assert len(found.losses) == 14
+    np.testing.assert_allclose(found.losses, plain_losses(config_file.dumps(config)), atol=NOISE)
+    # Values, so that a change of the numbers is seen even where it changes both.
+    np.testing.assert_allclose(found.losses[:3], [6.4404, 6.2079, 5.0018], atol=NOISE)
+    assert found.eval_losses[-1] < 0.5 * found.losses[0]
+
+
+def test_the_number_of_workers_does_not_change_the_steps(run, config):
+    np.testing.assert_allclose(run(num_workers=1).losses, plain_losses(config_file.dumps(config)), atol=NOISE)
+
+
+def test_accumulating_does_not_change_the_steps(run, config):
+    np.testing.assert_allclose(
+        run("train.micro_batch_size=2").losses, plain_losses(config_file.dumps(config)), atol=NOISE
+    )
+
+
+def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):
+    first, second = run("method.name=qlora", "method.dropout=0.1"), run("method.name=qlora", "method.dropout=0.1")
+    assert first.losses == second.losses
+    assert all((first.weights[name] == second.weights[name]).all() for name in first.weights)
+
+
+def test_measuring_in_between_does_not_change_an_nf4_training(run):
+    # bitsandbytes would repack weights at the first measurement on CPU and lose the gradient from then on.
+    often = run("method.name=qlora", "train.evals_per_epoch=14", "train.early_stopping_patience=0")
+    never = run("method.name=qlora", "train.evals_per_epoch=0", "train.early_stopping_patience=0")
+    assert often.losses == never.losses
+    assert len(often.eval_losses) == 14
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        # What a checkpoint could forget: magnitudes, dropout's chance, a base of its own, and weights that are
+        # quantised, sharded or offloaded.
+        ["method.name=qdora", "method.dropout=0.1"],
+        ["method.name=dora", "method.dropout=0.1", "train.zero_stage=3"],
+        pytest.param(
+            ["method.name=qlora", "train.zero_stage=3", "train.cpu_offload=true", "train.micro_batch_size=4"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["method.name=dvora", "method.base=nf4", "train.zero_stage=3"], marks=pytest.mark.slow),
+        pytest.param(["method.name=loftq", "method.scaling=rslora"], marks=pytest.mark.slow),
+        ["method.name=vera", "method.base=int8", "train.zero_stage=1", "train.cpu_offload=true"],
+        pytest.param(
+            ["method.name=lora", "method.base=int8", "train.zero_stage=0", "train.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=" ".join,
+)
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch, method):
+    changes = [*method, "train.checkpoint_every_steps=2", "train.max_steps=6"]
+    whole = run(*changes)
+    monkeypatch.setenv("STOP_AFTER_STEP", "5")
+    with pytest.raises(RuntimeError):
+        run(*changes, run_id="interrupted")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    resumed = run(*changes, run_id="interrupted")
+    assert resumed.resumed_from == 4
+    assert resumed.losses == whole.losses[4:]
+    assert resumed.weights.keys() == whole.weights.keys()
+    assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
+
+
+def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=4"]
+    monkeypatch.setenv("STOP_AFTER_STEP", "3")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # what makes any x86-64 slow in bfloat16
+    with pytest.raises(RuntimeError):
+        run(*changes, run_id="moved")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    resumed = run(*changes, run_id="moved")
+    assert resumed.resumed_from == 2
+    assert resumed.matmul_dtype == "float32"
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_early_stopping_keeps_the_best_weights(run, zero_stage):
+    # A rate this high makes the loss rise after a while.
+    found = run(
+        "train.learning_rate=0.3",
+        "train.evals_per_epoch=14",
+        "train.early_stopping_patience=2",
+        "train.epochs=3",
+        f"train.zero_stage={zero_stage}",
+    )
+    assert found.stopped_early
+    assert found.steps < 42
+    assert min(found.eval_losses) not in found.eval_losses[-2:]
+
+
+def test_workers_with_unequal_shares_of_the_held_out_records_measure_the_same_loss(run):
+    # Of 9 records one worker takes 5 in two rounds, and the other 4 in one: under ZeRO-3 neither could go on alone.
+    rows = colour_rows(72)
+    changes = ["train.micro_batch_size=4", "train.max_steps=1"]
+    alone = run(*changes, num_workers=1, rows=rows)
+    shared = run(*changes, "train.zero_stage=3", rows=rows)
+    assert len(shared.eval_losses) == 1
+    assert shared.eval_losses == pytest.approx(alone.eval_losses, abs=0.01)
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(run, tiny_base, tmp_path):
+    broken = shutil.copytree(tiny_base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"the loss at step 0 is nan; lower train\.learning_rate"):
+        run(f"model.base={broken}")
+
+
+def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
+    monkeypatch.setenv("STOP_AFTER_STEP", "5")
+    with pytest.raises(RuntimeError):
+        run("train.checkpoint_every_steps=4", run_id="mine")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    with pytest.raises(RuntimeError, match=f"{ConfigError.__name__}.*written with another config"):
+        run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
+    weights = run(
+        "train.checkpoint_every_steps=4",
+        "train.keep_checkpoints=1",
+        f"train.zero_stage={zero_stage}",
+        run_id="kept",
+    ).weights
+    objects = list(store.list("runs/kept/checkpoints/"))
+    assert {o.key.split("/")[3] for o in objects} == {"step-000012"}
+    trained = sum(weight.size for weight in weights.values())
+    held = sum(o.size for o in objects)
+    assert held < 1.3 * trained * (2 + 2 + 12)  # two copies in bfloat16; masters and two moments in float32
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [learning_rate_at(step, peak=1.0, num_steps=100, warmup_share=0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[99] < 1e-3
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert all(math.isfinite(rate) for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("train_config", "records", "steps", "measured"),
+    [
+        (TrainConfig(batch_size=16), 160, 10, {3, 6, 9, 10}),
+        (TrainConfig(batch_size=16), 161, 11, {3, 6, 9, 11}),
+        (TrainConfig(batch_size=16, epochs=2, evals_per_epoch=1), 160, 20, {10, 20}),
+        (TrainConfig(batch_size=16, epochs=2, max_steps=7, evals_per_epoch=0), 160, 7, {7}),
+        (TrainConfig(batch_size=16), 3, 1, {1}),
+    ],
+)
+def test_steps_and_measurements_follow_from_the_config(train_config, records, steps, measured):
+    assert num_steps(train_config, records) == steps
+    assert eval_steps(train_config, records) == measured

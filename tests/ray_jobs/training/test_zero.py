@@ -1,0 +1,167 @@
+"""What ZeRO-3 and offloading promise, seen from inside two real ranks."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.config import config_file
+from components.config import schema as config
+from components.config.schema import RunConfig
+from components.shared.errors import JobError
+from ray_jobs.training import zero
+from tests.tiny import build_base
+from tests.train_group import in_group
+
+
+def changed(base: RunConfig, *changes: str) -> str:
+    return config_file.dumps(config_file.loads(config_file.dumps(base), changes))
+
+
+def live_bytes() -> int:
+    """Of every tensor in this process, whoever holds it."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(held.values())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of tensors that a rank holds."""
+
+    loaded: int
+    """Base and adapter, loaded and shared out."""
+    between: int
+    """What a forward pass adds and leaves for its backward pass."""
+
+
+def held_bytes(config_toml: str) -> Held:
+    """Of this rank."""
+    from ray_jobs.base import base_model
+    from ray_jobs.training import worker
+
+    zero.prepare_environment(use_gpu=False)
+    zero.LIVE_ELEMENTS = 1
+    config.refusals = lambda _: iter(())  # type: ignore[attr-defined]  # to see what a refused cell would do
+    loaded = config_file.loads(config_toml)
+    base = base_model.resolve(loaded.model)
+    input_ids = torch.arange(4)[None]
+    before = live_bytes()
+    with zero.sharding(loaded):
+        adapted: Any = worker._adapted(loaded, base, use_gpu=False)
+        if loaded.train.zero_stage == 3:
+            zero._share_out(adapted, loaded)
+        after_loading = live_bytes()
+        engine = zero.initialize(adapted, loaded)
+        idle = live_bytes()
+        loss = engine(input_ids=input_ids, labels=input_ids).loss
+        between = live_bytes()
+        engine.backward(loss)
+    return Held(after_loading - before, between - idle)
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for its matrices to outweigh everything else."""
+    return build_base(tmp_path_factory.mktemp("wide-base"), width=256)
+
+
+def held_at(zero_stage: int, config: RunConfig, *changes: str, directory: Path) -> list[Held]:
+    """By each of two ranks; the cell need not be legal."""
+    toml = changed(config, "method.rank=1", *changes)
+    found: list[Held] = in_group(
+        held_bytes, toml.replace("zero_stage = 2", f"zero_stage = {zero_stage}"), directory=directory, num_workers=2
+    )
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "qdora"])
+def test_under_zero_3_no_rank_ever_holds_the_base_whole(config, wide_base, tmp_path, method):
+    changes = [f"model.base={wide_base}", f"method.name={method}"]
+    whole = min(held.loaded for held in held_at(2, config, *changes, directory=tmp_path))
+    for held in held_at(3, config, *changes, directory=tmp_path):
+        assert held.loaded < 0.6 * whole
+        assert held.between < 0.25 * whole
+
+
+def test_int8_under_zero_3_would_be_held_whole_and_the_shards_with_it(config, wide_base, tmp_path):
+    # Why it is refused.
+    changes = [f"model.base={wide_base}", "method.base=int8"]
+    whole = min(held.loaded for held in held_at(2, config, *changes, directory=tmp_path))
+    assert all(held.loaded > whole for held in held_at(3, config, *changes, directory=tmp_path))
+
+
+def engine_facts(config_toml: str) -> dict[str, Any]:
+    """How DeepSpeed has set itself up."""
+    from ray_jobs.base import base_model
+    from ray_jobs.training import worker
+
+    zero.prepare_environment(use_gpu=False)
+    loaded = config_file.loads(config_toml)
+    with zero.sharding(loaded):
+        adapted = worker._adapted(loaded, base_model.resolve(loaded.model), use_gpu=False)
+        engine = zero.initialize(adapted, loaded)
+        found = engine.optimizer
+        return {
+            "optimizer": type(found.optimizer).__module__,
+            "optimizer state": getattr(found, "cpu_offload", False) or getattr(found, "offload_optimizer", False),
+            "parameters": getattr(found, "offload_param", False),
+            "kept whole": sorted({parameter.ds_shape for parameter in getattr(found, "persistent_parameters", [])}),
+        }
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_offloading_keeps_optimizer_state_and_at_stage_3_weights_in_host_memory(
+    config, tmp_path, zero_stage, is_offloaded
+):
+    toml = changed(config, f"train.zero_stage={zero_stage}", f"train.cpu_offload={str(is_offloaded).lower()}")
+    for facts in in_group(engine_facts, toml, directory=tmp_path, num_workers=2):
+        assert facts["optimizer"] == "torch.optim.adamw"
+        assert facts["optimizer state"] is is_offloaded
+        assert facts["parameters"] is (is_offloaded and zero_stage == 3)
+        assert all(len(shape) == 1 for shape in facts["kept whole"])
+
+
+def globals_after_sharding(config_toml: str) -> list[Any]:
+    """What `sharding` must put back, before, within and after it."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from ray_jobs.base import base_model
+
+    zero.prepare_environment(use_gpu=False)
+    loaded = config_file.loads(config_toml)
+    base = base_model.resolve(loaded.model)
+    linear = torch.nn.functional.linear
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append((is_deepspeed_zero3_enabled(), torch.nn.functional.linear is linear))
+
+    look()
+    with zero.sharding(loaded):
+        base_model.load_model(base, loaded.model, "bf16", use_gpu=False)
+        look()
+    look()
+    model = base_model.load_model(base, loaded.model, "bf16", use_gpu=False)
+    return [*seen, all(parameter.numel() for parameter in model.parameters())]
+
+
+def test_what_is_loaded_after_a_sharded_training_is_whole(config, tmp_path):
+    (seen,) = in_group(
+        globals_after_sharding,
+        changed(config, "train.zero_stage=3", "ray.num_workers=1"),
+        directory=tmp_path,
+        num_workers=1,
+    )
+    assert seen == [(False, True), (True, False), (False, True), True]
+
+
+def test_weights_that_were_not_shared_out_are_noticed():
+    with pytest.raises(JobError, match=r"this worker holds 4,096 of their 4,096 bytes .* use train\.zero_stage=2"):
+        zero.require_shared(torch.nn.Linear(32, 32), num_workers=2)
+    zero.require_shared(torch.nn.Linear(32, 32), num_workers=1)
