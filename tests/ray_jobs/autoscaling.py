@@ -2,6 +2,9 @@
 
 ray.cluster_utils.AutoscalingCluster but for two things: that calls `ray stop --force`, which ends every Ray of the
 machine, and reads an example.yaml that Ray's wheel lacks, as does the provider unless it is an external one.
+
+Ray is imported where it is used: a process keeps the RAY_AUTH_MODE that it first imports Ray with, and every test
+process imports this file.
 """
 
 import contextlib
@@ -13,9 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
@@ -44,6 +44,8 @@ def cluster(*, grows: bool) -> Iterator[str]:
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
         environment = {**os.environ, **CLIENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}"}
         if grows:
+            from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
             path = Path(folder) / "autoscaling.json"
             path.write_text(json.dumps(_config(address)))
             command.append(f"--autoscaling-config={path}")
@@ -71,6 +73,9 @@ def cluster(*, grows: bool) -> Iterator[str]:
 
 def _config(address: str) -> dict[str, Any]:
     """What KubeRay's autoscaler makes of the shared cluster of infra/overlays/kind, its pods but processes here."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
     (custom_resource,) = [each for each in render("infra/overlays/kind/raycluster") if each["kind"] == "RayCluster"]
     config = _derive_autoscaling_config_from_ray_cr(custom_resource)
     types = config["available_node_types"]
