@@ -10,6 +10,7 @@ CPUINFO = Path("/proc/cpuinfo")
 # The first that a processor has, by the flags of /proc/cpuinfo: the fastest at bfloat16 comes first.
 X86 = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
 ARM = (("bf16", "ARM with BF16"), ("asimd", "ARM"))
+FAST_AT_BFLOAT16 = {"AMX", "AVX-512 BF16", "ARM with BF16"}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> Answer:
     from pipelines.commands.arguments import load_config
-    from pipelines.local.ray_jobs_here import answer, asking
+    from pipelines.local.job import answer, asking
 
     config = load_config(options)  # a mistake in it is told before PyTorch is loaded
     arguments = ["--all-methods"] if options.all_methods else []
@@ -46,7 +46,7 @@ def _plan(options: argparse.Namespace) -> Answer:
 
 def _told(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
-    from pipelines.local.outlook import told
+    from pipelines.local.estimate import told
 
     if body["estimate"]:
         yield body["estimate"]["processor_told"]
@@ -95,7 +95,7 @@ def _verdict(body: dict[str, Any]) -> str:
 
 
 def _progress_told(body: dict[str, Any]) -> Iterator[str]:
-    from pipelines.local.outlook import duration
+    from pipelines.local.estimate import duration
 
     if body["tokens_per_s"] is None:
         yield f"speed, time and cost: unknown; {body['speed_unknown_because']}"

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from components.config.schema import RunConfig
+from components.shared.cpus import FAST_AT_BFLOAT16
 from components.shared.errors import FineloopError
-from pipelines.local.ray_jobs_here import Asked, answer, asking
+from pipelines.local.job import Asked, answer, asking
 
 LONG_S = 1800.0
 
 
 def estimating(config_path: Path, home: Path) -> AbstractContextManager[Asked]:
-    """Estimate how long a run takes here, in a process of its own; `outlook` waits for what it finds."""
+    """Estimate how long a run takes here, in a process of its own; `waited_for` has what it finds."""
     cache = os.environ.get("FINELOOP_CACHE") or str(home.absolute() / "cache")
     return asking("ray_jobs.estimate", config_path, environment={"FINELOOP_CACHE": cache})
 
 
-def outlook(config: RunConfig, asked: Asked) -> list[str]:
+def waited_for(config: RunConfig, asked: Asked) -> list[str]:
     """Lines for a person; no run fails for want of an estimate."""
     try:
         return list(told(config, answer(asked)))
@@ -55,7 +56,7 @@ def _shorter(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"fewer held-out records (--set evaluate.records, now {config.evaluate.records})"
         yield "shorter answers: --set evaluate.max_new_tokens"
-    if config.ray.cpu_matmul_dtype == "bfloat16" and "BF16" not in estimate["processor"]["kind"]:
+    if config.ray.cpu_matmul_dtype == "bfloat16" and estimate["processor"]["kind"] not in FAST_AT_BFLOAT16:
         yield "--set ray.cpu_matmul_dtype=auto, which multiplies in what this processor is fastest at"
     yield "a smaller model.base; a GPU, with --set ray.use_gpu=true"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.config.schema import RunConfig
-from pipelines.local import outlook
+from pipelines.local import estimate
 
 ESTIMATE = {
     "processor": {"name": "AMD EPYC 7R13 Processor", "kind": "AVX2", "cores": 2},
@@ -22,7 +22,7 @@ ESTIMATE = {
 
 
 def told(config: RunConfig, **changes: Any) -> str:
-    return "\n".join(outlook.told(config, {**ESTIMATE, **changes}))
+    return "\n".join(estimate.told(config, {**ESTIMATE, **changes}))
 
 
 def test_a_run_of_minutes_is_told_in_one_line(make_config: Callable[..., RunConfig]) -> None:
@@ -50,12 +50,12 @@ def test_what_is_unknown_is_said_with_its_reason(make_config: Callable[..., RunC
 
 
 def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    with outlook.estimating(tmp_path / "nowhere.toml", tmp_path) as asked:
-        (line,) = outlook.outlook(make_config(), asked)
+    with estimate.estimating(tmp_path / "nowhere.toml", tmp_path) as asked:
+        (line,) = estimate.waited_for(make_config(), asked)
     assert line.startswith("how long it takes here is unknown: ")
     assert "nowhere.toml" in line
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (89, "89 s"), (600, "10 min"), (7200, "2 h 0 min")])
 def test_a_duration_is_told_as_people_tell_it(seconds: float, text: str) -> None:
-    assert outlook.duration(seconds) == text
+    assert estimate.duration(seconds) == text
