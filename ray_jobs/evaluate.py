@@ -19,6 +19,7 @@ from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
+from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
@@ -108,7 +109,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     evaluation["matmul_dtype"] = dtype
     evaluation["seconds"] = {"total": round(time.monotonic() - started, 3)}
     _write_records(store, run_id, kept, tokens, scores)
-    store.put_json(f"runs/{run_id}/evaluation.json", evaluation)
+    store.put_json(runs.run_key(run_id, runs.EVALUATION), evaluation)
     for role in scores:
         found = evaluation["models"][role]["metrics"]
         say(
@@ -342,7 +343,7 @@ def _write_records(
         columns.update(as_columns(role, values))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    store.put(f"runs/{run_id}/evaluation_records.parquet", sink.getvalue().to_pybytes())
+    store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), sink.getvalue().to_pybytes())
 
 
 class _Progress:

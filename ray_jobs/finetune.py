@@ -12,12 +12,11 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
-from components.registry import folders, lineage
+from components.registry import folders, lineage, runs
 from components.registry.store import Store
 from components.shared import errors
 from components.shared.errors import DataError, JobError
 from components.shared.protocol import say
-from components.step.step import config_key
 from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.base.batching import TokenizedSplit, tokenize
@@ -66,7 +65,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     if dataset_uri is None:
         say(STEP, f"preparing {config.data.source}")
         dataset_uri = prepare(config, store).uri
-    store.put(config_key(run_id), config_file.dumps(config).encode(), content_type="application/toml")
+    store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = base_model.resolve(config.model)
@@ -100,7 +99,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     result: dict[str, Any] = fitted.return_value or {}
     if "failure" in result:
         raise errors.by_name(result["failure"]["error"], result["failure"]["message"])
-    store.put_json(f"runs/{run_id}/finetune.json", result)
+    store.put_json(runs.run_key(run_id, runs.FINETUNE), result)
     return result
 
 
@@ -150,7 +149,7 @@ def _fit(
         ),
         run_config=RayRunConfig(
             name="ray",
-            storage_path=store.uri(f"runs/{job.run_id}"),
+            storage_path=store.uri(runs.run_key(job.run_id).rstrip("/")),
             failure_config=FailureConfig(max_failures=ray_config.max_failures),
         ),
     )

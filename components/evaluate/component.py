@@ -17,7 +17,8 @@ def evaluate(
 ) -> str:
     """Evaluate the version and return the evaluation's URI. Few distinct answers also give a confusion matrix."""
     from components.evaluate.evaluate import evaluate as compare
-    from components.evaluate.evaluate import evaluation_key, flat_metrics
+    from components.evaluate.evaluate import flat_metrics
+    from components.registry import runs
     from components.step.step import step
 
     with step("evaluate", config, run_id) as run:
@@ -25,5 +26,5 @@ def evaluate(
         metrics.metadata.update(flat_metrics(evaluation))
         if matrix := evaluation.get("confusion"):
             confusion.log_confusion_matrix(matrix["labels"], matrix["counts"])
-        uri = run.store.uri(evaluation_key(run.run_id))
+        uri = run.store.uri(runs.run_key(run.run_id, runs.EVALUATION))
     return uri

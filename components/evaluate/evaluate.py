@@ -3,6 +3,7 @@
 from typing import Any
 
 from components.ray_cluster.submit import submit_step
+from components.registry import runs
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import Step
 
@@ -20,16 +21,11 @@ def evaluate(run: Step, *, dataset_uri: str, version_uri: str) -> dict[str, Any]
     """
     submission_id = submit_step(run, "evaluate", "--dataset", dataset_uri, "--version", version_uri)
     try:
-        evaluation: dict[str, Any] = run.store.get_json(evaluation_key(run.run_id))
+        evaluation: dict[str, Any] = run.store.get_json(runs.run_key(run.run_id, runs.EVALUATION))
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
     run.result.update(records=evaluation["records"])
     return evaluation
-
-
-def evaluation_key(run_id: str) -> str:
-    """Where a run's evaluation lies in the store."""
-    return f"runs/{run_id}/evaluation.json"
 
 
 def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from components.ray_cluster.submit import submit_step
+from components.registry import runs
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import Step
 
@@ -16,7 +17,7 @@ def finetune(run: Step, *, dataset_uri: str) -> str:
     """
     submission_id = submit_step(run, "finetune", "--dataset", dataset_uri)
     try:
-        result: dict[str, Any] = run.store.get_json(f"runs/{run.run_id}/finetune.json")
+        result: dict[str, Any] = run.store.get_json(runs.run_key(run.run_id, runs.FINETUNE))
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
     run.result.update(result)

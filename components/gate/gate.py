@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.gate.policy import GateDecision, Rule, decide
+from components.registry import runs
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
         ObjectMissing: there is no evaluation.
         DataError: it belongs to another run, or lacks the candidate or the base.
     """
-    evaluation = store.get_json(store.key(evaluation_uri) if evaluation_uri else f"runs/{run_id}/evaluation.json")
+    evaluation = store.get_json(store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION))
     if evaluation.get("run_id") != run_id:
         other = evaluation.get("run_id")
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
@@ -35,7 +36,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     logger.info("decision for %s %s: %s", config.adapter.name, decision.version, decision.decision)
 
     record = decision_record(decision, config, store, run_id)
-    store.put_json(f"runs/{run_id}/decision.json", record)
+    store.put_json(runs.run_key(run_id, runs.DECISION), record)
     if not decision.promoted:
         _record_refusal(store, record)
     return decision
@@ -43,12 +44,15 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 def decision_record(decision: GateDecision, config: RunConfig, store: "Store", run_id: str) -> dict[str, Any]:
     """The whole of decision.json."""
+    from components.registry.aliases import version_key
+
     name = config.adapter.name
+    assert decision.version is not None  # a candidate is published before it is compared
     return {
         **decision.as_json(),
         "adapter": name,
         "alias": config.adapter.alias,
-        "version_uri": store.uri(f"adapters/{name}/versions/{decision.version}"),
+        "version_uri": store.uri(version_key(name, decision.version)),
         "run_id": run_id,
     }
 

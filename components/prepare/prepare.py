@@ -10,6 +10,7 @@ from components.prepare import dataset, intake, news
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, Split, deduplicate, split
+from components.registry import runs
 from components.step.step import Step
 
 if TYPE_CHECKING:
@@ -151,6 +152,6 @@ def _skip(run: Step, consumed: "Consumed", reason: str) -> None:
         "run_id": run.run_id,
         "since_run": consumed.run_id,
     }
-    run.store.put_json(f"runs/{run.run_id}/decision.json", decision)
+    run.store.put_json(runs.run_key(run.run_id, runs.DECISION), decision)
     run.result.update(skipped=reason)
     run.say(f"skipped: {reason}")

@@ -5,7 +5,7 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 
 from typing import Any
 
-from components.registry import aliases, watermark
+from components.registry import aliases, runs, watermark
 from components.step.step import Step
 
 
@@ -54,9 +54,9 @@ def skip(run: Step) -> str:
 
 
 def _decision(run: Step) -> dict[str, Any]:
-    decision: dict[str, Any] = run.store.get_json(f"runs/{run.run_id}/decision.json")
+    decision: dict[str, Any] = run.store.get_json(runs.run_key(run.run_id, runs.DECISION))
     return decision
 
 
 def _decision_uri(run: Step) -> str:
-    return run.store.uri(f"runs/{run.run_id}/decision.json")
+    return run.store.uri(runs.run_key(run.run_id, runs.DECISION))

@@ -17,9 +17,10 @@ from typing import TextIO
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Backend, Ended, Job, LogCopy, kubeflow_run, last_lines
+from components.registry import runs
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import find_failure
-from components.step.step import Step, config_key
+from components.step.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def submit_step(run: Step, task: str, *arguments: str) -> str:
         FineloopError: as for `submit_and_wait`.
     """
     config = run.config
-    command = ("python", "-m", f"ray_jobs.{task}", "--config", run.store.uri(config_key(run.run_id)))
+    command = ("python", "-m", f"ray_jobs.{task}", "--config", run.store.uri(runs.run_key(run.run_id, runs.CONFIG)))
     job = Job(
         run_id=run.run_id,
         task=task,

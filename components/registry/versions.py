@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from components.registry import folders
+from components.registry import folders, runs
 from components.registry.aliases import (
     PRODUCTION,
     READS_AT_ONCE,
@@ -152,10 +152,10 @@ def evaluated(store: Store, version: Version) -> Version:
 
     A version is published before it is compared, and never rewritten: the comparison lies with the run.
     """
-    found = store.read(f"runs/{version.run_id}/{EVALUATION}") if version.run_id else None
+    found = store.read(runs.run_key(version.run_id, runs.EVALUATION)) if version.run_id else None
     if found is None:
         return version
-    candidate = decode_json(found[0], store.uri(f"runs/{version.run_id}/{EVALUATION}"))["models"]["candidate"]
+    candidate = decode_json(found[0], store.uri(runs.run_key(version.run_id, runs.EVALUATION)))["models"]["candidate"]
     return replace(version, metrics=candidate["metrics"]) if candidate["version"] == version.version else version
 
 

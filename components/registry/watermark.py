@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from components.registry import runs
 from components.registry.aliases import adapter_key
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
@@ -107,4 +108,4 @@ def _note(store: Store, run_id: str) -> Consumed:
 
 
 def _note_key(run_id: str) -> str:
-    return f"runs/{run_id}/consumed.json"
+    return runs.run_key(run_id, runs.CONSUMED)

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.registry import runs
+from components.registry.aliases import version_key
+from components.registry.versions import LINEAGE
 from components.report.page import build_report
 from components.report.run_files import RunFiles
 from components.shared.errors import IntegrityError, ObjectMissing
@@ -24,7 +27,7 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
     """
     page = build_report(read_run(config, store, run_id))
-    key = f"runs/{run_id}/report.html"
+    key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
     logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
     return store.uri(key)
@@ -32,27 +35,30 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
 
 def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
     """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out."""
-    folder = f"runs/{run_id}"
-    evaluation = _json(store, f"{folder}/evaluation.json")
-    decision = _json(store, f"{folder}/decision.json")
-    steps = [store.get_json(entry.key) for entry in store.list(f"{folder}/steps/") if entry.key.endswith(".json")]
+    evaluation = _json(store, runs.run_key(run_id, runs.EVALUATION))
+    decision = _json(store, runs.run_key(run_id, runs.DECISION))
+    steps = [
+        store.get_json(entry.key)
+        for entry in store.list(runs.run_key(run_id, runs.STEPS))
+        if entry.key.endswith(".json")
+    ]
+    metrics_key = runs.run_key(run_id, runs.METRICS)
     run = RunFiles(
         run_id=run_id,
         adapter=config.adapter.name,
         alias=config.adapter.alias,
-        config_toml=_text(store, f"{folder}/config.toml") or config_file.dumps(config),
+        config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
         config_digest=config.digest,
-        metrics=parse_metrics(_text(store, f"{folder}/metrics.jsonl"), origin=store.uri(f"{folder}/metrics.jsonl")),
+        metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
         evaluation=evaluation,
         decision=decision,
         steps=steps,
     )
     dataset_id = run.dataset_id
-    lineage = f"adapters/{config.adapter.name}/versions/{run.version}/lineage.json"
     return replace(
         run,
         profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
-        lineage=_json(store, lineage) if run.version else None,
+        lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
 
 

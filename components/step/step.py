@@ -13,6 +13,7 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.registry import runs
 from components.registry.store import Store
 from components.shared.errors import ConfigError, Conflict, FineloopError
 from components.shared.protocol import say, say_failure
@@ -75,11 +76,6 @@ def step(
         say(name, f"finished in {time.monotonic() - began:.1f} s")
 
 
-def config_key(run_id: str) -> str:
-    """Where a run's resolved config lies in the store."""
-    return f"runs/{run_id}/config.toml"
-
-
 @contextlib.contextmanager
 def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
     """Head an error about a key by the run parameter that set it: who fills in the Kubeflow UI's form sees no keys."""
@@ -101,22 +97,21 @@ def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str]
     config = config_file.loads(config_toml, [*overrides.values()], origin=CONFIG, overriding="")
     store = Store.open(config.registry)
     if as_begun:
-        begun = store.read(config_key(run_id))
+        begun = store.read(runs.run_key(run_id, runs.CONFIG))
         return Step(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
     body = config_file.dumps(config).encode()
     try:
-        store.create(config_key(run_id), body, content_type="application/toml")
+        store.create(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
     except Conflict:
-        first = _recorded(store, run_id, store.get(config_key(run_id)))
+        first = _recorded(store, run_id, store.get(runs.run_key(run_id, runs.CONFIG)))
         if first.digest != config.digest:
-            raise ConfigError(
-                f"run {run_id} began with another config ({store.uri(config_key(run_id))}): take another run_id"
-            ) from None
+            uri = store.uri(runs.run_key(run_id, runs.CONFIG))
+            raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
     return Step(name, run_id, config, store)
 
 
 def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:
-    return config_file.loads(body.decode(), origin=store.uri(config_key(run_id)))
+    return config_file.loads(body.decode(), origin=store.uri(runs.run_key(run_id, runs.CONFIG)))
 
 
 def _record(running: Step, status: str, started_at: datetime, seconds: float) -> None:
@@ -127,7 +122,7 @@ def _record(running: Step, status: str, started_at: datetime, seconds: float) ->
         "seconds": round(seconds, 3),
         "result": running.result,
     }
-    running.store.put_json(f"runs/{running.run_id}/steps/{running.name}.json", record)
+    running.store.put_json(runs.step_key(running.run_id, running.name), record)
 
 
 @contextlib.contextmanager

@@ -33,14 +33,14 @@ def add(commands: Any) -> None:
 
 
 def _chat(options: argparse.Namespace) -> Answer:
+    from components.registry import runs
     from components.registry.versions import resolve
-    from components.step.step import config_key
     from pipelines.local.service import python_path
 
     with opened_registry(options) as store:
         version = resolve(store, options.reference)
         is_own = options.config == DEFAULT_CONFIG and version.run_id
-        config = store.uri(config_key(version.run_id)) if is_own else str(options.config.absolute())
+        config = store.uri(runs.run_key(version.run_id, runs.CONFIG)) if is_own else str(options.config.absolute())
         overrides = [part for override in options.overrides for part in ("--set", override)]
         reference = f"{version.name}@{version.version}"
         command = [sys.executable, "-m", "ray_jobs.chat", "--config", config, *overrides, "--version", reference]

@@ -4,6 +4,7 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from components.registry.runs import run_key
 from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
 from pipelines.commands.cluster import add_kubeflow, connected
 from pipelines.commands.table import table
@@ -86,7 +87,7 @@ def _show(options: argparse.Namespace) -> Answer:
         ("state", f"{run.state.lower()}{': ' + run.message if run.message else ''}"),
         ("adapter", run.adapter or "-"),
         ("config", f"sha256 {run.config_digest}" if run.config_digest else "-"),
-        ("in the store", f"runs/{run.store_run_id}/"),
+        ("in the store", run_key(run.store_run_id)),
         ("began", began(run.detail.created_at)),
         ("took", took(run)),
         ("url", run.url),

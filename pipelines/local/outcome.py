@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
+from components.registry import runs
 from components.shared.errors import FineloopError, ObjectMissing
 from components.shared.metrics import METRICS
 from pipelines.local import store as local_store
@@ -52,14 +53,14 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         ObjectMissing: it did not get as far as a decision, or wrote no report.
         FineloopError: it decided to promote, and the alias did not move.
     """
-    decision = store.get_json(f"runs/{run_id}/decision.json")
+    decision = store.get_json(runs.run_key(run_id, runs.DECISION))
     name, alias, version = decision["adapter"], decision["alias"], decision.get("version")
     promoted = _succeeded(store, run_id, "promote")
     if promoted != (decision["decision"] == "promote"):
         did = "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision['decision']} {version}, but {name}@{alias} {did}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
-    report_path.write_bytes(store.get(f"runs/{run_id}/report.html"))
+    report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
     return Outcome(
         run_id=run_id,
         adapter=name,
@@ -82,7 +83,7 @@ def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: fl
     Raises:
         ObjectMissing: it did not get that far.
     """
-    result = store.get_json(f"runs/{run_id}/finetune.json")
+    result = store.get_json(runs.run_key(run_id, runs.FINETUNE))
     return Outcome(
         run_id=run_id,
         adapter=config.adapter.name,
@@ -101,7 +102,7 @@ def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: fl
 
 def step_seconds(store: "Store", run_id: str) -> dict[str, float]:
     """Seconds of each recorded step, in the order in which they began."""
-    records = [store.get_json(entry.key) for entry in store.list(f"runs/{run_id}/steps/")]
+    records = [store.get_json(entry.key) for entry in store.list(runs.run_key(run_id, runs.STEPS))]
     return {record["step"]: record["seconds"] for record in sorted(records, key=lambda record: record["started_at"])}
 
 
@@ -157,13 +158,13 @@ def _number(key: str, value: float) -> str:
 
 
 def _metrics(store: "Store", run_id: str) -> dict[str, dict[str, float | None] | None]:
-    models = store.get_json(f"runs/{run_id}/evaluation.json")["models"]
+    models = store.get_json(runs.run_key(run_id, runs.EVALUATION))["models"]
     return {role: models[role]["metrics"] if models.get(role) else None for role in ROLES}
 
 
 def _succeeded(store: "Store", run_id: str, step: str) -> bool:
     try:
-        return bool(store.get_json(f"runs/{run_id}/steps/{step}.json")["status"] == "succeeded")
+        return bool(store.get_json(runs.step_key(run_id, step))["status"] == "succeeded")
     except ObjectMissing:
         return False
 

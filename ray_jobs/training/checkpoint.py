@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.config.ray import MatmulDtype
-from components.registry import folders
+from components.registry import folders, runs
 from components.registry.store import Store
 from components.shared.errors import ConfigError
 from ray_jobs.base.gathered import gathered
@@ -170,11 +170,11 @@ def _publish(store: Store, key: str, folder: Path) -> None:
 
 
 def _key(run_id: str, step: int) -> str:
-    return f"runs/{run_id}/checkpoints/step-{step:06d}"
+    return runs.run_key(run_id, f"{runs.CHECKPOINTS}step-{step:06d}")
 
 
 def _steps(store: Store, run_id: str) -> list[int]:
-    names = store.folders(f"runs/{run_id}/checkpoints/")
+    names = store.folders(runs.run_key(run_id, runs.CHECKPOINTS))
     return [int(name.removeprefix("step-")) for name in names if name.startswith("step-")]
 
 

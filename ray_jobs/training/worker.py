@@ -17,7 +17,7 @@ import torch
 from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from components.registry import lineage
+from components.registry import lineage, runs
 from components.registry.serving import serving
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
@@ -201,7 +201,7 @@ class MetricsLog:
 
     def __init__(self, store: Store, run_id: str) -> None:
         self._store = store
-        self._key = f"runs/{run_id}/metrics.jsonl"
+        self._key = runs.run_key(run_id, runs.METRICS)
         found = store.read(self._key)
         # After a restart the curve goes on; records beyond the checkpoint are replaced as their steps come again.
         self._records: list[dict[str, Any]] = [json.loads(line) for line in found[0].splitlines()] if found else []

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from components.registry import runs
 from components.registry.aliases import adapter_key, version_key
-from components.step.step import config_key
 from tests.infra.aws.iam import ROLES, STRANGER, Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration, source
 
@@ -14,7 +14,7 @@ ANYBODY = (*ROLES, STRANGER)
 VERSION = version_key("icd", "v1")
 PLAIN = {
     "datasets/d1/train/0.parquet": "trainer pipeline",
-    config_key("r1"): "trainer pipeline",
+    runs.run_key("r1", runs.CONFIG): "trainer pipeline",
     "runs/r1/evaluation.json": "trainer pipeline",
     "runs/r1/checkpoints/7/rank-0/optimizer.safetensors": "trainer pipeline",
     "bases/b1/model.safetensors": "trainer",
