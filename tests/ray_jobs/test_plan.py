@@ -9,6 +9,7 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan
 from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
 from ray_jobs.planning.memory import GIB
 from ray_jobs.planning.rehearsal import Rehearsal
@@ -197,11 +198,11 @@ def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
     small().save_pretrained(tmp_path)
     config = configured(tmp_path, "ray.use_gpu=false")
     records = split([40, 90, 20], [3, 5, 10])
-    trained, needed = plan.before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)])
+    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)])
     assert trained.startswith("lora trains ")
     assert "each worker needs about 0.6 GiB" in needed
     assert needed.endswith("of 7.5 on this cluster: fits")
-    gpu = plan.before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
+    gpu = before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
     assert gpu[1].endswith("on A10G: fits")
 
 
@@ -209,10 +210,10 @@ def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tm
     small().save_pretrained(tmp_path)
     config = configured(tmp_path, "method.target_modules=['no_such_layer']")
     with pytest.raises(ConfigError, match=r"method\.target_modules"):
-        plan.before_training(config, tmp_path, split([10], [2]), [])
+        before_training(config, tmp_path, split([10], [2]), [])
 
 
 def test_a_base_that_cannot_be_planned_for_is_trained_all_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    (told,) = plan.before_training(configured(tmp_path), tmp_path, split([10], [2]), [])
+    (told,) = before_training(configured(tmp_path), tmp_path, split([10], [2]), [])
     assert "cannot be planned for" in told

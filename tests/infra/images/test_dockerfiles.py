@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components.registry import lineage
-from components.step import step
+from components.step import kfp
 from tests.infra.images.dockerfiles import environment, faults, parse
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,7 +87,7 @@ def test_the_images_have_the_names_that_the_pipeline_uses() -> None:
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert version
     built = {f"{name}:{version[1]}" for name in re.findall(r"--tag (\S+):\$\(VERSION\)", makefile)}
-    assert built == {step.IMAGE, f"fineloop/train:{version[1]}"}
+    assert built == {kfp.IMAGE, f"fineloop/train:{version[1]}"}
     for path in DOCKERFILES:
         title = re.search(r'image\.title="([^"]+)"', path.read_text(encoding="utf-8"))
         assert title

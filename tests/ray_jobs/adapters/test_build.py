@@ -71,7 +71,7 @@ def saved(tiny_base, tmp_path_factory) -> tuple[Path, Path]:
     save_all(tiny_base, ours)
     subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(tiny_base), str(ours), str(theirs)],
-        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
         check=True,
     )
     return ours, theirs

@@ -20,7 +20,7 @@ from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import ConfigError, ObjectMissing, UserError
-from ray_jobs.adapters import build
+from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.loftq import loftq
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split
@@ -93,7 +93,7 @@ def originals(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def stood(config: RunConfig, store: Store) -> Base:
-    return loftq.stand(config, base_model.resolve(config.model), store)
+    return own_base.prepare(config, base_model.resolve(config.model), store)
 
 
 def loaded(base: Base, config: RunConfig, base_format: Any = "nf4") -> Any:
@@ -195,13 +195,13 @@ def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsy
     shutil.rmtree(cache)  # another machine
     second = stood(changed("method.alpha=5", "train.seed=3"), store)
     assert "splitting" not in capsys.readouterr().out
-    assert second == first == loftq.find(changed(), base_model.resolve(changed().model), store)
+    assert second == first == own_base.find(changed(), base_model.resolve(changed().model), store)
     assert second.reference.startswith(store.uri("bases/"))
 
 
 def test_a_reader_never_makes_a_base(changed, store):
     with pytest.raises(ObjectMissing, match="bases/"):
-        loftq.find(changed(), base_model.resolve(changed().model), store)
+        own_base.find(changed(), base_model.resolve(changed().model), store)
 
 
 def test_a_cached_base_that_was_changed_is_refused(changed, store):
@@ -215,8 +215,8 @@ def test_other_methods_stand_on_the_original(changed, store):
     config = changed("method.name=qlora")
     original = base_model.resolve(config.model)
     assert stood(config, store) == original
-    assert loftq.find(config, original, store) is original
-    assert loftq.recipe(original) == {}
+    assert own_base.find(config, original, store) is original
+    assert own_base.recipe(config, original) == {}
 
 
 def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
@@ -316,7 +316,9 @@ def stand_on_rank(config_toml: str) -> str:
     store = Store.open(config.registry)
     original = base_model.resolve(config.model)
     try:
-        return loftq.stand(config, original, store, rank=dist.get_rank(), num_workers=dist.get_world_size()).reference
+        return own_base.prepare(
+            config, original, store, rank=dist.get_rank(), num_workers=dist.get_world_size()
+        ).reference
     except ConfigError as exc:
         return str(exc)
 

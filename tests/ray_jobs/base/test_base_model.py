@@ -20,7 +20,7 @@ from ray_jobs.base import base_model
 from tests.ray_jobs.tiny_gguf import build_package
 from tests.train_group import in_group
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RESOLVE = """
 import logging, sys
 from components.config.schema import ModelConfig
