@@ -206,7 +206,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
             warmup_steps=1,
             train_sampling_strategy="group_by_length",
             use_cpu=True,
-            bf16=True,
+            bf16=dtype == "bfloat16",  # autocast would take the products back to bfloat16
             save_strategy="no",
             report_to=[],
             logging_steps=1,
