@@ -1,6 +1,6 @@
 """Layers that store few bits and multiply in float32, for processors that multiply bfloat16 slowly.
 
-Without AMX or AVX-512 BF16 a bfloat16 product takes three to forty times as long as one in float32 (torch 2.13). Here
+Without AMX or AVX-512 BF16 a bfloat16 product takes two to forty times as long as one in float32 (torch 2.13). Here
 operands are widened for the length of one product, forward and backward, and the result is rounded once, to the dtype
 of the input: never less precise than bfloat16's own. What is stored, trained and published stays as it is.
 
