@@ -15,15 +15,18 @@ from components.shared.errors import FineloopError
 from pipelines.commands import (
     adapters,
     chat,
-    definition,
-    diagnosis,
+    compile,
+    doctor,
     plan,
+    ray,
     reap,
     run,
     runs,
     schedule,
-    servers,
+    schema,
+    store,
     submit,
+    train,
 )
 from pipelines.commands.arguments import EXIT_CODES, Answer
 
@@ -41,8 +44,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for group in (run, plan, adapters, chat, definition, submit, schedule, runs, reap, servers, diagnosis):
-        group.add(commands)
+    for command in (
+        *(run, train, plan, adapters, chat, compile, schema),
+        *(submit, schedule, runs, reap, store, ray, doctor),
+    ):
+        command.add(commands)
     return root
 
 

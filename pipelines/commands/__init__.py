@@ -1,1 +1,1 @@
-"""The commands of `fineloop`, one file per group."""
+"""The commands of `fineloop`: a file per command, or per group of commands, that bears its name."""

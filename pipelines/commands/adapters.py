@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.commands import export
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home
-from pipelines.commands.opened import opened_registry
+from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -87,7 +87,7 @@ def _reference(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> Answer:
-    from pipelines.commands.shown import adapters_shown, versions_shown
+    from pipelines.commands.registry_answers import adapters_shown, versions_shown
 
     with opened_registry(options) as store:
         return versions_shown(store, options.name) if options.name else adapters_shown(store)
@@ -95,7 +95,7 @@ def _list(options: argparse.Namespace) -> Answer:
 
 def _show(options: argparse.Namespace) -> Answer:
     from components.registry.versions import evaluated, resolve
-    from pipelines.commands.shown import version_shown
+    from pipelines.commands.registry_answers import version_shown
 
     with opened_registry(options) as store:
         return version_shown(store, evaluated(store, resolve(store, options.reference)))
@@ -104,7 +104,7 @@ def _show(options: argparse.Namespace) -> Answer:
 def _promote(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import promote_by_hand
     from components.registry.aliases import ANYONE
-    from pipelines.commands.shown import move_shown
+    from pipelines.commands.registry_answers import move_shown
 
     expected = ANYONE if options.expect is None else options.expect or None
     with opened_registry(options) as store:
@@ -121,7 +121,7 @@ def _promote(options: argparse.Namespace) -> Answer:
 
 def _rollback(options: argparse.Namespace) -> Answer:
     from components.registry.aliases import rollback
-    from pipelines.commands.shown import move_shown
+    from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
         event = rollback(store, options.name, options.alias, options.to, actor=_user(), reason=options.reason)
@@ -129,7 +129,7 @@ def _rollback(options: argparse.Namespace) -> Answer:
 
 
 def _history(options: argparse.Namespace) -> Answer:
-    from pipelines.commands.shown import history_shown
+    from pipelines.commands.registry_answers import history_shown
 
     with opened_registry(options) as store:
         return history_shown(store, options.name)

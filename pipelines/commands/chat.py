@@ -9,11 +9,11 @@ from typing import Any
 
 from pipelines.commands.adapters import REFERENCE
 from pipelines.commands.arguments import DEFAULT_CONFIG, Answer, add_command, add_config, add_home
-from pipelines.commands.opened import opened_registry
+from pipelines.commands.opened_registry import opened_registry
 
 
 def add(commands: Any) -> None:
-    """Add it."""
+    """Add the command."""
     chat = add_command(
         commands,
         "chat",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home
-from pipelines.commands.opened import opened_registry
+from pipelines.commands.opened_registry import opened_registry
 
 LOG_TAIL = 20  # lines told of a job that ended without a word
 FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
@@ -17,7 +17,7 @@ FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
 
 
 def add(verbs: Any, *, reference: str) -> None:
-    """Add it to the group; `reference` says how a version is named."""
+    """Add the command to the group; `reference` says how a version is named."""
     export = add_command(
         verbs,
         "export",

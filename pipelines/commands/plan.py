@@ -14,7 +14,7 @@ BAR = 30  # characters of the largest part
 
 
 def add(commands: Any) -> None:
-    """Add it."""
+    """Add the command."""
     plan = add_command(
         commands,
         "plan",

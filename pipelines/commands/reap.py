@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import KubeflowError, UserError
 from pipelines.commands.arguments import Answer, add_command
-from pipelines.commands.cluster import add_kubeflow, connected
+from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
 
 if TYPE_CHECKING:
     from components.ray_cluster.backend import Backend

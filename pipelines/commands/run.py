@@ -1,16 +1,19 @@
-"""`fineloop run` and `fineloop train`."""
+"""`fineloop run`, and what `fineloop train` shares with it."""
 
 import argparse
 import os
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home, home_option, load_config
 
+if TYPE_CHECKING:
+    from pipelines.local.run import What
+
 
 def add(commands: Any) -> None:
-    """Add both."""
+    """Add the command."""
     run = add_command(
         commands,
         "run",
@@ -21,32 +24,22 @@ def add(commands: Any) -> None:
         "the second run in one home meets the first one's version as its champion.",
         example="fineloop run -c pipelines/configs/icd10.toml --set train.learning_rate=5e-4",
     )
-    train = add_command(
-        commands,
-        "train",
-        _train,
-        does="Prepare, fine-tune and evaluate, without gate and alias.",
-        more="The version is published, and `fineloop adapters promote` can put it into production.",
-        example="fineloop train --set method.name=dora --set method.rank=32",
-    )
-    for parser in (run, train):
-        add_config(parser)
-        add_home(parser)
-        parser.add_argument("--run-id", default="", metavar="ID", help="name of the run (default: its time)")
-    train.add_argument(
-        "--address", default="", metavar="URL", help="Jobs API of a Ray cluster, such as http://HOST:8265"
-    )
+    add_run_options(run)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What runs, where its files lie, and its name."""
+    add_config(parser)
+    add_home(parser)
+    parser.add_argument("--run-id", default="", metavar="ID", help="name of the run (default: its time)")
 
 
 def _run(options: argparse.Namespace) -> Answer:
-    return _execute(options, "retrain", address="")
+    return run_here(options, "retrain")
 
 
-def _train(options: argparse.Namespace) -> Answer:
-    return _execute(options, "train", address=options.address)
-
-
-def _execute(options: argparse.Namespace, what: Any, *, address: str) -> Answer:
+def run_here(options: argparse.Namespace, what: "What", *, address: str = "") -> Answer:
+    """Run it on this machine to its end; a person watches on stderr."""
     from pipelines.local.outcome import summary
     from pipelines.local.run import Place, run
 

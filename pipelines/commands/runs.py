@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.registry.runs import run_key
 from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
-from pipelines.commands.cluster import add_kubeflow, connected
+from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
 from pipelines.commands.table import table
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import UserError
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, load_config
-from pipelines.commands.cluster import add_experiment, add_kubeflow, add_pipeline, connected, prepared
+from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared
 from pipelines.commands.table import table
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.arguments import Answer, add_command, add_config
-from pipelines.commands.cluster import add_experiment, add_kubeflow, add_pipeline, connected, prepared, say
+from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared, say
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.run import Run

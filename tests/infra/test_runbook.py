@@ -11,7 +11,7 @@ import yaml
 
 from pipelines import cli
 from pipelines.commands.arguments import load_config
-from pipelines.commands.cluster import SERVICE_ACCOUNT
+from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT
 from tests.infra.crds import KUBERAY, KUEUE
 from tests.infra.manifests import INFRA, KUBECTL, ROOT, render
 from tests.infra.policies.access import RIGHTS

@@ -14,6 +14,7 @@ import pytest
 from components.config import config_file
 from components.registry import aliases, folders, versions
 from components.registry.store import Store
+from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from tests.jobs_api import JobsApi
 
@@ -21,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     ("run",),
     ("train",),
+    ("plan",),
+    ("chat",),
     ("compile",),
     ("schema",),
-    ("chat",),
-    ("doctor",),
     ("submit",),
+    ("reap",),
+    ("doctor",),
     *[("schedule", verb) for verb in ("create", "list", "show", "update", "pause", "resume", "delete")],
     *[("runs", verb) for verb in ("list", "show", "stop")],
     *[
@@ -89,6 +92,14 @@ def test_help_teaches_and_imports_nothing_heavy(command: tuple[str, ...]) -> Non
         assert f"fineloop {' '.join(command)}" in told
         assert "--json" in told
     assert not HEAVY & set(json.loads(modules))
+
+
+def test_a_file_of_commands_bears_the_command_s_name() -> None:
+    (commands,) = [action.choices for action in cli.parser()._actions if action.choices]
+    assert set(commands) == {command[0] for command in COMMANDS}
+    for name in commands:
+        first_line = (ROOT / "pipelines" / "commands" / f"{name}.py").read_text(encoding="utf-8").splitlines()[0]
+        assert f"`fineloop {name}`" in first_line
 
 
 def test_help_answers_at_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pipelines.commands.arguments import Answer, add_command, add_config, add_ho
 
 
 def add(commands: Any) -> None:
-    """Add it."""
+    """Add the command."""
     doctor = add_command(
         commands,
         "doctor",

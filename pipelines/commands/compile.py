@@ -1,7 +1,6 @@
-"""`fineloop compile` and `fineloop schema`."""
+"""`fineloop compile`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from pipelines.commands.arguments import Answer, add_command, add_config, load_c
 
 
 def add(commands: Any) -> None:
-    """Add both."""
+    """Add the command."""
     compile_ = add_command(
         commands,
         "compile",
@@ -23,13 +22,6 @@ def add(commands: Any) -> None:
     compile_.add_argument("--pipeline", choices=("retrain", "promotion"), default="retrain", help="default: retrain")
     compile_.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: PIPELINE.yaml)")
     compile_.add_argument("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
-    add_command(
-        commands,
-        "schema",
-        _schema,
-        does="Print the JSON Schema of the config, for editors.",
-        example="fineloop schema > schema.json",
-    )
 
 
 def _compile(options: argparse.Namespace) -> Answer:
@@ -38,10 +30,3 @@ def _compile(options: argparse.Namespace) -> Answer:
     path = options.output or Path(f"{options.pipeline}.yaml")
     written = write_pipeline(path, load_config(options), pipeline=options.pipeline, image=options.image)
     return Answer(written, f"wrote {written['path']} (sha256 {written['sha256']})")
-
-
-def _schema(_options: argparse.Namespace) -> Answer:
-    from components.config.config_file import json_schema
-
-    schema = json_schema()
-    return Answer(json.loads(schema), schema.rstrip("\n"))
