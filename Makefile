@@ -99,7 +99,7 @@ crds: $(READY)
 	@$(BIN)/python -m tests.infra.crds
 
 kube:
-	@tests/kubernetes/build.sh .fineloop/kube
+	@tests/doubles/kubernetes/build.sh .fineloop/kube
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi

@@ -14,7 +14,7 @@ from components.registry.store import Store
 from pipelines.local import seaweedfs
 
 if TYPE_CHECKING:
-    from tests.kubernetes.control_plane import ControlPlane
+    from tests.doubles.kubernetes.control_plane import ControlPlane
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of test processes that wait for each other on the same cores cost three times the time.
@@ -47,8 +47,8 @@ def store(s3_server: seaweedfs.Endpoint) -> Store:
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ControlPlane"]:
     """A Kubernetes control plane with the laptop's overlay applied."""
+    from tests.doubles.kubernetes import control_plane
     from tests.infra.manifests import render
-    from tests.kubernetes import control_plane
 
     with control_plane.running(tmp_path_factory.mktemp("kubernetes")) as plane:
         plane.apply(render("infra/overlays/kind"))

@@ -1,6 +1,7 @@
 """What may be loaded where, and what the words of the repository promise: commands, targets, file sizes."""
 
 import argparse
+import ast
 import json
 import re
 import shlex
@@ -51,6 +52,14 @@ def module_names(package: str) -> set[str]:
 def python_files() -> Iterator[Path]:
     for top in (*PACKAGES, "tests"):
         yield from (ROOT / top).rglob("*.py")
+
+
+def imported_by(path: Path) -> set[str]:
+    """Every dotted name that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return modules | {f"{node.module}.{alias.name}" for node in found for alias in node.names}
 
 
 def commands_in(document: str, program: str) -> list[str]:
@@ -116,6 +125,14 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
     assert by_task == {"ray_jobs.finetune", "ray_jobs.evaluate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")
+
+
+def test_no_test_file_imports_another() -> None:
+    """What tests share is in tests/doubles, tests/models or a module beside them, which collects no test."""
+    imported = {str(path.relative_to(ROOT)): imported_by(path) for path in (ROOT / "tests").rglob("*.py")}
+    assert any("tests.models.tiny.build_base" in names for names in imported.values())
+    from_tests = re.compile(r"tests\.(\w+\.)*test_\w+")
+    assert [(path, name) for path, names in imported.items() for name in names if from_tests.match(name)] == []
 
 
 def test_no_file_is_long() -> None:

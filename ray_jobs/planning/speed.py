@@ -11,7 +11,7 @@ from components.config.methods import AdapterKind, BaseFormat
 from ray_jobs.planning.rehearsal import Census
 
 # Share of the data sheet's dense rate that a training achieves, counting every operation above, recomputed ones too.
-# Calibrated on published LoRA trainings, of which tests/ray_jobs/published.py holds each with its source.
+# Calibrated on published LoRA trainings, of which tests/models/published.py holds each with its source.
 ACHIEVED = 0.44
 # Dequantising costs time as well: LLaMA-Factory's and Qwen's own tables have QLoRA at 0.80 to 0.87 of LoRA's speed.
 BASE_FACTOR: dict[BaseFormat, float] = {"bf16": 1.0, "nf4": 0.82, "int8": 0.82}

@@ -17,7 +17,7 @@ from components.config import config_file
 from components.config.methods import METHODS
 from components.prepare import icd10
 from pipelines.local import seaweedfs
-from tests.train_group import train
+from tests.models.train_group import train
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 BUCKET = "rates"

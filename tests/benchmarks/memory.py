@@ -19,8 +19,8 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import GIB, Parts, Sharing, plan
 from ray_jobs.planning.rehearsal import Census, Rehearsal
 from ray_jobs.training import zero
-from tests.ray_jobs.measured_step import Measured, load, measure
-from tests.shapes import LLAMA_2_7B, llama
+from tests.models.measured_step import Measured, load, measure
+from tests.models.shapes import LLAMA_2_7B, llama
 
 ALONE = Sharing(num_workers=1, zero_stage=0)
 MIB = 2**20

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import build_base, colour_rows
+from tests.models.tiny import build_base, colour_rows
 
 FINELOOP = str(Path(sys.executable).parent / "fineloop")
 CHECKOUT = Path(__file__).parents[2]

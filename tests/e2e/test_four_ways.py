@@ -12,8 +12,8 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry.store import Store
+from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.e2e.conftest import CHECKOUT, Home, Tiny
-from tests.kfp_server.server import KfpServer, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

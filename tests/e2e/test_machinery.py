@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Tiny
-from tests.tiny import colour_rows
+from tests.models.tiny import colour_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -30,7 +30,7 @@ from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.training import checkpoint
 from tests.e2e.conftest import CHECKOUT, Home
-from tests.train_group import fit_in_rank, in_group
+from tests.models.train_group import fit_in_rank, in_group
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

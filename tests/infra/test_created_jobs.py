@@ -12,12 +12,12 @@ from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import rayjob
 from tests.infra import schemas
 from tests.infra.check import policies_of, violations
+from tests.infra.definitions import DEFINITIONS
+from tests.infra.ends import ENDS
 from tests.infra.manifests import Manifest, render_overlay
 from tests.infra.policies.pods import pods
 from tests.infra.policies.ray import jobs_fit_in_the_queue
 from tests.infra.runbook import commands
-from tests.infra.test_manifests import DEFINITIONS
-from tests.infra.test_network import ENDS
 
 IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"
 JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)

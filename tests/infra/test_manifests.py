@@ -8,10 +8,8 @@ import yaml
 
 from pipelines.kubeflow.settle import CONFIG_MAP, ENVIRONMENT
 from tests.infra import schemas
+from tests.infra.definitions import CRDS, DEFINITIONS
 from tests.infra.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_folders, render, render_overlay, title
-
-CRDS = schemas.crds_folder()
-DEFINITIONS = [pytest.param(None, id="own"), pytest.param(CRDS, id="crds")] if CRDS else [pytest.param(None, id="own")]
 
 FIELDS_TO_BREAK = [
     ("RayJob", ("spec", "submitionMode"), "HTTPMode"),

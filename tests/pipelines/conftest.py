@@ -12,7 +12,7 @@ from components.config.config_file import loads
 from components.config.schema import RunConfig
 from components.registry.store import Store
 from pipelines.local.seaweedfs import Endpoint
-from tests.jobs_api import TOKEN, JobsApi
+from tests.doubles.jobs_api import TOKEN, JobsApi
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def stub_cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
     for name in ("finetune", "evaluate"):
         code = (
             f"import runpy, sys\nsys.argv[:1] = ['stub', '{name}']\n"
-            f"runpy.run_path({str(ROOT / 'tests' / 'stub_jobs.py')!r}, run_name='__main__')\n"
+            f"runpy.run_path({str(ROOT / 'tests' / 'doubles' / 'stub_jobs.py')!r}, run_name='__main__')\n"
         )
         (package / f"{name}.py").write_text(code)
     environment = {

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,8 @@ from components.registry import aliases, folders, versions
 from components.registry.store import Store
 from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
-from tests.jobs_api import JobsApi
+from tests.doubles.jobs_api import JobsApi
+from tests.pipelines.command_line import body, fineloop
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
@@ -38,23 +38,6 @@ COMMANDS = [
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
 ]
 HEAVY = {"torch", "ray", "kfp", "boto3", "botocore", "pyarrow", "transformers", "jinja2", "pydantic"}
-
-
-def fineloop(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def body(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return loaded
 
 
 @pytest.fixture

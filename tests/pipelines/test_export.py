@@ -8,9 +8,9 @@ import pytest
 from components.config import config_file
 from components.registry.store import Store
 from components.registry.versions import Version
-from tests.pipelines.test_cli import body, fineloop
-from tests.tiny import build_base
-from tests.tiny_version import publish
+from tests.models.tiny import build_base
+from tests.models.tiny_version import publish
+from tests.pipelines.command_line import body, fineloop
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from tests.tiny import build_base
+from tests.models.tiny import build_base
 
 CONFIG = """
 [adapter]

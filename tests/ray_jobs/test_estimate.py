@@ -21,7 +21,7 @@ from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
 from ray_jobs.planning import pace
 from ray_jobs.planning.pace import Load, Pace
-from tests.tiny import colour_rows
+from tests.models.tiny import colour_rows
 
 TWO_CORES = Cpu("any", "AVX2", 2)
 WORK = Work(train_records=1600, eval_records=200, length=30.0, answers=4.0, new_tokens=8)

@@ -23,7 +23,7 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise, with_room_for_answers
 from ray_jobs.scoring.answers import Score
-from tests.tiny import build_base, colour_rows
+from tests.models.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
 NOISE = 0.02  # of a token's nats: bfloat16 weights and activations against float32 ones

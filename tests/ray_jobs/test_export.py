@@ -15,7 +15,7 @@ from components.shared.errors import FineloopError, UserError
 from ray_jobs.adapters import build, merge, own_base
 from ray_jobs.base import base_model
 from ray_jobs.export import Wish, export
-from tests.tiny_version import RECORDS, publish
+from tests.models.tiny_version import RECORDS, publish
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
 

@@ -13,7 +13,7 @@ from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
 from ray_jobs.planning.memory import GIB
 from ray_jobs.planning.rehearsal import Rehearsal
-from tests.shapes import LLAMA_2_7B, LLAMA_2_70B, small
+from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
 
 CONFIG = """
 [adapter]

@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 from itertools import product
-from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -11,11 +10,8 @@ from components.config.legality import FIELDS, Cell, nearest_legal, refusals
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from tests.components.config.test_schema import message_of, set_in
-
-AXES: dict[str, tuple[Any, ...]] = {
-    name: get_args(kind) or {int: range(4), bool: (False, True)}[kind] for name, kind in get_type_hints(Cell).items()
-}
+from tests.components.config.cells import AXES
+from tests.components.config.loading import message_of, set_in
 
 
 def test_every_cell_is_legal_or_has_a_legal_one_near() -> None:

@@ -9,20 +9,13 @@ from typing import Annotated, Any
 import pytest
 
 from components.config import config_file
-from components.config.schema import RunConfig, TrainConfig
+from components.config.schema import TrainConfig
 from components.config.section import Added
 from components.shared.errors import ConfigError
+from tests.components.config.loading import GOOD, message_of, set_in
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))
-GOOD = """
-[adapter]
-name = "sums"
-[model]
-base = "org/name"
-[data]
-source = "rows.jsonl"
-"""
 FULL = r"""
 [adapter]
 name = "a.b_c-9"
@@ -52,16 +45,6 @@ max = 30
 bucket = "b-1"
 prefix = "team/a"
 """
-
-
-def set_in(*overrides: str, text: str = GOOD) -> RunConfig:
-    return config_file.loads(text, overrides)
-
-
-def message_of(*overrides: str, text: str = GOOD) -> str:
-    with pytest.raises(ConfigError) as caught:
-        config_file.loads(text, overrides)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

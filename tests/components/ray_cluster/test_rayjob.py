@@ -13,9 +13,9 @@ from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import connect, submit_and_wait
 from components.shared.errors import JobError, UserError
-from tests.jobs_api import TOKEN
-from tests.kubernetes.api import KubernetesDouble, Refusal, Resource
-from tests.kubernetes.operator import Operator
+from tests.doubles.jobs_api import TOKEN
+from tests.doubles.kubernetes.api import KubernetesDouble, Refusal, Resource
+from tests.doubles.kubernetes.operator import Operator
 
 
 @dataclass

@@ -14,10 +14,16 @@ from components.ray_cluster.kubernetes_api import KubernetesApi, Watched
 from components.ray_cluster.rayjob_manifest import rayjob
 from components.ray_cluster.submit import connect, stop_run
 from components.shared.errors import JobError
-from tests.components.ray_cluster.test_submit import submitting
-from tests.jobs_api import TOKEN
-from tests.kubernetes.control_plane import NAMESPACE, ControlPlane, RayJobsOfCluster, needs_control_plane, wait_until
-from tests.kubernetes.operator import Operator
+from tests.components.ray_cluster.submitting import submitting
+from tests.doubles.jobs_api import TOKEN
+from tests.doubles.kubernetes.control_plane import (
+    NAMESPACE,
+    ControlPlane,
+    RayJobsOfCluster,
+    needs_control_plane,
+    wait_until,
+)
+from tests.doubles.kubernetes.operator import Operator
 
 pytestmark = needs_control_plane
 

@@ -19,10 +19,11 @@ from components.ray_cluster.submit import connect, stop_run, submit_and_wait
 from components.shared.errors import Conflict, DataError, JobError, UserError
 from pipelines.local.ground import ground
 from pipelines.local.seaweedfs import Endpoint
-from tests.jobs_api import TOKEN, JobsApi
-from tests.kubernetes.api import KubernetesDouble
-from tests.kubernetes.control_plane import RayJobsOfCluster, needs_control_plane
-from tests.kubernetes.operator import Operator
+from tests.components.ray_cluster.submitting import submitting
+from tests.doubles.jobs_api import TOKEN, JobsApi
+from tests.doubles.kubernetes.api import KubernetesDouble
+from tests.doubles.kubernetes.control_plane import RayJobsOfCluster, needs_control_plane
+from tests.doubles.kubernetes.operator import Operator
 
 POLL_S = 0.05
 
@@ -204,19 +205,6 @@ WAITING = (
     "import pathlib, sys, time\nprint('[finetune] waiting'); pathlib.Path(sys.argv[1], 'up').touch()\n"
     "while not pathlib.Path(sys.argv[1], 'go').exists(): time.sleep(0.02)\nprint('[finetune] went')\n"
 )
-SUBMITTING = """
-import os, sys
-from components.ray_cluster.backend import Job
-from components.config.ray import RayConfig
-from components.ray_cluster.submit import submit_and_wait
-job = Job(run_id=sys.argv[1], task='finetune', command=tuple(sys.argv[3:]), timeout_s=60)
-submit_and_wait(job, RayConfig.model_validate_json(sys.argv[2]), poll_s=0.05)
-"""
-
-
-def submitting(job: Job, ray: RayConfig | None = None) -> list[str]:
-    """A step in a process of its own."""
-    return [sys.executable, "-c", SUBMITTING, job.run_id, (ray or RayConfig()).model_dump_json(), *job.command]
 
 
 def test_a_step_killed_outright_finds_its_running_job_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:

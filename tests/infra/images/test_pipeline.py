@@ -18,7 +18,7 @@ from pipelines.local import seaweedfs
 from tests.infra.images.containers import Done, on_loopback, podman, podman_tier
 from tests.infra.images.locks import pins, text_of
 from tests.infra.images.ray_head import ray_head
-from tests.tiny import build_base, colour_rows
+from tests.models.tiny import build_base, colour_rows
 
 pytestmark = podman_tier
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.infra import check, schemas
 from tests.infra.check import policies_of, violations
+from tests.infra.definitions import DEFINITIONS
+from tests.infra.ends import ENDS, TO_PODS, who_reaches
 from tests.infra.manifests import (
     OBSERVABILITY,
     OVERLAYS,
@@ -20,8 +22,6 @@ from tests.infra.manifests import (
     render_watched,
 )
 from tests.infra.policies.access import everything_is_in_the_namespace
-from tests.infra.test_manifests import DEFINITIONS
-from tests.infra.test_network import ENDS, TO_PODS, who_reaches
 
 KINDS = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
 

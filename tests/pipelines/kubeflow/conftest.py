@@ -10,7 +10,7 @@ import kfp
 import pytest
 
 from pipelines import cli
-from tests.kfp_server.server import KfpServer, serving
+from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.small_pipeline import compile_small
 
 VARIABLES = ("KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_NAMESPACE", "KUBECONFIG", "ML_PIPELINE_SERVICE_HOST")

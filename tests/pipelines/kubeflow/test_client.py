@@ -16,7 +16,7 @@ from kubernetes.config import kube_config
 from components.shared.errors import KubeflowAway, KubeflowError, UserError
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import IN_CLUSTER, connect
-from tests.kfp_server.server import KfpServer, serving
+from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 KUBE_PROXY = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/"

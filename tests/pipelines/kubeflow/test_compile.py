@@ -16,7 +16,7 @@ from components.prepare.parameters import KEYS
 from components.shared.errors import UserError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
-from tests.kfp_server.resolving import unresolved
+from tests.doubles.kfp_server.resolving import unresolved
 
 STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report"}
 
@@ -196,7 +196,7 @@ def test_the_config_is_readable_in_the_yaml(text: str) -> None:
 
 @pytest.mark.parametrize("compiled", [compile_pipeline, compile_promotion])
 def test_a_cluster_resolves_every_input(compiled: Callable[[RunConfig], str]) -> None:
-    """By the table of tests/kfp_server/resolving.py, which is that of Kubeflow's driver and launcher."""
+    """By the table of tests/doubles/kfp_server/resolving.py, which is that of Kubeflow's driver and launcher."""
     assert list(unresolved(next(yaml.safe_load_all(compiled(config_file.load(DEFAULT_CONFIG)))))) == []
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from components.shared.errors import UserError
 from pipelines.kubeflow import cron
-from tests.kfp_server.cron import Cron
+from tests.doubles.kfp_server.cron import Cron
 
 NOW = datetime(2026, 11, 25, 10, 30, tzinfo=UTC)
 

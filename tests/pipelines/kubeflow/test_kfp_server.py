@@ -14,9 +14,9 @@ import yaml
 from components.config import config_file
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline
-from tests.kfp_server.cron import Cron
-from tests.kfp_server.errors import ApiError
-from tests.kfp_server.server import KfpServer, serving
+from tests.doubles.kfp_server.cron import Cron
+from tests.doubles.kfp_server.errors import ApiError
+from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.small_pipeline import compile_small
 
 pytestmark = [pytest.mark.usefixtures("no_kubeflow"), pytest.mark.filterwarnings("ignore::FutureWarning")]

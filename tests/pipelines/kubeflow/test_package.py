@@ -11,8 +11,8 @@ from components.shared.errors import KubeflowError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow, connect
 from pipelines.kubeflow.package import PIPELINE, Package, Published, build, find_pipeline, publish
-from tests.kfp_server.errors import ApiError, exists
-from tests.kfp_server.server import KfpServer
+from tests.doubles.kfp_server.errors import ApiError, exists
+from tests.doubles.kfp_server.server import KfpServer
 
 pytestmark = pytest.mark.usefixtures("small")
 

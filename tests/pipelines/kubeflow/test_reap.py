@@ -4,8 +4,8 @@ from components.ray_cluster.backend import LiveJob
 from components.shared.errors import KubeflowError
 from pipelines.kubeflow.client import Kubeflow, connect
 from pipelines.kubeflow.reap import GRACE_S, judge, state_on
-from tests.jobs_api import JobsApi
-from tests.kfp_server.server import KfpServer
+from tests.doubles.jobs_api import JobsApi
+from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"

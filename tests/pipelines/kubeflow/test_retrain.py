@@ -10,8 +10,8 @@ import pytest
 
 from components.registry import aliases
 from components.registry.store import Store
-from tests.jobs_api import JobsApi
-from tests.kfp_server.server import KfpServer, serving
+from tests.doubles.jobs_api import JobsApi
+from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 

@@ -14,7 +14,7 @@ from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.run import Step
-from tests.kfp_server.server import KfpServer
+from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 pytestmark = pytest.mark.usefixtures("small")

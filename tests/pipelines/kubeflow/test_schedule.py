@@ -11,8 +11,8 @@ from components.step.kfp import IMAGE
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import package, schedule
 from pipelines.kubeflow.client import connect
-from tests.kfp_server.execution import Execution
-from tests.kfp_server.server import KfpServer
+from tests.doubles.kfp_server.execution import Execution
+from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Answered, Fineloop
 
 pytestmark = pytest.mark.usefixtures("small")

@@ -18,7 +18,7 @@ from components.shared.errors import KubeflowAway, KubeflowError
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import package, runs, submit
 from pipelines.kubeflow.client import connect
-from tests.kfp_server.server import KfpServer
+from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 ROOT = Path(__file__).resolve().parents[3]

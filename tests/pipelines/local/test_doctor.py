@@ -9,7 +9,7 @@ from components.config.schema import RegistryConfig
 from components.shared.cpus import this_cpu
 from pipelines.local import doctor
 from pipelines.local.ground import ground
-from tests.tiny import build_base, colour_rows
+from tests.models.tiny import build_base, colour_rows
 
 pytestmark = pytest.mark.usefixtures("nothing_is_configured")
 

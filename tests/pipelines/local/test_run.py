@@ -13,7 +13,7 @@ from components.registry.store import Store
 from components.shared.errors import DataError, JobError, UserError
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run
-from tests.jobs_api import JobsApi
+from tests.doubles.jobs_api import JobsApi
 
 RUN_KEYS = {
     "run_id",

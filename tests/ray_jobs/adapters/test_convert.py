@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from components.config.schema import MethodConfig
 from components.shared.errors import UserError
 from ray_jobs.adapters import build, convert, merge
-from tests.tiny_version import randomise
+from tests.models.tiny_version import randomise
 
 ROWS = merge.vocabulary_rows(256, count=8, length=64)
 

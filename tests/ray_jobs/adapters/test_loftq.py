@@ -29,8 +29,8 @@ from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import collate, tokenize
 from ray_jobs.evaluate import _contenders, measure_shard
-from tests.tiny import colour_rows
-from tests.train_group import fit_in_rank, in_group
+from tests.models.tiny import colour_rows
+from tests.models.train_group import fit_in_rank, in_group
 
 RANK = 8
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -15,7 +15,7 @@ from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import FineloopError
 from ray_jobs.adapters import build, merge
 from ray_jobs.base import base_model
-from tests.tiny_version import randomise
+from tests.models.tiny_version import randomise
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
 FORMATS = ("bf16", "nf4", "int8")

@@ -7,7 +7,7 @@ from components.config.schema import ModelConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_config
-from tests.shapes import LLAMA_2_7B, small
+from tests.models.shapes import LLAMA_2_7B, small
 
 
 def test_a_folder_with_nothing_but_a_config_will_do(tmp_path):

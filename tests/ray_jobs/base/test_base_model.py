@@ -1,4 +1,4 @@
-"""From a reference to a model in memory. Nothing is faked but the size: see `tests.tiny` and `tiny_gguf`."""
+"""From a reference to a model in memory. Nothing is faked but the size: see `tests.models.tiny` and `tiny_gguf`."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import base_model
-from tests.ray_jobs.tiny_gguf import build_package
-from tests.train_group import in_group
+from tests.models.tiny_gguf import build_package
+from tests.models.train_group import in_group
 
 ROOT = Path(__file__).resolve().parents[3]
 RESOLVE = """

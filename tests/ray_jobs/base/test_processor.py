@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2Config
 
 from ray_jobs.base import processor
 from ray_jobs.base.processor import Rates
-from tests.train_group import in_group
+from tests.models.train_group import in_group
 
 FAST, SLOW = Rates(bfloat16=160e9, float32=80e9), Rates(bfloat16=4.7e9, float32=75e9)
 SHAPE = (1536, 576)

@@ -8,7 +8,7 @@ from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_config, base_model
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
-from tests.ray_jobs.tiny_gguf import build_package
+from tests.models.tiny_gguf import build_package
 
 
 def test_each_form_is_what_it_says(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

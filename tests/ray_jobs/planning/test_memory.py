@@ -20,8 +20,8 @@ from ray_jobs.planning.memory import (
     weight_bytes,
 )
 from ray_jobs.planning.rehearsal import Rehearsal, Step
-from tests.ray_jobs.measured_step import load, measure
-from tests.shapes import LLAMA_2_7B, llama, small
+from tests.models.measured_step import load, measure
+from tests.models.shapes import LLAMA_2_7B, llama, small
 
 ALONE = Sharing(num_workers=1, zero_stage=0)
 BATCH, LENGTH, ANSWERS = 4, 96, 12

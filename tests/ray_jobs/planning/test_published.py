@@ -7,8 +7,8 @@ from components.config.schema import MethodConfig
 from ray_jobs.planning.memory import Sharing, plan
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.planning.speed import speed
-from tests import shapes
-from tests.ray_jobs.published import MEMORY, QLORA_65B, SPEED, Memory
+from tests.models import shapes
+from tests.models.published import MEMORY, QLORA_65B, SPEED, Memory
 
 
 @cache

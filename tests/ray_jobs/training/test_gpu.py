@@ -10,7 +10,7 @@ from components.prepare.validate import validate
 from ray_jobs.base import base_model
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import collate, tokenize
-from tests.tiny import colour_rows
+from tests.models.tiny import colour_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -17,11 +17,11 @@ from components.config import config_file
 from components.config.legality import FIELDS, Cell, refusals
 from components.config.schema import RunConfig
 from pipelines.local import seaweedfs
-from tests.components.config.test_legality import AXES
+from tests.components.config.cells import AXES
+from tests.models.plain import Curve, plain_training
+from tests.models.tiny import colour_rows
+from tests.models.train_group import Trained, train_all
 from tests.ray_jobs.conftest import CONFIG
-from tests.ray_jobs.plain import Curve, plain_training
-from tests.tiny import colour_rows
-from tests.train_group import Trained, train_all
 
 CELLS = [cell for values in product(*AXES.values()) if not list(refusals(cell := Cell(*values)))]
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.ray_jobs.autoscaling import CLIENT, cluster
+from tests.doubles.autoscaling import CLIENT, cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -13,8 +13,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.store import Store
 from ray_jobs.training import zero
-from tests.tiny import colour_rows
-from tests.train_group import in_group, train_in_rank
+from tests.models.tiny import colour_rows
+from tests.models.train_group import in_group, train_in_rank
 
 ROWS = colour_rows(32)
 

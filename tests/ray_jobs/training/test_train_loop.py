@@ -18,9 +18,9 @@ from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
-from tests.ray_jobs.plain import plain_training
-from tests.tiny import colour_rows
-from tests.train_group import Trained, train
+from tests.models.plain import plain_training
+from tests.models.tiny import colour_rows
+from tests.models.train_group import Trained, train
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps

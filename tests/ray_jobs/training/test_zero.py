@@ -13,8 +13,8 @@ from components.config import schema as config
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
 from ray_jobs.training import zero
-from tests.tiny import build_base
-from tests.train_group import in_group
+from tests.models.tiny import build_base
+from tests.models.train_group import in_group
 
 
 def changed(base: RunConfig, *changes: str) -> str:

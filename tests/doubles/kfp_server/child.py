@@ -1,6 +1,6 @@
 """The process of one run: the submitted YAML under kfp.local, each step a process of its own.
 
-python -m tests.kfp_server.child FOLDER RUN_ID
+python -m tests.doubles.kfp_server.child FOLDER RUN_ID
 """
 
 import json

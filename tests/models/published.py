@@ -20,7 +20,7 @@ class Memory:
 
     who: str
     shape: str
-    """In `tests.shapes`."""
+    """In `tests.models.shapes`."""
     gb: float
     base: BaseFormat
     rank: int
@@ -69,7 +69,7 @@ class Speed:
 
     who: str
     shape: str
-    """In `tests.shapes`."""
+    """In `tests.models.shapes`."""
     tokens_per_s: float
     gpu: str
     base: BaseFormat

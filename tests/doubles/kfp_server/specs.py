@@ -9,7 +9,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from tests.kfp_server.errors import invalid
+from tests.doubles.kfp_server.errors import invalid
 
 NUMBERS = ("NUMBER_INTEGER", "NUMBER_DOUBLE")
 KINDS: dict[str, type | tuple[type, ...]] = {

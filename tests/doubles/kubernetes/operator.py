@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.jobs_api import TOKEN, FakeJob, JobsApi
-from tests.kubernetes.api import KubernetesDouble, Resource, now
+from tests.doubles.jobs_api import TOKEN, FakeJob, JobsApi
+from tests.doubles.kubernetes.api import KubernetesDouble, Resource, now
 
 if TYPE_CHECKING:
-    from tests.kubernetes.control_plane import RayJobsOfCluster
+    from tests.doubles.kubernetes.control_plane import RayJobsOfCluster
 
 FINALIZER = "ray.io/rayjob-finalizer"
 TICK_S = 0.03

@@ -8,7 +8,7 @@ from components.prepare.dataset import Message, Record
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
-from tests.tiny import colour_rows
+from tests.models.tiny import colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(60)]
 

@@ -16,10 +16,10 @@ from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.kfp_server.errors import ApiError, invalid, missing, unauthenticated
-from tests.kfp_server.execution import Execution
-from tests.kfp_server.listing import page
-from tests.kfp_server.state import State
+from tests.doubles.kfp_server.errors import ApiError, invalid, missing, unauthenticated
+from tests.doubles.kfp_server.execution import Execution
+from tests.doubles.kfp_server.listing import page
+from tests.doubles.kfp_server.state import State
 
 PREFIX = "/apis/v2beta1"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tests.kubernetes import schema
+from tests.doubles.kubernetes import schema
 
 Resource = dict[str, Any]
 TOKEN = "a-service-account-token"

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.kfp_server.cron import Cron
-from tests.kfp_server.errors import exists, forbidden, invalid, missing
-from tests.kfp_server.execution import Execution, now
-from tests.kfp_server.schedules import Schedule
-from tests.kfp_server.specs import Pipeline, check_fields, check_parameters, parse_package, parse_pipeline
+from tests.doubles.kfp_server.cron import Cron
+from tests.doubles.kfp_server.errors import exists, forbidden, invalid, missing
+from tests.doubles.kfp_server.execution import Execution, now
+from tests.doubles.kfp_server.schedules import Schedule
+from tests.doubles.kfp_server.specs import Pipeline, check_fields, check_parameters, parse_package, parse_pipeline
 
 PROPAGATIONS = {"", "DELETE_PROPAGATION_POLICY_UNSPECIFIED", "FOREGROUND", "BACKGROUND", "ORPHAN"}
 

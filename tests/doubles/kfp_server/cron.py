@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-from tests.kfp_server.errors import ApiError, invalid
+from tests.doubles.kfp_server.errors import ApiError, invalid
 
 MONTHS = {
     name: number

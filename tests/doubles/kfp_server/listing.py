@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tests.kfp_server.errors import invalid
+from tests.doubles.kfp_server.errors import invalid
 
 DEFAULT_SIZE, MAX_SIZE = 20, 200
 OPERATIONS = {1: "EQUALS", 2: "NOT_EQUALS", 8: "IN", 9: "IS_SUBSTRING"}

@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.kfp_server.cron import Cron
+from tests.doubles.kfp_server.cron import Cron
 
 CARRIED = ("experiment_id", "pipeline_spec", "pipeline_version_reference", "service_account")
 

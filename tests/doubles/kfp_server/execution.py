@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.kfp_server.resolving import unresolved
-from tests.kfp_server.specs import Pipeline
+from tests.doubles.kfp_server.resolving import unresolved
+from tests.doubles.kfp_server.specs import Pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PIPELINE_ROOT = "minio://mlpipeline/v2/artifacts"
 GRACE_S = 1.0  # what a step has between SIGTERM and SIGKILL when its run is terminated
 OVER = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
@@ -114,7 +114,7 @@ class Execution:
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.kfp_server.child", str(self.folder), self.record["run_id"]],
+            [sys.executable, "-m", "tests.doubles.kfp_server.child", str(self.folder), self.record["run_id"]],
             cwd=ROOT,
             env=self._environment,
             stdin=subprocess.DEVNULL,

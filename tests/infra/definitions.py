@@ -1,0 +1,8 @@
+"""What objects of operators are held to: our own schemas, and the operators' where they lie at hand."""
+
+import pytest
+
+from tests.infra import schemas
+
+CRDS = schemas.crds_folder()
+DEFINITIONS = [pytest.param(None, id="own"), pytest.param(CRDS, id="crds")] if CRDS else [pytest.param(None, id="own")]
