@@ -28,7 +28,7 @@ from pipelines.commands import (
     submit,
     train,
 )
-from pipelines.commands.arguments import EXIT_CODES, Answer
+from pipelines.commands.arguments import EXIT_CODES, Answer, tell
 
 INTERRUPTED = 130
 
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer: Answer = options.command(options)
     except KeyboardInterrupt:
-        _tell("interrupted: nothing of this command is left running")
+        tell("interrupted: nothing of this command is left running")
         return _fail(options, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
     except FineloopError as exc:
         notes = [f"  {note}" for note in getattr(exc, "__notes__", [])]
-        _tell("\n".join([f"fineloop: {exc}", *notes]))
+        tell("\n".join([f"fineloop: {exc}", *notes]))
         return _fail(options, _failure(exc), exc.exit_code)
     except Exception as exc:  # the process's entry point: a mistake of ours, told whole
         traceback.print_exc()
@@ -99,10 +99,6 @@ def _fail(options: argparse.Namespace, body: dict[str, Any], exit_code: int) -> 
     if options.json:
         print(json.dumps({**body, "exit_code": exit_code}), flush=True)  # noqa: T201
     return exit_code
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

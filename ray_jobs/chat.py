@@ -1,5 +1,6 @@
 """Talk to an adapter: `fineloop chat NAME`. Base and adapter answer side by side, from one base in memory."""
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> None:
         "--system", help="a system message before each prompt; without it, the one that every record had"
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the adapter's copy is removed
     entry.quiet_libraries()
     try:
         chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)

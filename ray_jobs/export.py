@@ -3,7 +3,8 @@
 merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
 lora     the same function as plain LoRA, where it is one
 
-Either is compared with the adapter on its base before anything appears at DIR.
+Either is compared with the adapter on its base before anything appears at DIR. What export.json then says there is the
+last line of stdout.
 """
 
 import contextlib
@@ -100,7 +101,8 @@ def main() -> None:
 
     def job() -> None:
         wish = Wish(arguments.form, arguments.target, arguments.base, arguments.dtype, arguments.approximate)
-        export(entry.load_config(arguments.config, arguments.set), arguments.version, wish)
+        record = export(entry.load_config(arguments.config, arguments.set), arguments.version, wish)
+        print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
 
     entry.run(STEP, job)
 

@@ -12,6 +12,7 @@ from components.config.gpus import PRICED
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
 from components.config.schema import MethodConfig, RunConfig
+from components.shared.protocol import say
 from ray_jobs import entry, estimate
 from ray_jobs.base import base_config
 from ray_jobs.planning.before_training import counts
@@ -40,8 +41,10 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         base = base_config.read(config.model)
+        say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")
         body = planned(config, base, named_device(config))
         if arguments.all_methods:
+            say(STEP, f"the same for all {len(METHODS)} methods")
             body["methods"] = compared(config, base)
         print(json.dumps(body), flush=True)  # noqa: T201 - stdout is the answer
 

@@ -1,7 +1,8 @@
-"""Arguments that many commands share, and what they become."""
+"""Arguments that many commands share and what they become, and how commands speak to people."""
 
 import argparse
 import shlex
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,3 +112,8 @@ def home_option(options: argparse.Namespace) -> str:
     """What to append to a suggested command so that it finds the same home."""
     default = options.home == Path(".fineloop")
     return "" if default else f" --home {shlex.quote(str(options.home))}"
+
+
+def tell(text: str) -> None:
+    """Tell a person how it goes."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

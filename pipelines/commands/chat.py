@@ -1,10 +1,6 @@
 """`fineloop chat`."""
 
 import argparse
-import os
-import signal
-import subprocess
-import sys
 from typing import Any
 
 from pipelines.commands.adapters import REFERENCE
@@ -35,17 +31,13 @@ def add(commands: Any) -> None:
 def _chat(options: argparse.Namespace) -> Answer:
     from components.registry import runs
     from components.registry.versions import resolve
-    from pipelines.local.service import python_path
+    from pipelines.local.job import Job, talk
 
     with opened_registry(options) as store:
         version = resolve(store, options.reference)
         is_own = options.config == DEFAULT_CONFIG and version.run_id
         config = store.uri(runs.run_key(version.run_id, runs.CONFIG)) if is_own else str(options.config.absolute())
-        overrides = [part for override in options.overrides for part in ("--set", override)]
-        reference = f"{version.name}@{version.version}"
-        command = [sys.executable, "-m", "ray_jobs.chat", "--config", config, *overrides, "--version", reference]
-        command += [] if options.system is None else ["--system", options.system]
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the child's; it ends, and then this process
-        environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
-        exit_code = subprocess.run(command, env=environment, check=False).returncode
+        arguments = ["--version", f"{version.name}@{version.version}"]
+        arguments += [] if options.system is None else ["--system", options.system]
+        exit_code = talk(Job("ray_jobs.chat", config, arguments, options.overrides))
     return Answer({"name": version.name, "version": version.version}, exit_code=exit_code)

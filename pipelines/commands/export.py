@@ -1,17 +1,12 @@
 """`fineloop adapters export`."""
 
 import argparse
-import json
-import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, add_home
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home, tell
 from pipelines.commands.opened_registry import opened_registry
 
-LOG_TAIL = 20  # lines told of a job that ended without a word
 FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
 """The options that only one form has."""
 
@@ -53,16 +48,15 @@ def add(verbs: Any, *, reference: str) -> None:
 
 def _export(options: argparse.Namespace) -> Answer:
     from components.registry.versions import resolve
+    from pipelines.local.job import Job, answer
 
     chosen = _chosen(options)
     with opened_registry(options) as store:
         version = resolve(store, options.reference)
         target = (options.to or Path(f"{version.name}-{version.version}-{options.form}")).absolute()
-        command = [sys.executable, "-m", "ray_jobs.export", "--config", str(options.config.absolute())]
-        command += [part for override in options.overrides for part in ("--set", override)]
-        command += ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
-        _run([*command, *chosen])
-    record = json.loads((target / "export.json").read_text(encoding="utf-8"))
+        arguments = ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
+        job = Job("ray_jobs.export", str(options.config.absolute()), [*arguments, *chosen], options.overrides)
+        record = answer(job, tell=tell, verbose=options.verbose)
     told = ("version", "form", "base", "dtype", "exact", "parity")
     return Answer({"path": str(target), **{key: record.get(key) for key in told}})
 
@@ -80,44 +74,6 @@ def _chosen(options: argparse.Namespace) -> list[str]:
         if options.form != FORM_OF[name]:
             raise UserError(f"--{name} goes with --{FORM_OF[name]}, not with --{options.form}: remove one of the two")
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
-def _run(command: list[str]) -> None:
-    """Run the job, tell a person what it says, and leave nothing of it behind.
-
-    Raises:
-        FineloopError: it failed; of the class that it failed with.
-    """
-    from components.shared.errors import FineloopError
-    from components.shared.protocol import Failure, parse_line
-    from pipelines.local.service import python_path
-    from pipelines.local.watch import watch
-
-    failures: list[Failure] = []
-
-    def hear(text: str) -> None:
-        line = parse_line(text)
-        if line is not None and line.failure is not None:
-            failures.append(line.failure)
-        elif line is not None:
-            print(line.text, file=sys.stderr, flush=True)  # noqa: T201
-
-    with tempfile.TemporaryDirectory(prefix="fineloop-export-") as scratch:
-        log_path = Path(scratch) / "log"
-        ended = watch(
-            command,
-            environment={**os.environ, "PYTHONPATH": python_path(os.environ)},
-            directory=Path.cwd(),
-            log_path=log_path,
-            on_line=lambda _: None,
-            on_tick=lambda: None,
-            on_text=hear,
-        )
-        if ended.exit_code and failures:
-            raise failures[-1].as_error()
-        if ended.exit_code:
-            tail = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-LOG_TAIL:])
-            raise FineloopError(f"{command[2]} ended with exit code {ended.exit_code}:\n{tail}")
 
 
 def _rank(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.arguments import load_config
@@ -74,8 +73,3 @@ def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     resolved = parameters.resolve(built.spec, built.config_toml, options.parameters)
     check_reach(built.config, resolved)
     return built, resolved
-
-
-def say(text: str) -> None:
-    """Tell a person how it goes."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config
+from pipelines.commands.arguments import Answer, add_command, add_config, load_config, tell
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
@@ -32,15 +32,16 @@ def add(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Answer:
-    from pipelines.commands.arguments import load_config
-    from pipelines.local.job import answer, asking
+    from pipelines.local.job import Job, answer
 
     config = load_config(options)  # a mistake in it is told before PyTorch is loaded
-    arguments = ["--all-methods"] if options.all_methods else []
-    with asking(
-        "ray_jobs.plan", options.config, *arguments, overrides=options.overrides, verbose=options.verbose
-    ) as asked:
-        body = answer(asked)
+    job = Job(
+        "ray_jobs.plan",
+        str(options.config.absolute()),
+        ["--all-methods"] if options.all_methods else [],
+        options.overrides,
+    )
+    body = answer(job, tell=tell, verbose=options.verbose)
     return Answer(body, "\n".join(_told(config, body)))
 
 

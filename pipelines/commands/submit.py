@@ -4,8 +4,8 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config
-from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared, say
+from pipelines.commands.arguments import Answer, add_command, add_config, tell
+from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.run import Run
@@ -46,11 +46,11 @@ def _submit(options: argparse.Namespace) -> Answer:
         run_name=options.run_name or f"{built.config.adapter.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
         service_account=options.service_account,
     )
-    say(f"run {run.run_id}: {run.url}")
+    tell(f"run {run.run_id}: {run.url}")
     if options.no_wait:
         return Answer(_body(run), f"{run.name} is started; fineloop runs show {run.run_id}")
     try:
-        run = follow(run, say)
+        run = follow(run, tell)
     except KeyboardInterrupt:
         told = (
             f"no longer followed; {run.name} goes on\n"

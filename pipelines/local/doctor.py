@@ -17,7 +17,7 @@ from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
 from pipelines.local import ray_head, ray_process, seaweedfs, store
-from pipelines.local.estimate import estimating, waited_for
+from pipelines.local.estimate import told_here
 from pipelines.local.ports import LOOPBACK
 
 GIB = 1024**3
@@ -57,8 +57,7 @@ def time_of_a_run(config: RunConfig, home: Path) -> Check:
     with tempfile.TemporaryDirectory(prefix="fineloop-doctor-") as scratch:
         path = Path(scratch) / "config.toml"
         path.write_text(config_file.dumps(config), encoding="utf-8")
-        with estimating(path, home) as asked:
-            return Check(name, True, "; ".join(waited_for(config, asked)), "")
+        return Check(name, True, "; ".join(told_here(config, path, home)), "")
 
 
 def _check(name: str, ok: bool, detail: str, fix: str) -> Check:

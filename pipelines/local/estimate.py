@@ -2,28 +2,23 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from components.config.schema import RunConfig
 from components.shared.cpus import FAST_AT_BFLOAT16
 from components.shared.errors import FineloopError
-from pipelines.local.job import Asked, answer, asking
+from pipelines.local.job import Job, answer
 
 LONG_S = 1800.0
 
 
-def estimating(config_path: Path, home: Path) -> AbstractContextManager[Asked]:
-    """Estimate how long a run takes here, in a process of its own; `waited_for` has what it finds."""
+def told_here(config: RunConfig, config_path: Path, home: Path) -> list[str]:
+    """Lines for a person on how long a run takes here; no run fails for want of an estimate."""
     cache = os.environ.get("FINELOOP_CACHE") or str(home.absolute() / "cache")
-    return asking("ray_jobs.estimate", config_path, environment={"FINELOOP_CACHE": cache})
-
-
-def waited_for(config: RunConfig, asked: Asked) -> list[str]:
-    """Lines for a person; no run fails for want of an estimate."""
+    job = Job("ray_jobs.estimate", str(config_path.absolute()), environment={"FINELOOP_CACHE": cache})
     try:
-        return list(told(config, answer(asked)))
+        return list(told(config, answer(job)))
     except FineloopError as exc:
         return [f"how long it takes here is unknown: {exc}"]
 

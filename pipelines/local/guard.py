@@ -1,10 +1,11 @@
 """Run one command so that nothing of it outlives the process that asked for it.
 
-`python guard.py SIGNAL GRACE_S COMMAND...` starts the command and waits until (a) standard input, a pipe from whoever
-started the guard, reaches its end: that process is gone, however it went; (b) the guard receives SIGTERM or SIGINT; (c)
-the command ends. Then it ends the command with SIGTERM, after GRACE_S by force, and with it whatever descends from it.
-On Linux the guard is the subreaper of all of these, so that daemons and sessions of their own do not get away, and a
-guard that dies by SIGKILL takes the command with it: the kernel sends SIGNAL.
+`python guard.py SIGNAL GRACE_S STDIN COMMAND...` starts the command, STDIN its standard input, and waits until (a) the
+guard's own standard input, a pipe from whoever started it, reaches its end: that process is gone, however it went; (b)
+the guard receives SIGTERM or SIGINT; (c) the command ends. Then it ends the command with SIGTERM, after GRACE_S by
+force, and with it whatever descends from it. On Linux the guard is the subreaper of all of these, so that daemons and
+sessions of their own do not get away, and a guard that dies by SIGKILL takes the command with it: the kernel sends
+SIGNAL.
 
 It runs outside the package (`python -I -S guard.py`), so that it starts in some 20 ms: only the standard library here.
 """
@@ -27,8 +28,11 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def run(command: list[str], *, orphan_signal: int, grace_s: float) -> int:
-    """Run `command` until it ends, this process is told to stop, or standard input ends. Returns its exit status."""
+def run(command: list[str], *, orphan_signal: int, grace_s: float, stdin: int) -> int:
+    """Run `command` until it ends, this process is told to stop, or standard input ends. Returns its exit status.
+
+    `stdin` is the command's own standard input, a descriptor or subprocess.DEVNULL.
+    """
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -51,7 +55,7 @@ def run(command: list[str], *, orphan_signal: int, grace_s: float) -> int:
             if os.getppid() != guard:  # it died before the kernel was asked
                 os._exit(1)
 
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_guard)
+    child = subprocess.Popen(command, stdin=stdin, start_new_session=True, preexec_fn=die_with_guard)
     status: int | None = None
     while status is None and not stopping:
         readable, _, _ = select.select([sys.stdin.fileno(), woken], [], [])
@@ -113,20 +117,32 @@ def start(
     *,
     orphan_signal: signal.Signals,
     environment: dict[str, str],
-    log: int,
     directory: Path,
+    stdout: int,
+    stderr: int | None = subprocess.STDOUT,
+    stdin: int = subprocess.DEVNULL,
     grace_s: float = GRACE_S,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` under a guard; the returned process is the guard. End it with `stop`."""
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(int(orphan_signal)), str(grace_s), *command],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        env=environment,
-        cwd=directory,
-        start_new_session=True,
-    )
+    """Start `command` under a guard; the returned process is the guard. End it with `stop`.
+
+    The streams are the command's, as subprocess.Popen takes them.
+    """
+    inherited = [] if stdin == subprocess.DEVNULL else [os.dup(stdin)]  # a number that is not the guard's own stdin
+    settings = map(str, (int(orphan_signal), grace_s, *(inherited or [stdin])))
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *settings, *command],
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+            cwd=directory,
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+    finally:
+        for descriptor in inherited:
+            os.close(descriptor)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -143,4 +159,5 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    os._exit(run(sys.argv[3:], orphan_signal=int(sys.argv[1]), grace_s=float(sys.argv[2])))
+    _signal, _grace_s, _stdin, *_command = sys.argv[1:]
+    os._exit(run(_command, orphan_signal=int(_signal), grace_s=float(_grace_s), stdin=int(_stdin)))

@@ -1,71 +1,97 @@
-"""The Ray jobs that need no cluster, as a process of this machine that answers with one JSON object: plan, estimate."""
+"""The Ray jobs that need no cluster, as processes of this machine under a guard.
 
-import contextlib
+plan, estimate and export answer with one JSON object, the last line of their standard output; chat talks to a person.
+"""
+
 import json
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.shared.errors import FineloopError, JobError
-from components.shared.protocol import find_failure
+from components.shared.protocol import Failure, parse_line
+from pipelines.local import guard
 from pipelines.local.service import python_path
+from pipelines.local.watch import run_heard
 
 LOG_TAIL = 20  # lines told of a process that ended without a word
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A job under way."""
+class Job:
+    """What to run. `config` is a file or the s3:// address of one; `environment` is added to this process's."""
 
     module: str
-    process: "subprocess.Popen[str]"
+    config: str
+    arguments: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self) -> list[str]:
+        """The command line."""
+        overrides = [part for override in self.overrides for part in ("--set", override)]
+        return [sys.executable, "-m", self.module, "--config", self.config, *overrides, *self.arguments]
+
+    def whole_environment(self) -> dict[str, str]:
+        """Every variable of the process."""
+        return {**os.environ, **self.environment, "PYTHONPATH": python_path(os.environ)}
 
 
-@contextlib.contextmanager
-def asking(
-    module: str,
-    config: Path,
-    *arguments: str,
-    overrides: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    verbose: bool = False,
-) -> Iterator[Asked]:
-    """Start `python -m MODULE --config CONFIG`, and end it with this context if nobody waited for its answer."""
-    command = [sys.executable, "-m", module, "--config", str(config.absolute()), *arguments]
-    command += [part for override in overrides for part in ("--set", override)]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **(environment or {}), "PYTHONPATH": python_path(os.environ)},
-        stdout=subprocess.PIPE,
-        stderr=None if verbose else subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield Asked(module, process)
-        finally:
-            process.kill()
-
-
-def answer(asked: Asked) -> dict[str, Any]:
-    """Wait for the answer.
+def answer(job: Job, *, tell: Callable[[str], None] = lambda text: None, verbose: bool = False) -> dict[str, Any]:
+    """Run the job and return its answer. `tell` gets what it tells people meanwhile; its stderr is seen if `verbose`.
 
     Raises:
         FineloopError: what the job failed with, of its own class.
     """
-    stdout, stderr = asked.process.communicate()
-    if asked.process.returncode:
-        raise _failure(asked, stdout, stderr or "")
-    body: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    failures: list[Failure] = []
+    last = ""
+
+    def hear(text: str) -> None:
+        nonlocal last
+        last = text
+        line = parse_line(text)
+        if line is not None and line.failure is not None:
+            failures.append(line.failure)
+        elif line is not None:
+            tell(line.text)
+
+    with tempfile.TemporaryFile() as log:
+        exit_code = run_heard(
+            job.command(),
+            environment=job.whole_environment(),
+            directory=Path.cwd(),
+            on_text=hear,
+            stderr=None if verbose else log.fileno(),
+        )
+        log.seek(0)
+        tail = "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_TAIL:])
+    if exit_code:
+        raise failures[-1].as_error() if failures else _without_a_reason(job, exit_code, tail)
+    body: dict[str, Any] = json.loads(last)
     return body
 
 
-def _failure(asked: Asked, stdout: str, stderr: str) -> FineloopError:
-    failure = find_failure(stdout)
-    if failure is not None:
-        return failure.as_error()
-    tail = "\n".join(stderr.splitlines()[-LOG_TAIL:])
-    return JobError(f"{asked.module} ended with {asked.process.returncode} and gave no reason:\n{tail}".rstrip())
+def talk(job: Job) -> int:
+    """Run the job on this process's own standard streams, to its end; returns its exit code."""
+    process = guard.start(
+        job.command(),
+        orphan_signal=signal.SIGTERM,
+        environment=job.whole_environment(),
+        directory=Path.cwd(),
+        stdin=sys.stdin.fileno(),
+        stdout=sys.stdout.fileno(),
+        stderr=sys.stderr.fileno(),
+    )
+    try:
+        return process.wait()
+    finally:
+        guard.stop(process)
+
+
+def _without_a_reason(job: Job, exit_code: int, tail: str) -> FineloopError:
+    return JobError(f"{job.module} ended with {exit_code} and gave no reason:\n{tail}".rstrip())

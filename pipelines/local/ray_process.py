@@ -152,7 +152,7 @@ def _start_once(directory: Path, announce: Callable[[str, Path], None] | None) -
     log_path = directory / "head.log"
     with log_path.open("wb") as log:
         process = guard.start(
-            command, orphan_signal=signal.SIGTERM, environment=environment, log=log.fileno(), directory=directory
+            command, orphan_signal=signal.SIGTERM, environment=environment, stdout=log.fileno(), directory=directory
         )
     head = Head(f"http://127.0.0.1:{ports[0]}", token_path, directory, temp_dir, process)
     try:

@@ -17,7 +17,7 @@ from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, ObjectMissing, UserError
 from pipelines.local import ray_head
 from pipelines.local.display import Display, is_live
-from pipelines.local.estimate import estimating, waited_for
+from pipelines.local.estimate import told_here
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
@@ -69,9 +69,8 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     try:
         if trains_here:
             print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
-            with estimating(folder / "config.toml", place.home) as asked:
-                for text in waited_for(config, asked):
-                    print(text, file=place.terminal, flush=True)
+            for text in told_here(config, folder / "config.toml", place.home):
+                print(text, file=place.terminal, flush=True)
         ground_began = time.monotonic()
         display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}

@@ -141,7 +141,7 @@ def _start_once(directory: Path, bucket: str, announce: Callable[[Endpoint], Non
     log_path = directory / "weed.log"
     with log_path.open("wb") as log:
         process = guard.start(
-            command, orphan_signal=signal.SIGKILL, environment=environment, log=log.fileno(), directory=directory
+            command, orphan_signal=signal.SIGKILL, environment=environment, stdout=log.fileno(), directory=directory
         )
     endpoint = Endpoint(f"http://127.0.0.1:{ports[0]}", access_key, secret_key, bucket, process, tuple(ports))
     try:

@@ -1,14 +1,15 @@
-"""Run the pipeline in a process of its own and hear what it says.
+"""Run a command under a guard, so that it leaves nothing behind, and hear what it says.
 
 kfp.local prints much, leaves a step running when it is killed, and reports success where a branch was skipped in
-silence. So it runs under a guard that leaves nothing behind; all it prints goes to a log, and only lines of the step
-protocol go on.
+silence. So the pipeline runs in a process of its own; all it prints goes to a log, and only lines of the step protocol
+go on.
 """
 
 import codecs
 import os
 import select
 import signal
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +45,54 @@ def watch(
 
     `on_text` gets everything that the process prints, `on_line` the lines meant for people.
     """
+    found: list[tuple[str, Failure]] = []
+    last: Line | None = None
+    with log_path.open("a", encoding="utf-8", buffering=1) as log:
+
+        def hear(text: str) -> None:
+            nonlocal last
+            log.write(text + "\n")
+            if on_text is not None:
+                on_text(text)
+            line = parse_line(text)
+            if line is None or line.step not in STEPS or line == last:  # Ray Train copies a worker's lines
+                return
+            last = line
+            if line.failure is not None:
+                found.append((line.step, line.failure))
+            on_line(line)
+
+        exit_code = run_heard(command, environment=environment, directory=directory, on_text=hear, on_tick=on_tick)
+    failed_step, failure = found[0] if found else ("", None)
+    return Ended(exit_code, failure, failed_step)
+
+
+def run_heard(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: Path,
+    on_text: Callable[[str], None],
+    on_tick: Callable[[], None] = lambda: None,
+    stderr: int | None = subprocess.STDOUT,
+) -> int:
+    """Run the command under a guard to its end and return its exit code; `on_text` gets each line of its output.
+
+    `stderr` is as subprocess.Popen takes it. When this call is left early, the command is stopped first.
+    """
     read_end, write_end = os.pipe()
-    with log_path.open("a", encoding="utf-8") as log, os.fdopen(read_end, "rb", buffering=0) as output:
+    with os.fdopen(read_end, "rb", buffering=0) as output:
         process = guard.start(
             list(command),
             orphan_signal=signal.SIGTERM,
             environment=dict(environment),
-            log=write_end,
             directory=directory,
+            stdout=write_end,
+            stderr=stderr,
         )
         os.close(write_end)
-        found: list[tuple[str, Failure]] = []
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        pending, last = "", None
+        pending = ""
         try:
             while True:
                 ended = process.poll() is not None
@@ -66,20 +102,10 @@ def watch(
                     break
                 *lines, pending = (pending + decoder.decode(chunk)).split("\n")
                 for text in lines:
-                    log.write(text + "\n")
-                    if on_text is not None:
-                        on_text(text)
-                    line = parse_line(text)
-                    if line is None or line.step not in STEPS or line == last:  # Ray Train copies a worker's lines
-                        continue
-                    last = line
-                    if line.failure is not None:
-                        found.append((line.step, line.failure))
-                    on_line(line)
-                log.flush()
+                    on_text(text)
                 on_tick()
-            log.write(pending)
+            if pending:
+                on_text(pending)
         finally:
             guard.stop(process)
-    failed_step, failure = found[0] if found else ("", None)
-    return Ended(process.returncode, failure, failed_step)
+    return process.returncode

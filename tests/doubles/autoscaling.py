@@ -62,7 +62,7 @@ def cluster(*, grows: bool) -> Iterator[str]:
                 command,
                 orphan_signal=signal.SIGTERM,
                 environment=environment,
-                log=log.fileno(),
+                stdout=log.fileno(),
                 directory=Path(folder),
             )
         try:

@@ -45,7 +45,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
             [find_binary(), "mini", *arguments],
             orphan_signal=signal.SIGKILL,
             environment=environment,
-            log=log.fileno(),
+            stdout=log.fileno(),
             directory=folder,
         )
     try:

@@ -61,7 +61,18 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     body = json.loads(done.stdout)
     assert (body["method"], body["device"], body["fits"]) == ("qlora", "L4", True)
     assert len(body["methods"]) == 8
-    for told in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised", "dvora"):
+    assert done.stderr.startswith("rehearsing a training step of ")
+    for told in (
+        "all 8 methods",
+        "qlora on",
+        "weights",
+        "total",
+        "fits: 22.5 on L4",
+        "full fine-tuning",
+        "$0.805",
+        "advised",
+        "dvora",
+    ):
         assert told in done.stderr
 
 
@@ -71,7 +82,7 @@ def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here
     assert done.returncode == 0, done.stderr
     estimate = json.loads(done.stdout)["estimate"]
     assert estimate["tokens_per_s"] > 0
-    assert done.stderr.startswith(estimate["processor_told"])
+    assert f"\n{estimate['processor_told']}\n" in done.stderr
     assert "training at about" in done.stderr
     assert "rows.jsonl', which does not exist" in done.stderr
 

@@ -50,8 +50,7 @@ def test_what_is_unknown_is_said_with_its_reason(make_config: Callable[..., RunC
 
 
 def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    with estimate.estimating(tmp_path / "nowhere.toml", tmp_path) as asked:
-        (line,) = estimate.waited_for(make_config(), asked)
+    (line,) = estimate.told_here(make_config(), tmp_path / "nowhere.toml", tmp_path)
     assert line.startswith("how long it takes here is unknown: ")
     assert "nowhere.toml" in line
 

@@ -26,7 +26,12 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from pipelines.local import guard
 process = guard.start(
-    sys.argv[2:], orphan_signal=signal.SIGKILL, environment=dict(os.environ), log=2, directory=Path.cwd(), grace_s=0.5
+    sys.argv[2:],
+    orphan_signal=signal.SIGKILL,
+    environment=dict(os.environ),
+    directory=Path.cwd(),
+    stdout=2,
+    grace_s=0.5,
 )
 print(process.pid, flush=True)
 time.sleep(600)
@@ -73,7 +78,7 @@ def test_stop_ends_the_command_with_sigterm_first(tmp_path):
             ["/bin/sh", "-c", script],
             orphan_signal=signal.SIGKILL,
             environment=dict(os.environ),
-            log=log.fileno(),
+            stdout=log.fileno(),
             directory=tmp_path,
         )
     deadline = time.monotonic() + 10
@@ -92,7 +97,7 @@ def test_the_guard_ends_with_the_commands_status(tmp_path, status):
             ["/bin/sh", "-c", f"exit {status}"],
             orphan_signal=signal.SIGKILL,
             environment=dict(os.environ),
-            log=log.fileno(),
+            stdout=log.fileno(),
             directory=tmp_path,
         )
     assert process.wait(10) == status

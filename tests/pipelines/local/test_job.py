@@ -1,0 +1,97 @@
+"""A Ray job as a process of this machine: what it answers, tells and fails with, and that none outlives its caller."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.shared.errors import DataError, JobError
+from pipelines.local.job import Job, answer
+from pipelines.local.service import ROOT
+
+JOB = """
+import json, sys
+from components.shared.errors import DataError
+from components.shared.protocol import say, say_failure
+say("asked", "half way")
+print("a library's noise", file=sys.stderr)
+if "--wrong" in sys.argv:
+    say_failure("asked", DataError("every answer is empty"))
+    sys.exit(2)
+if "--crash" in sys.argv:
+    raise MemoryError("no memory left")
+print(json.dumps({"arguments": sys.argv[1:], "long": "x" * 100_000}))
+"""
+TALKS = """
+import os, sys
+print("ready", os.getpid(), file=sys.stderr, flush=True)
+while line := sys.stdin.readline():
+    print("heard", line.strip(), flush=True)
+sys.exit(3)
+"""
+TALKER = "import sys; from pipelines.local.job import Job, talk; sys.exit(talk(Job('talks', 'config.toml')))"
+
+
+@pytest.fixture(autouse=True)
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that `python -m` finds, as it finds those of ray_jobs."""
+    (tmp_path / "asked.py").write_text(JOB)
+    (tmp_path / "talks.py").write_text(TALKS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+
+
+def test_a_job_gets_its_config_and_overrides_and_its_last_line_is_the_answer() -> None:
+    told: list[str] = []
+    body = answer(Job("asked", "s3://b/c.toml", ["--all"], ["a.b=1", "c.d=2"]), tell=told.append)
+    assert body["arguments"] == ["--config", "s3://b/c.toml", "--set", "a.b=1", "--set", "c.d=2", "--all"]
+    assert len(body["long"]) == 100_000  # more than a pipe holds at once
+    assert told == ["half way"]
+
+
+def test_what_a_job_fails_with_is_raised_and_a_crash_shows_its_last_lines() -> None:
+    with pytest.raises(DataError, match="every answer is empty"):
+        answer(Job("asked", "config.toml", ["--wrong"]))
+    with pytest.raises(JobError, match=r"asked ended with 1 and gave no reason:\n(.*\n)*MemoryError: no memory left"):
+        answer(Job("asked", "config.toml", ["--crash"]))
+
+
+def test_a_job_that_talks_has_its_callers_three_streams_and_exit_code() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TALKER], input="one\ntwo\n", capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "heard one\nheard two\n"
+    assert re.fullmatch(r"ready \d+\n", done.stderr)
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_job_talks_at_a_terminal_and_goes_with_its_caller(number: signal.Signals) -> None:
+    # A terminal belongs to one session; the job has a session of its own, and reads from it all the same.
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", "import os, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + TALKER],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as caller:
+        assert caller.stdout is not None
+        assert caller.stderr is not None
+        pid = int(caller.stderr.readline().split()[1])
+        os.write(ours, b"typed\n")
+        assert caller.stdout.readline() == "heard typed\n"
+        caller.send_signal(number)
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        caller.communicate()
+    os.close(ours)
+    os.close(theirs)
