@@ -96,7 +96,7 @@ infra-lint: .venv-checkov/bin/checkov
 	@.venv-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
 
 crds: $(READY)
-	@$(BIN)/python -m tests.infra.crds
+	@$(BIN)/python -m infra.checks.crds
 
 kube:
 	@tests/doubles/kubernetes/build.sh .fineloop/kube

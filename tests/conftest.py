@@ -47,8 +47,8 @@ def store(s3_server: seaweedfs.Endpoint) -> Store:
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ControlPlane"]:
     """A Kubernetes control plane with the laptop's overlay applied."""
+    from infra.checks.manifests import render
     from tests.doubles.kubernetes import control_plane
-    from tests.infra.manifests import render
 
     with control_plane.running(tmp_path_factory.mktemp("kubernetes")) as plane:
         plane.apply(render("infra/overlays/kind"))

@@ -50,7 +50,7 @@ def module_names(package: str) -> set[str]:
 
 
 def python_files() -> Iterator[Path]:
-    for top in (*PACKAGES, "tests"):
+    for top in (*PACKAGES, "infra", "tests"):
         yield from (ROOT / top).rglob("*.py")
 
 

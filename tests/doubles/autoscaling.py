@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infra.checks.manifests import render
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
-from tests.infra.manifests import render
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 PORT_FLAGS = ("--port", "--object-manager-port", "--node-manager-port", "--ray-client-server-port")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.infra import schemas
+from infra.checks import schemas
 
 CRDS = schemas.crds_folder()
 DEFINITIONS = [pytest.param(None, id="own"), pytest.param(CRDS, id="crds")] if CRDS else [pytest.param(None, id="own")]

@@ -1,6 +1,6 @@
 """The ends of every connection in the cluster, and the table of who may reach whom."""
 
-from tests.infra.manifests import Manifest
+from infra.checks.manifests import Manifest
 from tests.infra.reach import End, address, reaches
 
 RAY = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/part-of": "fineloop"}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.infra.manifests import Manifest, of_kind
+from infra.checks.manifests import Manifest, of_kind
 
 NAMESPACE = "fineloop"
 

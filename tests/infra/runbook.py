@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.infra.manifests import INFRA, OVERLAYS
+from infra.checks.manifests import INFRA, OVERLAYS
 
 RUNBOOK = INFRA / "README.md"
 _SEPARATORS = {"|", ";", "&&"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra import check, schemas
+from infra.checks import check, schemas
 
 
 def run(monkeypatch: pytest.MonkeyPatch, overlay: str) -> int:

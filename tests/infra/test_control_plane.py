@@ -8,9 +8,9 @@ from kubernetes import client
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import Owner, rayjob
+from infra.checks.manifests import Manifest, of_kind, overlay_folders, render
+from infra.checks.policies.access import NAMESPACE, RIGHTS
 from tests.doubles.kubernetes.control_plane import ControlPlane, needs_control_plane, wait_until
-from tests.infra.manifests import Manifest, of_kind, overlay_folders, render
-from tests.infra.policies.access import NAMESPACE, RIGHTS
 
 pytestmark = needs_control_plane
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra import crds, schemas
-from tests.infra.crds import FILES, fetch
+from infra.checks import crds, schemas
+from infra.checks.crds import FILES, fetch
 
 CRDS = schemas.crds_folder()
 

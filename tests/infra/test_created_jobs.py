@@ -10,13 +10,13 @@ from components.config import config_file
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import rayjob
-from tests.infra import schemas
-from tests.infra.check import policies_of, violations
+from infra.checks import schemas
+from infra.checks.check import policies_of, violations
+from infra.checks.manifests import Manifest, render_overlay
+from infra.checks.policies.pods import pods
+from infra.checks.policies.ray import jobs_fit_in_the_queue
 from tests.infra.definitions import DEFINITIONS
 from tests.infra.ends import ENDS
-from tests.infra.manifests import Manifest, render_overlay
-from tests.infra.policies.pods import pods
-from tests.infra.policies.ray import jobs_fit_in_the_queue
 from tests.infra.runbook import commands
 
 IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"

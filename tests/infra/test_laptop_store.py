@@ -14,11 +14,11 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError
 
+from infra.checks.manifests import of_kind, render
+from infra.checks.policies.pods import pods
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
 from pipelines.local.seaweedfs import SERVICES, find_binary
-from tests.infra.manifests import of_kind, render
-from tests.infra.policies.pods import pods
 
 HOST = "127.0.0.2"  # only a server that listens on every interface answers here, as in a pod
 KEYS = {"AWS_ACCESS_KEY_ID": "laptop", "AWS_SECRET_ACCESS_KEY": "laptop-secret"}

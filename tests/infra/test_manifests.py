@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from infra.checks import schemas
+from infra.checks.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_folders, render, render_overlay, title
 from pipelines.kubeflow.settle import CONFIG_MAP, ENVIRONMENT
-from tests.infra import schemas
 from tests.infra.definitions import CRDS, DEFINITIONS
-from tests.infra.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_folders, render, render_overlay, title
 
 FIELDS_TO_BREAK = [
     ("RayJob", ("spec", "submitionMode"), "HTTPMode"),

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from infra.checks.manifests import INFRA, OVERLAYS, Manifest, of_kind, render_overlay
 from tests.infra.ends import ENDS, OUTSIDE, RAY_PODS, TO_OUR_PODS, TO_OUTSIDE, TO_PODS, of_ours, who_reaches
-from tests.infra.manifests import INFRA, OVERLAYS, Manifest, of_kind, render_overlay
 from tests.infra.reach import End, address, matches, reaches
 
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from tests.infra.check import PLACEHOLDERS, POLICIES, placeholders, policies_of, violations
-from tests.infra.manifests import OVERLAYS, render_overlay
+from infra.checks.check import PLACEHOLDERS, POLICIES, placeholders, policies_of, violations
+from infra.checks.manifests import OVERLAYS, render_overlay
+from infra.checks.policies.pods import images_have_a_digest
+from infra.checks.policies.ray import kuberay_takes_the_jobs
 from tests.infra.mutations import access, pods, ray
 from tests.infra.mutations.breaks import Break, job
-from tests.infra.policies.pods import images_have_a_digest
-from tests.infra.policies.ray import kuberay_takes_the_jobs
 
 BREAKS = [found for module in (pods, ray, access) for found in vars(module).values() if isinstance(found, Break)]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra.checks.crds import KUBERAY, KUEUE
+from infra.checks.manifests import INFRA, KUBECTL, ROOT, render
+from infra.checks.policies.access import RIGHTS
+from infra.checks.schemas import KUBERNETES
 from pipelines import cli
 from pipelines.commands.arguments import load_config
 from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT
-from tests.infra.crds import KUBERAY, KUEUE
-from tests.infra.manifests import INFRA, KUBECTL, ROOT, render
-from tests.infra.policies.access import RIGHTS
 from tests.infra.runbook import RUNBOOK, Command, commands
-from tests.infra.schemas import KUBERNETES
 
 COMMANDS = commands()
 CHECKED = {"kubectl", "helm", "fineloop", "make", "python"}
@@ -130,9 +130,9 @@ def test_make_knows_the_target(command: Command) -> None:
 
 @pytest.mark.parametrize("command", of("python"))
 def test_python_finds_the_module(command: Command) -> None:
-    flag, module = command.arguments[:2]
+    flag, package = command.arguments[:2]
     assert flag == "-m"
-    assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    assert (ROOT / package.replace(".", "/") / "__main__.py").is_file()
 
 
 def test_every_path_of_a_command_is_there() -> None:
@@ -166,7 +166,7 @@ def test_every_row_of_the_security_table_names_a_test_and_a_policy_that_exist() 
     for file, test in named:
         assert test in functions(Path(__file__).with_name(file)), f"{file} has no {test}"
     policies = {name for row in rows for name in re.findall(r"\(`(\w+)`\)", row)}
-    known = {name for path in (Path(__file__).parent / "policies").glob("*.py") for name in functions(path)}
+    known = {name for path in (INFRA / "checks/policies").glob("*.py") for name in functions(path)}
     assert len(policies) >= 5
     assert policies <= known
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.infra.manifests import KUBECTL, Manifest, render
+from infra.checks.manifests import KUBECTL, Manifest, render
 from tests.infra.runbook import Command, commands
 
 COMMANDS = commands()

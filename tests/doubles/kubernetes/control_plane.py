@@ -17,9 +17,9 @@ import pytest
 import yaml
 from kubernetes import client, config
 
+from infra.checks.manifests import KUBECTL, ROOT, Loader
+from infra.checks.schemas import crds_folder
 from pipelines.local.ports import choose_ports
-from tests.infra.manifests import KUBECTL, ROOT, Loader
-from tests.infra.schemas import crds_folder
 
 Resource = dict[str, Any]
 FOLDER = ROOT / ".fineloop" / "kube"

@@ -1,8 +1,8 @@
 """Rights, quotas and services that a policy must refuse."""
 
-from tests.infra.manifests import Manifest
+from infra.checks.manifests import Manifest
+from infra.checks.policies import access
 from tests.infra.mutations.breaks import breaks, the
-from tests.infra.policies import access
 
 
 @breaks(access.accounts_have_their_rights_and_no_other)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.infra.check import Policy
-from tests.infra.manifests import Manifest, of_kind
+from infra.checks.check import Policy
+from infra.checks.manifests import Manifest, of_kind
 
 Mutation = Callable[[list[Manifest]], None]
 

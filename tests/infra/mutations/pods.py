@@ -1,8 +1,8 @@
 """Pods that a policy must refuse."""
 
-from tests.infra.manifests import Manifest
+from infra.checks.manifests import Manifest
+from infra.checks.policies import pods
 from tests.infra.mutations.breaks import breaks, cluster, container, job, pod, reap, the
-from tests.infra.policies import pods
 
 
 @breaks(pods.pods_do_not_run_as_root)

@@ -1,8 +1,8 @@
 """RayJobs and RayClusters that a policy must refuse."""
 
-from tests.infra.manifests import Manifest
+from infra.checks.manifests import Manifest
+from infra.checks.policies import ray
 from tests.infra.mutations.breaks import breaks, cluster, container, job, the, workers
-from tests.infra.policies import ray
 
 
 @breaks(ray.kuberay_takes_the_jobs)

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.infra import check, schemas
-from tests.infra.check import policies_of, violations
-from tests.infra.definitions import DEFINITIONS
-from tests.infra.ends import ENDS, TO_PODS, who_reaches
-from tests.infra.manifests import (
+from infra.checks import check, schemas
+from infra.checks.check import policies_of, violations
+from infra.checks.manifests import (
     OBSERVABILITY,
     OVERLAYS,
     PARTS,
@@ -21,7 +19,9 @@ from tests.infra.manifests import (
     render_overlay,
     render_watched,
 )
-from tests.infra.policies.access import everything_is_in_the_namespace
+from infra.checks.policies.access import everything_is_in_the_namespace
+from tests.infra.definitions import DEFINITIONS
+from tests.infra.ends import ENDS, TO_PODS, who_reaches
 
 KINDS = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tests.infra.manifests import Manifest, of_kind, title
+from infra.checks.manifests import Manifest, of_kind, title
 
 NAMESPACE = "fineloop"
 PROMETHEUS = "monitoring"

@@ -8,7 +8,7 @@ from typing import Any
 
 from kubernetes.utils.quantity import parse_quantity
 
-from tests.infra.manifests import Manifest, of_kind, title
+from infra.checks.manifests import Manifest, of_kind, title
 
 GPU = "nvidia.com/gpu"
 SECRETS_MADE_BY_HAND = {"fineloop-s3", "fineloop-ray"}
@@ -230,4 +230,4 @@ def _amounts(resources: Mapping[str, Any]) -> dict[str, Decimal]:
 
 
 def _amount(quantity: Any) -> Decimal:
-    return parse_quantity(quantity)
+    return Decimal(parse_quantity(quantity))

@@ -1,15 +1,14 @@
-"""Check an overlay before it is applied: `python -m tests.infra.check aws`.
+"""Check an overlay before it is applied: `python -m infra.checks aws`.
 
 Schemas, policies, and that the placeholders of the committed overlay have been filled in.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.infra import schemas
-from tests.infra.manifests import OVERLAYS, Manifest, render_overlay, title
-from tests.infra.policies import access, pods, ray
+from infra.checks import schemas
+from infra.checks.manifests import OVERLAYS, Manifest, render_overlay, title
+from infra.checks.policies import access, pods, ray
 
 Policy = Callable[[list[Manifest]], Iterable[str]]
 
@@ -76,7 +75,7 @@ def placeholders(manifests: list[Manifest]) -> Iterator[str]:
 
 def main() -> int:
     """Print what is wrong; 1 when something is."""
-    parser = argparse.ArgumentParser(prog="python -m tests.infra.check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m infra.checks", description=__doc__)
     parser.add_argument("overlay", choices=OVERLAYS)
     overlay = parser.parse_args().overlay
     manifests = render_overlay(overlay)
@@ -85,7 +84,3 @@ def main() -> int:
     found += [*violations(manifests, policies_of(overlay)), *placeholders(manifests)]
     print("\n".join(found) or f"infra/overlays/{overlay}: {len(manifests)} objects, nothing wrong")
     return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,11 +21,11 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from referencing import Registry, Resource
 
-from tests.infra.manifests import Loader, Manifest
+from infra.checks.manifests import Loader, Manifest
 
 KUBERNETES = "1.34"
 VARIABLE = "FINELOOP_CRDS"
-OWN = Path(__file__).with_name("schemas")
+OWN = Path(__file__).with_name("definitions")
 FETCHED_GROUPS = ("ray.io", "kueue.x-k8s.io")
 CUSTOM_GROUPS = (*FETCHED_GROUPS, "monitoring.coreos.com")
 

@@ -4,7 +4,7 @@ Sources: ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7, and pk
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from importlib import metadata
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from tests.infra.manifests import Manifest, of_kind, title
+from infra.checks.manifests import Manifest, of_kind, title
 
 MAX_NAME = {"RayJob": 47, "RayCluster": 63}
 MAX_WORKER_GROUPS = 17
@@ -191,25 +191,26 @@ def flavors_ask_for_no_label_of_the_gpu_operator(manifests: list[Manifest]) -> I
             yield f"{title(flavor)}: not every GPU node has the label nvidia.com/gpu.present"
 
 
-def _nominal(manifests: list[Manifest]) -> dict[str, Decimal]:
-    totals: Counter[str] = Counter()
+def _nominal(manifests: list[Manifest]) -> Mapping[str, Decimal]:
+    totals: defaultdict[str, Decimal] = defaultdict(Decimal)
     for queue in of_kind(manifests, "ClusterQueue"):
         for group in queue["spec"]["resourceGroups"]:
             for flavor in group["flavors"]:
-                totals.update({r["name"]: parse_quantity(r["nominalQuota"]) for r in flavor["resources"]})
-    return dict(totals)
+                for resource in flavor["resources"]:
+                    totals[resource["name"]] += parse_quantity(resource["nominalQuota"])
+    return totals
 
 
-def _requests(job: Mapping[str, Any]) -> dict[str, Decimal]:
+def _requests(job: Mapping[str, Any]) -> Mapping[str, Decimal]:
     """Of the head, all workers and the submitter, which Kueue admits together."""
     pods = [(group["template"], group.get("replicas", 1)) for group in groups(job["rayClusterSpec"])]
     pods += [(job["submitterPodTemplate"], 1)] if "submitterPodTemplate" in job else []
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, Decimal] = defaultdict(Decimal)
     for template, replicas in pods:
         for container in template["spec"].get("containers", []):
             for resource, amount in container.get("resources", {}).get("requests", {}).items():
                 totals[resource] += parse_quantity(amount) * replicas
-    return dict(totals)
+    return totals
 
 
 def _is_mapping(text: str) -> bool:

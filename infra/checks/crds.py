@@ -9,8 +9,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from tests.infra.manifests import ROOT
-from tests.infra.schemas import VARIABLE
+from infra.checks.manifests import ROOT
+from infra.checks.schemas import VARIABLE
 
 FOLDER = ROOT / ".fineloop" / "crds"
 KUBERAY = "https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases"

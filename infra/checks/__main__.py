@@ -1,0 +1,7 @@
+"""`python -m infra.checks aws`."""
+
+import sys
+
+from infra.checks import check
+
+sys.exit(check.main())
