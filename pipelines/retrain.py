@@ -3,7 +3,8 @@
 The run's config travels whole as one parameter, the TOML text; between steps pass only URIs and ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kfp import dsl
 from kfp.dsl import Model
@@ -18,6 +19,7 @@ from components.report.component import report
 NAME = "fineloop-retrain"
 
 Settle = Callable[[dsl.PipelineTask], None]
+Step = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
 
 
 @dsl.pipeline(name="register")
@@ -29,6 +31,29 @@ def register(version_uri: str) -> None:
     """
     version = dsl.importer(artifact_uri=version_uri, artifact_class=Model, reimport=False)
     version.set_display_name("Register the version")
+
+
+def _settled(settle: Settle) -> Step:
+    """What makes a step of a task, given the sentence that Kubeflow shows for it."""
+
+    def step(task: dsl.PipelineTask, sentence: str) -> dsl.PipelineTask:
+        task.set_display_name(sentence)
+        task.set_caching_options(False)  # the same config need not mean the same data, champion or weights
+        settle(task)
+        return task
+
+    return step
+
+
+def _compared_candidate(step: Step, run: Mapping[str, Any], dataset_uri: Any) -> dsl.PipelineTask:
+    """Fine-tune a candidate and compare it; returns the evaluation."""
+    candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
+    version_uri = candidate.outputs["Output"]
+    register(version_uri=version_uri).set_display_name("Register the version")
+    return step(
+        evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri),
+        "Compare it with base and champion",
+    )
 
 
 def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
@@ -57,14 +82,8 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
             train_without_new_data: go on even when data.min_new_records says to skip.
             run_id: names the run in the store; empty takes the Kubeflow run's id.
         """
+        step = _settled(settle)
         this_run = {"run_id": run_id, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
-
-        def step(task: dsl.PipelineTask, sentence: str) -> dsl.PipelineTask:
-            task.set_display_name(sentence)
-            task.set_caching_options(False)  # the same config need not mean the same data, champion or weights
-            settle(task)
-            return task
-
         page = step(report(config=config, **this_run), "Write the report")
         with dsl.ExitHandler(page, name="retrain"):
             data = step(
@@ -84,13 +103,7 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
             dataset_uri = data.outputs["dataset_uri"]
             # Every condition has both branches spelled out: kfp.local skips a lone If on a named output in silence.
             with dsl.If(data.outputs["has_news"] == True, name="new-data"):  # noqa: E712 - kfp overloads ==
-                candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
-                version_uri = candidate.outputs["Output"]
-                register(version_uri=version_uri).set_display_name("Register the version")
-                evaluation = step(
-                    evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri),
-                    "Compare it with base and champion",
-                )
+                evaluation = _compared_candidate(step, run, dataset_uri)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
                 with dsl.If(decision.outputs["Output"] == True, name="passed"):  # noqa: E712
                     step(promote(**run), "Promote it")
@@ -100,6 +113,28 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
                 step(skip(**run), "Skip the training")
 
     return retrain
+
+
+@dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
+def train(config: str, run_id: str) -> None:
+    """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
+    step = _settled(lambda task: None)
+    data = step(
+        prepare(
+            config=config,
+            adapter_name="",
+            data_source="",
+            method_name="",
+            learning_rate=0.0,
+            num_workers=0,
+            train_without_new_data=True,
+            run_id=run_id,
+            job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        ),
+        "Prepare the data",
+    )
+    run = {"config": data.outputs["config"], "run_id": data.outputs["run_id"]}
+    _compared_candidate(step, run, data.outputs["dataset_uri"])
 
 
 retrain = build()

@@ -14,6 +14,8 @@ from components.shared.errors import FineloopError
 # Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+STARTED = "started"
+"""The text of a step's first line."""
 _FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
 
 

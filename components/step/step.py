@@ -16,7 +16,7 @@ from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.store import Store
 from components.shared.errors import ConfigError, Conflict, FineloopError
-from components.shared.protocol import say, say_failure
+from components.shared.protocol import STARTED, say, say_failure
 
 PARAMETER = "run parameter"
 """As the form of the Kubeflow UI calls its fields."""
@@ -58,7 +58,7 @@ def step(
     started_at, began = datetime.now(UTC), time.monotonic()
     running: Step | None = None
     with _components_log_as(name):
-        say(name, "started")
+        say(name, STARTED)
         try:
             with _naming_parameters(overrides):
                 running = _open(name, config_toml, run_id, overrides, as_begun=as_begun)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from components.shared.protocol import Line
+from components.shared.protocol import STARTED, Line
 
 PLAIN_EVERY_S = 5.0
 """Without a terminal, such as in a CI log, progress is told this often."""
@@ -36,7 +36,7 @@ class Display:
         if self._live:
             self.tick()
         else:
-            self._write(f"[{step}] started\n")
+            self._write(f"[{step}] {STARTED}\n")
 
     def line(self, line: Line) -> None:
         """One line of the step protocol, from whichever step is running."""
@@ -44,7 +44,7 @@ class Display:
             self.start(line.step)
         if line.seconds is not None:
             self.finish(line.seconds)
-        elif line.text != "started" and line.failure is None:
+        elif line.text != STARTED and line.failure is None:
             self._say(line.text)
 
     def finish(self, seconds: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The process that `fineloop run` and `fineloop train` start: the pipeline under kfp.local, or three of its steps."""
+"""The process that `fineloop run` and `fineloop train` start: a pipeline under kfp.local, a process for each step."""
 
 import argparse
 import os
@@ -16,41 +16,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--pipeline-root", type=Path, required=True)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _end_the_group)
 
-    config_toml = options.config.read_text(encoding="utf-8")
-    if options.what == "retrain":
-        signal.signal(signal.SIGTERM, _end_the_group)
-        retrain(config_toml, options.run_id, pipeline_root=options.pipeline_root)
-    else:
-        train(config_toml, options.run_id)
-    return 0
-
-
-def retrain(config_toml: str, run_id: str, *, pipeline_root: Path) -> None:
-    """The whole pipeline; each step is a process of its own."""
     from kfp import local
 
-    from pipelines.retrain import retrain as pipeline
+    from pipelines.retrain import retrain, train
 
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root))
-    pipeline(config=config_toml, run_id=run_id)
-
-
-def train(config_toml: str, run_id: str) -> None:
-    """Prepare, fine-tune and evaluate: a version without an alias."""
-    from components.evaluate.evaluate import evaluate
-    from components.finetune.finetune import finetune
-    from components.prepare.prepare import prepare
-    from components.step.step import step
-
-    with step("prepare", config_toml, run_id) as run:
-        dataset = prepare(run.config, run.store)
-        run.result.update(vars(dataset))
-        run.say(dataset.told)
-    with step("finetune", config_toml, run_id) as run:
-        version_uri = finetune(run, dataset_uri=dataset.uri)
-    with step("evaluate", config_toml, run_id) as run:
-        evaluate(run, dataset_uri=dataset.uri, version_uri=version_uri)
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
+    pipeline = {"retrain": retrain, "train": train}[options.what]
+    pipeline(config=options.config.read_text(encoding="utf-8"), run_id=options.run_id)
+    return 0
 
 
 def _end_the_group(number: int, _frame: FrameType | None) -> None:

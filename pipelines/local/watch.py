@@ -1,8 +1,8 @@
 """Run a command under a guard, so that it leaves nothing behind, and hear what it says.
 
 kfp.local prints much, leaves a step running when it is killed, and reports success where a branch was skipped in
-silence. So the pipeline runs in a process of its own; all it prints goes to a log, and only lines of the step protocol
-go on.
+silence. So the pipeline runs in a process of its own; all it prints goes to a log, and only the lines of steps, which
+begin by saying that they started, go on.
 """
 
 import codecs
@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.shared.protocol import Failure, Line, parse_line
+from components.shared.protocol import STARTED, Failure, Line, parse_line
 from pipelines.local import guard
 
-STEPS = ("prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report")
 TICK_S = 0.25
 DRAIN_S = 1.0
 
@@ -46,6 +45,7 @@ def watch(
     `on_text` gets everything that the process prints, `on_line` the lines meant for people.
     """
     found: list[tuple[str, Failure]] = []
+    begun: set[str] = set()
     last: Line | None = None
     with log_path.open("a", encoding="utf-8", buffering=1) as log:
 
@@ -55,7 +55,11 @@ def watch(
             if on_text is not None:
                 on_text(text)
             line = parse_line(text)
-            if line is None or line.step not in STEPS or line == last:  # Ray Train copies a worker's lines
+            if line is None:
+                return
+            if line.text == STARTED:
+                begun.add(line.step)
+            if line.step not in begun or line == last:  # Ray Train copies a worker's lines
                 return
             last = line
             if line.failure is not None:

@@ -166,6 +166,8 @@ def test_a_run_that_finds_nothing_new_is_skipped(
     assert skipped.reasons == [f"nothing new since run {first.run_id}, which read {data_path}"]
     assert list(skipped.timings_s) == ["ground", "prepare", "skip", "report", "total"]
     assert len(stub_cluster.jobs) == 2
+    assert run(config, place, what="train").version  # who asks for a training gets one
+    assert len(stub_cluster.jobs) == 4
     assert "data.min_new_records=0" in summary(skipped, home_option="")
     assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
 
