@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.registry import runs
 from components.registry.aliases import read_alias
+from components.registry.records import ROLES, Evaluation, Measured, Role
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
 from components.shared.errors import DataError, FineloopError, JobError
+from components.shared.metrics import METRICS
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
@@ -40,7 +42,7 @@ PROGRESS_EVERY_S = 2.0
 class Contender:
     """A model to measure: the base alone, or an adapter on the base that it was trained on."""
 
-    role: str
+    role: Role
     config: RunConfig
     """The run's, with the base and the method that this model was trained with."""
     version: Version | None
@@ -66,7 +68,7 @@ def main() -> None:
     entry.run(STEP, job)
 
 
-def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str) -> dict[str, Any]:
+def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str) -> Evaluation:
     """Measure the three models and write runs/<run_id>/evaluation.json, and evaluation_records.parquet beside it.
 
     Raises:
@@ -103,20 +105,27 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     ]
     tokens = [count for result in results for count in result.tokens.values()]
     scores = {c.role: [s for result in results for s in result.scores[c.role]] for c in contenders}
-    evaluation = summarise(config, contenders, kept, tokens, scores)
-    evaluation.update(run_id=run_id, dataset_uri=dataset_uri, dataset_id=dataset_uri.rstrip("/").rpartition("/")[2])
-    evaluation["base"] = {"reference": config.model.base, "identity": base.identity}
-    evaluation["matmul_dtype"] = dtype
-    evaluation["seconds"] = {"total": round(time.monotonic() - started, 3)}
+    evaluation = compared(config, contenders, kept, tokens, scores, run_id=run_id).model_copy(
+        update={
+            "dataset_uri": dataset_uri,
+            "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
+            "base": {"reference": config.model.base, "identity": base.identity},
+            "matmul_dtype": dtype,
+            "seconds": {"total": round(time.monotonic() - started, 3)},
+        }
+    )
     _write_records(store, run_id, kept, tokens, scores)
-    store.put_json(runs.run_key(run_id, runs.EVALUATION), evaluation)
-    for role in scores:
-        found = evaluation["models"][role]["metrics"]
-        say(
-            STEP,
-            f"{role}: exact match {found['exact_match']:.1%}, F1 {found['token_f1']:.3f}, loss {found['loss']:.3f}",
-        )
+    runs.write(store, run_id, evaluation)
+    for contender in contenders:
+        say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
     return evaluation
+
+
+def _told(evaluation: Evaluation, role: Role) -> Iterator[str]:
+    for metric in METRICS.values():
+        value = evaluation.metric(role, metric.key)
+        if value is not None:
+            yield f"{metric.label} {metric.text(value)}"
 
 
 def _matmul_dtype(
@@ -156,43 +165,44 @@ def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Seq
     return config.model_copy(update={"evaluate": settled})
 
 
-def summarise(
+def compared(
     config: RunConfig,
     contenders: Sequence[Contender],
     records: Sequence[Record],
     tokens: Sequence[int],
-    scores: Mapping[str, Sequence[Score]],
-) -> dict[str, Any]:
-    """The comparison as plain JSON values; pure."""
+    scores: Mapping[Role, Sequence[Score]],
+    *,
+    run_id: str,
+) -> Evaluation:
+    """What follows from the scores; pure."""
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     shown = range(min(config.evaluate.samples, len(records)))
-    return {
-        "records": len(records),
-        "models": {
-            role: {"version": versions[role], "metrics": metrics(scores[role], tokens)} if role in scores else None
-            for role in ("base", "champion", "candidate")
+    return Evaluation(
+        run_id=run_id,
+        records=len(records),
+        models={
+            role: Measured(version=versions[role], metrics=metrics(scores[role], tokens)) if role in scores else None
+            for role in ROLES
         },
-        "paired": {
+        paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric)
             if role in scores
             else None
-            for role in ("base", "champion")
+            for role in ROLES
+            if role != "candidate"
         },
-        "confusion": confusion([record.answer for record in records], [score.text for score in scores["candidate"]]),
-        "samples": [
+        confusion=confusion([record.answer for record in records], [score.text for score in scores["candidate"]]),
+        samples=[
             {
                 "id": records[row].id,
                 "prompt": "\n\n".join(turn.content for turn in records[row].prompt if turn.role != "system"),
                 "reference": records[row].answer,
-                **{
-                    role: scores[role][row].text if role in scores else None
-                    for role in ("base", "champion", "candidate")
-                },
+                **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }
             for row in shown
         ],
-        "generation": {"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
-    }
+        generation={"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
+    )
 
 
 @dataclass(frozen=True)
@@ -328,7 +338,7 @@ def _contenders(config: RunConfig, store: Store, version_uri: str) -> list[Conte
 
 
 def _write_records(
-    store: Store, run_id: str, records: Sequence[Record], tokens: Sequence[int], scores: Mapping[str, Sequence[Score]]
+    store: Store, run_id: str, records: Sequence[Record], tokens: Sequence[int], scores: Mapping[Role, Sequence[Score]]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -13,6 +13,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry import folders, lineage, runs
+from components.registry.records import TrainResult
 from components.registry.store import Store
 from components.shared import errors
 from components.shared.errors import DataError, JobError
@@ -46,12 +47,12 @@ def main() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
         result = finetune(config, run_id=run_id, dataset_uri=arguments.dataset)
-        say(STEP, f"published {config.adapter.name} {result['version']} as {result['version_uri']}")
+        say(STEP, f"published {config.adapter.name} {result.version} as {result.version_uri}")
 
     entry.run(STEP, job)
 
 
-def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> dict[str, Any]:
+def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> TrainResult:
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
     Raises:
@@ -96,10 +97,11 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     for line in before_training(config, base.path, train_split, ray.nodes()):
         say(STEP, line)
     fitted = _fit(job, config, store, train_split, eval_split)
-    result: dict[str, Any] = fitted.return_value or {}
-    if "failure" in result:
-        raise errors.by_name(result["failure"]["error"], result["failure"]["message"])
-    store.put_json(runs.run_key(run_id, runs.FINETUNE), result)
+    answer: dict[str, Any] = fitted.return_value or {}
+    if "failure" in answer:
+        raise errors.by_name(answer["failure"]["error"], answer["failure"]["message"])
+    result = TrainResult(**answer)
+    runs.write(store, run_id, result)
     return result
 
 

@@ -6,20 +6,35 @@ field. Secrets are never in it: they come from the environment or from mounted f
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
 from components.config.section import Section, identity
+from components.shared.metrics import COMPARED, METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
-Metric = Literal["loss", "perplexity", "exact_match", "token_f1"]
-LimitedMetric = Literal["loss", "perplexity", "exact_match", "token_f1", "prompt_gain"]
+
+
+def _one_of(metrics: Sequence[str], metric: str) -> str:
+    if metric not in metrics:
+        raise ValueError(f"{metric!r} is none of {', '.join(metrics)}")
+    return metric
+
+
+ComparedMetric = Annotated[
+    str, AfterValidator(partial(_one_of, COMPARED)), Field(json_schema_extra={"enum": list(COMPARED)})
+]
+LimitedMetric = Annotated[
+    str, AfterValidator(partial(_one_of, [*METRICS])), Field(json_schema_extra={"enum": list(METRICS)})
+]
 
 
 class AdapterConfig(Section):
@@ -195,7 +210,7 @@ class Limit(Section):
 class GateConfig(Section):
     """When a candidate may take the alias. Every rule must pass."""
 
-    metric: Metric = "loss"
+    metric: ComparedMetric = "loss"
     """What base and champion are compared on."""
     better_than_base_by: float = 0.05
     """The candidate must be better than the base by at least this much, in the metric's own unit."""

@@ -24,7 +24,7 @@ def evaluate(
     with step("evaluate", config, run_id) as run:
         evaluation = compare(run, dataset_uri=dataset_uri, version_uri=version_uri)
         metrics.metadata.update(flat_metrics(evaluation))
-        if matrix := evaluation.get("confusion"):
+        if matrix := evaluation.confusion:
             confusion.log_confusion_matrix(matrix["labels"], matrix["counts"])
         uri = run.store.uri(runs.run_key(run.run_id, runs.EVALUATION))
     return uri

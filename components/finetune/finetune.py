@@ -1,9 +1,8 @@
 """The finetune step: a dataset in, a published version of the adapter out. The work is a Ray job."""
 
-from typing import Any
-
 from components.ray_cluster.submit import submit_step
 from components.registry import runs
+from components.registry.records import TrainResult
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import Step
 
@@ -17,8 +16,8 @@ def finetune(run: Step, *, dataset_uri: str) -> str:
     """
     submission_id = submit_step(run, "finetune", "--dataset", dataset_uri)
     try:
-        result: dict[str, Any] = run.store.get_json(runs.run_key(run.run_id, runs.FINETUNE))
+        result = runs.read(run.store, run.run_id, TrainResult)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
-    run.result.update(result)
-    return str(result["version_uri"])
+    run.result.update(result.model_dump(mode="json", exclude={"format"}))
+    return result.version_uri

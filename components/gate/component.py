@@ -17,6 +17,6 @@ def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown
 
     with step("gate", config, run_id) as run:
         decision = run_gate(run.config, run.store, run.run_id, evaluation_uri=evaluation_uri)
-        Path(summary.path).write_text(as_markdown(decision, run.config), encoding="utf-8")
+        Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
         run.result.update(decision=decision.decision, reasons=list(decision.reasons))
     return decision.promoted

@@ -1,11 +1,13 @@
 """The gate step: evaluation.json in, decision.json and, when the candidate is held, an event out."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.gate.policy import GateDecision, Rule, decide
+from components.gate.policy import decide
 from components.registry import runs
+from components.registry.aliases import append_event, version_key
+from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> GateDecision:
+def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
     """Decide by the config's policy, write runs/<run_id>/decision.json, record a refusal in the adapter's event log.
 
     `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
@@ -22,54 +24,34 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
     Raises:
         ObjectMissing: there is no evaluation.
+        IntegrityError: it is malformed.
         DataError: it belongs to another run, or lacks the candidate or the base.
     """
-    evaluation = store.get_json(store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION))
-    if evaluation.get("run_id") != run_id:
-        other = evaluation.get("run_id")
+    key = store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION)
+    evaluation = Evaluation.from_json(store.get(key), store.uri(key))
+    if evaluation.run_id != run_id:
+        other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
-    decision = decide(evaluation, config.gate, alias=config.adapter.alias)
-    if decision.version is None:
-        raise DataError(f"the evaluation of run {run_id} names no candidate version: publish it, then evaluate it")
+    decided = decide(evaluation, config.gate, config.adapter)
+    assert decided.version is not None  # a candidate without one is refused
+    uri = store.uri(version_key(decided.adapter, decided.version))
+    decision = decided.model_copy(update={"version_uri": uri})
     for rule in decision.rules:
         _log(rule)
-    logger.info("decision for %s %s: %s", config.adapter.name, decision.version, decision.decision)
+    logger.info("decision for %s %s: %s", decision.adapter, decision.version, decision.decision)
 
-    record = decision_record(decision, config, store, run_id)
-    store.put_json(runs.run_key(run_id, runs.DECISION), record)
+    runs.write(store, run_id, decision)
     if not decision.promoted:
-        _record_refusal(store, record)
+        _record_refusal(store, decision)
     return decision
 
 
-def decision_record(decision: GateDecision, config: RunConfig, store: "Store", run_id: str) -> dict[str, Any]:
-    """The whole of decision.json."""
-    from components.registry.aliases import version_key
-
-    name = config.adapter.name
-    assert decision.version is not None  # a candidate is published before it is compared
-    return {
-        **decision.as_json(),
-        "adapter": name,
-        "alias": config.adapter.alias,
-        "version_uri": store.uri(version_key(name, decision.version)),
-        "run_id": run_id,
-    }
+def _record_refusal(store: "Store", decision: Decision) -> None:
+    told = {"version", "champion", "alias", "run_id", "reasons", "rules"}
+    append_event(store, decision.adapter, "refused", decision.model_dump(mode="json", include=told))
+    logger.info("recorded that %s %s was refused in run %s", decision.adapter, decision.version, decision.run_id)
 
 
-def _record_refusal(store: "Store", record: dict[str, Any]) -> None:
-    from components.registry.aliases import append_event
-
-    name, version, run_id = record["adapter"], record["version"], record["run_id"]
-    append_event(
-        store,
-        name,
-        "refused",
-        {key: record[key] for key in ("version", "champion", "alias", "run_id", "reasons", "rules")},
-    )
-    logger.info("recorded that %s %s was refused in run %s", name, version, run_id)
-
-
-def _log(rule: Rule) -> None:
+def _log(rule: RuleResult) -> None:
     verdict = "passed" if rule.passed else "FAILED"
     logger.info("%s %s = %s: %s", verdict, rule.field, "-" if rule.bound is None else rule.bound, rule.text)

@@ -1,208 +1,235 @@
-"""The gate's rules: numbers in, a decision with its reasons out. No I/O.
+"""The gate's rules: an evaluation in, a decision with its reasons out. No I/O.
 
 A rule that cannot be checked, because a number is missing or not finite, fails: nothing is promoted on a guess.
+A new rule is a function here that words itself, called in `decide`; its bound is a key of `GateConfig`.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
 
-from components.config.schema import GateConfig, Limit
-from components.gate.sentences import (
-    amount_text,
-    bound_text,
-    interval_text,
-    margin_text,
-    value_text,
-)
+from components.config.schema import AdapterConfig, GateConfig, Limit
+from components.registry.records import Decision, Evaluation, Measured, PairedDifference, Role, RuleResult, finite
 from components.shared.errors import DataError
-from components.shared.metrics import METRICS
-
-Outcome = Literal["promote", "hold"]
+from components.shared.metrics import METRICS, Metric
 
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
 ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One rule as it was applied. `candidate`, `other` and `bound` are the numbers compared, None where none is."""
-
-    name: str
-    field: str
-    """The config field that sets the bound."""
-    metric: str | None
-    candidate: float | None
-    other: float | None
-    bound: float | None
-    passed: bool
-    text: str
-    """One or two sentences for people."""
-
-
-@dataclass(frozen=True)
-class GateDecision:
-    """Whether the candidate may take the alias. Holding is an outcome, not an error."""
-
-    decision: Outcome
-    reasons: tuple[str, ...]
-    """The sentences of the failed rules when held, of every rule when promoted."""
-    rules: tuple[Rule, ...]
-    version: str | None
-    champion: str | None
-    policy: GateConfig
-
-    @property
-    def promoted(self) -> bool:
-        return self.decision == "promote"
-
-    def as_json(self) -> dict[str, Any]:
-        """The part of decision.json that follows from the evaluation and the policy; every number in it is finite."""
-        return {
-            "decision": self.decision,
-            "reasons": list(self.reasons),
-            "rules": [asdict(rule) for rule in self.rules],
-            "version": self.version,
-            "champion": self.champion,
-            "policy": self.policy.model_dump(mode="json"),
-        }
-
-
-def decide(evaluation: Mapping[str, Any], policy: GateConfig, *, alias: str = "production") -> GateDecision:
+def decide(evaluation: Evaluation, policy: GateConfig, adapter: AdapterConfig) -> Decision:
     """Apply every rule of the policy to an evaluation; the candidate is promoted when all of them pass.
 
-    `alias` is what the sentences call the champion's place.
-
     Raises:
-        DataError: the evaluation lacks the candidate or the base.
+        DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
     """
-    models = evaluation.get("models") or {}
-    for name in ("candidate", "base"):
-        if not isinstance(models.get(name), Mapping) or not isinstance(models[name].get("metrics"), Mapping):
-            found = ", ".join(models) or "nothing"
-            raise DataError(f"the evaluation has no metrics for the {name}: models holds {found}")
-    candidate, base, champion = models["candidate"], models["base"], models.get("champion")
-    metrics = candidate["metrics"]
-    paired = evaluation.get("paired") or {}
+    candidate, base = _required(evaluation, "candidate"), _required(evaluation, "base")
+    champion = evaluation.model("champion")
+    if candidate.version is None:
+        raise DataError(
+            f"the evaluation of run {evaluation.run_id} names no candidate version: publish it, then evaluate it"
+        )
+    metric = METRICS[policy.metric]
+    paired = {role: found for role, found in evaluation.paired.items() if found and found.metric == metric.key}
 
-    rules: list[Rule] = []
-    if champion is not None and champion.get("version") is not None:
-        rules.append(_is_new(candidate.get("version"), champion["version"], alias))
-    rules.append(_better_than_base(policy, metrics, base["metrics"], paired.get("base")))
-    theirs = champion["metrics"] if champion is not None else None
-    rules.append(_not_worse_than_champion(policy, metrics, theirs, paired.get("champion"), alias))
+    rules: list[RuleResult] = []
+    if champion is not None and champion.version is not None:
+        rules.append(_is_new(candidate.version, champion.version, adapter.alias))
+    rules.append(_better_than_base(metric, policy.better_than_base_by, candidate, base, paired.get("base")))
+    rules.append(
+        _not_worse_than_champion(
+            metric, policy.worse_than_champion_by, candidate, champion, paired.get("champion"), adapter.alias
+        )
+    )
     for index, limit in enumerate(policy.limits):
-        rules.extend(_within(limit, index, metrics))
-    rules.extend(_broken_numbers(metrics, {rule.metric for rule in rules}))
+        rules.extend(_within(limit, index, candidate))
+    rules.extend(_broken_numbers(candidate, {rule.metric for rule in rules}))
 
     failed = [rule for rule in rules if not rule.passed]
-    return GateDecision(
+    return Decision(
         decision="hold" if failed else "promote",
+        adapter=adapter.name,
+        alias=adapter.alias,
+        run_id=evaluation.run_id,
         reasons=tuple(rule.text for rule in failed or rules),
         rules=tuple(rules),
-        version=candidate.get("version"),
-        champion=champion.get("version") if champion is not None else None,
-        policy=policy,
+        version=candidate.version,
+        champion=champion.version if champion is not None else None,
+        policy=policy.model_dump(mode="json"),
     )
 
 
-def _is_new(version: str | None, champion: str, alias: str) -> Rule:
+def _required(evaluation: Evaluation, role: Role) -> Measured:
+    measured = evaluation.model(role)
+    if measured is None:
+        found = ", ".join(name for name, model in evaluation.models.items() if model) or "nothing"
+        raise DataError(f"the evaluation has no metrics for the {role}: models holds {found}")
+    return measured
+
+
+def _is_new(version: str, champion: str, alias: str) -> RuleResult:
     passed = version != champion
-    text = (
-        f"The candidate is a new version; {alias} points to {champion}."
+    return RuleResult(
+        name="new_version",
+        field="adapter.alias",
+        title="Is a new version",
+        passed=passed,
+        text=f"The candidate is a new version; {alias} points to {champion}."
         if passed
-        else f"Nothing changed: the candidate is {champion}, the very version that {alias} points to now."
+        else f"Nothing changed: the candidate is {champion}, the very version that {alias} points to now.",
     )
-    return Rule("new_version", "adapter.alias", None, None, None, None, passed, text)
 
 
 def _better_than_base(
-    policy: GateConfig, candidate: Mapping[str, Any], base: Mapping[str, Any], paired: Mapping[str, Any] | None
-) -> Rule:
-    metric, margin = policy.metric, policy.better_than_base_by
-    ours, theirs = _finite(candidate.get(metric)), _finite(base.get(metric))
+    metric: Metric, margin: float, candidate: Measured, base: Measured, paired: PairedDifference | None
+) -> RuleResult:
+    ours, theirs = _number(candidate, metric), _number(base, metric)
+    line = None
     if ours is None or theirs is None:
         passed = False
-        text = _unmeasured(metric, candidate.get(metric), base.get(metric), "base model")
+        text = _unmeasured(metric, candidate, base, "base model")
     else:
-        gain = _improvement(metric, ours, theirs)
+        line = metric.better_by(theirs, margin)
+        gain = metric.gain(ours, theirs)
         passed = gain >= margin - ROUNDING
         text = (
             f"{_comparison(metric, ours, theirs, gain, 'the base model', margin)}; "
-            f"it has to be better by at least {margin_text(metric, margin)}."
-            f"{interval_text(metric, paired)}"
+            f"it has to be better by at least {metric.margin_text(margin)}.{_interval_text(metric, paired)}"
         )
-    return Rule("better_than_base", "gate.better_than_base_by", metric, ours, theirs, margin, passed, text)
+    return RuleResult(
+        name="better_than_base",
+        field="gate.better_than_base_by",
+        title=f"{metric.title} better than the base model's",
+        metric=metric.key,
+        against="base",
+        candidate=ours,
+        other=theirs,
+        bound=margin,
+        bound_text=f"better by at least {metric.margin_text(margin)}",
+        line=line,
+        line_text="" if line is None else f"{_side(metric)} {metric.text(line)}, to beat the base",
+        passed=passed,
+        text=text,
+    )
 
 
 def _not_worse_than_champion(
-    policy: GateConfig,
-    candidate: Mapping[str, Any],
-    champion: Mapping[str, Any] | None,
-    paired: Mapping[str, Any] | None,
+    metric: Metric,
+    tolerance: float,
+    candidate: Measured,
+    champion: Measured | None,
+    paired: PairedDifference | None,
     alias: str,
-) -> Rule:
-    metric, tolerance = policy.metric, policy.worse_than_champion_by
-    ours = _finite(candidate.get(metric))
-    theirs = _finite(champion.get(metric)) if champion is not None else None
+) -> RuleResult:
+    ours, theirs = _number(candidate, metric), _number(champion, metric)
+    line = None
     if champion is None:
         passed = True
         text = f"The alias {alias} points to no version yet, so there is none that the candidate could be worse than."
     elif ours is None or theirs is None:
         passed = False
-        text = _unmeasured(metric, candidate.get(metric), champion.get(metric), f"{alias} version")
+        text = _unmeasured(metric, candidate, champion, f"{alias} version")
     else:
-        gain = _improvement(metric, ours, theirs)
+        line = metric.better_by(theirs, -tolerance)
+        gain = metric.gain(ours, theirs)
         passed = gain >= -tolerance - ROUNDING
-        allowed = f"be worse by at most {margin_text(metric, tolerance)}" if tolerance else "not be worse at all"
+        allowed = f"be worse by at most {metric.margin_text(tolerance)}" if tolerance else "not be worse at all"
         text = (
             f"{_comparison(metric, ours, theirs, gain, alias, -tolerance)}; it may {allowed}."
-            f"{interval_text(metric, paired)}"
+            f"{_interval_text(metric, paired)}"
         )
-    return Rule("not_worse_than_champion", "gate.worse_than_champion_by", metric, ours, theirs, tolerance, passed, text)
+    return RuleResult(
+        name="not_worse_than_champion",
+        field="gate.worse_than_champion_by",
+        title=f"{metric.title} not worse than {alias}'s",
+        metric=metric.key,
+        against="champion",
+        candidate=ours,
+        other=theirs,
+        bound=tolerance,
+        bound_text=f"worse by at most {metric.margin_text(tolerance)}",
+        line=line,
+        line_text="" if line is None else f"{_side(metric)} {metric.text(line)}, not to fall behind {alias}",
+        passed=passed,
+        text=text,
+    )
 
 
-def _within(limit: Limit, index: int, candidate: Mapping[str, Any]) -> Iterator[Rule]:
-    metric = limit.metric
-    ours = _finite(candidate.get(metric))
-    for side, bound in (("min", limit.min), ("max", limit.max)):
+def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResult]:
+    metric = METRICS[limit.metric]
+    ours = _number(candidate, metric)
+    for side, bound, words in (("min", limit.min, "at least"), ("max", limit.max, "at most")):
         if bound is None:
             continue
         if ours is None:
             passed = False
-            text = _unmeasured(metric, candidate.get(metric))
+            text = _unmeasured(metric, candidate)
         else:
             passed = ours >= bound - ROUNDING if side == "min" else ours <= bound + ROUNDING
             text = _limit_text(metric, side, ours, bound, passed=passed)
-        yield Rule(f"limit_{side}", f"gate.limits[{index}].{side}", metric, ours, None, bound, passed, text)
+        enough = f"{metric.title} {'high' if side == 'min' else 'low'} enough"
+        yield RuleResult(
+            name=f"limit_{side}",
+            field=f"gate.limits[{index}].{side}",
+            title="Answers depend on their prompts" if metric.key == "prompt_gain" and side == "min" else enough,
+            metric=metric.key,
+            candidate=ours,
+            bound=bound,
+            bound_text=f"{words} {metric.bound_text(bound)}",
+            line=bound,
+            line_text=f"limit: {words} {metric.text(bound)}",
+            passed=passed,
+            text=text,
+        )
 
 
-def _broken_numbers(candidate: Mapping[str, Any], compared: set[str | None]) -> Iterator[Rule]:
+def _broken_numbers(candidate: Measured, compared: set[str | None]) -> Iterator[RuleResult]:
     """A NaN or an infinity in a metric that no rule compares still means that the evaluation cannot be trusted."""
-    for metric, value in candidate.items():
-        if metric in METRICS and metric not in compared and value is not None and _finite(value) is None:
-            text = f"The candidate's {METRICS[metric].label} is {value}: the evaluation is not sound."
-            yield Rule("finite_numbers", "evaluate", metric, None, None, None, False, text)
+    for key, value in candidate.metrics.items():
+        if key in METRICS and key not in compared and value is not None and finite(value) is None:
+            metric = METRICS[key]
+            yield RuleResult(
+                name="finite_numbers",
+                field="evaluate",
+                title=f"{metric.title} is a sound number",
+                metric=key,
+                passed=False,
+                text=f"The candidate's {metric.label} is {value}: the evaluation is not sound.",
+            )
 
 
-def _comparison(metric: str, ours: float, theirs: float, gain: float, other: str, margin: float) -> str:
-    measure = METRICS[metric]
-    amount = amount_text(metric, abs(gain), abs(margin))
+def _side(metric: Metric) -> str:
+    return "at most" if metric.lower_is_better else "at least"
+
+
+def _comparison(metric: Metric, ours: float, theirs: float, gain: float, other: str, margin: float) -> str:
     if abs(gain) < ROUNDING:
         how = f"the same as {other}'s"
     else:
-        how = f"{'better' if gain > 0 else 'worse'} than {other}'s {value_text(metric, theirs, ours)} by {amount}"
-    shown = f"{value_text(metric, ours, theirs)} {measure.unit}".rstrip()
-    return f"The candidate's {measure.label} of {shown} is {how}"
+        amount = metric.amount_text(gain, abs(margin))
+        how = f"{'better' if gain > 0 else 'worse'} than {other}'s {metric.text(theirs, ours)} by {amount}"
+    return f"The candidate's {metric.label} of {metric.with_unit(ours, theirs)} is {how}"
 
 
-def _limit_text(metric: str, side: str, ours: float, bound: float, *, passed: bool) -> str:
-    shown = f"{value_text(metric, ours, bound)} {METRICS[metric].unit}".rstrip()
-    demand = f"{'at least' if side == 'min' else 'at most'} {bound_text(metric, bound)} is required"
-    if metric != "prompt_gain" or side != "min":
+def _interval_text(metric: Metric, paired: PairedDifference | None) -> str:
+    """One more sentence with the paired 95 % interval, or nothing when there is none."""
+    if paired is None or paired.ci95 is None:
+        return ""
+    low, high = paired.ci95
+    if low > 0:
+        meaning = "it lies above zero, so the improvement is not down to chance"
+    elif high < 0:
+        meaning = "it lies below zero, so the loss of quality is not down to chance"
+    else:
+        meaning = "it includes zero, so the two may be equally good"
+    bounds = f"{metric.signed_text(low)} to {metric.signed_text(high)}"
+    return f" Record by record ({paired.records} of them), the 95 % interval of the improvement is {bounds}: {meaning}."
+
+
+def _limit_text(metric: Metric, side: str, ours: float, bound: float, *, passed: bool) -> str:
+    shown = metric.with_unit(ours, bound)
+    demand = f"{'at least' if side == 'min' else 'at most'} {metric.bound_text(bound)} is required"
+    if metric.key != "prompt_gain" or side != "min":
         direction = "within" if passed else "below" if side == "min" else "above"
-        return f"The candidate's {METRICS[metric].label} of {shown} is {direction} the limit: {demand}."
+        return f"The candidate's {metric.label} of {shown} is {direction} the limit: {demand}."
     if passed:
         return (
             f"Answers depend on their prompts: seeing its own prompt instead of another record's helps by {shown}; "
@@ -214,18 +241,12 @@ def _limit_text(metric: str, side: str, ours: float, bound: float, *, passed: bo
     )
 
 
-def _unmeasured(metric: str, candidate: object, other: object = 0.0, name: str = "") -> str:
-    at_fault, value = ("candidate", candidate) if _finite(candidate) is None else (name, other)
+def _unmeasured(metric: Metric, candidate: Measured, other: Measured | None = None, name: str = "") -> str:
+    at_fault, measured = ("candidate", candidate) if _number(candidate, metric) is None else (name, other)
+    value = measured.metrics.get(metric.key) if measured else None
     seen = "was not measured" if value is None else f"is {value}, not a finite number"
-    return f"The {at_fault}'s {METRICS[metric].label} {seen}, so this rule cannot be checked and counts as failed."
+    return f"The {at_fault}'s {metric.label} {seen}, so this rule cannot be checked and counts as failed."
 
 
-def _improvement(metric: str, ours: float, theirs: float) -> float:
-    """How much better ours is: positive when better, whichever way the metric runs."""
-    return theirs - ours if METRICS[metric].lower_is_better else ours - theirs
-
-
-def _finite(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+def _number(measured: Measured | None, metric: Metric) -> float | None:
+    return finite(measured.metrics.get(metric.key)) if measured else None

@@ -1,14 +1,13 @@
 """The decision as Markdown, which the Kubeflow UI shows with the step; pure."""
 
-from components.config.schema import RunConfig
-from components.gate.policy import GateDecision, Rule
-from components.gate.sentences import bound_text, value_text
+from components.registry.records import Decision, RuleResult
+from components.shared.metrics import METRICS
 
 
-def as_markdown(decision: GateDecision, config: RunConfig) -> str:
+def as_markdown(decision: Decision) -> str:
     """What was decided, why, and every rule with the numbers that it compared."""
-    name, alias = config.adapter.name, config.adapter.alias
-    headline = f"{name}@{alias} takes {decision.version}" if decision.promoted else f"{name}@{alias} stays as it is"
+    place = f"{decision.adapter}@{decision.alias}"
+    headline = f"{place} takes {decision.version}" if decision.promoted else f"{place} stays as it is"
     lines = [
         f"# {'Promote' if decision.promoted else 'Hold'}: {headline}",
         "",
@@ -23,20 +22,20 @@ def as_markdown(decision: GateDecision, config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(rule: Rule) -> str:
+def _row(rule: RuleResult) -> str:
     cells = [
         "passed" if rule.passed else "**failed**",
-        rule.name.replace("_", " "),
+        rule.title,
         _number(rule, rule.candidate),
         _number(rule, rule.other),
-        "" if rule.bound is None else bound_text(rule.metric or "loss", rule.bound),
+        rule.bound_text,
         f"`{rule.field}`",
     ]
     return f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _number(rule: Rule, value: float | None) -> str:
-    return "" if value is None or rule.metric is None else value_text(rule.metric, value)
+def _number(rule: RuleResult, value: float | None) -> str:
+    return "" if value is None or rule.metric is None else METRICS[rule.metric].text(value)
 
 
 def _cell(text: str) -> str:

@@ -11,6 +11,7 @@ from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, Split, deduplicate, split
 from components.registry import runs
+from components.registry.records import Decision
 from components.step.step import Step
 
 if TYPE_CHECKING:
@@ -144,14 +145,14 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
 
 def _skip(run: Step, consumed: "Consumed", reason: str) -> None:
     adapter = run.config.adapter
-    decision = {
-        "decision": "skipped",
-        "adapter": adapter.name,
-        "alias": adapter.alias,
-        "reasons": [reason],
-        "run_id": run.run_id,
-        "since_run": consumed.run_id,
-    }
-    run.store.put_json(runs.run_key(run.run_id, runs.DECISION), decision)
+    decision = Decision(
+        decision="skipped",
+        adapter=adapter.name,
+        alias=adapter.alias,
+        reasons=(reason,),
+        run_id=run.run_id,
+        since_run=consumed.run_id,
+    )
+    runs.write(run.store, run.run_id, decision)
     run.result.update(skipped=reason)
     run.say(f"skipped: {reason}")

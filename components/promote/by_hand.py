@@ -1,11 +1,13 @@
 """A promotion or a rollback that a person asks for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from components.registry import aliases, versions
+from components.registry.records import finite
 from components.shared.errors import UserError
-from components.shared.metrics import METRICS
+from components.shared.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from components.registry.aliases import Event
@@ -101,8 +103,8 @@ def as_markdown(store: "Store", request: Request, event: "Event") -> str:
         f"| | {' | '.join(measured)} |",
         f"|---|{'---|' * len(measured)}",
         *[
-            f"| {metric.label} | {' | '.join(_shown(metrics.get(name)) for metrics in measured.values())} |"
-            for name, metric in METRICS.items()
+            f"| {metric.label} | {' | '.join(_shown(metric, metrics) for metrics in measured.values())} |"
+            for metric in METRICS.values()
         ],
     ]
     return "\n".join(lines) + "\n"
@@ -115,5 +117,6 @@ def _newest(store: "Store", name: str) -> str:
     return found[0].version
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+def _shown(metric: Metric, metrics: Mapping[str, float | None]) -> str:
+    value = finite(metrics.get(metric.key))
+    return "-" if value is None else metric.text(value)

@@ -3,9 +3,9 @@
 A run that has decided has consumed its data: the adapter's watermark moves with it.
 """
 
-from typing import Any
-
 from components.registry import aliases, runs, watermark
+from components.registry.records import Decision
+from components.shared.errors import DataError
 from components.step.step import Step
 
 
@@ -15,19 +15,22 @@ def promote(run: Step) -> str:
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
         ObjectMissing: the run has no decision, or the candidate is gone.
+        DataError: it was skipped, and there is no candidate.
         IntegrityError: the candidate's files are not those of its manifest.
     """
-    decision = _decision(run)
-    name, version, alias = decision["adapter"], decision["version"], decision["alias"]
+    decision = runs.read(run.store, run.run_id, Decision)
+    name, version, alias = decision.adapter, decision.version, decision.alias
+    if version is None:
+        raise DataError(f"the decision of run {run.run_id} names no version to promote")
     event = aliases.promote(
         run.store,
         name,
         version,
         alias,
-        expected=decision["champion"],
+        expected=decision.champion,
         run_id=run.run_id,
         actor="fineloop pipeline",
-        reason="; ".join(decision["reasons"]),
+        reason="; ".join(decision.reasons),
         evidence={"decision": _decision_uri(run)},
     )
     watermark.advance(run.store, name, run.run_id)
@@ -38,24 +41,19 @@ def promote(run: Step) -> str:
 
 def hold(run: Step) -> str:
     """Leave the alias alone and return the decision's URI; the gate has recorded the refusal."""
-    decision = _decision(run)
-    watermark.advance(run.store, decision["adapter"], run.run_id)
-    run.result.update(version=decision["version"], reasons=decision["reasons"])
-    run.say(f"{decision['adapter']}@{decision['alias']} stays where it is: {'; '.join(decision['reasons'])}")
+    decision = runs.read(run.store, run.run_id, Decision)
+    watermark.advance(run.store, decision.adapter, run.run_id)
+    run.result.update(version=decision.version, reasons=list(decision.reasons))
+    run.say(f"{decision.adapter}@{decision.alias} stays where it is: {'; '.join(decision.reasons)}")
     return _decision_uri(run)
 
 
 def skip(run: Step) -> str:
     """Leave everything alone and return the decision's URI; the watermark stays, so that what is new stays new."""
-    decision = _decision(run)
-    run.result.update(reasons=decision["reasons"])
-    run.say(f"{decision['adapter']} is not trained: {'; '.join(decision['reasons'])}")
+    decision = runs.read(run.store, run.run_id, Decision)
+    run.result.update(reasons=list(decision.reasons))
+    run.say(f"{decision.adapter} is not trained: {'; '.join(decision.reasons)}")
     return _decision_uri(run)
-
-
-def _decision(run: Step) -> dict[str, Any]:
-    decision: dict[str, Any] = run.store.get_json(runs.run_key(run.run_id, runs.DECISION))
-    return decision
 
 
 def _decision_uri(run: Step) -> str:

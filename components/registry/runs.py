@@ -1,4 +1,4 @@
-"""What lies where in the folder of a run. Nobody else spells its paths.
+"""The folder of a run: what lies where in it, and its records. Nobody else spells its paths.
 
 runs/<run_id>/config.toml                  the resolved config, overrides applied
               steps/<step>.json            how each step went
@@ -11,16 +11,23 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               report.html
 """
 
+from typing import TypeVar
+
+from components.registry.records import Decision, Evaluation, Record, StepRecord, TrainResult
+from components.registry.store import JSON, Store
+
 CONFIG = "config.toml"
 CONSUMED = "consumed.json"
 METRICS = "metrics.jsonl"
-FINETUNE = "finetune.json"
-EVALUATION = "evaluation.json"
+FINETUNE = TrainResult.FILE
+EVALUATION = Evaluation.FILE
 EVALUATION_RECORDS = "evaluation_records.parquet"
-DECISION = "decision.json"
+DECISION = Decision.FILE
 REPORT = "report.html"
 STEPS = "steps/"
 CHECKPOINTS = "checkpoints/"
+
+R = TypeVar("R", bound=Record)
 
 
 def run_key(run_id: str, file: str = "") -> str:
@@ -31,3 +38,42 @@ def run_key(run_id: str, file: str = "") -> str:
 def step_key(run_id: str, step: str) -> str:
     """Where a step's record lies."""
     return run_key(run_id, f"{STEPS}{step}.json")
+
+
+def read(store: Store, run_id: str, kind: type[R]) -> R:
+    """The run's record of this kind.
+
+    Raises:
+        ObjectMissing: there is none.
+        IntegrityError: it is not what it should be.
+    """
+    key = run_key(run_id, kind.FILE)
+    return kind.from_json(store.get(key), store.uri(key))
+
+
+def find(store: Store, run_id: str, kind: type[R]) -> R | None:
+    """The run's record of this kind, or None where the run did not get that far.
+
+    Raises:
+        IntegrityError: it is not what it should be.
+    """
+    key = run_key(run_id, kind.FILE)
+    found = store.read(key)
+    return kind.from_json(found[0], store.uri(key)) if found else None
+
+
+def write(store: Store, run_id: str, record: Record) -> None:
+    """Write the run's record of this kind, in the place of an earlier one."""
+    key = step_key(run_id, record.step) if isinstance(record, StepRecord) else run_key(run_id, record.FILE)
+    store.put(key, record.as_json(), content_type=JSON)
+
+
+def steps(store: Store, run_id: str) -> list[StepRecord]:
+    """How each step went, in the order in which they began.
+
+    Raises:
+        IntegrityError: a record is not what it should be.
+    """
+    keys = [entry.key for entry in store.list(run_key(run_id, STEPS)) if entry.key.endswith(".json")]
+    found = [StepRecord.from_json(store.get(key), store.uri(key)) for key in keys]
+    return sorted(found, key=lambda record: record.started_at)

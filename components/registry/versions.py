@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from components.registry.aliases import (
     version_key,
 )
 from components.registry.folders import FileDigest, Manifest
+from components.registry.records import Evaluation
 from components.registry.store import Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-EVALUATION = "evaluation.json"
 LINEAGE = "lineage.json"
 IDENTITY = (WEIGHTS, ADAPTER_CONFIG)
 """The files that make a version what it is; the others describe it."""
@@ -44,8 +44,8 @@ class Version:
     manifest_sha256: str
     run_id: str
     """The run that published it; empty when its lineage names none."""
-    metrics: dict[str, Any]
-    """What was measured at publication; empty when nothing was. `evaluated` has what was measured since."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """What its run's evaluation measured; `evaluated` reads it, and without that it is empty."""
     aliases: tuple[str, ...] = ()
     """Aliases that point here, as of when this was read."""
 
@@ -55,8 +55,8 @@ def publish_version(
 ) -> Version:
     """Publish an adapter with its lineage; the same weights and adapter config again give the version that exists.
 
-    `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version
-    (README.md, evaluation.json). An interrupted publication is completed by the next.
+    `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version, such as
+    README.md. An interrupted publication is completed by the next.
 
     Raises:
         UserError: one of the two is missing, or lineage.json is among the files.
@@ -71,7 +71,7 @@ def publish_version(
     key = version_key(name, version)
     manifest = folders.find_manifest(store, key)
     if manifest is None:
-        about = {"name": name, "version": version, "run_id": lineage.get("run_id", ""), "metrics": _metrics(files)}
+        about = {"name": name, "version": version, "run_id": lineage.get("run_id", "")}
         try:
             manifest = folders.publish(store, key, {**files, LINEAGE: encode_json(lineage)}, about=about)
         except Conflict:  # another run published the same adapter meanwhile, with its own lineage
@@ -152,11 +152,17 @@ def evaluated(store: Store, version: Version) -> Version:
 
     A version is published before it is compared, and never rewritten: the comparison lies with the run.
     """
-    found = store.read(runs.run_key(version.run_id, runs.EVALUATION)) if version.run_id else None
-    if found is None:
+    evaluation = runs.find(store, version.run_id, Evaluation) if version.run_id else None
+    candidate = evaluation.model("candidate") if evaluation else None
+    if candidate is None or candidate.version != version.version:
         return version
-    candidate = decode_json(found[0], store.uri(runs.run_key(version.run_id, runs.EVALUATION)))["models"]["candidate"]
-    return replace(version, metrics=candidate["metrics"]) if candidate["version"] == version.version else version
+    return replace(version, metrics=candidate.metrics)
+
+
+def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
+    """Each version as `evaluated` gives it."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return list(pool.map(lambda version: evaluated(store, version), found))
 
 
 def pull_version(store: Store, version: Version, target: Path) -> Manifest:
@@ -214,20 +220,8 @@ def _version(store: Store, name: str, version: str, manifest: Manifest, aliases:
         created_at=manifest.created_at,
         manifest_sha256=manifest.sha256,
         run_id=str(manifest.about.get("run_id", "")),
-        metrics=dict(manifest.about.get("metrics", {})),
         aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
     )
-
-
-def _metrics(files: Mapping[str, bytes | Path]) -> dict[str, Any]:
-    if EVALUATION not in files:
-        return {}
-    body = files[EVALUATION]
-    evaluation = decode_json(body if isinstance(body, bytes) else body.read_bytes(), EVALUATION)
-    try:
-        return dict(evaluation["models"]["candidate"]["metrics"])
-    except (KeyError, TypeError) as exc:
-        raise UserError(f"{EVALUATION} has no models.candidate.metrics: write it with the evaluate step") from exc
 
 
 def _ids(store: Store, name: str) -> list[str]:

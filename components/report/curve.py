@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from components.registry.records import finite
 from components.report.numbers import count, number
-from components.report.run_files import finite
 
 MAX_POINTS = 400  # more would not be seen and would only make the page larger
 Point = tuple[float, float]

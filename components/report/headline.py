@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from components.report.numbers import BY_KEY, count
+from components.registry.records import Role
+from components.report.numbers import count
 from components.report.run_files import RunFiles
+from components.shared.metrics import METRICS
 
 Verdict = Literal["promote", "hold", "skipped", "failed", "open"]
 
@@ -29,28 +31,26 @@ def headline(run: RunFiles) -> Headline:
         (
             step
             for step in run.steps
-            if step.get("status") == "failed"
-            and (step.get("step") == "promote" if decision is not None else step.get("step") != "report")
+            if step.status == "failed" and (step.step == "promote" if decision is not None else step.step != "report")
         ),
         None,
     )
     if failed is not None:
-        step = str(failed.get("step"))
-        error = (failed.get("result") or {}).get("error") or {}
+        error = failed.result.get("error") or {}
         message = str(error.get("message") or "The step's log says why.")
         consequence = f"Nothing was promoted: the alias {run.alias} is as it was before this run."
-        title = f"{run.adapter}: the {step} step failed"
+        title = f"{run.adapter}: the {failed.step} step failed"
         return Headline("failed", "Failed", title, _lead(run), consequence, (message,))
     if decision is None:
         return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), _undecided(run), ())
-    reasons = tuple(str(reason) for reason in decision.get("reasons", ()))
-    if decision["decision"] == "skipped":
+    if decision.decision == "skipped":
         title = f"{run.adapter}: there is too little new to train on"
         consequence = f"The alias {run.alias} is as it was. What is new counts again next time."
-        return Headline("skipped", "Skipped", title, "Nothing was trained.", consequence, reasons)
-    version, champion = decision.get("version"), decision.get("champion")
-    if decision["decision"] == "promote":
-        moved = (run.step("promote") or {}).get("status") == "succeeded"
+        return Headline("skipped", "Skipped", title, "Nothing was trained.", consequence, decision.reasons)
+    version, champion = decision.version, decision.champion
+    if decision.promoted:
+        promotion = run.step("promote")
+        moved = promotion is not None and promotion.succeeded
         before = f"{champion} before it" if champion else "nothing before it"
         consequence = (
             f"The alias {run.alias} points to {version} now, and pointed to {before}."
@@ -58,14 +58,14 @@ def headline(run: RunFiles) -> Headline:
             else f"The alias {run.alias} has not been moved by this run; {version} may take it."
         )
         title = f"{run.adapter}: a new version {'is in' if moved else 'may go to'} {run.alias}"
-        return Headline("promote", "Promoted" if moved else "Promote", title, _lead(run), consequence, reasons)
+        return Headline("promote", "Promoted" if moved else "Promote", title, _lead(run), consequence, decision.reasons)
     title = f"{run.adapter}: {run.alias} stays {'as it is' if champion else 'empty'}"
     consequence = (
         f"{run.alias.capitalize()} keeps {champion}. " if champion else ""
     ) + f"The candidate {version} stays in the registry without an alias, so that it can be looked at."
     if champion and champion == version:
         consequence = f"This run made the same version again, so there was nothing to move {run.alias} to."
-    return Headline("hold", "Held", title, _lead(run), consequence, reasons)
+    return Headline("hold", "Held", title, _lead(run), consequence, decision.reasons)
 
 
 def _undecided(run: RunFiles) -> str:
@@ -82,20 +82,20 @@ def _lead(run: RunFiles) -> str:
     ours = run.metric("candidate", "exact_match")
     if ours is not None:
         sentences.append(
-            f"On {count(run.evaluation.get('records'))} held-out records the candidate gives the exact answer "
-            f"{BY_KEY['exact_match'].text(ours)} of the time{_others(run, 'exact_match')}."
+            f"On {count(run.evaluation.records)} held-out records the candidate gives the exact answer "
+            f"{METRICS['exact_match'].text(ours)} of the time{_others(run, 'exact_match')}."
         )
-    key = (run.decision or {}).get("policy", {}).get("metric", "loss")
+    key = (run.decision.policy if run.decision else {}).get("metric", "loss")
     value = run.metric("candidate", key)
-    if value is not None and key != "exact_match":
-        metric = BY_KEY[key]
+    if value is not None and key in METRICS and key != "exact_match":
+        metric = METRICS[key]
         better = "lower" if metric.lower_is_better else "higher"
-        sentences.append(f"Its {metric.label.lower()} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
+        sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
     return " ".join(sentences) or "The candidate's metrics were not measured."
 
 
 def _others(run: RunFiles, key: str) -> str:
-    called = {"champion": f"{run.alias}'s version so far", "base": "the base model"}
+    called: dict[Role, str] = {"champion": f"{run.alias}'s version so far", "base": "the base model"}
     values = {name: run.metric(role, key) for role, name in called.items()}
-    told = [f"{BY_KEY[key].text(value)} for {name}" for name, value in values.items() if value is not None]
+    told = [f"{METRICS[key].text(value)} for {name}" for name, value in values.items() if value is not None]
     return f", against {' and '.join(told)}" if told else ""

@@ -1,64 +1,13 @@
-"""How the report names metrics and writes numbers, sizes and times."""
+"""How the report writes numbers, sizes and times; metrics write themselves."""
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from components.shared import metrics
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric as people read it."""
-
-    key: str
-    label: str
-    unit: str
-    lower_is_better: bool
-    meaning: str
-    is_share: bool = False
-
-    def text(self, value: float | None) -> str:
-        """The number in its usual precision; shares in per cent."""
-        if value is None:
-            return "not measured"
-        return f"{value:.1%}".replace("%", " %") if self.is_share else number(value)  # a narrow space before the sign
-
-    def gain(self, ours: float, theirs: float) -> float:
-        """How much better ours is; negative when it is worse."""
-        return theirs - ours if self.lower_is_better else ours - theirs
-
-    def gain_text(self, gain: float) -> str:
-        """An improvement or the opposite in words."""
-        amount = f"{abs(gain) * 100:.1f} points" if self.is_share else number(abs(gain))
-        if float(amount.split()[0].replace(",", "")) == 0:
-            return "no difference"
-        return f"{amount} {'better' if gain > 0 else 'worse'}"
-
-    def signed(self, gain: float) -> str:
-        """A difference with its sign, for intervals."""
-        amount = f"{abs(gain) * 100:.1f}" if self.is_share else number(abs(gain))
-        return f"{'−' if gain < 0 else '+'}{amount}"  # noqa: RUF001 - a true minus sign, for people
-
-
-MEANINGS = {
-    "exact_match": "answers that equal the reference",
-    "token_f1": "words shared with the reference",
-    "loss": "surprise at the reference answer",
-    "perplexity": "the same surprise, as a count of choices",
-    "prompt_gain": "how much the answer depends on its prompt",
-}
-METRICS = tuple(
-    Metric(key, fact.label[0].upper() + fact.label[1:], fact.unit, fact.lower_is_better, MEANINGS[key], fact.is_share)
-    for key, fact in metrics.METRICS.items()
-)
-BY_KEY = {metric.key: metric for metric in METRICS}
+from components.shared.metrics import usual_decimals
 
 
 def number(value: float) -> str:
     """Three decimals for small numbers, fewer for large ones, thousands separated."""
-    size = abs(value)
-    digits = 3 if size < 10 else 2 if size < 100 else 1 if size < 10_000 else 0
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{usual_decimals(value)}f}"
 
 
 def count(value: int | float | None) -> str:

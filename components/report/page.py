@@ -8,7 +8,7 @@ from components.report import comparison, sections
 from components.report.curve import loss_curve
 from components.report.headline import headline
 from components.report.numbers import count, duration, moment
-from components.report.run_files import RunFiles, finite
+from components.report.run_files import RunFiles
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -25,15 +25,14 @@ def build_report(run: RunFiles) -> str:
     )
     environment.filters["tight"] = _tight
     shown = sections.samples(run)
-    evaluation = run.evaluation or {}
     champion = run.model("champion")
     return environment.get_template("report.html").render(
         run=run,
         headline=headline(run),
         facts=sections.run_facts(run),
         names=comparison.names(run),
-        champion=champion.get("version") or "a version without a name" if champion is not None else None,
-        num_evaluated=count(evaluation["records"]) if evaluation.get("records") is not None else None,
+        champion=champion.version or "a version without a name" if champion is not None else None,
+        num_evaluated=count(run.evaluation.records) if run.evaluation else None,
         panels=comparison.panels(run),
         table=comparison.table(run),
         intervals=comparison.intervals(run),
@@ -43,7 +42,7 @@ def build_report(run: RunFiles) -> str:
         curve=loss_curve(run.metrics),
         data=sections.data_profile(run),
         steps=sections.step_times(run),
-        total_time=duration(sum(finite(step.get("seconds")) or 0.0 for step in run.steps)),
+        total_time=duration(sum(step.seconds for step in run.steps)),
         origin=sections.origin(run),
         generated_at=moment(run.generated_at),
     )

@@ -9,6 +9,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.aliases import version_key
+from components.registry.records import Decision, Evaluation
 from components.registry.versions import LINEAGE
 from components.report.page import build_report
 from components.report.run_files import RunFiles
@@ -35,13 +36,6 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
 
 def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
     """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out."""
-    evaluation = _json(store, runs.run_key(run_id, runs.EVALUATION))
-    decision = _json(store, runs.run_key(run_id, runs.DECISION))
-    steps = [
-        store.get_json(entry.key)
-        for entry in store.list(runs.run_key(run_id, runs.STEPS))
-        if entry.key.endswith(".json")
-    ]
     metrics_key = runs.run_key(run_id, runs.METRICS)
     run = RunFiles(
         run_id=run_id,
@@ -50,9 +44,9 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
         config_digest=config.digest,
         metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
-        evaluation=evaluation,
-        decision=decision,
-        steps=steps,
+        evaluation=runs.find(store, run_id, Evaluation),
+        decision=runs.find(store, run_id, Decision),
+        steps=runs.steps(store, run_id),
     )
     dataset_id = run.dataset_id
     return replace(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from components.registry.records import ROLES
 from components.report.comparison import names
 from components.report.numbers import count, duration, moment, parse_moment
-from components.report.run_files import RunFiles, finite
+from components.report.run_files import RunFiles
 
 MAX_TEXT_CHARS = 900
 _MAX_ANSWERS = 10
@@ -57,11 +58,11 @@ def samples(run: RunFiles) -> list[Sample]:
     """The evaluation's sample answers, right or wrong as the exact match counts them."""
     called = names(run)
     result = []
-    for sample in (run.evaluation or {}).get("samples", []):
+    for sample in run.evaluation.samples if run.evaluation else []:
         reference = str(sample["reference"])
         answers = tuple(
             Answer(role, called[role], clipped(str(sample[role])), _same(str(sample[role]), reference))
-            for role in ("base", "champion", "candidate")
+            for role in ROLES
             if sample.get(role) is not None
         )
         result.append(Sample(_turns(sample["prompt"]), clipped(reference), answers, _change(answers)))
@@ -134,33 +135,29 @@ def data_profile(run: RunFiles) -> dict[str, Any] | None:
 
 def step_times(run: RunFiles) -> list[StepTime]:
     """The steps on one time line, in the order they started."""
-    known = [
-        (start, seconds, step)
-        for step in run.steps
-        if (start := parse_moment(step.get("started_at"))) and (seconds := finite(step.get("seconds"))) is not None
-    ]
+    known = [(start, step) for step in run.steps if (start := parse_moment(step.started_at))]
     if not known:
         return []
     known.sort(key=lambda each: each[0])
     begin = known[0][0]
-    end = max(start + timedelta(seconds=seconds) for start, seconds, _ in known)
+    end = max(start + timedelta(seconds=step.seconds) for start, step in known)
     total = max((end - begin).total_seconds(), 1e-9)
     return [
         StepTime(
-            str(step.get("step")),
-            str(step.get("status")),
+            step.step,
+            step.status,
             start=(start - begin).total_seconds() / total * 100,
-            width=max(seconds / total * 100, 0.4),
-            text=duration(seconds),
+            width=max(step.seconds / total * 100, 0.4),
+            text=duration(step.seconds),
         )
-        for start, seconds, step in known
+        for start, step in known
     ]
 
 
 def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     """The line of facts under the headline."""
-    starts = [start for step in run.steps if (start := parse_moment(step.get("started_at")))]
-    seconds = sum(finite(step.get("seconds")) or 0.0 for step in run.steps)
+    starts = [start for step in run.steps if (start := parse_moment(step.started_at))]
+    seconds = sum(step.seconds for step in run.steps)
     facts = [("Adapter", run.adapter), ("Candidate", run.version or "none"), ("Run", run.run_id)]
     if starts:
         facts.append(("Started", moment(min(starts))))
@@ -171,15 +168,16 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
 
 def origin(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     """Where the candidate comes from: groups of (name, value), from the evaluation and from lineage.json."""
-    evaluation, lineage = run.evaluation or {}, dict(run.lineage or {})
-    base = {**(evaluation.get("base") or {}), **(lineage.pop("base", None) or {})}
-    dataset = {"dataset_id": run.dataset_id, "uri": evaluation.get("dataset_uri")}
+    evaluation, lineage = run.evaluation, dict(run.lineage or {})
+    champion = run.model("champion")
+    base = {**(evaluation.base if evaluation else {}), **(lineage.pop("base", None) or {})}
+    dataset = {"dataset_id": run.dataset_id, "uri": evaluation.dataset_uri if evaluation else None}
     dataset |= lineage.pop("dataset", None) or {}
     environment = dict(lineage.pop("environment", None) or {})
     lineage.pop("config", None)  # shown whole below
     this_run = {
         "version": run.version,
-        "previous version": (run.model("champion") or {}).get("version"),
+        "previous version": champion.version if champion else None,
         "run_id": lineage.pop("run_id", run.run_id),
         "config_sha256": lineage.pop("config_sha256", run.config_digest),
         "parents": lineage.pop("parents", None),

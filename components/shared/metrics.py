@@ -1,24 +1,105 @@
-"""The metrics of an evaluation: what people call them, their unit, and which way is better."""
+"""The metrics of an evaluation: the one table that config, evaluation, gate, report and command line read.
+
+A new metric is a row here and its computation in `ray_jobs/scoring/answers.py`.
+"""
 
 from dataclasses import dataclass
+
+SAME = 1e-9  # two numbers closer than this are the same: 0.30 - 0.25 is not 0.05 in binary floating point
+LARGE = ((10, 3), (100, 2), (10_000, 1))  # below this size, so many decimals
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric."""
+    """One metric: what people call it, which way is better, and how its numbers are written."""
 
+    key: str
     label: str
-    unit: str
-    """Empty where the number speaks for itself."""
+    meaning: str
     lower_is_better: bool
+    unit: str = ""
+    """Empty where the number speaks for itself."""
     is_share: bool = False
     """A value in 0..1, shown in per cent; differences are shown in points."""
+    may_compare: bool = True
+    """Whether the gate may compare models on it. One that may not is measured on adapters alone, and can be limited."""
+    repeats: str = ""
+    """The metric that this one says over again, so that one picture does for both."""
+
+    @property
+    def title(self) -> str:
+        """The label as it begins a line."""
+        return self.label[0].upper() + self.label[1:]
+
+    def text(self, value: float, *beside: float) -> str:
+        """The number in its usual precision, or in as many digits as keep it apart from the numbers `beside` it."""
+        usual = 1 if self.is_share else usual_decimals(value)
+        for decimals in range(usual, 10):
+            shown = self._digits(value, decimals)
+            if all(abs(value - other) < SAME or shown != self._digits(other, decimals) for other in beside):
+                return shown + (" %" if self.is_share else "")
+        return repr(value)
+
+    def amount_text(self, amount: float, *beside: float) -> str:
+        """A difference without its sign: like a value, but of a share in points."""
+        return self.text(abs(amount), *beside).replace(" %", " points")
+
+    def with_unit(self, value: float, *beside: float) -> str:
+        """The number and what it counts."""
+        return f"{self.text(value, *beside)} {self.unit}".rstrip()
+
+    def bound_text(self, bound: float) -> str:
+        """A bound as the config states it, shares in per cent."""
+        return f"{bound * 100:.10g} %" if self.is_share else f"{bound:.10g}"
+
+    def margin_text(self, margin: float) -> str:
+        """A margin as the config states it, shares in points."""
+        return self.bound_text(margin).replace(" %", " points")
+
+    def gain(self, ours: float, theirs: float) -> float:
+        """How much better ours is: positive when better, whichever way the metric runs."""
+        return theirs - ours if self.lower_is_better else ours - theirs
+
+    def better_by(self, value: float, gain: float) -> float:
+        """The value that is better than `value` by `gain`."""
+        return value - gain if self.lower_is_better else value + gain
+
+    def gain_text(self, gain: float) -> str:
+        """An improvement or the opposite in words."""
+        amount = self.amount_text(gain)
+        if float(amount.split()[0].replace(",", "")) == 0:
+            return "no difference"
+        return f"{amount} {'better' if gain > 0 else 'worse'}"
+
+    def signed_text(self, gain: float) -> str:
+        """A difference with its sign."""
+        return f"{'−' if gain < 0 else '+'}{self.amount_text(gain)}"  # noqa: RUF001 - a true minus sign, for people
+
+    def _digits(self, value: float, decimals: int) -> str:
+        return f"{value * 100 if self.is_share else value:,.{decimals}f}"
+
+
+def usual_decimals(value: float) -> int:
+    """How many decimals of a number people read: three of a small one, none of a large one."""
+    return next((decimals for below, decimals in LARGE if abs(value) < below), 0)
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": Metric("exact match", "", lower_is_better=False, is_share=True),
-    "token_f1": Metric("token F1", "", lower_is_better=False, is_share=True),
-    "loss": Metric("loss", "nats per answer token", lower_is_better=True),
-    "perplexity": Metric("perplexity", "", lower_is_better=True),
-    "prompt_gain": Metric("prompt gain", "nats per answer token", lower_is_better=False),
+    metric.key: metric
+    for metric in (
+        Metric("exact_match", "exact match", "answers that equal the reference", lower_is_better=False, is_share=True),
+        Metric("token_f1", "token F1", "words shared with the reference", lower_is_better=False, is_share=True),
+        Metric("loss", "loss", "surprise at the reference answer", True, unit="nats per answer token"),
+        Metric("perplexity", "perplexity", "the same surprise, as a count of choices", True, repeats="loss"),
+        Metric(
+            "prompt_gain",
+            "prompt gain",
+            "how much the answer depends on its prompt",
+            lower_is_better=False,
+            unit="nats per answer token",
+            may_compare=False,
+        ),
+    )
 }
+COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare)
+"""The metrics that base and champion can be compared on."""

@@ -14,6 +14,7 @@ from typing import Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
+from components.registry.records import Status, StepRecord
 from components.registry.store import Store
 from components.shared.errors import ConfigError, Conflict, FineloopError
 from components.shared.protocol import STARTED, say, say_failure
@@ -114,15 +115,15 @@ def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:
     return config_file.loads(body.decode(), origin=store.uri(runs.run_key(run_id, runs.CONFIG)))
 
 
-def _record(running: Step, status: str, started_at: datetime, seconds: float) -> None:
-    record = {
-        "step": running.name,
-        "status": status,
-        "started_at": started_at.isoformat(),
-        "seconds": round(seconds, 3),
-        "result": running.result,
-    }
-    running.store.put_json(runs.step_key(running.run_id, running.name), record)
+def _record(running: Step, status: Status, started_at: datetime, seconds: float) -> None:
+    record = StepRecord(
+        step=running.name,
+        status=status,
+        started_at=started_at.isoformat(),
+        seconds=round(seconds, 3),
+        result=running.result,
+    )
+    runs.write(running.store, running.run_id, record)
 
 
 @contextlib.contextmanager

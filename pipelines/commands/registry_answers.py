@@ -4,9 +4,11 @@ from typing import Any
 
 from components.registry import aliases, serving, versions
 from components.registry.aliases import Event
+from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.errors import ObjectMissing
+from components.shared.metrics import METRICS
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table
 
@@ -50,14 +52,21 @@ def versions_shown(store: Store, name: str) -> Answer:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [("version", "published", "run", "aliases")]
     rows += [(v.version, v.created_at[:19], v.run_id or "-", ", ".join(v.aliases) or "-") for v in found]
-    return Answer({"name": name, "versions": [_described(version) for version in found]}, table(rows))
+    return Answer(
+        {"name": name, "versions": [_described(version) for version in versions.all_evaluated(store, found)]},
+        table(rows),
+    )
 
 
 def version_shown(store: Store, version: Version) -> Answer:
     """One version."""
     served = serving.recorded(versions.read_lineage(store, version))
     body = {**_described(version), "servable_as": served.servable_as, "serving": served.notes}
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in version.metrics.items() if value is not None)
+    metrics = ", ".join(
+        f"{metric.label} {metric.text(value)}"
+        for metric in METRICS.values()
+        if (value := finite(version.metrics.get(metric.key))) is not None
+    )
     rows = [
         ("adapter", version.name),
         ("version", version.version),
@@ -113,5 +122,5 @@ def _described(version: Version) -> dict[str, Any]:
         "run_id": version.run_id,
         "aliases": list(version.aliases),
         "manifest_sha256": version.manifest_sha256,
-        "metrics": version.metrics,
+        "metrics": dict(version.metrics),
     }

@@ -4,7 +4,6 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from components.registry.runs import run_key
 from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
 from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
 from pipelines.commands.table import table
@@ -77,6 +76,7 @@ def _list(options: argparse.Namespace) -> Answer:
 
 
 def _show(options: argparse.Namespace) -> Answer:
+    from components.registry.runs import run_key
     from pipelines.kubeflow import runs
 
     run = runs.find(connected(options), options.run)

@@ -2,21 +2,20 @@
 
 import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.registry import runs
-from components.shared.errors import FineloopError, ObjectMissing
+from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
+from components.shared.errors import FineloopError
 from components.shared.metrics import METRICS
 from pipelines.local import store as local_store
 
 if TYPE_CHECKING:
     from components.registry.store import Store
-
-ROLES = ("base", "champion", "candidate")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Outcome:
     decision: str | None
     promoted: bool
     reasons: list[str]
-    metrics: dict[str, dict[str, float | None] | None]
+    metrics: dict[Role, dict[str, float | None] | None]
     report: str | None
     store: dict[str, str]
     timings_s: dict[str, float]
@@ -53,27 +52,26 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         ObjectMissing: it did not get as far as a decision, or wrote no report.
         FineloopError: it decided to promote, and the alias did not move.
     """
-    decision = store.get_json(runs.run_key(run_id, runs.DECISION))
-    name, alias, version = decision["adapter"], decision["alias"], decision.get("version")
-    promoted = _succeeded(store, run_id, "promote")
-    if promoted != (decision["decision"] == "promote"):
-        did = "moved" if promoted else "did not move"
-        raise FineloopError(f"run {run_id} decided to {decision['decision']} {version}, but {name}@{alias} {did}")
+    decision, steps = runs.read(store, run_id, Decision), runs.steps(store, run_id)
+    promoted = any(step.step == "promote" and step.succeeded for step in steps)
+    if promoted != decision.promoted:
+        place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
+        raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
     report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
     return Outcome(
         run_id=run_id,
-        adapter=name,
-        alias=alias,
-        version=version,
-        version_uri=decision.get("version_uri"),
-        decision=decision["decision"],
+        adapter=decision.adapter,
+        alias=decision.alias,
+        version=decision.version,
+        version_uri=decision.version_uri,
+        decision=decision.decision,
         promoted=promoted,
-        reasons=list(decision["reasons"]),
-        metrics=_metrics(store, run_id) if version else dict.fromkeys(ROLES),
+        reasons=list(decision.reasons),
+        metrics=_metrics(store, run_id) if decision.version else dict.fromkeys(ROLES),
         report=str(report_path),
         store=_where(store),
-        timings_s={"ground": ground_s, **step_seconds(store, run_id), "total": total_s},
+        timings_s={"ground": ground_s, **_seconds(steps), "total": total_s},
     )
 
 
@@ -83,27 +81,25 @@ def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: fl
     Raises:
         ObjectMissing: it did not get that far.
     """
-    result = store.get_json(runs.run_key(run_id, runs.FINETUNE))
+    result = runs.read(store, run_id, TrainResult)
     return Outcome(
         run_id=run_id,
         adapter=config.adapter.name,
         alias=config.adapter.alias,
-        version=result["version"],
-        version_uri=result["version_uri"],
+        version=result.version,
+        version_uri=result.version_uri,
         decision=None,
         promoted=False,
         reasons=[],
         metrics=_metrics(store, run_id),
         report=None,
         store=_where(store),
-        timings_s={"ground": ground_s, **step_seconds(store, run_id), "total": total_s},
+        timings_s={"ground": ground_s, **_seconds(runs.steps(store, run_id)), "total": total_s},
     )
 
 
-def step_seconds(store: "Store", run_id: str) -> dict[str, float]:
-    """Seconds of each recorded step, in the order in which they began."""
-    records = [store.get_json(entry.key) for entry in store.list(runs.run_key(run_id, runs.STEPS))]
-    return {record["step"]: record["seconds"] for record in sorted(records, key=lambda record: record["started_at"])}
+def _seconds(steps: Sequence[StepRecord]) -> dict[str, float]:
+    return {step.step: step.seconds for step in steps}
 
 
 def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
@@ -143,30 +139,19 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
 
 
-def _table(metrics: Mapping[str, Mapping[str, float | None] | None]) -> list[str]:
+def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
     roles = [role for role in ROLES if metrics.get(role)]
     rows = [["", *roles]]
-    for key, metric in METRICS.items():
-        values = [(metrics[role] or {}).get(key) for role in roles]
+    for metric in METRICS.values():
+        values = [(metrics[role] or {}).get(metric.key) for role in roles]
         if any(value is not None for value in values):
-            rows.append([metric.label, *["-" if value is None else _number(key, value) for value in values]])
+            rows.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
     return [f"  {row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
 
 
-def _number(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if METRICS[key].is_share else f"{value:.3f}"
-
-
-def _metrics(store: "Store", run_id: str) -> dict[str, dict[str, float | None] | None]:
-    models = store.get_json(runs.run_key(run_id, runs.EVALUATION))["models"]
-    return {role: models[role]["metrics"] if models.get(role) else None for role in ROLES}
-
-
-def _succeeded(store: "Store", run_id: str, step: str) -> bool:
-    try:
-        return bool(store.get_json(runs.step_key(run_id, step))["status"] == "succeeded")
-    except ObjectMissing:
-        return False
+def _metrics(store: "Store", run_id: str) -> dict[Role, dict[str, float | None] | None]:
+    evaluation = runs.read(store, run_id, Evaluation)
+    return {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
 
 
 def _where(store: "Store") -> dict[str, str]:

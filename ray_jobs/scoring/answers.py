@@ -4,13 +4,14 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from components.registry.records import PairedDifference
 from components.shared.metrics import METRICS
 
 RESAMPLES = 2000
@@ -18,20 +19,6 @@ MAX_CLASSES = 30
 OTHER = "(another answer)"
 NEW_TOKENS = range(8, 257)
 """What the longest answer may be where the config leaves it to the references."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One model on one record."""
-
-    nll: float
-    """-log p(answer | prompt) in nats, the end of the answer included."""
-    other_prompt_nll: float | None
-    """The same given another record's prompt; None where it was not measured."""
-    text: str
-    """The greedy answer."""
-    exact_match: bool
-    token_f1: float
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -50,6 +37,29 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+MARKS: Mapping[str, Callable[[str, str], float]] = {"exact_match": exact_match, "token_f1": token_f1}
+"""What an answer may be worth against its reference, in 0..1; the metric is the mean over all records."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one record."""
+
+    nll: float
+    """-log p(answer | prompt) in nats, the end of the answer included."""
+    other_prompt_nll: float | None
+    """The same given another record's prompt; None where it was not measured."""
+    text: str
+    """The greedy answer."""
+    marks: Mapping[str, float]
+    """What the answer is worth against the reference, by the keys of MARKS."""
+
+
+def marks(answer: str, reference: str) -> dict[str, float]:
+    """Every mark of one answer."""
+    return {key: float(mark(answer, reference)) for key, mark in MARKS.items()}
+
+
 def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[str, float | None]:
     """A model's metrics over all records. Losses are per answer token; every model is divided by the same counts."""
     tokens = sum(num_answer_tokens)
@@ -58,8 +68,7 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "exact_match": sum(score.exact_match for score in scores) / len(scores),
-        "token_f1": sum(score.token_f1 for score in scores) / len(scores),
+        **{key: sum(score.marks[key] for score in scores) / len(scores) for key in MARKS},
         "prompt_gain": sum(others) / tokens - loss if len(others) == len(scores) else None,
     }
 
@@ -83,11 +92,11 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
 
 def paired_difference(
     candidate: Sequence[Score], other: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
-) -> dict[str, object]:
+) -> PairedDifference | None:
     """How much better the candidate is than another model on the same records, with a 95 % bootstrap interval.
 
     Records are drawn together with both models' results on them, so what makes a record hard for both cancels out.
-    Positive means that the candidate is better, whichever way the metric points.
+    Positive means that the candidate is better, whichever way the metric points. None where a number is not finite.
     """
     ours, weights = _per_record(candidate, num_answer_tokens, metric)
     theirs, _ = _per_record(other, num_answer_tokens, metric)
@@ -102,17 +111,19 @@ def paired_difference(
         return np.asarray(sign * (means[0] - means[1]))
 
     low, high = np.quantile(difference(draws), [0.025, 0.975])
-    point = float(difference(np.arange(len(ours))))
-    return {"metric": metric, "difference": point, "ci95": [float(low), float(high)], "records": len(ours)}
+    point = difference(np.arange(len(ours)))
+    if not np.isfinite([point, low, high]).all():
+        return None
+    return PairedDifference(metric=metric, difference=float(point), ci95=(float(low), float(high)), records=len(ours))
 
 
 def _per_record(
     scores: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Numerators and denominators whose sums give the metric."""
-    if METRICS[metric].lower_is_better:
-        return np.array([score.nll for score in scores]), np.array(num_answer_tokens, dtype=np.float64)
-    return np.array([float(getattr(score, metric)) for score in scores]), np.ones(len(scores))
+    if metric in MARKS:
+        return np.array([score.marks[metric] for score in scores]), np.ones(len(scores))
+    return np.array([score.nll for score in scores]), np.array(num_answer_tokens, dtype=np.float64)
 
 
 def _normal(text: str) -> str:
@@ -128,6 +139,5 @@ def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]
     return {
         f"{role}_answer": [score.text for score in scores],
         f"{role}_nll": [score.nll for score in scores],
-        f"{role}_exact_match": [score.exact_match for score in scores],
-        f"{role}_token_f1": [score.token_f1 for score in scores],
+        **{f"{role}_{key}": [score.marks[key] for score in scores] for key in MARKS},
     }

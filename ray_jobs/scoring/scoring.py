@@ -9,7 +9,7 @@ import torch
 from components.prepare.dataset import Record
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
-from ray_jobs.scoring.answers import Score, exact_match, token_f1
+from ray_jobs.scoring.answers import Score, marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +43,7 @@ def score(
             nll=nll[row],
             other_prompt_nll=other[row] if other is not None else None,
             text=answer,
-            exact_match=exact_match(answer, record.answer),
-            token_f1=token_f1(answer, record.answer),
+            marks=marks(answer, record.answer),
         )
         for row, (record, answer) in enumerate(zip(records, answers, strict=True))
     ]

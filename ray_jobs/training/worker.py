@@ -18,6 +18,7 @@ from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.registry import lineage, runs
+from components.registry.records import TrainResult
 from components.registry.serving import serving
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
@@ -90,17 +91,17 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
         return {}
     metrics.upload()
     version = _publish(job, config, store, adapted, outcome, recipe, worker, started_at)
-    return {
-        "version": version.version,
-        "version_uri": version.uri,
-        "dataset_uri": job.dataset.uri,
-        "train_seconds": round(outcome.progress.elapsed_s, 3),
-        "steps": outcome.progress.step,
-        "tokens": outcome.progress.tokens,
-        "eval_loss": outcome.eval_loss,
-        "stopped_early": outcome.stopped_early,
-        "resumed_from_step": outcome.resumed_from,
-    }
+    return TrainResult(
+        version=version.version,
+        version_uri=version.uri,
+        dataset_uri=job.dataset.uri,
+        train_seconds=round(outcome.progress.elapsed_s, 3),
+        steps=outcome.progress.step,
+        tokens=outcome.progress.tokens,
+        eval_loss=outcome.eval_loss,
+        stopped_early=outcome.stopped_early,
+        resumed_from_step=outcome.resumed_from,
+    ).model_dump()
 
 
 def fit(
@@ -300,12 +301,9 @@ def _publish(
             },
         ),
     )
-    # What was measured while training; the comparison with base and champion is the evaluate step's.
-    evaluation = {"run_id": job.run_id, "models": {"candidate": {"metrics": {"loss": outcome.eval_loss}}}}
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
         build.save(adapted, folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()
-        files["evaluation.json"] = json.dumps(evaluation).encode()
         return publish_version(store, config.adapter.name, files, lineage=record)

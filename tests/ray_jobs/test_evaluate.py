@@ -18,10 +18,11 @@ from components.registry.lineage import Base, Dataset, Environment, Training, bu
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError
+from components.shared.metrics import METRICS
 from ray_jobs import evaluate
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import Contender, _contenders, measure_shard, summarise, with_room_for_answers
+from ray_jobs.evaluate import Contender, _contenders, compared, measure_shard, with_room_for_answers
 from ray_jobs.scoring.answers import Score
 from tests.models.tiny import build_base, colour_rows
 
@@ -202,16 +203,16 @@ def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_it
     contenders = _contenders(config, store, version.uri)
     found = measure_shard(contenders, records, shard_index=0)
     tokens = list(found.tokens.values())
-    summary = summarise(config, contenders, records, tokens, found.scores)
+    summary = compared(config, contenders, records, tokens, found.scores, run_id="r")
     plain = plain_of(config, store, version, tmp_path)
     own = sum(plain.nll(record) for record in records)
     other = sum(
         plain.nll(record, prompt_of=behind) for record, behind in zip(records, [*records[1:], records[0]], strict=True)
     )
-    metrics = summary["models"]["candidate"]["metrics"]
+    metrics = summary.models["candidate"].metrics
     assert metrics["prompt_gain"] == pytest.approx((other - own) / sum(tokens), abs=2 * NOISE)
     assert metrics["loss"] == pytest.approx(own / sum(tokens), abs=NOISE)
-    assert summary["models"]["base"]["metrics"]["prompt_gain"] is None
+    assert summary.metric("base", "prompt_gain") is None
     assert abs(other - own) / sum(tokens) > 3 * NOISE
 
 
@@ -260,34 +261,31 @@ def summary(config, store, tmp_path):
     contenders = _contenders(config, store, new.uri)
     asked = [dataclasses.replace(r, prompt=[Message("system", "Be brief."), *r.prompt]) for r in RECORDS]
     found = measure_shard(contenders, asked, shard_index=0)
-    return old, new, summarise(config, contenders, asked, list(found.tokens.values()), found.scores)
+    return old, new, compared(config, contenders, asked, list(found.tokens.values()), found.scores, run_id="r")
 
 
-def test_the_summary_holds_what_gate_and_report_read_and_nothing_else(summary):
+def test_the_comparison_holds_what_gate_and_report_read(summary):
     old, new, found = summary
-    assert found.keys() == {"records", "models", "paired", "confusion", "samples", "generation"}
-    assert found["records"] == len(RECORDS)
-    assert {role: model["version"] for role, model in found["models"].items()} == {
+    assert found.records == len(RECORDS)
+    assert {role: model.version for role, model in found.models.items()} == {
         "base": None,
         "champion": old.version,
         "candidate": new.version,
     }
-    for model in found["models"].values():
-        assert model.keys() == {"version", "metrics"}
-        assert model["metrics"].keys() == {"loss", "perplexity", "exact_match", "token_f1", "prompt_gain"}
-    assert found["paired"].keys() == {"base", "champion"}
-    for pair in found["paired"].values():
-        assert pair.keys() == {"metric", "difference", "ci95", "records"}
-        assert pair["metric"] == "exact_match"
-    assert len(found["samples"]) == 2
-    for sample, record in zip(found["samples"], RECORDS, strict=False):
+    for model in found.models.values():
+        assert model.metrics.keys() == METRICS.keys()
+    assert found.paired.keys() == {"base", "champion"}
+    for pair in found.paired.values():
+        assert pair.metric == "exact_match"
+    assert len(found.samples) == 2
+    for sample, record in zip(found.samples, RECORDS, strict=False):
         assert sample.keys() == {"id", "prompt", "reference", "base", "champion", "candidate"}
         assert (sample["id"], sample["prompt"], sample["reference"]) == (
             record.id,
             record.prompt[0].content,
             record.answer,
         )
-    assert found["generation"] == {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy"}
+    assert found.generation == {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy"}
 
 
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
@@ -295,10 +293,10 @@ def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
     contenders = _contenders(config, store, version.uri)
     assert contenders[0] == Contender("base", config, None)
     found = measure_shard(contenders, RECORDS, shard_index=0)
-    summary = summarise(config, contenders, RECORDS, list(found.tokens.values()), found.scores)
-    assert summary["models"]["champion"] is None
-    assert summary["paired"]["champion"] is None
-    assert summary["samples"][0]["champion"] is None
+    summary = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
+    assert summary.models["champion"] is None
+    assert summary.paired["champion"] is None
+    assert summary.samples[0]["champion"] is None
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 20, 21), ("b" * 400, 256)])

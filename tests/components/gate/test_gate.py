@@ -7,8 +7,9 @@ import pytest
 from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
 from components.registry import aliases
+from components.registry.records import RuleResult
 from components.registry.store import Store
-from components.shared.errors import DataError, ObjectMissing
+from components.shared.errors import DataError, IntegrityError, ObjectMissing
 
 RUN = "run-1"
 
@@ -48,6 +49,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
     assert decision.promoted
     written = store.get_json(f"runs/{RUN}/decision.json")
     assert written == {
+        "format": 1,
         "decision": "promote",
         "reasons": list(decision.reasons),
         "rules": written["rules"],
@@ -58,8 +60,9 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "champion": "v1",
         "run_id": RUN,
         "policy": config().gate.model_dump(mode="json"),
+        "since_run": None,
     }
-    assert set(written["rules"][0]) == {"name", "field", "metric", "candidate", "other", "bound", "passed", "text"}
+    assert set(written["rules"][0]) == RuleResult.model_fields.keys()
     assert aliases.events(store, "icd10") == []
 
 
@@ -86,6 +89,16 @@ def test_a_loss_that_is_not_a_number_is_held_and_the_decision_is_valid_json(stor
         raise AssertionError(f"{token} is not JSON")
 
     json.loads(store.get(f"runs/{RUN}/decision.json"), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("loss", [True, "1.0", [1.0]])
+def test_an_evaluation_whose_numbers_are_no_numbers_is_refused(store: Store, loss: object) -> None:
+    broken = evaluation(0.9)
+    broken["models"]["candidate"]["metrics"]["loss"] = loss
+    store.put_json(f"runs/{RUN}/evaluation.json", broken)
+    with pytest.raises(IntegrityError, match=r"evaluation\.json: models\.candidate\.metrics\.loss: .* valid number"):
+        run_gate(config(), store, RUN)
+    assert store.read(f"runs/{RUN}/decision.json") is None
 
 
 def test_the_evaluation_may_lie_elsewhere(store: Store) -> None:

@@ -7,7 +7,7 @@ def summary(loss: float) -> str:
     evaluation = example_runs.evaluation(
         "r", example_runs.metrics(loss, 0.7, 0.8, 1.2), example_runs.metrics(1.0, 0.6, 0.7, 1.0)
     )
-    return as_markdown(decide(evaluation, example_runs.CONFIG.gate), example_runs.CONFIG)
+    return as_markdown(decide(evaluation, example_runs.CONFIG.gate, example_runs.CONFIG.adapter))
 
 
 def test_a_promotion_says_which_version_and_lists_every_rule() -> None:
@@ -15,7 +15,8 @@ def test_a_promotion_says_which_version_and_lists_every_rule() -> None:
     assert text.startswith(f"# Promote: icd10-chapters@production takes {example_runs.CANDIDATE}\n")
     rows = [line for line in text.splitlines() if line.startswith("| passed")]
     assert len(rows) == 5
-    assert "| passed | better than base | 0.900 | 2.306 | 0.05 | `gate.better_than_base_by` |" in rows
+    rule = "Loss better than the base model's | 0.900 | 2.306 | better by at least 0.05 | `gate.better_than_base_by`"
+    assert f"| passed | {rule} |" in rows
     assert example_runs.CHAMPION in text
     assert "failed" not in text
 
@@ -24,7 +25,7 @@ def test_a_refusal_gives_its_reasons_and_marks_the_rule() -> None:
     text = summary(1.5)
     assert text.startswith("# Hold: icd10-chapters@production stays as it is\n")
     assert "- The candidate's loss of 1.500" in text
-    assert "| **failed** | not worse than champion | 1.500 | 1.000 |" in text
+    assert "| **failed** | Loss not worse than production's | 1.500 | 1.000 |" in text
 
 
 def test_the_table_stays_a_table() -> None:

@@ -1,7 +1,8 @@
 import pytest
 
 from components.promote.by_hand import Request, as_markdown, carry_out
-from components.registry import aliases, versions
+from components.registry import aliases, runs, versions
+from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.shared.errors import ObjectMissing, UserError
 
@@ -12,9 +13,11 @@ def published(store: Store) -> list[str]:
     found = []
     for number in (1, 2, 3):
         files = {"adapter_model.safetensors": bytes([number]), "adapter_config.json": b"{}"}
-        evaluation = b'{"models": {"candidate": {"metrics": {"loss": 0.%d, "prompt_gain": null}}}}' % number
-        files["evaluation.json"] = evaluation
-        found.append(versions.publish_version(store, "sums", files, lineage={}).version)
+        run_id = f"run-{number}"
+        version = versions.publish_version(store, "sums", files, lineage={"run_id": run_id}).version
+        measured = Measured(version=version, metrics={"loss": number / 10, "prompt_gain": None})
+        runs.write(store, run_id, Evaluation(run_id=run_id, records=1, models={"candidate": measured}))
+        found.append(version)
     return found
 
 
@@ -53,7 +56,7 @@ def test_the_page_tells_both_versions_and_who_asked(store: Store, published: lis
     assert text.startswith(f"# sums@production is now {published[1]}\n")
     assert f"It was {published[0]}. Promoted by ada: fewer errors." in text
     assert f"| | {published[0]} | {published[1]} |" in text
-    assert "| loss | 0.1 | 0.2 |" in text
+    assert "| loss | 0.100 | 0.200 |" in text
     assert "| prompt gain | - | - |" in text
 
 

@@ -25,7 +25,7 @@ def published(store: Store) -> list[str]:
 @pytest.fixture
 def decided(store: Store) -> Decide:
     def decide(version: str, champion: str | None, decision: str = "promote") -> Step:
-        record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion}
+        record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
         watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
         config = RunConfig.model_validate(

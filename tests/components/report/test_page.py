@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from components.registry.records import RuleResult, StepRecord
 from components.report.page import TEMPLATES, build_report
 from components.report.run_files import RunFiles
 from tests.components.report import example_runs
@@ -127,7 +128,7 @@ def test_held_run_says_what_stands_in_the_way() -> None:
     assert "Are prompts and answers shuffled or mislabelled in the data?" in page.text
     assert f"Production keeps {CHAMPION}." in page.text
     assert run.decision is not None
-    assert page.text.count("✕ failed") == sum(not rule["passed"] for rule in run.decision["rules"]) == 3
+    assert page.text.count("✕ failed") == sum(not rule.passed for rule in run.decision.rules) == 3
     assert page.text.count("✓ passed") == 2
     assert "1.237 worse" in page.text
 
@@ -167,8 +168,8 @@ def test_data_origin_and_times_are_told() -> None:
 def test_sample_text_is_escaped(role: str) -> None:
     run = example_runs.promoted_run()
     assert run.evaluation is not None
-    sample = {**run.evaluation["samples"][0], role: EVIL}
-    _assert_escaped(replace(run, evaluation={**run.evaluation, "samples": [sample]}))
+    sample = {**run.evaluation.samples[0], role: EVIL}
+    _assert_escaped(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
 
 
 def test_every_other_text_from_outside_is_escaped() -> None:
@@ -176,17 +177,19 @@ def test_every_other_text_from_outside_is_escaped() -> None:
     assert run.decision is not None
     assert run.profile is not None
     answers = {"answer": EVIL, "records": 1, "share": 0.5}
+    evil_rule = RuleResult(name="new_one", field=EVIL, title=EVIL, bound_text=EVIL, passed=False, text=EVIL)
     for changed in (
         {"config_toml": EVIL},
         {"run_id": EVIL},
         {"adapter": EVIL},
         {"alias": EVIL},
-        {"decision": {**run.decision, "reasons": [EVIL]}},
+        {"decision": run.decision.model_copy(update={"reasons": (EVIL,)})},
+        {"decision": run.decision.model_copy(update={"rules": (evil_rule,)})},
         {"profile": {**run.profile, "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}]}},
         {"profile": {**run.profile, "sources": [{"source": EVIL, "rows": 1}]}},
         {"profile": {**run.profile, "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}}}},
         {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
-        {"steps": [{"step": EVIL, "status": EVIL, "started_at": "2026-11-24T02:00:00Z", "seconds": 1.0}]},
+        {"steps": [StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]},
     ):
         _assert_escaped(replace(run, **changed))  # type: ignore[arg-type]
 
@@ -210,8 +213,8 @@ def test_a_conversation_shows_who_spoke_and_a_long_text_is_cut() -> None:
     run = example_runs.promoted_run()
     assert run.evaluation is not None
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x" * 5000}]
-    sample = {**run.evaluation["samples"][0], "prompt": turns}
-    text = Page(build_report(replace(run, evaluation={**run.evaluation, "samples": [sample]}))).text
+    sample = {**run.evaluation.samples[0], "prompt": turns}
+    text = Page(build_report(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))).text
     assert "system Be brief. user xxx" in text
     assert "… (4,100 more characters)" in text
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from components.registry import runs
 from components.registry.store import Store
 from components.report.report import parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
@@ -16,12 +17,12 @@ def put(store: Store, run: RunFiles) -> None:
     folder = f"runs/{run.run_id}"
     store.put(f"{folder}/config.toml", run.config_toml.encode())
     store.put(f"{folder}/metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.metrics).encode())
+    for record in (run.evaluation, run.decision, *run.steps):
+        if record is not None:
+            runs.write(store, run.run_id, record)
     documents: dict[str, Mapping[str, Any] | None] = {
-        f"{folder}/evaluation.json": run.evaluation,
-        f"{folder}/decision.json": run.decision,
         f"datasets/{DATASET}/profile.json": run.profile,
         f"adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}/lineage.json": run.lineage,
-        **{f"{folder}/steps/{step['step']}.json": step for step in run.steps},
     }
     for key, value in documents.items():
         if value is not None:
@@ -38,7 +39,7 @@ def test_a_run_is_read_whole(store: Store) -> None:
     assert found.profile == run.profile
     assert found.lineage == run.lineage
     assert found.config_toml == run.config_toml
-    assert {step["step"] for step in found.steps} == {step["step"] for step in run.steps}
+    assert found.steps == run.steps
 
 
 def test_the_report_lies_with_its_run(store: Store) -> None:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from components.shared.metrics import METRICS
 from ray_jobs.scoring.answers import (
     MAX_CLASSES,
     OTHER,
@@ -15,7 +16,7 @@ from ray_jobs.scoring.answers import (
 
 
 def score(nll: float, other: float | None = None, match: bool = False, f1: float = 0.0) -> Score:
-    return Score(nll=nll, other_prompt_nll=other, text="", exact_match=match, token_f1=f1)
+    return Score(nll, other, text="", marks={"exact_match": float(match), "token_f1": f1})
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,9 @@ def test_prompt_gain_is_absent_where_it_was_not_measured():
 @pytest.mark.parametrize("metric", ["loss", "perplexity"])
 def test_a_lower_loss_is_a_positive_difference(metric):
     found = paired_difference([score(1.0)] * 4, [score(2.0)] * 4, [1] * 4, metric)
-    assert found["difference"] > 0
-    assert found["records"] == 4
+    assert found is not None
+    assert found.difference > 0
+    assert found.records == 4
 
 
 def test_the_interval_is_that_of_the_paired_differences():
@@ -76,16 +78,27 @@ def test_the_interval_is_that_of_the_paired_differences():
     found = paired_difference(
         [score(x) for x in base], [score(x + 0.5 + 0.1 * (i % 2)) for i, x in enumerate(base)], [1] * 200, "loss"
     )
-    low, high = found["ci95"]
-    assert found["difference"] == pytest.approx(0.55)
+    assert found is not None
+    low, high = found.ci95
+    assert found.difference == pytest.approx(0.55)
     assert 0.53 < low < 0.55 < high < 0.57
 
 
 def test_the_interval_spans_zero_when_neither_is_better():
     ours = [score(0, match=i % 2 == 0) for i in range(100)]
     theirs = [score(0, match=i % 2 == 1) for i in range(100)]
-    low, high = paired_difference(ours, theirs, [1] * 100, "exact_match")["ci95"]
+    found = paired_difference(ours, theirs, [1] * 100, "exact_match")
+    assert found is not None
+    low, high = found.ci95
     assert low < 0 < high
+
+
+def test_there_is_no_difference_where_a_number_is_not_finite():
+    assert paired_difference([score(math.nan)] * 4, [score(1.0)] * 4, [1] * 4, "loss") is None
+
+
+def test_every_metric_of_the_table_is_measured():
+    assert metrics([score(1.0, 5.0)], [1]).keys() == METRICS.keys()
 
 
 def test_answers_are_counted_by_what_was_expected() -> None:

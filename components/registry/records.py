@@ -1,0 +1,205 @@
+"""What the steps of a run leave for each other, as frozen types; `runs` knows where each lies.
+
+Reading is tolerant: a key that this release does not know stays in the record. `format` rises only when an older reader
+would misunderstand a record, which it then refuses; release 0.1.0 wrote none, and means 1.
+"""
+
+import math
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from components.registry.store import decode_json, encode_json
+from components.shared.errors import IntegrityError
+
+Role = Literal["base", "champion", "candidate"]
+ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
+Outcome = Literal["promote", "hold", "skipped"]
+Status = Literal["succeeded", "failed"]
+
+
+class Part(BaseModel):
+    """Frozen, and open to keys that came later."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", strict=True, ser_json_inf_nan="null", use_attribute_docstrings=True
+    )
+
+
+class Record(Part):
+    """One JSON object of a run."""
+
+    FILE: ClassVar[str]
+    FORMAT: ClassVar[int] = 1
+
+    format: int = 1
+
+    @classmethod
+    def from_json(cls, body: bytes, uri: str) -> Self:
+        """Parse a record.
+
+        Raises:
+            IntegrityError: it is not JSON, lacks a key, has one of another type, or is of a later format.
+        """
+        value = decode_json(body, uri)
+        written = value.get("format") if isinstance(value, dict) else None
+        if isinstance(written, int) and written > cls.FORMAT:
+            raise IntegrityError(
+                f"{uri} has format {written}, and this release of Fineloop reads {cls.FORMAT}: upgrade it"
+            )
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise IntegrityError(f"{uri} is no sound {cls.FILE}: {where}: {first['msg']}") from exc
+
+    def as_json(self) -> bytes:
+        """Canonical JSON; a number that is not finite becomes null."""
+        return encode_json(decode_json(self.model_dump_json().encode(), self.FILE))
+
+
+class StepRecord(Record):
+    """How one step went."""
+
+    FILE: ClassVar[str] = "steps/<step>.json"
+
+    step: str
+    status: Status
+    started_at: str
+    """ISO 8601, with its zone."""
+    seconds: float
+    result: dict[str, Any] = {}
+    """What the step gave; of a failed one `error` with kind and message."""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status == "succeeded"
+
+
+class TrainResult(Record):
+    """What the training published."""
+
+    FILE: ClassVar[str] = "finetune.json"
+
+    version: str
+    version_uri: str
+    dataset_uri: str = ""
+    train_seconds: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    eval_loss: float | None = None
+    """Held-out loss of what was published, on the records that training looks at."""
+    stopped_early: bool = False
+    resumed_from_step: int | None = None
+
+
+class Measured(Part):
+    """One model of a comparison."""
+
+    version: str | None = None
+    """None of the base, which is no version."""
+    metrics: dict[str, float | None]
+    """By the keys of `METRICS`; None where it was not measured."""
+
+
+class PairedDifference(Part):
+    """How much better the candidate is than another model on the same records; positive is better."""
+
+    metric: str
+    difference: float
+    ci95: tuple[float, float] | None = None
+    """The ends of the 95 % interval of the difference."""
+    records: int
+
+
+class Evaluation(Record):
+    """Base, champion where there is one, and candidate on the same held-out records."""
+
+    FILE: ClassVar[str] = "evaluation.json"
+
+    run_id: str
+    dataset_id: str = ""
+    dataset_uri: str = ""
+    records: int
+    base: dict[str, Any] = {}
+    """Reference and identity of the base model."""
+    models: dict[str, Measured | None]
+    """By role."""
+    paired: dict[str, PairedDifference | None] = {}
+    """The candidate against each other role."""
+    confusion: dict[str, Any] | None = None
+    """Labels, and counts[reference][answer]; None where the answers are no classes."""
+    samples: list[dict[str, Any]] = []
+    """Prompt, reference and each role's answer."""
+    generation: dict[str, Any] = {}
+    matmul_dtype: str | None = None
+    seconds: dict[str, float] = {}
+
+    def model(self, role: Role) -> Measured | None:
+        """What was measured of a role; None where there is no such model."""
+        return self.models.get(role)
+
+    def metric(self, role: Role, key: str) -> float | None:
+        """One number; None where it was not measured or is not finite."""
+        measured = self.model(role)
+        return finite(measured.metrics.get(key)) if measured else None
+
+
+class RuleResult(Part):
+    """One rule of the gate as it was applied, with the words that tell of it."""
+
+    name: str
+    field: str
+    """The config field that sets the bound."""
+    title: str = ""
+    """What the rule asks for, in a few words."""
+    metric: str | None = None
+    against: Role | None = None
+    """The model that the candidate was compared with."""
+    candidate: float | None = None
+    other: float | None = None
+    """The other model's number."""
+    bound: float | None = None
+    """As the config states it: a margin or a limit."""
+    bound_text: str = ""
+    line: float | None = None
+    """Where the bound lies on the metric's own axis: what the candidate had to reach."""
+    line_text: str = ""
+    passed: bool
+    text: str
+    """One or two sentences for people."""
+
+
+class Decision(Record):
+    """Whether the candidate may take the alias. Holding and skipping are outcomes, not errors."""
+
+    FILE: ClassVar[str] = "decision.json"
+
+    decision: Outcome
+    adapter: str
+    alias: str
+    run_id: str
+    reasons: tuple[str, ...]
+    """The sentences of the failed rules when held, of every rule when promoted; of a skipped run why it was."""
+    rules: tuple[RuleResult, ...] = ()
+    version: str | None = None
+    """None of a skipped run, which made none."""
+    version_uri: str | None = None
+    champion: str | None = None
+    """Who held the alias when the candidate was compared."""
+    policy: dict[str, Any] = {}
+    """The config's section `gate`."""
+    since_run: str | None = None
+    """Of a skipped run, the one that consumed the data before."""
+
+    @property
+    def promoted(self) -> bool:
+        return self.decision == "promote"
+
+
+def finite(value: object) -> float | None:
+    """The value as a float, or None when it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
