@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FineloopError as exc:
         notes = [f"  {note}" for note in getattr(exc, "__notes__", [])]
         tell("\n".join([f"fineloop: {exc}", *notes]))
-        return _fail(options, _failure(exc), exc.exit_code)
+        return _fail(options, exc.as_json(), exc.exit_code)
     except Exception as exc:  # the process's entry point: a mistake of ours, told whole
         traceback.print_exc()
-        return _fail(options, _failure(exc), 1)
+        return _fail(options, {"error": {"kind": type(exc).__name__, "message": str(exc)}}, 1)
     return _finish(options, answer)
 
 
@@ -83,16 +83,6 @@ def _finish(options: argparse.Namespace, answer: Answer) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return answer.exit_code
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    """What --json prints of an error: who lost a race for an alias learns who holds it."""
-    body: dict[str, Any] = {"error": {"kind": type(error).__name__, "message": str(error)}}
-    if type(error).__name__ == "AliasConflict":  # by name: the registry is not imported here
-        holder = getattr(error, "holder", None)
-        held = ("alias", "version", "since", "run_id")
-        body["conflict"] = {name: getattr(holder, name) for name in held} if holder is not None else {}
-    return body
 
 
 def _fail(options: argparse.Namespace, body: dict[str, Any], exit_code: int) -> int:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from components.config.schema import Name
 from components.registry.folders import now, verify
 from components.registry.store import JSON, Store, decode_json, encode_json
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,6 @@ class Pointer:
     event: dict[str, Any]
     """Body of the event that moved the alias here."""
     etag: str
-
-
-class AliasConflict(Conflict):
-    """The alias is held by another version than the caller took as its start."""
-
-    holder: Pointer | None = None
-    """Who holds it now; None when nobody does."""
 
 
 def adapter_key(name: str, *parts: str) -> str:
@@ -348,7 +341,8 @@ def _conflict(
         f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is held by "
         f"{by}: compare {version} with that one, then promote it by a run of its own"
     )
-    conflict.holder = holder
+    if holder:
+        conflict.holder = {name: getattr(holder, name) for name in ("alias", "version", "since", "run_id")}
     return conflict
 
 

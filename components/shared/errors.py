@@ -1,4 +1,4 @@
-"""Every error that Fineloop raises on purpose.
+"""Every error that Fineloop raises on purpose, but for those that a module catches itself and names with an underscore.
 
 FineloopError                    exit 1: something failed that the user's input did not cause
 ├── UserError                    exit 2: the user's input is wrong, said in one message
@@ -8,6 +8,7 @@ FineloopError                    exit 1: something failed that the user's input 
 │   ├── ObjectMissing            no such object, or a folder without its manifest
 │   ├── IntegrityError           bytes differ from the manifest that vouches for them
 │   └── Conflict                 somebody else moved an alias or created an object first
+│       └── AliasConflict        an alias is held by another version than the move began from; tells who holds it
 ├── JobError                     a Ray job ended without success (RuntimeError)
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
 │   └── KubeflowAway             it could not be reached just now; asking again may help
@@ -17,11 +18,18 @@ To add one: subclass the branch that sets its exit code, keep `__init__` to one 
 between workers and steps, and draw it above.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class FineloopError(Exception):
     """Root of the tree. `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """What the command line prints of it with --json."""
+        return {"error": {"kind": type(self).__name__, "message": str(self)}}
 
 
 class UserError(FineloopError):
@@ -52,6 +60,17 @@ class IntegrityError(StoreError):
 
 class Conflict(StoreError):
     """A compare-and-swap lost: the object changed, or came to exist, after it was read."""
+
+
+class AliasConflict(Conflict):
+    """The alias is held by another version than the caller took as its start."""
+
+    holder: Mapping[str, str] | None = None
+    """Who holds it now: alias, version, since and run_id. None when nobody does."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, and under `conflict` who holds the alias."""
+        return {**super().as_json(), "conflict": dict(self.holder or {})}
 
 
 class JobError(FineloopError, RuntimeError):

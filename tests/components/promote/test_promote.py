@@ -5,8 +5,8 @@ import pytest
 from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
 from components.registry import aliases, versions, watermark
-from components.registry.aliases import AliasConflict
 from components.registry.store import Store
+from components.shared.errors import AliasConflict
 from components.step.step import Step
 
 Decide = Callable[..., Step]

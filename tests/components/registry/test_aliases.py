@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from components.registry.aliases import (
-    AliasConflict,
     Event,
     append_event,
     events,
@@ -17,7 +16,7 @@ from components.registry.aliases import (
 )
 from components.registry.store import Store
 from components.registry.versions import publish_version
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
 
 
 @pytest.fixture
@@ -72,7 +71,14 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_
             AliasConflict, match=f"held by {expected or 'nobody'}, but it is held by {two} .*run r2"
         ) as raised:
             promote(store, "icd", three, expected=expected)
-        assert raised.value.holder == read_alias(store, "icd", "production")
+        pointer = read_alias(store, "icd", "production")
+        assert pointer is not None
+        assert raised.value.as_json()["conflict"] == {
+            "alias": "production",
+            "version": two,
+            "since": pointer.since,
+            "run_id": "r2",
+        }
         assert pickle.loads(pickle.dumps(raised.value)).holder == raised.value.holder  # noqa: S301
     assert holder(store) == two
     assert moves(store)[-1] == ("promoted", one, two)
@@ -88,7 +94,7 @@ def test_a_move_from_a_pointer_that_has_moved_is_a_conflict(store: Store, versio
         with pytest.raises(AliasConflict) as raised:
             move_alias(store, "icd", "production", three, expected=expected, event="promoted", **how)
         assert raised.value.holder is not None
-        assert raised.value.holder.version == two
+        assert raised.value.holder["version"] == two
     assert holder(store) == two
 
 
@@ -140,7 +146,7 @@ def test_of_promotions_at_once_one_wins_and_the_others_learn_who(store: Store, v
         else:
             assert isinstance(outcome, AliasConflict)
             assert outcome.holder is not None
-            assert outcome.holder.version == won
+            assert outcome.holder["version"] == won
     assert moves(store) == [("promoted", None, one), ("promoted", one, won)]
 
 

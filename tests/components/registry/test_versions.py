@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from components.registry import runs
-from components.registry.aliases import AliasConflict, events, promote, read_alias, version_key
+from components.registry.aliases import events, promote, read_alias, version_key
 from components.registry.folders import MANIFEST
 from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
@@ -196,10 +196,6 @@ def test_damaged_weights_are_found_before_and_after_promotion(store: Store) -> N
     assert read_alias(store, "icd", "production") is None
     with pytest.raises(IntegrityError):
         verify_version(store, version)
-
-
-def test_conflicts_are_still_conflicts() -> None:
-    assert issubclass(AliasConflict, Conflict)
 
 
 def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store) -> None:

@@ -1,9 +1,13 @@
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
 from components.shared import errors
 from components.shared.errors import FineloopError, UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def every_error() -> list[type[FineloopError]]:
@@ -54,6 +58,22 @@ def test_a_name_from_elsewhere_is_kept_in_the_message(name: str) -> None:
 @pytest.mark.parametrize("kind", every_error())
 def test_a_mistake_of_the_user_is_exit_2_and_all_else_exit_1(kind: type[FineloopError]) -> None:
     assert kind("x").exit_code == (2 if issubclass(kind, UserError) else 1)
+
+
+def test_every_error_that_may_leave_its_module_is_in_the_tree() -> None:
+    known, elsewhere = {kind.__name__ for kind in every_error()}, []
+    classes = [
+        (path, node)
+        for package in ("components", "pipelines", "ray_jobs")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and path != Path(errors.__file__)
+    ]
+    for path, node in classes:
+        bases = {base.id if isinstance(base, ast.Name) else ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        if bases & known and not node.name.startswith("_"):
+            elsewhere.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert elsewhere == []
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
