@@ -23,7 +23,7 @@ help:
 	@echo "make bench   speed and memory against peers, as ratios"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
-	@echo "make infra-lint   checkov on the images and on infra/aws"
+	@echo "make infra-lint   checkov on the images, on infra/aws and on the pods of infra/overlays"
 	@echo "make kube    build a Kubernetes control plane from Debian's packages, for pytest -m kubernetes"
 	@echo "make crds    fetch KubeRay's and Kueue's definitions, to check infra/ against them"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
@@ -45,7 +45,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 # What needs no GPU, root or Kubernetes, side by side; then what has a Ray of its own, one after the other.
-HERE = not gpu and not podman and not kubernetes
+HERE = not gpu and not podman and not kubernetes and not checkov
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(READY)
@@ -85,9 +85,10 @@ images:
 	@$(DOCKER) build --file infra/images/train.Dockerfile $$(sed 's/^/--build-arg /' $(DIGESTS)) \
 		--build-arg REVISION=$(REVISION) --tag fineloop/train:$(VERSION) .
 
-infra-lint: .venv-checkov/bin/checkov
+infra-lint: $(READY) .venv-checkov/bin/checkov
 	@for folder in infra/images infra/aws; do \
 		.venv-checkov/bin/checkov --config-file infra/checkov.yaml --directory $$folder || exit 1; done
+	@$(BIN)/python -m pytest -m checkov tests/infra/test_checkov.py
 
 # An environment of its own, as checkov pins an old boto3.
 .venv-checkov/bin/checkov:

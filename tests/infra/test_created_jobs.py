@@ -7,31 +7,16 @@ from typing import Any
 import pytest
 
 from components.config import config_file
-from components.config.ray import RayConfig
-from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import rayjob
 from infra.checks import schemas
 from infra.checks.check import policies_of, violations
 from infra.checks.manifests import Manifest, render_overlay
-from infra.checks.policies.pods import pods
+from infra.checks.pods import pods
 from infra.checks.policies.ray import jobs_fit_in_the_queue
+from tests.infra.created import CONFIGS, JOB, created
 from tests.infra.definitions import DEFINITIONS
 from tests.infra.ends import ENDS
 from tests.infra.runbook import commands
-
-IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"
-JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)
-CONFIGS = {
-    "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},
-    "cpus": {"num_workers": 2},
-    "spot": {"num_workers": 4, "use_gpu": True, "cluster": {"nodes": 2, "spot": True}},
-}
-
-
-def created(config: dict[str, Any]) -> Manifest:
-    cluster = {"kind": "rayjob", "image": IMAGE, "priority_class": "fineloop-scheduled", **config.get("cluster", {})}
-    ray = RayConfig.model_validate(config | {"cluster": cluster})
-    return rayjob(ray, JOB, 1, namespace="fineloop")
 
 
 @pytest.mark.parametrize("crds", DEFINITIONS)

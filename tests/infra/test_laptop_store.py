@@ -15,7 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from infra.checks.manifests import of_kind, render
-from infra.checks.policies.pods import pods
+from infra.checks.pods import pods
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
 from pipelines.local.seaweedfs import SERVICES, find_binary

@@ -1,4 +1,4 @@
-"""How manifests are broken on purpose, and the policy that must see it."""
+"""How manifests are broken on purpose, and what must see it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ Mutation = Callable[[list[Manifest]], None]
 
 @dataclass(frozen=True)
 class Break:
-    """A change of one overlay's manifests, made in place, and the policy that it breaks."""
+    """A change of one overlay's manifests, made in place, and what it breaks: a policy, or a rule of checkov's."""
 
-    policy: Policy
+    policy: Policy | str
     overlay: str
     mutate: Mutation
 
 
-def breaks(policy: Policy, overlay: str = "aws") -> Callable[[Mutation], Break]:
-    """Say which policy the decorated mutation breaks."""
+def breaks(policy: Policy | str, overlay: str = "aws") -> Callable[[Mutation], Break]:
+    """Say what the decorated mutation breaks."""
     return lambda mutation: Break(policy, overlay, mutation)
 
 

@@ -1,0 +1,22 @@
+"""RayJobs as `fineloop` creates them."""
+
+from typing import Any
+
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import rayjob
+from infra.checks.manifests import Manifest
+
+IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"
+JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)
+CONFIGS = {
+    "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},
+    "cpus": {"num_workers": 2},
+    "spot": {"num_workers": 4, "use_gpu": True, "cluster": {"nodes": 2, "spot": True}},
+}
+
+
+def created(config: dict[str, Any]) -> Manifest:
+    cluster = {"kind": "rayjob", "image": IMAGE, "priority_class": "fineloop-scheduled", **config.get("cluster", {})}
+    ray = RayConfig.model_validate(config | {"cluster": cluster})
+    return rayjob(ray, JOB, 1, namespace="fineloop")
