@@ -42,14 +42,14 @@ class KubernetesApi:
         """
         from kubernetes import client
 
-        configuration, context_namespace = _configuration()
-        configuration.retries = False  # `call` asks again, and knows for how long
+        configured, context_namespace = configuration()
+        configured.retries = False  # `call` asks again, and knows for how long
         self.namespace = namespace or own_namespace() or context_namespace
         if not self.namespace:
             raise UserError(
                 "ray.cluster.namespace is empty, and neither a pod nor the kubeconfig's context has one: set it"
             )
-        api_client = client.ApiClient(configuration)
+        api_client = client.ApiClient(configured)
         self._objects, self._core = client.CustomObjectsApi(api_client), client.CoreV1Api(api_client)
         self._where = (GROUP, VERSION, self.namespace, PLURAL)
 
@@ -254,27 +254,31 @@ def own_namespace() -> str:
         return ""
 
 
-def _configuration() -> tuple[Any, str]:
-    """How to reach the API server, and the namespace of the kubeconfig's context."""
+def configuration() -> tuple[Any, str]:
+    """How to reach the API server, and the namespace of the kubeconfig's context.
+
+    Raises:
+        UserError: there is no way to one.
+    """
     from kubernetes import client, config
 
-    configuration = client.Configuration()
+    found = client.Configuration()
     if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
         try:
-            config.load_incluster_config(client_configuration=configuration)
+            config.load_incluster_config(client_configuration=found)
         except config.ConfigException as exc:
             raise UserError(f"this pod may not talk to the Kubernetes API ({exc}): give it a service account") from exc
-        return configuration, ""
+        return found, ""
     path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable at import alone
     try:
-        config.load_kube_config(config_file=path, client_configuration=configuration)
+        config.load_kube_config(config_file=path, client_configuration=found)
         _, context = config.list_kube_config_contexts(config_file=path)
     except (config.ConfigException, OSError) as exc:
         raise UserError(
             f'ray.cluster.kind = "rayjob" needs a Kubernetes API, and {path} names none ({exc}): run inside the '
             "cluster, or set KUBECONFIG"
         ) from exc
-    return configuration, str((context or {}).get("context", {}).get("namespace") or "")
+    return found, str((context or {}).get("context", {}).get("namespace") or "")
 
 
 def _by_name(name: str) -> str:

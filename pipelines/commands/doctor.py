@@ -1,9 +1,15 @@
 """`fineloop doctor`."""
 
 import argparse
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home, load_config
+from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT, add_kubeflow
+
+if TYPE_CHECKING:
+    from components.config.schema import RunConfig
+    from pipelines.check import Check
 
 
 def add(commands: Any) -> None:
@@ -12,20 +18,31 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        does="Say whether this machine can run Fineloop, and what to do where not.",
+        does="Say whether this machine, or with --host a cluster, can run Fineloop, and what to do where not.",
         more="It starts no server. A configured store is written to and read; what it wrote is removed again. How long "
-        "a run of the config takes here is estimated by training a few layers of its base for a second or two.",
-        example="fineloop doctor",
+        "a run of the config takes here is estimated by training a few layers of its base for a second or two. "
+        "With --host it asks Kubeflow and, by the kubeconfig, Kubernetes for all that a run of the config needs there: "
+        "accounts, rights, secrets, KubeRay, Kueue's queue and quota. It changes nothing; with --image it starts one "
+        "pod that tries the store from inside the cluster, and deletes it.",
+        example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
+    )
+    add_kubeflow(doctor)
+    doctor.add_argument(
+        "--image", default="", metavar="IMAGE", help="image of the steps, tried in a pod with the store"
+    )
+    doctor.add_argument(
+        "--service-account",
+        default=SERVICE_ACCOUNT,
+        metavar="NAME",
+        help=f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT})",
     )
     add_config(doctor)
     add_home(doctor)
 
 
 def _doctor(options: argparse.Namespace) -> Answer:
-    from pipelines.local.doctor import checks, time_of_a_run
-
     config = load_config(options)
-    found = [*checks(options.home, registry=config.registry), time_of_a_run(config, options.home)]
+    found = _of_cluster(config, options) if options.host else _of_this_machine(config, options)
     width = max(len(check.name) for check in found)
     lines = [
         f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.detail}{'' if check.ok else ': ' + check.fix}"
@@ -33,3 +50,23 @@ def _doctor(options: argparse.Namespace) -> Answer:
     ]
     is_well = all(check.ok for check in found)
     return Answer({"ok": is_well, "checks": [vars(check) for check in found]}, "\n".join(lines), 0 if is_well else 1)
+
+
+def _of_this_machine(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":
+    from pipelines.local.doctor import checks, time_of_a_run
+
+    return [*checks(options.home, registry=config.registry), time_of_a_run(config, options.home)]
+
+
+def _of_cluster(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":
+    from pipelines.kubeflow.doctor import cluster_checks
+
+    asked = cluster_checks(
+        config,
+        os.environ,
+        host=options.host,
+        namespace=options.namespace,
+        service_account=options.service_account,
+        image=options.image,
+    )
+    return list(asked)

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
+from pipelines.check import Check, check
 from pipelines.local import ray_head, ray_process, seaweedfs, store
 from pipelines.local.estimate import told_here
 from pipelines.local.ports import LOOPBACK
@@ -28,16 +28,6 @@ MEMORY_BYTES = 6 * GIB  # two CPU workers on the built-in example, the Ray head 
 SHM_BYTES = ray_process.OBJECT_STORE_BYTES
 STEP_PACKAGES = ("boto3", "pyarrow", "pydantic", "kfp", "ray", "jinja2", "tomli_w")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "safetensors", "gguf")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `fix` says what to do when `ok` is false, and is empty otherwise."""
-
-    name: str
-    ok: bool
-    detail: str
-    fix: str
 
 
 def checks(home: Path, *, registry: RegistryConfig | None = None) -> list[Check]:
@@ -60,17 +50,13 @@ def time_of_a_run(config: RunConfig, home: Path) -> Check:
         return Check(name, True, "; ".join(told_here(config, path, home)), "")
 
 
-def _check(name: str, ok: bool, detail: str, fix: str) -> Check:
-    return Check(name, ok, detail, "" if ok else fix)
-
-
 def _machine(home: Path) -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
-    yield _check("python", sys.version_info >= PYTHON, version, "use Python 3.11 or newer")
+    yield check("python", sys.version_info >= PYTHON, version, "use Python 3.11 or newer")
     yield _disk("disk at --home", home, HOME_DISK_BYTES, "free some space or take another --home")
     yield _disk("temporary disk", Path(tempfile.gettempdir()), TEMP_DISK_BYTES, "free some space or set TMPDIR")
     memory = memory_bytes()
-    yield _check(
+    yield check(
         "memory",
         memory >= MEMORY_BYTES,
         f"{memory / GIB:.1f} GiB",
@@ -78,7 +64,7 @@ def _machine(home: Path) -> Iterator[Check]:
     )
     cpu = this_cpu()
     yield Check("processor", True, f"{cpu.name}, {cpu.kind}", "")
-    yield _check("cores", cpu.cores >= 2, str(cpu.cores), "two workers share one core: it works, slowly")
+    yield check("cores", cpu.cores >= 2, str(cpu.cores), "two workers share one core: it works, slowly")
     shm = Path("/dev/shm")
     if shm.is_dir():
         yield _disk("/dev/shm", shm, SHM_BYTES, "Ray falls back to the temporary disk: docker run --shm-size=1g")
@@ -87,7 +73,7 @@ def _machine(home: Path) -> Iterator[Check]:
 def _disk(name: str, path: Path, needed: int, fix: str) -> Check:
     existing = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free
-    return _check(name, free >= needed, f"{free / GIB:.1f} GiB free at {path}, {needed / GIB:.1f} wanted", fix)
+    return check(name, free >= needed, f"{free / GIB:.1f} GiB free at {path}, {needed / GIB:.1f} wanted", fix)
 
 
 def memory_bytes() -> int:
@@ -103,7 +89,7 @@ def _packages() -> Iterator[Check]:
     for name, packages, extra in (("packages", STEP_PACKAGES, "."), ("train packages", TRAIN_PACKAGES, ".[train]")):
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         detail = f"missing: {', '.join(missing)}" if missing else "all found"
-        yield _check(name, not missing, detail, f"pip install -e '{extra}'")
+        yield check(name, not missing, detail, f"pip install -e '{extra}'")
 
 
 def _weed() -> Check:
@@ -168,11 +154,11 @@ def _ray(home: Path) -> Check:
         if token is None and path.is_file():
             token = path.read_text(encoding="ascii").strip()
         fix = "check RAY_ADDRESS, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and that the cluster runs"
-        return _check("ray", ray_process.answers(url, token), url, fix)
+        return check("ray", ray_process.answers(url, token), url, fix)
     if (endpoint := ray_head.service(home).endpoint()) is None:
         return Check("ray", True, "none configured: a local head starts with each run", "")
     answered = ray_process.answers(endpoint["url"], Path(endpoint["token_path"]).read_text(encoding="ascii"))
-    return _check("ray", answered, endpoint["url"], "fineloop ray down; fineloop ray up")
+    return check("ray", answered, endpoint["url"], "fineloop ray down; fineloop ray up")
 
 
 def _gpu() -> Check:

@@ -1,0 +1,18 @@
+"""What `fineloop doctor` finds, on this machine or on a cluster."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `fix` says what to do when `ok` is false, and is empty otherwise."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str
+
+
+def check(name: str, ok: bool, detail: str, fix: str) -> Check:
+    """A finding whose fix is told only where one is needed."""
+    return Check(name, ok, detail, "" if ok else fix)

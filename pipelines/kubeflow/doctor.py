@@ -1,0 +1,225 @@
+"""Whether a cluster can run a config: `fineloop doctor --host URL`. Every question that a run would answer too late.
+
+It reads, and has the API server judge a RayJob and a step's pod without making them (dryRun). With an image it also
+starts one pod in the place of a step, which tries the store, and deletes it again.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from components.config.ray import RayJobCluster
+from components.config.schema import RunConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import ENVIRONMENT, RAY_SECRET, S3_SECRET, rayjob
+from components.shared.errors import FineloopError
+from pipelines.check import Check, check
+from pipelines.kubeflow import probe
+from pipelines.kubeflow.client import connect
+from pipelines.kubeflow.cluster import Cluster, NotSeen, Resource
+from pipelines.kubeflow.quota import demand, lacking
+
+RIGHTS = {
+    ("ray.io", "rayjobs"): ("create", "get", "list", "watch", "patch", "delete"),
+    ("", "pods"): ("get", "list", "watch"),
+    ("", "pods/log"): ("get",),
+    ("argoproj.io", "workflowtaskresults"): ("create", "patch"),
+}
+"""What the account of the steps does, as infra/rbac/pipeline.yaml grants it."""
+KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
+KUBERAY = "/apis/ray.io/v1"
+
+
+def cluster_checks(
+    config: RunConfig,
+    environment: Mapping[str, str],
+    *,
+    host: str,
+    namespace: str,
+    service_account: str,
+    image: str,
+) -> Iterator[Check]:
+    """Look at Kubeflow Pipelines and at the Kubernetes namespace where the runs live, in the order of a run."""
+    yield _kubeflow(environment, host, namespace)
+    try:
+        cluster = Cluster(namespace or environment.get("KFP_NAMESPACE", ""))
+        version = cluster.get("/version")
+    except (FineloopError, NotSeen) as exc:
+        yield Check("kubernetes", False, str(exc), "set KUBECONFIG to a cluster that you may read")
+        return
+    yield Check("kubernetes", True, f"{(version or {}).get('gitVersion', 'unknown version')} at {cluster.address}", "")
+    try:
+        found = cluster.get(_in(cluster, "").rstrip("/"))
+    except NotSeen:
+        found = {}  # a person of one namespace may not read the namespace itself
+    if found is None:
+        yield Check("namespace", False, f"there is no {cluster.namespace}", "kubectl apply -k infra/namespace")
+        return
+    yield Check("namespace", True, f"{cluster.namespace}{_pod_security(found)}", "")
+    ray = config.ray.cluster
+    accounts = [service_account, *([ray.service_account] if isinstance(ray, RayJobCluster) else [])]
+    for name, ask in (
+        *((f"account {account}", _account(cluster, account)) for account in accounts if account),
+        ("rights of the steps", _rights(cluster, service_account)),
+        *((name, _environment(cluster, name, key)) for name, key in _environments(config)),
+        *_ray(cluster, config),
+        ("a step's pod", _dry_pod(cluster, service_account, image)),
+    ):
+        yield _asked(name, ask)
+    if image:
+        yield _asked("store, from a pod", _probed(cluster, config, service_account, image))
+
+
+def _asked(name: str, ask: Iterator[Check]) -> Check:
+    """The one finding of a question, or that it could not be asked."""
+    try:
+        return next(ask)
+    except NotSeen as exc:
+        return Check(name, True, f"not seen: {exc}", "")
+
+
+def _kubeflow(environment: Mapping[str, str], host: str, namespace: str) -> Check:
+    try:
+        kubeflow = connect(environment, host=host, namespace=namespace)
+    except FineloopError as exc:
+        return Check("kubeflow pipelines", False, str(exc), "see the message")
+    users = f"many users, yours is {kubeflow.namespace}" if kubeflow.namespace else "one namespace for all"
+    return Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", "")
+
+
+def _pod_security(namespace: Resource) -> str:
+    labels = namespace.get("metadata", {}).get("labels") or {}
+    level = labels.get("pod-security.kubernetes.io/enforce")
+    return f", which admits {level} pods" if level else ""
+
+
+def _account(cluster: Cluster, account: str) -> Iterator[Check]:
+    found = cluster.get(_in(cluster, f"serviceaccounts/{account}"))
+    detail = "is there" if found else f"{cluster.namespace} has no such service account"
+    yield check(f"account {account}", found is not None, detail, "kubectl apply -k infra/rbac")
+
+
+def _rights(cluster: Cluster, account: str) -> Iterator[Check]:
+    """Asked for the account, not for us: a LocalSubjectAccessReview, which takes rights of its own."""
+    user = f"system:serviceaccount:{cluster.namespace}:{account or 'default'}"
+    path = f"/apis/authorization.k8s.io/v1/namespaces/{cluster.namespace}/localsubjectaccessreviews"
+    missing = []
+    for (group, resource), verbs in RIGHTS.items():
+        kind, _, part = resource.partition("/")
+        for verb in verbs:
+            wanted = {"namespace": cluster.namespace, "group": group, "resource": kind, "subresource": part}
+            review = {
+                "apiVersion": "authorization.k8s.io/v1",
+                "kind": "LocalSubjectAccessReview",
+                "metadata": {"namespace": cluster.namespace},
+                "spec": {"user": user, "resourceAttributes": {**wanted, "verb": verb}},
+            }
+            if not cluster.create(path, review).get("status", {}).get("allowed"):
+                missing.append(f"{verb} {resource}")
+    detail = f"{user} may not {', '.join(missing)}" if missing else "all that a run asks for"
+    yield check("rights of the steps", not missing, detail, "kubectl apply -k infra/rbac")
+
+
+def _environments(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The objects that pods take their environment from, and the key that each must have."""
+    yield f"configmaps/{ENVIRONMENT}", "AWS_REGION"
+    yield "configmaps/kfp-launcher", "providers"
+    yield f"secrets/{RAY_SECRET}", "auth_token"
+    yield f"secrets/{S3_SECRET}", "AWS_ACCESS_KEY_ID"
+
+
+def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:
+    found = cluster.get(_in(cluster, name))
+    kind, _, object_name = name.partition("/")
+    if found is None and object_name == S3_SECRET:
+        yield Check(name, True, "absent: right where the service account's role gives access to the store", "")
+        return
+    has_key = key in ((found or {}).get("data") or {})
+    detail = f"has {key}" if has_key else f"has no key {key}" if found else f"{cluster.namespace} has none"
+    fix = f"make the {kind[:-1]} {object_name} as infra/README.md says"
+    yield check(name, has_key, detail, fix)
+
+
+def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Check]]]:
+    ray = config.ray.cluster
+    if not isinstance(ray, RayJobCluster):
+        yield "ray address", _shared_ray(cluster)
+        return
+    yield "kuberay", _kind(cluster, "kuberay", KUBERAY, "rayjobs", "install KubeRay: infra/README.md")
+    yield "a RayJob of this config", _dry_rayjob(cluster, config)
+    if ray.queue:
+        yield "kueue", _kind(cluster, "kueue", KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty")
+        yield "queue", _queue(cluster, config, ray.queue)
+        if ray.priority_class:
+            yield "priority", _priority(cluster, ray.priority_class)
+
+
+def _shared_ray(cluster: Cluster) -> Iterator[Check]:
+    found = cluster.get(_in(cluster, f"configmaps/{ENVIRONMENT}")) or {}
+    address = (found.get("data") or {}).get("RAY_ADDRESS", "")
+    fix = f"set RAY_ADDRESS in the config map {ENVIRONMENT}, or ray.cluster.kind = 'rayjob' in the config"
+    yield check("ray address", bool(address), address or "no RAY_ADDRESS for the steps", fix)
+
+
+def _kind(cluster: Cluster, name: str, path: str, resource: str, fix: str) -> Iterator[Check]:
+    found = cluster.get(path) or {}
+    is_there = any(each.get("name") == resource for each in found.get("resources", []))
+    served = path.removeprefix("/apis/")
+    yield check(name, is_there, f"{served} is {'' if is_there else 'not '}served", fix)
+
+
+def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
+    wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
+    path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
+    yield _dry(cluster, "a RayJob of this config", path, wanted, "infra/README.md has the versions that fit")
+
+
+def _dry_pod(cluster: Cluster, account: str, image: str) -> Iterator[Check]:
+    pod = probe.pod(cluster.namespace, account, image or "fineloop/step:0.1.0", "")
+    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", pod, "see the message")
+
+
+def _dry(cluster: Cluster, name: str, path: str, body: Resource, fix: str) -> Check:
+    try:
+        cluster.create(path, body)
+    except NotSeen as exc:
+        return Check(name, False, f"refused: {exc}", fix)
+    return Check(name, True, "the API server would take it", "")
+
+
+def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
+    local = cluster.get(f"{KUEUE}/namespaces/{cluster.namespace}/localqueues/{queue}")
+    if local is None:
+        detail = f"{cluster.namespace} has no LocalQueue {queue}"
+        yield Check("queue", False, detail, "kubectl apply -k infra/kueue, or name yours in ray.cluster.queue")
+        return
+    name = local["spec"]["clusterQueue"]
+    whole = cluster.get(f"{KUEUE}/clusterqueues/{name}")
+    if whole is None:
+        yield Check("queue", False, f"{queue} belongs to ClusterQueue {name}, which is not there", "create it")
+        return
+    inactive = [
+        condition["message"]
+        for condition in whole.get("status", {}).get("conditions", [])
+        if condition["type"] == "Active" and condition["status"] != "True"
+    ]
+    if inactive or whole["spec"].get("stopPolicy", "None") != "None":
+        yield Check(
+            "queue", False, f"ClusterQueue {name} lets nobody in: {'; '.join(inactive) or 'stopped'}", "start it"
+        )
+        return
+    short = lacking(demand(config.ray), whole)
+    fix = f"raise the quota of ClusterQueue {name}, or ask for less: ray.num_workers, ray.cluster.worker"
+    yield check("queue", not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix)
+
+
+def _priority(cluster: Cluster, priority_class: str) -> Iterator[Check]:
+    found = cluster.get(f"{KUEUE}/workloadpriorityclasses/{priority_class}")
+    detail = "is there" if found else "the cluster has none of that name"
+    yield check(f"priority {priority_class}", found is not None, detail, "kubectl apply -k infra/kueue")
+
+
+def _probed(cluster: Cluster, config: RunConfig, account: str, image: str) -> Iterator[Check]:
+    yield probe.run(cluster, config.registry, account, image)
+
+
+def _in(cluster: Cluster, what: str) -> str:
+    return f"/api/v1/namespaces/{cluster.namespace}/{what}"

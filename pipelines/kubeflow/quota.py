@@ -1,0 +1,58 @@
+"""What a config's Ray job asks of Kueue, and whether a ClusterQueue could ever give it."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.rayjob_manifest import rayjob
+
+Resources = Mapping[str, Decimal]
+
+
+def demand(ray: RayConfig) -> Resources:
+    """Requests of head, workers and submitter together: Kueue lets them in as one."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    spec = rayjob(ray, Job("quota", "finetune", ("true",), 60.0), 1, namespace="any")["spec"]
+    cluster = spec["rayClusterSpec"]
+    pods = [(1, cluster["headGroupSpec"]["template"]), (1, spec["submitterPodTemplate"])]
+    pods += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
+    total: Counter[str] = Counter()
+    for count, template in pods:
+        for container in template["spec"]["containers"]:
+            for name, quantity in container["resources"]["requests"].items():
+                total[name] += count * parse_quantity(quantity)
+    return dict(total)  # type: ignore[arg-type]
+
+
+def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
+    """Why the queue can never give this: a resource that it does not cover, or too small a quota, in words."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    room: dict[str, Decimal] = {}
+    for name, quota, borrowed in _quotas(cluster_queue):
+        room[name] = max(room.get(name, Decimal(0)), parse_quantity(quota) + parse_quantity(borrowed))
+    return [
+        f"{name}: {_told(need)} asked for, at most {_told(room[name])} given"
+        if name in room
+        else f"{name}: not covered by the queue"
+        for name, need in wanted.items()
+        if need > room.get(name, Decimal(-1))
+    ]
+
+
+def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    in_cohort = bool(cluster_queue["spec"].get("cohortName"))
+    for group in cluster_queue["spec"].get("resourceGroups", []):
+        for flavor in group["flavors"]:
+            for resource in flavor["resources"]:
+                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow what its cohort has
+                yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
+
+
+def _told(quantity: Decimal) -> str:
+    gib = quantity / 2**30
+    return f"{gib:.0f} GiB" if gib >= 1 else f"{quantity.normalize():f}"

@@ -1,0 +1,195 @@
+"""A double of the Kubernetes API server that holds what an overlay of infra/ applies, for those who only look.
+
+It answers for objects by path, for kinds, for access reviews (by the overlay's own Roles and bindings) and judges dry
+runs by the RayJob's schema and the namespace's pod security, worded as the API server words them. A pod that is made
+ends as `pod_status` says; its log is `pod_log`.
+"""
+
+import copy
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.checks.manifests import Manifest, render
+from tests.doubles.kubernetes import schema
+from tests.doubles.kubernetes.api import NAMESPACE, TOKEN, Refusal
+
+PLURALS = {
+    "ServiceAccount": "serviceaccounts",
+    "ConfigMap": "configmaps",
+    "Secret": "secrets",
+    "LocalQueue": "localqueues",
+    "ClusterQueue": "clusterqueues",
+    "WorkloadPriorityClass": "workloadpriorityclasses",
+}
+
+
+class AppliedCluster:
+    """Listens on loopback while `applied` lasts."""
+
+    def __init__(self, overlay: str) -> None:
+        self.objects = {_path(manifest): manifest for manifest in render(f"infra/overlays/{overlay}")}
+        self.kinds = {"/apis/ray.io/v1": ["rayjobs"], "/apis/kueue.x-k8s.io/v1beta2": ["localqueues", "clusterqueues"]}
+        self.denied: set[str] = set()
+        """Paths, or beginnings of them, that our credentials may not touch."""
+        self.pod_status: dict[str, Any] = {"phase": "Succeeded"}
+        self.pod_log = "fineloop: the store is sound\n"
+        self.made: list[str] = []
+        """Paths of what was created for good."""
+        for name, data in (("fineloop-ray", {"auth_token": "eA=="}), ("fineloop-s3", {"AWS_ACCESS_KEY_ID": "eA=="})):
+            self.put(f"/api/v1/namespaces/{NAMESPACE}/secrets/{name}", {"data": data})
+        self.put(f"/api/v1/namespaces/{NAMESPACE}/configmaps/kfp-launcher", {"data": {"providers": "minio: {}"}})
+
+    def put(self, path: str, found: dict[str, Any]) -> None:
+        """Have an object at a path."""
+        self.objects[path] = {"metadata": {"name": path.rpartition("/")[2]}, **found}
+
+    def drop(self, kind: str, name: str = "") -> None:
+        """Forget the objects of a kind."""
+        self.objects = {
+            path: found
+            for path, found in self.objects.items()
+            if not path.endswith(f"/{kind}/{name}" if name else "") or (not name and f"/{kind}/" not in path)
+        }
+
+    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+        """What the API server would say; raises Refusal."""
+        if any(path.startswith(denied) for denied in self.denied):
+            told = f'{path.rpartition("/")[2]} is forbidden: User "somebody" cannot {method.lower()} it'
+            raise Refusal(403, "Forbidden", told)
+        if path == "/version":
+            return {"gitVersion": "v1.34.4"}
+        if path in self.kinds:
+            return {"kind": "APIResourceList", "resources": [{"name": name} for name in self.kinds[path]]}
+        if path.endswith("/localsubjectaccessreviews"):
+            return {**body, "status": {"allowed": self._allows(body["spec"])}}
+        if method == "POST":
+            return self._create(path, query, body)
+        if path.endswith("/log"):
+            return self.pod_log
+        if path not in self.objects:
+            raise Refusal(404, "NotFound", f"{path.rpartition('/')[2]} not found", name=path.rpartition("/")[2])
+        if method == "DELETE":
+            del self.objects[path]
+            return {"kind": "Status", "status": "Success"}
+        return copy.deepcopy(self.objects[path])
+
+    def _create(self, path: str, query: dict[str, str], body: Any) -> Any:
+        if path.endswith("/rayjobs"):
+            wrong, unknown = schema.problems(body)
+            if wrong or unknown:
+                raise Refusal(422, "Invalid", f"RayJob.ray.io is invalid: {wrong or unknown}")
+        if path.endswith("/pods"):
+            self._admit(body)
+        if query.get("dryRun") != "All":
+            name = f"{path}/{body['metadata']['name']}"
+            self.made.append(name)
+            self.objects[name] = {**body, "status": self.pod_status}
+        return body
+
+    def _admit(self, pod: Any) -> None:
+        """The two of restricted's rules that a forgotten security context breaks first."""
+        namespace = self.objects[f"/api/v1/namespaces/{NAMESPACE}"]
+        if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
+            return
+        wrong = [] if pod["spec"].get("securityContext", {}).get("runAsNonRoot") else ["runAsNonRoot != true"]
+        for container in pod["spec"]["containers"]:
+            if container.get("securityContext", {}).get("allowPrivilegeEscalation") is not False:
+                wrong.append("allowPrivilegeEscalation != false")
+        if wrong:
+            told = f'pods "{pod["metadata"]["name"]}" is forbidden: violates PodSecurity "restricted:v1.34": '
+            raise Refusal(403, "Forbidden", told + ", ".join(wrong))
+
+    def _allows(self, spec: Any) -> bool:
+        wanted = spec["resourceAttributes"]
+        resource = "/".join(part for part in (wanted["resource"], wanted["subresource"]) if part)
+        account = spec["user"].rpartition(":")[2]
+        bound = {
+            binding["roleRef"]["name"]
+            for binding in self._of_kind("rolebindings")
+            if any(subject["name"] == account for subject in binding["subjects"])
+        }
+        return any(
+            wanted["group"] in rule["apiGroups"] and resource in rule["resources"] and wanted["verb"] in rule["verbs"]
+            for role in self._of_kind("roles")
+            if role["metadata"]["name"] in bound
+            for rule in role["rules"]
+        )
+
+    def _of_kind(self, plural: str) -> list[Manifest]:
+        return [found for path, found in self.objects.items() if f"/{plural}/" in path]
+
+
+@contextmanager
+def applied(overlay: str, kubeconfig: Path) -> Iterator[AppliedCluster]:
+    """A cluster to which an overlay was applied; `kubeconfig` is written to lead there."""
+    cluster = AppliedCluster(overlay)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(cluster))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    written = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "double",
+        "clusters": [{"name": "double", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "users": [{"name": "us", "user": {"token": TOKEN}}],
+        "contexts": [{"name": "double", "context": {"cluster": "double", "user": "us", "namespace": NAMESPACE}}],
+    }
+    kubeconfig.write_text(yaml.safe_dump(written))
+    try:
+        yield cluster
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _path(manifest: Manifest) -> str:
+    group, _, version = manifest["apiVersion"].rpartition("/")
+    kind, meta = manifest["kind"], manifest["metadata"]
+    plural = PLURALS.get(kind, kind.lower() + ("es" if kind.endswith(("s", "x")) else "s"))
+    where = f"namespaces/{meta['namespace']}/" if "namespace" in meta else ""
+    return f"/{f'apis/{group}' if group else 'api'}/{version}/{where}{plural}/{meta['name']}"
+
+
+def _handler(cluster: AppliedCluster) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._serve("GET")
+
+        def do_POST(self) -> None:
+            self._serve("POST")
+
+        def do_DELETE(self) -> None:
+            self._serve("DELETE")
+
+        def _serve(self, method: str) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            try:
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    raise Refusal(401, "Unauthorized", "Unauthorized")
+                found = cluster.answer(method, url.path, dict(urllib.parse.parse_qsl(url.query)), body)
+                code = 200
+            except Refusal as refusal:
+                code, found = refusal.code, refusal.body
+            text = found if isinstance(found, str) else json.dumps(found)
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler

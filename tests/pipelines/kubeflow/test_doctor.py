@@ -1,0 +1,218 @@
+"""`fineloop doctor --host`, against what infra/overlays/kind applies, and with each thing broken in turn."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.checks.manifests import INFRA, Loader
+from pipelines.kubeflow import doctor, probe
+from tests.doubles.kfp_server.server import KfpServer
+from tests.doubles.kubernetes.api import NAMESPACE
+from tests.doubles.kubernetes.applied import AppliedCluster, applied
+from tests.pipelines.kubeflow.conftest import Fineloop
+
+RUNBOOK = (INFRA / "README.md").read_text(encoding="utf-8")
+CORE = f"/api/v1/namespaces/{NAMESPACE}"
+RAYJOB = tuple(
+    shlex.split(next(line for line in RUNBOOK.splitlines() if line.startswith('export CLUSTER="--set'))[16:-1])
+)
+"""The laptop's, as the runbook gives it."""
+IMAGE = ("--image", "fineloop/step:0.1.0")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppliedCluster]:
+    path = tmp_path / "kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(probe, "POLL_S", 0.01)
+    with applied("kind", path) as found:
+        yield found
+
+
+@pytest.fixture
+def ask(cluster: AppliedCluster, server: KfpServer, fineloop: Fineloop) -> Callable[..., dict[str, Any]]:
+    """What doctor finds, by name; it ends with 1 when something is wrong."""
+
+    def asked(*arguments: str) -> dict[str, Any]:
+        answered = fineloop("doctor", "--host", server.url, *(arguments or RAYJOB))
+        found = {check["name"]: check for check in answered.body["checks"]}
+        assert answered.exit_code == (0 if all(check["ok"] for check in found.values()) else 1)
+        assert all(bool(check["fix"]) is not check["ok"] for check in found.values())
+        return found
+
+    return asked
+
+
+def test_a_cluster_that_the_overlay_was_applied_to_is_sound(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    found = ask(*RAYJOB, *IMAGE)
+    assert [check for check in found.values() if not check["ok"]] == []
+    assert found["namespace"]["detail"] == "fineloop, which admits restricted pods"
+    assert found["kubernetes"]["detail"].startswith("v1.34.4 at http://127.0.0.1:")
+    assert found["queue"]["detail"] == "fineloop in fineloop has room for this config"
+    assert "honours conditional writes" in found["store, from a pod"]["detail"]
+    assert len(cluster.made) == 1
+    assert cluster.made[0] not in cluster.objects  # the probe is gone again
+
+
+def test_without_an_image_nothing_is_made(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
+    assert "store, from a pod" not in ask()
+    assert cluster.made == []
+
+
+def _no_role(cluster: AppliedCluster) -> None:
+    cluster.drop("rolebindings", "fineloop-pipeline")
+
+
+def _kinds(path: str) -> Callable[[AppliedCluster], None]:
+    return lambda cluster: cluster.kinds.pop(path)  # type: ignore[return-value]
+
+
+def _without(kind: str, name: str) -> Callable[[AppliedCluster], None]:
+    return lambda cluster: cluster.drop(kind, name)
+
+
+def _small_quota(cluster: AppliedCluster) -> None:
+    queue = cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]
+    queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = "8Gi"
+
+
+def _stopped_queue(cluster: AppliedCluster) -> None:
+    cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]["spec"]["stopPolicy"] = "Hold"
+
+
+def _inactive_queue(cluster: AppliedCluster) -> None:
+    inactive = {"type": "Active", "status": "False", "message": "references missing ResourceFlavor"}
+    cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]["status"] = {"conditions": [inactive]}
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it", "detail", "fix"),
+    [
+        (
+            "namespace",
+            lambda c: c.objects.pop(f"/api/v1/namespaces/{NAMESPACE}"),
+            "there is no fineloop",
+            "infra/namesp",
+        ),
+        ("account fineloop-pipeline", _without("serviceaccounts", "fineloop-pipeline"), "has no such", "infra/rbac"),
+        ("account fineloop-trainer", _without("serviceaccounts", "fineloop-trainer"), "has no such", "infra/rbac"),
+        (
+            "rights of the steps",
+            _no_role,
+            "system:serviceaccount:fineloop:fineloop-pipeline may not create rayjobs, get rayjobs",
+            "infra/rbac",
+        ),
+        ("configmaps/fineloop-env", _without("configmaps", "fineloop-env"), "has none", "config"),
+        ("secrets/fineloop-ray", _without("secrets", "fineloop-ray"), "has none", "make the secret fineloop-ray"),
+        (
+            "secrets/fineloop-ray",
+            lambda c: c.put(f"{CORE}/secrets/fineloop-ray", {"data": {"token": "eA=="}}),
+            "has no key auth_token",
+            "make the secret",
+        ),
+        ("configmaps/kfp-launcher", _without("configmaps", "kfp-launcher"), "has none", "make the configmap"),
+        ("kuberay", _kinds("/apis/ray.io/v1"), "ray.io/v1 is not served", "KubeRay"),
+        ("kueue", _kinds("/apis/kueue.x-k8s.io/v1beta2"), "kueue.x-k8s.io/v1beta2 is not served", "Kueue"),
+        ("queue", _without("localqueues", "fineloop"), "has no LocalQueue fineloop", "ray.cluster.queue"),
+        ("queue", _without("clusterqueues", "fineloop"), "which is not there", "create it"),
+        ("queue", _small_quota, "12 GiB asked for, at most 8 GiB given", "ray.num_workers"),
+        ("queue", _stopped_queue, "lets nobody in: stopped", "start it"),
+        ("queue", _inactive_queue, "lets nobody in: references missing ResourceFlavor", "start it"),
+    ],
+)
+def test_what_is_missing_is_one_right_sentence(
+    ask: Callable[..., dict[str, Any]],
+    cluster: AppliedCluster,
+    name: str,
+    break_it: Callable[[AppliedCluster], Any],
+    detail: str,
+    fix: str,
+) -> None:
+    break_it(cluster)
+    found = ask()
+    assert [wrong for wrong, check in found.items() if not check["ok"]] == [name]
+    assert detail in found[name]["detail"]
+    assert fix in found[name]["fix"]
+
+
+def test_a_static_key_may_be_absent(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
+    cluster.drop("secrets", "fineloop-s3")
+    assert "role gives access" in ask()["secrets/fineloop-s3"]["detail"]
+
+
+def test_what_we_may_not_see_is_said_and_is_no_fault(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    cluster.denied = {f"{CORE}/secrets", "/apis/authorization.k8s.io"}
+    found = ask()
+    for name in ("secrets/fineloop-ray", "rights of the steps"):
+        assert found[name]["ok"]
+        assert found[name]["detail"].startswith("not seen: ")
+        assert "forbidden" in found[name]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "detail"),
+    [
+        (
+            {"phase": "Failed"},
+            "Traceback\nStoreError: bucket fineloop does not exist\n",
+            "bucket fineloop does not exist",
+        ),
+        (
+            {
+                "phase": "Pending",
+                "containerStatuses": [
+                    {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image x"}}}
+                ],
+            },
+            "",
+            "ImagePullBackOff: Back-off pulling image x",
+        ),
+    ],
+)
+def test_a_store_or_an_image_that_pods_cannot_reach_is_told(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster, status: dict[str, Any], log: str, detail: str
+) -> None:
+    cluster.pod_status, cluster.pod_log = status, log
+    found = ask(*RAYJOB, *IMAGE)["store, from a pod"]
+    assert not found["ok"]
+    assert detail in found["detail"]
+    assert cluster.made[0] not in cluster.objects
+
+
+def test_a_shared_ray_cluster_needs_its_address(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
+    assert ask("--namespace", NAMESPACE)["ray address"]["detail"] == "no RAY_ADDRESS for the steps"
+    cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]["RAY_ADDRESS"] = "http://ray-head:8265"
+    assert ask("--namespace", NAMESPACE)["ray address"]["ok"]
+
+
+def test_an_api_server_that_is_away_is_one_sentence(
+    fineloop: Fineloop, server: KfpServer, cluster: AppliedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    answered = fineloop("doctor", "--host", server.url, *RAYJOB)
+    assert answered.exit_code == 1
+    assert [check["name"] for check in answered.body["checks"]] == ["kubeflow pipelines", "kubernetes"]
+
+
+def test_the_rights_that_are_asked_for_are_those_that_infra_grants() -> None:
+    roles = yaml.load_all((INFRA / "rbac" / "pipeline.yaml").read_text(encoding="utf-8"), Loader=Loader)
+    granted = {
+        (rule["apiGroups"][0], resource): set(rule["verbs"])
+        for role in roles
+        if role["kind"] == "Role"
+        for rule in role["rules"]
+        if "resourceNames" not in rule
+        for resource in rule["resources"]
+    }
+    assert granted.keys() == doctor.RIGHTS.keys()
+    for what, verbs in doctor.RIGHTS.items():
+        assert set(verbs) <= granted[what]
