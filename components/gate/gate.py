@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from components.config.schema import RunConfig
 from components.gate.policy import decide
 from components.registry import runs
-from components.registry.aliases import append_event, version_key
+from components.registry.aliases import append_event, events, version_key
 from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
 
@@ -47,8 +47,13 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 
 def _record_refusal(store: "Store", decision: Decision) -> None:
-    told = {"version", "champion", "alias", "run_id", "reasons", "rules"}
-    append_event(store, decision.adapter, "refused", decision.model_dump(mode="json", include=told))
+    about = {"version", "champion", "alias", "run_id"}
+    body = decision.model_dump(mode="json", include={*about, "reasons", "rules"})
+    # Known by what it is about: a step that is repeated after an upgrade may word its reasons in another way.
+    for event in events(store, decision.adapter):
+        if event.kind == "refused" and all(event.body.get(key) == body[key] for key in about):
+            return
+    append_event(store, decision.adapter, "refused", body)
     logger.info("recorded that %s %s was refused in run %s", decision.adapter, decision.version, decision.run_id)
 
 

@@ -79,6 +79,19 @@ def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> N
     assert (failed["candidate"], failed["other"], failed["bound"]) == (1.5, 1.0, 0.02)
 
 
+def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another_is(store: Store) -> None:
+    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(1.5))
+    worded = {"version": "v2", "champion": "v1", "alias": "production", "run_id": RUN, "reasons": ["too bad"]}
+    aliases.append_event(store, "icd10", "refused", worded)
+    run_gate(config(), store, RUN)
+    assert [event.body for event in aliases.events(store, "icd10")] == [worded]
+    compared_anew = evaluation(1.5)
+    compared_anew["models"]["champion"]["version"] = "v3"
+    store.put_json(f"runs/{RUN}/evaluation.json", compared_anew)
+    run_gate(config(), store, RUN)
+    assert [event.body["champion"] for event in aliases.events(store, "icd10")] == ["v1", "v3"]
+
+
 def test_a_loss_that_is_not_a_number_is_held_and_the_decision_is_valid_json(store: Store) -> None:
     broken = evaluation(0.9)
     broken["models"]["candidate"]["metrics"]["loss"] = None
