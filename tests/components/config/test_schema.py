@@ -4,15 +4,14 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 
 from components.config import config_file
-from components.config.schema import TrainConfig
-from components.config.section import Added
 from components.shared.errors import ConfigError
 from tests.components.config.loading import GOOD, message_of, set_in
+from tests.frozen.config_to_come import to_come
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))
@@ -323,15 +322,9 @@ def test_the_digest_of_a_config_is_the_one_that_0_1_0_gave_it():
     assert config_file.load(FROZEN, RAYJOB).digest == RAYJOB_IN_0_1_0
 
 
-class TrainConfigToCome(TrainConfig):
-    patience: Annotated[int, Added("9.0.0")] = 3
-
-
 def test_a_key_that_is_added_with_a_default_leaves_every_digest_as_it_was():
     today = config_file.load(FROZEN)
-    tomorrow = today.model_copy(update={"train": TrainConfigToCome(**dict(today.train))})
-    changed = today.model_copy(update={"train": TrainConfigToCome(**dict(today.train), patience=4)})
-    assert tomorrow.digest == today.digest != changed.digest
+    assert to_come(today).digest == today.digest != to_come(today, patience=4).digest
 
 
 def test_an_added_key_that_is_set_changes_the_digest():

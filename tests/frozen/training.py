@@ -1,0 +1,61 @@
+"""Today's training on a release's registry, as each rank of a group runs it."""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Done:
+    """What rank 0 saw."""
+
+    losses: dict[int, float]
+    """By optimizer step."""
+    resumed_from: int
+    version: str
+
+
+def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run_id: str, dataset_uri: str) -> Any:
+    """Train under the run's name, from its checkpoint where it has one, and publish, as the finetune job does.
+
+    With `keys_to_come` the config is read as by a release that has one key more.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from components.config import config_file
+    from components.prepare.dataset import load_split
+    from components.registry import lineage
+    from components.registry.store import Store
+    from ray_jobs.base import base_model
+    from ray_jobs.base.batching import tokenize
+    from ray_jobs.finetune import _dataset
+    from ray_jobs.training import worker as jobs
+    from ray_jobs.training.group import Worker
+    from tests.frozen.config_to_come import to_come
+
+    started_at = datetime.now(UTC)
+    config = config_file.loads(config_toml)
+    if keys_to_come is not None:
+        config = to_come(config, **keys_to_come)
+    store, base = Store.open(config.registry), base_model.resolve(config.model)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    splits = [
+        tokenize(load_split(store, dataset_uri, name), tokenizer, config.model.max_length) for name in ("train", "eval")
+    ]
+    splits[1] = splits[1].take(range(min(config.train.eval_records, len(splits[1]))))
+    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    job = jobs.TrainJob(
+        config_toml=config_toml,
+        run_id=run_id,
+        dataset=_dataset(store, dataset_uri),
+        base=lineage.Base(config.model.base, base.identity),
+        pad=tokenizer.pad_token_id,
+    )
+    records: list[dict[str, Any]] = []
+    adapted, outcome, recipe = jobs.fit(config, job, worker, store, *splits, report=records.append)
+    if worker.rank:
+        return None
+    version = jobs._publish(job, config, store, adapted, outcome, recipe, worker, started_at)
+    losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    return asdict(Done(losses, outcome.resumed_from, version.version))
