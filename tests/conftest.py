@@ -11,7 +11,7 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry.store import Store
-from pipelines.local import seaweedfs
+from pipelines.local import seaweedfs, server
 
 if TYPE_CHECKING:
     from tests.doubles.kubernetes.control_plane import ControlPlane
@@ -28,14 +28,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[seaweedfs.Endpoint]:
     """A SeaweedFS of this session's own, which the environment then points every client at."""
     directory: Path = tmp_path_factory.mktemp("seaweedfs")
-    endpoint = seaweedfs.start(directory, "fineloop-tests")
+    running = server.start(seaweedfs.SeaweedFS(directory, "fineloop-tests"))
+    endpoint = seaweedfs.Endpoint.read(running.endpoint)
     with pytest.MonkeyPatch.context() as environment:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             environment.delenv(name, raising=False)
         for name, value in endpoint.environment().items():
             environment.setenv(name, value)
         yield endpoint
-    seaweedfs.stop(endpoint)
+    running.stop()
 
 
 @pytest.fixture

@@ -22,15 +22,14 @@ def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
         GroundError: the home's store does not start.
     """
     from components.registry.store import Store
-    from pipelines.local.ground import ground
-    from pipelines.local.store import configured
+    from pipelines.local.local_services import local_services, store_configured
 
     config = load_config(options)
-    if not configured() and not (options.home / "store").is_dir():
+    if not store_configured() and not (options.home / "store").is_dir():
         raise UserError(
             f"there is no store under {options.home}: give the --home of an earlier `fineloop run`, or set "
             "AWS_ENDPOINT_URL to where your registry lies"
         )
-    with ground(options.home, bucket=config.registry.bucket, ray=False) as environment:
+    with local_services(options.home, bucket=config.registry.bucket, ray=False) as environment:
         os.environ.update(environment)  # a command is a process: nothing else runs in it
         yield Store.open(config.registry)

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def _up(options: argparse.Namespace) -> Answer:
-    from pipelines.local.ground import ray_up
+    from pipelines.local.local_services import ray_up
 
     environment = ray_up(options.home, bucket=load_config(options).registry.bucket)
     body = {"address": environment["RAY_ADDRESS"]}
@@ -42,12 +42,12 @@ def _up(options: argparse.Namespace) -> Answer:
 
 
 def _down(options: argparse.Namespace) -> Answer:
-    from pipelines.local.ray_head import ray_down
+    from pipelines.local.local_services import ray_down
 
     return is_down(TITLE, ray_down(options.home))
 
 
 def _env(options: argparse.Namespace) -> Answer:
-    from pipelines.local.ray_head import ray_environment
+    from pipelines.local.local_services import ray_environment
 
     return exports(ray_environment(options.home))

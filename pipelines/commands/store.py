@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 
 def _up(options: argparse.Namespace) -> Answer:
-    from pipelines.local.store import store_up
+    from pipelines.local.local_services import store_up
 
     bucket = load_config(options).registry.bucket
     environment = store_up(options.home, bucket)
@@ -39,12 +39,12 @@ def _up(options: argparse.Namespace) -> Answer:
 
 
 def _down(options: argparse.Namespace) -> Answer:
-    from pipelines.local.store import store_down
+    from pipelines.local.local_services import store_down
 
     return is_down(TITLE, store_down(options.home))
 
 
 def _env(options: argparse.Namespace) -> Answer:
-    from pipelines.local.store import store_environment
+    from pipelines.local.local_services import store_environment
 
     return exports(store_environment(options.home))

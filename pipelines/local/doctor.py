@@ -16,7 +16,7 @@ from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
 from pipelines.check import Check, check
-from pipelines.local import ray_head, ray_process, seaweedfs, store
+from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.estimate import told_here
 from pipelines.local.ports import LOOPBACK
 
@@ -25,7 +25,7 @@ PYTHON = (3, 11)
 HOME_DISK_BYTES = 3 * GIB  # a converted 135M base model, its checkpoints and the embedded store's volumes
 TEMP_DISK_BYTES = 1 * GIB  # Ray spills and logs there
 MEMORY_BYTES = 6 * GIB  # two CPU workers on the built-in example, the Ray head and the store
-SHM_BYTES = ray_process.OBJECT_STORE_BYTES
+SHM_BYTES = ray_head.OBJECT_STORE_BYTES
 STEP_PACKAGES = ("boto3", "pyarrow", "pydantic", "kfp", "ray", "jinja2", "tomli_w")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "safetensors", "gguf")
 
@@ -93,7 +93,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _weed() -> Check:
-    if store.configured():
+    if local_services.store_configured():
         return Check("embedded store", True, "not needed: AWS_ENDPOINT_URL is set", "")
     try:
         return Check("embedded store", True, seaweedfs.find_binary(), "")
@@ -115,8 +115,8 @@ def _loopback() -> Check:
 
 def _store(home: Path, registry: RegistryConfig | None) -> Check:
     name = "store"
-    configured = store.configured()
-    endpoint = None if configured else store.service(home).endpoint()
+    configured = local_services.store_configured()
+    endpoint = None if configured else local_services.store_service(home).endpoint()
     if not configured and endpoint is None:
         return Check(name, True, "none configured: an embedded one starts with each run", "")
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or (endpoint or {})["url"]
@@ -125,7 +125,7 @@ def _store(home: Path, registry: RegistryConfig | None) -> Check:
     from components.registry.store import Store
 
     try:
-        with _environment({} if configured else store.store_environment(home)):
+        with _environment({} if configured else local_services.store_environment(home)):
             Store.open(registry).check()
     except StoreError as exc:
         return Check(name, False, f"{url}: {exc}", "see the message")
@@ -145,7 +145,7 @@ def _environment(added: dict[str, str]) -> Iterator[None]:
 
 
 def _ray(home: Path) -> Check:
-    if ray_head.configured():
+    if local_services.ray_configured():
         url = os.environ["RAY_ADDRESS"]
         if not url.startswith(("http://", "https://")):
             return Check("ray", False, f"RAY_ADDRESS={url}", "RAY_ADDRESS takes the Jobs API: http://HOST:8265")
@@ -154,10 +154,10 @@ def _ray(home: Path) -> Check:
         if token is None and path.is_file():
             token = path.read_text(encoding="ascii").strip()
         fix = "check RAY_ADDRESS, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and that the cluster runs"
-        return check("ray", ray_process.answers(url, token), url, fix)
-    if (endpoint := ray_head.service(home).endpoint()) is None:
+        return check("ray", ray_head.answers(url, token), url, fix)
+    if (endpoint := local_services.ray_service(home).endpoint()) is None:
         return Check("ray", True, "none configured: a local head starts with each run", "")
-    answered = ray_process.answers(endpoint["url"], Path(endpoint["token_path"]).read_text(encoding="ascii"))
+    answered = ray_head.answers(endpoint["url"], Path(endpoint["token_path"]).read_text(encoding="ascii"))
     return check("ray", answered, endpoint["url"], "fineloop ray down; fineloop ray up")
 
 

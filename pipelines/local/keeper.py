@@ -13,12 +13,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
 
 from components.shared.errors import FineloopError, GroundError
+from pipelines.local.server import Server, start
 from pipelines.local.service import Service, write_private
 
 logger = logging.getLogger(__name__)
@@ -26,23 +26,8 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.25
 
 
-class Kept(Protocol):
-    """A server that runs."""
-
-    def ended(self) -> bool:
-        """Whether it ended by itself."""
-
-    def stop(self) -> None:
-        """Stop it and wait until it is gone."""
-
-
-# Starts the server; calls back with the endpoint as soon as its address is settled; returns endpoint and server when it
-# answers.
-Start = Callable[[Callable[[dict[str, Any]], None]], tuple[dict[str, Any], Kept]]
-
-
-def keep(service: Service, start: Start) -> None:
-    """Keep the server that `start` starts until it has no user and is not pinned, a signal asks to stop, or it ends.
+def keep(service: Service, server: Server) -> None:
+    """Keep the server until it has no user and is not pinned, a signal asks to stop, or it ends.
 
     Raises:
         GroundError: it did not start, or ended by itself.
@@ -55,24 +40,20 @@ def keep(service: Service, start: Start) -> None:
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     users = os.open(service.path("users.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-
-    def announce(endpoint: dict[str, Any], *, ready: bool = False) -> None:
-        text = json.dumps({**endpoint, "ready": ready, "keeper_pid": os.getpid()})
-        write_private(service.path("endpoint.json"), text)
-
-    endpoint, kept = start(announce)
+    running = start(server)
     try:
-        announce(endpoint, ready=True)
+        endpoint = {**running.endpoint, "keeper_pid": os.getpid()}
+        write_private(service.path("endpoint.json"), json.dumps(endpoint))
         logger.info("%s is up at %s", service.title, endpoint["url"])
         while not stopping and not _unused(service, users):
-            if kept.ended():
+            if running.ended():
                 raise GroundError(f"{service.title} ended by itself: see the logs in {service.directory}")
             time.sleep(LOOK_S)
         logger.info("stopping %s: %s", service.title, f"signal {stopping[0]}" if stopping else "nobody uses it")
     finally:
         with contextlib.suppress(FileNotFoundError):  # before the server goes; and the home may be gone
             (service.directory / "endpoint.json").unlink()
-        kept.stop()
+        running.stop()
 
 
 def _unused(service: Service, users: int) -> bool:
@@ -120,19 +101,18 @@ def main() -> int:
     os.set_inheritable(arguments.lock, False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
-    from pipelines.local import ray_head, store  # they import this package's lighter parts only
+    from pipelines.local.local_services import ray_service, store_service
+    from pipelines.local.ray_head import RayHead
+    from pipelines.local.seaweedfs import SeaweedFS
 
-    store_service = store.service(arguments.home)
-    start: Start
-    if arguments.service == "store":
-        service, used = store_service, None
-        start = lambda announce: store.start(service.directory, arguments.bucket, announce)  # noqa: E731
-    else:
-        service, used = ray_head.service(arguments.home), store_service if arguments.with_store else None
-        start = lambda announce: ray_head.start(service.directory, announce)  # noqa: E731
+    store = store_service(arguments.home)
+    service = store if arguments.service == "store" else ray_service(arguments.home)
+    server: Server = (
+        SeaweedFS(service.directory, arguments.bucket) if arguments.service == "store" else RayHead(service.directory)
+    )
     try:
-        with _user_of(used):
-            keep(service, start)
+        with _user_of(store if arguments.with_store else None):
+            keep(service, server)
     except FineloopError as exc:
         logger.error("%s", exc)
         with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from components.registry import runs
 from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.shared.errors import FineloopError
 from components.shared.metrics import METRICS
-from pipelines.local import store as local_store
+from pipelines.local.local_services import store_configured
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -133,7 +133,7 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
     elif outcome.decision is None:
         commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
-    if not local_store.configured():
+    if not store_configured():
         commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
     width = max(map(len, commands))
     return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])

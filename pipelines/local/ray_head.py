@@ -1,133 +1,197 @@
-"""The local Ray head of one home, shared by everything that runs on it."""
+"""A Ray head on loopback, reached through the Jobs API with a token: `ray start --head` and nothing that is not needed.
+
+Ray listens on every interface unless its node address is 127.0.0.1, and replaces that address by the machine's own
+unless it is told that it is on a platform without clusters: so it is told that. `ray stop` would end every Ray of the
+machine and is never used.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from components.shared.errors import GroundError
-from pipelines.local import ray_process
-from pipelines.local.service import ROOT, Service
+from pipelines.local.ports import LOOPBACK
+from pipelines.local.service import ROOT, python_path, write_private
 
-
-def service(home: Path) -> Service:
-    """The shared head of `home`."""
-    return Service("ray", "the local Ray head", home.absolute(), start_timeout_s=150.0)
-
-
-def configured() -> bool:
-    """Whether the environment names a Ray cluster already; it wins over the local head."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-@contextlib.contextmanager
-def using_ray(home: Path, environment: Mapping[str, str], *, with_store: bool) -> Iterator["RayInUse"]:
-    """Use the local head; it starts when it is not up, and stays while anybody uses it.
-
-    `environment` is what its jobs inherit: the whole of this process's with the store's AWS_*. `with_store` says that
-    these belong to the embedded store of the same home, which then stays as long as the head does. A head that was
-    started with another store is restarted when nobody else uses it.
-
-    Raises:
-        GroundError: it did not start, or works with another store for somebody else.
-    """
-    shared = service(home)
-    arguments = ["--with-store"] if with_store else []
-    digest = _store_digest(environment)
-    with contextlib.ExitStack() as stack:
-        endpoint = stack.enter_context(shared.use(arguments=arguments, environment=environment))
-        if endpoint["store_digest"] != digest:
-            stack.close()
-            pinned = shared.pinned
-            with contextlib.suppress(GroundError):
-                shared.down(stop_with="")
-            endpoint = stack.enter_context(shared.use(arguments=arguments, environment=environment))
-            if pinned:
-                shared.pin()
-        if endpoint["store_digest"] != digest:
-            raise GroundError(
-                f"the local Ray head under {home} is in use with the store {endpoint['store_url']}, and this command's "
-                f"is {_store_url(environment)} (or has other credentials): wait for that run, or take another --home"
-            )
-        yield RayInUse(shared, endpoint)
+OBJECT_STORE_BYTES = 300_000_000
+PORT_FLAGS = (
+    "--dashboard-port",
+    "--port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--metrics-export-port",
+    "--runtime-env-agent-port",
+    "--object-manager-port",
+    "--node-manager-port",
+    "--ray-client-server-port",
+)
+# A Unix socket's path has at most 107 bytes; below the temporary directory Ray adds up to 66
+# (session_2026-11-25_00-44-43_123456_4194304/sockets/plasma_store).
+LONGEST_TEMP_DIR = 40
 
 
 @dataclass(frozen=True)
-class RayInUse:
-    """The local head while this process uses it. Its address is settled; it may not answer yet."""
+class RayHead:
+    """A head whose jobs inherit this process's environment.
 
-    service: Service
-    endpoint: dict[str, Any]
-
-    def wait_ready(self) -> dict[str, str]:
-        """Wait until it answers; what the Jobs API client needs."""
-        return _environment(self.service.wait_ready())
-
-
-def ray_down(home: Path) -> bool:
-    """Stop the local head; False when it was not up.
-
-    Raises:
-        GroundError: somebody uses it.
+    Its token, ports and logs lie under `directory`, its sockets in a short temporary directory.
     """
-    return service(home).down(stop_with="end that run first")
 
+    directory: Path
+    title: ClassVar[str] = "the local Ray head"
+    num_ports: ClassVar[int] = len(PORT_FLAGS) + 1
+    orphan_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    start_timeout_s: ClassVar[float] = 60.0
 
-def ray_environment(home: Path) -> dict[str, str]:
-    """What the Jobs API client needs to use the head that is up now. Starts nothing.
+    def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
+        """`ray start --head`."""
+        *own_ports, dashboard_metrics_port = ports
+        if not self._token_path.exists():
+            write_private(self._token_path, secrets.token_hex(32))
+        temp_dir = _short_temp_dir()
+        (self.directory / "temp_dir").write_text(str(temp_dir), encoding="utf-8")
+        logs = self.directory / "logs"
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.unlink(missing_ok=True)
+        logs.symlink_to(temp_dir / "session_latest" / "logs")
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            f"--node-ip-address={LOOPBACK}",
+            f"--dashboard-host={LOOPBACK}",
+            "--include-dashboard=true",  # it serves the Jobs API
+            *[f"{flag}={port}" for flag, port in zip(PORT_FLAGS, own_ports, strict=True)],
+            "--min-worker-port=0",  # any free one: the default range would collide with a second head's
+            "--max-worker-port=0",
+            # Two workers, the smallest number that shows that training is distributed, must fit on any machine.
+            f"--num-cpus={max(2, os.cpu_count() or 1)}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            "--disable-usage-stats",
+            f"--temp-dir={temp_dir}",
+            "--log-color=false",
+        ]
+        return command, head_environment(
+            os.environ, token_path=self._token_path, dashboard_metrics_port=dashboard_metrics_port
+        )
 
-    Raises:
-        GroundError: none is up.
-    """
-    endpoint = service(home).endpoint()
-    if endpoint is None:
-        raise GroundError(f"no local Ray head is up under {home}: start one with `fineloop ray up`")
-    return _environment(endpoint)
-
-
-def start(directory: Path, announce: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any], "RunningHead"]:
-    """Start the head with this process's environment: what the keeper runs."""
-
-    def record(url: str, token_path: Path) -> dict[str, Any]:
+    def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
+        """Where it is, who may use it, and which store its jobs inherit."""
         return {
-            "url": url,
-            "token_path": str(token_path),
-            "store_url": _store_url(os.environ),
-            "store_digest": _store_digest(os.environ),
+            "url": f"http://{LOOPBACK}:{ports[0]}",
+            "token_path": str(self._token_path),
+            "store_url": store_url(os.environ),
+            "store_digest": store_digest(os.environ),
         }
 
-    head = ray_process.start(directory, announce=lambda url, token_path: announce(record(url, token_path)))
-    return record(head.url, head.token_path), RunningHead(head)
+    def answers(self, ports: Sequence[int]) -> bool:
+        """Whether its Jobs API does."""
+        return answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
+
+    def clear(self, ports: Iterable[int]) -> None:
+        """Remove its temporary directory, whatever its ports were, and keep its logs."""
+        note = self.directory / "temp_dir"
+        with contextlib.suppress(FileNotFoundError):
+            temp_dir = Path(note.read_text(encoding="utf-8"))
+            session_logs = (temp_dir / "session_latest" / "logs").resolve()
+            if session_logs.is_dir():
+                logs = self.directory / "logs"
+                if logs.is_symlink():
+                    logs.unlink()
+                shutil.rmtree(logs, ignore_errors=True)
+                shutil.copytree(
+                    session_logs, logs, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("*.sock")
+                )
+            shutil.rmtree(temp_dir, ignore_errors=True)
+            note.unlink()
+
+    @property
+    def _token_path(self) -> Path:
+        return self.directory / "token"
 
 
-@dataclass(frozen=True)
-class RunningHead:
-    """The head, in its keeper's hands."""
-
-    head: ray_process.Head
-
-    def ended(self) -> bool:
-        """Whether it ended by itself."""
-        return self.head.process.poll() is not None
-
-    def stop(self) -> None:
-        """Stop it and wait until it is gone."""
-        ray_process.stop(self.head)
+def client_environment(endpoint: Mapping[str, Any]) -> dict[str, str]:
+    """What the Jobs API client needs to find and use the head."""
+    token_path = endpoint["token_path"]
+    environment = {"RAY_ADDRESS": endpoint["url"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
+    if "RAY_AUTH_TOKEN" in os.environ:  # of another cluster: Ray would prefer it to the path
+        environment["RAY_AUTH_TOKEN"] = Path(token_path).read_text(encoding="ascii")
+    return environment
 
 
-def _store_url(environment: Mapping[str, str]) -> str:
+def lean(parameters: Any, head: bool) -> None:
+    """Leave out what no job here uses: the Ray Client server and the autoscaler. Ray calls this (RAY_START_HOOK)."""
+    parameters.ray_client_server_port = None
+    parameters.no_monitor = True
+
+
+def head_environment(
+    environment: Mapping[str, str], *, token_path: Path, dashboard_metrics_port: int
+) -> dict[str, str]:
+    """The head's environment, which its jobs inherit as a pod inherits a mounted secret."""
+    inherited = {
+        name: value
+        for name, value in environment.items()
+        if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
+    }
+    return {
+        **inherited,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
+        "PYTHONPATH": python_path(environment),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1
+        "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
+        "RAY_START_HOOK": f"{__name__}.{lean.__name__}",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no other node could take over
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
+        "RAY_worker_niceness": "0",  # a worker's 15 would starve the training beside anything else
+    }
+
+
+def answers(url: str, token: str | None) -> bool:
+    """Whether the Jobs API at `url` answers and accepts `token`."""
+    import urllib.error  # not at the top: it takes longer to import than all the rest of this module
+    import urllib.request
+
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/api/jobs/", headers=headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def store_url(environment: Mapping[str, str]) -> str:
+    """Where the store is that jobs inherit, for people."""
     return environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or "the AWS default"
 
 
-def _store_digest(environment: Mapping[str, str]) -> str:
+def store_digest(environment: Mapping[str, str]) -> str:
     """What jobs inherit that must not differ from what this command uses: the store, the credentials, the code."""
     inherited = {name: value for name, value in environment.items() if name.startswith("AWS_") and value}
     return hashlib.sha256(json.dumps([inherited, str(ROOT)], sort_keys=True).encode()).hexdigest()
 
 
-def _environment(endpoint: dict[str, Any]) -> dict[str, str]:
-    return ray_process.client_environment(endpoint["url"], endpoint["token_path"])
+def _short_temp_dir() -> Path:
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) + len("/fineloop-12345678") > LONGEST_TEMP_DIR:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="fineloop-", dir=base))

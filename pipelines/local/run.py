@@ -15,9 +15,9 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, ObjectMissing, UserError
-from pipelines.local import ray_head
 from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_here
+from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
@@ -51,8 +51,6 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
-    from pipelines.local.ground import ground
-
     needs_head = config.ray.cluster.kind == "jobs-api" and not place.address
     if place.address and config.ray.cluster.kind == "rayjob":
         raise UserError(
@@ -65,7 +63,7 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
-    trains_here = needs_head and not ray_head.configured() and not config.ray.use_gpu
+    trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
         if trains_here:
             print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
@@ -74,7 +72,7 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
         ground_began = time.monotonic()
         display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
-        with ground(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
+        with local_services(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}

@@ -54,43 +54,25 @@ class Service:
     def use(self, *, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Use the server, started when it is not up; it stays while this context, or another one, is open.
 
-        Yields the endpoint as soon as its address is settled, which may be before it answers: see `wait_ready`.
-        `arguments` and `environment` are the keeper's, and do nothing when one lives already.
+        Yields the endpoint once it answers. `arguments` and `environment` are the keeper's, and do nothing when one
+        lives already.
 
         Raises:
             GroundError: the server did not start; the message is the keeper's.
         """
         # A keeper that is stopping the server holds this lock whole; it takes seconds.
         with _locked(self.path("users.lock"), fcntl.LOCK_SH, wait_s=STOP_TIMEOUT_S, title=self.title):
-            with self._keeper_lock() as free:
-                if free is not None:
-                    self._start_keeper(free, arguments, environment)
-            try:
-                endpoint = self._await_endpoint(ready=False)
-            except _KeeperGone:
-                if free is not None:
-                    raise
-                with self._keeper_lock() as free:  # it was on its way out when it was found: start another
-                    if free is not None:
-                        self._start_keeper(free, arguments, environment)
-                endpoint = self._await_endpoint(ready=False)
+            endpoint = self._started(arguments, environment) or self._started(arguments, environment)
+            if endpoint is None:
+                raise GroundError(self._failure())
             yield endpoint
-
-    def wait_ready(self) -> dict[str, Any]:
-        """The endpoint, once it answers. Call it inside `use`.
-
-        Raises:
-            GroundError: the server did not start, or ended.
-        """
-        return self._await_endpoint(ready=True)
 
     def endpoint(self) -> dict[str, Any] | None:
         """The endpoint of the server that is up now, None when none is. Starts nothing."""
         if not self.directory.is_dir():
             return None
         with self._keeper_lock() as free:
-            found = None if free is not None else self._read_endpoint()
-        return found if found is not None and found["ready"] else None
+            return None if free is not None else self._read_endpoint()
 
     def in_use(self) -> list[int] | None:
         """Process ids of the users, None when there is none. Empty when they cannot be told (no /proc)."""
@@ -157,6 +139,26 @@ class Service:
             finally:
                 os.close(descriptor)  # the keeper, when one was started, has its own copy and so the lock
 
+    def _started(self, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any] | None:
+        """The endpoint, once it answers. None when there was a keeper, and it was on its way out."""
+        with self._keeper_lock() as free:
+            is_ours = free is not None
+            if free is not None:
+                self._start_keeper(free, arguments, environment)
+        deadline = time.monotonic() + self.start_timeout_s
+        while time.monotonic() < deadline:
+            with self._keeper_lock() as free:
+                if free is not None and is_ours:
+                    raise GroundError(self._failure())
+                if free is not None:
+                    return None
+                if (found := self._read_endpoint()) is not None:
+                    return found
+            time.sleep(POLL_S)
+        raise GroundError(
+            f"{self.title} did not answer within {self.start_timeout_s:.0f} s: see {self.path('keeper.log')}"
+        )
+
     def _start_keeper(self, lock: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         for stale in ("endpoint.json", "failed.txt"):
             self.path(stale).unlink(missing_ok=True)
@@ -172,22 +174,8 @@ class Service:
                 env={**environment, "PYTHONPATH": python_path(environment)},
                 cwd=self.directory,
                 start_new_session=True,
-                check=False,  # a keeper that did not start has released its lock: _await_endpoint says so
+                check=False,  # a keeper that did not start has released its lock, which `_started` notices
             )
-
-    def _await_endpoint(self, *, ready: bool) -> dict[str, Any]:
-        deadline = time.monotonic() + self.start_timeout_s
-        while time.monotonic() < deadline:
-            with self._keeper_lock() as free:
-                found = self._read_endpoint() if free is None else None
-                if free is not None:
-                    raise _KeeperGone(self._failure())
-            if found is not None and (found["ready"] or not ready):
-                return found
-            time.sleep(POLL_S)
-        raise GroundError(
-            f"{self.title} did not answer within {self.start_timeout_s:.0f} s: see {self.path('keeper.log')}"
-        )
 
     def _read_endpoint(self) -> dict[str, Any] | None:
         try:
@@ -214,10 +202,6 @@ def python_path(environment: Mapping[str, str]) -> str:
     """PYTHONPATH with this code's root first, so that `python -m` finds the three packages from any directory."""
     others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
     return os.pathsep.join([str(ROOT), *others])
-
-
-class _KeeperGone(GroundError):
-    """Nobody keeps the server: it did not start, or it ended."""
 
 
 def write_private(path: Path, text: str) -> None:

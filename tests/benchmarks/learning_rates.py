@@ -16,7 +16,7 @@ from typing import Any
 from components.config import config_file
 from components.config.methods import METHODS
 from components.prepare import icd10
-from pipelines.local import seaweedfs
+from pipelines.local import seaweedfs, server
 from tests.models.train_group import train
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
@@ -35,8 +35,8 @@ def main() -> None:
     methods = ["lora", *(name for name in options.methods if name != "lora")]
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fineloop-rates-") as scratch:
-        endpoint = seaweedfs.start(Path(scratch) / "store", BUCKET)
-        os.environ.update(endpoint.environment())
+        running = server.start(seaweedfs.SeaweedFS(Path(scratch) / "store", BUCKET))
+        os.environ.update(seaweedfs.Endpoint.read(running.endpoint).environment())
         try:
             for name in methods:
                 losses = {}
@@ -46,7 +46,7 @@ def main() -> None:
                     print(f"{name:>8}  rate {rate:8.1e}  held-out loss {losses[rate]:.3f}", flush=True)
                 best[name] = min(losses, key=losses.__getitem__)
         finally:
-            seaweedfs.stop(endpoint)
+            running.stop()
     for name in methods:
         print(f"{name:>8}  best rate {best[name]:8.1e}, {best[name] / best['lora']:5.2f} x LoRA's")
 

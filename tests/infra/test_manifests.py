@@ -122,6 +122,6 @@ def test_steps_are_told_where_the_store_is_as_ray_pods_are(overlay: str) -> None
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_ray_sends_no_reports_of_its_use_to_its_makers(overlay: str) -> None:
-    """It does unless it is told not to, and egress to port 443 lets it; local runs are told in `ray_process`."""
+    """It does unless it is told not to, and egress to port 443 lets it; local runs are told in `ray_head`."""
     (environment,) = (m["data"] for m in render_overlay(overlay) if m["metadata"]["name"] == CONFIG_MAP)
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"

@@ -17,7 +17,7 @@ from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import connect, stop_run, submit_and_wait
 from components.shared.errors import Conflict, DataError, JobError, UserError
-from pipelines.local.ground import ground
+from pipelines.local.local_services import local_services
 from pipelines.local.seaweedfs import Endpoint
 from tests.components.ray_cluster.submitting import submitting
 from tests.doubles.jobs_api import TOKEN, JobsApi
@@ -92,7 +92,7 @@ def cluster(
         else:
             (directory / "ray").mkdir()
             (directory / "ray" / "token").write_text(TOKEN)
-            with ground(directory, bucket=s3_server.bucket) as environment:
+            with local_services(directory, bucket=s3_server.bucket) as environment:
                 for name, value in environment.items():
                     patch.setenv(name, value)
                 yield Cluster(RayConfig(), lambda job_id: ray_status(environment["RAY_ADDRESS"], job_id))

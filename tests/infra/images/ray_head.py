@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from pipelines.local.ports import choose_ports
-from pipelines.local.ray_process import PORT_FLAGS, answers
+from pipelines.local.ray_head import PORT_FLAGS, answers
 from tests.infra.images.containers import on_loopback, podman, running
 
 START_TIMEOUT_S = 120.0

@@ -20,8 +20,8 @@ from pipelines.local.service import ROOT, Service
 USER = """
 import json, sys
 from pathlib import Path
-from pipelines.local.ground import ground
-with ground(Path(sys.argv[1]), bucket=sys.argv[2], ray=sys.argv[3] == "ray") as environment:
+from pipelines.local.local_services import local_services
+with local_services(Path(sys.argv[1]), bucket=sys.argv[2], ray=sys.argv[3] == "ray") as environment:
     print(json.dumps(environment), flush=True)
     sys.stdin.read()
 """
@@ -36,7 +36,7 @@ def nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class User:
-    """A process that stands on a home's ground until it is told, or made, to end."""
+    """A process that uses a home's servers until it is told, or made, to end."""
 
     process: subprocess.Popen[str]
     environment: dict[str, str]
@@ -68,7 +68,7 @@ class Machine:
         )
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line, "the user did not get its ground"
+        assert line, "the user did not get its servers"
         user = User(process, json.loads(line))
         self.users.append(user)
         return user

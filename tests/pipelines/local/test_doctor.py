@@ -8,7 +8,7 @@ from components.config import config_file
 from components.config.schema import RegistryConfig
 from components.shared.cpus import this_cpu
 from pipelines.local import doctor
-from pipelines.local.ground import ground
+from pipelines.local.local_services import local_services
 from tests.models.tiny import build_base, colour_rows
 
 pytestmark = pytest.mark.usefixtures("nothing_is_configured")
@@ -54,7 +54,7 @@ def test_too_little_disk_is_seen(tmp_path, monkeypatch):
 
 
 def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
-    with ground(tmp_path, bucket="bucket-one", ray=False) as environment:
+    with local_services(tmp_path, bucket="bucket-one", ray=False) as environment:
         check = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-one")))["store"]
         assert check.ok
         assert environment["AWS_ENDPOINT_URL"] in check.detail

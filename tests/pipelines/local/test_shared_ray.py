@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from components.shared.errors import GroundError
-from pipelines.local import ray_head, ray_process, store
-from pipelines.local.ground import ground, ray_up
+from pipelines.local import ray_head
+from pipelines.local.local_services import (
+    local_services,
+    ray_down,
+    ray_service,
+    ray_up,
+    store_down,
+    store_environment,
+    store_service,
+)
 from pipelines.local.service import ROOT
 
 pytestmark = pytest.mark.e2e
@@ -61,7 +69,7 @@ def status_of(url: str, token: str | None) -> int:
 
 def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_with_the_user(machine):
     user = machine.user(ray=True)
-    head, shared = ray_head.service(machine.home), store.service(machine.home)
+    head, shared = ray_service(machine.home), store_service(machine.home)
     processes = machine.processes(head) | machine.processes(shared)
 
     # Only whoever can read the token gets in, and only from this machine.
@@ -92,7 +100,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     user = machine.user(ray=True)
     answer = run_job(user.environment, "long")
     assert answer.startswith("RUNNING"), answer
-    service = ray_head.service(machine.home)
+    service = ray_service(machine.home)
     processes = machine.processes(service)
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes]
     assert any("time.sleep(600)" in command for command in commands), "the job's driver is not among the processes"
@@ -106,39 +114,38 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     assert not temp_dir.exists()
 
 
-def test_up_keeps_head_and_store_and_a_run_with_another_store_restarts_an_idle_head_only(machine, monkeypatch):
+def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_down(machine, monkeypatch):
     environment = ray_up(machine.home, bucket="bucket-one")
-    head, shared = ray_head.service(machine.home), store.service(machine.home)
-    processes = machine.processes(head)
+    head = ray_service(machine.home)
+    processes, of_store = machine.processes(head), machine.processes(store_service(machine.home))
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
     with pytest.raises(GroundError, match="fineloop ray down"):
-        store.store_down(machine.home)  # the head uses it
-    assert store.store_environment(machine.home)["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
+        store_down(machine.home)  # the head uses it
+    assert store_environment(machine.home)["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
     user = machine.user(ray=True)
     assert machine.keeper_pid(head) in processes
+    user.leave()
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theirs")
-    in_use = pytest.raises(GroundError, match=rf"in use with the store {environment['AWS_ENDPOINT_URL']}")
-    with in_use, ground(machine.home, bucket="bucket-one"):
+    refused = pytest.raises(GroundError, match=rf"the store {environment['AWS_ENDPOINT_URL']}, .* `fineloop ray down`")
+    with refused, local_services(machine.home, bucket="bucket-one"):
         pass
     assert machine.alive(processes) == set(processes)
-    assert head.pinned
-    user.leave()
-    with ground(machine.home, bucket="bucket-one"):
-        assert not machine.alive(processes)
-        assert head.pinned
-        assert shared.endpoint() is None or shared.in_use() is None  # the old head was its last user
-    assert ray_head.ray_down(machine.home)
-    assert head.endpoint() is None
+    assert ray_down(machine.home)
+    assert not machine.alive(processes)
+    machine.wait_gone(of_store, within_s=15)  # the head was its last user
+    with local_services(machine.home, bucket="bucket-one"):
+        assert store_service(machine.home).endpoint() is None
+        assert machine.keeper_pid(head) not in processes
 
 
 def test_a_configured_cluster_wins_and_nothing_starts(machine, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
     monkeypatch.setenv("RAY_ADDRESS", "http://ray.example.com:8265")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "theirs")
-    with ground(machine.home, bucket="bucket-one") as environment:
+    with local_services(machine.home, bucket="bucket-one") as environment:
         assert environment["RAY_ADDRESS"] == "http://ray.example.com:8265"
         assert environment["RAY_AUTH_TOKEN"] == "theirs"
     assert not machine.home.exists()
@@ -146,6 +153,6 @@ def test_a_configured_cluster_wins_and_nothing_starts(machine, monkeypatch):
 
 def test_a_long_home_and_a_long_temporary_directory_do_not_break_the_sockets(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("t" * 100)))
-    made = ray_process._short_temp_dir()
-    assert len(str(made)) <= ray_process.LONGEST_TEMP_DIR
+    made = ray_head._short_temp_dir()
+    assert len(str(made)) <= ray_head.LONGEST_TEMP_DIR
     made.rmdir()

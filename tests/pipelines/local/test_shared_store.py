@@ -16,8 +16,7 @@ import pytest
 from botocore.config import Config
 
 from components.shared.errors import GroundError
-from pipelines.local import store
-from pipelines.local.ground import ground
+from pipelines.local.local_services import local_services, store_down, store_environment, store_service, store_up
 from pipelines.local.service import ROOT
 
 WITHIN_S = 8.0  # the keeper looks every 0.25 s and the server takes 1 to 2 s to stop
@@ -35,7 +34,7 @@ def client(environment: dict[str, str]) -> Any:
 
 
 def test_two_users_share_one_server_which_survives_the_first_ones_exit_and_goes_with_the_last(machine):
-    service = store.service(machine.home)
+    service = store_service(machine.home)
     first = machine.user()
     keeper = machine.keeper_pid(service)
     second = machine.user()
@@ -56,7 +55,7 @@ def test_two_users_share_one_server_which_survives_the_first_ones_exit_and_goes_
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_server_goes_and_its_ports_close_when_its_user_is_killed(machine, number):
     user = machine.user()
-    processes = machine.processes(store.service(machine.home))
+    processes = machine.processes(store_service(machine.home))
     ports = machine.listeners(processes)
     assert int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]) in ports
     user.kill(number)
@@ -64,12 +63,12 @@ def test_the_server_goes_and_its_ports_close_when_its_user_is_killed(machine, nu
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
-    assert store.service(machine.home).endpoint() is None
+    assert store_service(machine.home).endpoint() is None
 
 
 @pytest.mark.parametrize("victim", ["keeper", "guard"])
 def test_nothing_is_left_when_a_part_is_killed_and_the_next_user_gets_the_same_address_and_data(machine, victim):
-    service = store.service(machine.home)
+    service = store_service(machine.home)
     first = machine.user()
     client(first.environment).put_object(Bucket="bucket-one", Key="kept", Body=b"written before the kill")
     processes = machine.processes(service)
@@ -87,11 +86,11 @@ def test_nothing_is_left_when_a_part_is_killed_and_the_next_user_gets_the_same_a
 
 
 def test_a_stale_endpoint_file_fools_nobody(machine):
-    service = store.service(machine.home)
+    service = store_service(machine.home)
     stale = {"url": "http://127.0.0.1:9", "access_key": "a", "secret_key": "b", "bucket": "bucket-one"}
-    service.path("endpoint.json").write_text(json.dumps({**stale, "ready": True, "keeper_pid": os.getpid()}))
+    service.path("endpoint.json").write_text(json.dumps({**stale, "keeper_pid": os.getpid()}))
     with pytest.raises(GroundError, match="no local S3 server is up"):
-        store.store_environment(machine.home)
+        store_environment(machine.home)
     user = machine.user()
     assert user.environment["AWS_ENDPOINT_URL"] != "http://127.0.0.1:9"
     client(user.environment).head_bucket(Bucket="bucket-one")
@@ -100,10 +99,10 @@ def test_a_stale_endpoint_file_fools_nobody(machine):
 @pytest.mark.slow
 def test_ports_that_somebody_else_took_are_replaced(machine):
     user = machine.user()
-    earlier = machine.listeners(machine.processes(store.service(machine.home)))
+    earlier = machine.listeners(machine.processes(store_service(machine.home)))
     user.leave()
     port = int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
-    assert store.service(machine.home).down(stop_with="") in (True, False)
+    assert store_service(machine.home).down(stop_with="") in (True, False)
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
@@ -111,33 +110,33 @@ def test_ports_that_somebody_else_took_are_replaced(machine):
         other = machine.user()
         assert other.environment["AWS_ENDPOINT_URL"] != user.environment["AWS_ENDPOINT_URL"]
         client(other.environment).head_bucket(Bucket="bucket-one")
-        now = machine.listeners(machine.processes(store.service(machine.home)))
+        now = machine.listeners(machine.processes(store_service(machine.home)))
         assert len(set(now) & set(earlier)) >= len(earlier) - 2  # the other ports are the same as before
 
 
 def test_up_keeps_the_server_without_users_until_down(machine):
-    environment = store.store_up(machine.home, "bucket-one")
-    processes = machine.processes(store.service(machine.home))
+    environment = store_up(machine.home, "bucket-one")
+    processes = machine.processes(store_service(machine.home))
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
-    assert store.store_environment(machine.home) == environment
+    assert store_environment(machine.home) == environment
     user = machine.user()
     assert user.environment["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
     user.leave()
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
 
-    assert store.store_down(machine.home)
+    assert store_down(machine.home)
     assert not machine.alive(processes)
-    assert not store.store_down(machine.home)
+    assert not store_down(machine.home)
 
 
 def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(machine):
-    store.store_up(machine.home, "bucket-one")
+    store_up(machine.home, "bucket-one")
     user = machine.user()
-    processes = machine.processes(store.service(machine.home))
+    processes = machine.processes(store_service(machine.home))
     with pytest.raises(GroundError, match=rf"in use by process {user.process.pid}\b"):
-        store.store_down(machine.home)
+        store_down(machine.home)
     client(user.environment).head_bucket(Bucket="bucket-one")
     user.leave()
     machine.wait_gone(processes, within_s=WITHIN_S)
@@ -145,23 +144,23 @@ def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(m
 
 @pytest.mark.slow
 def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
-    store.store_up(machine.home, "bucket-one")
-    processes = machine.processes(store.service(machine.home))
+    store_up(machine.home, "bucket-one")
+    processes = machine.processes(store_service(machine.home))
     shutil.rmtree(machine.home)
     machine.wait_gone(processes, within_s=WITHIN_S)
 
 
 @pytest.mark.slow
 def test_users_that_start_at_once_get_one_server(machine):
-    code = "import sys; from pathlib import Path; from pipelines.local.ground import ground\n"
-    code += "with ground(Path(sys.argv[1]), bucket='bucket-one', ray=False) as e: print(e['AWS_ENDPOINT_URL'])"
-    store.service(machine.home).pin()  # so that none of them is gone before another has come
+    code = "import sys; from pathlib import Path; from pipelines.local.local_services import local_services\n"
+    code += "with local_services(Path(sys.argv[1]), bucket='bucket-one', ray=False) as e: print(e['AWS_ENDPOINT_URL'])"
+    store_service(machine.home).pin()  # so that none of them is gone before another has come
     starting = [
         subprocess.Popen([sys.executable, "-c", code, str(machine.home)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for _ in range(4)
     ]
     answers = {process.communicate(timeout=60)[0].strip() for process in starting}
-    assert answers == {store.store_environment(machine.home)["AWS_ENDPOINT_URL"]}
+    assert answers == {store_environment(machine.home)["AWS_ENDPOINT_URL"]}
     log = (machine.home / "store" / "keeper.log").read_text()
     assert log.count("is up at") == 1
 
@@ -173,13 +172,13 @@ def shared(tmp_path_factory):
         for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
             environment.delenv(name)
         home = tmp_path_factory.mktemp("shared") / "home"
-        with ground(home, bucket="bucket-one", ray=False) as variables:
+        with local_services(home, bucket="bucket-one", ray=False) as variables:
             yield home, variables
 
 
 def test_a_second_bucket_is_created_on_the_server_that_is_up(shared):
     home, environment = shared
-    with ground(home, bucket="bucket-two", ray=False) as other:
+    with local_services(home, bucket="bucket-two", ray=False) as other:
         names = {bucket["Name"] for bucket in client(other).list_buckets()["Buckets"]}
     assert {"bucket-one", "bucket-two"} <= names
     assert other == environment
@@ -196,7 +195,7 @@ def test_a_request_without_credentials_is_refused(shared):
 
 def test_the_server_listens_on_loopback_only(shared, machine_at):
     machine = machine_at(shared[0])
-    listeners = machine.listeners(machine.processes(store.service(machine.home)))
+    listeners = machine.listeners(machine.processes(store_service(machine.home)))
     assert len(listeners) >= 5
     assert set(listeners.values()) == {"0100007F"}  # 127.0.0.1
 
@@ -215,7 +214,7 @@ def test_a_write_to_a_misspelt_bucket_is_refused(shared):
 def test_a_configured_store_wins_and_nothing_starts(machine, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theirs")
-    with ground(machine.home, bucket="bucket-one", ray=False) as environment:
+    with local_services(machine.home, bucket="bucket-one", ray=False) as environment:
         assert environment["AWS_ENDPOINT_URL"] == "https://s3.example.com"
         assert environment["AWS_ACCESS_KEY_ID"] == "theirs"
         assert environment["FINELOOP_CACHE"] == str(machine.home / "cache")
@@ -224,7 +223,7 @@ def test_a_configured_store_wins_and_nothing_starts(machine, monkeypatch):
 
 def test_a_bucket_name_that_the_server_refuses_is_said_at_once(machine):
     with pytest.raises(GroundError, match=r"refuses the bucket 'B'.*registry\.bucket"):
-        store.store_up(machine.home, "B")
+        store_up(machine.home, "B")
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""The S3 server and the Ray head of one home, shared by everything that runs on it.
+
+What the environment names wins: with AWS_ENDPOINT_URL no store is started, with RAY_ADDRESS no Ray head.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from components.shared.errors import GroundError
+from pipelines.local import ray_head, seaweedfs
+from pipelines.local.ray_head import RayHead
+from pipelines.local.seaweedfs import Endpoint, SeaweedFS
+from pipelines.local.server import ATTEMPTS
+from pipelines.local.service import Service
+
+PASSED_ON = ("AWS_", "RAY_")
+MARGIN_S = 30.0  # what a keeper may take beyond its server's attempts to start
+
+
+def store_service(home: Path) -> Service:
+    """The shared S3 server of `home`."""
+    return Service("store", SeaweedFS.title, home.absolute(), ATTEMPTS * SeaweedFS.start_timeout_s + MARGIN_S)
+
+
+def ray_service(home: Path) -> Service:
+    """The shared Ray head of `home`."""
+    return Service("ray", RayHead.title, home.absolute(), ATTEMPTS * RayHead.start_timeout_s + MARGIN_S)
+
+
+def store_configured() -> bool:
+    """Whether the environment names a store already."""
+    return bool(os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"))
+
+
+def ray_configured() -> bool:
+    """Whether the environment names a Ray cluster already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextlib.contextmanager
+def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dict[str, str]]:
+    """Yield the environment variables that steps and Ray jobs need, valid while this context is open.
+
+    The embedded servers of `home` start where none is configured, unless they are up, and stop when the last run on
+    `home` has ended, however it ended. `bucket` is created in the embedded store when it is missing.
+
+    Raises:
+        GroundError: the store or the head did not start, or the head is up with another store.
+    """
+    home = home.absolute()
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    environment["FINELOOP_CACHE"] = os.environ.get("FINELOOP_CACHE") or str(home / "cache")
+    uses_store, uses_ray = not store_configured(), ray and not ray_configured()
+    if uses_store or uses_ray:
+        environment |= _without_proxy()
+    with contextlib.ExitStack() as stack:
+        if uses_store:
+            environment |= stack.enter_context(_using_store(home, bucket))
+        if uses_ray:
+            inherited = {**os.environ, **environment}
+            environment |= stack.enter_context(_using_ray(home, inherited, with_store=uses_store))
+        yield environment
+
+
+@contextlib.contextmanager
+def _using_store(home: Path, bucket: str) -> Iterator[dict[str, str]]:
+    with store_service(home).use(arguments=["--bucket", bucket], environment=os.environ) as record:
+        endpoint = Endpoint.read(record)
+        if endpoint.bucket != bucket:
+            seaweedfs.create_bucket(endpoint, bucket)
+        yield endpoint.environment()
+
+
+@contextlib.contextmanager
+def _using_ray(home: Path, environment: Mapping[str, str], *, with_store: bool) -> Iterator[dict[str, str]]:
+    """`environment` is what the head's jobs inherit; `with_store`: the store in it stays as long as the head does."""
+    arguments = ["--with-store"] if with_store else []
+    with ray_service(home).use(arguments=arguments, environment=environment) as endpoint:
+        if endpoint["store_digest"] != ray_head.store_digest(environment):
+            raise GroundError(
+                f"the local Ray head under {home} works with the store {endpoint['store_url']}, and this command's is "
+                f"{ray_head.store_url(environment)} (or has other credentials): wait for the run that uses it, end it "
+                "with `fineloop ray down`, or take another --home"
+            )
+        yield ray_head.client_environment(endpoint)
+
+
+def store_up(home: Path, bucket: str) -> dict[str, str]:
+    """Start the embedded store and let it stay until `store_down`. Returns what an S3 client needs.
+
+    Raises:
+        GroundError: it did not start.
+    """
+    with _using_store(home, bucket) as environment:
+        store_service(home).pin()
+    return environment
+
+
+def ray_up(home: Path, *, bucket: str) -> dict[str, str]:
+    """Start the local Ray head, with the embedded store unless one is configured; both stay until `ray_down`.
+
+    Returns what a client needs to use both.
+
+    Raises:
+        GroundError: it did not start.
+    """
+    with local_services(home, bucket=bucket) as environment:
+        if not ray_configured():
+            ray_service(home).pin()
+    return environment
+
+
+def store_down(home: Path) -> bool:
+    """Stop the embedded store; False when it was not up.
+
+    Raises:
+        GroundError: somebody uses it.
+    """
+    return store_service(home).down(stop_with="end that run, or the local Ray head with `fineloop ray down`")
+
+
+def ray_down(home: Path) -> bool:
+    """Stop the local head; False when it was not up.
+
+    Raises:
+        GroundError: somebody uses it.
+    """
+    return ray_service(home).down(stop_with="end that run first")
+
+
+def store_environment(home: Path) -> dict[str, str]:
+    """What an S3 client needs to use the embedded store that is up now. Starts nothing.
+
+    Raises:
+        GroundError: none is up.
+    """
+    record = store_service(home).endpoint()
+    if record is None:
+        raise GroundError(f"no local S3 server is up under {home}: start one with `fineloop store up`")
+    return Endpoint.read(record).environment()
+
+
+def ray_environment(home: Path) -> dict[str, str]:
+    """What the Jobs API client needs to use the head that is up now. Starts nothing.
+
+    Raises:
+        GroundError: none is up.
+    """
+    endpoint = ray_service(home).endpoint()
+    if endpoint is None:
+        raise GroundError(f"no local Ray head is up under {home}: start one with `fineloop ray up`")
+    return ray_head.client_environment(endpoint)
+
+
+def _without_proxy() -> dict[str, str]:
+    """Keep a configured proxy from the servers on loopback."""
+    if not any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+        return {}
+    direct = {}
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [*filter(None, os.environ.get(name, "").split(",")), "127.0.0.1", "localhost"]
+        direct[name] = ",".join(dict.fromkeys(hosts))
+    return direct
