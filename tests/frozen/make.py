@@ -15,7 +15,7 @@ from pathlib import Path
 
 from components.config.schema import RegistryConfig
 from components.registry.store import Store
-from pipelines.local import seaweedfs
+from pipelines.local import seaweedfs, server
 from tests.frozen.registry import ADAPTER, BUCKET, HERE, PREFIX
 from tests.models.tiny import build_base, colour_rows
 
@@ -65,9 +65,9 @@ def main() -> None:
     if target.exists():
         parser.error(f"{target} is frozen")
     with tempfile.TemporaryDirectory(prefix="fineloop-frozen-") as scratch:
-        endpoint = seaweedfs.start(Path(scratch, "store"), BUCKET)
+        running = server.start(seaweedfs.SeaweedFS(Path(scratch, "store"), BUCKET))
         try:
-            os.environ.update(endpoint.environment())
+            os.environ.update(seaweedfs.Endpoint.read(running.endpoint).environment())
             store = Store.open(RegistryConfig(bucket=BUCKET, prefix=PREFIX))
             give(store, Path(scratch))
             run(arguments.checkout.absolute(), Path(scratch))
@@ -76,7 +76,7 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 store.download(entry.key, path)
         finally:
-            seaweedfs.stop(endpoint)
+            running.stop()
 
 
 def give(store: Store, scratch: Path) -> None:
