@@ -98,7 +98,7 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
     except UserError as exc:
         work, body["unknown_because"] = None, str(exc)
     try:
-        found = pace.measure(config, base or base_config.read(config.model), _load(config, work))
+        found = pace.measure(config, base or base_config.read(config.model), _mean_batch(config, work))
     except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
         return {**body, "unknown_because": str(exc)}
     body |= {"matmul_dtype": found.matmul_dtype, "tokens_per_s": tokens_per_s(config, found, cpu)}
@@ -163,10 +163,10 @@ def _at_once(config: RunConfig, cpu: Cpu) -> float:
     return min(config.ray.num_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
 
 
-def _load(config: RunConfig, work: Work | None) -> pace.Load:
+def _mean_batch(config: RunConfig, work: Work | None) -> pace.MeanBatch:
     """What is read at once; without the records, as long ones as there may be."""
     length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
-    return pace.Load(config.train.micro_batch_size, round(length), math.ceil(answers), config.evaluate.batch_size)
+    return pace.MeanBatch(config.train.micro_batch_size, round(length), math.ceil(answers), config.evaluate.batch_size)
 
 
 def _new_tokens(config: RunConfig, held_out: TokenizedSplit) -> int:

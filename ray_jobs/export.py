@@ -51,7 +51,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportRequest:
     """What the user asked for."""
 
     form: Form
@@ -65,7 +65,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportSource:
     """A version on this machine: its adapter, the base that it stands on, and what it is compared on."""
 
     version: Version
@@ -100,15 +100,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an unfinished folder is removed
 
     def job() -> None:
-        wish = Wish(arguments.form, arguments.target, arguments.base, arguments.dtype, arguments.approximate)
-        record = export(entry.load_config(arguments.config, arguments.set), arguments.version, wish)
+        form, base, dtype = arguments.form, arguments.base, arguments.dtype
+        request = ExportRequest(form, arguments.target, base, dtype, arguments.approximate)
+        record = export(entry.load_config(arguments.config, arguments.set), arguments.version, request)
         print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
 
     entry.run(STEP, job)
 
 
-def export(config: RunConfig, reference: str, wish: Wish) -> dict[str, Any]:
-    """Write `wish.target` whole, or leave nothing there; returns what export.json in it says.
+def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[str, Any]:
+    """Write `request.target` whole, or leave nothing there; returns what export.json in it says.
 
     Raises:
         ObjectMissing: there is no such version.
@@ -117,44 +118,44 @@ def export(config: RunConfig, reference: str, wish: Wish) -> dict[str, Any]:
     """
     store = Store.open(config.registry)
     version = resolve(store, reference)
-    if wish.target.exists() and (wish.target.is_file() or any(wish.target.iterdir())):
-        raise UserError(f"{wish.target} exists and is not empty: remove it or choose another --to")
-    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, _beside(wish.target) as folder:
-        subject = _subject(config, store, version, Path(scratch) / "adapter")
-        say(STEP, f"{version.name} {version.version} is compared on {subject.compared_on}")
-        record = _merged(subject, wish, folder) if wish.form == "merged" else _lora(subject, wish, folder)
+    if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
+        raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, _beside(request.target) as folder:
+        source = _source(config, store, version, Path(scratch) / "adapter")
+        say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
+        record = _merged(source, request, folder) if request.form == "merged" else _lora(source, request, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card.export_card(subject.config, record), encoding="utf-8")
-        folder.rename(wish.target)
-    say(STEP, f"{version.name} {version.version} is at {wish.target}")
+        (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
+        folder.rename(request.target)
+    say(STEP, f"{version.name} {version.version} is at {request.target}")
     return record
 
 
-def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
+def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
     """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from ray_jobs.base import float32_layers
 
-    row, rows = subject.config.method.row, subject.rows
-    weights: BaseWeights = "original" if row.base == "bf16" else wish.base or "dequantised"
+    row, rows = source.config.method.row, source.rows
+    weights: BaseWeights = "original" if row.base == "bf16" else request.base or "dequantised"
     is_exact = row.base == "bf16" or weights == "dequantised"
-    if not is_exact and subject.stands_on != subject.original:
+    if not is_exact and source.stands_on != source.original:
         raise UserError(
-            f"this adapter was chosen together with a base of its own, {subject.stands_on.reference}, and is wrong on "
+            f"this adapter was chosen together with a base of its own, {source.stands_on.reference}, and is wrong on "
             "the original: use --base dequantised"
         )
-    evaluated, dense = _evaluated(subject)
+    evaluated, dense = _evaluated(source)
     say(STEP, "running the adapter in float32 on the weights that it was trained on")
-    adapted = build.load(dense, subject.folder).eval()
+    adapted = build.load(dense, source.folder).eval()
     del dense
     reference = list(merge.logits(adapted, rows))
     before = reference
     if not is_exact:
         say(STEP, "running it on the original weights")
         del adapted  # one base in memory at a time
-        adapted = build.load(_dense(subject), subject.folder).eval()
+        adapted = build.load(_dense(source), source.folder).eval()
         before = list(merge.logits(adapted, rows))
     say(STEP, f"merging into the {weights} weights")
     merged = merge.merge(adapted)
@@ -162,39 +163,39 @@ def _merged(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
     merge.require_same(parity["merge"], "the merged model")
     del adapted, before
 
-    say(STEP, f"saving as {wish.dtype}")
-    dtype = getattr(torch, wish.dtype)
+    say(STEP, f"saving as {request.dtype}")
+    dtype = getattr(torch, request.dtype)
     merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    subject.tokenizer.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
     del merged
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    if subject.matmul_dtype == "float32":
+    if source.matmul_dtype == "float32":
         float32_layers.multiply_in_float32(reloaded)
     saved = list(merge.logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
-    if is_exact and wish.dtype == "float32":
+    if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
     _tell(parity)
-    return _record(subject, wish, parity, base=weights, dtype=wish.dtype)
+    return _record(source, request, parity, base=weights, dtype=request.dtype)
 
 
-def _lora(subject: Subject, wish: Wish, folder: Path) -> dict[str, Any]:
+def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
     """Convert on the dense weights, and compare in float32."""
-    rows = subject.rows
-    adapted = build.load(_trained_on(subject, _loaded(subject)), subject.folder).eval()
+    rows = source.rows
+    adapted = build.load(_trained_on(source, _loaded(source)), source.folder).eval()
     reference = list(merge.logits(adapted, rows))
-    exact = not (wish.approximate and subject.config.method.row.adapter in ("dora", "dvora"))
-    say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {wish.approximate}")
-    plain = convert.as_lora(adapted) if exact else convert.nearest_lora(adapted, rank=wish.approximate)
+    exact = not (request.approximate and source.config.method.row.adapter in ("dora", "dvora"))
+    say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {request.approximate}")
+    plain = convert.as_lora(adapted) if exact else convert.nearest_lora(adapted, rank=request.approximate)
     parity = {"converted": merge.agreement(reference, merge.logits(plain.eval(), rows))}
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
     build.save(plain, folder)
     _tell(parity)
-    return _record(subject, wish, parity, exact=exact, rank=plain.peft_config["default"].r)
+    return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
-def _subject(asked: RunConfig, store: Store, version: Version, folder: Path) -> Subject:
+def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
     import torch
 
     lineage = read_lineage(store, version)
@@ -207,7 +208,7 @@ def _subject(asked: RunConfig, store: Store, version: Version, folder: Path) -> 
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
     stands_on = own_base.find(config, original, store)
-    return Subject(version, config, folder, original, stands_on, tokenizer, rows, compared_on, dtype)
+    return ExportSource(version, config, folder, original, stands_on, tokenizer, rows, compared_on, dtype)
 
 
 def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tuple[list["torch.Tensor"], str]:
@@ -227,45 +228,45 @@ def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tu
     return rows, f"{len(rows)} held-out records of {dataset_uri}"
 
 
-def _loaded(subject: Subject) -> "PreTrainedModel":
+def _loaded(source: ExportSource) -> "PreTrainedModel":
     """The base as it is trained on and evaluated."""
     import torch
 
-    method, model = subject.config.method, subject.config.model
+    method, model = source.config.method, source.config.model
     return base_model.load_model(
-        subject.stands_on,
+        source.stands_on,
         model,
         method.row.base,
         use_gpu=torch.cuda.is_available(),
-        matmul_dtype=subject.matmul_dtype,
+        matmul_dtype=source.matmul_dtype,
     )
 
 
-def _dense(subject: Subject) -> "PreTrainedModel":
+def _dense(source: ExportSource) -> "PreTrainedModel":
     """The original base in float32 on the CPU, rounded to bfloat16 as every use of it rounds it."""
-    return base_model.load_model(subject.original, subject.config.model, "bf16", use_gpu=False).float()
+    return base_model.load_model(source.original, source.config.model, "bf16", use_gpu=False).float()
 
 
-def _trained_on(subject: Subject, loaded: "PreTrainedModel") -> "PreTrainedModel":
+def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedModel":
     """The weights that the adapter was trained on, in float32 on the CPU."""
-    if subject.config.method.row.base == "bf16":
+    if source.config.method.row.base == "bf16":
         return loaded.float().cpu()
-    dense = _dense(subject)
+    dense = _dense(source)
     merge.dequantise_into(dense, loaded)
     return dense
 
 
-def _evaluated(subject: Subject) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
+def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
     """The logits of the adapter as evaluation runs it, and the base without it in float32."""
-    adapted: PeftModel = build.load(_loaded(subject), subject.folder, matmul_dtype=subject.matmul_dtype).eval()
-    evaluated = list(merge.logits(adapted, subject.rows))
-    return evaluated, _trained_on(subject, adapted.unload())
+    adapted: PeftModel = build.load(_loaded(source), source.folder, matmul_dtype=source.matmul_dtype).eval()
+    evaluated = list(merge.logits(adapted, source.rows))
+    return evaluated, _trained_on(source, adapted.unload())
 
 
-def _record(subject: Subject, wish: Wish, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
-    version, method = subject.version, subject.config.method
+def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
+    version, method = source.version, source.config.method
     return {
-        "form": wish.form,
+        "form": request.form,
         "adapter": version.name,
         "version": version.version,
         "version_uri": version.uri,
@@ -273,14 +274,14 @@ def _record(subject: Subject, wish: Wish, parity: dict[str, Agreement], **form: 
         "run_id": version.run_id,
         "method": method.name,
         "base_model": {
-            "reference": subject.original.reference,
-            "identity": subject.original.identity,
-            "stands_on": subject.stands_on.reference,
+            "reference": source.original.reference,
+            "identity": source.original.identity,
+            "stands_on": source.stands_on.reference,
             "format": method.row.base,
         },
         **form,
         "parity": {
-            "compared_on": subject.compared_on,
+            "compared_on": source.compared_on,
             **{name: asdict(found) for name, found in parity.items()},
         },
     }

@@ -16,9 +16,9 @@ from components.shared.protocol import say
 from ray_jobs import entry, estimate
 from ray_jobs.base import base_config
 from ray_jobs.planning.before_training import counts
-from ray_jobs.planning.capacity import Choice, Device, Load, advised, chosen, named_device
+from ray_jobs.planning.capacity import Choice, Device, WorstBatch, advised, chosen, named_device
 from ray_jobs.planning.memory import Parts, Sharing, plan
-from ray_jobs.planning.rehearsal import Census, Rehearsal
+from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.speed import speed
 
 if TYPE_CHECKING:
@@ -54,19 +54,19 @@ def main() -> None:
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
     """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
     rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
-    load = worst_load(config)
-    choice = chosen(config, rehearsal, load)
-    better = advised(config, rehearsal, load, device.memory) if device.memory else None
-    train, census = config.train, rehearsal.census
-    step = rehearsal.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing)
+    batch = worst_batch(config)
+    choice = chosen(config, rehearsal, batch)
+    better = advised(config, rehearsal, batch, device.memory) if device.memory else None
+    train, stats = config.train, rehearsal.stats
+    step = rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
     return {
         "method": config.method.name,
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
         "model": config.model.base,
         "rank": config.method.r,
         "learning_rate": config.learning_rate,
-        "parameters": census.parameters,
-        **counts(census),
+        "parameters": stats.parameters,
+        **counts(stats),
         "memory_bytes": choice.parts.as_json(),
         "host_memory_bytes": choice.parts.host,
         "activations_are_rough": step.is_estimate,
@@ -74,14 +74,14 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "micro_batch_size": train.micro_batch_size,
         "gradient_checkpointing": train.gradient_checkpointing,
         "num_workers": config.ray.num_workers,
-        "max_length": load.length,
-        "answer_tokens": load.answers,
+        "max_length": batch.length,
+        "answer_tokens": batch.answers,
         "device": device.name,
         "device_memory_bytes": device.memory,
         "fits": choice.parts.total <= device.memory if device.memory else None,
         "advice": _advice(choice, better),
-        "full_fine_tuning": _full_fine_tuning(config, base, load, choice.parts),
-        **(_progress(config, census, load, device) if config.ray.use_gpu else _estimated(config, base)),
+        "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
+        **(_progress(config, stats, batch, device) if config.ray.use_gpu else _estimated(config, base)),
     }
 
 
@@ -96,18 +96,18 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         train = config.train.model_copy(update={"zero_stage": nearest_legal(other.cell).zero_stage})
         other = other.model_copy(update={"train": train})
         rehearsal = Rehearsal(base, method, reference=config.model.base, use_gpu=config.ray.use_gpu)
-        memory = chosen(other, rehearsal, worst_load(other)).parts.as_json()
+        memory = chosen(other, rehearsal, worst_batch(other)).parts.as_json()
         rows.append(
-            {"method": name, "base": method.row.base, "rank": method.r, **counts(rehearsal.census)}
+            {"method": name, "base": method.row.base, "rank": method.r, **counts(rehearsal.stats)}
             | {"memory_bytes": memory, "learning_rate": method.row.learning_rate}
         )
     return rows
 
 
-def worst_load(config: RunConfig) -> Load:
+def worst_batch(config: RunConfig) -> WorstBatch:
     """Records as long as the context. How long their answers may be says evaluate.max_new_tokens, if anything."""
     length = config.model.max_length
-    return Load(length, min(config.evaluate.max_new_tokens or length, length))
+    return WorstBatch(length, min(config.evaluate.max_new_tokens or length, length))
 
 
 def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:
@@ -120,15 +120,17 @@ def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:
     }
 
 
-def _full_fine_tuning(config: RunConfig, base: "PretrainedConfig", load: Load, adapter_parts: Parts) -> dict[str, Any]:
+def _full_fine_tuning(
+    config: RunConfig, base: "PretrainedConfig", batch: WorstBatch, adapter_parts: Parts
+) -> dict[str, Any]:
     """The same training with every weight of the base trained, in bfloat16 with float32 masters."""
     train = config.train
     whole = Rehearsal(base, None, reference=config.model.base, use_gpu=config.ray.use_gpu)
     parts = plan(
-        whole.census,
-        whole.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing),
+        whole.stats,
+        whole.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing),
         base="bf16",
-        answers=load.answers * train.micro_batch_size,
+        answers=batch.answers * train.micro_batch_size,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         use_gpu=config.ray.use_gpu,
         trains_base=True,
@@ -155,7 +157,7 @@ def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
     }
 
 
-def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> Mapping[str, Any]:
+def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: Device) -> Mapping[str, Any]:
     """Speed, time and cost; null where nobody can know, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
@@ -170,13 +172,13 @@ def _progress(config: RunConfig, census: Census, load: Load, device: Device) -> 
         reason = "name the GPU with ray.gpu"
         return {**dict.fromkeys(unknown), "estimate": None, "most_tokens": tokens, "speed_unknown_because": reason}
     expected = speed(
-        census,
+        stats,
         device.gpu,
         num_gpus=config.ray.num_workers,
         base=config.method.row.base,
         adapter=config.method.row.adapter,
-        length=load.length,
-        answer_share=load.answers / load.length,
+        length=batch.length,
+        answer_share=batch.answers / batch.length,
         checkpointing=config.train.gradient_checkpointing,
     )
     own_price = config.ray.gpu_price_per_hour

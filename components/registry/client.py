@@ -68,7 +68,7 @@ def transfer_config() -> Any:
     )
 
 
-class Progress:
+class TransferProgress:
     """Logs a large transfer at every tenth of it. Called by boto3 from several threads."""
 
     def __init__(self, what: str, total_bytes: int) -> None:

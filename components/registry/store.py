@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from components.registry.client import (
     ATTEMPTS,
-    Progress,
+    TransferProgress,
     client_from_environment,
     http_status,
     transfer_config,
@@ -126,7 +126,7 @@ class Store:
                     self.bucket,
                     self._full(key),
                     ExtraArgs={"ContentType": content_type},
-                    Callback=Progress(f"uploading {body.name}", body.stat().st_size),
+                    Callback=TransferProgress(f"uploading {body.name}", body.stat().st_size),
                     Config=transfer_config(),
                 )
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class Start(Protocol):
     """How adapters of one `method.init` begin, where that is not as the base alone."""
 
-    def stand(self, config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
+    def prepare(self, config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
         """Find the base, or make it, which all workers do together."""
 
     def find(self, config: RunConfig, original: Base, store: Store) -> Base:
         """The base where it was made already."""
 
-    def start(self, adapted: "PeftModel", base: Base) -> None:
+    def begin(self, adapted: "PeftModel", base: Base) -> None:
         """Give a fresh adapter its first weights."""
 
     def recipe(self, base: Base) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
         ConfigError: no such base can be made of the original.
     """
     start = STARTS.get(config.method.row.init)
-    return start.stand(config, original, store, rank=rank, num_workers=num_workers) if start else original
+    return start.prepare(config, original, store, rank=rank, num_workers=num_workers) if start else original
 
 
 def find(config: RunConfig, original: Base, store: Store) -> Base:
@@ -58,7 +58,7 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
     """Give a fresh adapter on `base` its first weights, where those are not peft's own."""
     if start := STARTS.get(config.method.row.init):
-        start.start(adapted, base)
+        start.begin(adapted, base)
 
 
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:

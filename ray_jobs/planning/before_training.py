@@ -8,9 +8,9 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.planning.capacity import Load, cluster_device, require_fit
+from ray_jobs.planning.capacity import WorstBatch, cluster_device, require_fit
 from ray_jobs.planning.memory import GIB, parts_told
-from ray_jobs.planning.rehearsal import Census, Rehearsal
+from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
 
 def before_training(
@@ -29,8 +29,8 @@ def before_training(
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
         return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
-    parts = require_fit(config, rehearsal, Load.of(split, config.train.micro_batch_size), device).parts
-    counted = counts(rehearsal.census)
+    parts = require_fit(config, rehearsal, WorstBatch.of(split, config.train.micro_batch_size), device).parts
+    counted = counts(rehearsal.stats)
     needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
     if device.memory is None:
         fits = "; nobody knows how much it has: name the GPU with ray.gpu"
@@ -44,7 +44,7 @@ def before_training(
     ]
 
 
-def counts(census: Census) -> dict[str, Any]:
+def counts(stats: ModelStats) -> dict[str, Any]:
     """The share is of base and adapter together, as publications count it."""
-    total = census.parameters + census.trainable + census.frozen_adapter
-    return {"trainable_parameters": census.trainable, "trainable_share": census.trainable / total}
+    total = stats.parameters + stats.trainable + stats.frozen_adapter
+    return {"trainable_parameters": stats.trainable, "trainable_share": stats.trainable / total}

@@ -13,7 +13,7 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan
-from ray_jobs.planning.rehearsal import Rehearsal, Step
+from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Ray's names of accelerators that differ from ours; of two sizes the larger, so that nothing is refused that would run.
@@ -33,7 +33,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Load:
+class WorstBatch:
     """The worst micro-batch that a training meets."""
 
     length: int
@@ -42,7 +42,7 @@ class Load:
     """Labelled tokens of one of its records."""
 
     @classmethod
-    def of(cls, split: TokenizedSplit, micro_batch_size: int) -> "Load":
+    def of(cls, split: TokenizedSplit, micro_batch_size: int) -> "WorstBatch":
         """Of real records: the longest, and the longest answers."""
         longest = sorted(split.num_answer_tokens.tolist())[-micro_batch_size:]
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
@@ -113,34 +113,34 @@ def machine_bytes() -> int:
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
-def chosen(config: RunConfig, rehearsal: Rehearsal, load: Load, step: Step | None = None) -> Choice:
+def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:
     """What a config takes; `step` where it is known already."""
     train = config.train
     parts = plan(
-        rehearsal.census,
-        step or rehearsal.step(train.micro_batch_size, load.length, checkpointing=train.gradient_checkpointing),
+        rehearsal.stats,
+        step or rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing),
         base=config.method.row.base,
-        answers=load.answers * train.micro_batch_size,
+        answers=batch.answers * train.micro_batch_size,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         use_gpu=config.ray.use_gpu,
     )
     return Choice(config, parts)
 
 
-def advised(config: RunConfig, rehearsal: Rehearsal, load: Load, memory: int) -> Choice | None:
+def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: int) -> Choice | None:
     """The lowest ZeRO stage, then no recomputation, then the largest micro-batch that fits; else the same on NF4.
 
     None where not even one record on an NF4 base does.
     """
-    for rough in _legal_choices(config, rehearsal, load):
+    for rough in _legal_choices(config, rehearsal, batch):
         if rough.parts.total <= memory:
-            choice = chosen(rough.config, rehearsal, load)
+            choice = chosen(rough.config, rehearsal, batch)
             if choice.parts.total <= memory:
                 return choice
     return None
 
 
-def require_fit(config: RunConfig, rehearsal: Rehearsal, load: Load, device: Device) -> Choice:
+def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:
     """The plan of a training that may begin.
 
     Refused is only what cannot run: on a GPU, tensors that are larger than its memory with nothing else on it; on CPUs,
@@ -149,7 +149,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, load: Load, device: Dev
     Raises:
         ConfigError: it cannot fit; the message names the parts and the settings that would.
     """
-    choice = chosen(config, rehearsal, load)
+    choice = chosen(config, rehearsal, batch)
     parts = choice.parts
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
     if limit is None or needed <= limit:
@@ -158,17 +158,17 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, load: Load, device: Dev
     raise ConfigError(
         f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
         f"({parts_told(parts)}) and has {memory / GIB:.1f}. "
-        f"{_way_out(choice, advised(config, rehearsal, load, memory), load)}"
+        f"{_way_out(choice, advised(config, rehearsal, batch, memory), batch)}"
     )
 
 
-def _way_out(asked: Choice, better: Choice | None, load: Load) -> str:
+def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:
     if better is not None:
         changes = " ".join(f"{key}={toml(value)}" for key, value in better.changes(asked).items())
         return f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
     return (
         f"Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length below "
-        f"{load.length}"
+        f"{batch.length}"
     )
 
 
@@ -177,7 +177,7 @@ def toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _legal_choices(config: RunConfig, rehearsal: Rehearsal, load: Load) -> Iterator[Choice]:
+def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> Iterator[Choice]:
     per_worker = config.train.batch_size // config.ray.num_workers
     sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
     for base in dict.fromkeys((config.method.row.base, "nf4")):
@@ -186,7 +186,7 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, load: Load) -> Itera
                 refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
             ):
                 continue
-            ends = [rehearsal.step(size, load.length, checkpointing=checkpointing) for size in (1, per_worker)]
+            ends = [rehearsal.step(size, batch.length, checkpointing=checkpointing) for size in (1, per_worker)]
             for size in sizes:
                 settings = {
                     "zero_stage": zero_stage,
@@ -200,12 +200,12 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, load: Load) -> Itera
                     }
                 )
                 step = _between(*ends, share=(size - 1) / max(1, per_worker - 1))
-                yield chosen(candidate, rehearsal, load, step)
+                yield chosen(candidate, rehearsal, batch, step)
 
 
-def _between(first: Step, last: Step, *, share: float) -> Step:
+def _between(first: StepMemory, last: StepMemory, *, share: float) -> StepMemory:
     """About what a batch between them takes: what is kept grows with it evenly, the workspace no faster."""
-    return Step(
+    return StepMemory(
         int(first.kept + share * (last.kept - first.kept)),
         int(first.workspace + share * (last.workspace - first.workspace)),
         first.is_estimate,

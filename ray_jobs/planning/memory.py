@@ -15,7 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from components.config.methods import BaseFormat
-from ray_jobs.planning.rehearsal import Census, Step
+from ray_jobs.planning.rehearsal import ModelStats, StepMemory
 from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 BF16, FLOAT32 = 2, 4
@@ -81,8 +81,8 @@ class Parts:
 
 
 def plan(
-    census: Census,
-    step: Step,
+    stats: ModelStats,
+    step: StepMemory,
     *,
     base: BaseFormat,
     answers: int,
@@ -94,14 +94,14 @@ def plan(
 
     `trains_base` is full fine-tuning: what is trained are the weights themselves.
     """
-    weights = weight_bytes(census, base, sharing)
-    adapter = 0 if trains_base else math.ceil(adapter_bytes(census) * sharing.part(3))
-    gradients = math.ceil(BF16 * census.trainable * sharing.part(2))
-    optimizer = math.ceil(3 * FLOAT32 * census.trainable * sharing.part(1))
-    logits = logits_bytes(answers, census)
+    weights = weight_bytes(stats, base, sharing)
+    adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
+    gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
+    optimizer = math.ceil(3 * FLOAT32 * stats.trainable * sharing.part(1))
+    logits = logits_bytes(answers, stats)
     # The loss and the backward pass through the layers have their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)
-    overhead = buffer_bytes(census, base, sharing, trains_base=trains_base)
+    overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
     host = 0
     if sharing.cpu_offload:
@@ -111,11 +111,11 @@ def plan(
     return Parts(weights, adapter, gradients, optimizer, activations, logits, overhead, host)
 
 
-def weight_bytes(census: Census, base: BaseFormat, sharing: Sharing) -> int:
+def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:
     """The base. Embeddings, head, norms and biases stay bfloat16 in every format."""
-    packed = sum(stored_bytes(outputs * inputs, base) for outputs, inputs in census.matrices)
-    constants = sum(constant_bytes(outputs, inputs, base) for outputs, inputs in census.matrices)
-    rest = census.parameters - sum(outputs * inputs for outputs, inputs in census.matrices)
+    packed = sum(stored_bytes(outputs * inputs, base) for outputs, inputs in stats.matrices)
+    constants = sum(constant_bytes(outputs, inputs, base) for outputs, inputs in stats.matrices)
+    rest = stats.parameters - sum(outputs * inputs for outputs, inputs in stats.matrices)
     # ZeRO-3 shares out parameters; the constants of a quantised one are no parameters, and every worker has them all.
     return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
 
@@ -135,25 +135,25 @@ def constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
     return blocks + FLOAT32 * math.ceil(blocks / NF4_OUTER_BLOCK) + NF4_LAYER_BYTES
 
 
-def adapter_bytes(census: Census) -> int:
+def adapter_bytes(stats: ModelStats) -> int:
     """What is trained and what is not."""
-    return BF16 * (census.trainable + census.frozen_adapter)
+    return BF16 * (stats.trainable + stats.frozen_adapter)
 
 
-def logits_bytes(answers: int, census: Census) -> int:
+def logits_bytes(answers: int, stats: ModelStats) -> int:
     """Logits and gradients of so many positions, and their hidden states."""
-    return answers * (LOGIT_BYTES * census.vocabulary + 2 * BF16 * census.width)
+    return answers * (LOGIT_BYTES * stats.vocabulary + 2 * BF16 * stats.width)
 
 
-def buffer_bytes(census: Census, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:
+def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:
     """The largest quantised weight as it is multiplied, ZeRO's buckets, and what ZeRO-3 gathers."""
-    largest = max((outputs * inputs for outputs, inputs in census.matrices), default=0)
+    largest = max((outputs * inputs for outputs, inputs in stats.matrices), default=0)
     result = BF16 * largest if base != "bf16" else 0
     if sharing.zero_stage >= 1 and sharing.num_workers > 1:
-        result += 2 * BF16 * min(BUCKET_ELEMENTS, census.trainable)
+        result += 2 * BF16 * min(BUCKET_ELEMENTS, stats.trainable)
     if sharing.zero_stage == 3 and sharing.num_workers > 1:
-        whole = weight_bytes(census, base, Sharing(1, 0))
-        gathered = BF16 * (LIVE_ELEMENTS + max(largest, census.vocabulary * census.width))
+        whole = weight_bytes(stats, base, Sharing(1, 0))
+        gathered = BF16 * (LIVE_ELEMENTS + max(largest, stats.vocabulary * stats.width))
         result += min(whole, gathered)
     return result
 

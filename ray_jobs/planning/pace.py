@@ -31,7 +31,7 @@ REPEATS = 2
 
 
 @dataclass(frozen=True)
-class Load:
+class MeanBatch:
     """What is read at once, in mean records."""
 
     records: int
@@ -57,7 +57,7 @@ class Pace:
     matmul_dtype: MatmulDtype
 
 
-def measure(config: RunConfig, base: "PretrainedConfig", load: Load) -> Pace:
+def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pace:
     """Measure on the threads of one worker.
 
     Raises:
@@ -72,12 +72,12 @@ def measure(config: RunConfig, base: "PretrainedConfig", load: Load) -> Pace:
         adapted, num_layers = _few_layers(config, base, Path(scratch), dtype)
     weights = sum(layer.in_features * layer.out_features for layer in _linear_layers(adapted))
     affordable = int(SECONDS * rate / (4 * weights))
-    length = max(FEWEST_TOKENS, min(load.length, affordable))
-    records = max(1, min(load.records, affordable // length))
+    length = max(FEWEST_TOKENS, min(batch.length, affordable))
+    records = max(1, min(batch.records, affordable // length))
     tokens = torch.randint(VOCABULARY, (records, length))
     labels = tokens.clone()
-    labels[:, : -min(load.answers, length - 1)] = -100
-    next_tokens = torch.randint(VOCABULARY, (load.generated, 1))
+    labels[:, : -min(batch.answers, length - 1)] = -100
+    next_tokens = torch.randint(VOCABULARY, (batch.generated, 1))
 
     from ray_jobs.base.answer_loss import answer_nll
 
@@ -96,12 +96,12 @@ def measure(config: RunConfig, base: "PretrainedConfig", load: Load) -> Pace:
         read_s, write_s = _seconds(read), _seconds(write)
     # The head alone is not among the few layers' own: two operations for each weight forward, and as many backward.
     head_s = 2 * text.vocab_size * text.hidden_size / rate
-    share = load.answers / load.length
+    share = batch.answers / batch.length
     times = text.num_hidden_layers / num_layers
     return Pace(
         train_s=times * train_s / tokens.numel() + 2 * share * head_s,
         read_s=times * read_s / tokens.numel() + share * head_s,
-        write_s=times * write_s + load.generated * head_s,
+        write_s=times * write_s + batch.generated * head_s,
         matmul_dtype=dtype,
     )
 

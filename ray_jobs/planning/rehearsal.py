@@ -35,7 +35,7 @@ LAYER_BYTES = 34
 
 
 @dataclass(frozen=True)
-class Census:
+class ModelStats:
     """What a base and its adapter consist of, counted on the model itself."""
 
     parameters: int
@@ -59,7 +59,7 @@ class Census:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """Bytes of one forward and backward pass through the layers, the output head left out."""
 
     kept: int
@@ -90,7 +90,7 @@ class Rehearsal:
                     _as_int8(layer)
             with torch.device("meta"):
                 adapted = build.attach(self._model, method, base_reference=reference, seed=0)
-        self.census = Census(
+        self.stats = ModelStats(
             parameters=parameters,
             matrices=matrices,
             active=active,
@@ -103,9 +103,9 @@ class Rehearsal:
             applied=_applied(adapted, method.r) if adapted and method else 0,
         )
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
-        self._steps: dict[tuple[int, int, bool], Step] = {}
+        self._steps: dict[tuple[int, int, bool], StepMemory] = {}
 
-    def step(self, batch: int, length: int, *, checkpointing: bool) -> Step:
+    def step(self, batch: int, length: int, *, checkpointing: bool) -> StepMemory:
         """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat."""
         key = (batch, length, checkpointing)
         if key not in self._steps:
@@ -113,17 +113,17 @@ class Rehearsal:
                 self._steps[key] = self._extrapolated(*key)
             except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # whatever such a model stumbles over
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
-                self._steps[key] = _estimate(self.census, *key)
+                self._steps[key] = _estimate(self.stats, *key)
         return self._steps[key]
 
-    def _extrapolated(self, batch: int, length: int, checkpointing: bool) -> Step:
-        num_layers, few, more = self.census.num_layers, self._period, 2 * self._period
+    def _extrapolated(self, batch: int, length: int, checkpointing: bool) -> StepMemory:
+        num_layers, few, more = self.stats.num_layers, self._period, 2 * self._period
         if num_layers <= more:
             kept, workspace = self._run(batch, length, checkpointing, num_layers)
-            return Step(kept, workspace)
+            return StepMemory(kept, workspace)
         fewer, _ = self._run(batch, length, checkpointing, few)
         kept, workspace = self._run(batch, length, checkpointing, more)
-        return Step(kept + (num_layers - more) * (kept - fewer) // (more - few), workspace)
+        return StepMemory(kept + (num_layers - more) * (kept - fewer) // (more - few), workspace)
 
     def _run(self, batch: int, length: int, checkpointing: bool, num_layers: int) -> tuple[int, int]:
         with self._fake, _first_layers(self._decoder, num_layers), _checkpointing(self._model, on=checkpointing):
@@ -307,8 +307,8 @@ def period(layer_types: list[str], num_layers: int) -> int:
     return next(periods, num_layers)
 
 
-def _estimate(census: Census, batch: int, length: int, checkpointing: bool) -> Step:
-    layer = LAYER_BYTES * batch * length * census.width
+def _estimate(stats: ModelStats, batch: int, length: int, checkpointing: bool) -> StepMemory:
+    layer = LAYER_BYTES * batch * length * stats.width
     if checkpointing:
-        return Step(census.num_layers * 2 * batch * length * census.width, layer, is_estimate=True)
-    return Step(census.num_layers * layer, layer, is_estimate=True)
+        return StepMemory(stats.num_layers * 2 * batch * length * stats.width, layer, is_estimate=True)
+    return StepMemory(stats.num_layers * layer, layer, is_estimate=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from components.config.gpus import Gpu
 from components.config.methods import AdapterKind, BaseFormat
-from ray_jobs.planning.rehearsal import Census
+from ray_jobs.planning.rehearsal import ModelStats
 
 # Share of the data sheet's dense rate that a training achieves, counting every operation above, recomputed ones too.
 # Calibrated on published LoRA trainings, of which tests/models/published.py holds each with its source.
@@ -28,7 +28,7 @@ class Speed:
 
 
 def speed(
-    census: Census,
+    stats: ModelStats,
     gpu: Gpu,
     *,
     num_gpus: int,
@@ -39,17 +39,17 @@ def speed(
     checkpointing: bool,
 ) -> Speed:
     """`answer_share`: what part of all positions the head computes logits for."""
-    operations = flops_per_token(census, length=length, answer_share=answer_share, checkpointing=checkpointing)
+    operations = flops_per_token(stats, length=length, answer_share=answer_share, checkpointing=checkpointing)
     rate = gpu.tflops * 1e12 * ACHIEVED * BASE_FACTOR[base] * ADAPTER_FACTOR[adapter] * num_gpus
     return Speed(operations, rate / operations)
 
 
-def flops_per_token(census: Census, *, length: int, answer_share: float, checkpointing: bool) -> float:
+def flops_per_token(stats: ModelStats, *, length: int, answer_share: float, checkpointing: bool) -> float:
     """Operations of one token, forward and backward, averaged over a record of `length` tokens."""
     # Causal attention: each position meets half of the others, in two products of the heads' width.
-    attention = 2 * length * census.attention_width * census.num_layers
-    forward = 2 * (census.active + census.applied) + attention
+    attention = 2 * length * stats.attention_width * stats.num_layers
+    forward = 2 * (stats.active + stats.applied) + attention
     # Fused attention recomputes its scores going back: five products where there were two (arXiv:2205.14135).
-    backward = 2 * (census.active + 2 * census.applied) + 2.5 * attention
-    head = 4 * answer_share * census.vocabulary * census.width
+    backward = 2 * (stats.active + 2 * stats.applied) + 2.5 * attention
+    head = 4 * answer_share * stats.vocabulary * stats.width
     return forward * (2 if checkpointing else 1) + backward + head

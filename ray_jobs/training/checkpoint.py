@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a training stands, beyond its tensors."""
 
     config_digest: str
@@ -68,7 +68,7 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
 
 
 def save(
-    store: Store, run_id: str, engine: Any, progress: Progress, best: Mapping[str, torch.Tensor], *, rank: int
+    store: Store, run_id: str, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor], *, rank: int
 ) -> None:
     """Write a checkpoint; every worker calls it at the same step. Returns when it is complete."""
     key = _key(run_id, progress.step)
@@ -95,8 +95,8 @@ def newest(store: Store, run_id: str) -> int | None:
 
 
 def resume(
-    store: Store, run_id: str, step: int, engine: Any, expected: Progress, *, rank: int
-) -> tuple[Progress, dict[str, torch.Tensor]]:
+    store: Store, run_id: str, step: int, engine: Any, expected: TrainingProgress, *, rank: int
+) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
     """Put an engine into the state that the checkpoint holds; gives the progress and the best weights.
 
     Raises:
@@ -107,7 +107,7 @@ def resume(
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         shared = Path(scratch) / "shared"
         folders.pull(store, f"{key}/shared", shared)
-        progress = Progress(**json.loads((shared / "state.json").read_text(encoding="utf-8")))
+        progress = TrainingProgress(**json.loads((shared / "state.json").read_text(encoding="utf-8")))
         _require_same(progress, expected, store.uri(key))
         folders.pull(store, f"{key}/rank-{rank}", Path(scratch) / "rank")
         copy_weights(load_file(shared / "adapter.safetensors"), engine.module)
@@ -119,7 +119,11 @@ def resume(
 def matmul_dtype(store: Store, run_id: str) -> MatmulDtype | None:
     """What the run's newest checkpoint was trained in, and so must go on in; None without one."""
     step = newest(store, run_id)
-    return None if step is None else Progress(**store.get_json(f"{_key(run_id, step)}/shared/state.json")).matmul_dtype
+    return (
+        None
+        if step is None
+        else TrainingProgress(**store.get_json(f"{_key(run_id, step)}/shared/state.json")).matmul_dtype
+    )
 
 
 def discard_after(store: Store, run_id: str, step: int) -> None:
@@ -135,7 +139,7 @@ def keep_newest(store: Store, run_id: str, count: int) -> None:
         _delete(store, run_id, step)
 
 
-def _require_same(found: Progress, expected: Progress, uri: str) -> None:
+def _require_same(found: TrainingProgress, expected: TrainingProgress, uri: str) -> None:
     if found.config_digest != expected.config_digest:
         raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
     if found.num_workers != expected.num_workers:

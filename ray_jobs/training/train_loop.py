@@ -22,7 +22,7 @@ from components.shared.errors import ConfigError
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
-from ray_jobs.training.checkpoint import Progress
+from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Outcome:
+class TrainedAdapter:
     """What a finished training gives: the weights to publish and how they came to be."""
 
     weights: dict[str, torch.Tensor]
-    progress: Progress
+    progress: TrainingProgress
     num_steps: int
     stopped_early: bool
     first_loss: float | None = None
@@ -56,8 +56,8 @@ def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: fl
 
 def num_steps(train: TrainConfig, num_records: int) -> int:
     """Optimizer steps of the whole training."""
-    per_epoch = math.ceil(num_records / train.batch_size)
-    return min(train.max_steps or math.inf, per_epoch * train.epochs).__int__()
+    in_epochs = math.ceil(num_records / train.batch_size) * train.epochs
+    return min(train.max_steps, in_epochs) if train.max_steps else in_epochs
 
 
 def eval_steps(train: TrainConfig, num_records: int) -> set[int]:
@@ -81,7 +81,7 @@ def run(
     eval_split: TokenizedSplit,
     pad: int,
     report: Report,
-) -> Outcome:
+) -> TrainedAdapter:
     """Train to the end, from the newest complete checkpoint of this run when there is one.
 
     `report` gets one record for each step and each measurement, on every rank.
@@ -89,7 +89,7 @@ def run(
     train = config.train
     total = num_steps(train, len(train_split))
     measured = eval_steps(train, len(train_split))
-    progress = Progress(config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype)
+    progress = TrainingProgress(config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype)
     best = checkpoint.weights(engine.module)
     resumed_from = checkpoint.newest(store, run_id) or 0
     dist.barrier()  # every worker has looked before the first one deletes
@@ -99,7 +99,7 @@ def run(
     if resumed_from:
         progress, best = checkpoint.resume(store, run_id, resumed_from, engine, progress, rank=worker.rank)
         logger.info("resumed from step %d", resumed_from)
-    outcome = Outcome(best, progress, total, stopped_early=False, resumed_from=resumed_from)
+    trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=resumed_from)
     started = time.monotonic() - progress.elapsed_s
 
     for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
@@ -112,8 +112,8 @@ def run(
         progress.tokens += num_tokens
         ended = time.monotonic()
         progress.elapsed_s = ended - started
-        outcome.first_loss = loss if outcome.first_loss is None else outcome.first_loss
-        outcome.last_loss = loss
+        trained.first_loss = loss if trained.first_loss is None else trained.first_loss
+        trained.last_loss = loss
         report({
             "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
             "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"], "tokens": progress.tokens,
@@ -122,14 +122,14 @@ def run(
         if progress.step in measured:
             loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
             report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
-            outcome.eval_loss = loss
+            trained.eval_loss = loss
             if loss < progress.best_loss:
                 progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
                 best = checkpoint.weights(engine.module)
             else:
                 progress.evals_without_gain += 1
-            outcome.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
-        finished = outcome.stopped_early or progress.step == total
+            trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
+        finished = trained.stopped_early or progress.step == total
         every = train.checkpoint_every_steps
         if every and progress.step % every == 0 and not finished:
             checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
@@ -139,10 +139,10 @@ def run(
             break
 
     if train.early_stopping_patience:
-        outcome.weights, outcome.eval_loss = best, progress.best_loss
+        trained.weights, trained.eval_loss = best, progress.best_loss
     else:
-        outcome.weights = checkpoint.weights(engine.module)
-    return outcome
+        trained.weights = checkpoint.weights(engine.module)
+    return trained
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
-from ray_jobs.training.train_loop import Outcome, Report
+from ray_jobs.training.train_loop import Report, TrainedAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,23 +84,23 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
     if worker.rank == 0:
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
-    adapted, outcome, recipe = fit(
+    adapted, trained, recipe = fit(
         config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore
     )
     if metrics is None:
         return {}
     metrics.upload()
-    version = _publish(job, config, store, adapted, outcome, recipe, worker, started_at)
+    version = _publish(job, config, store, adapted, trained, recipe, worker, started_at)
     return TrainResult(
         version=version.version,
         version_uri=version.uri,
         dataset_uri=job.dataset.uri,
-        train_seconds=round(outcome.progress.elapsed_s, 3),
-        steps=outcome.progress.step,
-        tokens=outcome.progress.tokens,
-        eval_loss=outcome.eval_loss,
-        stopped_early=outcome.stopped_early,
-        resumed_from_step=outcome.resumed_from,
+        train_seconds=round(trained.progress.elapsed_s, 3),
+        steps=trained.progress.step,
+        tokens=trained.progress.tokens,
+        eval_loss=trained.eval_loss,
+        stopped_early=trained.stopped_early,
+        resumed_from_step=trained.resumed_from,
     ).model_dump()
 
 
@@ -113,7 +113,7 @@ def fit(
     eval_split: TokenizedSplit,
     *,
     report: Report,
-) -> tuple["PeftModel", Outcome, dict[str, Any]]:
+) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
     """Train in an initialised process group: the model with its final weights, how it went, what was built."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
@@ -144,7 +144,7 @@ def fit(
         if worker.rank == 0:
             products = ", products in float32" if worker.matmul_dtype == "float32" else ""
             say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
-        outcome = train_loop.run(
+        trained = train_loop.run(
             engine,
             config=config,
             run_id=job.run_id,
@@ -158,8 +158,8 @@ def fit(
         engine.destroy()
     # Whole on every worker, whatever was sharded: what is published is read from here.
     for name, parameter in checkpoint.trainable(adapted).items():
-        parameter.data = outcome.weights[name].to(parameter.device)
-    return adapted, outcome, recipe
+        parameter.data = trained.weights[name].to(parameter.device)
+    return adapted, trained, recipe
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
@@ -268,12 +268,12 @@ def _publish(
     config: RunConfig,
     store: Store,
     adapted: Any,
-    outcome: Outcome,
+    trained: TrainedAdapter,
     recipe: Mapping[str, Any],
     worker: Worker,
     started_at: datetime,
 ) -> Version:
-    progress = outcome.progress
+    progress = trained.progress
     record = lineage.build_lineage(
         config,
         run_id=job.run_id,
@@ -288,16 +288,16 @@ def _publish(
         training=lineage.Training(
             steps=progress.step,
             tokens=progress.tokens,
-            train_loss=outcome.last_loss,
-            eval_loss=outcome.eval_loss,
+            train_loss=trained.last_loss,
+            eval_loss=trained.eval_loss,
             wall_s=round(progress.elapsed_s, 3),
             world_size=worker.num_workers,
             started_at=started_at.isoformat(),
-            resumed_from=f"step {outcome.resumed_from}" if outcome.resumed_from else "",
+            resumed_from=f"step {trained.resumed_from}" if trained.resumed_from else "",
             more={
-                "first_loss": outcome.first_loss,
+                "first_loss": trained.first_loss,
                 "best_step": progress.best_step,
-                "stopped_early": outcome.stopped_early,
+                "stopped_early": trained.stopped_early,
             },
         ),
     )

@@ -91,13 +91,13 @@ def sharding(config: RunConfig) -> Iterator[None]:
     deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
     linear = torch.nn.functional.linear
     is_sharded, base = config.train.zero_stage == 3, config.method.row.base
-    told = HfDeepSpeedConfig(settings(config)) if is_sharded and base == "bf16" else None  # transformers' is a weak one
+    held = HfDeepSpeedConfig(settings(config)) if is_sharded and base == "bf16" else None  # transformers' is a weak one
     try:
         with regather_for_backward() if is_sharded and base == "nf4" else nullcontext():
             yield
     finally:
         unset_hf_deepspeed_config()
-        del told
+        del held
         torch.nn.functional.linear = linear
 
 

@@ -17,7 +17,7 @@ from components.config.schema import MethodConfig
 from ray_jobs import entry
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import GIB, Parts, Sharing, plan
-from ray_jobs.planning.rehearsal import Census, Rehearsal
+from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.training import zero
 from tests.models.measured_step import Measured, load, measure
 from tests.models.shapes import LLAMA_2_7B, llama
@@ -60,22 +60,20 @@ def _names() -> list[str]:
     return list(Parts(0, 0, 0, 0, 0, 0, 0).as_json())
 
 
-def _planned(method: MethodConfig | None, length: int) -> tuple[Census, Parts]:
+def _planned(method: MethodConfig | None, length: int) -> tuple[ModelStats, Parts]:
     rehearsal = Rehearsal(LLAMA_2_7B, method, reference="llama-2-7b")
     step = rehearsal.step(1, length, checkpointing=True)
     base = method.row.base if method else "bf16"
-    parts = plan(rehearsal.census, step, base=base, answers=length, sharing=ALONE, trains_base=method is None)
-    return rehearsal.census, parts
+    parts = plan(rehearsal.stats, step, base=base, answers=length, sharing=ALONE, trains_base=method is None)
+    return rehearsal.stats, parts
 
 
-def _row(name: str, census: Census, parts: Parts, full: int) -> str:
+def _row(name: str, stats: ModelStats, parts: Parts, full: int) -> str:
     share = (
-        ""
-        if name == "full"
-        else f"{census.trainable / (census.parameters + census.trainable + census.frozen_adapter):.3%}"
+        "" if name == "full" else f"{stats.trainable / (stats.parameters + stats.trainable + stats.frozen_adapter):.3%}"
     )
     sizes = "".join(f"{size / GIB:>12.2f}" for size in parts.as_json().values())
-    return f"{name:<10}{census.trainable:>14,}{share:>9}{sizes}{full / parts.total:>7.1f}x"
+    return f"{name:<10}{stats.trainable:>14,}{share:>9}{sizes}{full / parts.total:>7.1f}x"
 
 
 def _measured(base: Base, method: MethodConfig | None) -> tuple[int, Measured]:

@@ -79,11 +79,11 @@ def train_and_publish(config_toml: str, rows: list[dict[str, Any]]) -> dict[str,
     config = config_file.loads(config_toml)
     done = fit_in_rank(config, rows, run_id=config.method.name)
     if done.worker.rank == 0:
-        worker._publish(done.job, config, done.store, done.adapted, done.outcome, done.recipe, done.worker, started_at)
+        worker._publish(done.job, config, done.store, done.adapted, done.trained, done.recipe, done.worker, started_at)
     return {
         "losses": [record["loss"] for record in done.records if record["kind"] == "train"],
-        "eval_loss": done.outcome.eval_loss,
-        "weights": {name: weight.float().numpy() for name, weight in done.outcome.weights.items()},
+        "eval_loss": done.trained.eval_loss,
+        "weights": {name: weight.float().numpy() for name, weight in done.trained.weights.items()},
         "stands_on": done.recipe["stands_on"],
     }
 

@@ -17,7 +17,7 @@ from components.promote.promote import promote
 from components.registry import aliases, runs, versions
 from components.step.step import step
 from ray_jobs import evaluate
-from ray_jobs.export import Wish, export
+from ray_jobs.export import ExportRequest, export
 from tests.frozen.registry import ADAPTER, PLACE, Frozen
 from tests.frozen.training import Done, train_and_publish
 from tests.models.train_group import in_group
@@ -96,7 +96,7 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
 @pytest.mark.parametrize("run_id", ["promoted", "held"])
 def test_a_version_is_exported_and_says_what_the_release_measured(run_id, frozen, tmp_path):
     version = frozen.version(run_id)
-    export(frozen.config(run_id), f"{ADAPTER}@{version}", Wish("merged", tmp_path / "out", dtype="float32"))
+    export(frozen.config(run_id), f"{ADAPTER}@{version}", ExportRequest("merged", tmp_path / "out", dtype="float32"))
     rows = pq.read_table(frozen.path(f"runs/{run_id}/evaluation_records.parquet")).to_pylist()
     found = [nll_of(tmp_path / "out", row) for row in rows]
     assert sum(found) / len(rows) == pytest.approx(sum(row["candidate_nll"] for row in rows) / len(rows), rel=0.02)

@@ -107,9 +107,9 @@ def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dic
             grad_norms=[record["grad_norm"] for record in steps],
             eval_losses=[record["loss"] for record in fitted.records if record["kind"] == "eval"],
             weights={name: w.detach().float().numpy() for name, w in checkpoint.trainable(fitted.adapted).items()},
-            resumed_from=fitted.outcome.resumed_from,
-            stopped_early=fitted.outcome.stopped_early,
-            steps=fitted.outcome.progress.step,
+            resumed_from=fitted.trained.resumed_from,
+            stopped_early=fitted.trained.stopped_early,
+            steps=fitted.trained.progress.step,
             matmul_dtype=fitted.recipe["matmul_dtype"],
         )
     return trained
@@ -123,7 +123,7 @@ class Fitted:
     worker: Any
     store: Any
     adapted: Any
-    outcome: Any
+    trained: Any
     recipe: dict[str, Any]
     records: list[dict[str, Any]]
 
@@ -164,8 +164,8 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
     store = Store.open(config.registry)
-    adapted, outcome, recipe = fit(config, job, worker, store, *splits, report=report)
-    return Fitted(job, worker, store, adapted, outcome, recipe, seen)
+    adapted, trained, recipe = fit(config, job, worker, store, *splits, report=report)
+    return Fitted(job, worker, store, adapted, trained, recipe, seen)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from ray_jobs.base import base_model, processor
 from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
 from ray_jobs.planning import pace
-from ray_jobs.planning.pace import Load, Pace
+from ray_jobs.planning.pace import MeanBatch, Pace
 from tests.models.tiny import colour_rows
 
 TWO_CORES = Cpu("any", "AVX2", 2)
@@ -81,7 +81,7 @@ def test_evaluation_reads_and_answers_for_the_base_and_the_candidate(config: Run
 
 def test_a_pace_grows_with_the_layers_and_with_the_vocabulary(config: RunConfig):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    load = Load(records=2, length=20, answers=4, generated=8)
+    batch = MeanBatch(records=2, length=20, answers=4, generated=8)
 
     def measured(layers: int, vocabulary: int) -> Pace:
         base = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=vocabulary)
@@ -89,7 +89,7 @@ def test_a_pace_grows_with_the_layers_and_with_the_vocabulary(config: RunConfig)
             mock.patch.object(pace, "_seconds", return_value=1.0),
             mock.patch.object(processor, "measure", return_value=processor.Rates(bfloat16=1e9, float32=2e9)),
         ):
-            return pace.measure(config, base, load)
+            return pace.measure(config, base, batch)
 
     few, many = measured(2, 300), measured(24, 300)
     assert many.matmul_dtype == "float32"
@@ -109,7 +109,7 @@ def test_a_few_layers_are_really_trained_and_read(config: RunConfig, changes: li
         hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=500,
     )  # fmt: skip
-    found = pace.measure(with_changes(config, *changes), base, Load(2, 20, 4, 8))
+    found = pace.measure(with_changes(config, *changes), base, MeanBatch(2, 20, 4, 8))
     assert min(found.train_s, found.read_s, found.write_s) > 0
     assert base.num_hidden_layers == 6
 

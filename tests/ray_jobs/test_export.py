@@ -14,7 +14,7 @@ from components.registry.store import Store
 from components.shared.errors import FineloopError, UserError
 from ray_jobs.adapters import build, merge, own_base
 from ray_jobs.base import base_model
-from ray_jobs.export import Wish, export
+from ray_jobs.export import ExportRequest, export
 from tests.models.tiny_version import RECORDS, publish
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
@@ -50,7 +50,7 @@ def on_its_base(config: RunConfig, store: Store, folder: Path):
 def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path, tiny_base):
     config = of(name)
     version = publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", dtype="float32"))
+    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
@@ -75,7 +75,7 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
 def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store, tmp_path):
     config = of("qlora")
     publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
     assert (record["base"], record["dtype"]) == ("dequantised", "bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
@@ -90,7 +90,9 @@ def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store,
 def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(of, store, tmp_path, tiny_base):
     config = of("qlora")
     publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", base="original", dtype="float32"))
+    record = export(
+        config, config.adapter.name, ExportRequest("merged", tmp_path / "out", base="original", dtype="float32")
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     assert says(PeftModel.from_pretrained(original, tmp_path / "adapter-qlora"), plain).is_same
@@ -103,7 +105,7 @@ def test_loftq_is_not_merged_into_the_original_weights(of, store, tmp_path):
     config = of("loftq")
     publish(config, store, tmp_path)
     with pytest.raises(UserError, match="use --base dequantised"):
-        export(config, config.adapter.name, Wish("merged", tmp_path / "out", base="original"))
+        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", base="original"))
     assert not (tmp_path / "out").exists()
 
 
@@ -111,7 +113,7 @@ def test_loftq_is_not_merged_into_the_original_weights(of, store, tmp_path):
 def test_plain_lora_is_what_plain_peft_reads(name, of, store, tmp_path, tiny_base):
     config = of(name)
     publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
+    record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "out")
     assert not plain.peft_config["default"].use_rslora
@@ -128,9 +130,9 @@ def test_the_nearest_lora_says_how_far_it_is(of, store, tmp_path):
     config = of("dora")
     publish(config, store, tmp_path)
     with pytest.raises(UserError, match="--approximate"):
-        export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
+        export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    record = export(config, config.adapter.name, Wish("lora", tmp_path / "out", approximate=16))
+    record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out", approximate=16))
     assert (record["exact"], record["rank"]) == (False, 16)
     assert record["parity"]["converted"]["argmax_agreement"] < 0.99
     assert "not the adapter itself" in (tmp_path / "out" / "README.md").read_text()
@@ -140,7 +142,7 @@ def test_what_is_not_the_same_is_not_written(of, store, tmp_path):
     config = of("lora")
     publish(config, store, tmp_path, std=float("inf"))
     with pytest.raises(FineloopError, match="cannot be merged"):
-        export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out-*")) == []
 
@@ -151,7 +153,7 @@ def test_a_folder_that_holds_something_is_left_alone(of, store, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="not empty: remove it or choose another --to"):
-        export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
@@ -159,7 +161,7 @@ def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store,
     config = of("lora")
     publish(config, store, tmp_path, with_data=False)
     (tmp_path / "out").mkdir()  # an empty folder is replaced
-    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out"))
+    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
     assert record["parity"]["compared_on"] == "random tokens"
     assert record["parity"]["merge"]["positions"] == 16 * 64
     assert "the data is gone" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from components.shared.errors import ConfigError
 from ray_jobs import plan
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.before_training import before_training
-from ray_jobs.planning.capacity import Load, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
+from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
 from ray_jobs.planning.memory import GIB
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
@@ -93,39 +93,39 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
 
 
 def test_answers_are_as_long_as_evaluation_lets_them_be(tmp_path):
-    assert plan.worst_load(configured(tmp_path)) == Load(512, 512)
-    assert plan.worst_load(configured(tmp_path, "evaluate.max_new_tokens=32")) == Load(512, 32)
+    assert plan.worst_batch(configured(tmp_path)) == WorstBatch(512, 512)
+    assert plan.worst_batch(configured(tmp_path, "evaluate.max_new_tokens=32")) == WorstBatch(512, 32)
 
 
 def test_advice_is_the_lowest_stage_then_no_recomputation_then_the_largest_micro_batch(lora_7b):
     config = configured()
-    load = Load(512, 64)
-    roomy = advised(config, lora_7b, load, 200 * GIB)
+    batch = WorstBatch(512, 64)
+    roomy = advised(config, lora_7b, batch, 200 * GIB)
     assert roomy is not None
     assert (roomy.settings()["train.zero_stage"], roomy.settings()["train.micro_batch_size"]) == (0, 16)
     assert roomy.settings()["train.gradient_checkpointing"] is False
-    tight = advised(config, lora_7b, load, int(22.5 * GIB))
+    tight = advised(config, lora_7b, batch, int(22.5 * GIB))
     assert tight is not None
     assert tight.parts.total <= 22.5 * GIB < roomy.parts.total
     assert 1 <= tight.settings()["train.micro_batch_size"] < 16
-    small_one = advised(config, lora_7b, load, 12 * GIB)
+    small_one = advised(config, lora_7b, batch, 12 * GIB)
     assert small_one is not None
     assert small_one.settings()["method.base"] == "nf4"
-    assert small_one.changes(chosen(config, lora_7b, load))["method.base"] == "nf4"
-    assert advised(config, lora_7b, load, 2 * GIB) is None
+    assert small_one.changes(chosen(config, lora_7b, batch))["method.base"] == "nf4"
+    assert advised(config, lora_7b, batch, 2 * GIB) is None
 
 
 def test_what_is_advised_is_rehearsed_itself(lora_7b):
-    load = Load(512, 64)
-    choice = advised(configured(), lora_7b, load, int(22.5 * GIB))
+    batch = WorstBatch(512, 64)
+    choice = advised(configured(), lora_7b, batch, int(22.5 * GIB))
     assert choice is not None
-    assert chosen(choice.config, lora_7b, load).parts == choice.parts
+    assert chosen(choice.config, lora_7b, batch).parts == choice.parts
 
 
 def test_a_training_that_cannot_fit_is_refused_with_its_parts_and_what_would(lora_7b):
     config = configured("llama-2-7b", "ray.gpu='T4'", "train.micro_batch_size=16")
     with pytest.raises(ConfigError, match=r"weights 1\d\.\d") as refused:
-        require_fit(config, lora_7b, Load(512, 64), gpu_device("T4"))
+        require_fit(config, lora_7b, WorstBatch(512, 64), gpu_device("T4"))
     assert "has 15.0" in str(refused.value)
     assert "train.micro_batch_size=4 train.gradient_checkpointing=true it needs 14." in str(refused.value)
 
@@ -135,24 +135,24 @@ def test_where_no_setting_helps_a_smaller_base_or_more_workers_are_named():
     config = configured("llama-2-70b")
     rehearsal = Rehearsal(LLAMA_2_70B, config.method, reference="llama-2-70b")
     with pytest.raises(ConfigError, match=r"smaller model\.base, more workers .* train\.zero_stage=3"):
-        require_fit(config, rehearsal, Load(512, 64), gpu_device("T4"))
+        require_fit(config, rehearsal, WorstBatch(512, 64), gpu_device("T4"))
 
 
 def test_what_an_estimate_alone_speaks_against_is_not_refused(lora_7b):
     config = configured("llama-2-7b", "train.micro_batch_size=1")
-    load = Load(128, 16)
-    parts = chosen(config, lora_7b, load).parts
+    batch = WorstBatch(128, 16)
+    parts = chosen(config, lora_7b, batch).parts
     device = gpu_device("A10G")
     just_tensors = type(device)("a GPU", parts.total - parts.overhead, device.gpu)
-    assert require_fit(config, lora_7b, load, just_tensors).parts == parts
-    assert require_fit(config, lora_7b, load, gpu_device(None)).parts == parts
+    assert require_fit(config, lora_7b, batch, just_tensors).parts == parts
+    assert require_fit(config, lora_7b, batch, gpu_device(None)).parts == parts
 
 
 def test_a_cpu_refuses_only_what_all_its_memory_cannot_hold(lora_7b):
     config = configured("llama-2-7b", "ray.use_gpu=false", "ray.num_workers=2")
-    require_fit(config, lora_7b, Load(512, 64), cpu_device("this cluster", 16 * GIB, 2))
+    require_fit(config, lora_7b, WorstBatch(512, 64), cpu_device("this cluster", 16 * GIB, 2))
     with pytest.raises(ConfigError, match="does not fit on this cluster"):
-        require_fit(config, lora_7b, Load(512, 64), cpu_device("this cluster", 10 * GIB, 2))
+        require_fit(config, lora_7b, WorstBatch(512, 64), cpu_device("this cluster", 10 * GIB, 2))
 
 
 def node(**resources: float) -> dict[str, object]:
@@ -191,7 +191,7 @@ def split(lengths: list[int], answers: list[int]) -> TokenizedSplit:
 
 
 def test_a_training_plans_for_its_own_longest_records():
-    assert Load.of(split([40, 90, 20], [3, 5, 10]), 2) == Load(90, 8)
+    assert WorstBatch.of(split([40, 90, 20], [3, 5, 10]), 2) == WorstBatch(90, 8)
 
 
 def test_before_a_training_two_lines_say_what_it_takes(tmp_path):

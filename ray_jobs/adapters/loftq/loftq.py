@@ -40,7 +40,7 @@ FORMAT = 1  # of the folder and of the arithmetic: another one is another base
 REPORT = "loftq.json"
 
 
-def stand(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
+def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
     """The base of this config's own.
 
     Where the store does not have it yet, all workers make it together: with several, every one of them must call
@@ -84,7 +84,7 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     return Base(store.uri(key), path, {"kind": "loftq", "manifest_sha256": sha256})
 
 
-def start(adapted: "PeftModel", base: Base) -> None:
+def begin(adapted: "PeftModel", base: Base) -> None:
     """Begin a fresh adapter where the split left off: s B A = L R, whatever its scaling s."""
     from safetensors import safe_open
 

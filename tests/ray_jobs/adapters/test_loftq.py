@@ -103,7 +103,7 @@ def loaded(base: Base, config: RunConfig, base_format: Any = "nf4") -> Any:
 def adapted(base: Base, config: RunConfig) -> Any:
     """The model as training starts with it."""
     model = build.attach(loaded(base, config), config.method, base_reference=base.reference, seed=0)
-    loftq.start(model, base)
+    loftq.begin(model, base)
     return model.eval()
 
 

@@ -19,13 +19,13 @@ from ray_jobs.planning.memory import (
     plan,
     weight_bytes,
 )
-from ray_jobs.planning.rehearsal import Rehearsal, Step
+from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 from tests.models.measured_step import load, measure
 from tests.models.shapes import LLAMA_2_7B, llama, small
 
 ALONE = Sharing(num_workers=1, zero_stage=0)
 BATCH, LENGTH, ANSWERS = 4, 96, 12
-NO_STEP = Step(kept=0, workspace=0)
+NO_STEP = StepMemory(kept=0, workspace=0)
 
 # (outputs, inputs) of the linear layers of Llama-2-7B, 32 times.
 LAYERS_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
@@ -48,31 +48,31 @@ def trained_7b(name: str) -> int:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained_of_llama_2_7b_is_what_the_papers_say(name):
-    census = rehearsal(name).census
-    assert census.parameters == BASE_7B == 6_738_415_616
-    assert census.trainable == trained_7b(name)
+    stats = rehearsal(name).stats
+    assert stats.parameters == BASE_7B == 6_738_415_616
+    assert stats.trainable == trained_7b(name)
 
 
 def test_shares_of_llama_2_7b_are_as_published():
-    share = {name: rehearsal(name).census.trainable / BASE_7B for name in METHODS}
+    share = {name: rehearsal(name).stats.trainable / BASE_7B for name in METHODS}
     assert 0.001 < share["lora"] < 0.01
     assert share["dora"] - share["lora"] == pytest.approx(0.0002, rel=0.05)
-    assert rehearsal("vera").census.trainable == pytest.approx(
+    assert rehearsal("vera").stats.trainable == pytest.approx(
         1.4e6, rel=0.02
     )  # arXiv:2310.11454, 7B instruction tuning
     assert share["dvora"] - share["vera"] == pytest.approx(0.0002, rel=0.05)
 
 
 def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer():
-    assert rehearsal("vera").census.frozen_adapter == 256 * (11008 + 11008)
-    assert rehearsal("lora").census.frozen_adapter == 0
+    assert rehearsal("vera").stats.frozen_adapter == 256 * (11008 + 11008)
+    assert rehearsal("lora").stats.frozen_adapter == 0
 
 
 def test_an_nf4_base_takes_half_a_byte_and_its_doubly_quantised_constants():
     linear = 32 * sum(o * i for o, i in LAYERS_7B)
     constants = linear / 64 * (1 + 4 / 256)  # arXiv:2305.14314, section 3: 8 / 64 + 32 / (64 x 256) bits a weight
     expected = linear / 2 + constants + 2 * (BASE_7B - linear)
-    assert weight_bytes(rehearsal("qlora").census, "nf4", ALONE) == pytest.approx(expected, rel=1e-4)
+    assert weight_bytes(rehearsal("qlora").stats, "nf4", ALONE) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_layers_of_a_llama_keep_what_its_equations_need():
@@ -137,13 +137,13 @@ def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small
     method = MethodConfig(**settings)
     real = measure(load(small_base, method, checkpointing=checkpointing), batch=BATCH, length=LENGTH, answers=ANSWERS)
     rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
-    census, step = rehearsed.census, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
+    stats, step = rehearsed.stats, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
     answers = BATCH * ANSWERS
-    parts = plan(census, step, base=method.row.base, answers=answers, sharing=ALONE, use_gpu=False)
+    parts = plan(stats, step, base=method.row.base, answers=answers, sharing=ALONE, use_gpu=False)
 
-    saved_logits = answers * census.vocabulary * FLOAT32
+    saved_logits = answers * stats.vocabulary * FLOAT32
     assert step.kept + saved_logits == pytest.approx(real.kept, rel=0.1)
-    buffers = buffer_bytes(census, method.row.base, ALONE, trains_base=False)
+    buffers = buffer_bytes(stats, method.row.base, ALONE, trains_base=False)
     assert parts.activations + parts.logits + buffers == pytest.approx(real.peak, rel=0.1)
     assert parts.weights == pytest.approx(real.weights, rel=0.01)
     assert parts.adapter == pytest.approx(real.adapter, rel=0.01)
@@ -161,8 +161,8 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
-    census = Rehearsal(small(), MethodConfig(name="lora"), reference="small").census
-    parts = plan(census, NO_STEP, base="bf16", answers=0, sharing=ALONE)
+    stats = Rehearsal(small(), MethodConfig(name="lora"), reference="small").stats
+    parts = plan(stats, NO_STEP, base="bf16", answers=0, sharing=ALONE)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert parts.optimizer == sum(tensor.nbytes for tensor in [*masters, *moments])
 
@@ -177,9 +177,9 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
     ],
 )
 def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
-    census = rehearsal("lora").census
+    stats = rehearsal("lora").stats
     whole, shared = (
-        plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(4, zero_stage)).as_json()
+        plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(4, zero_stage)).as_json()
         for zero_stage in (0, stage)
     )
     for part in ("weights", "adapter", "gradients", "optimizer"):
@@ -187,27 +187,27 @@ def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
 
 
 def test_every_worker_keeps_the_constants_of_an_nf4_base_at_stage_3():
-    census = rehearsal("qlora").census
-    quarter = weight_bytes(census, "nf4", Sharing(4, 3)) - weight_bytes(census, "nf4", ALONE) / 4
+    stats = rehearsal("qlora").stats
+    quarter = weight_bytes(stats, "nf4", Sharing(4, 3)) - weight_bytes(stats, "nf4", ALONE) / 4
     assert quarter == pytest.approx(3 / 4 * 6_476_005_376 / 64, rel=0.02)
 
 
 def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
-    census = rehearsal("lora").census
-    here = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2))
-    moved = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2, cpu_offload=True))
+    stats = rehearsal("lora").stats
+    here = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2))
+    moved = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2, cpu_offload=True))
     assert (moved.optimizer, moved.host) == (0, here.optimizer)
     assert here.total - moved.total == here.optimizer
-    base_too = plan(census, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 3, cpu_offload=True))
+    base_too = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 3, cpu_offload=True))
     assert base_too.weights == 0
     assert base_too.host > moved.host + 6e9
 
 
 def test_parts_add_up_and_the_two_peaks_do_not():
-    census = rehearsal("lora").census
-    logits = logits_bytes(100, census)
-    calm = plan(census, Step(10 * GIB, logits // 2), base="bf16", answers=100, sharing=ALONE)
-    busy = plan(census, Step(10 * GIB, 3 * logits), base="bf16", answers=100, sharing=ALONE)
+    stats = rehearsal("lora").stats
+    logits = logits_bytes(100, stats)
+    calm = plan(stats, StepMemory(10 * GIB, logits // 2), base="bf16", answers=100, sharing=ALONE)
+    busy = plan(stats, StepMemory(10 * GIB, 3 * logits), base="bf16", answers=100, sharing=ALONE)
     assert calm.activations == 10 * GIB
     assert busy.activations + busy.logits == 10 * GIB + 3 * logits
     for parts in (calm, busy):
@@ -217,12 +217,12 @@ def test_parts_add_up_and_the_two_peaks_do_not():
 def test_a_7b_takes_ten_to_twenty_times_less_memory_than_full_fine_tuning():
     full = Rehearsal(LLAMA_2_7B, None, reference="llama-2-7b")
     settings = {"answers": 512, "sharing": ALONE}
-    whole = plan(full.census, full.step(1, 512, checkpointing=True), base="bf16", trains_base=True, **settings)
+    whole = plan(full.stats, full.step(1, 512, checkpointing=True), base="bf16", trains_base=True, **settings)
     qlora = rehearsal("qlora")
-    small_part = plan(qlora.census, qlora.step(1, 512, checkpointing=True), base="nf4", **settings)
+    small_part = plan(qlora.stats, qlora.step(1, 512, checkpointing=True), base="nf4", **settings)
     assert 10 < whole.total / small_part.total < 20
     assert whole.states == 16 * BASE_7B  # arXiv:1910.02054: 2 + 2 + 12 bytes a parameter
-    assert adapter_bytes(qlora.census) < whole.weights / 100
+    assert adapter_bytes(qlora.stats) < whole.weights / 100
 
 
 def test_an_architecture_that_cannot_be_rehearsed_gets_a_formula(monkeypatch):

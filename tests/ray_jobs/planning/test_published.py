@@ -22,7 +22,7 @@ def planned_gb(published: Memory) -> float:
     rehearsed = rehearsal(published.shape, published.rank, published.targets)
     step = rehearsed.step(published.batch, published.length, checkpointing=published.checkpointing)
     parts = plan(
-        rehearsed.census,
+        rehearsed.stats,
         step,
         base=published.base,
         answers=published.batch * published.length * published.all_logits,
@@ -47,14 +47,14 @@ def test_published_memory_is_planned_within_a_fifth(published):
 def test_65b_fits_on_one_gpu_of_48_gb_once_its_optimizer_may_be_paged_out():
     rehearsed = rehearsal(QLORA_65B.shape, QLORA_65B.rank)
     step = rehearsed.step(QLORA_65B.batch, QLORA_65B.length, checkpointing=True)
-    parts = plan(rehearsed.census, step, base="nf4", answers=512, sharing=Sharing(1, 1, cpu_offload=True))
+    parts = plan(rehearsed.stats, step, base="nf4", answers=512, sharing=Sharing(1, 1, cpu_offload=True))
     assert 36 < parts.total / 1e9 < QLORA_65B.gb < (parts.total + parts.host) / 1e9
 
 
 @pytest.mark.parametrize("published", SPEED, ids=lambda row: f"{row.who[:12]}-{row.base}-{row.length}")
 def test_published_speed_is_planned_within_a_third(published):
     expected = speed(
-        rehearsal(published.shape, published.rank).census,
+        rehearsal(published.shape, published.rank).stats,
         GPUS[published.gpu],
         num_gpus=1,
         base=published.base,
