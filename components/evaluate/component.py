@@ -21,10 +21,10 @@ def evaluate(
     from components.registry import runs
     from components.step.step import step
 
-    with step("evaluate", config, run_id) as run:
-        evaluation = compare(run, dataset_uri=dataset_uri, version_uri=version_uri)
+    with step("evaluate", config, run_id) as step_run:
+        evaluation = compare(step_run, dataset_uri=dataset_uri, version_uri=version_uri)
         metrics.metadata.update(flat_metrics(evaluation))
         if matrix := evaluation.confusion:
             confusion.log_confusion_matrix(matrix["labels"], matrix["counts"])
-        uri = run.store.uri(runs.run_key(run.run_id, runs.EVALUATION))
+        uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.EVALUATION))
     return uri

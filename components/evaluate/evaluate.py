@@ -4,22 +4,22 @@ from components.ray_cluster.submit import submit_step
 from components.registry import runs
 from components.registry.records import ROLES, Evaluation
 from components.shared.errors import JobError, ObjectMissing
-from components.step.step import Step
+from components.step.step import StepRun
 
 
-def evaluate(run: Step, *, dataset_uri: str, version_uri: str) -> Evaluation:
+def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evaluation:
     """Measure the version on held-out records and return what the job wrote down.
 
     Raises:
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.
     """
-    submission_id = submit_step(run, "evaluate", "--dataset", dataset_uri, "--version", version_uri)
+    submission_id = submit_step(step_run, "evaluate", "--dataset", dataset_uri, "--version", version_uri)
     try:
-        evaluation = runs.read(run.store, run.run_id, Evaluation)
+        evaluation = runs.read(step_run.store, step_run.run_id, Evaluation)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
-    run.result.update(records=evaluation.records)
+    step_run.result.update(records=evaluation.records)
     return evaluation
 
 

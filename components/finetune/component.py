@@ -11,6 +11,6 @@ def finetune(config: str, run_id: str, dataset_uri: str) -> str:
     from components.finetune.finetune import finetune as train
     from components.step.step import step
 
-    with step("finetune", config, run_id) as run:
-        version_uri = train(run, dataset_uri=dataset_uri)
+    with step("finetune", config, run_id) as step_run:
+        version_uri = train(step_run, dataset_uri=dataset_uri)
     return version_uri

@@ -15,8 +15,8 @@ def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown
     from components.gate.summary import as_markdown
     from components.step.step import step
 
-    with step("gate", config, run_id) as run:
-        decision = run_gate(run.config, run.store, run.run_id, evaluation_uri=evaluation_uri)
+    with step("gate", config, run_id) as step_run:
+        decision = run_gate(step_run.config, step_run.store, step_run.run_id, evaluation_uri=evaluation_uri)
         Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
-        run.result.update(decision=decision.decision, reasons=list(decision.reasons))
+        step_run.result.update(decision=decision.decision, reasons=list(decision.reasons))
     return decision.promoted

@@ -33,6 +33,6 @@ def prepare(
         num_workers=num_workers,
         train_without_new_data=train_without_new_data,
     )
-    with step("prepare", config, run_id or job_id, overrides=changes) as run:
-        dataset = prepare_if_new(run)
-    return (dumps(run.config), run.run_id, dataset is not None, dataset.uri if dataset else "")
+    with step("prepare", config, run_id or job_id, overrides=changes) as step_run:
+        dataset = prepare_if_new(step_run)
+    return (dumps(step_run.config), step_run.run_id, dataset is not None, dataset.uri if dataset else "")

@@ -9,10 +9,10 @@ from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
-from components.prepare.split import Deduplicated, Split, deduplicate, split
+from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
 from components.registry import runs
 from components.registry.records import Decision
-from components.step.step import Step
+from components.step.step import StepRun
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -50,7 +50,7 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     return _publish(config, store, *_read(config, find_sources(config.data.source)))
 
 
-def read_split(config: RunConfig, sources: Sequence[Source]) -> Split:
+def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
     """The records that a run would train on and hold out; nothing is written.
 
     Raises:
@@ -59,7 +59,7 @@ def read_split(config: RunConfig, sources: Sequence[Source]) -> Split:
     return _split(config, *_read(config, sources))
 
 
-def prepare_if_new(run: Step) -> PreparedDataset | None:
+def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 
     What the run read is noted for the watermark. Sources that are all known are not even opened.
@@ -69,29 +69,29 @@ def prepare_if_new(run: Step) -> PreparedDataset | None:
     """
     from components.registry import folders, watermark
 
-    minimum, as_of = run.config.data.min_new_records, folders.now()
-    consumed = watermark.read(run.store, run.config.adapter.name)
-    if consumed is not None and consumed.run_id == run.run_id:
+    minimum, as_of = step_run.config.data.min_new_records, folders.now()
+    consumed = watermark.read(step_run.store, step_run.config.adapter.name)
+    if consumed is not None and consumed.run_id == step_run.run_id:
         consumed = None  # this very run has ended before: repeating it is no news, and should give the same again
-    sources = find_sources(run.config.data.source)
+    sources = find_sources(step_run.config.data.source)
     if minimum and consumed and not news.new_sources(sources, consumed):
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
-        _skip(run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
+        _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
-    read, unique = _read(run.config, sources)
+    read, unique = _read(step_run.config, sources)
     num_new = news.count_new(unique.records, consumed)
-    run.result.update(new_records=num_new)
+    step_run.result.update(new_records=num_new)
     if consumed and num_new < minimum:
         few = f"{num_new} records are new since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
-        _skip(run, consumed, few)
+        _skip(step_run, consumed, few)
         return None
-    prepared = _publish(run.config, run.store, read, unique)
+    prepared = _publish(step_run.config, step_run.store, read, unique)
     records = frozenset(map(news.content_id, unique.records))
     fingerprints = {source.name: source.fingerprint for source in sources}
-    watermark.note(run.store, watermark.Consumed(run.run_id, as_of, fingerprints, records))
-    run.result.update(vars(prepared))
+    watermark.note(step_run.store, watermark.Consumed(step_run.run_id, as_of, fingerprints, records))
+    step_run.result.update(vars(prepared))
     since = f"; {num_new} records are new since run {consumed.run_id}" if consumed else ""
-    run.say(prepared.told + since)
+    step_run.say(prepared.told + since)
     return prepared
 
 
@@ -101,7 +101,7 @@ def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, 
     return read, deduplicate(read.accepted)
 
 
-def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Split:
+def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> TrainEvalSplit:
     data = config.data
     return split(
         unique.records,
@@ -143,16 +143,16 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
     )
 
 
-def _skip(run: Step, consumed: "Consumed", reason: str) -> None:
-    adapter = run.config.adapter
+def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:
+    adapter = step_run.config.adapter
     decision = Decision(
         decision="skipped",
         adapter=adapter.name,
         alias=adapter.alias,
         reasons=(reason,),
-        run_id=run.run_id,
+        run_id=step_run.run_id,
         since_run=consumed.run_id,
     )
-    runs.write(run.store, run.run_id, decision)
-    run.result.update(skipped=reason)
-    run.say(f"skipped: {reason}")
+    runs.write(step_run.store, step_run.run_id, decision)
+    step_run.result.update(skipped=reason)
+    step_run.say(f"skipped: {reason}")

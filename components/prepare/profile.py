@@ -6,7 +6,7 @@ from typing import Any
 
 from components.prepare.dataset import FORMAT, Record
 from components.prepare.intake import Intake
-from components.prepare.split import Deduplicated, Split
+from components.prepare.split import Deduplicated, TrainEvalSplit
 from components.prepare.validate import KNOWN_COLUMNS
 
 _TOP_ANSWERS = 20
@@ -14,7 +14,7 @@ _SAMPLES = 3
 _MAX_SAMPLE_CHARS = 2000
 
 
-def build_profile(intake: Intake, deduplicated: Deduplicated, split: Split) -> dict[str, Any]:
+def build_profile(intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
     """Account for every row: rows read = rejected + dropped + the records of both splits."""
     return {
         "format": FORMAT,

@@ -25,7 +25,7 @@ class Deduplicated:
 
 
 @dataclass(frozen=True)
-class Split:
+class TrainEvalSplit:
     """Both splits, each in the order of its records' key hash, and how many records are in neither."""
 
     train: list[Record]
@@ -76,7 +76,7 @@ def split(
     max_records: int,
     window: Set[bytes] | None = None,
     replay_share: float = 0.0,
-) -> Split:
+) -> TrainEvalSplit:
     """Divide distinct records by their key's hash.
 
     Args:
@@ -106,7 +106,7 @@ def split(
             f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
             f"{', or raise data.max_records' if max_records else ''}."
         )
-    return Split(
+    return TrainEvalSplit(
         train=[each.record for each in train[:num_train]],
         evaluation=[each.record for each in evaluation[:num_eval]],
         prompt_in_eval=len(rest) - len(trainable),

@@ -12,8 +12,8 @@ def promote(config: str, run_id: str) -> str:
     from components.promote.promote import promote as move_alias
     from components.step.step import step
 
-    with step("promote", config, run_id) as run:
-        event_uri = move_alias(run)
+    with step("promote", config, run_id) as step_run:
+        event_uri = move_alias(step_run)
     return event_uri
 
 
@@ -23,8 +23,8 @@ def hold(config: str, run_id: str) -> str:
     from components.promote.promote import hold as leave_alias
     from components.step.step import step
 
-    with step("hold", config, run_id) as run:
-        decision_uri = leave_alias(run)
+    with step("hold", config, run_id) as step_run:
+        decision_uri = leave_alias(step_run)
     return decision_uri
 
 
@@ -34,8 +34,8 @@ def skip(config: str, run_id: str) -> str:
     from components.promote.promote import skip as leave_everything
     from components.step.step import step
 
-    with step("skip", config, run_id) as run:
-        decision_uri = leave_everything(run)
+    with step("skip", config, run_id) as step_run:
+        decision_uri = leave_everything(step_run)
     return decision_uri
 
 

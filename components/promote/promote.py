@@ -6,10 +6,10 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 from components.registry import aliases, runs, watermark
 from components.registry.records import Decision
 from components.shared.errors import DataError
-from components.step.step import Step
+from components.step.step import StepRun
 
 
-def promote(run: Step) -> str:
+def promote(step_run: StepRun) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
 
     Raises:
@@ -18,43 +18,43 @@ def promote(run: Step) -> str:
         DataError: it was skipped, and there is no candidate.
         IntegrityError: the candidate's files are not those of its manifest.
     """
-    decision = runs.read(run.store, run.run_id, Decision)
+    decision = runs.read(step_run.store, step_run.run_id, Decision)
     name, version, alias = decision.adapter, decision.version, decision.alias
     if version is None:
-        raise DataError(f"the decision of run {run.run_id} names no version to promote")
+        raise DataError(f"the decision of run {step_run.run_id} names no version to promote")
     event = aliases.promote(
-        run.store,
+        step_run.store,
         name,
         version,
         alias,
         expected=decision.champion,
-        run_id=run.run_id,
+        run_id=step_run.run_id,
         actor="fineloop pipeline",
         reason="; ".join(decision.reasons),
-        evidence={"decision": _decision_uri(run)},
+        evidence={"decision": _decision_uri(step_run)},
     )
-    watermark.advance(run.store, name, run.run_id)
-    run.result.update(event.move())
-    run.say(f"{name}@{alias} is now {version}")
+    watermark.advance(step_run.store, name, step_run.run_id)
+    step_run.result.update(event.move())
+    step_run.say(f"{name}@{alias} is now {version}")
     return event.uri
 
 
-def hold(run: Step) -> str:
+def hold(step_run: StepRun) -> str:
     """Leave the alias alone and return the decision's URI; the gate has recorded the refusal."""
-    decision = runs.read(run.store, run.run_id, Decision)
-    watermark.advance(run.store, decision.adapter, run.run_id)
-    run.result.update(version=decision.version, reasons=list(decision.reasons))
-    run.say(f"{decision.adapter}@{decision.alias} stays where it is: {'; '.join(decision.reasons)}")
-    return _decision_uri(run)
+    decision = runs.read(step_run.store, step_run.run_id, Decision)
+    watermark.advance(step_run.store, decision.adapter, step_run.run_id)
+    step_run.result.update(version=decision.version, reasons=list(decision.reasons))
+    step_run.say(f"{decision.adapter}@{decision.alias} stays where it is: {'; '.join(decision.reasons)}")
+    return _decision_uri(step_run)
 
 
-def skip(run: Step) -> str:
+def skip(step_run: StepRun) -> str:
     """Leave everything alone and return the decision's URI; the watermark stays, so that what is new stays new."""
-    decision = runs.read(run.store, run.run_id, Decision)
-    run.result.update(reasons=list(decision.reasons))
-    run.say(f"{decision.adapter} is not trained: {'; '.join(decision.reasons)}")
-    return _decision_uri(run)
+    decision = runs.read(step_run.store, step_run.run_id, Decision)
+    step_run.result.update(reasons=list(decision.reasons))
+    step_run.say(f"{decision.adapter} is not trained: {'; '.join(decision.reasons)}")
+    return _decision_uri(step_run)
 
 
-def _decision_uri(run: Step) -> str:
-    return run.store.uri(runs.run_key(run.run_id, runs.DECISION))
+def _decision_uri(step_run: StepRun) -> str:
+    return step_run.store.uri(runs.run_key(step_run.run_id, runs.DECISION))

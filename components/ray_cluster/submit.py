@@ -20,7 +20,7 @@ from components.ray_cluster.backend import Backend, Ended, Job, LogCopy, kubeflo
 from components.registry import runs
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import find_failure
-from components.step.step import Step
+from components.step.step import StepRun
 
 logger = logging.getLogger(__name__)
 
@@ -62,25 +62,25 @@ def submit_and_wait(
     return job_id
 
 
-def submit_step(run: Step, task: str, *arguments: str) -> str:
+def submit_step(step_run: StepRun, task: str, *arguments: str) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
     Raises:
         FineloopError: as for `submit_and_wait`.
     """
-    config = run.config
-    command = ("python", "-m", f"ray_jobs.{task}", "--config", run.store.uri(runs.run_key(run.run_id, runs.CONFIG)))
+    config = step_run.config
+    config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))
     job = Job(
-        run_id=run.run_id,
+        run_id=step_run.run_id,
         task=task,
-        command=(*command, "--run-id", run.run_id, *arguments),
+        command=("python", "-m", f"ray_jobs.{task}", "--config", config_uri, "--run-id", step_run.run_id, *arguments),
         timeout_s=config.ray.timeout_s,
         metadata={"fineloop_adapter": config.adapter.name, "fineloop_config_digest": config.digest},
-        kfp_run_id=kubeflow_run(os.environ, run.run_id),
+        kfp_run_id=kubeflow_run(os.environ, step_run.run_id),
         patience_s=config.ray.patience_s,
     )
     job_id = submit_and_wait(job, config.ray)
-    run.result.update(submission_id=job_id)
+    step_run.result.update(submission_id=job_id)
     return job_id
 
 

@@ -14,8 +14,8 @@ def report(config: str, run_id: str, job_id: str, status: PipelineTaskFinalStatu
     from components.report.report import run_report
     from components.step.step import step
 
-    with step("report", config, run_id or job_id, as_begun=True) as run:
-        report_uri = run_report(run.config, run.store, run.run_id)
-        Path(page.path).write_bytes(run.store.get(run.store.key(report_uri)))
-        run.result.update(report_uri=report_uri, state=status.state)
+    with step("report", config, run_id or job_id, as_begun=True) as step_run:
+        report_uri = run_report(step_run.config, step_run.store, step_run.run_id)
+        Path(page.path).write_bytes(step_run.store.get(step_run.store.key(report_uri)))
+        step_run.result.update(report_uri=report_uri, state=status.state)
     return report_uri

@@ -28,7 +28,7 @@ _RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 
 @dataclass
-class Step:
+class StepRun:
     """A running step; what it puts in `result` is recorded with it."""
 
     name: str
@@ -45,7 +45,7 @@ class Step:
 @contextlib.contextmanager
 def step(
     name: str, config_toml: str, run_id: str, *, overrides: Mapping[str, str] = NOTHING, as_begun: bool = False
-) -> Iterator[Step]:
+) -> Iterator[StepRun]:
     """Run one step: validate the config, open the store, record the outcome in runs/<run_id>/steps/<name>.json.
 
     The first step of a run records the config, `overrides` applied, as runs/<run_id>/config.toml. They are
@@ -57,22 +57,22 @@ def step(
         StoreError: the store cannot be used.
     """
     started_at, began = datetime.now(UTC), time.monotonic()
-    running: Step | None = None
+    step_run: StepRun | None = None
     with _components_log_as(name):
         say(name, STARTED)
         try:
             with _naming_parameters(overrides):
-                running = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
-                yield running
-            _record(running, "succeeded", started_at, time.monotonic() - began)
+                step_run = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
+                yield step_run
+            _record(step_run, "succeeded", started_at, time.monotonic() - began)
         except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
             if not isinstance(exc, FineloopError):
                 traceback.print_exc()
             say_failure(name, exc)
-            if running is not None:
-                running.result.setdefault("error", {"kind": type(exc).__name__, "message": str(exc)})
+            if step_run is not None:
+                step_run.result.setdefault("error", {"kind": type(exc).__name__, "message": str(exc)})
                 with contextlib.suppress(FineloopError):
-                    _record(running, "failed", started_at, time.monotonic() - began)
+                    _record(step_run, "failed", started_at, time.monotonic() - began)
             raise
         say(name, f"finished in {time.monotonic() - began:.1f} s")
 
@@ -92,14 +92,14 @@ def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
         raise type(exc)(message.replace(CONFIG, to_blame, 1) if is_of_config else f"{to_blame}: {message}") from exc
 
 
-def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str], *, as_begun: bool) -> Step:
+def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str], *, as_begun: bool) -> StepRun:
     if not _RUN_ID.match(run_id):
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
     config = config_file.loads(config_toml, [*overrides.values()], origin=CONFIG, overriding="")
     store = Store.open(config.registry)
     if as_begun:
         begun = store.read(runs.run_key(run_id, runs.CONFIG))
-        return Step(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
+        return StepRun(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
     body = config_file.dumps(config).encode()
     try:
         store.create(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
@@ -108,22 +108,22 @@ def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str]
         if first.digest != config.digest:
             uri = store.uri(runs.run_key(run_id, runs.CONFIG))
             raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
-    return Step(name, run_id, config, store)
+    return StepRun(name, run_id, config, store)
 
 
 def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:
     return config_file.loads(body.decode(), origin=store.uri(runs.run_key(run_id, runs.CONFIG)))
 
 
-def _record(running: Step, status: Status, started_at: datetime, seconds: float) -> None:
+def _record(step_run: StepRun, status: Status, started_at: datetime, seconds: float) -> None:
     record = StepRecord(
-        step=running.name,
+        step=step_run.name,
         status=status,
         started_at=started_at.isoformat(),
         seconds=round(seconds, 3),
-        result=running.result,
+        result=step_run.result,
     )
-    runs.write(running.store, running.run_id, record)
+    runs.write(step_run.store, step_run.run_id, record)
 
 
 @contextlib.contextmanager

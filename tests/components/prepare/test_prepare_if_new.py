@@ -14,10 +14,10 @@ from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
 from components.registry import watermark
 from components.registry.store import Store
 from components.shared.errors import DataError
-from components.step.step import Step
+from components.step.step import StepRun
 
 Write = Callable[..., str]
-Prepare = Callable[..., tuple[PreparedDataset | None, Step]]
+Prepare = Callable[..., tuple[PreparedDataset | None, StepRun]]
 
 
 def rows(start: int, end: int) -> list[Any]:
@@ -30,9 +30,9 @@ def prepare_run(store: Store, tmp_path: Path, run_config: Callable[..., RunConfi
 
     def run(
         run_id: str, *, decided: bool = False, source: str = "", **data: Any
-    ) -> tuple[PreparedDataset | None, Step]:
+    ) -> tuple[PreparedDataset | None, StepRun]:
         config = run_config(source or str(tmp_path / "in"), **{"eval_share": 0.3, "min_new_records": 1, **data})
-        step = Step("prepare", run_id, config, store)
+        step = StepRun("prepare", run_id, config, store)
         prepared = prepare_if_new(step)
         if decided:
             watermark.advance(store, "test", run_id)

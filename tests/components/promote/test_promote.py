@@ -7,9 +7,9 @@ from components.promote.promote import hold, promote, skip
 from components.registry import aliases, versions, watermark
 from components.registry.store import Store
 from components.shared.errors import AliasConflict
-from components.step.step import Step
+from components.step.step import StepRun
 
-Decide = Callable[..., Step]
+Decide = Callable[..., StepRun]
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def published(store: Store) -> list[str]:
 
 @pytest.fixture
 def decided(store: Store) -> Decide:
-    def decide(version: str, champion: str | None, decision: str = "promote") -> Step:
+    def decide(version: str, champion: str | None, decision: str = "promote") -> StepRun:
         record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
         watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
         config = RunConfig.model_validate(
             {"adapter": {"name": "sums"}, "model": {"base": "x"}, "data": {"source": "x"}}
         )
-        return Step("promote", "r", config, store)
+        return StepRun("promote", "r", config, store)
 
     return decide
 
@@ -87,7 +87,7 @@ def test_holding_leaves_the_alias_and_tells_why(
 
 @pytest.mark.parametrize("end", [promote, hold])
 def test_a_decided_run_has_consumed_its_data(
-    store: Store, published: list[str], decided: Decide, end: Callable[[Step], str]
+    store: Store, published: list[str], decided: Decide, end: Callable[[StepRun], str]
 ) -> None:
     end(decided(published[0], None))
 

@@ -108,8 +108,8 @@ def test_the_last_failure_of_a_log_counts() -> None:
 def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     toml = config_toml(store)
 
-    with step("prepare", toml, "run-1") as running:
-        running.result["records"] = 3
+    with step("prepare", toml, "run-1") as step_run:
+        step_run.result["records"] = 3
         logging.getLogger("components.prepare").info("read %d\nrows", 3)
 
     record = store.get_json("runs/run-1/steps/prepare.json")
@@ -125,8 +125,8 @@ def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFi
 
 def test_a_failing_step_is_recorded_told_and_raised(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
-        with step("prepare", config_toml(store), "run-2") as running:
-            running.result["seen"] = 1
+        with step("prepare", config_toml(store), "run-2") as step_run:
+            step_run.result["seen"] = 1
             raise DataError("no rows")
 
     with pytest.raises(DataError, match="no rows"):
