@@ -69,7 +69,8 @@ def _list(options: argparse.Namespace) -> Answer:
     )
     rows = [("run", "name", "adapter", "state", "began", "took")]
     rows += [
-        (run.run_id, run.name, run.adapter, run.state.lower(), began(run.detail.created_at), took(run)) for run in found
+        (run.run_id, run.name, run.config.adapter, run.state.lower(), began(run.detail.created_at), took(run))
+        for run in found
     ]
     text = table(rows) if found else "no such runs yet: `fineloop submit` starts one"
     return Answer({"runs": [run.as_json() for run in found]}, text)
@@ -80,28 +81,28 @@ def _show(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import runs
 
     run = runs.find(connected(options), options.run)
-    steps = run.steps()
+    tasks = run.task_runs()
     rows = [
         ("run", run.run_id),
         ("name", run.name),
         ("state", f"{run.state.lower()}{': ' + run.message if run.message else ''}"),
-        ("adapter", run.adapter or "-"),
-        ("config", f"sha256 {run.config_digest}" if run.config_digest else "-"),
+        ("adapter", run.config.adapter or "-"),
+        ("config", f"sha256 {run.config.digest}" if run.config.digest else "-"),
         ("in the store", run_key(run.store_run_id)),
         ("began", began(run.detail.created_at)),
         ("took", took(run)),
         ("url", run.url),
     ]
     told = [
-        (f"  {step.name}", step.state.lower(), began(step.began), f"{seconds(step.seconds)}  {step.message}".rstrip())
-        for step in steps
+        (f"  {task.name}", task.state.lower(), began(task.began), f"{seconds(task.seconds)}  {task.message}".rstrip())
+        for task in tasks
     ]
     body = {
         **run.as_json(),
         "message": run.message,
-        "config_digest": run.config_digest,
+        "config_digest": run.config.digest,
         "store_run_id": run.store_run_id,
-        "steps": {step.name: step.as_json() for step in steps},
+        "steps": {task.name: task.as_json() for task in tasks},
     }
     return Answer(body, "\n".join([table(rows), *([table(told)] if told else [])]))
 

@@ -62,5 +62,5 @@ def _submit(options: argparse.Namespace) -> Answer:
 
 
 def _body(run: "Run") -> dict[str, Any]:
-    steps = {step.name: step.state for step in run.steps()}
-    return {**run.as_json(), "config_digest": run.config_digest, "message": run.message, "steps": steps}
+    steps = {task.name: task.state for task in run.task_runs()}
+    return {**run.as_json(), "config_digest": run.config.digest, "message": run.message, "steps": steps}

@@ -124,7 +124,7 @@ class _Client(kfp.Client):
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
         if self._health is None:
-            self._health = self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUTS_S)
+            self._health = self.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUTS_S)
         return self._health
 
     def set_user_namespace(self, namespace: str) -> None:
@@ -133,7 +133,7 @@ class _Client(kfp.Client):
 
 def _give_up_in_time(client: kfp.Client) -> None:
     """Let every request time out; kfp's methods cannot be told to."""
-    api = client._run_api.api_client  # the one that all of its services share
+    api = client.runs.api_client  # the one that all of its services share
     unlimited = api.request
 
     def request(*arguments: Any, **options: Any) -> Any:

@@ -1,23 +1,20 @@
 """One run on Kubeflow, and the pipeline and config that it has."""
 
-import tomllib
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from components.config import config_file
-from components.shared.errors import ConfigError, UserError
+from components.shared.errors import UserError
 from pipelines.kubeflow.client import Kubeflow
-from pipelines.kubeflow.parameters import CONFIG, defined
+from pipelines.kubeflow.given_config import GivenConfig, sent
 
 LIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
-BAD_FIRST = ("FAILED", "CANCELED", *LIVE)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step as the server tells of it; a step that was never started has no times."""
+class TaskRun:
+    """One task of a run as the server tells of it; one that was never started has no times."""
 
     name: str
     state: str
@@ -30,21 +27,8 @@ class Step:
         """How long it took, once it is over."""
         return (self.ended - self.began).total_seconds() if self.began and self.ended else None
 
-    def joined(self, other: "Step") -> "Step":
-        """Two iterations of a loop as one step: as bad as the worse, and over when both are."""
-        worst = min(self, other, key=lambda step: BAD_FIRST.index(step.state) if step.state in BAD_FIRST else 99)
-        began = [step.began for step in (self, other) if step.began]
-        ended = [step.ended for step in (self, other) if step.ended]
-        return Step(
-            self.name,
-            worst.state,
-            min(began, default=None),
-            max(ended) if len(ended) == 2 else None,
-            worst.message,
-        )
-
     def as_json(self) -> dict[str, Any]:
-        """The step for scripts."""
+        """The task for scripts."""
         return {"state": self.state, "began": stamp(self.began), "ended": stamp(self.ended), "seconds": self.seconds}
 
 
@@ -92,52 +76,32 @@ class Run:
         return self.kubeflow.run_url(self.run_id)
 
     @cached_property
-    def config_toml(self) -> str:
-        """The config that it runs with: as sent, or else the pipeline's default."""
-        sent = (self.detail.runtime_config.parameters or {}) if self.detail.runtime_config else {}
-        return str(
-            sent.get(CONFIG) or (defined(self.spec) if self.spec else {}).get(CONFIG, {}).get("defaultValue", "")
-        )
-
-    @property
-    def adapter(self) -> str:
-        """The adapter that it retrains; empty for a run of something else."""
-        try:
-            return str(tomllib.loads(self.config_toml)["adapter"]["name"])
-        except (tomllib.TOMLDecodeError, KeyError, TypeError):
-            return ""
+    def config(self) -> GivenConfig:
+        """The config that it runs with."""
+        return GivenConfig.of(self.detail, self.spec)
 
     @property
     def is_ours(self) -> bool:
         """One of Fineloop's pipelines."""
-        return bool(self.adapter) or self.spec.get("pipelineInfo", {}).get("name", "").startswith("fineloop-")
-
-    @property
-    def config_digest(self) -> str:
-        """Digest of the config, as lineage has it; empty where this version of Fineloop cannot read the config."""
-        try:
-            return config_file.loads(self.config_toml).digest
-        except ConfigError:
-            return ""
+        return bool(self.config.adapter) or self.spec.get("pipelineInfo", {}).get("name", "").startswith("fineloop-")
 
     @property
     def store_run_id(self) -> str:
         """The run's name in the store."""
-        sent = (self.detail.runtime_config.parameters or {}) if self.detail.runtime_config else {}
-        return sent.get("run_id") or self.run_id
+        return sent(self.detail).get("run_id") or self.run_id
 
-    def steps(self) -> list[Step]:
-        """Each step of the pipeline in the order in which they began, those that did not at the end."""
-        titles = step_titles(self.spec)
+    def task_runs(self) -> list[TaskRun]:
+        """Each task of the pipeline in the order in which they began, those that did not at the end."""
+        titles = task_titles(self.spec)
         tasks = (self.detail.run_details.task_details or []) if self.detail.run_details else []
-        begun: dict[str, Step] = {}
-        for task in tasks:
-            if task.display_name in titles:
-                step = _step(titles[task.display_name], task)
-                begun[step.name] = step.joined(begun[step.name]) if step.name in begun else step
+        begun = {
+            titles[task.display_name]: _task_run(titles[task.display_name], task)
+            for task in tasks
+            if task.display_name in titles
+        }
         absent = "SKIPPED" if self.is_over else "PENDING"
-        others = [Step(name, absent) for name in sorted({*titles.values()} - {*begun})]
-        return [*sorted(begun.values(), key=lambda step: (step.began is None, step.began)), *others]
+        others = [TaskRun(name, absent) for name in sorted({*titles.values()} - {*begun})]
+        return [*sorted(begun.values(), key=lambda task: (task.began is None, task.began)), *others]
 
     def as_json(self) -> dict[str, Any]:
         """The run for scripts, without its steps."""
@@ -146,15 +110,15 @@ class Run:
             "run_name": self.name,
             "state": self.state,
             "url": self.url,
-            "adapter": self.adapter,
+            "adapter": self.config.adapter,
             "created": stamp(self.detail.created_at),
             "finished": stamp(self.detail.finished_at if self.is_over else None),
             "recurring_run_id": self.detail.recurring_run_id or "",
         }
 
 
-def step_titles(spec: dict[str, Any]) -> dict[str, str]:
-    """What people call each task that runs a container, by its key and by its title; loops and branches are not."""
+def task_titles(spec: dict[str, Any]) -> dict[str, str]:
+    """What people call each task that runs a container, by its key and by its title; branches are not."""
     components = spec.get("components", {})
     dags = [spec["root"]["dag"], *(c["dag"] for c in components.values() if "dag" in c)] if spec else []
     titles = {
@@ -201,8 +165,8 @@ def _bare(document: dict[str, Any]) -> dict[str, Any]:
     return spec if "root" in spec else {}
 
 
-def _step(name: str, task: Any) -> Step:
+def _task_run(name: str, task: Any) -> TaskRun:
     # Argo gives a node that is not over the zero of Go's time.
     ended = task.end_time if task.end_time and task.end_time.year > 1970 else None
     message = (task.error.message or "") if task.error else ""
-    return Step(name, task.state or "PENDING", task.start_time or task.create_time, ended, message)
+    return TaskRun(name, task.state or "PENDING", task.start_time or task.create_time, ended, message)

@@ -52,7 +52,7 @@ def listed(
         chosen["filter"] = one_of("state", state.upper())
     specs = Specs(kubeflow)
     runs = (Run(kubeflow, detail, specs.of(detail)) for detail in _details(kubeflow, **chosen))
-    return list(itertools.islice((run for run in runs if run.is_ours and adapter in ("", run.adapter)), limit))
+    return list(itertools.islice((run for run in runs if run.is_ours and adapter in ("", run.config.adapter)), limit))
 
 
 def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[Any]:

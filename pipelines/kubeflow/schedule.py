@@ -16,9 +16,9 @@ from components.shared.errors import ConfigError, UserError
 from components.step.kfp import IMAGE
 from pipelines.kubeflow import cron, runs
 from pipelines.kubeflow.client import Kubeflow, one_of
+from pipelines.kubeflow.given_config import GivenConfig, sent
 from pipelines.kubeflow.package import PIPELINE, Package, find_pipeline, publish
-from pipelines.kubeflow.parameters import CONFIG
-from pipelines.kubeflow.run import Run, Specs, stamp
+from pipelines.kubeflow.run import Specs, stamp
 from pipelines.kubeflow.timing import Timing
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -72,16 +72,17 @@ class Schedule:
     @property
     def parameters(self) -> dict[str, Any]:
         """What each run is given."""
-        return dict(self.detail.runtime_config.parameters or {}) if self.detail.runtime_config else {}
+        return sent(self.detail)
+
+    @property
+    def config(self) -> GivenConfig:
+        """The config that each run is given; a schedule that was made elsewhere may leave it to the pipeline."""
+        return GivenConfig.of(self.detail, {})
 
     @property
     def url(self) -> str:
         """Where people see it."""
         return self.kubeflow.schedule_url(self.recurring_run_id)
-
-    def run(self) -> Run:
-        """Its pipeline and config, in the shape of a run."""
-        return Run(self.kubeflow, self.detail, {})
 
     def live_runs(self) -> list[str]:
         """Ids of the runs that it, or one that it replaced, has started and that are not over."""
@@ -107,8 +108,8 @@ class Schedule:
             "catch_up": not self.detail.no_catchup,
             "start": stamp(timing.start),
             "end": stamp(timing.end),
-            "adapter": self.run().adapter,
-            "config_digest": self.run().config_digest,
+            "adapter": self.config.adapter,
+            "config_digest": self.config.digest,
             "pipeline_version_id": self.detail.pipeline_version_reference.pipeline_version_id,
             "service_account": self.detail.service_account or "",
             "url": self.url,
@@ -216,12 +217,11 @@ def config_of(schedule: Schedule) -> str:
     Raises:
         ConfigError: it was made elsewhere, and has none.
     """
-    config = schedule.parameters.get(CONFIG)
-    if not config:
+    if not schedule.config.toml:
         raise ConfigError(
             f"schedule {schedule.name} was not made by Fineloop and holds no config: give one with -c FILE"
         )
-    return str(config)
+    return schedule.config.toml
 
 
 def image_of(schedule: Schedule) -> str:

@@ -8,7 +8,7 @@ from components.shared.errors import KubeflowAway
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.package import Package, publish
-from pipelines.kubeflow.run import Run, Step
+from pipelines.kubeflow.run import Run, TaskRun
 
 POLL_S = (0.5, 10.0)
 """Asked again this soon after something changed, and ever later while nothing does."""
@@ -49,7 +49,7 @@ def follow(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Run:
-    """Wait until the run is over, however it ends, and tell each change of a step.
+    """Wait until the run is over, however it ends, and tell each change of a task.
 
     kfp's own wait does not know that a canceled run is over.
 
@@ -85,15 +85,15 @@ def _news(run: Run, told: dict[str, str]) -> list[str]:
     if not run.is_over and told.get("") != run.state:
         told[""] = run.state
         lines.append(f"{run.name} is {run.state.lower()}")
-    for step in run.steps():
-        if step.began and told.get(step.name) != step.state:
-            told[step.name] = step.state
-            lines.append(f"[{step.name}] {_told(step)}")
+    for task in run.task_runs():
+        if task.began and told.get(task.name) != task.state:
+            told[task.name] = task.state
+            lines.append(f"[{task.name}] {_told(task)}")
     return lines
 
 
-def _told(step: Step) -> str:
-    if step.seconds is None:
-        return "started" if step.state == "RUNNING" else step.state.lower()
-    why = f": {step.message}" if step.message else ""
-    return f"{step.state.lower()} after {step.seconds:.0f} s{why}"
+def _told(task: TaskRun) -> str:
+    if task.seconds is None:
+        return "started" if task.state == "RUNNING" else task.state.lower()
+    why = f": {task.message}" if task.message else ""
+    return f"{task.state.lower()} after {task.seconds:.0f} s{why}"

@@ -1,7 +1,6 @@
 """`fineloop runs`: which runs there are, what became of their steps, and how one is stopped."""
 
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from components.step.kfp import COMPONENT
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.run import Step
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
@@ -120,12 +118,3 @@ def test_a_run_that_will_not_end_is_an_error_that_says_where_to_look(three: list
     server.run(three[2]).terminate = lambda: None  # type: ignore[method-assign]
     with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
         runs.stop(run.kubeflow, run, timeout_s=0.0, sleep=lambda _: None)
-
-
-def test_the_iterations_of_a_loop_are_one_step_as_bad_as_the_worst() -> None:
-    def moment(minute: int) -> datetime:
-        return datetime(2026, 11, 25, 2, minute, tzinfo=UTC)
-
-    one, two = Step("s", "SUCCEEDED", moment(1), moment(2)), Step("s", "FAILED", moment(0), moment(5), "why")
-    assert one.joined(two) == two.joined(one) == Step("s", "FAILED", moment(0), moment(5), "why")
-    assert one.joined(Step("s", "RUNNING", moment(3))) == Step("s", "RUNNING", moment(1), None)
