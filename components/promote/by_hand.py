@@ -44,9 +44,7 @@ def promote_by_hand(
         alias,
         expected=expected,
         kind="overridden" if refused else "promoted",
-        run_id=version.run_id,
-        actor=actor,
-        reason=reason,
+        cause=aliases.Cause(version.run_id, actor, reason),
     )
 
 
@@ -76,14 +74,16 @@ def carry_out(store: "Store", request: Request) -> "Event":
         ObjectMissing: there is no such version, or nothing to go back to.
         AliasConflict: somebody moved the alias meanwhile.
     """
-    asked = {"actor": request.person or "Kubeflow UI", "reason": request.reason}
+    actor = request.person or "Kubeflow UI"
     if request.action == ROLL_BACK:
         to = versions.resolve(store, f"{request.name}@{request.version}").version if request.version else None
-        return aliases.rollback(store, request.name, request.alias, to, run_id=request.job_id, **asked)
+        return aliases.rollback(
+            store, request.name, request.alias, to, cause=aliases.Cause(request.job_id, actor, request.reason)
+        )
     if request.action != PROMOTE:
         raise UserError(f"action is {request.action!r}: expected {PROMOTE!r} or {ROLL_BACK!r}")
     version = request.version or _newest(store, request.name)
-    return promote_by_hand(store, f"{request.name}@{version}", alias=request.alias, **asked)
+    return promote_by_hand(store, f"{request.name}@{version}", alias=request.alias, actor=actor, reason=request.reason)
 
 
 def as_markdown(store: "Store", request: Request, event: "Event") -> str:

@@ -28,10 +28,12 @@ def promote(step_run: StepRun) -> str:
         version,
         alias,
         expected=decision.champion,
-        run_id=step_run.run_id,
-        actor="fineloop pipeline",
-        reason="; ".join(decision.reasons),
-        evidence={"decision": _decision_uri(step_run)},
+        cause=aliases.Cause(
+            step_run.run_id,
+            "fineloop pipeline",
+            "; ".join(decision.reasons),
+            {"decision": _decision_uri(step_run)},
+        ),
     )
     watermark.advance(step_run.store, name, step_run.run_id)
     step_run.result.update(event.move())

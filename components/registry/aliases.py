@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -63,6 +63,20 @@ class Pointer:
     event: dict[str, Any]
     """Body of the event that moved the alias here."""
     etag: str
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an alias moves, and by whom; the event keeps all of it."""
+
+    run_id: str = ""
+    """The run that moves it; empty for a person."""
+    actor: str = ""
+    reason: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_CAUSE = Cause()
 
 
 def adapter_key(name: str, *parts: str) -> str:
@@ -125,10 +139,7 @@ def promote(
     *,
     expected: str | None = ANYONE,
     kind: MoveKind = "promoted",
-    run_id: str = "",
-    actor: str = "",
-    reason: str = "",
-    evidence: Mapping[str, Any] | None = None,
+    cause: Cause = NO_CAUSE,
 ) -> Event:
     """Point the alias at a version. Running it again once it succeeded changes nothing and gives the same event.
 
@@ -144,22 +155,12 @@ def promote(
     held = holder.version if holder else None
     if expected != ANYONE and held not in (expected, version):
         raise _conflict(store, name, alias, version, expected, holder)
+    run_id = cause.run_id
     if run_id and held != version and (earlier := _promoted_before(store, name, alias, version, run_id)):
         raise _conflict(
             store, name, alias, version, version, holder, since=f"run {run_id} promoted it at {earlier.time}"
         )
-    return move_alias(
-        store,
-        name,
-        alias,
-        version,
-        expected=holder,
-        event=kind,
-        run_id=run_id,
-        actor=actor,
-        reason=reason,
-        evidence=evidence or {},
-    )
+    return move_alias(store, name, alias, version, expected=holder, kind=kind, cause=cause)
 
 
 def rollback(
@@ -168,13 +169,11 @@ def rollback(
     alias: str = PRODUCTION,
     to: str | None = None,
     *,
-    run_id: str = "",
-    actor: str = "",
-    reason: str = "",
+    cause: Cause = NO_CAUSE,
 ) -> Event:
     """Point the alias back at `to`, or else at the version that held it before the present one, by the event log.
 
-    A second rollback goes one further back, not forward again. With a `run_id`, repeating the same run changes nothing.
+    A second rollback goes one further back, not forward again. With a `cause.run_id`, repeating it changes nothing.
 
     Raises:
         ObjectMissing: the alias does not exist, or nothing held it before.
@@ -183,7 +182,7 @@ def rollback(
     holder = read_alias(store, name, alias)
     if holder is None:
         raise ObjectMissing(f"{name} has no alias {alias!r} to roll back: promote a version first")
-    if run_id and holder.run_id == run_id and holder.kind == "rolled_back" and to in (None, holder.version):
+    if cause.run_id and holder.run_id == cause.run_id and holder.kind == "rolled_back" and to in (None, holder.version):
         to = holder.version
     elif to is None:
         _record(store, name, holder)
@@ -191,18 +190,7 @@ def rollback(
         if len(held) < 2:
             raise ObjectMissing(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = held[-2]
-    return move_alias(
-        store,
-        name,
-        alias,
-        to,
-        expected=holder,
-        event="rolled_back",
-        run_id=run_id,
-        actor=actor,
-        reason=reason,
-        evidence={},
-    )
+    return move_alias(store, name, alias, to, expected=holder, kind="rolled_back", cause=cause)
 
 
 def move_alias(
@@ -212,11 +200,8 @@ def move_alias(
     version: str,
     *,
     expected: Pointer | None,
-    event: MoveKind,
-    run_id: str,
-    actor: str,
-    reason: str,
-    evidence: Mapping[str, Any],
+    kind: MoveKind,
+    cause: Cause,
 ) -> Event:
     """Move the alias from `expected` (None: it does not exist yet) to a version whose files are all there.
 
@@ -238,14 +223,14 @@ def move_alias(
         "from": expected.version if expected else None,
         "to": version,
         "manifest_sha256": manifest.sha256,
-        "run_id": run_id,
-        "actor": actor,
-        "reason": reason,
-        "evidence": dict(evidence),
+        "run_id": cause.run_id,
+        "actor": cause.actor,
+        "reason": cause.reason,
+        "evidence": dict(cause.evidence),
     }
     since = _after(expected.since) if expected else now()
-    fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": run_id}
-    pointer = encode_json({"format": FORMAT, **fields, "kind": event, "event": body})
+    fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": cause.run_id}
+    pointer = encode_json({"format": FORMAT, **fields, "kind": kind, "event": body})
     key = _alias_key(name, alias)
     try:
         if expected is None:
@@ -257,8 +242,8 @@ def move_alias(
         if holder is not None and holder.version == version:  # another run of the same move won
             return _record(store, name, holder)
         raise _conflict(store, name, alias, version, expected.version if expected else None, holder) from exc
-    logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, event)
-    return _record(store, name, Pointer(alias, **fields, kind=event, event=body, etag=etag))
+    logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
+    return _record(store, name, Pointer(alias, **fields, kind=kind, event=body, etag=etag))
 
 
 def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:

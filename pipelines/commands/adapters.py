@@ -120,11 +120,12 @@ def _promote(options: argparse.Namespace) -> Answer:
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
-    from components.registry.aliases import rollback
+    from components.registry.aliases import Cause, rollback
     from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
-        event = rollback(store, options.name, options.alias, options.to, actor=_user(), reason=options.reason)
+        cause = Cause(actor=_user(), reason=options.reason)
+        event = rollback(store, options.name, options.alias, options.to, cause=cause)
         return move_shown(options.name, event)
 
 

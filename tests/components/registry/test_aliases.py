@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from components.registry.aliases import (
+    Cause,
     Event,
     append_event,
     events,
@@ -43,9 +44,8 @@ def moves(store: Store) -> list[tuple[str, str | None, str]]:
 def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions: list[str]) -> None:
     one, two, _ = versions
     assert promote(store, "icd", one, expected=None).move()["from"] is None
-    event = promote(
-        store, "icd", two, expected=one, run_id="r2", actor="ann", reason="better", evidence={"loss": [1.0, 0.5]}
-    )
+    cause = Cause("r2", actor="ann", reason="better", evidence={"loss": [1.0, 0.5]})
+    event = promote(store, "icd", two, expected=one, cause=cause)
     pointer = read_alias(store, "icd", "production")
     assert pointer is not None
     assert (pointer.version, pointer.run_id, pointer.kind, pointer.since) == (two, "r2", "promoted", event.time)
@@ -65,7 +65,7 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_
 ) -> None:
     one, two, three = versions
     promote(store, "icd", one)
-    promote(store, "icd", two, run_id="r2")
+    promote(store, "icd", two, cause=Cause("r2"))
     for expected in (one, None):
         with pytest.raises(
             AliasConflict, match=f"held by {expected or 'nobody'}, but it is held by {two} .*run r2"
@@ -86,13 +86,12 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_
 
 def test_a_move_from_a_pointer_that_has_moved_is_a_conflict(store: Store, versions: list[str]) -> None:
     one, two, three = versions
-    how = {"run_id": "r", "actor": "", "reason": "", "evidence": {}}
     promote(store, "icd", one)
     stale = read_alias(store, "icd", "production")
     promote(store, "icd", two)
     for expected in (stale, None):
         with pytest.raises(AliasConflict) as raised:
-            move_alias(store, "icd", "production", three, expected=expected, event="promoted", **how)
+            move_alias(store, "icd", "production", three, expected=expected, kind="promoted", cause=Cause("r"))
         assert raised.value.holder is not None
         assert raised.value.holder["version"] == two
     assert holder(store) == two
@@ -108,18 +107,7 @@ def test_an_alias_that_returned_to_an_earlier_version_is_not_mistaken_for_unmove
     rollback(store, "icd")
     assert holder(store) == one
     with pytest.raises(Conflict):
-        move_alias(
-            store,
-            "icd",
-            "production",
-            three,
-            expected=stale,
-            event="promoted",
-            run_id="",
-            actor="",
-            reason="",
-            evidence={},
-        )
+        move_alias(store, "icd", "production", three, expected=stale, kind="promoted", cause=Cause())
 
 
 def test_of_promotions_at_once_one_wins_and_the_others_learn_who(store: Store, versions: list[str]) -> None:
@@ -130,9 +118,11 @@ def test_of_promotions_at_once_one_wins_and_the_others_learn_who(store: Store, v
 
     def attempt(number: int) -> Event | AliasConflict:
         barrier.wait()
-        how = {"run_id": f"r{number}", "actor": "", "reason": "", "evidence": {}}
+        cause = Cause(f"r{number}")
         try:
-            return move_alias(store, "icd", "production", others[number % 2], expected=start, event="promoted", **how)
+            return move_alias(
+                store, "icd", "production", others[number % 2], expected=start, kind="promoted", cause=cause
+            )
         except AliasConflict as exc:
             return exc
 
@@ -153,18 +143,18 @@ def test_of_promotions_at_once_one_wins_and_the_others_learn_who(store: Store, v
 def test_a_finished_promotion_run_again_changes_nothing(store: Store, versions: list[str]) -> None:
     one, two, _ = versions
     promote(store, "icd", one)
-    event = promote(store, "icd", two, expected=one, run_id="r2")
+    event = promote(store, "icd", two, expected=one, cause=Cause("r2"))
     before = {info.key: info.last_modified for info in store.list("")}
-    assert promote(store, "icd", two, expected=one, run_id="r2") == event
+    assert promote(store, "icd", two, expected=one, cause=Cause("r2")) == event
     assert {info.key: info.last_modified for info in store.list("")} == before
 
 
 def test_a_promotion_killed_before_its_event_is_completed_by_running_it_again(
     store: Store, versions: list[str]
 ) -> None:
-    event = promote(store, "icd", versions[0], run_id="r1", evidence={"loss": 1})
+    event = promote(store, "icd", versions[0], cause=Cause("r1", evidence={"loss": 1}))
     store.delete([store.key(event.uri)])
-    assert promote(store, "icd", versions[0], run_id="r1", evidence={"loss": 1}) == event
+    assert promote(store, "icd", versions[0], cause=Cause("r1", evidence={"loss": 1})) == event
     assert events(store, "icd")[-1] == event
 
 
@@ -184,12 +174,12 @@ def test_a_promotion_killed_before_its_event_is_completed_by_the_next_move(store
 def test_a_run_that_was_rolled_back_does_not_promote_again(store: Store, versions: list[str]) -> None:
     one, two, _ = versions
     promote(store, "icd", one)
-    promote(store, "icd", two, expected=one, run_id="r2")
-    rollback(store, "icd", actor="ann")
+    promote(store, "icd", two, expected=one, cause=Cause("r2"))
+    rollback(store, "icd", cause=Cause(actor="ann"))
     with pytest.raises(AliasConflict, match="run r2 promoted it at"):
-        promote(store, "icd", two, expected=one, run_id="r2")
+        promote(store, "icd", two, expected=one, cause=Cause("r2"))
     assert holder(store) == one
-    promote(store, "icd", two, expected=one, run_id="r3")
+    promote(store, "icd", two, expected=one, cause=Cause("r3"))
     assert holder(store) == two
 
 
@@ -197,7 +187,7 @@ def test_rollbacks_go_back_one_holder_at_a_time(store: Store, versions: list[str
     one, two, three = versions
     for version in versions:
         promote(store, "icd", version)
-    event = rollback(store, "icd", actor="ann", reason="wrong answers")
+    event = rollback(store, "icd", cause=Cause(actor="ann", reason="wrong answers"))
     assert event.kind == "rolled_back"
     assert event.move() == {"alias": "production", "from": three, "to": two, "event_uri": event.uri}
     assert rollback(store, "icd").body["to"] == one
@@ -224,8 +214,8 @@ def test_a_rollback_to_a_named_version_goes_there(store: Store, versions: list[s
 def test_a_finished_rollback_run_again_changes_nothing(store: Store, versions: list[str]) -> None:
     for version in versions:
         promote(store, "icd", version)
-    event = rollback(store, "icd", run_id="r9")
-    assert rollback(store, "icd", run_id="r9") == event
+    event = rollback(store, "icd", cause=Cause("r9"))
+    assert rollback(store, "icd", cause=Cause("r9")) == event
     assert holder(store) == versions[1]
 
 

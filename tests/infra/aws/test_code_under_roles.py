@@ -12,7 +12,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
-from components.registry.aliases import promote, read_alias, rollback
+from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.store import Store
 from components.registry.versions import Version, list_versions, publish_version
 from components.shared.errors import StoreError
@@ -110,7 +110,7 @@ def test_the_pipeline_promotes_and_people_roll_back(store: Store) -> None:
         promote(store, "icd", first.version)
         promote(store, "icd", second.version, expected=first.version)
     with acting_as("admin", store):
-        rollback(store, "icd", reason="wrong")
+        rollback(store, "icd", cause=Cause(reason="wrong"))
         store.delete([f"adapters/icd/versions/{second.version}/manifest.json"])
     pointer = read_alias(store, "icd", "production")
     assert pointer
