@@ -15,6 +15,7 @@ from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.errors import FineloopError, StoreError
+from components.shared.memory import machine_bytes
 from pipelines.check import Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.estimate import told_here
@@ -55,7 +56,7 @@ def _machine(home: Path) -> Iterator[Check]:
     yield check("python", sys.version_info >= PYTHON, version, "use Python 3.11 or newer")
     yield _disk("disk at --home", home, HOME_DISK_BYTES, "free some space or take another --home")
     yield _disk("temporary disk", Path(tempfile.gettempdir()), TEMP_DISK_BYTES, "free some space or set TMPDIR")
-    memory = memory_bytes()
+    memory = machine_bytes()
     yield check(
         "memory",
         memory >= MEMORY_BYTES,
@@ -74,15 +75,6 @@ def _disk(name: str, path: Path, needed: int, fix: str) -> Check:
     existing = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free
     return check(name, free >= needed, f"{free / GIB:.1f} GiB free at {path}, {needed / GIB:.1f} wanted", fix)
-
-
-def memory_bytes() -> int:
-    """The memory that this process may use: the machine's, or less where a container is limited."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-            total = min(total, int(text))
-    return total
 
 
 def _packages() -> Iterator[Check]:

@@ -1,21 +1,19 @@
 """Does a training fit, and what would: a rehearsed plan against the memory that there is."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from components.config.gpus import GPUS, Gpu
 from components.config.legality import refusals
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
+from components.shared.memory import machine_bytes
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Ray's names of accelerators that differ from ours; of two sizes the larger, so that nothing is refused that would run.
 RAY_NAMES = {"A100": "A100-80G"}
 
@@ -104,13 +102,6 @@ def gpu_device(name: str | None) -> Device:
 def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
     """A worker's part of a memory that all share."""
     return Device(name, memory // num_workers if memory else None, whole=memory)
-
-
-def machine_bytes() -> int:
-    """This machine's memory, or the container's."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:

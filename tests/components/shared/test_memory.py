@@ -1,0 +1,26 @@
+"""A container's limit, as the kernel writes it: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from components.shared import memory
+
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+NO_LIMIT_V1 = "9223372036854771712"
+"""PAGE_COUNTER_MAX of 64-bit kernels (include/linux/page_counter.h), in bytes."""
+
+
+@pytest.mark.parametrize("of_version", [0, 1], ids=["cgroup v2", "cgroup v1"])
+@pytest.mark.parametrize(
+    ("written", "expected"), [("1073741824", 2**30), ("max", MACHINE), (NO_LIMIT_V1, MACHINE), (None, MACHINE)]
+)
+def test_a_containers_limit_counts_in_either_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_version: int, written: str | None, expected: int
+) -> None:
+    places = (tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes")
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", places)
+    if written:
+        places[of_version].write_text(f"{written}\n", encoding="ascii")
+    assert memory.machine_bytes() == expected
