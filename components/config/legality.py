@@ -36,7 +36,7 @@ class Cell:
     def told(self, than: "Cell") -> str:
         """Where this cell differs from another, as settings."""
         return ", ".join(
-            f"{FIELDS[field.name]}={_toml(getattr(self, field.name))}"
+            setting(FIELDS[field.name], getattr(self, field.name))
             for field in fields(self)
             if getattr(self, field.name) != getattr(than, field.name)
         )
@@ -93,5 +93,6 @@ def nearest_legal(cell: Cell) -> Cell:
     return cell
 
 
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def setting(key: str, value: Any) -> str:
+    """KEY=VALUE, as --set takes it."""
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

@@ -116,9 +116,11 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _advice_told(body: dict[str, Any]) -> Iterator[str]:
+    from components.config.legality import setting
+
     advice = body["advice"]
     if advice is not None and advice["changes"]:
-        changes = " ".join(f"{key}={_toml(value)}" for key, value in advice["changes"].items())
+        changes = " ".join(setting(key, value) for key, value in advice["changes"].items())
         yield f"advised {changes}: {advice['memory_bytes']['total'] / GIB:.1f} GiB"
     elif advice is not None:
         yield "advised as it is"
@@ -145,7 +147,3 @@ def _methods_told(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return f"{share * 100:.3g} %"
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from components.config.gpus import GPUS, Gpu
-from components.config.legality import refusals
+from components.config.legality import refusals, setting
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
@@ -155,17 +155,12 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
 
 def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:
     if better is not None:
-        changes = " ".join(f"{key}={toml(value)}" for key, value in better.changes(asked).items())
+        changes = " ".join(setting(key, value) for key, value in better.changes(asked).items())
         return f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
     return (
         f"Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length below "
         f"{batch.length}"
     )
-
-
-def toml(value: Any) -> str:
-    """A value as --set takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> Iterator[Choice]:
