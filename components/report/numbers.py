@@ -15,20 +15,6 @@ def count(value: int | float | None) -> str:
     return "unknown" if value is None else f"{value:,.0f}"
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 1:
-        return f"{seconds:.2f} s"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def moment(value: datetime) -> str:
     """A point in time, in UTC, to the minute."""
     return value.astimezone(UTC).strftime("%-d %B %Y, %H:%M UTC")

@@ -7,8 +7,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from components.report import comparison, sections
 from components.report.curve import loss_curve
 from components.report.headline import headline
-from components.report.numbers import count, duration, moment
+from components.report.numbers import count, moment
 from components.report.run_files import RunFiles
+from components.shared.durations import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
 

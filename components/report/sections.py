@@ -7,8 +7,9 @@ from typing import Any
 
 from components.registry.records import ROLES
 from components.report.comparison import names
-from components.report.numbers import count, duration, moment, parse_moment
+from components.report.numbers import count, moment, parse_moment
 from components.report.run_files import RunFiles
+from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
 _MAX_ANSWERS = 10

@@ -96,7 +96,7 @@ def _verdict(body: dict[str, Any]) -> str:
 
 
 def _progress_told(body: dict[str, Any]) -> Iterator[str]:
-    from pipelines.local.estimate import duration
+    from components.shared.durations import estimated_duration
 
     if body["tokens_per_s"] is None:
         yield f"speed, time and cost: unknown; {body['speed_unknown_because']}"
@@ -107,11 +107,13 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
     if not body["has_bf16"]:
         yield f"        {body['device']} has no bfloat16 matrix units, and trainings are in bfloat16: expect far less"
     price = f"${body['price_per_hour']:g} per GPU and hour ({body['price_source']})"
-    million = f"{duration(body['s_per_million_tokens'])} and ${body['cost_per_million_tokens']:.2f} per million tokens"
+    for_a_million = estimated_duration(body["s_per_million_tokens"])
+    million = f"{for_a_million} and ${body['cost_per_million_tokens']:.2f} per million tokens"
     if body["time_s"] is None:
         yield f"time    {million}, at {price}; data.max_records says how many records to plan for"
         return
-    yield f"time    at most {duration(body['time_s'])}: {body['most_tokens']:,} tokens if every record is that long"
+    time = estimated_duration(body["time_s"])
+    yield f"time    at most {time}: {body['most_tokens']:,} tokens if every record is that long"
     yield f"cost    at most ${body['cost']:.2f}, at {price}; {million}"
 
 

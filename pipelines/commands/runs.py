@@ -4,12 +4,13 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from components.shared.durations import duration
 from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
 from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
 from pipelines.commands.table import table
 
 if TYPE_CHECKING:
-    from pipelines.kubeflow.run import Run
+    from pipelines.kubeflow.run import Run, TaskRun
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
 
@@ -94,7 +95,7 @@ def _show(options: argparse.Namespace) -> Answer:
         ("url", run.url),
     ]
     told = [
-        (f"  {task.name}", task.state.lower(), began(task.began), f"{seconds(task.seconds)}  {task.message}".rstrip())
+        (f"  {task.name}", task.state.lower(), began(task.began), f"{_lasted(task)}  {task.message}".rstrip())
         for task in tasks
     ]
     body = {
@@ -127,15 +128,8 @@ def began(moment: datetime | None) -> str:
 def took(run: "Run") -> str:
     """How long a run took, or has taken so far."""
     end = run.detail.finished_at if run.is_over else datetime.now(UTC)
-    return seconds((end - run.detail.created_at).total_seconds() if end and run.detail.created_at else None)
+    return duration((end - run.detail.created_at).total_seconds()) if end and run.detail.created_at else "-"
 
 
-def seconds(length: float | None) -> str:
-    """A length of time for people."""
-    if length is None:
-        return "-"
-    minutes, rest = divmod(round(length), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _lasted(task: "TaskRun") -> str:
+    return "-" if task.seconds is None else duration(task.seconds)

@@ -7,6 +7,7 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.shared.cpus import FAST_AT_BFLOAT16
+from components.shared.durations import estimated_duration
 from components.shared.errors import FineloopError
 from pipelines.local.job import Job, answer
 
@@ -32,7 +33,7 @@ def told(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
     if estimate["run_s"] is None:
         yield f"training at about {speed}; how long it takes is unknown: {estimate['unknown_because']}"
         return
-    run, training, evaluation = (duration(estimate[part]) for part in ("run_s", "train_s", "evaluate_s"))
+    run, training, evaluation = (estimated_duration(estimate[part]) for part in ("run_s", "train_s", "evaluate_s"))
     yield f"a run takes about {run} here: {training} of training at {speed}, {evaluation} of evaluation"
     if estimate["run_s"] > LONG_S:
         yield f"to make it shorter: {'; '.join(_shorter(config, estimate))}"
@@ -54,11 +55,3 @@ def _shorter(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
     if config.ray.cpu_matmul_dtype == "bfloat16" and estimate["processor"]["kind"] not in FAST_AT_BFLOAT16:
         yield "--set ray.cpu_matmul_dtype=auto, which multiplies in what this processor is fastest at"
     yield "a smaller model.base; a GPU, with --set ray.use_gpu=true"
-
-
-def duration(seconds: float) -> str:
-    """For a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -4,7 +4,6 @@ import pytest
 
 from components.config.schema import GateConfig, Limit
 from components.report.comparison import intervals, panels
-from components.report.numbers import duration
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
 from tests.components.report import example_runs
@@ -80,11 +79,3 @@ def test_intervals_keep_their_order_on_their_axis() -> None:
 def test_differences_are_told_as_better_or_worse(key: str, ours: float, theirs: float, words: str) -> None:
     metric = METRICS[key]
     assert metric.gain_text(metric.gain(ours, theirs)) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.25, "0.25 s"), (59.9, "59.9 s"), (59.97, "1 min 00 s"), (214, "3 min 34 s"), (7260, "2 h 01 min")],
-)
-def test_durations_read_well(seconds: float, words: str) -> None:
-    assert duration(seconds) == words

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from components.config.schema import RunConfig
 from pipelines.local import estimate
 
@@ -53,8 +51,3 @@ def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[.
     (line,) = estimate.told_here(make_config(), tmp_path / "nowhere.toml", tmp_path)
     assert line.startswith("how long it takes here is unknown: ")
     assert "nowhere.toml" in line
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (89, "89 s"), (600, "10 min"), (7200, "2 h 0 min")])
-def test_a_duration_is_told_as_people_tell_it(seconds: float, text: str) -> None:
-    assert estimate.duration(seconds) == text
