@@ -68,7 +68,7 @@ class Estimate:
 
 
 def main() -> None:
-    """The entry point."""
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.estimate",
         "Estimate how long a run takes on this machine's CPU.",

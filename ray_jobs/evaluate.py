@@ -49,7 +49,7 @@ class Contender:
 
 
 def main() -> None:
-    """The entry point."""
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.evaluate",
         "Measure base, champion and candidate on the held-out records of a dataset.",

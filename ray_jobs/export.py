@@ -7,12 +7,11 @@ Either is compared with the adapter on its base before anything appears at DIR. 
 last line of stdout.
 """
 
-import contextlib
 import json
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
+from components.registry.folders import beside
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, read_lineage, resolve
 from components.shared.errors import ObjectMissing, UserError
@@ -84,7 +84,7 @@ class ExportSource:
 
 
 def main() -> None:
-    """The entry point."""
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.export",
         "Write an adapter's version merged into its base, or as plain LoRA.",
@@ -120,7 +120,7 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     version = resolve(store, reference)
     if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
         raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
-    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, _beside(request.target) as folder:
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         source = _source(config, store, version, Path(scratch) / "adapter")
         say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
         record = _merged(source, request, folder) if request.form == "merged" else _lora(source, request, folder)
@@ -290,16 +290,6 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
 def _tell(parity: dict[str, Agreement]) -> None:
     for name, found in parity.items():
         say(STEP, f"{name}: {found.told()}")
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """An empty folder on the target's own disk, gone afterwards unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        folder = Path(scratch) / "folder"  # unlike the scratch folder itself, readable by whom the umask lets
-        folder.mkdir()
-        yield folder
 
 
 if __name__ == "__main__":

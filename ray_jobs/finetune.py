@@ -31,7 +31,7 @@ STEP = "finetune"
 
 
 def main() -> None:
-    """The entry point."""
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.finetune",
         "Fine-tune one adapter and publish it as a version, without moving any alias.",

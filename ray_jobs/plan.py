@@ -29,7 +29,7 @@ MILLION = 1_000_000
 
 
 def main() -> None:
-    """The entry point."""
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.plan",
         "Plan a training: memory of each worker by part, speed, time and cost. Touches no GPU.",

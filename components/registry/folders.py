@@ -50,11 +50,6 @@ class Manifest:
     body: bytes
     """The stored bytes."""
 
-    def sha256_of(self, path: str) -> str | None:
-        """The digest of one file, or None when the manifest does not list it."""
-        entry = self.files.get(path)
-        return entry["sha256"] if entry else None
-
 
 def now() -> str:
     """The time, in the one spelling that the registry uses."""
@@ -128,7 +123,7 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
         if target.is_dir() and _holds(target, manifest):
             return manifest
         raise UserError(f"{target} exists and is not {store.uri(key)}: remove it or choose another folder")
-    with disk_errors(target), _beside(target) as folder:
+    with disk_errors(target), beside(target) as folder:
         _raise_faults(store, key, _map(lambda path: _download(store, key, manifest, path, folder), manifest.files))
         _raise_faults(store, key, _unlisted(manifest, _sizes(store, key)))
         (folder / MANIFEST).write_bytes(manifest.body)
@@ -260,8 +255,8 @@ def _unlisted(manifest: Manifest, paths: Iterable[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """An empty folder on the target's own disk, gone afterwards unless it was renamed."""
+def beside(target: Path) -> Iterator[Path]:
+    """An empty folder on the target's own disk, to be filled and renamed to it; gone afterwards where it was not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as scratch:

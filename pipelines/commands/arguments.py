@@ -32,7 +32,6 @@ class Answer:
 
 
 Command = Callable[[argparse.Namespace], Answer]
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_command(
