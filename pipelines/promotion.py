@@ -3,13 +3,13 @@
 from kfp import dsl
 
 from components.promote.component import move_by_hand
-from pipelines.retrain import Settle
+from pipelines.retrain import Configure
 
 NAME = "fineloop-promotion"
 
 
-def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
-    """The pipeline; `settle` as for `retrain.build`."""
+def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
+    """The pipeline; `configure` as for `retrain.build`."""
 
     @dsl.pipeline(name=NAME, description="Promote a published version of an adapter by hand, or roll back.")
     def promotion(
@@ -47,7 +47,7 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
         )
         moved.set_display_name("Move the alias")
         moved.set_caching_options(False)
-        settle(moved)
+        configure(moved)
 
     return promotion
 

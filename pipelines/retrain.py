@@ -18,8 +18,8 @@ from components.report.component import report
 
 NAME = "fineloop-retrain"
 
-Settle = Callable[[dsl.PipelineTask], None]
-Step = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
+Configure = Callable[[dsl.PipelineTask], None]
+AsStep = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
 
 
 @dsl.pipeline(name="register")
@@ -33,19 +33,19 @@ def register(version_uri: str) -> None:
     version.set_display_name("Register the version")
 
 
-def _settled(settle: Settle) -> Step:
+def _configured(configure: Configure) -> AsStep:
     """What makes a step of a task, given the sentence that Kubeflow shows for it."""
 
     def step(task: dsl.PipelineTask, sentence: str) -> dsl.PipelineTask:
         task.set_display_name(sentence)
         task.set_caching_options(False)  # the same config need not mean the same data, champion or weights
-        settle(task)
+        configure(task)
         return task
 
     return step
 
 
-def _compared_candidate(step: Step, run: Mapping[str, Any], dataset_uri: Any) -> dsl.PipelineTask:
+def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any) -> dsl.PipelineTask:
     """Fine-tune a candidate and compare it; returns the evaluation."""
     candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
     version_uri = candidate.outputs["Output"]
@@ -56,8 +56,8 @@ def _compared_candidate(step: Step, run: Mapping[str, Any], dataset_uri: Any) ->
     )
 
 
-def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponent:
-    """The pipeline; `settle` gives each task what it needs where it will run: time, memory, retries, secrets."""
+def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
+    """The pipeline; `configure` gives each task what it needs where it will run: time, memory, retries, secrets."""
 
     @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
     def retrain(
@@ -82,7 +82,7 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
             train_without_new_data: go on even when data.min_new_records says to skip.
             run_id: names the run in the store; empty takes the Kubeflow run's id.
         """
-        step = _settled(settle)
+        step = _configured(configure)
         this_run = {"run_id": run_id, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
         page = step(report(config=config, **this_run), "Write the report")
         with dsl.ExitHandler(page, name="retrain"):
@@ -118,7 +118,7 @@ def build(settle: Settle = lambda task: None) -> dsl.base_component.BaseComponen
 @dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
 def train(config: str, run_id: str) -> None:
     """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
-    step = _settled(lambda task: None)
+    step = _configured(lambda task: None)
     data = step(
         prepare(
             config=config,

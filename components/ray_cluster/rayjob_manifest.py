@@ -24,7 +24,12 @@ from components.ray_cluster.kubernetes_api import GROUP, VERSION
 
 MAX_NAME = 47
 """KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""
-ENVIRONMENT, S3_SECRET, RAY_SECRET = "fineloop-env", "fineloop-s3", "fineloop-ray"
+CONFIG_MAP = "fineloop-env"
+"""Where the cluster keeps what is no secret: the store's endpoint and region, the address of a shared Ray cluster."""
+STORE_SECRET = "fineloop-s3"
+"""Static credentials of the store; absent where a service account's role gives them."""
+RAY_SECRET = "fineloop-ray"
+"""The token of Ray's clusters; a step needs it for one that is shared."""
 PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
@@ -231,7 +236,7 @@ def _container(name: str, cluster: RayJobCluster) -> dict[str, Any]:
         "name": name,
         "image": cluster.image,
         "env": [{"name": key, "value": value} for key, value in env.items()],
-        "envFrom": [{"configMapRef": {"name": ENVIRONMENT}}, {"secretRef": {"name": S3_SECRET, "optional": True}}],
+        "envFrom": [{"configMapRef": {"name": CONFIG_MAP}}, {"secretRef": {"name": STORE_SECRET, "optional": True}}],
         "securityContext": _container_security(),
         "volumeMounts": _mounts(),
     }

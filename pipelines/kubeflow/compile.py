@@ -40,20 +40,22 @@ def compile_pipeline(config: RunConfig, *, image: str = "") -> str:
 
     The same config and image give the same text. An empty image means the project's own.
     """
-    from pipelines.kubeflow.settle import on_cluster
+    from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build
 
-    return _text(build(on_cluster(config)), {"config": config_file.dumps(config)}, {"method_name": METHOD_NAMES}, image)
+    return _text(
+        build(for_cluster(config)), {"config": config_file.dumps(config)}, {"method_name": METHOD_NAMES}, image
+    )
 
 
 def compile_promotion(config: RunConfig, *, image: str = "") -> str:
     """The YAML of the pipeline that promotes by hand, with the config's adapter and registry as its defaults."""
-    from pipelines.kubeflow.settle import on_cluster
+    from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.promotion import build
 
     adapter, registry = config.adapter, config.registry
     defaults = {"adapter_name": adapter.name, "alias": adapter.alias, **registry.model_dump()}
-    return _text(build(on_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
+    return _text(build(for_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
 
 
 PIPELINES: dict[str, Callable[..., str]] = {"retrain": compile_pipeline, "promotion": compile_promotion}

@@ -8,7 +8,7 @@ import yaml
 
 from infra.checks import schemas
 from infra.checks.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_folders, render, render_overlay, title
-from pipelines.kubeflow.settle import CONFIG_MAP, ENVIRONMENT
+from pipelines.kubeflow.task_settings import CONFIG_MAP, ENVIRONMENT
 from tests.infra.definitions import CRDS, DEFINITIONS
 
 FIELDS_TO_BREAK = [

@@ -103,7 +103,7 @@ def test_stopping_a_run_stops_its_ray_job(
 def test_a_run_that_fails_has_its_report(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.kubeflow.settle.RETRIES", 0)  # they wait for half a minute
+    monkeypatch.setattr("pipelines.kubeflow.task_settings.RETRIES", 0)  # they wait for half a minute
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1
     page = store.get(f"runs/{answered.body['run_id']}/report.html").decode()

@@ -5,13 +5,7 @@ from collections.abc import Callable
 from kfp import dsl, kubernetes
 
 from components.config.schema import RunConfig
-
-CONFIG_MAP = "fineloop-env"
-"""Where the cluster keeps what is no secret: the store's endpoint and region, the address of a shared Ray cluster."""
-STORE_SECRET = "fineloop-s3"
-"""Static credentials of the store; absent where a service account's role gives them."""
-RAY_SECRET = "fineloop-ray"
-"""The token of a shared Ray cluster; absent where every run has a cluster of its own."""
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET
 
 ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -24,10 +18,10 @@ RETRIES = 2
 """A step that is run again finds what its first attempt left: a Ray job, a folder, an alias."""
 
 
-def on_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
-    """Settle a task of a pipeline that runs this config."""
+def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
+    """What configures each task of a pipeline that runs this config."""
 
-    def settle(task: dsl.PipelineTask) -> None:
+    def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
         on_ray = name in ON_RAY
         deadline_s = config.ray.patience_s + GRACE_S if on_ray else STEP_S
@@ -44,4 +38,4 @@ def on_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
 
-    return settle
+    return configure
