@@ -117,7 +117,7 @@ def _stop(options: argparse.Namespace) -> Answer:
     body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over}
     if run.is_over:
         return Answer(body, f"{run.name} was over already: {run.state.lower()}")
-    return Answer(body, f"{run.name} is {stopped.state.lower()}")
+    return Answer(body, f"{run.name} is stopped: {stopped.state.lower()}")
 
 
 def began(moment: datetime | None) -> str:

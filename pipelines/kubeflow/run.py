@@ -10,6 +10,7 @@ from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.given_config import GivenConfig, sent
 
 LIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
+OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,18 @@ class Run:
 
     @property
     def state(self) -> str:
-        """PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELING, CANCELED or PAUSED."""
-        return self.detail.state or "PENDING"
+        """PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELING, CANCELED or PAUSED.
+
+        Kubeflow lets a run that was stopped end as FAILED; only its history says that it was being canceled.
+        """
+        state: str = self.detail.state or "PENDING"
+        history = [entry.state for entry in self.detail.state_history or []]
+        return "CANCELED" if state == "FAILED" and "CANCELING" in history else state
 
     @property
     def is_over(self) -> bool:
         """Nothing of it will change any more."""
-        return self.state not in (*LIVE, "RUNTIME_STATE_UNSPECIFIED")
+        return self.state in OVER
 
     @property
     def succeeded(self) -> bool:
@@ -97,7 +103,7 @@ class Run:
         begun = {
             titles[task.display_name]: _task_run(titles[task.display_name], task)
             for task in tasks
-            if task.display_name in titles
+            if task.display_name in titles and task.state  # one that was never reached has none
         }
         absent = "SKIPPED" if self.is_over else "PENDING"
         others = [TaskRun(name, absent) for name in sorted({*titles.values()} - {*begun})]
@@ -169,4 +175,4 @@ def _task_run(name: str, task: Any) -> TaskRun:
     # Argo gives a node that is not over the zero of Go's time.
     ended = task.end_time if task.end_time and task.end_time.year > 1970 else None
     message = (task.error.message or "") if task.error else ""
-    return TaskRun(name, task.state or "PENDING", task.start_time or task.create_time, ended, message)
+    return TaskRun(name, task.state, task.start_time or task.create_time, ended, message)

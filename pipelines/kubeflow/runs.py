@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import kfp_server_api
+
 from components.shared.errors import KubeflowError, UserError
 from pipelines.kubeflow.client import Kubeflow, one_of
 from pipelines.kubeflow.run import LIVE, Run, Specs
@@ -12,6 +14,8 @@ from pipelines.kubeflow.run import LIVE, Run, Specs
 NEWEST_FIRST = "created_at desc"
 NUM_SEARCHED = 1000
 STOP_S = 180.0
+SERVER_STATES = {"CANCELED": ["CANCELED", "FAILED"]}
+"""What the server calls a state where it calls it otherwise: see `Run.state`."""
 
 
 def get(kubeflow: Kubeflow, run_id: str) -> Run:
@@ -48,11 +52,13 @@ def listed(
     chosen: dict[str, Any] = {}
     if experiment:
         chosen["experiment_id"] = _experiment_id(kubeflow, experiment)
-    if state:
-        chosen["filter"] = one_of("state", state.upper())
+    wanted = state.upper()
+    if wanted:
+        chosen["filter"] = one_of("state", *SERVER_STATES.get(wanted, [wanted]))
     specs = Specs(kubeflow)
     runs = (Run(kubeflow, detail, specs.of(detail)) for detail in _details(kubeflow, **chosen))
-    return list(itertools.islice((run for run in runs if run.is_ours and adapter in ("", run.config.adapter)), limit))
+    fits = (run for run in runs if run.is_ours and adapter in ("", run.config.adapter) and wanted in ("", run.state))
+    return list(itertools.islice(fits, limit))
 
 
 def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[Any]:
@@ -64,7 +70,7 @@ def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[An
 def stop(
     kubeflow: Kubeflow, run: Run, *, timeout_s: float = STOP_S, sleep: Callable[[float], None] = time.sleep
 ) -> Run:
-    """Terminate a run and wait until it is over; one that is over stays as it is.
+    """Terminate a run and wait until it is over; one that is over stays as it is, one that is being stopped is awaited.
 
     Raises:
         KubeflowError: it is not over in time.
@@ -72,7 +78,12 @@ def stop(
     if run.is_over:
         return run
     with kubeflow.asking(f"stop run {run.run_id}"):
-        kubeflow.client.terminate_run(run.run_id)
+        try:
+            kubeflow.client.terminate_run(run.run_id)
+        except kfp_server_api.ApiException as exc:
+            # So the server answers for a run that is being terminated, or that has just ended.
+            if exc.status != 400 or get(kubeflow, run.run_id).state in ("PENDING", "RUNNING", "PAUSED"):
+                raise
     deadline = time.monotonic() + timeout_s
     while not (now := get(kubeflow, run.run_id)).is_over:
         if time.monotonic() > deadline:

@@ -13,13 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.doubles.kfp_server.errors import invalid
 from tests.doubles.kfp_server.resolving import unresolved
 from tests.doubles.kfp_server.specs import Pipeline
 
 ROOT = Path(__file__).resolve().parents[3]
 PIPELINE_ROOT = "minio://mlpipeline/v2/artifacts"
 GRACE_S = 1.0  # what a step has between SIGTERM and SIGKILL when its run is terminated
-OVER = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+OVER = {"SUCCEEDED", "FAILED", "SKIPPED"}  # a run that is terminated ends as FAILED: no code of 2.17 writes CANCELED
 _COLOUR = re.compile(r"\x1b\[\d+m")
 _BEGAN = re.compile(r"- INFO - Executing task '([^']+)'")
 _ENDED = re.compile(r"- (?:INFO|ERROR) - Task '([^']+)' finished with status (\w+)")
@@ -40,6 +41,8 @@ class Execution:
         self.pipeline = pipeline
         self.folder = folder
         self.tasks: dict[str, dict[str, Any]] = {}
+        self.reason = ""
+        """Why it failed; the API says it of no run and no step (2.17, server/api_converter.go)."""
         self._lock = threading.RLock()
         self._process: subprocess.Popen[str] | None = None
         folder.mkdir(parents=True)
@@ -73,10 +76,13 @@ class Execution:
             return {**self.record, "run_details": {"task_details": [dict(node) for node in nodes]}}
 
     def terminate(self) -> None:
-        """Ask it to end: SIGTERM for the whole session, a little later SIGKILL."""
+        """Ask it to end: SIGTERM for the whole session, a little later SIGKILL.
+
+        Refused for a run that is over or being terminated already (2.17, storage/run_store.go, TerminateRun).
+        """
         with self._lock:
-            if self.is_over:
-                return
+            if self.record["state"] not in ("PENDING", "RUNNING"):
+                raise invalid(f"Failed to terminate a run {self.record['run_id']}. Row not found")
             self._set("CANCELING")
         self._signal(signal.SIGTERM)
         threading.Timer(GRACE_S, self._signal, (signal.SIGKILL,)).start()
@@ -142,7 +148,7 @@ class Execution:
         root = f"{self.record['runtime_config'].get('pipeline_root') or PIPELINE_ROOT}/{self.pipeline.name}/"
         foreign = sorted(set(_foreign_uris(self.folder / "outputs", root + self.record["run_id"])))
         if self.record["state"] == "CANCELING":
-            self._set("CANCELED")
+            self._set("FAILED", "terminated")
         elif exit_code:
             failed = [name for name, task in self.tasks.items() if task["state"] == "FAILED"]
             self._set("FAILED", f"task {', '.join(failed)}: main: Error (exit code {exit_code})")
@@ -155,11 +161,10 @@ class Execution:
         else:
             self._set("SUCCEEDED")
 
-    def _set(self, state: str, message: str = "") -> None:
+    def _set(self, state: str, reason: str = "") -> None:
         self.record["state"] = state
         self.record.setdefault("state_history", []).append({"update_time": now(), "state": state})
-        if message:
-            self.record["error"] = {"code": 13, "message": message}
+        self.reason = reason
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock:

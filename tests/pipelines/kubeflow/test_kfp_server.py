@@ -152,13 +152,13 @@ def test_five_fields_of_cron_are_taken_with_seconds_first() -> None:
 def test_an_adapter_written_elsewhere_fails_the_run(client: kfp.Client, running: KfpServer, path: Path) -> None:
     started = client.create_run_from_pipeline_package(str(path), {"uri": "s3://elsewhere/adapter"}, run_name="r")
     assert running.run(started.run_id).wait() == "FAILED"
-    assert "does not have expected bucket prefix" in client.get_run(started.run_id).error.message
+    assert "does not have expected bucket prefix" in running.run(started.run_id).reason
     kept = client.create_run_from_pipeline_package(str(path), {}, run_name="r")
     assert running.run(kept.run_id).wait() == "SUCCEEDED"
 
 
 @pytest.mark.parametrize(
-    ("source", "state", "message"),
+    ("source", "state", "reason"),
     [
         (
             {"taskOutputParameter": {"producerTask": "finetune", "outputParameterKey": "Output"}},
@@ -166,11 +166,11 @@ def test_an_adapter_written_elsewhere_fails_the_run(client: kfp.Client, running:
             # The launcher's words, with the name that it looks for at their end: there is none.
             "error resolving artifact URI: parent DAG does not have input parameter ",
         ),
-        ({"componentInputParameter": "mode"}, "SUCCEEDED", None),
+        ({"componentInputParameter": "mode"}, "SUCCEEDED", ""),
     ],
 )
 def test_an_importer_takes_its_uri_from_the_pipeline_around_it_alone(
-    client: kfp.Client, running: KfpServer, path: Path, source: dict[str, Any], state: str, message: str | None
+    client: kfp.Client, running: KfpServer, path: Path, source: dict[str, Any], state: str, reason: str
 ) -> None:
     spec = yaml.safe_load(path.read_text())
     model = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
@@ -193,7 +193,7 @@ def test_an_importer_takes_its_uri_from_the_pipeline_around_it_alone(
     run = client.get_run(started.run_id)
     tasks = {task.display_name: task.state for task in run.run_details.task_details}
     assert tasks["importer"] == state
-    assert (run.error.message if run.error else None) == (message and f"task importer: {message}")
+    assert running.run(started.run_id).reason == (reason and f"task importer: {reason}")
 
 
 def test_a_step_that_wants_pip_fails(client: kfp.Client, running: KfpServer, path: Path) -> None:

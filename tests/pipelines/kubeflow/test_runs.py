@@ -12,6 +12,7 @@ from components.step.kfp import COMPONENT
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
+from tests.doubles.kfp_server.errors import invalid
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 
@@ -103,7 +104,29 @@ def test_a_stopped_run_is_canceled_when_the_command_returns(
     answered = fineloop("runs", "stop", three[2])
     assert answered.exit_code == 0
     assert answered.body == {"run_id": three[2], "state": "CANCELED", "stopped": True}
-    assert server.run(three[2]).record["state"] == "CANCELED"
+    assert server.run(three[2]).record["state"] == "FAILED"
+    assert names(fineloop, "--state", "canceled") == {"slow"}
+    assert names(fineloop, "--state", "failed") == {"bad"}
+
+
+def test_a_run_that_is_being_stopped_already_is_awaited(
+    three: list[str], fineloop: Fineloop, server: KfpServer
+) -> None:
+    run = runs.get(connect({}, host=server.url), three[2])
+    server.run(three[2]).terminate()
+    assert runs.stop(run.kubeflow, run).state == "CANCELED"
+    assert fineloop("runs", "stop", three[2]).body["stopped"] is False
+
+
+def test_a_run_that_may_not_be_stopped_is_told_in_the_servers_words(three: list[str], server: KfpServer) -> None:
+    run = runs.get(connect({}, host=server.url), three[2])
+
+    def refuse() -> None:
+        raise invalid("not today")
+
+    server.run(three[2]).terminate = refuse  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=f"refuses to stop run {three[2]}: Invalid input error: not today"):
+        runs.stop(run.kubeflow, run)
 
 
 def test_a_run_that_is_over_stays_as_it_is(three: list[str], fineloop: Fineloop, server: KfpServer) -> None:
