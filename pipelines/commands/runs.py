@@ -80,13 +80,15 @@ def _list(options: argparse.Namespace) -> Answer:
 def _show(options: argparse.Namespace) -> Answer:
     from components.registry.runs import run_key
     from pipelines.kubeflow import runs
+    from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
 
     run = runs.find(connected(options), options.run)
+    recorded = Recorded(run)
     tasks = run.task_runs()
     rows = [
         ("run", run.run_id),
         ("name", run.name),
-        ("state", f"{run.state.lower()}{': ' + run.message if run.message else ''}"),
+        ("state", run.state.lower()),
         ("adapter", run.config.adapter or "-"),
         ("config", f"sha256 {run.config.digest}" if run.config.digest else "-"),
         ("in the store", run_key(run.store_run_id)),
@@ -94,18 +96,16 @@ def _show(options: argparse.Namespace) -> Answer:
         ("took", took(run)),
         ("url", run.url),
     ]
-    told = [
-        (f"  {task.name}", task.state.lower(), began(task.began), f"{_lasted(task)}  {task.message}".rstrip())
-        for task in tasks
-    ]
+    steps = [(f"  {task.name}", task.state.lower(), began(task.began), _lasted(task)) for task in tasks]
     body = {
         **run.as_json(),
-        "message": run.message,
+        **as_json(run, recorded),
         "config_digest": run.config.digest,
         "store_run_id": run.store_run_id,
         "steps": {task.name: task.as_json() for task in tasks},
     }
-    return Answer(body, "\n".join([table(rows), *([table(told)] if told else [])]))
+    lines = [table(rows), *([table(steps)] if steps else []), *outcome_lines(run, recorded)]
+    return Answer(body, "\n".join(lines))
 
 
 def _stop(options: argparse.Namespace) -> Answer:

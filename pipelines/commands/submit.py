@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> Answer:
+    from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
     from pipelines.kubeflow.submit import follow, start
 
     built, parameters = prepared(options)
@@ -49,18 +50,20 @@ def _submit(options: argparse.Namespace) -> Answer:
     tell(f"run {run.run_id}: {run.url}")
     if options.no_wait:
         return Answer(_body(run), f"{run.name} is started; fineloop runs show {run.run_id}")
+    recorded = Recorded(run)
     try:
-        run = follow(run, tell)
+        run = follow(run, tell, progress=recorded.progress)
     except KeyboardInterrupt:
         told = (
             f"no longer followed; {run.name} goes on\n"
             f"  see it    fineloop runs show {run.run_id}\n  stop it   fineloop runs stop {run.run_id}"
         )
         return Answer({**_body(run), "interrupted": True}, told, INTERRUPTED, is_aside=True)
-    why = f": {run.message}" if run.message else ""
-    return Answer(_body(run), f"{run.name} {run.state.lower()}{why}\n{run.url}", 0 if run.succeeded else 1)
+    body = {**_body(run), **as_json(run, recorded)}
+    lines = [f"{run.name} {run.state.lower()}", *outcome_lines(run, recorded), run.url]
+    return Answer(body, "\n".join(lines), 0 if run.succeeded else 1)
 
 
 def _body(run: "Run") -> dict[str, Any]:
     steps = {task.name: task.state for task in run.task_runs()}
-    return {**run.as_json(), "config_digest": run.config.digest, "message": run.message, "steps": steps}
+    return {**run.as_json(), "config_digest": run.config.digest, "message": "", "steps": steps}

@@ -18,10 +18,12 @@ class TaskRun:
     """One task of a run as the server tells of it; one that was never started has no times."""
 
     name: str
+    """The sentence that people see, or the key where it has none."""
     state: str
     began: datetime | None = None
     ended: datetime | None = None
-    message: str = ""
+    step: str = ""
+    """Its key in the pipeline, which is the step's name in the store."""
 
     @property
     def seconds(self) -> float | None:
@@ -72,11 +74,6 @@ class Run:
         return self.state in ("SUCCEEDED", "SKIPPED")
 
     @property
-    def message(self) -> str:
-        """Why it failed, as far as Kubeflow says."""
-        return (self.detail.error.message or "") if self.detail.error else ""
-
-    @property
     def url(self) -> str:
         """Where people see it."""
         return self.kubeflow.run_url(self.run_id)
@@ -99,15 +96,19 @@ class Run:
     def task_runs(self) -> list[TaskRun]:
         """Each task of the pipeline in the order in which they began, those that did not at the end."""
         titles = task_titles(self.spec)
+        keys = {title: key for key, title in titles.items()} | {key: key for key in titles}
         tasks = (self.detail.run_details.task_details or []) if self.detail.run_details else []
         begun = {
-            titles[task.display_name]: _task_run(titles[task.display_name], task)
+            key: _task_run(key, titles[key], task)
             for task in tasks
-            if task.display_name in titles and task.state  # one that was never reached has none
+            if (key := keys.get(task.display_name)) and task.state  # one that was never reached has none
         }
         absent = "SKIPPED" if self.is_over else "PENDING"
-        others = [TaskRun(name, absent) for name in sorted({*titles.values()} - {*begun})]
-        return [*sorted(begun.values(), key=lambda task: (task.began is None, task.began)), *others]
+        others = [TaskRun(title, absent, step=key) for key, title in titles.items() if key not in begun]
+        return [
+            *sorted(begun.values(), key=lambda task: (task.began is None, task.began)),
+            *sorted(others, key=lambda task: task.name),
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The run for scripts, without its steps."""
@@ -124,16 +125,15 @@ class Run:
 
 
 def task_titles(spec: dict[str, Any]) -> dict[str, str]:
-    """What people call each task that runs a container, by its key and by its title; branches are not."""
+    """What people call each task that runs a container, by its key; branches are none."""
     components = spec.get("components", {})
     dags = [spec["root"]["dag"], *(c["dag"] for c in components.values() if "dag" in c)] if spec else []
-    titles = {
+    return {
         key: task["taskInfo"]["name"]
         for dag in dags
         for key, task in dag["tasks"].items()
         if "executorLabel" in components[task["componentRef"]["name"]]
     }
-    return {**titles, **{title: title for title in titles.values()}}
 
 
 def stamp(moment: datetime | None) -> str | None:
@@ -171,8 +171,7 @@ def _bare(document: dict[str, Any]) -> dict[str, Any]:
     return spec if "root" in spec else {}
 
 
-def _task_run(name: str, task: Any) -> TaskRun:
+def _task_run(key: str, title: str, task: Any) -> TaskRun:
     # Argo gives a node that is not over the zero of Go's time.
     ended = task.end_time if task.end_time and task.end_time.year > 1970 else None
-    message = (task.error.message or "") if task.error else ""
-    return TaskRun(name, task.state, task.start_time or task.create_time, ended, message)
+    return TaskRun(title, task.state, task.start_time or task.create_time, ended, step=key)

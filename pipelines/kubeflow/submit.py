@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from components.shared.durations import duration
 from components.shared.errors import KubeflowAway
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import Kubeflow
@@ -12,6 +13,8 @@ from pipelines.kubeflow.run import Run, TaskRun
 
 POLL_S = (0.5, 10.0)
 """Asked again this soon after something changed, and ever later while nothing does."""
+PROGRESS_S = 30.0
+"""How often the training is asked how far it is."""
 OUTAGE_S = 300.0
 """A server that is away for longer ends the waiting; the run goes on."""
 
@@ -46,10 +49,11 @@ def follow(
     run: Run,
     say: Say,
     *,
+    progress: Callable[[], str] = lambda: "",
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Run:
-    """Wait until the run is over, however it ends, and tell each change of a task.
+    """Wait until the run is over, however it ends, and tell each change of a task, and what `progress` says in between.
 
     kfp's own wait does not know that a canceled run is over.
 
@@ -58,6 +62,7 @@ def follow(
     """
     told: dict[str, str] = {}
     pause, answered = POLL_S[0], clock()
+    looked = answered
     while True:
         try:
             run = runs.get(run.kubeflow, run.run_id)
@@ -71,6 +76,9 @@ def follow(
             told[""] = "away"
         else:
             news = [*_news(run, told)]
+            if not run.is_over and clock() - looked >= PROGRESS_S:
+                looked = clock()
+                news += _further(progress(), told)
             for line in news:
                 say(line)
             if run.is_over:
@@ -92,8 +100,14 @@ def _news(run: Run, told: dict[str, str]) -> list[str]:
     return lines
 
 
+def _further(progress: str, told: dict[str, str]) -> list[str]:
+    if not progress or told.get("progress") == progress:
+        return []
+    told["progress"] = progress
+    return [progress]
+
+
 def _told(task: TaskRun) -> str:
     if task.seconds is None:
         return "started" if task.state == "RUNNING" else task.state.lower()
-    why = f": {task.message}" if task.message else ""
-    return f"{task.state.lower()} after {task.seconds:.0f} s{why}"
+    return f"{task.state.lower()} after {duration(task.seconds)}"

@@ -10,6 +10,7 @@ import kfp
 import pytest
 
 from pipelines import cli
+from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.small_pipeline import compile_small
 
@@ -38,10 +39,11 @@ def no_kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(no_kubeflow: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    """A server that the environment names."""
+def server(no_kubeflow: None, s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A server that the environment names, and a store."""
     with serving() as running:
-        monkeypatch.setenv("KFP_ENDPOINT", running.url)
+        for name, value in {**s3_server.environment(), "KFP_ENDPOINT": running.url}.items():
+            monkeypatch.setenv(name, value)
         yield running
 
 

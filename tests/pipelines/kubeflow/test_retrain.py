@@ -52,6 +52,12 @@ def test_a_submitted_run_promotes_what_the_local_run_would(
     decision = store.get_json(f"runs/{run_id}/decision.json")
     assert decision["decision"] == "promote"
     assert production(store) == decision["version"]
+    assert f"promoted: sums@production is now {decision['version']}" in answered.told
+    assert {key: answered.body[key] for key in ("decision", "version", "reasons")} == {
+        key: decision[key] for key in ("decision", "version", "reasons")
+    }
+    assert answered.body["metrics"]["champion"] is None
+    assert answered.body["metrics"]["candidate"]["loss"] < answered.body["metrics"]["base"]["loss"]
     left_out = {step for step, state in answered.body["steps"].items() if state != "SUCCEEDED"}
     assert left_out == {"Leave the alias as it is", "Skip the training"}
     assert "sums: a new version is in production" in store.get(f"runs/{run_id}/report.html").decode()
@@ -106,6 +112,8 @@ def test_a_run_that_fails_has_its_report(
     monkeypatch.setattr("pipelines.kubeflow.task_settings.RETRIES", 0)  # they wait for half a minute
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1
+    assert answered.body["message"] == "[Fine-tune the adapter] data.source: every answer is empty"
+    assert "[Fine-tune the adapter] data.source: every answer is empty" in answered.told
     page = store.get(f"runs/{answered.body['run_id']}/report.html").decode()
     assert "the finetune step failed" in page
 

@@ -83,6 +83,8 @@ def test_a_run_that_fails_is_exit_1_and_says_which_step(server: KfpServer, finel
     assert answered.body["state"] == "FAILED"
     assert answered.body["steps"]["prepare"] == "FAILED"
     assert "[prepare] failed after" in answered.told
+    logs = f"kubectl -n fineloop logs -l pipeline/runid={answered.body['run_id']} -c main"
+    assert logs in answered.body["message"]
 
 
 @pytest.mark.usefixtures("small")

@@ -1,0 +1,116 @@
+"""What a run's steps have recorded in the store: Kubeflow itself tells neither why a step failed nor how far one is."""
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from components.config.schema import RegistryConfig
+from components.registry import runs
+from components.registry.records import ROLES, Decision, Evaluation, Role
+from components.registry.store import Store
+from components.shared.durations import estimated_duration
+from components.shared.errors import ConfigError, FineloopError
+from pipelines.kubeflow.run import Run
+
+LOGS = "kubectl -n fineloop logs -l pipeline/runid={run_id} -c main --tail 50"
+"""Kubeflow labels a run's pods so (2.17, apiserver/template/v2_template.go), and deletes them an hour after its end."""
+
+T = TypeVar("T")
+
+
+class Recorded:
+    """The records of one run. Where the store cannot be read from here, `refused` says why, and all else is empty."""
+
+    def __init__(self, run: Run) -> None:
+        self.refused = ""
+        self._run_id = run.store_run_id
+        self._config_toml = run.config.toml
+        self._store: Store | None = None
+
+    def errors(self) -> dict[str, str]:
+        """Why steps failed, in their own words; one that was killed before it could say is missing."""
+        failed = [step for step in self._read(runs.steps, []) if not step.succeeded]
+        return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
+
+    def progress(self) -> str:
+        """How far the training is; empty before its first steps are recorded."""
+        found = self._read(lambda store, run_id: store.read(runs.run_key(run_id, runs.METRICS)), None)
+        lines = found[0].splitlines() if found else []
+        steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+        if not steps:
+            return ""
+        step, total, elapsed_s = (steps[-1][key] for key in ("step", "num_steps", "elapsed_s"))
+        left = estimated_duration(math.ceil(elapsed_s / step * (total - step)))
+        return f"step {step} of {total}, loss {steps[-1]['loss']:.3f}, about {left} left"
+
+    def decision(self) -> Decision | None:
+        """What was decided; None before that."""
+        return self._read(lambda store, run_id: runs.find(store, run_id, Decision), None)
+
+    def metrics(self) -> dict[Role, dict[str, float | None] | None]:
+        """What was measured of base, champion and candidate; empty before they were compared."""
+        found = self._read(lambda store, run_id: runs.find(store, run_id, Evaluation), None)
+        return {role: model.metrics if (model := found.model(role)) else None for role in ROLES} if found else {}
+
+    def _read(self, read: Callable[[Store, str], T], nothing: T) -> T:
+        if self.refused:
+            return nothing
+        try:
+            self._store = self._store or Store.open(_registry(self._config_toml))
+            return read(self._store, self._run_id)
+        except FineloopError as exc:
+            self.refused = str(exc)
+            return nothing
+
+
+def failures(run: Run, recorded: Recorded) -> list[str]:
+    """Why each failed step failed, for people, and where to look for what nobody recorded."""
+    failed = [task for task in run.task_runs() if task.state == "FAILED"] if run.state == "FAILED" else []
+    errors = recorded.errors() if failed else {}
+    silent = ", ".join(task.name for task in failed if task.step not in errors)
+    where = [f"[{silent}] see the log, for an hour: {LOGS.format(run_id=run.run_id)}"] if silent else []
+    return [*(f"[{task.name}] {errors[task.step]}" for task in failed if task.step in errors), *where]
+
+
+def as_json(run: Run, recorded: Recorded) -> dict[str, Any]:
+    """What a run came to, for scripts; empty as far as it has not come, or the store cannot be read from here."""
+    decision = recorded.decision()
+    return {
+        "message": "; ".join(failures(run, recorded)),
+        "decision": decision.decision if decision else None,
+        "version": decision.version if decision else None,
+        "reasons": list(decision.reasons) if decision else [],
+        "metrics": recorded.metrics(),
+    }
+
+
+def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
+    """What a run came to, for people: the decision, or why it failed, or how far it is."""
+    if not run.is_over:
+        return [progress] if (progress := recorded.progress()) else []
+    decision = recorded.decision()
+    lines = [*(_decision_lines(decision) if decision else []), *failures(run, recorded)]
+    refused = f"what it recorded cannot be read from here: {recorded.refused}" if recorded.refused else ""
+    return [*lines, *([refused] if refused else [])]
+
+
+def _decision_lines(decision: Decision) -> list[str]:
+    alias = f"{decision.adapter}@{decision.alias}"
+    headline = {
+        "promote": f"promoted: {alias} is now {decision.version}",
+        "hold": f"held: {decision.version} is published, and {alias} stays where it was",
+        "skipped": f"skipped: nothing was trained, and {alias} stays where it was",
+    }[decision.decision]
+    return [headline, *(f"  {reason}" for reason in decision.reasons)]
+
+
+def _registry(config_toml: str) -> RegistryConfig:
+    """The registry of a config, whatever else is in it: a run may be older or newer than we are."""
+    try:
+        return RegistryConfig.model_validate(tomllib.loads(config_toml).get("registry", {}))
+    except (tomllib.TOMLDecodeError, ValidationError) as exc:
+        raise ConfigError(f"the run's config names no registry: {exc}") from exc
