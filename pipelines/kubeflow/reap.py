@@ -7,10 +7,13 @@ from typing import Any
 from components.ray_cluster.backend import Backend, LiveJob
 from components.shared.errors import KubeflowError
 from pipelines.kubeflow.client import Kubeflow
-from pipelines.kubeflow.run import LIVE
+from pipelines.kubeflow.run import OVER
 
 GRACE_S = 120.0
-"""A step stops its own job a little before; and a server may list a run a little after it began."""
+"""A step stops its own job a little before."""
+UNKNOWN_S = 3600.0
+"""A run that was started by the clock is unknown to the server until Kubeflow's persistence agent reports its workflow
+(2.17, apiserver/resource/resource_manager.go, ReportWorkflowResource), and the agent may be away for a while."""
 
 StateOf = Callable[[str], str | None]
 """The state of a Kubeflow run, None when there is no such run; raises KubeflowError when it cannot be asked."""
@@ -41,9 +44,9 @@ def judge(job: LiveJob, state_of: StateOf) -> Verdict:
         state = state_of(job.kfp_run_id)
     except KubeflowError as exc:
         return Verdict(job, False, f"its Kubeflow run cannot be asked for: {exc}")
-    if state in LIVE:
+    if state is not None and state not in OVER:
         return Verdict(job, False, f"its Kubeflow run is {state.lower()}")
-    if job.age_s < GRACE_S:
+    if job.age_s < (GRACE_S if state else UNKNOWN_S):
         return Verdict(job, False, f"it is only {job.age_s:.0f} s old")
     return Verdict(job, True, f"its Kubeflow run is {state.lower() if state else 'gone'}")
 
@@ -76,7 +79,7 @@ def state_on(connect: Callable[[], Kubeflow]) -> StateOf:
         kubeflow = connected[0]
         with kubeflow.asking(f"show run {run_id}"):
             try:
-                return str(kubeflow.client.get_run(run_id).state)
+                return str(kubeflow.client.get_run(run_id).state or "PENDING")  # before its first report
             except kfp_server_api.ApiException as exc:
                 if exc.status == 404:
                     return None

@@ -3,7 +3,7 @@ import pytest
 from components.ray_cluster.backend import LiveJob
 from components.shared.errors import KubeflowError
 from pipelines.kubeflow.client import Kubeflow, connect
-from pipelines.kubeflow.reap import GRACE_S, judge, state_on
+from pipelines.kubeflow.reap import GRACE_S, UNKNOWN_S, judge, state_on
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
@@ -17,10 +17,11 @@ def job(*, age_s: float = 3600, lifetime_s: float = 86_400, kfp_run_id: str = KF
 
 @pytest.mark.parametrize("state", ["CANCELED", "FAILED", "SUCCEEDED", None])
 def test_a_job_whose_run_is_over_or_gone_is_an_orphan(state: str | None) -> None:
-    assert judge(job(), lambda _: state).is_orphan
+    assert judge(job(age_s=7200), lambda _: state).is_orphan
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELING", "PAUSED"])
+# What the server calls a state that its agent has not reported yet (v2beta1, run.proto).
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELING", "PAUSED", "RUNTIME_STATE_UNSPECIFIED"])
 def test_a_job_whose_run_goes_on_is_kept(state: str) -> None:
     assert not judge(job(), lambda _: state).is_orphan
 
@@ -38,7 +39,12 @@ def test_what_is_in_doubt_is_kept() -> None:
     assert judge(job(), away).why == "its Kubeflow run cannot be asked for: nobody answers"
     assert not judge(job(), away).is_orphan
     assert not judge(job(kfp_run_id=""), lambda _: None).is_orphan
-    assert not judge(job(age_s=5), lambda _: None).is_orphan  # the server may not list its run yet
+    assert not judge(job(age_s=5), lambda _: "FAILED").is_orphan  # its step is about to stop it
+
+
+def test_a_run_that_the_server_does_not_know_may_be_one_that_nobody_has_reported_yet() -> None:
+    assert not judge(job(age_s=UNKNOWN_S - 1), lambda _: None).is_orphan
+    assert judge(job(age_s=UNKNOWN_S), lambda _: None).why == "its Kubeflow run is gone"
 
 
 def test_a_verdict_for_scripts_says_how_old_the_job_is() -> None:
@@ -65,7 +71,7 @@ def test_the_state_of_a_run_is_asked_on_one_connection(server: KfpServer, small:
 def test_the_command_stops_the_orphan_and_keeps_the_others(
     server: KfpServer, stub_cluster: JobsApi, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.kubeflow.reap.GRACE_S", -1.0)
+    monkeypatch.setattr("pipelines.kubeflow.reap.UNKNOWN_S", -1.0)
     for name, about in {
         "orphan": {"fineloop_run_id": KFP_RUN, "fineloop_task": "finetune", "fineloop_kfp_run_id": KFP_RUN},
         "ad-hoc": {"fineloop_run_id": "mine", "fineloop_task": "finetune"},
