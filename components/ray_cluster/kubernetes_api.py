@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,6 +125,35 @@ class KubernetesApi:
             return True
 
         return self.call(f"delete RayJob {name}", delete)
+
+    def pod_owners(self, name: str) -> Sequence[Resource]:
+        """The owner references of a pod; none when there is no such pod."""
+        pods = self.call(
+            f"read pod {name}",
+            lambda: self._core.list_namespaced_pod(
+                self.namespace, field_selector=_by_name(name), _request_timeout=CALL_S
+            ),
+            UNREACHABLE_S,
+        ).items
+        return [owner.to_dict() for pod in pods for owner in pod.metadata.owner_references or []]
+
+    def workflow(self, name: str, *, timeout_s: float = CALL_S) -> Resource | None:
+        """An Argo workflow; None when there is none of that name."""
+
+        def read() -> Resource | None:
+            from kubernetes.client import ApiException
+
+            try:
+                found: Resource = self._objects.get_namespaced_custom_object(
+                    "argoproj.io", "v1alpha1", self.namespace, "workflows", name, _request_timeout=timeout_s
+                )
+            except ApiException as exc:
+                if exc.status == 404:
+                    return None
+                raise
+            return found
+
+        return self.call(f"read workflow {name}", read)
 
     def pod_log(self, labels: dict[str, str]) -> str | None:
         """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""

@@ -5,11 +5,11 @@ stopped by deleting it: suspended, Kueue would start it again.
 """
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
@@ -17,6 +17,7 @@ from components.ray_cluster import rayjob_manifest as manifest
 from components.ray_cluster.backend import STOP_S, Ended, Job, LiveJob, LogCopy, State
 from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
 from components.ray_cluster.rayjob_log import JobLog
+from components.ray_cluster.workflow import Workflow, own_workflow
 from components.shared.errors import JobError
 from components.shared.protocol import find_failure
 
@@ -54,7 +55,7 @@ class RayJobs:
 
     def start(self, job: Job, attempt: int) -> None:
         """Create it; one that another process of this step has just created is followed."""
-        owner = self._owner()
+        owner = self._workflow
         body = manifest.rayjob(self._ray, job, attempt, namespace=self._api.namespace, owner=owner)
         if self._api.create(body):
             logger.info("created RayJob %s/%s", self._api.namespace, body["metadata"]["name"])
@@ -62,8 +63,8 @@ class RayJobs:
             logger.info("RayJob %s came to be meanwhile: following it", body["metadata"]["name"])
 
     def adopt(self, job_id: str) -> None:
-        """Make this process's pod an owner as well: the first attempt's pod may be cleared away before the job ends."""
-        owner = self._owner()
+        """Make this run's workflow an owner as well, where another run with the same id has started the job."""
+        owner = self._workflow
         items, _ = self._api.list({}, name=job_id) if owner else ([], "")
         owners = items[0]["metadata"].get("ownerReferences", []) if items else []
         if owner and items and owner.uid not in [known["uid"] for known in owners]:
@@ -118,10 +119,10 @@ class RayJobs:
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [_live(found) for found in items if state(found) == "live"]
 
-    def _owner(self) -> manifest.Owner | None:
-        name, uid = os.environ.get("KFP_POD_NAME", ""), os.environ.get("KFP_POD_UID", "")
+    @cached_property
+    def _workflow(self) -> Workflow | None:
         # An owner in another namespace is one that does not exist, and what it owns is deleted at once.
-        return manifest.Owner(name, uid) if name and uid and self._api.namespace == own_namespace() else None
+        return own_workflow() if self._api.namespace == own_namespace() else None
 
 
 class _Clock:

@@ -15,12 +15,12 @@ import hashlib
 import importlib.metadata
 import re
 import shlex
-from dataclasses import dataclass
 from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster, Toleration
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import GROUP, VERSION
+from components.ray_cluster.workflow import Workflow
 
 MAX_NAME = 47
 """KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""
@@ -35,6 +35,8 @@ ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 HOME = "/home/fineloop"
 SUBMITTER_DISK_GIB = 1
+STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+"""Annotations of a pod that autoscalers are not to move elsewhere, only to have a node less."""
 
 # Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
 SPOT = (
@@ -45,20 +47,8 @@ SPOT = (
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The pod whose deletion takes the RayJob with it. In another namespace it would do so at once."""
-
-    name: str
-    uid: str
-
-    def reference(self) -> dict[str, Any]:
-        """As an owner reference."""
-        return {"apiVersion": "v1", "kind": "Pod", "name": self.name, "uid": self.uid, "controller": False}
-
-
-def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Owner | None = None) -> dict[str, Any]:
-    """The whole resource."""
+def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Workflow | None = None) -> dict[str, Any]:
+    """The whole resource. What it is owned by takes it along; an owner in another namespace would do so at once."""
     cluster = ray.cluster
     assert isinstance(cluster, RayJobCluster)
     return {
@@ -209,7 +199,10 @@ def _pod(
         container["volumeMounts"].append({"name": "shared-mem", "mountPath": "/dev/shm"})
     pull = [{"name": name} for name in cluster.image_pull_secrets]
     return {
-        "metadata": {"labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}"}},
+        "metadata": {
+            "labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}"},
+            "annotations": dict(STAYS),
+        },
         "spec": {
             "serviceAccountName": cluster.service_account,
             "automountServiceAccountToken": False,

@@ -17,6 +17,7 @@ from typing import TextIO
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Backend, Ended, Job, LogCopy, kubeflow_run, last_lines
+from components.ray_cluster.workflow import own_workflow
 from components.registry import runs
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import find_failure
@@ -32,7 +33,7 @@ def submit_and_wait(
 ) -> str:
     """Start the job, or follow the attempt that exists, until it succeeds; returns its id on the cluster.
 
-    SIGTERM and SIGINT stop the job before they end this process.
+    SIGTERM and SIGINT stop the job before they end this process; in a Kubeflow step they do where its run ends.
 
     Args:
         job: what to run.
@@ -139,14 +140,21 @@ def _error(noun: str, job_id: str, ended: Ended, log: str) -> Exception:
 
 @contextlib.contextmanager
 def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
-    """On SIGTERM or SIGINT stop the job in one call, because a cancelled Kubeflow step has about a second."""
+    """On SIGTERM or SIGINT stop the job in one call, because a cancelled Kubeflow step has about a second.
+
+    Not where only this step's pod has to go, as from a node that is drained: the run goes on, and its next attempt at
+    the step with the job.
+    """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
         yield
         return
 
+    workflow = own_workflow()
+
     def on_signal(number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):  # what matters now is to end; the caller's way out tries again
-            backend.stop_now(job_id)
+            if workflow is None or workflow.is_ending():
+                backend.stop_now(job_id)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
@@ -155,7 +163,10 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        backend.stop(job_id)  # a submission that was under way came to be after the first call
+        if workflow is None or workflow.is_ending():
+            backend.stop(job_id)  # a submission that was under way came to be after the first call
+        else:
+            logger.info("this pod ends and its run does not: %s %s goes on", backend.noun, job_id)
         raise
     finally:
         for number, handler in before.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from kfp import dsl, kubernetes
 
 from components.config.schema import RunConfig
-from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STAYS, STORE_SECRET
 
 ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -26,6 +26,9 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         on_ray = name in ON_RAY
         deadline_s = config.ray.patience_s + GRACE_S if on_ray else STEP_S
         kubernetes.set_timeout(task, deadline_s)
+        if on_ray:
+            for annotation, value in STAYS.items():
+                kubernetes.add_pod_annotation(task, annotation, value)
         # Argo counts from the first attempt's start, and ends an attempt that runs when the time is up. kfp's own hour
         # would take a training with it.
         at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)

@@ -7,7 +7,8 @@ from kubernetes import client
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import Owner, rayjob
+from components.ray_cluster.rayjob_manifest import rayjob
+from components.ray_cluster.workflow import Workflow
 from infra.checks.manifests import Manifest, of_kind, overlay_folders, render
 from infra.checks.policies.access import NAMESPACE, RIGHTS
 from tests.doubles.kubernetes.control_plane import ControlPlane, needs_control_plane, wait_until
@@ -125,16 +126,17 @@ def hard(control_plane: ControlPlane) -> str:
     return str(found["count/rayjobs.ray.io"])
 
 
-def a_job(run_id: str, owner: Owner | None = None) -> Manifest:
+def a_job(run_id: str, owner: Workflow | None = None) -> Manifest:
     ray = RayConfig.model_validate({"cluster": {"kind": "rayjob"}})
     return rayjob(ray, Job(run_id, "finetune", ("true",), 60), 1, namespace=NAMESPACE, owner=owner)
 
 
-def test_a_ray_job_goes_with_the_pod_of_the_step_that_started_it(control_plane: ControlPlane) -> None:
-    """Kubernetes' garbage collector, when Kubeflow clears a run away."""
-    control_plane.create([pod("step-of-a-run")])
-    uid = control_plane.core.read_namespaced_pod("step-of-a-run", NAMESPACE).metadata.uid
-    job = a_job("owned", Owner("step-of-a-run", uid))
+def test_a_ray_job_goes_with_what_owns_it(control_plane: ControlPlane) -> None:
+    """Kubernetes' garbage collector, when Kubeflow clears a run away. A pod stands for the run, without Argo."""
+    control_plane.create([pod("a-run")])
+    uid = control_plane.core.read_namespaced_pod("a-run", NAMESPACE).metadata.uid
+    job = a_job("owned", Workflow("a-run", uid))
+    job["metadata"]["ownerReferences"][0] |= {"apiVersion": "v1", "kind": "Pod"}
     control_plane.create([job])
     jobs = client.CustomObjectsApi(control_plane.api)
 
@@ -143,7 +145,7 @@ def test_a_ray_job_goes_with_the_pod_of_the_step_that_started_it(control_plane: 
         return job["metadata"]["name"] in [each["metadata"]["name"] for each in found]
 
     assert exists()
-    control_plane.core.delete_namespaced_pod("step-of-a-run", NAMESPACE, grace_period_seconds=0)
+    control_plane.core.delete_namespaced_pod("a-run", NAMESPACE, grace_period_seconds=0)
     wait_until(lambda: not exists(), "the RayJob outlived its owner")
 
 

@@ -15,6 +15,7 @@ RIGHTS = {
         *((verb, "ray.io/rayjobs") for verb in _ALL_OF_A_JOB),
         *((verb, "pods") for verb in _READ),
         *((verb, "pods/log") for verb in _READ),
+        ("get", "argoproj.io/workflows"),
         # Argo's and Kubeflow's own.
         *((verb, "argoproj.io/workflowtaskresults") for verb in ("create", "patch")),
         ("get", "configmaps=kfp-launcher"),

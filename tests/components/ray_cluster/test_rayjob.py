@@ -1,6 +1,8 @@
 """What only a RayJob can meet: the queue, refusals of the API server, watches that break, and clusters that fail."""
 
 import io
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import connect, submit_and_wait
 from components.shared.errors import JobError, UserError
 from tests.doubles.jobs_api import TOKEN
-from tests.doubles.kubernetes.api import KubernetesDouble, Refusal, Resource
+from tests.doubles.kubernetes.api import KubernetesDouble, Refusal, Resource, merged
 from tests.doubles.kubernetes.operator import Operator
 
 
@@ -237,18 +239,88 @@ def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, 
     assert [reason in line for line in told] == [True] * warned
 
 
-def test_the_steps_pod_owns_the_rayjob_and_a_later_pod_joins_it(
+def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> str:
+    """Let this process be a step's pod as Argo makes it; returns the pod's name."""
+    pod = f"{workflow}-system-container-impl-{len(cluster.api.pods)}"
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": workflow, "uid": f"uid-{workflow}"}
+    owner |= {"controller": True, "blockOwnerDeletion": True}
+    cluster.api.pods[pod] = {"metadata": {"name": pod, "ownerReferences": [owner]}}
+    metadata = {"name": workflow, "uid": f"uid-{workflow}"}
+    cluster.api.workflows[workflow] = {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}}
+    monkeypatch.setenv("KFP_POD_NAME", pod)
+    for module in ("rayjob", "workflow"):
+        monkeypatch.setattr(f"components.ray_cluster.{module}.own_namespace", lambda: "fineloop")
+    return pod
+
+
+def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("components.ray_cluster.rayjob.own_namespace", lambda: "fineloop")
-    for pod in ("first", "second"):
-        monkeypatch.setenv("KFP_POD_NAME", pod)
-        monkeypatch.setenv("KFP_POD_UID", f"uid-{pod}")
+    for workflow in ("first", "first", "second"):
+        in_a_step_of(cluster, workflow, monkeypatch)
         cluster.submit("")
     (found,) = cluster.api.rayjobs.values()
     assert [owner["name"] for owner in found["metadata"]["ownerReferences"]] == ["first", "second"]
     monkeypatch.setattr("components.ray_cluster.rayjob.own_namespace", lambda: "elsewhere")
-    assert connect(config())._owner() is None  # type: ignore[attr-defined]
+    assert connect(config())._workflow is None  # type: ignore[attr-defined]
+
+
+def end_this_step(cluster: Cluster, tmp_path: Path) -> None:
+    """Submit a job that waits for a file, and be told to end as soon as it runs."""
+    cluster.when(lambda found: deployment(found) == "Running", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        cluster.submit(
+            f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)"
+        )
+
+
+def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
+    end_this_step(cluster, tmp_path)
+    (found,) = cluster.api.rayjobs.values()
+    assert not found["metadata"].get("deletionTimestamp")
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
+    (tmp_path / "go").touch()
+    assert cluster.submit("raise SystemExit('a second one')") == "fineloop-r-finetune-1"
+    assert any("is there from an earlier attempt" in line for line in cluster.caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        # What each writes: Kubeflow's TerminateRun, `argo terminate` and `argo stop`, Argo at the end, a deletion.
+        ({"spec": {"activeDeadlineSeconds": 0}}, "terminated"),
+        ({"spec": {"shutdown": "Terminate"}}, "terminated by argo"),
+        ({"spec": {"shutdown": "Stop"}}, "stopped by argo"),
+        ({"status": {"phase": "Failed"}}, "failed"),
+        ({"metadata": {"deletionTimestamp": "2026-11-25T23:12:17Z"}}, "deleted"),
+        (None, "gone"),
+    ],
+)
+def test_the_job_of_a_run_that_ends_is_stopped_with_its_step(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Resource | None, why: str
+) -> None:
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
+    workflow = cluster.api.workflows.pop("nightly-x7k2p")
+    if change is not None:
+        cluster.api.workflows["nightly-x7k2p"] = merged(workflow, change)
+    end_this_step(cluster, tmp_path)
+    assert not [found for found in cluster.api.rayjobs.values() if not found["metadata"].get("deletionTimestamp")], why
+
+
+def test_a_run_whose_end_cannot_be_asked_for_keeps_its_job(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`fineloop reap` stops it if the run is over."""
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch, activeDeadlineSeconds=0)
+    cluster.api.denied.add(("get", "workflows"))
+    end_this_step(cluster, tmp_path)
+    (found,) = cluster.api.rayjobs.values()
+    assert not found["metadata"].get("deletionTimestamp")
+    assert any("whether the run goes on is not known" in line for line in cluster.caplog.messages)
+    (tmp_path / "go").touch()
 
 
 def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import Owner, active_deadline_s, label_value, rayjob, rayjob_name
+from components.ray_cluster.rayjob_manifest import active_deadline_s, label_value, rayjob, rayjob_name
+from components.ray_cluster.workflow import Workflow
 
 
 def job(run_id: str = "night-7", **fields: Any) -> Job:
@@ -21,7 +22,7 @@ def config(cluster: dict[str, Any] | None = None, **ray: Any) -> RayConfig:
     return RayConfig.model_validate({**ray, "cluster": {"kind": "rayjob", **(cluster or {})}})
 
 
-def created(cluster: dict[str, Any] | None = None, owner: Owner | None = None, **ray: Any) -> dict[str, Any]:
+def created(cluster: dict[str, Any] | None = None, owner: Workflow | None = None, **ray: Any) -> dict[str, Any]:
     return rayjob(config(cluster, **ray), job(kfp_run_id="kfp-1"), 2, namespace="fineloop", owner=owner)
 
 
@@ -35,7 +36,7 @@ def containers(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dic
 
 
 def test_who_looks_finds_run_task_attempt_queue_and_kubeflow_run() -> None:
-    found = created({"priority_class": "fineloop-scheduled"}, owner=Owner("pod", "uid"))["metadata"]
+    found = created({"priority_class": "fineloop-scheduled"}, owner=Workflow("run-x7k2p", "uid"))["metadata"]
     assert found["name"] == "fineloop-night-7-finetune-2"
     assert found["labels"] == {
         "app.kubernetes.io/part-of": "fineloop",
@@ -89,10 +90,25 @@ def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
     assert not {"imagePullSecrets", "tolerations", "nodeSelector"} & plain.keys()
 
 
-def test_the_pod_that_waits_for_it_owns_it_without_being_its_controller() -> None:
-    """The pod of a second attempt becomes an owner too, and Kubernetes takes but one controller."""
-    (owner,) = created(owner=Owner("pod", "uid"))["metadata"]["ownerReferences"]
-    assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "pod", "uid": "uid", "controller": False}
+def test_the_workflow_of_the_run_owns_it_without_being_its_controller() -> None:
+    """The workflow of a second run of the same id becomes an owner too, and Kubernetes takes but one controller."""
+    (owner,) = created(owner=Workflow("run-x7k2p", "uid"))["metadata"]["ownerReferences"]
+    assert owner == {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "name": "run-x7k2p",
+        "uid": "uid",
+        "controller": False,
+    }
+
+
+def test_no_autoscaler_moves_a_pod_of_a_job_elsewhere() -> None:
+    """The annotations of the cluster autoscaler (FAQ, "prevent CA from removing a node") and Karpenter (Disruption)."""
+    for name, _, pod in containers(created()):
+        assert pod["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }, name
 
 
 @pytest.mark.parametrize(("memory_gib", "shared_gib"), [(2, 1), (8, 2), (64, 16)])

@@ -26,6 +26,7 @@ USER = "system:serviceaccount:fineloop:fineloop-pipeline"
 NAMESPACE = "fineloop"
 _RAYJOBS = re.compile(rf"/apis/ray\.io/v1/namespaces/{NAMESPACE}/rayjobs(?:/([^/]+))?(/status)?")
 _PODS = re.compile(rf"/api/v1/namespaces/{NAMESPACE}/pods(?:/([^/]+))?(/log)?")
+_WORKFLOWS = re.compile(rf"/apis/argoproj\.io/v1alpha1/namespaces/{NAMESPACE}/workflows(?:/([^/]+))()?")
 
 
 class Refusal(Exception):
@@ -44,6 +45,8 @@ class KubernetesDouble:
     def __init__(self, *, validate: bool = True) -> None:
         self.rayjobs: dict[str, Resource] = {}
         self.pods: dict[str, Resource] = {}
+        self.workflows: dict[str, Resource] = {}
+        """Argo's, to be read by name."""
         self.pod_logs: dict[str, Callable[[], str]] = {}
         self.requests: list[tuple[str, str, str]] = []
         """Verb, resource and name of each, in order."""
@@ -130,6 +133,8 @@ class KubernetesDouble:
         match, resource = _RAYJOBS.fullmatch(path), "rayjobs"
         if match is None:
             match, resource = _PODS.fullmatch(path), "pods"
+        if match is None:
+            match, resource = _WORKFLOWS.fullmatch(path), "workflows"
         if match is None or (resource == "rayjobs" and not self.is_installed):
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         name, sub = match[1] or "", match[2] or ""
@@ -143,7 +148,7 @@ class KubernetesDouble:
             if name not in self.pods:
                 raise Refusal(404, "NotFound", f'pods "{name}" not found', name=name, kind="pods")
             return self.pod_logs[name]()
-        objects = self.rayjobs if resource == "rayjobs" else self.pods
+        objects = {"rayjobs": self.rayjobs, "pods": self.pods, "workflows": self.workflows}[resource]
         with self.changed:
             if verb == "list":
                 items = [copy.deepcopy(found) for found in objects.values() if selected(found, query)]
@@ -303,7 +308,7 @@ def _handler(api: KubernetesDouble) -> type[BaseHTTPRequestHandler]:
             query = dict(urllib.parse.parse_qsl(url.query))
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            is_one = re.search(r"/(rayjobs|pods)/", url.path)
+            is_one = re.search(r"/(rayjobs|pods|workflows)/", url.path)
             watching = query.get("watch") == "True"
             if verb == "get" and not is_one:
                 verb = "list"

@@ -95,7 +95,7 @@ _CONTAINER = _object(
     volumeMounts=_list(_object("name", "mountPath", name=_TEXT, mountPath=_TEXT)),
 )
 _POD = _object(
-    metadata=_object(labels=_TEXTS),
+    metadata=_object(labels=_TEXTS, annotations=_TEXTS),
     spec=_object(
         "containers",
         serviceAccountName=_TEXT,
@@ -123,6 +123,7 @@ _OURS = _object(
         metadata=_TEXTS,
         submissionMode=_TEXT,
         submitterPodTemplate=_POD,
+        submitterConfig=_object(backoffLimit=_COUNT),
         shutdownAfterJobFinishes=_FLAG,
         suspend=_FLAG,
         ttlSecondsAfterFinished=_COUNT,

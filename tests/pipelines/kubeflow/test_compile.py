@@ -154,6 +154,14 @@ def test_a_step_waits_before_it_is_tried_again_and_has_memory_for_what_it_reads(
         assert resources["resourceMemoryLimit"] == ("8Gi" if name == "prepare" else "2Gi"), name
 
 
+def test_no_autoscaler_moves_a_step_that_waits_for_a_ray_job(settings: dict[str, dict[str, Any]]) -> None:
+    """The annotations of the cluster autoscaler (FAQ, "prevent CA from removing a node") and Karpenter (Disruption)."""
+    stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    annotations = {name: found.get("podMetadata", {}).get("annotations", {}) for name, found in settings.items()}
+    assert {name for name, found in annotations.items() if found} == {"finetune", "evaluate"}
+    assert annotations["finetune"] == annotations["evaluate"] == stays
+
+
 @pytest.mark.parametrize("change", [[], ["ray.timeout_s=500000"]])
 def test_every_attempt_of_a_step_has_its_whole_deadline(
     make_config: Callable[..., RunConfig], change: list[str]
