@@ -35,6 +35,9 @@ ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 HOME = "/home/fineloop"
 SUBMITTER_DISK_GIB = 1
+SUBMITTER_RETRIES = 10
+"""Of the pod that follows the job's log: with the last of them KubeRay gives the job up, well as it may be (KubeRay's
+own are 2). A new pod goes on following, or starts the job again under its id where a new head does not know it."""
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 """Annotations of a pod that autoscalers are not to move elsewhere, only to have a node less."""
 
@@ -76,6 +79,7 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "metadata": job.about,
             "submissionMode": "K8sJobMode",
             "submitterPodTemplate": _submitter(cluster, job),
+            "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": cluster.ttl_s,
             "activeDeadlineSeconds": active_deadline_s(job.timeout_s),

@@ -111,6 +111,12 @@ def test_no_autoscaler_moves_a_pod_of_a_job_elsewhere() -> None:
         }, name
 
 
+def test_interruptions_of_the_log_do_not_end_a_job_that_is_well() -> None:
+    """KubeRay 1.7: "Exceeding submitterConfig.backoffLimit still marks the RayJob as failed even if the Ray job itself
+    is still running. The default is 2" (Ray's documentation of RayJobs)."""
+    assert created()["spec"]["submitterConfig"]["backoffLimit"] > 2
+
+
 @pytest.mark.parametrize(("memory_gib", "shared_gib"), [(2, 1), (8, 2), (64, 16)])
 def test_rays_objects_fit_in_shared_memory_which_is_part_of_the_pods(memory_gib: int, shared_gib: int) -> None:
     spec = created({"head": {"memory_gib": memory_gib}, "shared_memory_gib": 4})["spec"]["rayClusterSpec"]
