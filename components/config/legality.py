@@ -43,7 +43,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LegalityRule:
     """What is refused, why, and the change that mends it."""
 
     refuses: Callable[[Cell], bool]
@@ -52,28 +52,28 @@ class Rule:
 
 
 RULES = [
-    Rule(
+    LegalityRule(
         lambda cell: cell.init == "loftq" and cell.base != "nf4",
         "LoftQ makes up for what 4-bit quantisation takes away, and this base is not NF4",
         {"base": "nf4"},
     ),
-    Rule(
+    LegalityRule(
         lambda cell: cell.init == "loftq" and cell.adapter != "lora",
         "LoftQ starts LoRA's two matrices, and this adapter has others",
         {"init": "default"},
     ),
-    Rule(
+    LegalityRule(
         lambda cell: cell.scaling == "rslora" and cell.adapter in ("vera", "dvora"),
         "rsLoRA scales by alpha / sqrt(r), and VeRA's vectors have no alpha to scale",
         {"scaling": "classic"},
     ),
-    Rule(
+    LegalityRule(
         lambda cell: cell.base == "int8" and cell.zero_stage == 3,
         "bitsandbytes keeps every int8 weight whole beside its ZeRO-3 shard, which saves no memory (measured with "
         "bitsandbytes 0.50), and in older releases it trained on wrong ones in silence (bitsandbytes#1451)",
         {"zero_stage": 2},
     ),
-    Rule(
+    LegalityRule(
         lambda cell: cell.cpu_offload and cell.zero_stage == 0,
         "without ZeRO there is no partition to keep in host memory",
         {"zero_stage": 1},
@@ -81,7 +81,7 @@ RULES = [
 ]
 
 
-def refusals(cell: Cell) -> Iterator[Rule]:
+def refusals(cell: Cell) -> Iterator[LegalityRule]:
     """Every rule that the cell breaks; none for a legal one."""
     return (rule for rule in RULES if rule.refuses(cell))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from components.prepare.dataset import Reject
-from components.prepare.rows import Row, Unreadable, read_rows
+from components.prepare.rows import SourceRow, Unreadable, read_rows
 from components.prepare.sources import Source
 from components.prepare.validate import EXPECTED, KeyedRecord, has_known_form, validate
 from components.shared.errors import DataError
@@ -154,7 +154,7 @@ def _kind_of(reason: str) -> str:
     return re.sub(r"\b(byte|column) \d+", r"\1 N", reason)
 
 
-def _row_text(row: Row) -> str:
+def _row_text(row: SourceRow) -> str:
     if row.raw is not None:
         # 4 bytes make one character at most: no need to decode more of a very long line.
         return row.raw[: 4 * _MAX_ROW_CHARS].decode(errors="replace").rstrip("\r\n")[:_MAX_ROW_CHARS]

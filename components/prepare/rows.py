@@ -20,7 +20,7 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row with where it came from."""
 
     line: int
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     """Columns that the row has and `value` leaves out, because no record needs them."""
 
 
-def read_rows(source: Source) -> Iterator[Row]:
+def read_rows(source: Source) -> Iterator[SourceRow]:
     """Stream the source's rows; blank lines are skipped.
 
     Raises:
@@ -43,7 +43,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     if source.name in EXAMPLES:
         from components.prepare import icd10
 
-        yield from (Row(line, row) for line, row in enumerate(icd10.rows(), start=1))
+        yield from (SourceRow(line, row) for line, row in enumerate(icd10.rows(), start=1))
     elif source.name.startswith("s3://"):
         from components.registry.store import open_uri
 
@@ -56,13 +56,13 @@ def read_rows(source: Source) -> Iterator[Row]:
         yield from _read_file(Path(source.name), source.name)
 
 
-def _read_file(path: Path, name: str) -> Iterator[Row]:
+def _read_file(path: Path, name: str) -> Iterator[SourceRow]:
     if path.suffix.lower() in PARQUET:
         return _read_parquet(path, name)
     return _read_json_lines(path, name)
 
 
-def _read_json_lines(path: Path, name: str) -> Iterator[Row]:
+def _read_json_lines(path: Path, name: str) -> Iterator[SourceRow]:
     try:
         file = path.open("rb")
     except OSError as exc:
@@ -72,7 +72,7 @@ def _read_json_lines(path: Path, name: str) -> Iterator[Row]:
             if line == 1:
                 raw = raw.removeprefix(_BOM)
             if not raw.isspace() and raw:
-                yield Row(line, _parse(raw), raw)
+                yield SourceRow(line, _parse(raw), raw)
 
 
 def _parse(raw: bytes) -> object:
@@ -88,7 +88,7 @@ def _parse(raw: bytes) -> object:
         return Unreadable("not JSON: nested too deeply")
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+def _read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,7 +101,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known):
                 for value in _values(batch):
                     line += 1
-                    yield Row(line, value, None, unread)
+                    yield SourceRow(line, value, None, unread)
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
 

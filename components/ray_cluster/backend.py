@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobEnd:
     """How a job ended."""
 
     status: Literal["SUCCEEDED", "FAILED", "STOPPED"]
@@ -87,7 +87,7 @@ class Backend(Protocol):
     def adopt(self, job_id: str) -> None:
         """Take over an attempt that an earlier process of the same step started."""
 
-    def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> Ended:
+    def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> JobEnd:
         """Wait for the end, copying the log; a job past its deadline is stopped and raised as JobError."""
 
     def stop_now(self, job_id: str) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Ended, Job, LiveJob, LogCopy, State
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State
 from components.shared.errors import JobError, UserError
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class JobsApi:
     def adopt(self, job_id: str) -> None:
         """Nothing belongs to the process that submitted it."""
 
-    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> Ended:
+    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         """Ask for status and log every `poll_s`."""
         deadline = time.monotonic() + job.timeout_s
         while True:
@@ -112,13 +112,13 @@ class JobsApi:
             if not found.status.is_terminal() and "fineloop_run_id" in (about := found.metadata or {})
         ]
 
-    def _ended(self, job_id: str, status: str) -> Ended:
+    def _ended(self, job_id: str, status: str) -> JobEnd:
         if status == "STOPPED":
-            return Ended("STOPPED")
+            return JobEnd("STOPPED")
         if status == "SUCCEEDED":
-            return Ended("SUCCEEDED")
+            return JobEnd("SUCCEEDED")
         info = _call("read why the job failed", lambda: self._client.get_job_info(job_id), UNREACHABLE_S)
-        return Ended("FAILED", f"with exit code {info.driver_exit_code}", info.message or "")
+        return JobEnd("FAILED", f"with exit code {info.driver_exit_code}", info.message or "")
 
 
 def _state(status: Any) -> State:

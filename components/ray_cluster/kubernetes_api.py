@@ -174,7 +174,7 @@ class KubernetesApi:
                     name, self.namespace, _preload_content=False, _request_timeout=CALL_S
                 )
             except ApiException as exc:
-                if exc.status == 400 and _STARTING.search(_told(exc).get("message", "")):
+                if exc.status == 400 and _STARTING.search(_status_of(exc).get("message", "")):
                     return None
                 raise
             return str(response.data.decode("utf-8", errors="replace"))
@@ -202,22 +202,22 @@ class KubernetesApi:
 
     def refusal(self, what: str, error: Exception) -> JobError:
         """Say what an answer of the API server means and what to do about it."""
-        status, told = getattr(error, "status", None), _told(error)
-        denied = _DENIED.search(told.get("message", ""))
+        code, answer = getattr(error, "status", None), _status_of(error)
+        denied = _DENIED.search(answer.get("message", ""))
         if denied:
             user, verb, resource = denied.groups()
             return JobError(
                 f"could not {what}: {_account(user)} may not {verb} {resource} in namespace {self.namespace}: "
                 "apply the Role in infra/rbac (kubectl apply -k infra/rbac)"
             )
-        if status == 401:
+        if code == 401:
             return JobError(f"could not {what}: the Kubernetes API does not accept our credentials (401 Unauthorized)")
-        if status == 404 and not told.get("details", {}).get("name"):  # with a name, it is the object that is missing
+        if code == 404 and not answer.get("details", {}).get("name"):  # with a name, it is the object that is missing
             return JobError(f"could not {what}: KubeRay is not installed: the cluster knows no {PLURAL}.{GROUP}")
-        causes = told.get("details", {}).get("causes") or []
+        causes = answer.get("details", {}).get("causes") or []
         fields = "; ".join(f"{cause.get('field')}: {cause.get('message')}" for cause in causes)
-        reason = fields or told.get("message") or str(error).strip()
-        return JobError(f"could not {what}: {f'refused with {status}: ' if status else ''}{reason}")
+        reason = fields or answer.get("message") or str(error).strip()
+        return JobError(f"could not {what}: {f'refused with {code}: ' if code else ''}{reason}")
 
 
 class Watched:
@@ -320,10 +320,10 @@ def _account(user: str) -> str:
     return f"service account {name.replace(':', '/')}" if not kind and name != user else f"user {user}"
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _status_of(error: Exception) -> dict[str, Any]:
     """The Status object that the API server answered with; empty when it was none."""
     try:
-        told = json.loads(getattr(error, "body", None) or "{}")
+        status = json.loads(getattr(error, "body", None) or "{}")
     except (TypeError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return status if isinstance(status, dict) else {}

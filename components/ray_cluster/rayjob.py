@@ -14,7 +14,7 @@ from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
-from components.ray_cluster.backend import STOP_S, Ended, Job, LiveJob, LogCopy, State
+from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State
 from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
 from components.ray_cluster.rayjob_log import JobLog
 from components.ray_cluster.workflow import Workflow, own_workflow
@@ -70,19 +70,21 @@ class RayJobs:
         if owner and items and owner.uid not in [known["uid"] for known in owners]:
             self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
 
-    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> Ended:
+    def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         """Watch it, tell what changes, and copy its log."""
-        watched, clock, told = Watched(self._api, job_id), _Clock(job, self._cluster), ""
+        watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
         job_log, running_on = JobLog(self._api, job_id, log), ""
         found = watched.wait(0)
         while True:
             if found is None:
-                return Ended("STOPPED")
+                return JobEnd("STOPPED")
             status = found.get("status") or {}
             if status.get("rayClusterName", running_on) != running_on:
                 running_on = status["rayClusterName"]
                 job_log.restart()
-            told = _tell(describe(found), told)
+            if stage != describe(found):
+                stage = describe(found)
+                logger.info("RayJob: %s", stage)
             ended = state(found) != "live"
             has_log = bool(status.get("dashboardURL"))
             if has_log:
@@ -91,7 +93,7 @@ class RayJobs:
                 return _ended(found, job, self._cluster)
             if status.get("jobDeploymentStatus") == "Retrying" and find_failure(log.text):
                 self.stop(job_id)  # it said why it failed, and would say so again
-                return Ended("FAILED")
+                return JobEnd("FAILED")
             clock.check(is_queued(found), lambda: self.stop(job_id), job_id)
             found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
 
@@ -101,7 +103,7 @@ class RayJobs:
 
     def stop(self, job_id: str) -> None:
         """Delete it until it is gone or on its way, for a while: one that was being created may appear late."""
-        deadline, absent, told = time.monotonic() + STOP_S, 0, ""
+        deadline, absent, warned = time.monotonic() + STOP_S, 0, ""
         while time.monotonic() < deadline and absent < 3:
             try:
                 absent = 0 if self._api.delete(job_id) else absent + 1
@@ -109,9 +111,9 @@ class RayJobs:
                 if items and items[0]["metadata"].get("deletionTimestamp"):
                     return
             except JobError as exc:
-                if str(exc) != told:
+                if str(exc) != warned:
                     logger.warning("%s", exc)
-                told = str(exc)
+                warned = str(exc)
             time.sleep(0.1)
 
     def live(self) -> list[LiveJob]:
@@ -190,20 +192,14 @@ def describe(found: Resource) -> str:
     return words.get(deployment, deployment)
 
 
-def _tell(text: str, told: str) -> str:
-    if text != told:
-        logger.info("RayJob: %s", text)
-    return text
-
-
-def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> Ended:
+def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     """Why it ended, in the config's words where a limit of ours was passed."""
     status, name = found.get("status") or {}, found["metadata"]["name"]
     reason, message = status.get("reason") or "", status.get("message") or ""
     if state(found) == "succeeded":
-        return Ended("SUCCEEDED")
+        return JobEnd("SUCCEEDED")
     if found["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
-        return Ended("STOPPED")
+        return JobEnd("STOPPED")
     if reason == "DeadlineExceeded":
         raise JobError(f"RayJob {name} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped by KubeRay")
     if reason == "PreRunningDeadlineExceeded":
@@ -214,7 +210,7 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> Ended:
         )
     exit_code = _EXIT_CODE.search(message)
     why = f"with exit code {exit_code[1]}" if exit_code else f"({reason or status['jobDeploymentStatus']})"
-    return Ended("FAILED", why, message)
+    return JobEnd("FAILED", why, message)
 
 
 def _live(found: Resource) -> LiveJob:

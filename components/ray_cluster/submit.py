@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TextIO
 
 from components.config.ray import RayConfig, RayJobCluster
-from components.ray_cluster.backend import Backend, Ended, Job, LogCopy, kubeflow_run, last_lines
+from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubeflow_run, last_lines
 from components.ray_cluster.workflow import own_workflow
 from components.registry import runs
 from components.shared.errors import JobError, UserError
@@ -128,7 +128,7 @@ def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:
     return newest + 1, False
 
 
-def _error(noun: str, job_id: str, ended: Ended, log: str) -> Exception:
+def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
     failure = find_failure(log) or find_failure(ended.message)
     if failure is not None:
         return failure.as_error()

@@ -65,6 +65,11 @@ class Kubeflow:
             if not token:
                 return
 
+    def id_of(self, what: str, name: str, call: Callable[..., Any], field: str, **arguments: Any) -> str:
+        """The id, in `field`, of the one that people know by this name; empty where there is none."""
+        found = self.listed(what, call, what.replace(" ", "_"), filter=one_of("display_name", name), **arguments)
+        return next((str(getattr(each, field)) for each in found), "")
+
 
 def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = "") -> Kubeflow:
     """A client of the server that `host` or the environment names.
@@ -76,22 +81,24 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
     host = _host(host, environment)
     token = environment.get("KFP_TOKEN", "").strip()
     credentials = None if token else _credentials(environment)
-    told = host or "the cluster's Kubeflow Pipelines"
-    with _asking(told, "say how it is"), warnings.catch_warnings():
+    shown_host = host or "the cluster's Kubeflow Pipelines"
+    with _asking(shown_host, "say how it is"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kfp: that it is for 2.0 and later
         client = _Client(host=host or None, existing_token=token or None, credentials=credentials)
         health = client.get_kfp_healthz()
     _give_up_in_time(client)
     if not isinstance(getattr(health, "multi_user", None), bool):
         raise KubeflowError(
-            f"{told} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
+            f"{shown_host} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
             f"Set --host or KFP_ENDPOINT to the API, such as the one of `{FORWARD}`"
         )
     namespace = namespace or environment.get("KFP_NAMESPACE", "") or client.get_user_namespace()
     if health.multi_user and not namespace:
-        raise UserError(f"{told} has many users, each with a namespace: name yours with --namespace or KFP_NAMESPACE")
+        raise UserError(
+            f"{shown_host} has many users, each with a namespace: name yours with --namespace or KFP_NAMESPACE"
+        )
     ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or host or "/pipeline"
-    return Kubeflow(client, told, ui.rstrip("/"), namespace if health.multi_user else "")
+    return Kubeflow(client, shown_host, ui.rstrip("/"), namespace if health.multi_user else "")
 
 
 def one_of(key: str, *values: str) -> str:

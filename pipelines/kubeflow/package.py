@@ -12,7 +12,7 @@ import yaml
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import KubeflowError
-from pipelines.kubeflow.client import Kubeflow, one_of
+from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.compile import compile_pipeline
 
 PIPELINE = "fineloop-retrain"
@@ -78,14 +78,8 @@ def publish(kubeflow: Kubeflow, package: Package) -> Published:
 
 def find_pipeline(kubeflow: Kubeflow, name: str) -> str:
     """The id of the pipeline of this name, or an empty string."""
-    found = kubeflow.listed(
-        "pipelines",
-        kubeflow.client.list_pipelines,
-        "pipelines",
-        filter=one_of("display_name", name),
-        namespace=kubeflow.namespace or None,
-    )
-    return next((pipeline.pipeline_id for pipeline in found), "")
+    namespace = kubeflow.namespace or None
+    return kubeflow.id_of("pipelines", name, kubeflow.client.list_pipelines, "pipeline_id", namespace=namespace)
 
 
 def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
@@ -102,14 +96,8 @@ def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
 
 
 def _find_version(kubeflow: Kubeflow, pipeline_id: str, name: str) -> str:
-    found = kubeflow.listed(
-        "pipeline versions",
-        kubeflow.client.list_pipeline_versions,
-        "pipeline_versions",
-        pipeline_id=pipeline_id,
-        filter=one_of("display_name", name),
-    )
-    return next((version.pipeline_version_id for version in found), "")
+    versions = kubeflow.client.list_pipeline_versions
+    return kubeflow.id_of("pipeline versions", name, versions, "pipeline_version_id", pipeline_id=pipeline_id)
 
 
 def _or_none_if_exists(create: Any) -> Any:

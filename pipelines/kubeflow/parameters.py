@@ -65,13 +65,13 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
     kind = parameter["parameterType"]
     value: Any = text
     if kind != "STRING":
-        told, types = KINDS[kind]
+        wanted, types = KINDS[kind]
         try:
             value = json.loads(text)
         except ValueError:
             value = None
         if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN"):
-            raise UserError(f"--param {name}={text}: expected {told}")
+            raise UserError(f"--param {name}={text}: expected {wanted}")
     literals = parameter.get("literals")
     if literals and value not in literals:
         raise UserError(f"--param {name}={text}: expected one of {', '.join(map(str, literals))}")

@@ -101,13 +101,9 @@ def _details(kubeflow: Kubeflow, **chosen: Any) -> Iterator[Any]:
 
 
 def _experiment_id(kubeflow: Kubeflow, name: str) -> str:
-    experiments = kubeflow.listed(
-        "experiments",
-        kubeflow.client.list_experiments,
-        "experiments",
-        filter=one_of("display_name", name),
-        namespace=kubeflow.namespace or None,
-    )
-    for experiment in experiments:
-        return str(experiment.experiment_id)
-    raise UserError(f"--experiment {name}: {kubeflow.host} has no such experiment")
+    namespace = kubeflow.namespace or None
+    experiments = kubeflow.client.list_experiments
+    experiment_id = kubeflow.id_of("experiments", name, experiments, "experiment_id", namespace=namespace)
+    if not experiment_id:
+        raise UserError(f"--experiment {name}: {kubeflow.host} has no such experiment")
+    return experiment_id

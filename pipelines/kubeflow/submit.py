@@ -60,7 +60,7 @@ def follow(
     Raises:
         KubeflowAway: the server was away for five minutes.
     """
-    told: dict[str, str] = {}
+    last_seen: dict[str, str] = {}
     pause, answered = POLL_S[0], clock()
     looked = answered
     while True:
@@ -71,14 +71,14 @@ def follow(
             if clock() - answered > OUTAGE_S:
                 exc.add_note(f"run {run.run_id} goes on without being watched: fineloop runs show {run.run_id}")
                 raise
-            if told.get("") != "away":
+            if last_seen.get("") != "away":
                 say(f"{exc}; asking again")
-            told[""] = "away"
+            last_seen[""] = "away"
         else:
-            news = [*_news(run, told)]
+            news = [*_news(run, last_seen)]
             if not run.is_over and clock() - looked >= PROGRESS_S:
                 looked = clock()
-                news += _further(progress(), told)
+                news += _further(progress(), last_seen)
             for line in news:
                 say(line)
             if run.is_over:
@@ -87,27 +87,27 @@ def follow(
         sleep(pause)
 
 
-def _news(run: Run, told: dict[str, str]) -> list[str]:
-    """What changed since the last look, which `told` remembers."""
+def _news(run: Run, last_seen: dict[str, str]) -> list[str]:
+    """What changed since the last look, which `last_seen` remembers."""
     lines = []
-    if not run.is_over and told.get("") != run.state:
-        told[""] = run.state
+    if not run.is_over and last_seen.get("") != run.state:
+        last_seen[""] = run.state
         lines.append(f"{run.name} is {run.state.lower()}")
     for task in run.task_runs():
-        if task.began and told.get(task.name) != task.state:
-            told[task.name] = task.state
-            lines.append(f"[{task.name}] {_told(task)}")
+        if task.began and last_seen.get(task.name) != task.state:
+            last_seen[task.name] = task.state
+            lines.append(f"[{task.name}] {_task_line(task)}")
     return lines
 
 
-def _further(progress: str, told: dict[str, str]) -> list[str]:
-    if not progress or told.get("progress") == progress:
+def _further(progress: str, last_seen: dict[str, str]) -> list[str]:
+    if not progress or last_seen.get("progress") == progress:
         return []
-    told["progress"] = progress
+    last_seen["progress"] = progress
     return [progress]
 
 
-def _told(task: TaskRun) -> str:
+def _task_line(task: TaskRun) -> str:
     if task.seconds is None:
         return "started" if task.state == "RUNNING" else task.state.lower()
     return f"{task.state.lower()} after {duration(task.seconds)}"

@@ -12,7 +12,12 @@ MAX_CONCURRENCY = 10
 
 @dataclass(frozen=True)
 class Timing:
-    """`cron` has five parsed fields, in UTC. With one run at once, times that fall into a run are skipped."""
+    """`cron` has five parsed fields, in UTC.
+
+    With one run at once, of the times that fall into a run the last one comes when that run ends; a run that the
+    schedule started before it was updated does not count (kubeflow/pipelines 2.16, scheduled_workflow.go,
+    GetNextScheduledEpoch: of one ScheduledWorkflow, and an update makes another).
+    """
 
     cron: str
     max_concurrency: int = 1

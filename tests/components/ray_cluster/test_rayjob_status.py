@@ -7,7 +7,7 @@ import pytest
 
 from components.config.ray import RayJobCluster
 from components.ray_cluster import rayjob
-from components.ray_cluster.backend import Ended, Job
+from components.ray_cluster.backend import Job, JobEnd
 from components.ray_cluster.rayjob import describe, is_queued, state
 from components.shared.errors import JobError
 
@@ -68,18 +68,18 @@ def test_a_person_is_told_where_it_stands(found: dict[str, Any], told: str) -> N
 @pytest.mark.parametrize(
     ("found", "ended"),
     [
-        (job("Complete", "SUCCEEDED"), Ended("SUCCEEDED")),
-        (job("Complete", "STOPPED"), Ended("STOPPED")),
-        (job("Running", **GOING), Ended("STOPPED")),
+        (job("Complete", "SUCCEEDED"), JobEnd("SUCCEEDED")),
+        (job("Complete", "STOPPED"), JobEnd("STOPPED")),
+        (job("Running", **GOING), JobEnd("STOPPED")),
         (
             job("Failed", "FAILED", reason="AppFailed", message="Job failed with exit code -9: x"),
-            Ended("FAILED", "with exit code -9", "Job failed with exit code -9: x"),
+            JobEnd("FAILED", "with exit code -9", "Job failed with exit code -9: x"),
         ),
-        (job("Failed", reason="AppFailed"), Ended("FAILED", "(AppFailed)")),
-        (job("ValidationFailed"), Ended("FAILED", "(ValidationFailed)")),
+        (job("Failed", reason="AppFailed"), JobEnd("FAILED", "(AppFailed)")),
+        (job("ValidationFailed"), JobEnd("FAILED", "(ValidationFailed)")),
     ],
 )
-def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended: Ended) -> None:
+def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended: JobEnd) -> None:
     assert rayjob._ended(found, JOB, CLUSTER) == ended
 
 
