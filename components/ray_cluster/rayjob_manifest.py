@@ -35,6 +35,9 @@ ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 HOME = "/home/fineloop"
 SUBMITTER_DISK_GIB = 1
+NO_MESH = {"sidecar.istio.io/inject": "false"}
+"""Label of a pod that gets no Istio sidecar, as namespaces of a multi-user Kubeflow give every pod: with one that stays
+the submitter never ends, and the proxy stands between Ray's processes."""
 SUBMITTER_RETRIES = 10
 """Of the pod that follows the job's log: with the last of them KubeRay gives the job up, well as it may be (KubeRay's
 own are 2). A new pod goes on following, or starts the job again under its id where a new head does not know it."""
@@ -204,7 +207,7 @@ def _pod(
     pull = [{"name": name} for name in cluster.image_pull_secrets]
     return {
         "metadata": {
-            "labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}"},
+            "labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}", **NO_MESH},
             "annotations": dict(STAYS),
         },
         "spec": {

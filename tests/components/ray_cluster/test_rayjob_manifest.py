@@ -111,6 +111,13 @@ def test_no_autoscaler_moves_a_pod_of_a_job_elsewhere() -> None:
         }, name
 
 
+def test_a_service_mesh_leaves_a_jobs_pods_alone() -> None:
+    """Kubeflow labels the namespaces of its users istio-injection=enabled (kubeflow/dashboard, profile_controller.go,
+    setNamespaceLabelsAndServiceMesh); a pod's own label wins (Istio's reference of resource labels)."""
+    for name, _, pod in containers(created()):
+        assert pod["metadata"]["labels"]["sidecar.istio.io/inject"] == "false", name
+
+
 def test_interruptions_of_the_log_do_not_end_a_job_that_is_well() -> None:
     """KubeRay 1.7: "Exceeding submitterConfig.backoffLimit still marks the RayJob as failed even if the Ray job itself
     is still running. The default is 2" (Ray's documentation of RayJobs)."""
