@@ -155,6 +155,22 @@ class KubernetesApi:
 
         return self.call(f"read workflow {name}", read)
 
+    def workloads(self, job_uid: str) -> Sequence[Resource]:
+        """What Kueue has made of the job with this uid: one workload, or two for a moment."""
+        found: dict[str, Any] = self.call(
+            "list workloads",
+            lambda: self._objects.list_namespaced_custom_object(
+                "kueue.x-k8s.io",
+                "v1beta2",
+                self.namespace,
+                "workloads",
+                label_selector=f"kueue.x-k8s.io/job-uid={job_uid}",
+                _request_timeout=CALL_S,
+            ),
+        )
+        items: Sequence[Resource] = found["items"]
+        return items
+
     def pod_log(self, labels: dict[str, str]) -> str | None:
         """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""
         selector = ",".join(f"{key}={value}" for key, value in labels.items())

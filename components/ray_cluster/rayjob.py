@@ -16,6 +16,7 @@ from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
 from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State
 from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
+from components.ray_cluster.kueue import QUOTA, KueueQueue
 from components.ray_cluster.rayjob_log import JobLog
 from components.ray_cluster.workflow import Workflow, own_workflow
 from components.shared.errors import JobError
@@ -73,7 +74,7 @@ class RayJobs:
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         """Watch it, tell what changes, and copy its log."""
         watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
-        job_log, running_on = JobLog(self._api, job_id, log), ""
+        job_log, running_on, queue = JobLog(self._api, job_id, log), "", KueueQueue(self._api)
         found = watched.wait(0)
         while True:
             if found is None:
@@ -82,8 +83,9 @@ class RayJobs:
             if status.get("rayClusterName", running_on) != running_on:
                 running_on = status["rayClusterName"]
                 job_log.restart()
-            if stage != describe(found):
-                stage = describe(found)
+            waits_for = queue.why(found["metadata"]["uid"]) if is_queued(found) else ""
+            if stage != describe(found, waits_for):
+                stage = describe(found, waits_for)
                 logger.info("RayJob: %s", stage)
             ended = state(found) != "live"
             has_log = bool(status.get("dashboardURL"))
@@ -174,13 +176,13 @@ def is_queued(found: Resource) -> bool:
     return bool(found["spec"].get("suspend")) or deployment in ("Suspending", "Suspended")
 
 
-def describe(found: Resource) -> str:
-    """Where it stands, for people."""
+def describe(found: Resource, waits_for: str = QUOTA) -> str:
+    """Where it stands, for people; in the queue with what it waits for there."""
     status = found.get("status") or {}
     deployment, cluster = status.get("jobDeploymentStatus") or "", status.get("rayClusterStatus") or {}
     if is_queued(found):
         queue = found["metadata"].get("labels", {}).get(manifest.QUEUE)
-        return f"queued by Kueue in {queue}: waiting for quota" if queue else "suspended"
+        return f"queued by Kueue in {queue}: {waits_for}" if queue else "suspended"
     if not deployment:
         return "created: waiting for KubeRay to take it up"
     if deployment == "Initializing":

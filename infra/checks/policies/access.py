@@ -16,6 +16,7 @@ RIGHTS = {
         *((verb, "pods") for verb in _READ),
         *((verb, "pods/log") for verb in _READ),
         ("get", "argoproj.io/workflows"),
+        ("list", "kueue.x-k8s.io/workloads"),
         # Argo's and Kubeflow's own.
         *((verb, "argoproj.io/workflowtaskresults") for verb in ("create", "patch")),
         ("get", "configmaps=kfp-launcher"),

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,19 +154,57 @@ def test_a_watch_that_breaks_is_begun_again(cluster: Cluster, broken: str) -> No
     assert output.getvalue() == "done\n"
 
 
-def test_a_person_hears_where_the_job_stands(cluster: Cluster) -> None:
+def held(cluster: Cluster, **workload: Any) -> None:
+    """Kueue: a job is held back, and its workload says why, for half a second."""
+
     def hold(body: Resource) -> None:
         body["spec"]["suspend"] = True
 
+    def release(name: str) -> None:
+        time.sleep(0.5)
+        cluster.api.write(name, lambda found: found["spec"].update(suspend=False))
+
+    def explain(name: str) -> None:
+        metadata = {"name": f"rayjob-{name}", "labels": {"kueue.x-k8s.io/job-uid": uid_of(name)}}
+        cluster.api.workloads[name] = {"metadata": metadata, "spec": {}, "status": {}, **workload}
+        release(name)
+
+    def uid_of(name: str) -> str:
+        return str(cluster.api.rayjobs[name]["metadata"]["uid"])
+
     cluster.api.admit = hold
-    cluster.when(
-        lambda found: deployment(found) == "Suspended",
-        lambda name: cluster.api.write(name, lambda found: found["spec"].update(suspend=False)),
-    )
+    cluster.when(lambda found: deployment(found) == "Suspended", explain if workload else release)
+
+
+def stages(cluster: Cluster) -> list[str]:
+    return [line.removeprefix("RayJob: ") for line in cluster.caplog.messages if line.startswith("RayJob: ")]
+
+
+def test_a_person_hears_where_the_job_stands(cluster: Cluster) -> None:
+    held(cluster)
     cluster.submit("import time; time.sleep(0.5)")
-    told = [line.removeprefix("RayJob: ") for line in cluster.caplog.messages if line.startswith("RayJob: ")]
-    assert told[0] == "queued by Kueue in fineloop: waiting for quota"
-    assert told[-2:] == ["running", "complete"]
+    assert stages(cluster)[0] == "queued by Kueue in fineloop: waiting for quota"
+    assert stages(cluster)[-2:] == ["running", "complete"]
+
+
+def test_a_person_hears_what_kueue_says_of_a_job_that_it_does_not_let_in(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
+    why = "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
+    why += "request > maximum capacity (16 > 8)"
+    quota = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": why}
+    held(cluster, status={"conditions": [quota]})
+    cluster.submit("")
+    assert f"queued by Kueue in fineloop: {why}" in stages(cluster)
+
+
+def test_a_queue_that_may_not_be_looked_into_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
+    cluster.api.denied.add(("list", "workloads"))
+    held(cluster)
+    cluster.submit("")
+    assert len([line for line in cluster.caplog.messages if "may not list workloads" in line]) == 1
 
 
 def test_a_job_that_kubernetes_cannot_place_ends_with_the_setting(cluster: Cluster) -> None:

@@ -26,6 +26,7 @@ USER = "system:serviceaccount:fineloop:fineloop-pipeline"
 NAMESPACE = "fineloop"
 _RAYJOBS = re.compile(rf"/apis/ray\.io/v1/namespaces/{NAMESPACE}/rayjobs(?:/([^/]+))?(/status)?")
 _PODS = re.compile(rf"/api/v1/namespaces/{NAMESPACE}/pods(?:/([^/]+))?(/log)?")
+_WORKLOADS = re.compile(rf"/apis/kueue\.x-k8s\.io/v1beta2/namespaces/{NAMESPACE}/workloads(?:/([^/]+))?()")
 _WORKFLOWS = re.compile(rf"/apis/argoproj\.io/v1alpha1/namespaces/{NAMESPACE}/workflows(?:/([^/]+))()?")
 
 
@@ -45,6 +46,8 @@ class KubernetesDouble:
     def __init__(self, *, validate: bool = True) -> None:
         self.rayjobs: dict[str, Resource] = {}
         self.pods: dict[str, Resource] = {}
+        self.workloads: dict[str, Resource] = {}
+        """Kueue's, to be listed."""
         self.workflows: dict[str, Resource] = {}
         """Argo's, to be read by name."""
         self.pod_logs: dict[str, Callable[[], str]] = {}
@@ -135,6 +138,8 @@ class KubernetesDouble:
             match, resource = _PODS.fullmatch(path), "pods"
         if match is None:
             match, resource = _WORKFLOWS.fullmatch(path), "workflows"
+        if match is None:
+            match, resource = _WORKLOADS.fullmatch(path), "workloads"
         if match is None or (resource == "rayjobs" and not self.is_installed):
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         name, sub = match[1] or "", match[2] or ""
@@ -148,7 +153,12 @@ class KubernetesDouble:
             if name not in self.pods:
                 raise Refusal(404, "NotFound", f'pods "{name}" not found', name=name, kind="pods")
             return self.pod_logs[name]()
-        objects = {"rayjobs": self.rayjobs, "pods": self.pods, "workflows": self.workflows}[resource]
+        objects = {
+            "rayjobs": self.rayjobs,
+            "pods": self.pods,
+            "workflows": self.workflows,
+            "workloads": self.workloads,
+        }[resource]
         with self.changed:
             if verb == "list":
                 items = [copy.deepcopy(found) for found in objects.values() if selected(found, query)]

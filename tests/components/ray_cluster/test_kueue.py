@@ -1,0 +1,53 @@
+"""What Kueue's conditions tell of a job: as kueue v0.19 writes them."""
+
+from typing import Any
+
+import pytest
+
+from components.ray_cluster.kueue import QUOTA, waits_for
+
+NEVER_FITS = (
+    "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
+    "request > maximum capacity (16 > 8)"
+)
+"""pkg/scheduler/flavorassigner/flavorassigner.go, fitsResourceQuota."""
+PREEMPTED = (
+    "Preempted to accommodate a workload (UID: 9f5, JobUID: a20) due to prioritization in the ClusterQueue; "
+    "preemptor path: /fineloop; preemptee path: /fineloop"
+)
+"""pkg/scheduler/preemption/preemption.go, preemptionMessage."""
+
+
+def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z", **spec: Any) -> dict[str, Any]:
+    told = [{"type": kind, "status": status, "message": message} for kind, status, message in conditions]
+    return {"metadata": {"creationTimestamp": at}, "spec": spec, "status": {"conditions": told}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], QUOTA),
+        ([workload()], QUOTA),
+        ([workload(("QuotaReserved", "True", "Quota reserved in ClusterQueue fineloop"))], QUOTA),
+        ([workload(("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
+        (
+            [workload(("QuotaReserved", "False", "ClusterQueue fineloop is inactive"))],
+            "ClusterQueue fineloop is inactive",
+        ),
+        (
+            [workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))],
+            f"{PREEMPTED}; {NEVER_FITS}",
+        ),
+        # The condition that QuotaReserved takes over from an eviction says the same.
+        ([workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", PREEMPTED))], PREEMPTED),
+        ([workload(("Evicted", "False", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
+        ([workload(("QuotaReserved", "False", "old")), workload(at="2026-11-26T02:00:01Z")], QUOTA),
+    ],
+)
+def test_what_a_job_waits_for_is_said_in_kueues_words(found: list[dict[str, Any]], expected: str) -> None:
+    assert waits_for(found) == expected
+
+
+def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
+    """spec.active is false after too many times without pods, or because a person wants it so (workload_types.go)."""
+    assert "spec.active" in waits_for([workload(active=False)])
