@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
-from components.config.section import Section, identity
+from components.config.section import Added, Section, identity
 from components.shared.metrics import COMPARED, METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -78,6 +78,8 @@ class DataConfig(Section):
     still comes from all of them, so that forgetting shows."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
+    timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
+    """Deadline of the step that reads, checks and publishes the data, in a pipeline on Kubeflow."""
 
     @model_validator(mode="after")
     def _replay_needs_a_window(self) -> "DataConfig":

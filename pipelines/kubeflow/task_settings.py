@@ -24,7 +24,9 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
         on_ray = name in ON_RAY
-        deadline_s = config.ray.patience_s + GRACE_S if on_ray else STEP_S
+        deadline_s = {"prepare": config.data.timeout_s}.get(name, STEP_S)
+        if on_ray:
+            deadline_s = config.ray.patience_s + GRACE_S
         kubernetes.set_timeout(task, deadline_s)
         if on_ray:
             for annotation, value in STAYS.items():

@@ -143,6 +143,14 @@ def test_every_step_is_retried_and_ends(spec: dict[str, Any], settings: dict[str
         assert {"resourceMemoryRequest", "resourceMemoryLimit"} <= executors(spec)[name]["resources"].keys(), name
 
 
+def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Callable[..., RunConfig]) -> None:
+    _, platform = yaml.safe_load_all(compile_pipeline(make_config("data.timeout_s=20000")))
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    deadlines = {name: int(each["activeDeadlineSeconds"]) for name, each in executors.items()}
+    assert deadlines["exec-prepare"] == 20_000
+    assert deadlines["exec-gate"] == 3600
+
+
 def test_a_step_waits_before_it_is_tried_again_and_has_memory_for_what_it_reads(spec: dict[str, Any]) -> None:
     for name, container in executors(spec).items():
         policy = tasks(spec)[name]["retryPolicy"]
