@@ -10,6 +10,9 @@ UNREACHABLE_S = 30.0
 STOP_S = 10.0
 """How long a stopped job may take to end."""
 
+READING_SHARE = 0.1
+"""Of the time that may go into reading a log: every source gives it whole each time, however long it has become."""
+
 State = Literal["live", "succeeded", "ended"]
 """Of an attempt: live may still end well or badly; ended is failed, stopped or on its way to be deleted."""
 
@@ -125,6 +128,11 @@ class LogCopy:
     def restart(self) -> None:
         """The job begins anew, and with it its log."""
         self.text, self._copied = "", 0
+
+
+def rest_s(took_s: float) -> float:
+    """How long to leave a log alone after reading it took so long."""
+    return took_s * (1 / READING_SHARE - 1)
 
 
 def _same_place(copied: str, text: str) -> int:

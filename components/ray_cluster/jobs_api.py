@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
 from components.shared.errors import JobError, UserError
 
 T = TypeVar("T")
@@ -72,6 +72,7 @@ class JobsApi:
         """Ask for status and log every `poll_s`."""
         deadline = time.monotonic() + job.timeout_s
         while True:
+            began = time.monotonic()
             status = _call("read the job's status", lambda: self._client.get_job_status(job_id), UNREACHABLE_S)
             text: str = _call("read the job's log", lambda: self._client.get_job_logs(job_id), UNREACHABLE_S)
             log.take(text, final=status.is_terminal())
@@ -80,7 +81,7 @@ class JobsApi:
             if time.monotonic() > deadline:
                 self.stop(job_id)
                 raise JobError(f"Ray job {job_id} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped")
-            time.sleep(poll_s)
+            time.sleep(max(poll_s, rest_s(time.monotonic() - began)))
 
     def stop_now(self, job_id: str) -> None:
         """One call."""

@@ -3,10 +3,11 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.ray_cluster.backend import LogCopy
+from components.ray_cluster.backend import LogCopy, rest_s
 from components.ray_cluster.kubernetes_api import KubernetesApi
 from components.shared.errors import JobError
 
@@ -21,12 +22,23 @@ AGAIN_S = 30.0
 class JobLog:
     """Reads the log of one RayJob for a `LogCopy`. A log that cannot be read never fails the job."""
 
-    def __init__(self, api: KubernetesApi, name: str, copy: LogCopy) -> None:
-        self._api, self._name, self._copy = api, name, copy
+    def __init__(
+        self, api: KubernetesApi, name: str, copy: LogCopy, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._api, self._name, self._copy, self._clock = api, name, copy, clock
+        self._resting_until = 0.0
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
         """Copy what is new, from whichever source answers; at the end every source is asked once more."""
+        began = self._clock()
+        if began < self._resting_until and not final:
+            return
+        self._copy_new(status, final=final)
+        ended = self._clock()
+        self._resting_until = ended + rest_s(ended - began)
+
+    def _copy_new(self, status: dict[str, Any], *, final: bool) -> None:
         for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
             if not final and time.monotonic() < self._refused.get(source, 0.0):
                 continue
