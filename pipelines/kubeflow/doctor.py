@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import ENVIRONMENT, RAY_SECRET, S3_SECRET, rayjob
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET, rayjob
 from components.shared.errors import FineloopError
 from pipelines.check import Check, check
 from pipelines.kubeflow import probe
@@ -21,6 +21,8 @@ RIGHTS = {
     ("ray.io", "rayjobs"): ("create", "get", "list", "watch", "patch", "delete"),
     ("", "pods"): ("get", "list", "watch"),
     ("", "pods/log"): ("get",),
+    ("kueue.x-k8s.io", "workloads"): ("list",),
+    ("argoproj.io", "workflows"): ("get",),
     ("argoproj.io", "workflowtaskresults"): ("create", "patch"),
 }
 """What the account of the steps does, as infra/rbac/pipeline.yaml grants it."""
@@ -120,16 +122,16 @@ def _rights(cluster: Cluster, account: str) -> Iterator[Check]:
 
 def _environments(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The objects that pods take their environment from, and the key that each must have."""
-    yield f"configmaps/{ENVIRONMENT}", "AWS_REGION"
+    yield f"configmaps/{CONFIG_MAP}", "AWS_REGION"
     yield "configmaps/kfp-launcher", "providers"
     yield f"secrets/{RAY_SECRET}", "auth_token"
-    yield f"secrets/{S3_SECRET}", "AWS_ACCESS_KEY_ID"
+    yield f"secrets/{STORE_SECRET}", "AWS_ACCESS_KEY_ID"
 
 
 def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:
     found = cluster.get(_in(cluster, name))
     kind, _, object_name = name.partition("/")
-    if found is None and object_name == S3_SECRET:
+    if found is None and object_name == STORE_SECRET:
         yield Check(name, True, "absent: right where the service account's role gives access to the store", "")
         return
     has_key = key in ((found or {}).get("data") or {})
@@ -153,9 +155,9 @@ def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Ch
 
 
 def _shared_ray(cluster: Cluster) -> Iterator[Check]:
-    found = cluster.get(_in(cluster, f"configmaps/{ENVIRONMENT}")) or {}
+    found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
     address = (found.get("data") or {}).get("RAY_ADDRESS", "")
-    fix = f"set RAY_ADDRESS in the config map {ENVIRONMENT}, or ray.cluster.kind = 'rayjob' in the config"
+    fix = f"set RAY_ADDRESS in the config map {CONFIG_MAP}, or ray.cluster.kind = 'rayjob' in the config"
     yield check("ray address", bool(address), address or "no RAY_ADDRESS for the steps", fix)
 
 

@@ -4,7 +4,7 @@ import secrets
 import time
 
 from components.config.schema import RegistryConfig
-from components.ray_cluster.rayjob_manifest import ENVIRONMENT, PART_OF, S3_SECRET
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, PART_OF, STORE_SECRET
 from pipelines.check import Check
 from pipelines.kubeflow.cluster import Cluster, Resource
 
@@ -43,8 +43,8 @@ def pod(namespace: str, account: str, image: str, script: str, name: str = "fine
                     "command": ["python", "-c", script],
                     "env": [{"name": "HOME", "value": "/tmp"}],
                     "envFrom": [
-                        {"configMapRef": {"name": ENVIRONMENT, "optional": True}},
-                        {"secretRef": {"name": S3_SECRET, "optional": True}},
+                        {"configMapRef": {"name": CONFIG_MAP, "optional": True}},
+                        {"secretRef": {"name": STORE_SECRET, "optional": True}},
                     ],
                     "resources": {
                         "requests": {"cpu": "500m", "memory": "1Gi"},

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from components.config.schema import RegistryConfig
 from components.registry import runs
-from components.registry.records import ROLES, Decision, Evaluation, Role
+from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord
 from components.registry.store import Store
 from components.shared.durations import estimated_duration
 from components.shared.errors import ConfigError, FineloopError
@@ -33,7 +33,8 @@ class Recorded:
 
     def errors(self) -> dict[str, str]:
         """Why steps failed, in their own words; one that was killed before it could say is missing."""
-        failed = [step for step in self._read(runs.steps, []) if not step.succeeded]
+        nothing: list[StepRecord] = []
+        failed = [step for step in self._read(runs.steps, nothing) if not step.succeeded]
         return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
 
     def progress(self) -> str:
