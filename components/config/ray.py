@@ -1,11 +1,11 @@
 """The config's `ray` section: how many workers, and which of two ways leads to the cluster that they run on."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from components.config.gpus import GPUS, GpuName
+from components.config.gpus import GpuName
 from components.config.section import Added, Section
 
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -26,6 +26,11 @@ class JobsApiCluster(Section):
 
     kind: Literal["jobs-api"] = "jobs-api"
     """A cluster that is there; its address comes from RAY_ADDRESS."""
+    has_address: ClassVar[bool] = True
+    queue_timeout_s: ClassVar[int] = 0
+
+    def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
+        """Nothing is known of it before a job is there."""
 
 
 class WorkerPod(Section):
@@ -74,6 +79,7 @@ class RayJobCluster(Section):
 
     kind: Literal["rayjob"]
     """A cluster that KubeRay makes for the job and takes down after it."""
+    has_address: ClassVar[bool] = False
     image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = "fineloop/train:0.1.0"
     """Image of every Ray pod, with a tag other than latest or a digest."""
     image_pull_secrets: list[DnsName] = []
@@ -148,8 +154,31 @@ class RayJobCluster(Section):
             )
         return self
 
+    def pods(self, num_workers: int) -> int:
+        """Worker pods that so many workers are shared out among."""
+        return self.nodes or num_workers
+
+    def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
+        """Refuse workers that its pods could not hold.
+
+        Raises:
+            ValueError: they cannot be shared out evenly, or a pod has too few CPUs.
+        """
+        per_pod, left_over = divmod(num_workers, self.pods(num_workers))
+        if left_over:
+            raise ValueError(
+                f"num_workers {num_workers} cannot be shared out evenly among cluster.nodes {self.nodes}: "
+                "make it a multiple"
+            )
+        if self.worker.cpu < per_pod * cpus_per_worker:
+            raise ValueError(
+                f"cluster.worker.cpu {self.worker.cpu} is less than the {per_pod * cpus_per_worker} that "
+                f"cpus_per_worker {cpus_per_worker} asks for with {per_pod} workers in a pod"
+            )
+
 
 Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
+"""Each says whether it has an address, how long a job may wait in its queue, and which workers it has no room for."""
 
 
 class RayConfig(Section):
@@ -176,45 +205,11 @@ class RayConfig(Section):
     """Which cluster: kind jobs-api is one that exists, rayjob makes one for each job on Kubernetes."""
 
     @model_validator(mode="after")
-    def _pods_hold_the_workers(self) -> "RayConfig":
-        cluster = self.cluster
-        if not isinstance(cluster, RayJobCluster):
-            return self
-        if self.num_workers % self.pods:
-            raise ValueError(
-                f"num_workers {self.num_workers} cannot be shared out evenly among cluster.nodes {self.pods}: "
-                "make it a multiple"
-            )
-        needed = self.workers_per_pod * self.cpus_per_worker
-        if cluster.worker.cpu < needed:
-            raise ValueError(
-                f"cluster.worker.cpu {cluster.worker.cpu} is less than the {needed} that cpus_per_worker "
-                f"{self.cpus_per_worker} asks for with {self.workers_per_pod} workers in a pod"
-            )
+    def _cluster_holds_the_workers(self) -> "RayConfig":
+        self.cluster.require_room(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
         return self
-
-    @property
-    def pods(self) -> int:
-        """Worker pods of a RayJob."""
-        nodes = self.cluster.nodes if isinstance(self.cluster, RayJobCluster) else 0
-        return nodes or self.num_workers
-
-    @property
-    def workers_per_pod(self) -> int:
-        """Training workers, and so GPUs where GPUs are used, of one worker pod."""
-        return self.num_workers // self.pods
-
-    @property
-    def node_selector(self) -> dict[str, str]:
-        """The labels that a RayJob's workers ask of their nodes."""
-        cluster = self.cluster
-        if not isinstance(cluster, RayJobCluster) or cluster.node_selector:
-            return dict(cluster.node_selector) if isinstance(cluster, RayJobCluster) else {}
-        if self.use_gpu and self.gpu and cluster.gpu_resource == NVIDIA_GPU:
-            return {"nvidia.com/gpu.product": GPUS[self.gpu].product}
-        return {}
 
     @property
     def patience_s(self) -> int:
         """The longest that a step waits for one job, queue included: what its own timeout must exceed."""
-        return self.timeout_s + (self.cluster.queue_timeout_s if isinstance(self.cluster, RayJobCluster) else 0)
+        return self.timeout_s + self.cluster.queue_timeout_s

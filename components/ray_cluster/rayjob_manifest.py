@@ -17,7 +17,8 @@ import re
 import shlex
 from typing import Any
 
-from components.config.ray import RayConfig, RayJobCluster, Toleration
+from components.config.gpus import GPUS
+from components.config.ray import NVIDIA_GPU, RayConfig, RayJobCluster, Toleration
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import GROUP, VERSION
 from components.ray_cluster.workflow import Workflow
@@ -148,7 +149,8 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
 
 
 def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]:
-    gpus = {cluster.gpu_resource: str(ray.workers_per_pod)} if ray.use_gpu else {}
+    num_pods = cluster.pods(ray.num_workers)
+    gpus = {cluster.gpu_resource: str(ray.num_workers // num_pods)} if ray.use_gpu else {}
     container = {
         **_container("ray-worker", cluster),
         "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
@@ -159,15 +161,15 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
         *(SPOT if cluster.spot else ()),
         *(_toleration(given) for given in cluster.tolerations),
     ]
-    if ray.node_selector:
-        pod["spec"]["nodeSelector"] = ray.node_selector
+    if labels_of_nodes := _node_selector(ray, cluster):
+        pod["spec"]["nodeSelector"] = labels_of_nodes
     if taints:
         pod["spec"]["tolerations"] = taints
     return {
         "groupName": "workers",
-        "replicas": ray.pods,
-        "minReplicas": ray.pods,
-        "maxReplicas": ray.pods,
+        "replicas": num_pods,
+        "minReplicas": num_pods,
+        "maxReplicas": num_pods,
         "rayStartParams": {"object-store-memory": _object_store(cluster.shared_memory_gib, share=0.5)},
         "template": pod,
     }
@@ -266,6 +268,15 @@ def _exactly(resources: dict[str, str]) -> dict[str, dict[str, str]]:
 def _object_store(shared_memory_gib: int, *, share: float) -> str:
     """A share of /dev/shm in bytes: by itself Ray takes 30 % of the memory, on a disk if /dev/shm is smaller."""
     return str(int(shared_memory_gib * 2**30 * share))
+
+
+def _node_selector(ray: RayConfig, cluster: RayJobCluster) -> dict[str, str]:
+    """The labels that the workers' nodes must have."""
+    if cluster.node_selector:
+        return cluster.node_selector
+    if ray.use_gpu and ray.gpu and cluster.gpu_resource == NVIDIA_GPU:
+        return {"nvidia.com/gpu.product": GPUS[ray.gpu].product}
+    return {}
 
 
 def _toleration(given: Toleration) -> dict[str, str]:

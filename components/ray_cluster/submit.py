@@ -2,7 +2,7 @@
 
 A step that is retried finds the job that its first attempt left behind: a running one is followed, a finished one is
 taken as it is, and only a failed or stopped one is run again, under the next number. The job's log is copied to stdout.
-`ray.cluster.kind` says which way: `ray_jobs_api.py` or `rayjob.py`.
+`ray.cluster.kind` says which way: an entry of `BACKENDS`.
 """
 
 import contextlib
@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO
 
-from components.config.ray import RayConfig, RayJobCluster
+from components.config.ray import RayConfig
 from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubeflow_run, last_lines
+from components.ray_cluster.jobs_api import JobsApi
+from components.ray_cluster.rayjob import RayJobs
 from components.ray_cluster.workflow import own_workflow
 from components.registry import runs
 from components.shared.errors import JobError, UserError
@@ -26,6 +28,11 @@ from components.step.step import StepRun
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+BACKENDS: dict[str, Callable[[RayConfig, str], Backend]] = {
+    "jobs-api": lambda _, address: JobsApi(address or os.environ.get("RAY_ADDRESS", "")),
+    "rayjob": lambda ray, _: RayJobs(ray),
+}
+"""By `ray.cluster.kind`: from the config, and the address that a person gave, to the way there."""
 
 
 def submit_and_wait(
@@ -102,21 +109,14 @@ def connect(ray: RayConfig | None = None, *, address: str = "") -> Backend:
     """The way to the cluster that the config names.
 
     Raises:
-        UserError: it is not set, or an address is given where a RayJob makes a cluster of its own.
+        UserError: it is not set, or an address is given where each job has a cluster of its own.
         JobError: the cluster is out of reach.
     """
     ray = ray or RayConfig()
-    if isinstance(ray.cluster, RayJobCluster):
-        if address:
-            raise UserError(
-                f'{address} is no address for ray.cluster.kind = "rayjob": drop it, or set kind = "jobs-api"'
-            )
-        from components.ray_cluster.rayjob import RayJobs
-
-        return RayJobs(ray)
-    from components.ray_cluster.jobs_api import JobsApi
-
-    return JobsApi(address or os.environ.get("RAY_ADDRESS", ""))
+    if address and not ray.cluster.has_address:
+        kind = ray.cluster.kind
+        raise UserError(f'{address} is no address for ray.cluster.kind = "{kind}": drop it, or set kind = "jobs-api"')
+    return BACKENDS[ray.cluster.kind](ray, address)
 
 
 def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:

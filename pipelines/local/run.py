@@ -51,10 +51,11 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
-    needs_head = config.ray.cluster.kind == "jobs-api" and not place.address
-    if place.address and config.ray.cluster.kind == "rayjob":
+    cluster = config.ray.cluster
+    needs_head = cluster.has_address and not place.address
+    if place.address and not cluster.has_address:
         raise UserError(
-            f'--address {place.address}: with ray.cluster.kind = "rayjob" each job has a cluster of its own. '
+            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" each job has a cluster of its own. '
             "Drop --address, or --set ray.cluster.kind=jobs-api"
         )
     run_id = run_id or new_run_id()
