@@ -58,8 +58,8 @@ RULES = [
         {"base": "nf4"},
     ),
     LegalityRule(
-        lambda cell: cell.init == "loftq" and cell.adapter != "lora",
-        "LoftQ starts LoRA's two matrices, and this adapter has others",
+        lambda cell: cell.init != "default" and cell.adapter != "lora",
+        "a start other than default is one of LoRA's two matrices, and this adapter has others",
         {"init": "default"},
     ),
     LegalityRule(

@@ -104,7 +104,7 @@ class MethodConfig(Section):
     scaling: Scaling | None = None
     """classic is alpha / rank, rslora alpha / sqrt(rank); absent means what the name says."""
     init: Init | None = None
-    """default starts as the base; loftq as what quantisation took away. Absent means what the name says."""
+    """default starts as the base; loftq together with a base of its own. Absent means what the name says."""
     base: BaseFormat | None = None
     """How the frozen base is stored: bf16, nf4 or int8; absent means what the name says."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None

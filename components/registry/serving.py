@@ -75,8 +75,8 @@ def _obstacles(method: Method, rank: int, target_modules: Sequence[str]) -> list
 
 
 def _base_notes(method: Method) -> list[str]:
-    if method.init == "loftq":
-        return ["it belongs to the NF4 base that adapter_config.json names, and to no other"]
+    if method.init != "default":
+        return ["it belongs to the base of its own that adapter_config.json names, and to no other"]
     if method.base == "nf4":
         return ["trained on NF4 weights: --quantization bitsandbytes serves the like, a 16-bit base differs slightly"]
     if method.base == "int8":

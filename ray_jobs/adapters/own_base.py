@@ -1,67 +1,176 @@
 """The base that an adapter stands on: the original, or one of its own that its start was chosen together with.
 
-`method.init` says which. A start that moves the base is one entry of `STARTS`: a module with the four functions that
-are called here, as LoftQ's has them. Nobody else asks for a start by its name.
+`method.init` says which. A base of an adapter's own belongs to it and to no other. It is a folder of the store, made
+once by all workers and from then on only pulled:
+
+bases/<id>/   a transformers model: `from_pretrained` loads it as it is
+              <init>_init.safetensors   the adapter's first weights
+              <init>.json               what it was made from, and what the making found
+
+How one is made is an entry of `STARTS`: a module with the four functions of `Start`, as LoftQ's has them. Nobody else
+asks for a start by its name.
 """
 
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import Init
-from components.config.schema import RunConfig
-from components.registry.store import Store
+from components.config.schema import MethodConfig, RunConfig
+from components.registry import folders
+from components.registry.store import Store, encode_json
+from components.shared.errors import Conflict, FineloopError
 from ray_jobs.adapters.loftq import loftq
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 class Start(Protocol):
     """How adapters of one `method.init` begin, where that is not as the base alone."""
 
-    def prepare(self, config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
-        """Find the base, or make it, which all workers do together."""
+    def made_from(self, method: MethodConfig, original: Base) -> Mapping[str, Any]:
+        """All that base and first weights depend on, as JSON values; the base is named after it."""
 
-    def find(self, config: RunConfig, original: Base, store: Store) -> Base:
-        """The base where it was made already."""
+    def compute(
+        self, config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
+    ) -> Any:
+        """The making, which all workers share; rank 0 has the result. Raises ConfigError on all of them or on none."""
 
-    def begin(self, adapted: "PeftModel", base: Base) -> None:
+    def write(self, config: RunConfig, original: Base, computed: Any, folder: Path, init_path: Path) -> dict[str, Any]:
+        """Write the model to `folder` and the first weights to `init_path`, on rank 0; gives what the making found.
+
+        Raises:
+            ConfigError: the base is no better than the original.
+        """
+
+    def begin(self, adapted: "PeftModel", init_path: Path) -> None:
         """Give a fresh adapter its first weights."""
-
-    def recipe(self, base: Base) -> dict[str, Any]:
-        """How the base was made, for the lineage."""
 
 
 STARTS: dict[Init, Start] = {"loftq": loftq}
 
 
 def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
-    """The base to train on; with several workers every one of them must call this, in an initialised process group.
+    """The base to train on.
+
+    Where the store does not have it yet, all workers make it together: with several, every one of them must call
+    this, in an initialised process group, and before anything (as ZeRO-3 does) changes how models are loaded.
 
     Raises:
         ConfigError: no such base can be made of the original.
     """
     start = STARTS.get(config.method.row.init)
-    return start.prepare(config, original, store, rank=rank, num_workers=num_workers) if start else original
+    if start is None:
+        return original
+    key = folder_key(config.method, original)
+    with _gloo_group(num_workers) as group:
+        is_missing = rank == 0 and folders.find_manifest(store, key) is None
+        if _from_rank_0(is_missing, group):
+            computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
+            failure = None
+            try:
+                if rank == 0:
+                    _publish(start, config, original, store, computed)
+            except FineloopError as exc:  # every worker must end, and for the same reason
+                failure = exc
+            failure = _from_rank_0(failure, group)
+            if failure is not None:
+                raise failure
+    return find(config, original, store)
 
 
 def find(config: RunConfig, original: Base, store: Store) -> Base:
-    """The base that an adapter of this config was trained on.
+    """The base that an adapter of this config was trained on, brought into the cache and every byte verified.
 
     Raises:
         ObjectMissing: it was never made.
     """
-    start = STARTS.get(config.method.row.init)
-    return start.find(config, original, store) if start else original
+    init = config.method.row.init
+    if init not in STARTS:
+        return original
+    key = folder_key(config.method, original)
+    sha256 = folders.read_manifest(store, key).sha256
+    path = base_model.cache_dir() / f"{init}-{sha256[:16]}"
+
+    def pull(target: Path) -> None:
+        folders.pull(store, key, target, manifest_sha256=sha256)
+
+    base_model.once(path, pull)
+    pull(path)  # what the cache held before is verified
+    return Base(store.uri(key), path, {"kind": init, "manifest_sha256": sha256})
 
 
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
     """Give a fresh adapter on `base` its first weights, where those are not peft's own."""
-    if start := STARTS.get(config.method.row.init):
-        start.begin(adapted, base)
+    init = config.method.row.init
+    if start := STARTS.get(init):
+        start.begin(adapted, _init_path(base.path, init))
 
 
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
-    """For the lineage: how the base was made; nothing for the original."""
-    start = STARTS.get(config.method.row.init)
-    return start.recipe(base) if start else {}
+    """For the lineage: how the base was made and what that gained; nothing for the original."""
+    init = config.method.row.init
+    return {init: json.loads(_report_path(base.path, init).read_text(encoding="utf-8"))} if init in STARTS else {}
+
+
+def folder_key(method: MethodConfig, original: Base) -> str:
+    """Where the base of this method's own lies in the store: all that it depends on is in the name, no more."""
+    made_from = STARTS[method.row.init].made_from(method, original)
+    return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
+
+
+def _init_path(folder: Path, init: Init) -> Path:
+    return folder / f"{init}_init.safetensors"  # a name that transformers does not take for the model's weights
+
+
+def _report_path(folder: Path, init: Init) -> Path:
+    return folder / f"{init}.json"
+
+
+def _publish(start: Start, config: RunConfig, original: Base, store: Store, computed: Any) -> None:
+    init, key = config.method.row.init, folder_key(config.method, original)
+    with tempfile.TemporaryDirectory(prefix="fineloop-base-") as scratch:
+        folder = Path(scratch)
+        found = start.write(config, original, computed, folder, _init_path(folder, init))
+        about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
+        _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
+        try:
+            folders.publish(store, key, files, about=about)
+        except Conflict:  # another run, perhaps on other hardware, was faster: everybody stands on its base
+            logger.info("%s was published by another run meanwhile", store.uri(key))
+
+
+def _from_rank_0(value: Any, group: "ProcessGroup | None") -> Any:
+    import torch.distributed as dist
+
+    box = [value]
+    if group is not None:
+        dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+@contextlib.contextmanager
+def _gloo_group(num_workers: int) -> Iterator["ProcessGroup | None"]:
+    """All workers, over the CPU whatever training uses, since Python objects pass; None for a single one."""
+    import torch.distributed as dist
+
+    if num_workers == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)

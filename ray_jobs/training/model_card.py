@@ -41,7 +41,7 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 
 | | |
 |---|---|
-| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(recipe)}
+| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(config, recipe)}
 | Data | `{dataset["dataset_id"]}`: {dataset["train_records"]} records trained on, {dataset["eval_records"]} held out |
 | Trained parameters | {trained} |
 | Training | {effort} |
@@ -61,11 +61,11 @@ model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 """
 
 
-def _own_base(recipe: Mapping[str, Any]) -> str:
-    if "loftq" not in recipe:
+def _own_base(config: RunConfig, recipe: Mapping[str, Any]) -> str:
+    if config.method.row.init == "default":
         return ""
     return (
-        f"\n| Stands on | `{recipe['stands_on']}`: NF4 weights that LoftQ chose together with the adapter's start. "
+        f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
         "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
     )
 

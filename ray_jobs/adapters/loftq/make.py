@@ -21,7 +21,6 @@ from ray_jobs.base.base_model import Base
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-INIT = "loftq_init.safetensors"  # a name that transformers does not take for the model's weights
 PROGRESS_EVERY_S = 5.0
 COPIED = {
     ".json",
@@ -158,7 +157,7 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
     return found
 
 
-def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path) -> None:
+def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path) -> None:
     """The new base as files: the original in NF4, with the Q of each split in place of the layer's own.
 
     The same splits give the same bytes.
@@ -182,7 +181,7 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
             shutil.copyfile(path, folder / path.name)
     init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
     init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
-    save_file({name: init[name].contiguous() for name in sorted(init)}, folder / INIT)
+    save_file({name: init[name].contiguous() for name in sorted(init)}, init_path)
 
 
 def _gather(

@@ -64,7 +64,7 @@ def test_dora_is_merged_for_its_magnitudes() -> None:
         ("lora", "nf4", "--quantization bitsandbytes"),
         ("vera", "nf4", "--quantization bitsandbytes"),
         ("lora", "int8", "int8 weights"),
-        ("loftq", "nf4", "belongs to the NF4 base that adapter_config.json names"),
+        ("loftq", "nf4", "belongs to the base of its own that adapter_config.json names"),
     ],
 )
 def test_a_quantised_base_is_told(name: str, base: str, word: str) -> None:

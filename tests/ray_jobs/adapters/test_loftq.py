@@ -21,7 +21,6 @@ from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import ConfigError, ObjectMissing, UserError
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.loftq import loftq
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split
 from ray_jobs.base import base_model
@@ -103,7 +102,7 @@ def loaded(base: Base, config: RunConfig, base_format: Any = "nf4") -> Any:
 def adapted(base: Base, config: RunConfig) -> Any:
     """The model as training starts with it."""
     model = build.attach(loaded(base, config), config.method, base_reference=base.reference, seed=0)
-    loftq.begin(model, base)
+    own_base.begin(config, model, base)
     return model.eval()
 
 
@@ -223,7 +222,7 @@ def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
     original = Base("anywhere", Path("anywhere"), {"kind": "hub", "commit": "c0"})
 
     def key(*changes: str, base: Base = original) -> str:
-        return loftq.folder_key(changed(*changes).method, base)
+        return own_base.folder_key(changed(*changes).method, base)
 
     same = [
         ("method.alpha=5",),

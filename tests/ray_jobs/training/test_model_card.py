@@ -2,6 +2,7 @@ from typing import Any
 
 import yaml
 
+from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from ray_jobs.training.model_card import model_card
@@ -65,7 +66,8 @@ def test_the_card_says_how_the_version_is_served(config):
 
 def test_the_card_names_the_base_of_its_own_where_there_is_one(config):
     assert "Stands on" not in card(config)
-    text = card(config, stands_on="s3://b/bases/b0", loftq={})
+    loftq = config_file.loads(config_file.dumps(config), ["method.name=loftq"])
+    text = card(loftq, stands_on="s3://b/bases/b0")
     assert "loaded as bf16 |\n| Stands on | `s3://b/bases/b0`" in text
     assert "--with-base` fetches both |\n| Data |" in text
     assert "from_pretrained(BASE_FOLDER)  # s3://b/bases/b0\n" in text
