@@ -85,7 +85,8 @@ def publish(
 ) -> DatasetFolder:
     """Write the dataset's folder, or nothing when the store holds these records already.
 
-    The first run to publish some records also decides the profile and the rejects that are kept beside them.
+    The first run to publish some records also decides the profile and the rejects that are kept beside them, each by
+    itself.
     """
     identity = dataset_id(train, evaluation)
     key = f"datasets/{identity}"
@@ -109,7 +110,7 @@ def publish(
             "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
         }
         try:
-            folders.publish(store, key, files, about=about)
+            folders.publish(store, key, files, about=about, identity=())
         except Conflict:
             # Another run published the same records meanwhile, with a profile of its own: either will do.
             logger.info("%s was published by another run at the same time", folder.uri)

@@ -8,6 +8,8 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from components.shared.errors import Conflict, FineloopError, ObjectMissing, StoreError
@@ -19,6 +21,7 @@ READ_TIMEOUT_S = 60
 ATTEMPTS = 3
 PART_BYTES = 16 * 2**20
 TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
+MOST_PARTS = 10_000  # that S3 takes of one object
 PROGRESS_FROM_BYTES = 64 * 2**20
 WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 BAD_SESSION = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
@@ -66,6 +69,47 @@ def transfer_config() -> Any:
         max_concurrency=TRANSFERS,
         max_io_queue=TRANSFERS * 8,
     )
+
+
+def create_from_file(client: Any, bucket: str, full_key: str, path: Path, *, content_type: str) -> str:
+    """Upload a file unless the object exists, and return its etag; boto3's managed uploads know no condition.
+
+    In parts, it is the completion that asks If-None-Match: until then there is no object.
+
+    Raises:
+        ClientError: with status 412, the object exists.
+    """
+    size = path.stat().st_size
+    target = {"Bucket": bucket, "Key": full_key}
+    checked: Any = {"ChecksumAlgorithm": "SHA256"}
+    progress = TransferProgress(f"uploading {path.name}", size)
+    if size < 2 * PART_BYTES:
+        with path.open("rb") as body:
+            answer = client.put_object(**target, **checked, Body=body, ContentType=content_type, IfNoneMatch="*")
+        return str(answer["ETag"])
+    part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+    upload = {
+        **target,
+        "UploadId": client.create_multipart_upload(**target, **checked, ContentType=content_type)["UploadId"],
+    }
+
+    def send(number: int) -> dict[str, Any]:
+        with path.open("rb") as file:
+            file.seek((number - 1) * part_bytes)
+            body = file.read(part_bytes)
+        answer = client.upload_part(**upload, **checked, PartNumber=number, Body=body)
+        progress(len(body))
+        return {"PartNumber": number, **{key: answer[key] for key in ("ETag", "ChecksumSHA256") if key in answer}}
+
+    try:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            parts = list(pool.map(send, range(1, -(-size // part_bytes) + 1)))
+        answer = client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+    except BaseException:
+        with contextlib.suppress(Exception):  # a lifecycle rule of the bucket removes what stays
+            client.abort_multipart_upload(**upload)
+        raise
+    return str(answer["ETag"])
 
 
 class TransferProgress:

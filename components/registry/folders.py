@@ -1,14 +1,15 @@
 """Folders that exist when their manifest does.
 
-`manifest.json` lists every file with its size and sha256 and is written last, with If-None-Match. So a writer that dies
-half-way leaves nothing that a reader sees, and two writers cannot both win.
+Every file is created, never overwritten (If-None-Match), and `manifest.json`, which lists each with its size and
+sha256, is created last. So a writer that dies half-way leaves nothing that a reader sees, and of two writers at once
+the slower one changes nothing of what the faster one's manifest vouches for.
 """
 
 import contextlib
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,14 +58,22 @@ def now() -> str:
 
 
 def publish(
-    store: Store, key: str, files: Mapping[str, bytes | Path], *, about: Mapping[str, Any] | None = None
+    store: Store,
+    key: str,
+    files: Mapping[str, bytes | Path],
+    *,
+    about: Mapping[str, Any] | None = None,
+    identity: Collection[str] | None = None,
 ) -> Manifest:
     """Write the folder `key`, manifest last. The same files again give the stored manifest and change nothing.
 
-    A folder that an interrupted writer left without a manifest is completed, and loses what is not in `files`.
+    A folder that another writer left without a manifest, or is writing now, is completed, and the manifest lists what
+    is stored, read where it is not the caller's. `identity` names the files that must be as given, by default all; of
+    any other, the one that was stored first stands. Writers of one folder should agree on the names of its files: what
+    is created after the manifest belongs to nothing.
 
     Raises:
-        Conflict: the folder exists with other files.
+        Conflict: the folder exists with other files, or has no manifest yet and differs in its identity.
         UserError: a path in `files` is absolute, leaves the folder, or is the manifest's own.
     """
     for path in files:
@@ -75,13 +84,18 @@ def publish(
     if existing is not None:
         return _same(store, key, existing, digests)
     logger.info("publishing %d files to %s", len(files), store.uri(key))
+    before = _sizes(store, key)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for _ in pool.map(lambda path: _upload(store, f"{key}/{path}", files[path]), digests):
-            pass  # draining the results raises the first error
-    stored = _sizes(store, key).keys()
-    if MANIFEST not in stored:
-        store.delete(f"{key}/{path}" for path in stored - digests.keys())
-    body = encode_json({"format": FORMAT, "files": digests, "about": dict(about or {}), "created_at": now()})
+        created = dict(
+            pool.map(lambda path: (path, _create(store, f"{key}/{path}", files[path])), digests.keys() - before)
+        )
+    stored = {path: digests[path] for path, is_own in created.items() if is_own}
+    for path in _sizes(store, key).keys() - stored.keys() - {MANIFEST}:
+        stored[path] = _digest(store.chunks(f"{key}/{path}"))
+    fixed = {*stored, *digests} if identity is None else identity
+    if differing := _differing(stored, digests, fixed):
+        raise Conflict(f"{store.uri(key)} has no {MANIFEST} yet, and another writer's {differing}: remove the folder")
+    body = encode_json({"format": FORMAT, "files": stored, "about": dict(about or {}), "created_at": now()})
     try:
         store.create(f"{key}/{MANIFEST}", body, content_type=JSON)
     except Conflict:
@@ -201,17 +215,26 @@ def _parse(body: bytes, uri: str) -> Manifest:
 
 
 def _same(store: Store, key: str, existing: Manifest, digests: Mapping[str, FileDigest]) -> Manifest:
-    differing = [path for path in sorted({*existing.files, *digests}) if existing.files.get(path) != digests.get(path)]
-    if differing:
+    if differing := _differing(existing.files, digests, {*existing.files, *digests}):
         raise Conflict(
-            f"{store.uri(key)} exists since {existing.created_at} with other content in "
-            f"{', '.join(differing[:FAULTS_SHOWN])}, and is never rewritten: publish under another name"
+            f"{store.uri(key)} exists since {existing.created_at} with other content in {differing}, and is never "
+            "rewritten: publish under another name"
         )
     return existing
 
 
-def _upload(store: Store, key: str, body: bytes | Path) -> None:
-    store.put(key, body, content_type=CONTENT_TYPES.get(PurePosixPath(key).suffix, BINARY))
+def _differing(stored: Mapping[str, FileDigest], digests: Mapping[str, FileDigest], paths: Collection[str]) -> str:
+    paths = [path for path in sorted(paths) if stored.get(path) != digests.get(path)]
+    return ", ".join(paths[:FAULTS_SHOWN])
+
+
+def _create(store: Store, key: str, body: bytes | Path) -> bool:
+    """Whether the object is now the caller's; another writer's stays as it is."""
+    try:
+        store.create(key, body, content_type=CONTENT_TYPES.get(PurePosixPath(key).suffix, BINARY))
+    except Conflict:
+        return False
+    return True
 
 
 def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:

@@ -19,6 +19,7 @@ from components.registry.client import (
     ATTEMPTS,
     TransferProgress,
     client_from_environment,
+    create_from_file,
     http_status,
     transfer_config,
     translated,
@@ -130,13 +131,27 @@ class Store:
                     Config=transfer_config(),
                 )
 
-    def create(self, key: str, body: bytes, *, content_type: str = BINARY) -> str:
+    def create(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> str:
         """Write only when there is no such object yet (If-None-Match: *); returns its etag.
 
+        A `Path` is streamed, in parts when it is large.
+
         Raises:
-            Conflict: it exists. An object with these very bytes, met after a lost answer, counts as ours.
+            Conflict: it exists. Of `bytes`, an object that holds these very ones, met after a lost answer, counts as
+                ours; of a `Path`, whoever asks has to look.
         """
-        return self._put_if(key, body, content_type, IfNoneMatch="*")
+        if isinstance(body, bytes):
+            return self._put_if(key, body, content_type, IfNoneMatch="*")
+        with self._errors(key):
+            return create_from_file(self._client, self.bucket, self._full(key), body, content_type=content_type)
+
+    def claim(self, key: str, body: bytes, *, content_type: str = BINARY) -> bytes:
+        """Write only when there is no such object yet, and return what stands there: whoever comes first decides."""
+        try:
+            self.create(key, body, content_type=content_type)
+        except Conflict:
+            return self.get(key)
+        return body
 
     def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
         """Replace the object only while its etag is `etag` (If-Match); returns the new one.

@@ -21,7 +21,7 @@ from components.registry.aliases import (
 )
 from components.registry.folders import FileDigest, Manifest
 from components.registry.records import Evaluation
-from components.registry.store import Store, decode_json, encode_json
+from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -56,7 +56,8 @@ def publish_version(
     """Publish an adapter with its lineage; the same weights and adapter config again give the version that exists.
 
     `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version, such as
-    README.md. An interrupted publication is completed by the next.
+    README.md. Of two writers at once, and of one that completes what another left, the lineage that was stored first is
+    the version's, and names its run; the same goes for each file that describes it.
 
     Raises:
         UserError: one of the two is missing, or lineage.json is among the files.
@@ -71,11 +72,14 @@ def publish_version(
     key = version_key(name, version)
     manifest = folders.find_manifest(store, key)
     if manifest is None:
-        about = {"name": name, "version": version, "run_id": lineage.get("run_id", "")}
+        first = store.claim(f"{key}/{LINEAGE}", encode_json(lineage), content_type=JSON)
+        about = {"name": name, "version": version, "run_id": _run_id(first, store.uri(f"{key}/{LINEAGE}"))}
         try:
-            manifest = folders.publish(store, key, {**files, LINEAGE: encode_json(lineage)}, about=about)
-        except Conflict:  # another run published the same adapter meanwhile, with its own lineage
-            manifest = folders.read_manifest(store, key)
+            manifest = folders.publish(store, key, {**files, LINEAGE: first}, about=about, identity=IDENTITY)
+        except Conflict:  # another run published the same adapter meanwhile, and describes it otherwise
+            manifest = folders.find_manifest(store, key)
+            if manifest is None:
+                raise
     if any(manifest.files.get(path) != digest for path, digest in digests.items()):
         raise Conflict(f"{store.uri(key)} exists with another content of the same id")
     published = {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
@@ -192,6 +196,11 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
         raise IntegrityError(f"{store.uri(key)}/{LINEAGE} is not the one that the manifest lists")
     lineage: dict[str, Any] = decode_json(body, store.uri(f"{key}/{LINEAGE}"))
     return lineage
+
+
+def _run_id(lineage: bytes, uri: str) -> str:
+    record = decode_json(lineage, uri)
+    return str(record.get("run_id", "")) if isinstance(record, dict) else ""
 
 
 def _identical(store: Store, version: Version, manifest: Manifest) -> Manifest:

@@ -168,12 +168,19 @@ data "aws_iam_policy_document" "bucket" {
     }
   }
 
-  # A manifest vouches for a folder, an event for what happened: they are created once.
+  # A manifest vouches for a folder and every file in it, an event for what happened: they are created once.
   statement {
-    sid       = "ManifestsAndEventsAreWrittenOnce"
-    effect    = "Deny"
-    actions   = ["s3:PutObject"]
-    resources = ["${local.root}*/manifest.json", "${local.root}adapters/*/events/*"]
+    sid     = "FoldersAndEventsAreWrittenOnce"
+    effect  = "Deny"
+    actions = ["s3:PutObject"]
+
+    resources = [
+      "${local.root}*/manifest.json",
+      "${local.root}adapters/*/events/*",
+      "${local.root}datasets/*",
+      "${local.root}bases/*",
+      "${local.root}adapters/*/versions/*",
+    ]
 
     principals {
       type        = "*"

@@ -1,12 +1,15 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry import folders
-from components.registry.folders import MANIFEST, find_manifest, publish, pull, read_manifest, verify
+from components.registry.folders import MANIFEST, Manifest, find_manifest, publish, pull, read_manifest, verify
 from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from pipelines.local.seaweedfs import Endpoint
@@ -40,8 +43,8 @@ def test_a_published_folder_verifies_and_is_pulled_whole(store: Store, tmp_path:
 
 def test_the_manifest_is_written_last_and_by_creation(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[str] = []
-    put, create = store.put, store.create
-    monkeypatch.setattr(store, "put", lambda key, body, **how: (put(key, body, **how), writes.append(key)))
+    create = store.create
+    monkeypatch.setattr(store, "put", None)
     monkeypatch.setattr(store, "create", lambda key, body, **how: (create(key, body, **how), writes.append(key))[0])
     publish(store, KEY, FILES)
     assert sorted(writes[:-1]) == sorted(f"{KEY}/{path}" for path in FILES)
@@ -57,7 +60,10 @@ from components.registry import folders
 from components.registry.store import Store
 from components.config.schema import RegistryConfig
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
-store.create = lambda *_, **__: os.kill(os.getpid(), 9)
+create = store.create
+def killed(key, body, **how):
+    return os.kill(os.getpid(), 9) if key.endswith("manifest.json") else create(key, body, **how)
+store.create = killed
 folders.publish(store, {KEY!r}, {{"a": b"from the first", "left": b"over"}})
 """
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -68,9 +74,16 @@ folders.publish(store, {KEY!r}, {{"a": b"from the first", "left": b"over"}})
         with pytest.raises(ObjectMissing, match=f"{KEY} does not exist: it has no manifest.json"):
             read(store, KEY)
     assert list(tmp_path.iterdir()) == []
-    manifest = publish(store, KEY, {"a": b"from the second"})
+    with pytest.raises(Conflict, match=r"has no manifest\.json yet, and another writer's a, left: remove the folder"):
+        publish(store, KEY, {"a": b"from the second"})
+    assert find_manifest(store, KEY) is None
+    manifest = publish(store, KEY, {"a": b"from the second", "b": b""}, identity=["b"])
     assert verify(store, KEY) == manifest
-    assert store.get(f"{KEY}/a") == b"from the second"
+    assert manifest.files == {
+        "a": folders.digest_of(b"from the first"),
+        "b": folders.digest_of(b""),
+        "left": folders.digest_of(b"over"),
+    }
 
 
 def test_publishing_the_same_files_again_changes_nothing(store: Store) -> None:
@@ -104,12 +117,54 @@ def test_the_loser_of_two_publications_gets_the_winners_manifest(store: Store, m
     )
 
     def overtaken(key: str, own: bytes, *, content_type: str) -> str:
-        create(key, body, content_type=content_type)
+        if key.endswith(MANIFEST):
+            create(key, body, content_type=content_type)
         return create(key, own, content_type=content_type)
 
     monkeypatch.setattr(store, "create", overtaken)
     assert publish(store, KEY, FILES).about == {"by": "the other"}
     assert read_manifest(store, KEY).body == body
+
+
+def test_of_two_unequal_publishers_at_once_neither_damages_what_the_other_is_told(store: Store) -> None:
+    rounds = 20
+    stores = [store, Store.open(RegistryConfig(bucket=store.bucket, prefix=store.prefix))]
+    barrier = threading.Barrier(2)
+
+    def write(writer: int) -> list[Manifest | Conflict]:
+        told: list[Manifest | Conflict] = []
+        for number in range(rounds):
+            own = {f"{name}.json": f"{writer}".encode() * (1 + writer) for name in "abc"}
+            barrier.wait()
+            try:
+                found = publish(
+                    stores[writer], f"f/{number}", {"same": b"x", **own}, about={"by": writer}, identity=["same"]
+                )
+                told.append(found)
+            except Conflict as exc:
+                told.append(exc)
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(zip(*pool.map(write, range(2)), strict=True))
+    for number, outcome in enumerate(outcomes):
+        stored = verify(store, f"f/{number}")
+        winners = [writer for writer, told in enumerate(outcome) if told == stored and stored.about == {"by": writer}]
+        assert len(winners) == 1, outcome
+        other = outcome[1 - winners[0]]
+        assert other == stored or isinstance(other, Conflict)
+
+
+def test_a_large_file_is_created_once(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(1000) * 35_000)
+    manifest = publish(store, KEY, {"weights": path})
+    assert verify(store, KEY) == manifest
+    before = listing(store)
+    with pytest.raises(Conflict):
+        store.create(f"{KEY}/weights", path)
+    assert listing(store) == before
+    assert not store._client.list_multipart_uploads(Bucket=store.bucket).get("Uploads")
 
 
 @pytest.mark.parametrize("path", ["../a", "/a", "a/../../b", "a//b", "./a", "", MANIFEST, "a\\b"])

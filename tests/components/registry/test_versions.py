@@ -1,8 +1,11 @@
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from components.config.schema import RegistryConfig
 from components.registry import runs
 from components.registry.aliases import events, promote, read_alias, version_key
 from components.registry.folders import MANIFEST
@@ -86,6 +89,46 @@ def test_a_publication_interrupted_before_its_manifest_is_no_version(store: Stor
         promote(store, "icd", version.version)
     assert published(store).version == version.version
     assert [found.version for found in list_versions(store, "icd")] == [version.version]
+
+
+def test_a_version_that_another_run_left_unfinished_stays_that_runs(store: Store) -> None:
+    version = published(store, run_id="r1")
+    key = version_key("icd", version.version)
+    store.delete([f"{key}/{MANIFEST}", f"{key}/README.md"])
+    completed = published(store, run_id="r2")
+    assert completed.run_id == "r1"
+    assert read_lineage(store, completed) == {"run_id": "r1"}
+    assert store.get(f"{key}/README.md") == b"By r2.\n"
+    verify_version(store, completed)
+
+
+def test_a_left_file_that_is_not_what_the_id_says_is_not_adopted(store: Store) -> None:
+    version = published(store)
+    key = version_key("icd", version.version)
+    store.delete([f"{key}/{MANIFEST}"])
+    store.put(f"{key}/adapter_config.json", b"{ }")
+    with pytest.raises(Conflict, match=r"another writer's adapter_config\.json: remove the folder"):
+        published(store)
+    assert list_versions(store, "icd") == []
+
+
+def test_two_runs_that_publish_one_adapter_at_once_are_told_of_one_whole_version(store: Store) -> None:
+    stores = [store, Store.open(RegistryConfig(bucket=store.bucket, prefix=store.prefix))]
+    barrier = threading.Barrier(2)
+
+    def write(writer: int) -> list[Version]:
+        told = []
+        for number in range(20):
+            barrier.wait()
+            told.append(published(stores[writer], f"weights {number}".encode(), run_id=f"run{writer}"))
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        for one, other in zip(*pool.map(write, range(2)), strict=True):
+            assert one == other
+            verify_version(store, one)
+            assert read_lineage(store, one) == {"run_id": one.run_id}
+    assert len([event for event in events(store, "icd") if event.kind == "published"]) == 20
 
 
 def test_versions_are_listed_newest_first_with_their_aliases(store: Store) -> None:

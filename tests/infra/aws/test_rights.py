@@ -13,17 +13,17 @@ SOURCE = source()
 ANYBODY = (*ROLES, STRANGER)
 VERSION = version_key("icd", "v1")
 PLAIN = {
-    "datasets/d1/train/0.parquet": "trainer pipeline",
     runs.run_key("r1", runs.CONFIG): "trainer pipeline",
     "runs/r1/evaluation.json": "trainer pipeline",
     "runs/r1/checkpoints/7/rank-0/optimizer.safetensors": "trainer pipeline",
-    "bases/b1/model.safetensors": "trainer",
-    f"{VERSION}/adapter_model.safetensors": "trainer",
     ".check/probe": "trainer pipeline admin",
     "elsewhere/x": "",
     "adapters/icd": "",
 }
 CREATED = {
+    "datasets/d1/train/0.parquet": "trainer pipeline",
+    "bases/b1/model.safetensors": "trainer",
+    f"{VERSION}/adapter_model.safetensors": "trainer",
     "datasets/d1/manifest.json": "trainer pipeline",
     "bases/b1/manifest.json": "trainer",
     f"{VERSION}/manifest.json": "trainer",
@@ -46,6 +46,13 @@ DELETED = {
     adapter_key("icd", "watermark.json"): "",
     adapter_key("icd", "events", "2026-e1.json"): "",
 }
+
+
+ONCE = (  # what is written once
+    '      "${local.root}*/manifest.json",\n',
+    '      "${local.root}adapters/*/events/*",\n      "${local.root}datasets/*",\n',
+    '      "${local.root}bases/*",\n      "${local.root}adapters/*/versions/*",\n    ]\n\n    principals',
+)
 
 
 @dataclass(frozen=True)
@@ -150,12 +157,12 @@ def test_a_key_of_ones_own_is_used_by_every_role_and_by_none_without_one() -> No
         (
             '"${local.root}adapters/*/versions/*",\n      "${local.root}adapters/*/events/*"',
             '"${local.root}adapters/*/events/*"',
-            "trainer may put adapters/icd/versions/v1/adapter_model.safetensors",
+            "trainer may create adapters/icd/versions/v1/adapter_model.safetensors",
         ),
         (
             '"${local.root}datasets/*",\n      "${local.root}runs/*",\n      "${local.root}adapters/*/aliases/*"',
             '"${local.root}*",\n      "${local.root}adapters/*/aliases/*"',
-            "pipeline may not put adapters/icd/versions/v1/adapter_model.safetensors",
+            "pipeline may not create adapters/icd/versions/v1/adapter_model.safetensors",
         ),
         (
             'resources = ["${local.root}runs/*/checkpoints/*", "${local.root}.check/*"]',
@@ -172,16 +179,11 @@ def test_a_key_of_ones_own_is_used_by_every_role_and_by_none_without_one() -> No
             'variable = "s3:if-match"\n      values   = ["false"]',
             "pipeline may not overwrite adapters/icd/aliases/production.json",
         ),
-        (
-            '"${local.root}*/manifest.json", "${local.root}adapters',
-            '"${local.root}adapters',
-            "trainer may not overwrite adapters/icd/versions/v1/manifest.json",
-        ),
-        (
-            '"${local.root}*/manifest.json", "${local.root}adapters/*/events/*"',
-            '"${local.root}*/manifest.json"',
-            "admin may not overwrite adapters/icd/events/2026-e1.json",
-        ),
+        (ONCE[0], "", "trainer may not overwrite runs/r1/checkpoints/7/shared/manifest.json"),
+        (ONCE[1], "", "admin may not overwrite adapters/icd/events/2026-e1.json"),
+        (ONCE[1], "", "pipeline may not overwrite datasets/d1/train/0.parquet"),
+        (ONCE[2], "    ]\n\n    principals", "trainer may not overwrite bases/b1/model.safetensors"),
+        (ONCE[2], "    ]\n\n    principals", f"trainer may not overwrite {VERSION}/adapter_model.safetensors"),
         (
             'test     = "Bool"\n      variable = "s3:ObjectCreationOperation"\n      values   = ["true"]',
             'test     = "Null"\n      variable = "s3:nothing"\n      values   = ["true"]',
