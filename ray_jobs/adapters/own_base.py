@@ -3,9 +3,13 @@
 `method.init` says which. A base of an adapter's own belongs to it and to no other. It is a folder of the store, made
 once by all workers and from then on only pulled:
 
-bases/<id>/   a transformers model: `from_pretrained` loads it as it is
-              <init>_init.safetensors   the adapter's first weights
-              <init>.json               what it was made from, and what the making found
+bases/<id>/chosen.json   which folder beside it everybody stands on: that of the first run to finish one
+bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
+     <init>_init.safetensors   the adapter's first weights
+     <init>.json               what it was made from, and what the making found
+
+Other hardware may compute otherwise, so each content has a folder: files of two makings never mix. Release 0.1.0 wrote
+the files to bases/<id>/ itself, which is still read.
 
 How one is made is an entry of `STARTS`: a module with the four functions of `Start`, as LoftQ's has them. Nobody else
 asks for a start by its name.
@@ -23,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from components.config.methods import Init
 from components.config.schema import MethodConfig, RunConfig
 from components.registry import folders
-from components.registry.store import Store, encode_json
-from components.shared.errors import Conflict, FineloopError
+from components.registry.store import JSON, Store, decode_json, encode_json
+from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from ray_jobs.adapters.loftq import loftq
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
+
+CHOSEN = "chosen.json"
+FORMAT = 1  # of chosen.json
 
 
 class Start(Protocol):
@@ -75,7 +82,7 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
         return original
     key = folder_key(config.method, original)
     with _gloo_group(num_workers) as group:
-        is_missing = rank == 0 and folders.find_manifest(store, key) is None
+        is_missing = rank == 0 and _chosen(store, key) is None
         if _from_rank_0(is_missing, group):
             computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
             failure = None
@@ -100,7 +107,10 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     if init not in STARTS:
         return original
     key = folder_key(config.method, original)
-    sha256 = folders.read_manifest(store, key).sha256
+    chosen = _chosen(store, key)
+    if chosen is None:
+        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {CHOSEN}")
+    key, sha256 = chosen
     path = base_model.cache_dir() / f"{init}-{sha256[:16]}"
 
     def pull(target: Path) -> None:
@@ -130,6 +140,20 @@ def folder_key(method: MethodConfig, original: Base) -> str:
     return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
 
 
+def _chosen(store: Store, key: str) -> tuple[str, str] | None:
+    """The folder that stands for the base, and its manifest's sha256; None where it was never made."""
+    found = store.read(f"{key}/{CHOSEN}")
+    if found is None:
+        manifest = folders.find_manifest(store, key)
+        return (key, manifest.sha256) if manifest else None
+    uri = store.uri(f"{key}/{CHOSEN}")
+    chosen = decode_json(found[0], uri)
+    known = isinstance(chosen, dict) and chosen.get("format") == FORMAT
+    if not known or not {"folder", "manifest_sha256"} <= chosen.keys():
+        raise IntegrityError(f"{uri} names no base of format {FORMAT}")
+    return f"{key}/{chosen['folder']}", chosen["manifest_sha256"]
+
+
 def _init_path(folder: Path, init: Init) -> Path:
     return folder / f"{init}_init.safetensors"  # a name that transformers does not take for the model's weights
 
@@ -146,10 +170,12 @@ def _publish(start: Start, config: RunConfig, original: Base, store: Store, comp
         about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
         _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
-        try:
-            folders.publish(store, key, files, about=about)
-        except Conflict:  # another run, perhaps on other hardware, was faster: everybody stands on its base
-            logger.info("%s was published by another run meanwhile", store.uri(key))
+        content = {name: folders.digest_of(body)["sha256"] for name, body in files.items()}
+        name = hashlib.sha256(encode_json(content)).hexdigest()[:16]
+        manifest = folders.publish(store, f"{key}/{name}", files, about=about)
+    chosen = encode_json({"format": FORMAT, "folder": name, "manifest_sha256": manifest.sha256})
+    if store.claim(f"{key}/{CHOSEN}", chosen, content_type=JSON) != chosen:
+        logger.info("another run was faster, and its base at %s is the one to stand on", store.uri(key))
 
 
 def _from_rank_0(value: Any, group: "ProcessGroup | None") -> Any:

@@ -21,6 +21,7 @@ from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import ConfigError, ObjectMissing, UserError
 from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters.loftq import loftq, make
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split
 from ray_jobs.base import base_model
@@ -198,6 +199,31 @@ def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsy
     assert second.reference.startswith(store.uri("bases/"))
 
 
+def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed(changed, store):
+    config, otherwise = changed(), changed("method.loftq_steps=1")
+    first, original = stood(config, store), base_model.resolve(config.model)
+    splits = make.split_together(otherwise, original, rank=0, num_workers=1, group=None)
+    key = own_base.folder_key(config.method, original)
+    # As by a run on other hardware that began before the first one ended.
+    own_base._publish(loftq, config, original, store, splits)
+    assert stood(config, store) == own_base.find(config, original, store) == first
+    contents = list(store.folders(f"{key}/"))
+    assert len(contents) == 2
+    for content in contents:
+        folders.verify(store, f"{key}/{content}")
+
+
+def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
+    config = changed()
+    base, original = stood(config, store), base_model.resolve(changed().model)
+    key = own_base.folder_key(config.method, original)
+    for item in list(store.list(f"{store.key(base.reference)}/")):
+        store.put(f"{key}/{item.key.rpartition('/')[2]}", store.get(item.key))
+    store.delete(item.key for item in list(store.list(f"{key}/")) if item.key.count("/") > 2 or "chosen" in item.key)
+    assert stood(config, store).identity == base.identity
+    assert stood(config, store).reference == store.uri(key)
+
+
 def test_a_reader_never_makes_a_base(changed, store):
     with pytest.raises(ObjectMissing, match="bases/"):
         own_base.find(changed(), base_model.resolve(changed().model), store)
@@ -291,11 +317,15 @@ def test_an_evaluation_puts_each_contender_on_its_own_base(changed, store, tmp_p
     original, base = base_model.resolve(config.model), stood(config, store)
     candidate = adapted(base, config)
     build.save(candidate, tmp_path / "adapter")
-    lineage = {"config": config.model_dump(mode="json")}
+    lineage = {
+        "config": config.model_dump(mode="json"),
+        "base": {"identity": original.identity},
+        "dataset": {"uri": ""},
+    }
     files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
     version = publish_version(store, config.adapter.name, files, lineage=lineage)
     records = RECORDS[:6]
-    scores = measure_shard(_contenders(config, store, version.uri), records, shard_index=1).scores
+    scores = measure_shard(_contenders(config, store, version), records, shard_index=1).scores
 
     tokenizer = base_model.load_tokenizer(original, config.model)
     tokens = collate(tokenize(records, tokenizer, 64), list(range(6)), tokenizer.pad_token_id)
