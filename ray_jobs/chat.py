@@ -6,15 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.store import Store
-from components.registry.versions import pull_version, read_lineage, resolve
+from components.registry.versions import pull_version, resolve
 from components.shared.errors import FineloopError
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_config, base_model, processor
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
@@ -46,18 +45,19 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
 
     Raises:
         ObjectMissing: there is no such version.
+        ConfigError: its base comes with code that `config` does not allow to run.
+        IntegrityError: its base is not there any more as it was trained on.
     """
     import torch
 
     store = Store.open(config.registry)
     version = resolve(store, reference)
-    lineage = read_lineage(store, version)
-    own = config_file.with_stored(config, lineage["config"], origin=f"lineage of {version.uri}")
-    longest = lineage["config"].get("evaluate", {}).get("max_new_tokens") or LONGEST_ANSWER
+    its_run = recorded.read(config, store, version)
+    own, longest = its_run.config, its_run.max_new_tokens or LONGEST_ANSWER
     if system is None:
-        system = _system_message(store, lineage["dataset"]["uri"])
+        system = _system_message(store, its_run.dataset_uri)
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
-    base = base_model.resolve(own.model)
+    base = base_model.resolve(own.model, recorded=its_run.base_identity)
     tokenizer = base_model.load_tokenizer(base, own.model)
     stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))

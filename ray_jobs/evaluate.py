@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
@@ -23,12 +22,12 @@ from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, Measured, Role
 from components.registry.store import Store
-from components.registry.versions import Version, pull_version, read_lineage, resolve
+from components.registry.versions import Version, pull_version, resolve
 from components.shared.errors import DataError, FineloopError, JobError
 from components.shared.metrics import METRICS
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_config, base_model, processor
 from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
 
@@ -46,6 +45,8 @@ class Contender:
     config: RunConfig
     """The run's, with the base and the method that this model was trained with."""
     version: Version | None
+    base_identity: Mapping[str, str]
+    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
 
 
 def main() -> None:
@@ -80,9 +81,10 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     started = time.monotonic()
     store = Store.open(config.registry)
     records = load_split(store, dataset_uri, "eval")[: config.evaluate.records]
-    base = base_model.resolve(config.model)
+    candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
+    base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     config = with_room_for_answers(config, base, records)
-    contenders = _contenders(config, store, version_uri)
+    contenders = _contenders(config, store, candidate)
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Two records at least in each: an answer is also read behind another record's prompt.
     num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
@@ -283,7 +285,7 @@ def measure_shard(
 
 def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
     """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
-    base = base_model.resolve(config.model)
+    base = base_model.resolve(config.model, recorded=contender.base_identity)
     return own_base.find(config, base, Store.open(config.registry)) if contender.version else base
 
 
@@ -323,18 +325,17 @@ def _measure(
             adapted.unload()  # the base is as it was
 
 
-def _contenders(config: RunConfig, store: Store, version_uri: str) -> list[Contender]:
+def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Contender]:
     """Base, champion where there is one, candidate. A champion stands on the base and the method of its own run."""
     name = config.adapter.name
-    candidate = resolve(store, f"{name}@{version_uri.rstrip('/').rpartition('/')[2]}")
-    result = [Contender("base", config, None)]
+    identity = recorded.read(config, store, candidate).base_identity
+    result = [Contender("base", config, None, identity)]
     pointer = read_alias(store, name, config.adapter.alias)
     if pointer is not None:
         champion = resolve(store, f"{name}@{pointer.version}")
-        stored = read_lineage(store, champion)["config"]
-        theirs = config_file.with_stored(config, stored, origin=f"lineage of {champion.uri}")
-        result.append(Contender("champion", theirs, champion))
-    return [*result, Contender("candidate", config, candidate)]
+        theirs = recorded.read(config, store, champion)
+        result.append(Contender("champion", theirs.config, champion, theirs.base_identity))
+    return [*result, Contender("candidate", config, candidate, identity)]
 
 
 def _write_records(

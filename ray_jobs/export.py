@@ -16,17 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.registry.folders import beside
 from components.registry.store import Store
-from components.registry.versions import Version, pull_version, read_lineage, resolve
+from components.registry.versions import Version, pull_version, resolve
 from components.shared.errors import ObjectMissing, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.adapters import build, convert, merge, own_base
+from ray_jobs.adapters import build, convert, merge, own_base, recorded
 from ray_jobs.adapters.merge import Agreement
 from ray_jobs.base import base_config, base_model, processor
 from ray_jobs.base.base_model import Base
@@ -113,7 +112,9 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
 
     Raises:
         ObjectMissing: there is no such version.
-        UserError: the target is not empty, or the version cannot be had in this form.
+        UserError: the target is not empty, the version cannot be had in this form, or its base comes with code that
+            `config` does not allow to run.
+        IntegrityError: its base is not there any more as it was trained on.
         FineloopError: what came out does not say what the adapter on its base says.
     """
     store = Store.open(config.registry)
@@ -198,13 +199,13 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
 def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
     import torch
 
-    lineage = read_lineage(store, version)
-    config = config_file.with_stored(asked, lineage["config"], origin=f"lineage of {version.uri}")
+    its_run = recorded.read(asked, store, version)
+    config = its_run.config
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
-    original = base_model.resolve(config.model)
+    original = base_model.resolve(config.model, recorded=its_run.base_identity)
     tokenizer = base_model.load_tokenizer(original, config.model)
-    rows, compared_on = _rows(store, lineage["dataset"]["uri"], tokenizer, config.model.max_length)
+    rows, compared_on = _rows(store, its_run.dataset_uri, tokenizer, config.model.max_length)
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
     stands_on = own_base.find(config, original, store)

@@ -76,13 +76,20 @@ def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str) ->
     """The config, with the base and the method of a stored one: what running an adapter takes of its own run's.
 
     Another release may have stored it. Nothing but those two sections is read, keys of theirs that this release does
-    not know are passed over, and what could not be trained any more can still be run.
+    not know are passed over, and what could not be trained any more can still be run. A base's own Python code runs
+    only where this config allows it, whatever the stored one says.
 
     Raises:
-        ConfigError: a value that is needed is missing, or not one that this release can use.
+        ConfigError: a value that is needed is missing, or not one that this release can use; or the base comes with
+            code, and `model.trust_remote_code` of this config does not allow it.
     """
     model = _read_stored(ModelConfig, stored.get("model", {}), origin=f"{origin}: model")
     method = _read_stored(MethodConfig, stored.get("method", {}), origin=f"{origin}: method")
+    if model.trust_remote_code and not config.model.trust_remote_code:
+        raise ConfigError(
+            f"{origin}: its base {model.base} comes with Python code of its own, which nobody here has allowed to run: "
+            "read that code, then set model.trust_remote_code=true"
+        )
     return config.model_copy(update={"model": model, "method": method})
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from pipelines.commands.adapters import REFERENCE
-from pipelines.commands.arguments import DEFAULT_CONFIG, Answer, add_command, add_config, add_home
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home
 from pipelines.commands.opened_registry import opened_registry
 
 
@@ -29,15 +29,12 @@ def add(commands: Any) -> None:
 
 
 def _chat(options: argparse.Namespace) -> Answer:
-    from components.registry import runs
     from components.registry.versions import resolve
     from pipelines.local.job import Job, talk
 
     with opened_registry(options) as store:
         version = resolve(store, options.reference)
-        is_own = options.config == DEFAULT_CONFIG and version.run_id
-        config = store.uri(runs.run_key(version.run_id, runs.CONFIG)) if is_own else str(options.config.absolute())
         arguments = ["--version", f"{version.name}@{version.version}"]
         arguments += [] if options.system is None else ["--system", options.system]
-        exit_code = talk(Job("ray_jobs.chat", config, arguments, options.overrides))
+        exit_code = talk(Job("ray_jobs.chat", str(options.config.absolute()), arguments, options.overrides))
     return Answer({"name": version.name, "version": version.version}, exit_code=exit_code)

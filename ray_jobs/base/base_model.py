@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -59,13 +59,37 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FINELOOP_CACHE") or Path.home() / ".cache" / "fineloop") / "bases"
 
 
-def resolve(config: ModelConfig) -> Base:
+def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -> Base:
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
+
+    `recorded` is the identity that a version's lineage gives its base: no other base is returned, and of the hub that
+    commit is asked for, wherever its branch is today.
 
     Raises:
         ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
-        IntegrityError: the cached copy is not what was written.
+        IntegrityError: the cached copy is not what was written, or what is there is not what was recorded.
     """
+    if recorded is None:
+        return _bring(config)
+    if "commit" in recorded:
+        config = config.model_copy(update={"revision": recorded["commit"]})
+    base = _bring(config)
+    was, now = (
+        {key: one.get(key) for key in ("kind", "commit", "sha256") if key in one} for one in (recorded, base.identity)
+    )
+    if was != now:
+        raise IntegrityError(
+            f"the adapter was trained on {config.base} with {_told(was)}, and today that is {_told(now)}: put the "
+            "files that it was trained on back there, or train it again"
+        )
+    return base
+
+
+def _told(identity: Mapping[str, str | None]) -> str:
+    return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
+
+
+def _bring(config: ModelConfig) -> Base:
     match parse(config.base):
         case PackagedGguf() as found:
             return _from_package(config.base, found)

@@ -1,6 +1,7 @@
 """The measurement against a plain one: full logits, one record at a time, in float32, on files that were published."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from components.registry.aliases import promote
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
-from components.shared.errors import DataError
+from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
 from ray_jobs import evaluate
 from ray_jobs.adapters import build
@@ -143,7 +144,7 @@ def assert_scores_are(scores: list[Score], plain: Plain) -> None:
 
 def test_base_and_candidate_score_as_plain_transformers_and_peft(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
-    found = measure_shard(_contenders(config, store, version.uri), RECORDS, shard_index=0)
+    found = measure_shard(_contenders(config, store, version), RECORDS, shard_index=0)
     assert list(found.scores) == ["base", "candidate"]
     base, candidate = Plain(config.model.base), plain_of(config, store, version, tmp_path)
     assert_scores_are(found.scores["base"], base)
@@ -159,7 +160,7 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     old = published(theirs, store, tmp_path, seed=2)
     promote(store, config.adapter.name, old.version)
     new = published(config, store, tmp_path, seed=1)
-    found = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    found = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
     assert list(found.scores) == ["base", "champion", "candidate"]
     assert_scores_are(found.scores["base"], Plain(config.model.base))
     assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
@@ -180,7 +181,7 @@ def test_a_champion_that_another_release_trained_is_still_measured(config, store
 
     monkeypatch.setattr(evaluate, "read_lineage", of_another_release)
     sharded = changed(config, "train.zero_stage=3")  # which int8 is not trained with, and is measured all the same
-    contenders = _contenders(sharded, store, new.uri)
+    contenders = _contenders(sharded, store, new)
     found = measure_shard(contenders, RECORDS[:4], shard_index=0)
     assert contenders[1].config.method.r == 4
     assert contenders[1].config.method.row.base == "int8"
@@ -189,9 +190,9 @@ def test_a_champion_that_another_release_trained_is_still_measured(config, store
 
 def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
-    alone = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    alone = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
     promote(store, config.adapter.name, old.version)
-    beside = measure_shard(_contenders(config, store, new.uri), RECORDS, shard_index=0)
+    beside = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
     assert beside.scores["candidate"] == alone.scores["candidate"]
     assert beside.scores["base"] == alone.scores["base"]
     assert beside.scores["champion"] != beside.scores["candidate"]
@@ -200,7 +201,7 @@ def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, st
 def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_its_own(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
     records = RECORDS[:3]
-    contenders = _contenders(config, store, version.uri)
+    contenders = _contenders(config, store, version)
     found = measure_shard(contenders, records, shard_index=0)
     tokens = list(found.tokens.values())
     summary = compared(config, contenders, records, tokens, found.scores, run_id="r")
@@ -216,27 +217,37 @@ def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_it
     assert abs(other - own) / sum(tokens) > 3 * NOISE
 
 
+def test_a_champion_whose_base_has_changed_is_not_measured_on_another(config, store, tmp_path):
+    moved = shutil.copytree(config.model.base, tmp_path / "moved")
+    champion = published(changed(config, f"model.base={moved}"), store, tmp_path, seed=1)
+    promote(store, config.adapter.name, champion.version)
+    candidate = published(config, store, tmp_path, seed=2)
+    (moved / "generation_config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=rf"trained on {moved} with kind folder sha256 \w+, and today that is"):
+        measure_shard(_contenders(config, store, candidate), RECORDS, shard_index=0)
+
+
 def test_a_record_too_long_for_one_contender_is_left_out_of_all(config, store, tmp_path):
     long = Record("long", [Message("user", "sky")], "x" * 45)
     longer = Record("longer", [Message("user", "sky")], "x" * 80)
     theirs = changed(config, "model.max_length=48")
     old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
     records = [RECORDS[0], long, RECORDS[1], longer]
-    alone = measure_shard(_contenders(config, store, new.uri), records, shard_index=0)
+    alone = measure_shard(_contenders(config, store, new), records, shard_index=0)
     assert list(alone.tokens) == [RECORDS[0].id, "long", RECORDS[1].id]
     promote(store, config.adapter.name, old.version)
-    found = measure_shard(_contenders(config, store, new.uri), records, shard_index=0)
+    found = measure_shard(_contenders(config, store, new), records, shard_index=0)
     assert list(found.tokens) == [RECORDS[0].id, RECORDS[1].id]
     assert {role: len(scores) for role, scores in found.scores.items()} == {"base": 2, "champion": 2, "candidate": 2}
     with pytest.raises(DataError, match=r"no held-out record fits model\.max_length 64: raise it"):
-        measure_shard(_contenders(config, store, new.uri), [longer], shard_index=0)
+        measure_shard(_contenders(config, store, new), [longer], shard_index=0)
 
 
 def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):
     quantised = changed(config, "method.name=qlora")
     version = published(quantised, store, tmp_path, seed=1)
     four, sixteen = (
-        measure_shard(_contenders(each, store, version.uri), RECORDS, shard_index=0) for each in (quantised, config)
+        measure_shard(_contenders(each, store, version), RECORDS, shard_index=0) for each in (quantised, config)
     )
     for role in ("base", "candidate"):
         assert four.scores[role] != sixteen.scores[role]
@@ -250,7 +261,7 @@ def test_a_version_whose_files_were_tampered_with_is_not_measured(config, store,
     save_file({name: weight + 1 for name, weight in load_file(path).items()}, path)
     store.put(store.key(f"{version.uri}/adapter_model.safetensors"), path)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
-        measure_shard(_contenders(config, store, version.uri), RECORDS, shard_index=0)
+        measure_shard(_contenders(config, store, version), RECORDS, shard_index=0)
 
 
 @pytest.fixture
@@ -258,7 +269,7 @@ def summary(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     promote(store, config.adapter.name, old.version)
     config = changed(config, "evaluate.samples=2", "gate.metric=exact_match")
-    contenders = _contenders(config, store, new.uri)
+    contenders = _contenders(config, store, new)
     asked = [dataclasses.replace(r, prompt=[Message("system", "Be brief."), *r.prompt]) for r in RECORDS]
     found = measure_shard(contenders, asked, shard_index=0)
     return old, new, compared(config, contenders, asked, list(found.tokens.values()), found.scores, run_id="r")
@@ -290,8 +301,8 @@ def test_the_comparison_holds_what_gate_and_report_read(summary):
 
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
-    contenders = _contenders(config, store, version.uri)
-    assert contenders[0] == Contender("base", config, None)
+    contenders = _contenders(config, store, version)
+    assert contenders[0] == Contender("base", config, None, base_model.resolve(config.model).identity)
     found = measure_shard(contenders, RECORDS, shard_index=0)
     summary = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
     assert summary.models["champion"] is None

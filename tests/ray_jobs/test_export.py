@@ -1,6 +1,7 @@
 """Exports of published versions, read back by plain transformers and plain peft."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.store import Store
-from components.shared.errors import FineloopError, UserError
+from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
 from ray_jobs.adapters import build, merge, own_base
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export
@@ -70,6 +71,28 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
     assert len({str(tokenizer.apply_chat_template(turns)) for tokenizer in tokenizers}) == 1
     assert version.version in (tmp_path / "out" / "README.md").read_text()
     assert list(tmp_path.glob(".out-*")) == []
+
+
+def test_a_base_with_code_runs_only_where_the_callers_own_config_allows_it(of, store, tmp_path):
+    publish(of("lora", "model.trust_remote_code=true"), store, tmp_path)
+    asked = of("lora")
+    with pytest.raises(ConfigError, match=rf"its base {asked.model.base} comes with .* code.*model\.trust_remote_code"):
+        export(asked, asked.adapter.name, Wish("lora", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    export(of("lora", "model.trust_remote_code=true"), asked.adapter.name, Wish("lora", tmp_path / "out"))
+
+
+def test_a_base_that_has_changed_since_the_training_is_not_stood_on(of, store, tmp_path, tiny_base):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = of("lora", f"model.base={base}")
+    publish(config, store, tmp_path)
+    was = base_model.resolve(config.model).identity["sha256"]
+    (base / "generation_config.json").write_text("{}")
+    now = base_model.resolve(config.model).identity["sha256"]
+    with pytest.raises(
+        IntegrityError, match=f"with kind folder sha256 {was}, and today that is kind folder sha256 {now}"
+    ):
+        export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
 
 
 def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store, tmp_path):

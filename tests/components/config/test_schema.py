@@ -340,6 +340,16 @@ def test_of_a_stored_config_only_the_base_and_the_method_are_read_whatever_else_
     assert found.train == config.train
 
 
+def test_only_the_callers_config_lets_a_stored_base_run_code():
+    stored = {"model": {"base": "org/odd", "trust_remote_code": True}, "method": {"name": "lora"}}
+    with pytest.raises(ConfigError, match=r"lineage: its base org/odd .* set model\.trust_remote_code=true"):
+        config_file.with_stored(config_file.load(FROZEN), stored, origin="lineage")
+    trusting = config_file.load(FROZEN, ["model.trust_remote_code=true"])
+    assert config_file.with_stored(trusting, stored, origin="lineage").model.trust_remote_code
+    plain = {**stored, "model": {"base": "org/plain"}}
+    assert not config_file.with_stored(trusting, plain, origin="lineage").model.trust_remote_code
+
+
 @pytest.mark.parametrize(
     ("stored", "message"),
     [

@@ -105,6 +105,26 @@ def test_an_unknown_scheme_names_the_known_ones(reference):
         resolve(reference)
 
 
+def test_of_a_recorded_hub_base_that_commit_is_asked_for(tiny_base, tmp_path, monkeypatch):
+    def at(repo: str, *, revision: str | None, **_: object) -> str:  # as huggingface_hub lays snapshots out
+        folder = tmp_path / "snapshots" / (revision or "newest")
+        return str(folder if folder.exists() else shutil.copytree(tiny_base, folder))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", at)
+    config = ModelConfig(base="org/name", revision="main")
+    recorded = {"kind": "hub", "commit": "c0ffee"}
+    assert base_model.resolve(config).identity["commit"] == "main"
+    assert base_model.resolve(config, recorded=recorded).identity == recorded
+
+
+def test_a_recorded_package_may_have_another_version_of_the_same_weights(package):
+    base = resolve("pkg://tiny_weights/Tiny.gguf")
+    config = ModelConfig(base=base.reference)
+    assert base_model.resolve(config, recorded={**base.identity, "package": "tiny==0.1"}) == base
+    with pytest.raises(IntegrityError, match="kind package sha256 0, and today that is kind package sha256"):
+        base_model.resolve(config, recorded={**base.identity, "sha256": "0"})
+
+
 # s3:// folders
 
 
