@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from components.config.schema import Name
-from components.registry.folders import now, verify
+from components.registry.folders import now
+from components.registry.identity import verify_whole
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
 
@@ -203,19 +204,19 @@ def move_alias(
     kind: MoveKind,
     cause: Cause,
 ) -> Event:
-    """Move the alias from `expected` (None: it does not exist yet) to a version whose files are all there.
+    """Move the alias from `expected` (None: it does not exist yet) to a version that is whole, every byte read.
 
     An alias that points there already is left alone, and its event completed when it is missing.
 
     Raises:
         ObjectMissing: there is no such version.
-        IntegrityError: files of the version are missing, of the wrong size, or not in its manifest.
+        IntegrityError: the version is damaged, or not the adapter that its id says.
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
     """
     holder = read_alias(store, name, alias)
     if holder is not None and holder.version == version:
         return _record(store, name, holder)
-    manifest = verify(store, version_key(name, version), contents=False)
+    manifest = verify_whole(store, version_key(name, version))
     if expected is not None:
         _record(store, name, expected)  # the log must be whole before the pointer that could complete it is replaced
     body = {

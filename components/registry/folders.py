@@ -145,8 +145,8 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
     return manifest
 
 
-def verify(store: Store, key: str, *, contents: bool = True, manifest_sha256: str | None = None) -> Manifest:
-    """Check the folder against its manifest: every byte, or with `contents=False` only which files exist and how large.
+def verify(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
+    """Check every byte of the folder against its manifest.
 
     Raises:
         ObjectMissing: there is no such folder.
@@ -163,8 +163,7 @@ def verify(store: Store, key: str, *, contents: bool = True, manifest_sha256: st
             faults.append(f"{path} has {sizes[path]} bytes, the manifest says {entry['size']}")
         else:
             intact.append(path)
-    if contents:
-        faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
+    faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
     _raise_faults(store, key, faults)
     return manifest
 

@@ -1,7 +1,5 @@
 """Versions of an adapter: immutable folders whose id is their content."""
 
-import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,18 +17,20 @@ from components.registry.aliases import (
     list_aliases,
     version_key,
 )
-from components.registry.folders import FileDigest, Manifest
+from components.registry.folders import Manifest
+from components.registry.identity import (
+    ID_DIGITS,
+    IDENTITY,
+    VERSION_PATTERN,
+    require_identity,
+    verify_whole,
+    version_id,
+)
 from components.registry.records import Evaluation
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
-WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 LINEAGE = "lineage.json"
-IDENTITY = (WEIGHTS, ADAPTER_CONFIG)
-"""The files that make a version what it is; the others describe it."""
-ID_DIGITS = 15
-VERSION_PATTERN = re.compile(rf"v[0-9a-f]{{1,{ID_DIGITS}}}")
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,6 @@ def publish_version(
     published = {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
     append_event(store, name, "published", published, at=manifest.created_at)
     return _version(store, name, version, manifest, list_aliases(store, name))
-
-
-def version_id(digests: Mapping[str, FileDigest]) -> str:
-    """The id of the version with these weights and this adapter config: v and 15 hex digits (60 bits)."""
-    identity = "".join(f"{path} {digests[path]['sha256']}\n" for path in IDENTITY)
-    return "v" + hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
 
 
 def list_adapters(store: Store) -> list[str]:
@@ -172,15 +166,13 @@ def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
 def pull_version(store: Store, version: Version, target: Path) -> Manifest:
     """Copy the version to the folder `target`, verified; see `folders.pull`."""
     key = version_key(version.name, version.version)
-    manifest = folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
-    return _identical(store, version, manifest)
+    require_identity(store, key, folders.read_manifest(store, key))
+    return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
 
 
 def verify_version(store: Store, version: Version) -> Manifest:
-    """Read and check every byte of the version; see `folders.verify`."""
-    key = version_key(version.name, version.version)
-    manifest = folders.verify(store, key, manifest_sha256=version.manifest_sha256)
-    return _identical(store, version, manifest)
+    """Read and check every byte of the version; see `identity.verify_whole`."""
+    return verify_whole(store, version_key(version.name, version.version), manifest_sha256=version.manifest_sha256)
 
 
 def read_lineage(store: Store, version: Version) -> dict[str, Any]:
@@ -201,14 +193,6 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
 def _run_id(lineage: bytes, uri: str) -> str:
     record = decode_json(lineage, uri)
     return str(record.get("run_id", "")) if isinstance(record, dict) else ""
-
-
-def _identical(store: Store, version: Version, manifest: Manifest) -> Manifest:
-    if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != version.version:
-        raise IntegrityError(
-            f"{store.uri(version_key(version.name, version.version))} holds another adapter than its id says"
-        )
-    return manifest
 
 
 def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer]) -> Version:

@@ -14,7 +14,7 @@ from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.prepare.dataset import load_split
 from components.promote.promote import promote
-from components.registry import aliases, runs, versions
+from components.registry import aliases, identity, runs, versions
 from components.step.step import step
 from ray_jobs import evaluate
 from ray_jobs.export import ExportRequest, export
@@ -57,8 +57,8 @@ def test_a_training_goes_on_from_the_release_s_checkpoint_to_the_weights_that_it
     assert found.losses == pytest.approx(expected, abs=NOISE)
     again = versions.resolve(frozen.store, f"{ADAPTER}@{found.version}")
     versions.pull_version(frozen.store, again, tmp_path / "again")
-    before = load_file(frozen.path(f"adapters/{ADAPTER}/versions/{frozen.version('promoted')}/{versions.WEIGHTS}"))
-    after = load_file(tmp_path / "again" / versions.WEIGHTS)
+    before = load_file(frozen.path(f"adapters/{ADAPTER}/versions/{frozen.version('promoted')}/{identity.WEIGHTS}"))
+    after = load_file(tmp_path / "again" / identity.WEIGHTS)
     assert after.keys() == before.keys()
     for name, weight in before.items():
         assert torch.dist(after[name], weight) < 0.02 * weight.norm(), name

@@ -227,20 +227,6 @@ def test_damage_is_found_by_verify_and_by_pull_which_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("damage", "found"), [(changed_byte, False), (missing_file, True), (extra_file, True), (wrong_size, True)]
-)
-def test_verify_without_contents_looks_at_names_and_sizes(store: Store, damage: object, found: bool) -> None:
-    assert callable(damage)
-    publish(store, KEY, FILES)
-    damage(store)
-    if not found:
-        verify(store, KEY, contents=False)
-        return
-    with pytest.raises(IntegrityError):
-        verify(store, KEY, contents=False)
-
-
 def test_a_manifest_that_nobody_vouched_for_is_refused(store: Store, tmp_path: Path) -> None:
     manifest = publish(store, KEY, FILES)
     verify(store, KEY, manifest_sha256=manifest.sha256)

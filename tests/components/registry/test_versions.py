@@ -7,7 +7,7 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry import runs
-from components.registry.aliases import events, promote, read_alias, version_key
+from components.registry.aliases import events, promote, read_alias, rollback, version_key
 from components.registry.folders import MANIFEST
 from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
@@ -239,6 +239,37 @@ def test_damaged_weights_are_found_before_and_after_promotion(store: Store) -> N
     assert read_alias(store, "icd", "production") is None
     with pytest.raises(IntegrityError):
         verify_version(store, version)
+
+
+def flipped(store: Store, key: str) -> None:
+    body = store.get(key)
+    store.put(key, bytes([body[0] ^ 1]) + body[1:])
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "README.md", "lineage.json"])
+def test_no_alias_moves_to_a_version_with_one_bit_flipped(store: Store, file: str) -> None:
+    one, two, three = (published(store, body) for body in (b"one", b"two", b"three"))
+    for version in (one, two):
+        promote(store, "icd", version.version)
+    flipped(store, f"{version_key('icd', one.version)}/{file}")
+    flipped(store, f"{version_key('icd', three.version)}/{file}")
+    for move in (
+        lambda: rollback(store, "icd"),
+        lambda: rollback(store, "icd", to=one.version),
+        lambda: promote(store, "icd", three.version),
+    ):
+        with pytest.raises(IntegrityError, match=f"{file} has sha256"):
+            move()
+    assert resolve(store, "icd").version == two.version
+
+
+def test_no_alias_moves_to_weights_that_were_exchanged_together_with_the_manifest(store: Store) -> None:
+    honest, other = published(store, b"honest"), published(store, b"other")
+    for info in store.list(f"{version_key('icd', other.version)}/"):
+        store.put(info.key.replace(other.version, honest.version), store.get(info.key))
+    with pytest.raises(IntegrityError, match="another adapter than its id says"):
+        promote(store, "icd", honest.version)
+    assert read_alias(store, "icd", "production") is None
 
 
 def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store) -> None:

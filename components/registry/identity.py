@@ -1,0 +1,44 @@
+"""What makes a version of an adapter that version and no other: two of its files, from which its id is made."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from components.registry.folders import FileDigest, Manifest, verify
+from components.registry.store import Store
+from components.shared.errors import IntegrityError
+
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+IDENTITY = (WEIGHTS, ADAPTER_CONFIG)
+"""The files that make a version what it is; the others describe it."""
+ID_DIGITS = 15
+VERSION_PATTERN = re.compile(rf"v[0-9a-f]{{1,{ID_DIGITS}}}")
+
+
+def version_id(digests: Mapping[str, FileDigest]) -> str:
+    """The id of the version with these weights and this adapter config: v and 15 hex digits (60 bits)."""
+    identity = "".join(f"{path} {digests[path]['sha256']}\n" for path in IDENTITY)
+    return "v" + hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
+
+
+def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
+    """The manifest of the version's folder `key`, whose last part is its id.
+
+    Raises:
+        IntegrityError: it lists other weights or another adapter config than the id says.
+    """
+    if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != key.rpartition("/")[2]:
+        raise IntegrityError(f"{store.uri(key)} holds another adapter than its id says")
+    return manifest
+
+
+def verify_whole(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
+    """Read every byte of the version's folder `key`, and check it against the manifest and that against the id.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        IntegrityError: a file is missing, differs or is not listed, the id does not fit, or the manifest's sha256 is
+            not `manifest_sha256`.
+    """
+    return require_identity(store, key, verify(store, key, manifest_sha256=manifest_sha256))
