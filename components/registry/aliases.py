@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from components.config.schema import Name
 from components.registry.folders import now
+from components.registry.history import MOVE_KINDS, holders, is_chain, is_refused, moves
 from components.registry.identity import verify_whole
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
@@ -78,6 +79,7 @@ class Cause:
 
 
 NO_CAUSE = Cause()
+_EVENT, _POINTER = TypeAdapter(Event), TypeAdapter(Pointer)
 
 
 def adapter_key(name: str, *parts: str) -> str:
@@ -120,9 +122,12 @@ def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {body[:80]!r}")
     try:
-        return Pointer(alias, **data, etag=etag)
-    except TypeError as exc:
-        raise IntegrityError(f"{store.uri(key)} is not an alias: {exc}") from exc
+        pointer = _POINTER.validate_python({**data, "alias": alias, "etag": etag}, strict=True)
+        datetime.fromisoformat(pointer.since)
+        pointer.event["from"], pointer.event["to"]
+    except (ValueError, KeyError) as exc:
+        raise IntegrityError(f"{store.uri(key)} is not an alias: {' '.join(str(exc).split())}") from exc
+    return pointer
 
 
 def list_aliases(store: Store, name: str) -> list[Pointer]:
@@ -170,28 +175,39 @@ def rollback(
     alias: str = PRODUCTION,
     to: str | None = None,
     *,
+    expected: str | None = ANYONE,
     cause: Cause = NO_CAUSE,
 ) -> Event:
-    """Point the alias back at `to`, or else at the version that held it before the present one, by the event log.
+    """Point the alias back at `to`, or else at the version that held it before the present one.
 
-    A second rollback goes one further back, not forward again. With a `cause.run_id`, repeating it changes nothing.
+    A second rollback goes one further back, not forward again, and needs the event log. With a `cause.run_id`, or with
+    the version that is `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden"
+    when a gate refused `to` for this alias and it never held it.
 
     Raises:
         ObjectMissing: the alias does not exist, or nothing held it before.
-        AliasConflict: somebody moved the alias meanwhile.
+        IntegrityError: the event log does not lead to where the alias is, or the version is damaged.
+        AliasConflict: another version than `expected` holds the alias, or somebody moved it meanwhile.
     """
     holder = read_alias(store, name, alias)
     if holder is None:
         raise ObjectMissing(f"{name} has no alias {alias!r} to roll back: promote a version first")
-    if cause.run_id and holder.run_id == cause.run_id and holder.kind == "rolled_back" and to in (None, holder.version):
+    is_same_run = bool(cause.run_id) and holder.run_id == cause.run_id
+    is_from_expected = holder.event["from"] == expected
+    event: MoveKind = "rolled_back"
+    if holder.kind == "rolled_back" and to in (None, holder.version) and (is_same_run or is_from_expected):
         to = holder.version
+    elif expected not in (ANYONE, holder.version):
+        raise _conflict(store, name, alias, to or "the one before", expected, holder)
     elif to is None:
-        _record(store, name, holder)
-        held = _holders(events(store, name), alias)
-        if len(held) < 2:
+        to = _before(store, name, holder)
+        if to is None:
             raise ObjectMissing(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
-        to = held[-2]
-    return move_alias(store, name, alias, to, expected=holder, kind="rolled_back", cause=cause)
+    elif is_refused(log := events(store, name), to, alias) and all(
+        event.body["to"] != to for event in moves(log, alias)
+    ):
+        event = "overridden"
+    return move_alias(store, name, alias, to, expected=holder, kind=event, cause=cause)
 
 
 def move_alias(
@@ -268,20 +284,25 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 
 def events(store: Store, name: str) -> list[Event]:
-    """The adapter's log, oldest first."""
+    """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out."""
     keys = sorted(info.key for info in store.list(adapter_key(name, "events/")))
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = list(pool.map(lambda key: _read_event(store, key), keys))
+        found = [event for event in pool.map(lambda key: _read_event(store, key), keys) if event]
     first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice
     return sorted(first.values(), key=lambda event: (event.time, event.id))
 
 
-def _read_event(store: Store, key: str) -> Event:
-    data = store.get_json(key)
+def _read_event(store: Store, key: str) -> Event | None:
     try:
-        return Event(data["id"], data["kind"], data["time"], store.uri(key), data["body"])
-    except (KeyError, TypeError) as exc:
-        raise IntegrityError(f"{store.uri(key)} is not an event: {type(exc).__name__} {exc}") from exc
+        event = _EVENT.validate_python({**store.get_json(key), "uri": store.uri(key)}, strict=True)
+        if event.id != _event_id(event.kind, event.body):
+            raise ValueError("its id is not that of its content")
+        if event.kind in MOVE_KINDS:
+            event.body["alias"], event.body["from"], event.body["to"]
+    except (IntegrityError, ValueError, TypeError, KeyError) as exc:
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), " ".join(str(exc).split()))
+        return None
+    return event
 
 
 def _record(store: Store, name: str, pointer: Pointer) -> Event:
@@ -292,19 +313,24 @@ def _record(store: Store, name: str, pointer: Pointer) -> Event:
     return Event(_event_id(pointer.kind, body), pointer.kind, pointer.since, uri, body)
 
 
-def _holders(log: list[Event], alias: str) -> list[str]:
-    """Versions that held the alias, oldest first, without those that were rolled back from."""
-    held: list[str] = []
-    for event in log:
-        if event.kind not in ("promoted", "overridden", "rolled_back") or event.body.get("alias") != alias:
-            continue
-        version = event.body["to"]
-        if event.kind == "rolled_back" and version in held:
-            while held[-1] != version:
-                held.pop()
-        else:
-            held.append(version)
-    return held
+def _before(store: Store, name: str, holder: Pointer) -> str | None:
+    """Who held the alias before; the pointer says it, but of the one before a version that was rolled back to.
+
+    Raises:
+        IntegrityError: the log, which then has to tell, is not the whole way to the holder.
+    """
+    if holder.kind != "rolled_back":
+        before: str | None = holder.event["from"]
+        return before
+    last = _record(store, name, holder)
+    chain = moves(events(store, name), holder.alias)
+    if not is_chain(chain) or chain[-1].id != last.id:
+        raise IntegrityError(
+            f"the events of {name}@{holder.alias} are not the whole way to {holder.version}, which holds it: one is "
+            "missing, damaged or was added, so name the version to go back to with --to"
+        )
+    held = holders(chain)
+    return held[-2] if len(held) > 1 else None
 
 
 def _promoted_before(store: Store, name: str, alias: str, version: str, run_id: str) -> Event | None:

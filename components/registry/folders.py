@@ -205,7 +205,7 @@ def _parse(body: bytes, uri: str) -> Manifest:
             for path, entry in data["files"].items()
         }
         about, created_at = dict(data["about"]), str(data["created_at"])
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise IntegrityError(f"{uri} is not a manifest: {type(exc).__name__} {exc}") from exc
     for path in files:  # a manifest from elsewhere must not be able to write outside the folder it is pulled into
         if not _is_inside(path):

@@ -348,5 +348,5 @@ def decode_json(body: bytes, uri: str) -> Any:
     """
     try:
         return json.loads(body)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise IntegrityError(f"{uri} is not JSON: {exc}") from exc

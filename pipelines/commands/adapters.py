@@ -43,8 +43,6 @@ def add(commands: Any) -> None:
         "fineloop adapters promote icd10-chapters@v3f2 --reason 'checked by hand'",
     )
     _reference(promote)
-    promote.add_argument("--expect", default=None, metavar="VERSION", help="only when this version holds the alias now")
-
     rollback = _add(
         verbs,
         "rollback",
@@ -55,6 +53,9 @@ def add(commands: Any) -> None:
     rollback.add_argument("name", metavar="NAME", help="adapter")
     rollback.add_argument("--to", default=None, metavar="VERSION", help="go back to this one instead")
     for parser in (promote, rollback):
+        parser.add_argument(
+            "--expect", default=None, metavar="VERSION", help="only when this version holds the alias now"
+        )
         parser.add_argument("--alias", default="production", metavar="ALIAS", help="default: production")
         parser.add_argument("--reason", default="", metavar="TEXT", help="kept in the event log")
 
@@ -103,16 +104,14 @@ def _show(options: argparse.Namespace) -> Answer:
 
 def _promote(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import promote_by_hand
-    from components.registry.aliases import ANYONE
     from pipelines.commands.registry_answers import move_shown
 
-    expected = ANYONE if options.expect is None else options.expect or None
     with opened_registry(options) as store:
         event = promote_by_hand(
             store,
             options.reference,
             alias=options.alias,
-            expected=expected,
+            expected=_expected(options),
             actor=_user(),
             reason=options.reason,
         )
@@ -125,8 +124,15 @@ def _rollback(options: argparse.Namespace) -> Answer:
 
     with opened_registry(options) as store:
         cause = Cause(actor=_user(), reason=options.reason)
-        event = rollback(store, options.name, options.alias, options.to, cause=cause)
+        expected = _expected(options)
+        event = rollback(store, options.name, options.alias, options.to, expected=expected, cause=cause)
         return move_shown(options.name, event)
+
+
+def _expected(options: argparse.Namespace) -> str | None:
+    from components.registry.aliases import ANYONE
+
+    return ANYONE if options.expect is None else options.expect or None
 
 
 def _history(options: argparse.Namespace) -> Answer:

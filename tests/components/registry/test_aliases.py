@@ -277,11 +277,105 @@ def test_an_unknown_version_or_a_bad_name_moves_nothing(store: Store, versions: 
     assert read_alias(store, "icd", "production") is None
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"3", b'{"version": "v1"}', b'{"format": 1, "other": 2}'])
-def test_a_damaged_pointer_or_event_is_named(store: Store, body: bytes) -> None:
+SOUND = (
+    '{"format": 1, "version": "v1", "manifest_sha256": "a", "since": "2026-01-01T00:00:00Z", "run_id": "", '
+    '"kind": "promoted", "event": {"from": null, "to": "v1"}}'
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[1]",
+        b"3",
+        b'{"version": "v1"}',
+        b'{"format": 1, "other": 2}',
+        b"[" * 100_000,
+        SOUND.replace('"v1", "m', '3, "m').encode(),
+        SOUND.replace("2026-01", "2026-21").encode(),
+        SOUND.replace('"promoted"', '"moved"').encode(),
+        SOUND.replace('{"from": null, "to": "v1"}', '{"to": "v1"}').encode(),
+        SOUND.replace('{"from": null, "to": "v1"}', "[]").encode(),
+    ],
+    ids=range(11),
+)
+def test_a_damaged_pointer_is_named(store: Store, body: bytes) -> None:
+    store.put("adapters/icd/aliases/production.json", SOUND.encode())
+    assert read_alias(store, "icd", "production")
     store.put("adapters/icd/aliases/production.json", body)
     with pytest.raises(IntegrityError, match=r"aliases/production\.json"):
         read_alias(store, "icd", "production")
-    store.put("adapters/icd/events/2026-x.json", body)
-    with pytest.raises(IntegrityError, match=r"events/2026-x\.json"):
-        events(store, "icd")
+
+
+JUNK = [b"", b"[1]", b"3", b"\xff", b"[" * 100_000, b'{"id": "a", "kind": "promoted", "time": "2026", "body": {}}']
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+def test_what_is_no_event_is_named_and_stops_no_move(
+    store: Store, versions: list[str], junk: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two, three = versions
+    store.put("adapters/icd/events/2026-x.json", junk)
+    promote(store, "icd", one, run_id="r1")
+    promote(store, "icd", two, run_id="r2")
+    promote(store, "icd", three, run_id="r3")
+    assert "events/2026-x.json is not an event, and passed over" in caplog.text
+    assert rollback(store, "icd").body["to"] == two
+    assert rollback(store, "icd").body["to"] == one
+    assert len(moves(store)) == 5
+
+
+def test_a_rollback_goes_where_the_pointer_says_whatever_was_added_to_the_log(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two)
+    forged = {"alias": "production", "from": one, "to": three, "manifest_sha256": "", "run_id": "", "since": "2999"}
+    append_event(store, "icd", "promoted", forged, at="2999-01-01T00:00:00.000000Z")
+    assert rollback(store, "icd").body["to"] == one
+
+
+@pytest.mark.parametrize("damage", ["rewritten", "forged", "deleted"])
+def test_further_back_than_the_pointer_says_a_log_with_a_gap_leads_nowhere(
+    store: Store, versions: list[str], damage: str
+) -> None:
+    one, two, three = versions
+    logged = [promote(store, "icd", version) for version in versions]
+    rollback(store, "icd")
+    key = store.key(logged[1].uri)
+    if damage == "rewritten":
+        store.put(key, store.get(key).replace(one.encode(), three.encode()))
+    elif damage == "deleted":
+        store.delete([key])
+    else:
+        append_event(store, "icd", "promoted", {**logged[1].body, "from": two, "to": three}, at=logged[1].time)
+    with pytest.raises(IntegrityError, match=f"not the whole way to {two}, which holds it: .* with --to"):
+        rollback(store, "icd")
+    assert rollback(store, "icd", to=one).body["to"] == one
+
+
+def test_a_rollback_that_names_the_holder_can_be_sent_again(store: Store, versions: list[str]) -> None:
+    one, two, three = versions
+    for version in versions:
+        promote(store, "icd", version)
+    event = rollback(store, "icd", expected=three)
+    assert rollback(store, "icd", expected=three) == event  # after an answer that was lost
+    assert holder(store) == two
+    with pytest.raises(AliasConflict, match=f"expected to be held by {one}, but it is held by {two}"):
+        rollback(store, "icd", expected=one)
+    assert rollback(store, "icd", expected=two).body["to"] == one
+
+
+def test_rolling_back_to_what_a_gate_refused_and_nobody_promoted_is_an_override(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    for version in (two, three):
+        append_event(store, "icd", "refused", {"version": version, "alias": "production", "run_id": "r"})
+    assert rollback(store, "icd", to=two).kind == "overridden"
+    promote(store, "icd", one)
+    assert rollback(store, "icd", to=two).kind == "rolled_back"
+    assert rollback(store, "icd").body["to"] == one
