@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from components.registry import aliases, versions
+from components.registry.history import is_refused
 from components.registry.records import finite
 from components.shared.errors import UserError
 from components.shared.metrics import METRICS, Metric
@@ -20,12 +21,15 @@ def promote_by_hand(
     *,
     alias: str = aliases.PRODUCTION,
     expected: str | None = aliases.ANYONE,
+    run_id: str = "",
     actor: str = "",
     reason: str = "",
 ) -> "Event":
     """Point the alias at the version that the reference means, whatever the gate said.
 
-    The event is "overridden" when a gate refused the version for this alias, else "promoted".
+    The event is "overridden" when a gate refused the version for this alias, else "promoted". `run_id` is the run that
+    the person started for it, if any, not the one that made the version: what that promoted once and somebody rolled
+    back, a person may promote again.
 
     Raises:
         UserError: the reference is malformed or ambiguous.
@@ -33,10 +37,7 @@ def promote_by_hand(
         AliasConflict: the alias is not at `expected`, or moved meanwhile.
     """
     version = versions.resolve(store, reference)
-    refused = any(
-        event.kind == "refused" and event.body.get("version") == version.version and event.body.get("alias") == alias
-        for event in aliases.events(store, version.name)
-    )
+    refused = is_refused(aliases.events(store, version.name), version.version, alias)
     return aliases.promote(
         store,
         version.name,
@@ -44,7 +45,7 @@ def promote_by_hand(
         alias,
         expected=expected,
         kind="overridden" if refused else "promoted",
-        cause=aliases.Cause(version.run_id, actor, reason),
+        cause=aliases.Cause(run_id, actor, reason),
     )
 
 
@@ -83,7 +84,10 @@ def carry_out(store: "Store", request: Request) -> "Event":
     if request.action != PROMOTE:
         raise UserError(f"action is {request.action!r}: expected {PROMOTE!r} or {ROLL_BACK!r}")
     version = request.version or _newest(store, request.name)
-    return promote_by_hand(store, f"{request.name}@{version}", alias=request.alias, actor=actor, reason=request.reason)
+    reference = f"{request.name}@{version}"
+    return promote_by_hand(
+        store, reference, alias=request.alias, run_id=request.job_id, actor=actor, reason=request.reason
+    )
 
 
 def as_markdown(store: "Store", request: Request, event: "Event") -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from components.promote.by_hand import Request, as_markdown, carry_out
+from components.promote.by_hand import Request, as_markdown, carry_out, promote_by_hand
 from components.registry import aliases, runs, versions
 from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
@@ -47,6 +47,20 @@ def test_rolling_back_takes_the_version_before_once_for_each_run(store: Store, p
     assert holder(store) == published[0]
     carry_out(store, request("roll back", published[2], job_id="job-3"))
     assert holder(store) == published[2]
+
+
+def test_what_its_own_run_promoted_and_a_person_rolled_back_can_be_promoted_again(
+    store: Store, published: list[str]
+) -> None:
+    aliases.promote(store, "sums", published[0], run_id="run-1")
+    aliases.promote(store, "sums", published[1], run_id="run-2")
+    carry_out(store, request("roll back"))
+    promote_by_hand(store, f"sums@{published[1]}")
+    assert holder(store) == published[1]
+    carry_out(store, request("roll back", job_id="job-2"))
+    carry_out(store, request("promote", published[1], job_id="job-3"))
+    carry_out(store, request("promote", published[1], job_id="job-3"))  # the step is run again
+    assert holder(store) == published[1]
 
 
 def test_the_page_tells_both_versions_and_who_asked(store: Store, published: list[str]) -> None:
