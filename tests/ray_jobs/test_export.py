@@ -77,9 +77,9 @@ def test_a_base_with_code_runs_only_where_the_callers_own_config_allows_it(of, s
     publish(of("lora", "model.trust_remote_code=true"), store, tmp_path)
     asked = of("lora")
     with pytest.raises(ConfigError, match=rf"its base {asked.model.base} comes with .* code.*model\.trust_remote_code"):
-        export(asked, asked.adapter.name, Wish("lora", tmp_path / "out"))
+        export(asked, asked.adapter.name, ExportRequest("lora", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    export(of("lora", "model.trust_remote_code=true"), asked.adapter.name, Wish("lora", tmp_path / "out"))
+    export(of("lora", "model.trust_remote_code=true"), asked.adapter.name, ExportRequest("lora", tmp_path / "out"))
 
 
 def test_a_base_that_has_changed_since_the_training_is_not_stood_on(of, store, tmp_path, tiny_base):
@@ -92,7 +92,7 @@ def test_a_base_that_has_changed_since_the_training_is_not_stood_on(of, store, t
     with pytest.raises(
         IntegrityError, match=f"with kind folder sha256 {was}, and today that is kind folder sha256 {now}"
     ):
-        export(config, config.adapter.name, Wish("lora", tmp_path / "out"))
+        export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
 
 
 def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store, tmp_path):
