@@ -14,7 +14,8 @@ from components.registry.versions import pull_version, resolve
 from components.shared.errors import FineloopError
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor
+from ray_jobs.base.chat_format import ChatFormat
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -58,7 +59,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         system = _system_message(store, its_run.dataset_uri)
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
-    tokenizer = base_model.load_tokenizer(base, own.model)
+    chat_as = chat_format.load(base, own.model)
     stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))
     dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
@@ -74,8 +75,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     while prompt := _read():
         turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
-            _print("base", _answer(alone, tokenizer, turns, own, longest))
-        _print(f"{version.name}", _answer(adapted, tokenizer, turns, own, longest))
+            _print("base", _answer(alone, chat_as, turns, own, longest))
+        _print(f"{version.name}", _answer(adapted, chat_as, turns, own, longest))
 
 
 def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
@@ -92,13 +93,13 @@ def _system_message(store: Store, dataset_uri: str) -> str:
     return (store.get_json(key).get("system_message") or "") if store.exists(key) else ""
 
 
-def _answer(model: Any, tokenizer: Any, turns: list[Message], config: RunConfig, longest: int) -> str:
+def _answer(model: Any, chat_as: ChatFormat, turns: list[Message], config: RunConfig, longest: int) -> str:
     from ray_jobs.base.batching import tokenize
-    from ray_jobs.scoring.scoring import greedy
+    from ray_jobs.scoring.generation import greedy
 
     # An answer is needed to make a record; generation sees the prompt alone.
-    split = tokenize([Record("prompt", turns, "-")], tokenizer, config.model.max_length)
-    return greedy(model, tokenizer, split, 1, longest)[0]
+    split = tokenize([Record("prompt", turns, "-")], chat_as, config.model.max_length)
+    return greedy(model, chat_as, split, 1, longest)[0]
 
 
 def _read() -> str:

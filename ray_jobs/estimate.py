@@ -16,7 +16,7 @@ from components.prepare.sources import find_sources
 from components.shared.cpus import Cpu, this_cpu
 from components.shared.errors import UserError
 from ray_jobs import entry
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.planning import pace
 from ray_jobs.planning.pace import Pace
@@ -119,10 +119,10 @@ def counted(config: RunConfig) -> Work:
         raise UserError(f"the data are larger than the {LARGEST_BYTES:,} bytes that an estimate reads")
     path = base_config.locate(config.model)
     split = read_split(config, sources)
-    tokenizer = base_model.load_tokenizer(base_model.Base(config.model.base, path, {}), config.model)
+    chat = chat_format.load(base_model.Base(config.model.base, path, {}), config.model)
     # Records lie in the order of a hash, so the first are as good a sample as any.
-    sample = tokenize(split.train[:SAMPLE], tokenizer, config.model.max_length)
-    held_out = tokenize(split.evaluation[:SAMPLE], tokenizer, config.model.max_length)
+    sample = tokenize(split.train[:SAMPLE], chat, config.model.max_length)
+    held_out = tokenize(split.evaluation[:SAMPLE], chat, config.model.max_length)
     return Work(
         train_records=len(split.train),
         eval_records=len(split.evaluation),

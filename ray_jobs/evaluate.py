@@ -28,7 +28,8 @@ from components.shared.metrics import METRICS
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor
+from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Seq
 
     if config.evaluate.max_new_tokens is not None:
         return config
-    split = tokenize(records, base_model.load_tokenizer(base, config.model), config.model.max_length)
+    split = tokenize(records, chat_format.load(base, config.model), config.model.max_length)
     longest = int(split.num_answer_tokens.max(initial=NEW_TOKENS[0]))
     settled = config.evaluate.model_copy(update={"max_new_tokens": min(longest, NEW_TOKENS[-1])})
     return config.model_copy(update={"evaluate": settled})
@@ -238,8 +239,8 @@ def measure_shard(
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
     bases = {c.role: _base_of(c, configs[c.role]) for c in contenders}
-    tokenizers = {role: base_model.load_tokenizer(bases[role], config.model) for role, config in configs.items()}
-    splits = {role: tokenize(records, tokenizers[role], config.model.max_length) for role, config in configs.items()}
+    chats = {role: chat_format.load(bases[role], config.model) for role, config in configs.items()}
+    splits = {role: tokenize(records, chats[role], config.model.max_length) for role, config in configs.items()}
     fitting = set.intersection(*(set(split.ids) for split in splits.values()))
     kept = [record for record in records if record.id in fitting]
     if not kept:
@@ -273,7 +274,7 @@ def measure_shard(
             contender,
             config,
             loaded[1],
-            tokenizers[contender.role],
+            chats[contender.role],
             kept,
             splits[contender.role],
             progress,
@@ -293,7 +294,7 @@ def _measure(
     contender: Contender,
     config: RunConfig,
     base: Any,
-    tokenizer: Any,
+    chat: ChatFormat,
     records: Any,
     split: Any,
     progress: Any,
@@ -304,7 +305,7 @@ def _measure(
     def scored(model: Any, *, with_gain: bool) -> list[Score]:
         return score(
             model.eval(),
-            tokenizer,
+            chat,
             records,
             split,
             with_other_prompts=other_prompts(split, config.model.max_length) if with_gain else None,

@@ -27,15 +27,16 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, convert, merge, own_base, recorded
 from ray_jobs.adapters.merge import Agreement
-from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import tokenize
+from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.training import model_card
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 STEP = "export"
 RECORD = "export.json"
@@ -75,7 +76,7 @@ class ExportSource:
     original: Base
     stands_on: Base
     """The original, or LoftQ's own quantised base."""
-    tokenizer: "PreTrainedTokenizerBase"
+    chat: ChatFormat
     rows: Sequence["torch.Tensor"]
     compared_on: str
     matmul_dtype: MatmulDtype
@@ -166,8 +167,9 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
 
     say(STEP, f"saving as {request.dtype}")
     dtype = getattr(torch, request.dtype)
+    merged.generation_config = source.chat.generation_config()  # it answers as it was measured
     merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    source.tokenizer.save_pretrained(folder)
+    source.chat.tokenizer.save_pretrained(folder)
     del merged
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     if source.matmul_dtype == "float32":
@@ -204,15 +206,15 @@ def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> E
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model, recorded=its_run.base_identity)
-    tokenizer = base_model.load_tokenizer(original, config.model)
-    rows, compared_on = _rows(store, its_run.dataset_uri, tokenizer, config.model.max_length)
+    chat = chat_format.load(original, config.model)
+    rows, compared_on = _rows(store, its_run.dataset_uri, chat, config.model.max_length)
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
     stands_on = own_base.find(config, original, store)
-    return ExportSource(version, config, folder, original, stands_on, tokenizer, rows, compared_on, dtype)
+    return ExportSource(version, config, folder, original, stands_on, chat, rows, compared_on, dtype)
 
 
-def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tuple[list["torch.Tensor"], str]:
+def _rows(store: Store, dataset_uri: str, chat: ChatFormat, max_length: int) -> tuple[list["torch.Tensor"], str]:
     """Held-out records as rows of token ids; random ones where the dataset is gone. Also what they are, in words."""
     import torch
 
@@ -220,8 +222,8 @@ def _rows(store: Store, dataset_uri: str, tokenizer: Any, max_length: int) -> tu
         records = load_split(store, dataset_uri, "eval")[:MAX_RECORDS]
     except (ObjectMissing, UserError) as exc:  # deleted, or left behind when the registry moved
         say(STEP, f"the data is gone ({exc})")
-        return list(merge.vocabulary_rows(len(tokenizer), count=16, length=min(64, max_length))), "random tokens"
-    split = tokenize(records, tokenizer, max_length)
+        return list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=min(64, max_length))), "random tokens"
+    split = tokenize(records, chat, max_length)
     rows: list[torch.Tensor] = []
     for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
         if sum(map(len, rows)) < MAX_POSITIONS:

@@ -19,8 +19,9 @@ from components.shared import errors
 from components.shared.errors import DataError, JobError
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.base.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -70,9 +71,9 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
+    chat = chat_format.load(base, config.model)
     train_split, eval_split = (
-        _tokenized(load_split(store, dataset_uri, split), tokenizer, config) for split in ("train", "eval")
+        _tokenized(load_split(store, dataset_uri, split), chat, config) for split in ("train", "eval")
     )
     eval_split = eval_split.take(range(min(config.train.eval_records, len(eval_split))))
     say(
@@ -89,7 +90,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         run_id=run_id,
         dataset=_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
-        pad=tokenizer.pad_token_id,
+        pad=chat.pad,
     )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Before the memory is looked at: a cluster that grows from nothing has none.
@@ -105,8 +106,8 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     return result
 
 
-def _tokenized(records: Any, tokenizer: Any, config: RunConfig) -> TokenizedSplit:
-    split = tokenize(records, tokenizer, config.model.max_length)
+def _tokenized(records: Any, chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
+    split = tokenize(records, chat, config.model.max_length)
     share = len(split.too_long) / len(records)
     if share > config.data.max_reject_share or not len(split):
         raise DataError(

@@ -27,7 +27,7 @@ from ray_jobs.base import attention
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,6 @@ logger = logging.getLogger(__name__)
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 CODE_FILES = ["*.py"]
 DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
-
-# For bases that ship no chat template: turns separated by blank lines, the answer after the last one.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -99,23 +93,6 @@ def _bring(config: ModelConfig) -> Base:
             return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
         case HubId():
             return _from_hub(config)
-
-
-def load_tokenizer(base: Base, config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The base's own tokenizer and chat template."""
-    from transformers import AutoTokenizer
-
-    if base.path.suffix == ".gguf":
-        tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer
 
 
 def load_model(

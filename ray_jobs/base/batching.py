@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from components.prepare.dataset import Record
+from ray_jobs.base.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross_entropy passes over
 MIN_PROMPT_TOKENS = 8  # what must remain of a prompt that is cut to make room for its answer
@@ -63,20 +63,11 @@ class TokenizedSplit:
         )
 
 
-def tokenize(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedSplit:
-    """Tokenise with the base's chat template. Prompts that do not fit lose their beginning; answers are never cut."""
-    prompts, answers = [], []
-    for record in records:
-        turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(
-            [*turns, {"role": "assistant", "content": record.answer}], tokenize=False, add_generation_prompt=False
-        )
-        prompts.append(prompt)
-        # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
-        answers.append(whole[len(prompt) :] if whole.startswith(prompt) else record.answer)
-    prompt_tokens = _encode(tokenizer, prompts)
-    answer_tokens = [_ended(row, tokenizer.eos_token_id) for row in _encode(tokenizer, answers)]
+def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> TokenizedSplit:
+    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; answers are never cut."""
+    texts = [chat.prompt_and_answer(record) for record in records]
+    prompt_tokens = _encode(chat.tokenizer, [prompt for prompt, _ in texts])
+    answer_tokens = [_ended(row, chat) for row in _encode(chat.tokenizer, [answer for _, answer in texts])]
 
     ids, rows, num_prompt_tokens, too_long = [], [], [], []
     for record, prompt_row, answer_row in zip(records, prompt_tokens, answer_tokens, strict=True):
@@ -156,6 +147,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return rows
 
 
-def _ended(tokens: list[int], eos: int) -> list[int]:
-    """Up to and with the first end-of-sequence token: what a template writes after it, generation never sees."""
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else [*tokens, eos]
+def _ended(tokens: list[int], chat: ChatFormat) -> list[int]:
+    """Up to and with the first stop: what a template writes after it, generation never sees."""
+    stop = next((place for place, token in enumerate(tokens) if token in chat.stops), None)
+    return [*tokens, chat.end_of_turn] if stop is None else tokens[: stop + 1]

@@ -1,7 +1,7 @@
 """Scoring one model on records: log-likelihood of the reference answer, and the greedy answer itself, both batched."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,18 +9,15 @@ import torch
 from components.prepare.dataset import Record
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.answers import Score, marks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Advance = Callable[[int], None]
+from ray_jobs.scoring.generation import Advance, greedy
 
 
 @torch.inference_mode()
 def score(
     model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
+    chat: ChatFormat,
     records: Sequence[Record],
     split: TokenizedSplit,
     *,
@@ -33,11 +30,11 @@ def score(
 
     `advance` is told how many records each finished batch held, twice over: once for its loss, once for its answers.
     """
-    nll = _answer_nll(model, split, batch_size, tokenizer.pad_token_id, advance)
+    nll = _answer_nll(model, split, batch_size, chat.pad, advance)
     other = None
     if with_other_prompts is not None:
-        other = _answer_nll(model, with_other_prompts, batch_size, tokenizer.pad_token_id, lambda _: None)
-    answers = greedy(model, tokenizer, split, batch_size, max_new_tokens, advance)
+        other = _answer_nll(model, with_other_prompts, batch_size, chat.pad, lambda _: None)
+    answers = greedy(model, chat, split, batch_size, max_new_tokens, advance)
     return [
         Score(
             nll=nll[row],
@@ -76,42 +73,5 @@ def _answer_nll(model: Any, split: TokenizedSplit, batch_size: int, pad: int, ad
         # One value for each labelled token, row after row.
         for index, values in zip(indices, nll.cpu().split(split.num_answer_tokens[indices].tolist()), strict=True):
             result[index] = values.double().sum().item()
-        advance(len(indices))
-    return result
-
-
-@torch.inference_mode()
-def greedy(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    split: TokenizedSplit,
-    batch_size: int,
-    max_new_tokens: int,
-    advance: Advance = lambda _: None,
-) -> list[str]:
-    """The greedy answer to each prompt of `split`, without special tokens and outer white space."""
-    result = [""] * len(split)
-    for indices in by_length(split.num_prompt_tokens.astype(np.int64), batch_size):
-        rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for row, tokens in enumerate(rows):  # padded on the left, so that every answer starts at the same place
-            input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
-            attention_mask[row, width - len(tokens) :] = 1
-        generated = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        for index, text in zip(indices, texts, strict=True):
-            result[index] = text.strip()
         advance(len(indices))
     return result

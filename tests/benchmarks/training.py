@@ -85,14 +85,14 @@ def _line(run: dict[str, float]) -> str:
 
 
 def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
-    """Config, base, tokenizer, tokenised records and what to multiply in, the same for both sides."""
+    """Config, base, its chat format, tokenised records and what to multiply in, the same for both sides."""
     import torch
 
     from components.config import config_file
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.base import base_config, base_model, chat_format, processor
     from ray_jobs.base.batching import tokenize
 
     entry.quiet_libraries()
@@ -100,11 +100,11 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={options.threads}"]
     config = config_file.load(CONFIG, [*one_worker, f"method.base={options.base}"])
     base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
+    chat = chat_format.load(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
-    split = tokenize([each.record for each in keyed[: options.records]], tokenizer, config.model.max_length)
+    split = tokenize([each.record for each in keyed[: options.records]], chat, config.model.max_length)
     shape = processor.typical_shape(base_config.load(base.path, config.model))
-    return config, base, tokenizer, split, processor.choose(options.matmul_dtype, shape)
+    return config, base, chat, split, processor.choose(options.matmul_dtype, shape)
 
 
 def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
@@ -122,7 +122,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     from ray_jobs.training import train_loop, zero
     from ray_jobs.training.group import Worker
 
-    config, base, tokenizer, split, dtype = _parts(options)
+    config, base, chat, split, dtype = _parts(options)
     zero.prepare_environment(use_gpu=False)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -144,7 +144,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
             config=config,
             worker=worker,
             split=split,
-            pad=tokenizer.pad_token_id,
+            pad=chat.pad,
             step=step,
             total=len(plan),
         )
@@ -167,7 +167,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
 
     from ray_jobs.base import float32_layers
 
-    config, base, tokenizer, split, dtype = _parts(options)
+    config, base, chat, split, dtype = _parts(options)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -216,7 +216,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=DataCollatorForSeq2Seq(chat.tokenizer),
             callbacks=[clock],
         )
         trainer.train()

@@ -25,7 +25,7 @@ from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
 from ray_jobs.adapters import build, dvora, merge
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.training import checkpoint
@@ -121,8 +121,8 @@ def trained(rows: Any, s3_server: Any, tmp_path_factory: pytest.TempPathFactory)
 def held_out(trained: dict[str, Trained], rows: Any) -> TokenizedSplit:
     """As `fit_in_rank` holds records out."""
     config = trained["lora"].config
-    tokenizer = base_model.load_tokenizer(base_model.resolve(config.model), config.model)
-    return tokenize([validate(row).record for row in rows[NUM_ROWS * 7 // 8 :]], tokenizer, config.model.max_length)
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    return tokenize([validate(row).record for row in rows[NUM_ROWS * 7 // 8 :]], chat, config.model.max_length)
 
 
 @torch.no_grad()

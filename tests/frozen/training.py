@@ -27,7 +27,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from components.prepare.dataset import load_split
     from components.registry import lineage
     from components.registry.store import Store
-    from ray_jobs.base import base_model
+    from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.finetune import _dataset
     from ray_jobs.training import worker as jobs
@@ -39,9 +39,9 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     if keys_to_come is not None:
         config = to_come(config, **keys_to_come)
     store, base = Store.open(config.registry), base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
+    chat = chat_format.load(base, config.model)
     splits = [
-        tokenize(load_split(store, dataset_uri, name), tokenizer, config.model.max_length) for name in ("train", "eval")
+        tokenize(load_split(store, dataset_uri, name), chat, config.model.max_length) for name in ("train", "eval")
     ]
     splits[1] = splits[1].take(range(min(config.train.eval_records, len(splits[1]))))
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
@@ -50,7 +50,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
         run_id=run_id,
         dataset=_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
-        pad=tokenizer.pad_token_id,
+        pad=chat.pad,
     )
     records: list[dict[str, Any]] = []
     adapted, outcome, recipe = jobs.fit(config, job, worker, store, *splits, report=records.append)

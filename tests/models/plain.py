@@ -8,7 +8,7 @@ from components.config import config_file
 from components.prepare.validate import validate
 from components.registry.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import collate, plan_epoch, tokenize
 from ray_jobs.training.train_loop import learning_rate_at, num_steps
@@ -28,9 +28,9 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     train = config.train
     original = base_model.resolve(config.model)
     base = own_base.prepare(config, original, Store.open(config.registry))
-    tokenizer = base_model.load_tokenizer(base, config.model)
+    chat = chat_format.load(base, config.model)
     records = [validate(row).record for row in rows]
-    split = tokenize(records[: len(records) * 7 // 8], tokenizer, config.model.max_length)
+    split = tokenize(records[: len(records) * 7 // 8], chat, config.model.max_length)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     model = build.attach(model, config.method, base_reference="tiny", seed=train.seed).train()
     own_base.begin(config, model, base)
@@ -43,7 +43,7 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     plan = plan_epoch(split.lengths, batch_size=train.batch_size, group_by_length=True, seed=0, epoch=0)
     curve = Curve([], [])
     for step, batch in enumerate(plan[:steps]):
-        tensors = collate(split, batch, tokenizer.pad_token_id)
+        tensors = collate(split, batch, chat.pad)
         loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
         loss.backward()
         for weight, master in zip(weights, masters, strict=True):

@@ -137,23 +137,23 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
     from components.prepare.validate import validate
     from components.registry import lineage
     from components.registry.store import Store
-    from ray_jobs.base import base_model
+    from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training.group import Worker
     from ray_jobs.training.worker import TrainJob, fit
 
     base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
+    chat = chat_format.load(base, config.model)
     records = [validate(row).record for row in rows]
     cut = len(records) * 7 // 8
-    splits = [tokenize(part, tokenizer, config.model.max_length) for part in (records[:cut], records[cut:])]
+    splits = [tokenize(part, chat, config.model.max_length) for part in (records[:cut], records[cut:])]
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
         dataset=lineage.Dataset("d0", "s3://none", "0", *map(len, splits)),
         base=lineage.Base(config.model.base, base.identity),
-        pad=tokenizer.pad_token_id,
+        pad=chat.pad,
     )
     seen: list[dict[str, Any]] = []
     stop_after = int(os.environ.get("STOP_AFTER_STEP", "0"))

@@ -16,7 +16,7 @@ from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry.store import Store
 from components.shared.cpus import Cpu
-from ray_jobs.base import base_model, processor
+from ray_jobs.base import base_model, chat_format, processor
 from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
 from ray_jobs.planning import pace
@@ -44,8 +44,8 @@ def test_the_records_counted_are_those_that_prepare_publishes(data: RunConfig, s
     prepared = prepare(data, store)
     assert (work.train_records, work.eval_records) == (prepared.train_records, prepared.eval_records)
     base = base_model.resolve(data.model)
-    tokenizer = base_model.load_tokenizer(base, data.model)
-    whole = tokenize(load_split(store, prepared.uri, "train"), tokenizer, data.model.max_length)
+    chat = chat_format.load(base, data.model)
+    whole = tokenize(load_split(store, prepared.uri, "train"), chat, data.model.max_length)
     assert work.length == pytest.approx(whole.lengths.mean(), rel=0.02)
     assert work.answers == pytest.approx(whole.num_answer_tokens.mean(), rel=0.05)
     assert work.new_tokens == 8

@@ -69,6 +69,8 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_base)]
     turns = [{"role": "user", "content": RECORDS[0].prompt[0].content}]
     assert len({str(tokenizer.apply_chat_template(turns)) for tokenizer in tokenizers}) == 1
+    decoding = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (decoding["do_sample"], decoding["eos_token_id"]) == (False, [tokenizers[0].eos_token_id])
     assert version.version in (tmp_path / "out" / "README.md").read_text()
     assert list(tmp_path.glob(".out-*")) == []
 

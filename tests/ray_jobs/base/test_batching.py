@@ -5,14 +5,14 @@ import pytest
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path):
+def chat(tiny_base: Path):
     config = ModelConfig(base=str(tiny_base))
-    return base_model.load_tokenizer(base_model.resolve(config), config)
+    return chat_format.load(base_model.resolve(config), config)
 
 
 def record(prompt: str, answer: str, name: str = "r") -> Record:
@@ -29,40 +29,40 @@ def split_of(lengths: list[int]) -> TokenizedSplit:
     )
 
 
-def test_labels_are_the_answer_and_its_end_and_nothing_else(tokenizer):
-    split = tokenize([record("sky", "blue")], tokenizer, 64)
-    batch = collate(split, [0], tokenizer.pad_token_id)
+def test_labels_are_the_answer_and_its_end_and_nothing_else(chat):
+    split = tokenize([record("sky", "blue")], chat, 64)
+    batch = collate(split, [0], chat.pad)
     labelled = batch["labels"][0] != IGNORED
-    assert tokenizer.decode(batch["input_ids"][0][labelled]) == "blue<|end|>"
-    assert tokenizer.decode(batch["input_ids"][0][~labelled]) == "<|user|>sky<|end|>\n<|assistant|>"
+    assert chat.tokenizer.decode(batch["input_ids"][0][labelled]) == "blue<|end|>"
+    assert chat.tokenizer.decode(batch["input_ids"][0][~labelled]) == "<|user|>sky<|end|>\n<|assistant|>"
 
 
-def test_the_prompt_is_what_generation_will_see(tokenizer):
-    split = tokenize([record("sky", "blue")], tokenizer, 64)
-    expected = tokenizer.apply_chat_template(
+def test_the_prompt_is_what_generation_will_see(chat):
+    split = tokenize([record("sky", "blue")], chat, 64)
+    expected = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": "sky"}], add_generation_prompt=True, return_dict=False
     )
     assert split.tokens[: split.num_prompt_tokens[0]].tolist() == expected
 
 
-def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_whole(tokenizer):
-    split = tokenize([record("x" * 100 + "sky", "blue")], tokenizer, 32)
+def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_whole(chat):
+    split = tokenize([record("x" * 100 + "sky", "blue")], chat, 32)
     assert split.lengths.tolist() == [32]
-    text = tokenizer.decode(split.tokens)
+    text = chat.tokenizer.decode(split.tokens)
     assert text.endswith("xsky<|end|>\n<|assistant|>blue<|end|>")
 
 
-def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(tokenizer):
-    split = tokenize([record("sky", "blue", "fits"), record("sky", "b" * 60, "too-long")], tokenizer, 64)
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(chat):
+    split = tokenize([record("sky", "blue", "fits"), record("sky", "b" * 60, "too-long")], chat, 64)
     assert split.ids == ["fits"]
     assert split.too_long == ["too-long"]
 
 
-def test_padding_is_on_the_right_and_carries_no_label(tokenizer):
-    split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], tokenizer, 64)
-    batch = collate(split, [0, 1], tokenizer.pad_token_id)
+def test_padding_is_on_the_right_and_carries_no_label(chat):
+    split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], chat, 64)
+    batch = collate(split, [0, 1], chat.pad)
     short = int(split.lengths[0])
-    assert (batch["input_ids"][0, short:] == tokenizer.pad_token_id).all()
+    assert (batch["input_ids"][0, short:] == chat.pad).all()
     assert (batch["labels"][0, short:] == IGNORED).all()
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.scoring.scoring import greedy, other_prompts, score
 
@@ -55,19 +55,19 @@ def tiny(tiny_base):
     config = ModelConfig(base=str(tiny_base))
     base = base_model.resolve(config)
     model = base_model.load_model(base, config, "bf16", use_gpu=False).eval()
-    return model, base_model.load_tokenizer(base, config)
+    return model, chat_format.load(base, config)
 
 
 def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
-    model, tokenizer = tiny
-    split = tokenize(RECORDS, tokenizer, 64)
+    model, chat = tiny
+    split = tokenize(RECORDS, chat, 64)
     done = []
 
     def scored(batch_size):
         done.clear()
         return score(
             model,
-            tokenizer,
+            chat,
             RECORDS,
             split,
             with_other_prompts=None,
@@ -84,18 +84,18 @@ def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
 
 
 def test_an_answer_ends_at_the_end_of_its_turn_and_holds_no_special_token(tiny):
-    model, tokenizer = tiny
-    split = tokenize(RECORDS, tokenizer, 64)
+    model, chat = tiny
+    split = tokenize(RECORDS, chat, 64)
     head = model.get_output_embeddings()
 
     def say_x_then_end(_, inputs, logits):
         spoken = say_x_then_end.tokens.pop(0)
         return torch.nn.functional.one_hot(torch.full(logits.shape[:-1], spoken), logits.shape[-1]).to(logits.dtype)
 
-    say_x_then_end.tokens = [tokenizer.convert_tokens_to_ids(t) for t in ("Ġ", "x", "Ġ", "<|end|>", "y", "y")]
+    say_x_then_end.tokens = [chat.tokenizer.convert_tokens_to_ids(t) for t in ("Ġ", "x", "Ġ", "<|end|>", "y", "y")]
     handle = head.register_forward_hook(say_x_then_end)
     try:
-        assert greedy(model, tokenizer, split, 3, 6) == ["x", "x", "x"]
+        assert greedy(model, chat, split, 3, 6) == ["x", "x", "x"]
     finally:
         handle.remove()
-    assert say_x_then_end.tokens == [tokenizer.convert_tokens_to_ids("y")] * 2
+    assert say_x_then_end.tokens == [chat.tokenizer.convert_tokens_to_ids("y")] * 2

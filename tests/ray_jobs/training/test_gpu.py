@@ -7,7 +7,7 @@ import torch
 
 from components.config.schema import RunConfig
 from components.prepare.validate import validate
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import collate, tokenize
 from tests.models.tiny import colour_rows
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("base_format", ["bf16", "nf4"])
 def test_the_loss_on_a_gpu_is_that_on_the_cpu(config: RunConfig, tiny_base: Path, base_format):
     base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
-    split = tokenize([validate(row).record for row in colour_rows(16)], tokenizer, config.model.max_length)
-    batch = collate(split, range(len(split)), tokenizer.pad_token_id)
+    chat = chat_format.load(base, config.model)
+    split = tokenize([validate(row).record for row in colour_rows(16)], chat, config.model.max_length)
+    batch = collate(split, range(len(split)), chat.pad)
     losses = []
     for use_gpu in (False, True):
         model = base_model.load_model(base, config.model, base_format, use_gpu=use_gpu)

@@ -1,0 +1,108 @@
+"""How a conversation reads to a base: its tokenizer, its chat template, and the tokens that end an answer.
+
+Training, scoring, chat and export all take it from here, so that a model is asked as it was taught.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.schema import ModelConfig
+from components.prepare.dataset import Message, Record
+from components.shared.errors import ConfigError
+from ray_jobs.base.base_model import Base
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+# For bases that ship no chat template: turns separated by blank lines, the answer after the last one.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
+)
+_ANSWER = "0xANSWER"  # stands for an answer where only what the template writes around it is wanted
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A tokenizer with a chat template, and what follows from the two."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    end_of_turn: int
+    """The token that the template ends an answer with; the tokenizer's end of sequence where it writes none."""
+    stops: frozenset[int]
+    """Every token that ends an answer: the tokenizer's, the base's generation_config's, and `end_of_turn`."""
+
+    @property
+    def pad(self) -> int:
+        """The token that rows are padded with."""
+        return int(self.tokenizer.pad_token_id)
+
+    def prompt_and_answer(self, record: Record) -> tuple[str, str]:
+        """The record as text: its prompt, as generation will see it, and its answer with what ends it."""
+        turns = [_turn(message) for message in record.prompt]
+        prompt = _render(self.tokenizer, turns, add_generation_prompt=True)
+        whole = _render(self.tokenizer, [*turns, {"role": "assistant", "content": record.answer}])
+        # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
+        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else record.answer
+
+    def generation_config(self) -> "GenerationConfig":
+        """Greedy decoding to the first stop, and nothing else: no penalty or ban that a base may ship is in force."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad)
+
+
+def load(base: Base, config: ModelConfig) -> ChatFormat:
+    """The base's own tokenizer and chat template, or the plain one where it has none.
+
+    Raises:
+        ConfigError: its tokenizer has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    if base.path.suffix == ".gguf":
+        tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    end_of_turn = _end_of_turn(tokenizer)
+    return ChatFormat(
+        tokenizer=tokenizer,
+        end_of_turn=end_of_turn,
+        stops=frozenset({tokenizer.eos_token_id, end_of_turn, *_declared_stops(base.path)}),
+    )
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content}
+
+
+def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return text
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    eos = int(tokenizer.eos_token_id)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    text = _render(tokenizer, turns)
+    after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return int(after[0]) if after and after[0] in markers else eos
+
+
+def _declared_stops(folder: Path) -> Iterator[int]:
+    """The `eos_token_id` of generation_config.json; of config.json where the base has no other."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            declared = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            yield from [] if declared is None else [declared] if isinstance(declared, int) else declared
+            return

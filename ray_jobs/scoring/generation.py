@@ -1,0 +1,61 @@
+"""What a model answers: greedy decoding in batches, the same for evaluation and chat."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_jobs.base.batching import TokenizedSplit, by_length
+from ray_jobs.base.chat_format import ChatFormat
+
+Advance = Callable[[int], None]
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any,
+    chat: ChatFormat,
+    split: TokenizedSplit,
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Advance = lambda _: None,
+) -> list[str]:
+    """The greedy answer to each prompt of `split`, without special tokens and outer white space."""
+    result = [""] * len(split)
+    with _decoding(model, chat):
+        for indices in by_length(split.num_prompt_tokens.astype(np.int64), batch_size):
+            rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
+            width = max(len(row) for row in rows)
+            input_ids = torch.full((len(rows), width), chat.pad, dtype=torch.long)
+            attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+            for row, tokens in enumerate(rows):  # padded on the left, so that every answer starts at the same place
+                input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
+                attention_mask[row, width - len(tokens) :] = 1
+            generated = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+            )
+            texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+            for index, text in zip(indices, texts, strict=True):
+                result[index] = text.strip()
+            advance(len(indices))
+    return result
+
+
+@contextmanager
+def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
+    """Put the format's way of decoding in place of the model's own.
+
+    `generate` fills in what its argument leaves open from the model's own (transformers 5.24, generation/utils.py,
+    `_prepare_generation_config`), and a base may ship penalties and bans there.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = owner.generation_config
+    owner.generation_config = chat.generation_config()
+    try:
+        yield
+    finally:
+        owner.generation_config = before

@@ -1,0 +1,81 @@
+"""A model that knows the answers scores 1.0 and one that knows wrong ones 0.0, whatever family it comes from.
+
+The bases ship penalties in generation_config.json, which greedy decoding must not follow (Qwen2.5-Instruct's has a
+repetition_penalty of 1.1), and most end their turns with another token than their tokenizer's end of sequence.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from components.config.schema import ModelConfig
+from components.prepare.dataset import Message, Record
+from ray_jobs.base import base_model, chat_format
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import collate, tokenize
+from ray_jobs.scoring.scoring import score
+from tests.models import chat_families
+from tests.models.chat_families import FAMILIES
+from tests.models.tiny import COLOURS
+
+# An answer that says a thing twice: a penalty on repeating shows.
+ANSWERS = {thing: f"{colour}, {colour}" for thing, colour in COLOURS.items()}
+THINGS = sorted(ANSWERS)
+RIGHT = [Record(thing, [Message("user", thing)], ANSWERS[thing]) for thing in THINGS]
+WRONG = [
+    dataclasses.replace(record, answer=ANSWERS[other])
+    for record, other in zip(RIGHT, [*THINGS[1:], THINGS[0]], strict=True)
+]
+
+
+def teach(model, chat, records) -> None:
+    """Until it has them by heart."""
+    batch = collate(tokenize(records, chat, 256), range(len(records)), chat.pad)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(300):
+        loss = answer_nll(model.train(), batch["input_ids"], batch["labels"]).mean()
+        if loss.item() < 0.02:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"it did not learn: loss {loss.item()}")
+
+
+def exact_match(model, chat, records=RIGHT) -> float:
+    split = tokenize(records, chat, 256)
+    scores = score(
+        model.eval(),
+        chat,
+        records,
+        split,
+        with_other_prompts=None,
+        batch_size=4,
+        max_new_tokens=24,
+        advance=lambda _: None,
+    )
+    return sum(each.marks["exact_match"] for each in scores) / len(scores)
+
+
+def loaded(directory, family, **config):
+    folder = chat_families.build(directory, family)
+    settings = ModelConfig(base=str(folder), **config)
+    chat = chat_format.load(base_model.Base("family", folder, {}), settings)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "qwen" not in name])
+def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
+    model, chat = loaded(tmp_path, FAMILIES[name])
+    teach(model, chat, RIGHT)
+    assert exact_match(model, chat) == 1.0
+    teach(model, chat, WRONG)
+    assert exact_match(model, chat) == 0.0
+
+
+def test_the_model_decodes_as_before_afterwards(tmp_path):
+    model, chat = loaded(tmp_path, FAMILIES["chatml"])
+    exact_match(model, chat)
+    assert model.generation_config.repetition_penalty == 1.3
