@@ -29,7 +29,7 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,9 @@ def compared(
             for role in ROLES
             if role != "candidate"
         },
-        confusion=confusion([record.answer for record in records], [score.text for score in scores["candidate"]]),
+        confusion=confusion(
+            [without_reasoning(record.answer) for record in records], [score.text for score in scores["candidate"]]
+        ),
         samples=[
             {
                 "id": records[row].id,

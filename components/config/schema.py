@@ -55,6 +55,9 @@ class ModelConfig(Section):
     """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Context in tokens. Longer prompts lose their beginning; an answer is never cut."""
+    thinking: Annotated[bool, Added("0.2.0")] = False
+    """Ask a base that can reason to do so before it answers, and train on the reasoning that answers hold. Without it
+    the chat template's block of reasoning is closed before the answer begins; no metric reads what stands in one."""
     trust_remote_code: bool = False
     """Run Python code that the base model's repository ships. Only for a base whose code you have read."""
 

@@ -64,7 +64,11 @@ class TokenizedSplit:
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> TokenizedSplit:
-    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; answers are never cut."""
+    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; answers are never cut.
+
+    Raises:
+        DataError: a record cannot be told in the base's chat.
+    """
     texts = [chat.prompt_and_answer(record) for record in records]
     prompt_tokens = _encode(chat.tokenizer, [prompt for prompt, _ in texts])
     answer_tokens = [_ended(row, chat) for row in _encode(chat.tokenizer, [answer for _, answer in texts])]

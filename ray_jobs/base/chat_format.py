@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
 )
+THINK, END_THINK = "<think>", "</think>"
 _ANSWER = "0xANSWER"  # stands for an answer where only what the template writes around it is wanted
 
 
@@ -35,18 +36,38 @@ class ChatFormat:
     stops: frozenset[int]
     """Every token that ends an answer: the tokenizer's, the base's generation_config's, and `end_of_turn`."""
 
+    thinking: bool
+    """Whether the model is asked to reason before it answers."""
+
     @property
     def pad(self) -> int:
         """The token that rows are padded with."""
         return int(self.tokenizer.pad_token_id)
 
     def prompt_and_answer(self, record: Record) -> tuple[str, str]:
-        """The record as text: its prompt, as generation will see it, and its answer with what ends it."""
+        """The record as text: its prompt, as generation will see it, and its answer with what ends it.
+
+        Unless the model is asked to think, a block of reasoning is closed before the answer begins and no part of it.
+
+        Raises:
+            DataError: the answer is a block of reasoning and nothing after it.
+        """
         turns = [_turn(message) for message in record.prompt]
-        prompt = _render(self.tokenizer, turns, add_generation_prompt=True)
-        whole = _render(self.tokenizer, [*turns, {"role": "assistant", "content": record.answer}])
+        answer = record.answer if self.thinking else without_reasoning(record.answer)
+        if not answer:
+            raise DataError(
+                f"record {record.id!r} answers with a block of reasoning and nothing after it: leave it out, or train "
+                "on the reasoning with model.thinking=true"
+            )
+        prompt = _render(self.tokenizer, turns, thinking=self.thinking, add_generation_prompt=True)
+        opens = prompt.rstrip().endswith(THINK)
+        if opens and not self.thinking:  # a template without a switch
+            prompt = f"{prompt.rstrip()}\n\n{END_THINK}\n\n"
+        whole = _render(self.tokenizer, [*turns, {"role": "assistant", "content": answer}], thinking=self.thinking)
+        if whole.startswith(prompt):
+            return prompt, whole[len(prompt) :]
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
-        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else record.answer
+        return prompt, answer.removeprefix(THINK) if opens else answer
 
     def generation_config(self) -> "GenerationConfig":
         """Greedy decoding to the first stop, and nothing else: no penalty or ban that a base may ship is in force."""
@@ -78,22 +99,39 @@ def load(base: Base, config: ModelConfig) -> ChatFormat:
         tokenizer=tokenizer,
         end_of_turn=end_of_turn,
         stops=frozenset({tokenizer.eos_token_id, end_of_turn, *_declared_stops(base.path)}),
+        thinking=config.thinking,
     )
+
+
+def without_reasoning(text: str) -> str:
+    """The answer that follows a block of reasoning; empty where the block never ends."""
+    if END_THINK in text:
+        return text.rpartition(END_THINK)[2].lstrip()
+    return "" if text.lstrip().startswith(THINK) else text
 
 
 def _turn(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content}
 
 
-def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _render(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, thinking: bool, add_generation_prompt: bool = False
+) -> str:
+    text: str = tokenizer.apply_chat_template(
+        turns,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        # The switch has two names in public templates: Qwen's and SmolLM's, then Granite's and DeepSeek's.
+        enable_thinking=thinking,
+        thinking=thinking,
+    )
     return text
 
 
 def _end_of_turn(tokenizer: Any) -> int:
     eos = int(tokenizer.eos_token_id)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    text = _render(tokenizer, turns)
+    text = _render(tokenizer, turns, thinking=False)
     after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
     markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(after[0]) if after and after[0] in markers else eos

@@ -50,7 +50,7 @@ class Score:
     other_prompt_nll: float | None
     """The same given another record's prompt; None where it was not measured."""
     text: str
-    """The greedy answer."""
+    """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
     """What the answer is worth against the reference, by the keys of MARKS."""
 

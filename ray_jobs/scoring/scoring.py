@@ -9,7 +9,7 @@ import torch
 from components.prepare.dataset import Record
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import Score, marks
 from ray_jobs.scoring.generation import Advance, greedy
 
@@ -34,15 +34,16 @@ def score(
     other = None
     if with_other_prompts is not None:
         other = _answer_nll(model, with_other_prompts, batch_size, chat.pad, lambda _: None)
-    answers = greedy(model, chat, split, batch_size, max_new_tokens, advance)
+    answers = [without_reasoning(text) for text in greedy(model, chat, split, batch_size, max_new_tokens, advance)]
+    references = [without_reasoning(record.answer) for record in records]
     return [
         Score(
             nll=nll[row],
             other_prompt_nll=other[row] if other is not None else None,
             text=answer,
-            marks=marks(answer, record.answer),
+            marks=marks(answer, reference),
         )
-        for row, (record, answer) in enumerate(zip(records, answers, strict=True))
+        for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
     ]
 
 

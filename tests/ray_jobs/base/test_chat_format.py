@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from components.config.schema import ModelConfig
-from components.shared.errors import ConfigError
+from components.prepare.dataset import Message, Record
+from components.shared.errors import ConfigError, DataError
 from ray_jobs.base import chat_format
 from ray_jobs.base.base_model import Base
 from tests.models import chat_families
@@ -75,3 +76,48 @@ def test_decoding_is_greedy_and_nothing_else(tmp_path):
     said = chat.generation_config().to_diff_dict()
     assert set(said) <= {"do_sample", "eos_token_id", "pad_token_id", "transformers_version"}
     assert said["eos_token_id"] == sorted(chat.stops)
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
+@pytest.mark.parametrize("said", ["blue", "<think>\nthe sky\n</think>\n\nblue"])
+def test_a_block_of_reasoning_is_closed_before_the_answer_begins(tmp_path, name, said):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]))
+    prompt, answer = chat.prompt_and_answer(Record("r", [Message("user", "sky")], said))
+    # What https://huggingface.co/Qwen/Qwen3-8B renders with enable_thinking=False.
+    assert prompt == "<|im_start|>user\nsky<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert answer.removesuffix("<|im_end|>\n") == "blue"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt_ends", "answer"),
+    [
+        ("qwen-3", "assistant\n", "<think>\nthe sky\n</think>\n\nblue<|im_end|>\n"),
+        ("qwen-3-thinking", "assistant\n<think>\n", "the sky\n</think>\n\nblue<|im_end|>\n"),
+    ],
+)
+def test_who_asks_for_reasoning_trains_on_it(tmp_path, name, prompt_ends, answer):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]), thinking=True)
+    said = Record("r", [Message("user", "sky")], "<think>\nthe sky\n</think>\n\nblue")
+    prompt, found = chat.prompt_and_answer(said)
+    assert prompt.endswith(prompt_ends)
+    assert found == answer
+
+
+def test_reasoning_without_an_answer_is_no_answer(tmp_path):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES["qwen-3"]))
+    with pytest.raises(DataError, match=r"record 'r7' answers with a block of reasoning .* model\.thinking=true"):
+        chat.prompt_and_answer(Record("r7", [Message("user", "sky")], "<think>\nthe sky\n</think>\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("blue", "blue"),
+        ("<think>\nhm\n</think>\n\nblue", "blue"),
+        ("hm\n</think>\n\nblue", "blue"),
+        ("<think>\nhm, and then it ran out of", ""),
+        ("a <think> in the middle", "a <think> in the middle"),
+    ],
+)
+def test_what_follows_a_block_of_reasoning_is_the_answer(text, answer):
+    assert chat_format.without_reasoning(text) == answer

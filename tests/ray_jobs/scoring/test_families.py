@@ -15,6 +15,7 @@ from components.prepare.dataset import Message, Record
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import collate, tokenize
+from ray_jobs.scoring.generation import greedy
 from ray_jobs.scoring.scoring import score
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
@@ -53,7 +54,7 @@ def exact_match(model, chat, records=RIGHT) -> float:
         split,
         with_other_prompts=None,
         batch_size=4,
-        max_new_tokens=24,
+        max_new_tokens=64,
         advance=lambda _: None,
     )
     return sum(each.marks["exact_match"] for each in scores) / len(scores)
@@ -66,13 +67,32 @@ def loaded(directory, family, **config):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "qwen" not in name])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     model, chat = loaded(tmp_path, FAMILIES[name])
     teach(model, chat, RIGHT)
     assert exact_match(model, chat) == 1.0
     teach(model, chat, WRONG)
     assert exact_match(model, chat) == 0.0
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
+def test_reasoning_is_neither_learned_nor_scored_unless_asked_for(tmp_path, name):
+    reasoned = [
+        dataclasses.replace(record, answer=f"<think>\nit is {record.id}\n</think>\n\n{record.answer}")
+        for record in RIGHT
+    ]
+    model, chat = loaded(tmp_path, FAMILIES[name])
+    teach(model, chat, reasoned)
+    assert exact_match(model, chat) == 1.0  # against the answers alone
+    split = tokenize(reasoned, chat, 256)
+    assert greedy(model, chat, split, 4, 64) == [record.answer for record in RIGHT]
+
+    model, chat = loaded(tmp_path, FAMILIES[name], thinking=True)
+    teach(model, chat, reasoned)
+    assert exact_match(model, chat, reasoned) == 1.0
+    thoughts = greedy(model, chat, tokenize(reasoned, chat, 256), 4, 64)
+    assert all(f"it is {record.id}" in thought for record, thought in zip(RIGHT, thoughts, strict=True))
 
 
 def test_the_model_decodes_as_before_afterwards(tmp_path):
