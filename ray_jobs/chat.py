@@ -59,7 +59,6 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         system = _system_message(store, its_run.dataset_uri)
     _tell(f"loading {own.model.base} and {version.name} {version.version}")
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
-    chat_as = chat_format.load(base, own.model)
     stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))
     dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
@@ -68,6 +67,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
+        chat_as = chat_format.load(base, own.model, folder)
         adapted = build.load(model, folder, matmul_dtype=dtype).eval()
     if system:
         _tell(f"each prompt follows the system message {system!r}, as in training")

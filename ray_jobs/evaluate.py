@@ -231,6 +231,23 @@ def measure_shard(
     Raises:
         DataError: no record fits the context.
     """
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
+        adapters: dict[str, Path] = {}
+        for contender in contenders:
+            if contender.version is not None:
+                adapters[contender.role] = Path(scratch) / contender.role
+                pull_version(Store.open(contender.config.registry), contender.version, adapters[contender.role])
+        return _measure_shard(contenders, records, adapters, shard_index=shard_index, matmul_dtype=matmul_dtype)
+
+
+def _measure_shard(
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    adapters: Mapping[str, Path],
+    *,
+    shard_index: int,
+    matmul_dtype: MatmulDtype,
+) -> ShardResult:
     import torch
 
     from ray_jobs.base.batching import tokenize
@@ -241,7 +258,7 @@ def measure_shard(
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
     bases = {c.role: _base_of(c, configs[c.role]) for c in contenders}
-    chats = {role: chat_format.load(bases[role], config.model) for role, config in configs.items()}
+    chats = {role: chat_format.load(bases[role], config.model, adapters.get(role)) for role, config in configs.items()}
     splits = {role: tokenize(records, chats[role], config.model.max_length) for role, config in configs.items()}
     fitting = set.intersection(*(set(split.ids) for split in splits.values()))
     kept = [record for record in records if record.id in fitting]
@@ -273,7 +290,7 @@ def measure_shard(
         if progress:
             progress.role = contender.role
         scores[contender.role] = _measure(
-            contender,
+            adapters.get(contender.role),
             config,
             loaded[1],
             chats[contender.role],
@@ -293,7 +310,7 @@ def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
 
 
 def _measure(
-    contender: Contender,
+    adapter: Path | None,
     config: RunConfig,
     base: Any,
     chat: ChatFormat,
@@ -316,16 +333,13 @@ def _measure(
             advance=progress.advance if progress else lambda _: None,
         )
 
-    if contender.version is None:
+    if adapter is None:
         return scored(base, with_gain=False)
-    with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch:
-        folder = Path(scratch) / "adapter"
-        pull_version(Store.open(config.registry), contender.version, folder)
-        adapted = build.load(base, folder, matmul_dtype=matmul_dtype)
-        try:
-            return scored(adapted, with_gain=True)
-        finally:
-            adapted.unload()  # the base is as it was
+    adapted = build.load(base, adapter, matmul_dtype=matmul_dtype)
+    try:
+        return scored(adapted, with_gain=True)
+    finally:
+        adapted.unload()  # the base is as it was
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Contender]:

@@ -206,7 +206,7 @@ def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> E
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model, recorded=its_run.base_identity)
-    chat = chat_format.load(original, config.model)
+    chat = chat_format.load(original, config.model, folder)
     rows, compared_on = _rows(store, its_run.dataset_uri, chat, config.model.max_length)
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())

@@ -3,11 +3,12 @@
 Training, scoring, chat and export all take it from here, so that a model is asked as it was taught.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
@@ -22,6 +23,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
 )
+BEGIN = "{{ bos_token }}"
+"""Goes before it where the tokenizer begins every text so: the base has read nothing else, and servers do it too."""
 THINK, END_THINK = "<think>", "</think>"
 _ANSWER = "0xANSWER"  # stands for an answer where only what the template writes around it is wanted
 
@@ -31,6 +34,8 @@ class ChatFormat:
     """A tokenizer with a chat template, and what follows from the two."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    template_from: Literal["base", "fineloop"]
+    """Whose chat template it is: the base's own, or PLAIN_TEMPLATE."""
     end_of_turn: int
     """The token that the template ends an answer with; the tokenizer's end of sequence where it writes none."""
     stops: frozenset[int]
@@ -75,9 +80,19 @@ class ChatFormat:
 
         return GenerationConfig(do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad)
 
+    def recipe(self) -> dict[str, Any]:
+        """What the lineage says of it, as JSON values."""
+        return {
+            "template_from": self.template_from,
+            "template_sha256": hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest(),
+            "stops": self.tokenizer.convert_ids_to_tokens(sorted(self.stops)),
+        }
 
-def load(base: Base, config: ModelConfig) -> ChatFormat:
+
+def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
     """The base's own tokenizer and chat template, or the plain one where it has none.
+
+    Of a published adapter, whose files lie in `version`, those that it was trained with.
 
     Raises:
         ConfigError: its tokenizer has no end-of-sequence token.
@@ -87,16 +102,19 @@ def load(base: Base, config: ModelConfig) -> ChatFormat:
     if base.path.suffix == ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+        folder = version if version and (version / "tokenizer_config.json").is_file() else base.path
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    plain = (BEGIN if _begins(tokenizer) else "") + PLAIN_TEMPLATE
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = plain
     end_of_turn = _end_of_turn(tokenizer)
     return ChatFormat(
         tokenizer=tokenizer,
+        template_from="fineloop" if tokenizer.chat_template == plain else "base",
         end_of_turn=end_of_turn,
         stops=frozenset({tokenizer.eos_token_id, end_of_turn, *_declared_stops(base.path)}),
         thinking=config.thinking,
@@ -126,6 +144,11 @@ def _render(
         thinking=thinking,
     )
     return text
+
+
+def _begins(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _end_of_turn(tokenizer: Any) -> int:

@@ -41,7 +41,7 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 
 | | |
 |---|---|
-| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(config, recipe)}
+| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(config, recipe)}{_chat(recipe)}
 | Data | `{dataset["dataset_id"]}`: {dataset["train_records"]} records trained on, {dataset["eval_records"]} held out |
 | Trained parameters | {trained} |
 | Training | {effort} |
@@ -68,6 +68,14 @@ def _own_base(config: RunConfig, recipe: Mapping[str, Any]) -> str:
         f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
         "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
     )
+
+
+def _chat(recipe: Mapping[str, Any]) -> str:
+    if "chat" not in recipe:
+        return ""
+    whose = "the base's own" if recipe["chat"]["template_from"] == "base" else "Fineloop's, as the base has none"
+    stops = ", ".join(f"`{stop}`" for stop in recipe["chat"]["stops"])
+    return f"\n| Chat template | {whose}; it lies with the tokenizer beside this file. Answers end with {stops} |"
 
 
 def _serving(lineage: Mapping[str, Any]) -> str:

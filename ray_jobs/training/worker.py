@@ -26,7 +26,7 @@ from components.shared.errors import JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
@@ -135,7 +135,7 @@ def fit(
         adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype)
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
-        recipe = _recipe(config, adapted, base, worker)
+        recipe = _recipe(config, adapted, original, base, worker)
         engine = zero.initialize(adapted, config)
         loss = step_zero.probe_loss(engine.module, probe, worker.device)
         zero.finish_forward(engine)
@@ -246,7 +246,9 @@ def _ignore(_: Mapping[str, Any]) -> None:
     """Ranks beyond 0 report nothing."""
 
 
-def _recipe(config: RunConfig, adapted: Any, base: base_model.Base, worker: Worker) -> dict[str, Any]:
+def _recipe(
+    config: RunConfig, adapted: Any, original: base_model.Base, base: base_model.Base, worker: Worker
+) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
     targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
@@ -259,6 +261,7 @@ def _recipe(config: RunConfig, adapted: Any, base: base_model.Base, worker: Work
         "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
         "stands_on": base.reference,
         "matmul_dtype": worker.matmul_dtype,
+        "chat": chat_format.load(original, config.model).recipe(),
         **own_base.recipe(config, base),
     }
 
@@ -304,6 +307,8 @@ def _publish(
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
         build.save(adapted, folder)
+        # Whoever serves the adapter asks it as it was trained: a base may have no chat template, or change its own.
+        chat_format.load(base_model.resolve(config.model), config.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()
         return publish_version(store, config.adapter.name, files, lineage=record)

@@ -1,5 +1,6 @@
 """How conversations read to a base, and where its answers end."""
 
+import hashlib
 import json
 import shutil
 
@@ -121,3 +122,38 @@ def test_reasoning_without_an_answer_is_no_answer(tmp_path):
 )
 def test_what_follows_a_block_of_reasoning_is_the_answer(text, answer):
     assert chat_format.without_reasoning(text) == answer
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    chat = chat_of(chat_families.build(tmp_path / "with", FAMILIES["none"]))
+    prompt, _ = chat.prompt_and_answer(Record("r", [Message("user", "sky")], "blue"))
+    assert prompt == "<s>sky\n\n"
+    # As a server reads a bare text: by the tokenizer, with the special tokens that it adds.
+    read = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert read == chat.tokenizer("sky\n\n")["input_ids"]
+    bare = chat_of(chat_families.build(tmp_path / "without", FAMILIES["none, without a beginning"]))
+    prompt, _ = bare.prompt_and_answer(Record("r", [Message("user", "sky")], "blue"))
+    assert bare.tokenizer(prompt, add_special_tokens=False) == bare.tokenizer("sky\n\n")
+
+
+def test_the_lineage_says_whose_template_it_was(tmp_path):
+    own = chat_of(chat_families.build(tmp_path / "own", FAMILIES["gemma"])).recipe()
+    assert own == {
+        "template_from": "base",
+        "template_sha256": hashlib.sha256(FAMILIES["gemma"].template.encode()).hexdigest(),
+        "stops": ["<eos>", "<end_of_turn>"],
+    }
+    plain = chat_of(chat_families.build(tmp_path / "plain", FAMILIES["none"])).recipe()
+    assert plain["template_from"] == "fineloop"
+
+
+def test_an_adapter_is_asked_in_the_template_that_was_published_with_it(tmp_path):
+    folder = chat_families.build(tmp_path / "base", FAMILIES["none"])
+    version = tmp_path / "version"
+    chat_of(folder).tokenizer.save_pretrained(version)
+    shutil.copy(chat_families.build(tmp_path / "other", FAMILIES["mistral"]) / "chat_template.jinja", folder)
+    settings = ModelConfig(base=str(folder))
+    base = Base("base", folder, {})
+    assert chat_format.load(base, settings).template_from == "base"
+    assert chat_format.load(base, settings, version).template_from == "fineloop"
+    assert chat_format.load(base, settings, tmp_path / "elsewhere").template_from == "base"
