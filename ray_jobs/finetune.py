@@ -19,7 +19,7 @@ from components.shared import errors
 from components.shared.errors import DataError, JobError
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 
@@ -71,6 +71,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = base_model.resolve(config.model)
+    base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
     train_split, eval_split = (
         _tokenized(load_split(store, dataset_uri, split), chat, config) for split in ("train", "eval")
@@ -107,17 +108,27 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
 
 
 def _tokenized(records: Any, chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
-    split = tokenize(records, chat, config.model.max_length)
-    share = len(split.too_long) / len(records)
-    if share > config.data.max_reject_share or not len(split):
+    limit, allowed = config.model.max_length, config.data.max_reject_share
+    split = tokenize(records, chat, limit)
+
+    def told(ids: list[str]) -> str:
+        return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"
+
+    if len(split.too_long) > allowed * len(records) or not len(split):
         raise DataError(
-            f"the answers of {len(split.too_long)} of {len(records)} records ({share:.0%}; as {split.too_long[0]!r}) "
-            f"are too long for model.max_length {config.model.max_length}, and none is ever cut: raise it, shorten the "
-            f"answers, or allow their loss with data.max_reject_share (now {config.data.max_reject_share:g})"
+            f"the answers of {told(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
+            f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
+        )
+    if len(split.cut) > allowed * len(records):
+        raise DataError(
+            f"the prompts of {told(split.cut)} are too long for model.max_length {limit} and would lose their "
+            "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
+            f"with data.max_reject_share (now {allowed:g})"
         )
     if split.too_long:
-        limit = config.model.max_length
         say(STEP, f"left out {len(split.too_long)} records: their answers do not fit model.max_length {limit}")
+    if split.cut:
+        say(STEP, f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
     return split
 
 

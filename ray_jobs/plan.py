@@ -41,6 +41,7 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         base = base_config.read(config.model)
+        base_config.require_positions(base, config.model)
         say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")
         body = planned(config, base, named_device(config))
         if arguments.all_methods:

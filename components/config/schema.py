@@ -54,7 +54,8 @@ class ModelConfig(Section):
     revision: str = ""
     """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
     max_length: Annotated[int, Field(ge=16)] = 1024
-    """Context in tokens. Longer prompts lose their beginning; an answer is never cut."""
+    """Context in tokens, at most what the base has positions for. Longer prompts lose their beginning, and an answer is
+    never cut: data.max_reject_share bounds how many records either may happen to."""
     thinking: Annotated[bool, Added("0.2.0")] = False
     """Ask a base that can reason to do so before it answers, and train on the reasoning that answers hold. Without it
     the chat template's block of reasoning is closed before the answer begins; no metric reads what stands in one."""
@@ -70,7 +71,8 @@ class DataConfig(Section):
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
     max_reject_share: Share = 0.05
-    """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet."""
+    """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
+    records whose answers, and those whose prompts, are too long for model.max_length."""
     max_records: Annotated[int, Field(ge=0)] = 0
     """Use only this many records, taken in order of their key's hash; 0 uses all."""
     min_new_records: Annotated[int, Field(ge=0)] = 0

@@ -66,6 +66,34 @@ def load(path: Path, config: ModelConfig) -> "PretrainedConfig":
         raise ConfigError(f"model.base {config.base}: transformers cannot read its configuration: {exc}") from exc
 
 
+def positions(base: "PretrainedConfig") -> int | None:
+    """The longest text that the base has positions for, in tokens; None where nothing bounds it.
+
+    Positions that are stretched reach further than `max_position_embeddings` says: by its factor a linear or dynamic
+    scaling, and YaRN's from the length before it (as vLLM counts, vllm/config/model.py, _get_and_verify_max_len).
+    """
+    text = base.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not longest:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    reach = [longest]
+    for kind in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        if kind.get("rope_type") in ("linear", "dynamic", "yarn"):
+            reach.append((kind.get("original_max_position_embeddings") or longest) * kind.get("factor", 1.0))
+    return int(max(reach))
+
+
+def require_positions(base: "PretrainedConfig", config: ModelConfig) -> None:
+    """Raises ConfigError where `model.max_length` is longer than any text that the base can read."""
+    limit = positions(base)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(
+            f"model.max_length {config.max_length} is more than the {limit} positions of model.base {config.base}: "
+            f"set it to {limit} or less"
+        )
+
+
 def _converted(gguf: Path) -> Path:
     """Where `base_model` has put it, which is read in no time; the GGUF itself before that."""
     with gguf.open("rb") as weights:

@@ -37,6 +37,8 @@ class TokenizedSplit:
     """Length N: how many tokens of each record carry no label."""
     too_long: list[str]
     """Ids of the records whose answer leaves no room for a prompt; they are not in the arrays."""
+    cut: list[str]
+    """Ids of the records whose prompt lost its beginning."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,6 +62,7 @@ class TokenizedSplit:
             offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
             num_prompt_tokens=self.num_prompt_tokens[np.asarray(indices, dtype=np.int64)],
             too_long=self.too_long,
+            cut=self.cut,
         )
 
 
@@ -73,13 +76,15 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> To
     prompt_tokens = _encode(chat.tokenizer, [prompt for prompt, _ in texts])
     answer_tokens = [_ended(row, chat) for row in _encode(chat.tokenizer, [answer for _, answer in texts])]
 
-    ids, rows, num_prompt_tokens, too_long = [], [], [], []
+    ids, rows, num_prompt_tokens, too_long, cut = [], [], [], [], []
     for record, prompt_row, answer_row in zip(records, prompt_tokens, answer_tokens, strict=True):
         room = max_length - len(answer_row)
         if room < min(MIN_PROMPT_TOKENS, len(prompt_row)):
             too_long.append(record.id)
             continue
         kept = prompt_row[-room:]
+        if len(kept) < len(prompt_row):
+            cut.append(record.id)
         ids.append(record.id)
         rows.append(kept + answer_row)
         num_prompt_tokens.append(len(kept))
@@ -89,6 +94,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> To
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
         too_long=too_long,
+        cut=cut,
     )
 
 

@@ -55,7 +55,7 @@ class ChatFormat:
         Unless the model is asked to think, a block of reasoning is closed before the answer begins and no part of it.
 
         Raises:
-            DataError: the answer is a block of reasoning and nothing after it.
+            DataError: the template refuses the record, or its answer is a block of reasoning and nothing after it.
         """
         turns = [_turn(message) for message in record.prompt]
         answer = record.answer if self.thinking else without_reasoning(record.answer)
@@ -64,15 +64,29 @@ class ChatFormat:
                 f"record {record.id!r} answers with a block of reasoning and nothing after it: leave it out, or train "
                 "on the reasoning with model.thinking=true"
             )
-        prompt = _render(self.tokenizer, turns, thinking=self.thinking, add_generation_prompt=True)
+        prompt = self._rendered(record, turns, add_generation_prompt=True)
         opens = prompt.rstrip().endswith(THINK)
         if opens and not self.thinking:  # a template without a switch
             prompt = f"{prompt.rstrip()}\n\n{END_THINK}\n\n"
-        whole = _render(self.tokenizer, [*turns, {"role": "assistant", "content": answer}], thinking=self.thinking)
+        whole = self._rendered(record, [*turns, {"role": "assistant", "content": answer}])
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
         return prompt, answer.removeprefix(THINK) if opens else answer
+
+    def _rendered(
+        self, record: Record, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return _render(self.tokenizer, turns, thinking=self.thinking, add_generation_prompt=add_generation_prompt)
+        except TemplateError as exc:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise DataError(
+                f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {exc}; change "
+                "the record, or take a base whose template knows such turns"
+            ) from exc
 
     def generation_config(self) -> "GenerationConfig":
         """Greedy decoding to the first stop, and nothing else: no penalty or ban that a base may ship is in force."""

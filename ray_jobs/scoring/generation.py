@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit, by_length
 from ray_jobs.base.chat_format import ChatFormat
 
@@ -22,8 +23,12 @@ def greedy(
     max_new_tokens: int,
     advance: Advance = lambda _: None,
 ) -> list[str]:
-    """The greedy answer to each prompt of `split`, without special tokens and outer white space."""
+    """The greedy answer to each prompt of `split`, without special tokens and outer white space.
+
+    It ends at a stop, after `max_new_tokens`, or where the base has no more positions.
+    """
     result = [""] * len(split)
+    reach = base_config.positions(model.config)
     with _decoding(model, chat):
         for indices in by_length(split.num_prompt_tokens.astype(np.int64), batch_size):
             rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
@@ -36,7 +41,7 @@ def greedy(
             generated = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
             )
             texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for index, text in zip(indices, texts, strict=True):

@@ -63,6 +63,7 @@ def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
         too_long=[],
+        cut=[],
     )
 
 

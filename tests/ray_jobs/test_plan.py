@@ -187,6 +187,7 @@ def split(lengths: list[int], answers: list[int]) -> TokenizedSplit:
         offsets=np.cumsum([0, *lengths]),
         num_prompt_tokens=np.asarray(lengths) - np.asarray(answers),
         too_long=[],
+        cut=[],
     )
 
 

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from components.config.schema import ModelConfig
 from components.registry.store import Store
@@ -51,3 +52,48 @@ def test_a_configuration_that_transformers_does_not_know_is_the_users_mistake(tm
     (tmp_path / "config.json").write_text('{"model_type": "never-heard-of"}')
     with pytest.raises(ConfigError, match="cannot read its configuration"):
         base_config.read(ModelConfig(base=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=4096), 4096),
+        (GPT2Config(), 1024),  # n_positions, which it has learned one by one
+        (BloomConfig(), None),  # ALiBi: distances, no positions
+        (LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "factor": 8.0}), 32768),
+        # Qwen2.5's model card, on texts longer than 32,768 tokens: YaRN with a factor of 4 reaches 131,072.
+        (
+            Qwen2Config(
+                max_position_embeddings=32768,
+                rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            ),
+            131072,
+        ),
+        # Llama 3.1's config.json names what it reaches after its scaling by 8.
+        (
+            LlamaConfig(
+                max_position_embeddings=131072,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 8192,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+            ),
+            131072,
+        ),
+        (Gemma3Config(text_config={"max_position_embeddings": 8192}), 8192),
+    ],
+)
+def test_how_long_a_text_the_base_has_positions_for(base, expected):
+    assert base_config.positions(base) == expected
+
+
+def test_a_context_beyond_the_positions_is_refused_and_the_positions_are_not():
+    base = GPT2Config()
+    base_config.require_positions(base, ModelConfig(base="gpt2", max_length=1024))
+    with pytest.raises(
+        ConfigError, match=r"model\.max_length 1025 is more than the 1024 positions of model\.base gpt2"
+    ):
+        base_config.require_positions(base, ModelConfig(base="gpt2", max_length=1025))

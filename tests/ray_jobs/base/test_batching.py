@@ -26,6 +26,7 @@ def split_of(lengths: list[int]) -> TokenizedSplit:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         num_prompt_tokens=np.ones(len(lengths), dtype=np.int32),
         too_long=[],
+        cut=[],
     )
 
 
@@ -48,6 +49,7 @@ def test_the_prompt_is_what_generation_will_see(chat):
 def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_whole(chat):
     split = tokenize([record("x" * 100 + "sky", "blue")], chat, 32)
     assert split.lengths.tolist() == [32]
+    assert split.cut == ["r"]
     text = chat.tokenizer.decode(split.tokens)
     assert text.endswith("xsky<|end|>\n<|assistant|>blue<|end|>")
 
@@ -56,6 +58,7 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(chat):
     split = tokenize([record("sky", "blue", "fits"), record("sky", "b" * 60, "too-long")], chat, 64)
     assert split.ids == ["fits"]
     assert split.too_long == ["too-long"]
+    assert split.cut == []
 
 
 def test_padding_is_on_the_right_and_carries_no_label(chat):

@@ -1,5 +1,6 @@
 """How conversations read to a base, and where its answers end."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,6 +14,12 @@ from ray_jobs.base import chat_format
 from ray_jobs.base.base_model import Base
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
+
+# As Mistral's and Llama-2's templates count turns.
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+)
 
 
 def chat_of(folder, **config):
@@ -157,3 +164,15 @@ def test_an_adapter_is_asked_in_the_template_that_was_published_with_it(tmp_path
     assert chat_format.load(base, settings).template_from == "base"
     assert chat_format.load(base, settings, version).template_from == "fineloop"
     assert chat_format.load(base, settings, tmp_path / "elsewhere").template_from == "base"
+
+
+@pytest.mark.parametrize("roles", [("system", "user"), ("user", "assistant", "assistant", "user")])
+def test_turns_that_the_template_refuses_are_the_datas_mistake(tmp_path, roles):
+    # google/gemma-2-9b-it's template has no system turn: raise_exception('System role not supported').
+    refusing = FAMILIES["gemma"] if roles[0] == "system" else dataclasses.replace(FAMILIES["gemma"], template=ALTERNATE)
+    chat = chat_of(chat_families.build(tmp_path, refusing))
+    refused = Record("r7", [Message(role, "x") for role in roles], "blue")
+    with pytest.raises(
+        DataError, match=rf"refuses record 'r7', with turns of {', '.join(roles)}: .*; change the record"
+    ):
+        chat.prompt_and_answer(refused)

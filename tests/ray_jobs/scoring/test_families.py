@@ -99,3 +99,15 @@ def test_the_model_decodes_as_before_afterwards(tmp_path):
     model, chat = loaded(tmp_path, FAMILIES["chatml"])
     exact_match(model, chat)
     assert model.generation_config.repetition_penalty == 1.3
+
+
+def test_an_answer_ends_where_the_base_has_no_more_positions(tmp_path):
+    model, chat = loaded(tmp_path, FAMILIES["chatml"])
+    seen = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    model.config.max_position_embeddings = 40
+    split = tokenize(RIGHT[:1], chat, 256)
+    chat = dataclasses.replace(chat, stops=frozenset({chat.pad + 10_000}))  # nothing ends it
+    greedy(model, chat, split, 1, 256)
+    handle.remove()
+    assert sum(seen) == 40 - 1  # the last token is not read again

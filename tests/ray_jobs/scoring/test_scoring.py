@@ -21,6 +21,7 @@ def split_of(*records: tuple[list[int], list[int]]) -> TokenizedSplit:
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
         num_prompt_tokens=np.array([len(prompt) for prompt, _ in records], dtype=np.int32),
         too_long=[],
+        cut=[],
     )
 
 
