@@ -74,7 +74,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> To
     """
     texts = [chat.prompt_and_answer(record) for record in records]
     prompt_tokens = _encode(chat.tokenizer, [prompt for prompt, _ in texts])
-    answer_tokens = [_ended(row, chat) for row in _encode(chat.tokenizer, [answer for _, answer in texts])]
+    answer_tokens = [_ended(row, chat) for row in _following(chat.tokenizer, texts, prompt_tokens)]
 
     ids, rows, num_prompt_tokens, too_long, cut = [], [], [], [], []
     for record, prompt_row, answer_row in zip(records, prompt_tokens, answer_tokens, strict=True):
@@ -155,6 +155,19 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # The template has written every special token that belongs there, a beginning-of-sequence token included.
     rows: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return rows
+
+
+def _following(tokenizer: Any, texts: list[tuple[str, str]], before: list[list[int]]) -> list[list[int]]:
+    """The tokens of each second text as it follows the first, whose tokens are given.
+
+    Alone a text may read otherwise: a SentencePiece tokenizer begins it with a space that is not there. Only where the
+    two merge over their border is it read alone, since generation will see the first one's tokens.
+    """
+    whole = _encode(tokenizer, [first + second for first, second in texts])
+    return [
+        row[len(known) :] if row[: len(known)] == known else _encode(tokenizer, [second])[0]
+        for row, known, (_, second) in zip(whole, before, texts, strict=True)
+    ]
 
 
 def _ended(tokens: list[int], chat: ChatFormat) -> list[int]:

@@ -1,12 +1,17 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
+from tests.models import chat_families
+from tests.models.chat_families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +133,27 @@ def test_taking_records_keeps_their_tokens():
     assert split.ids == ["2", "0"]
     assert split.lengths.tolist() == [5, 3]
     assert split.tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_records_tokens_are_those_of_its_whole_text(tmp_path, name):
+    # SentencePiece's dummy prefix (google/sentencepiece, add_dummy_prefix): a text read alone begins with a space.
+    folder = chat_families.build(tmp_path, FAMILIES[name])
+    chat = chat_format.load(base_model.Base("family", folder, {}), ModelConfig(base=str(folder)))
+    asked = record("What is the sky?", "deep blue")
+    text = "".join(chat.prompt_and_answer(asked))
+    whole = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = tokenize([asked], chat, 256).tokens.tolist()
+    assert found[: len(whole)] == whole[: len(found)]
+    assert found[-1] in chat.stops
+
+
+def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_alone(tiny_base):
+    chat = chat_format.load(base_model.Base("tiny", tiny_base, {}), ModelConfig(base=str(tiny_base)))
+    merging = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "<e>": 3}, merges=[("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<e>", pad_token="<e>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = dataclasses.replace(chat, tokenizer=tokenizer, stops=frozenset({3}), end_of_turn=3)
+    split = tokenize([record("aa", "ba")], chat, 64)
+    assert split.tokens.tolist() == [0, 0, 1, 0, 3]
+    assert split.num_prompt_tokens.tolist() == [2]
