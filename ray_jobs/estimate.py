@@ -121,7 +121,7 @@ def counted(config: RunConfig) -> Work:
     split = read_split(config, sources)
     chat = chat_format.load(base_model.Base(config.model.base, path, {}), config.model)
     # Records lie in the order of a hash, so the first are as good a sample as any.
-    sample = tokenize(split.train[:SAMPLE], chat, config.model.max_length)
+    sample = tokenize(split.train[:SAMPLE], chat, config.model.max_length, config.data.loss_on)
     held_out = tokenize(split.evaluation[:SAMPLE], chat, config.model.max_length)
     return Work(
         train_records=len(split.train),

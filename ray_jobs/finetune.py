@@ -109,7 +109,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
 
 def _tokenized(records: Any, chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
     limit, allowed = config.model.max_length, config.data.max_reject_share
-    split = tokenize(records, chat, limit)
+    split = tokenize(records, chat, limit, config.data.loss_on)
 
     def told(ids: list[str]) -> str:
         return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"

@@ -21,6 +21,7 @@ from components.shared.metrics import COMPARED, METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+LossOn = Literal["last", "all"]
 
 
 def _one_of(metrics: Sequence[str], metric: str) -> str:
@@ -78,6 +79,9 @@ class DataConfig(Section):
     min_new_records: Annotated[int, Field(ge=0)] = 0
     """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
     not lost: they count again next time. 0 never skips."""
+    loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
+    """Answers of a conversation that are trained on: the last one, or all of the assistant's turns. Evaluation asks for
+    the last one in either case."""
     window_days: Annotated[float, Field(ge=0)] = 0
     """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
     still comes from all of them, so that forgetting shows."""

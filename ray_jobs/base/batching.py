@@ -2,17 +2,19 @@
 
 Shapes: N records, B records of a batch, T tokens of its longest record.
 
-A record becomes `prompt tokens + answer tokens`, both from the base's own chat template; only the answer is labelled.
+A record becomes `prompt tokens + answer tokens`, both from the base's own chat template; only answers are labelled.
 Rows are padded on the right, so a causal model needs no attention mask: no real token ever looks at padding.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from components.config.schema import LossOn
 from components.prepare.dataset import Record
 from ray_jobs.base.chat_format import ChatFormat
 
@@ -26,15 +28,20 @@ MEGABATCH = 8  # batches that are sorted together: enough to pair like lengths, 
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """One split as flat arrays, which Ray's object store shares between processes without copying."""
+    """One split as flat arrays, which Ray's object store shares between processes without copying.
+
+    N rows: a record each, or one for each of its answers where the chat template cannot hold them in one.
+    """
 
     ids: list[str]
     tokens: npt.NDArray[np.int32]
-    """All records end to end."""
+    """All rows end to end."""
+    labelled: npt.NDArray[np.bool_]
+    """Of each token, whether it is to be learned."""
     offsets: npt.NDArray[np.int64]
-    """Length N + 1: record i is tokens[offsets[i]:offsets[i + 1]]."""
+    """Length N + 1: row i is tokens[offsets[i]:offsets[i + 1]]."""
     num_prompt_tokens: npt.NDArray[np.int32]
-    """Length N: how many tokens of each record carry no label."""
+    """Length N: how many tokens of each row come before its last answer."""
     too_long: list[str]
     """Ids of the records whose answer leaves no room for a prompt; they are not in the arrays."""
     cut: list[str]
@@ -43,58 +50,64 @@ class TokenizedSplit:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each record."""
+        """Tokens of each row."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def num_answer_tokens(self) -> npt.NDArray[np.int64]:
-        """Labelled tokens of each record."""
-        return self.lengths - self.num_prompt_tokens
+        """Labelled tokens of each row."""
+        counted = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
+        return np.diff(counted[self.offsets])
 
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
-        """The records at `indices`, in that order."""
-        rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        """The rows at `indices`, in that order."""
+        chosen = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
         return TokenizedSplit(
             ids=[self.ids[i] for i in indices],
-            tokens=np.concatenate(rows) if rows else self.tokens[:0],
-            offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+            tokens=np.concatenate([self.tokens[:0], *(self.tokens[each] for each in chosen)]),
+            labelled=np.concatenate([self.labelled[:0], *(self.labelled[each] for each in chosen)]),
+            offsets=_offsets([each.stop - each.start for each in chosen]),
             num_prompt_tokens=self.num_prompt_tokens[np.asarray(indices, dtype=np.int64)],
             too_long=self.too_long,
             cut=self.cut,
         )
 
 
-def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int) -> TokenizedSplit:
-    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; answers are never cut.
+def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
+    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; the last answer is never cut.
 
     Raises:
         DataError: a record cannot be told in the base's chat.
     """
-    texts = [chat.prompt_and_answer(record) for record in records]
-    prompt_tokens = _encode(chat.tokenizer, [prompt for prompt, _ in texts])
-    answer_tokens = [_ended(row, chat) for row in _following(chat.tokenizer, texts, prompt_tokens)]
-
-    ids, rows, num_prompt_tokens, too_long, cut = [], [], [], [], []
-    for record, prompt_row, answer_row in zip(records, prompt_tokens, answer_tokens, strict=True):
-        room = max_length - len(answer_row)
-        if room < min(MIN_PROMPT_TOKENS, len(prompt_row)):
-            too_long.append(record.id)
+    texts = [(record.id, row) for record in records for row in chat.rows(record, loss_on)]
+    ids, rows, labels, num_prompt_tokens, too_long, cut = [], [], [], [], [], []
+    for (record_id, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
+        *before, last = pieces
+        answer = _ended(last, chat)
+        prompt = [token for piece in before for token in piece]
+        room = max_length - len(answer)
+        if room < min(MIN_PROMPT_TOKENS, len(prompt)):
+            too_long.append(record_id)
             continue
-        kept = prompt_row[-room:]
-        if len(kept) < len(prompt_row):
-            cut.append(record.id)
-        ids.append(record.id)
-        rows.append(kept + answer_row)
-        num_prompt_tokens.append(len(kept))
+        lost = max(0, len(prompt) - room)
+        if lost:
+            cut.append(record_id)
+        earlier = _earlier_answers(before, chat)[lost:]
+        earlier &= ~np.logical_and.accumulate(earlier)  # what is left of an answer that is cut in two is not learned
+        ids.append(record_id)
+        rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
+        labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
+        num_prompt_tokens.append(len(prompt) - lost)
     return TokenizedSplit(
         ids=ids,
-        tokens=np.array([token for row in rows for token in row], dtype=np.int32),
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
+        labelled=np.concatenate([np.zeros(0, dtype=np.bool_), *labels]),
+        offsets=_offsets([len(row) for row in rows]),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=too_long,
-        cut=cut,
+        too_long=list(dict.fromkeys(too_long)),
+        cut=list(dict.fromkeys(cut)),
     )
 
 
@@ -139,8 +152,7 @@ def collate(
     for row, index in enumerate(indices):
         start, end = split.offsets[index], split.offsets[index + 1]
         input_ids[row, : end - start] = split.tokens[start:end]
-        answer = split.num_prompt_tokens[index]
-        labels[row, answer : end - start] = split.tokens[start + answer : end]
+        labels[row, : end - start] = np.where(split.labelled[start:end], split.tokens[start:end], IGNORED)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
@@ -151,26 +163,51 @@ def by_length(lengths: npt.NDArray[np.int64], batch_size: int) -> Iterator[npt.N
         yield order[start : start + batch_size]
 
 
+def _offsets(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _read(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """The tokens of each piece of each row, as the piece follows those before it.
+
+    Alone a text may read otherwise: a SentencePiece tokenizer begins it with a space that is not there. Only where two
+    pieces merge over their border is the second read alone, since generation will see the first one's tokens.
+    """
+    beginnings = ["".join(row[: end + 1]) for row in rows for end in range(len(row))]
+    read = iter(_encode(tokenizer, beginnings))
+    result = []
+    for row in rows:
+        pieces: list[list[int]] = []
+        known: list[int] = []
+        for piece in row:
+            whole = next(read)
+            tokens = whole[len(known) :] if whole[: len(known)] == known else _encode(tokenizer, [piece])[0]
+            pieces.append(tokens)
+            known = known + tokens
+        result.append(pieces)
+    return result
+
+
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # The template has written every special token that belongs there, a beginning-of-sequence token included.
     rows: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return rows
 
 
-def _following(tokenizer: Any, texts: list[tuple[str, str]], before: list[list[int]]) -> list[list[int]]:
-    """The tokens of each second text as it follows the first, whose tokens are given.
-
-    Alone a text may read otherwise: a SentencePiece tokenizer begins it with a space that is not there. Only where the
-    two merge over their border is it read alone, since generation will see the first one's tokens.
-    """
-    whole = _encode(tokenizer, [first + second for first, second in texts])
-    return [
-        row[len(known) :] if row[: len(known)] == known else _encode(tokenizer, [second])[0]
-        for row, known, (_, second) in zip(whole, before, texts, strict=True)
-    ]
-
-
 def _ended(tokens: list[int], chat: ChatFormat) -> list[int]:
     """Up to and with the first stop: what a template writes after it, generation never sees."""
-    stop = next((place for place, token in enumerate(tokens) if token in chat.stops), None)
+    stop = _first_stop(tokens, chat)
     return [*tokens, chat.end_of_turn] if stop is None else tokens[: stop + 1]
+
+
+def _first_stop(tokens: list[int], chat: ChatFormat) -> int | None:
+    return next((place for place, token in enumerate(tokens) if token in chat.stops), None)
+
+
+def _earlier_answers(pieces: Sequence[list[int]], chat: ChatFormat) -> npt.NDArray[np.bool_]:
+    """Of each token of a prompt in pieces, whether it belongs to an answer: every second piece up to its stop."""
+    flags = [np.zeros(len(tokens), dtype=np.bool_) for tokens in pieces]
+    for tokens, labelled in zip(pieces[1::2], flags[1::2], strict=True):
+        stop = _first_stop(tokens, chat)
+        labelled[: len(tokens) if stop is None else stop + 1] = True
+    return np.concatenate(flags)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.config.schema import ModelConfig
+from components.config.schema import LossOn, ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
@@ -49,26 +49,46 @@ class ChatFormat:
         """The token that rows are padded with."""
         return int(self.tokenizer.pad_token_id)
 
-    def prompt_and_answer(self, record: Record) -> tuple[str, str]:
-        """The record as text: its prompt, as generation will see it, and its answer with what ends it.
+    def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
+        """The record as rows of text, each in pieces: what is given and what is answered to it, in turn.
+
+        A row ends with an answer and what ends it; before that stands its prompt, as generation will see it. With
+        `loss_on` all, every assistant turn after the first user's is an answer: in one row where the template only ever
+        appends, in a row each where it rewrites earlier turns, as reasoning templates do.
 
         Unless the model is asked to think, a block of reasoning is closed before the answer begins and no part of it.
 
         Raises:
             DataError: the template refuses the record, or its answer is a block of reasoning and nothing after it.
         """
-        turns = [_turn(message) for message in record.prompt]
-        answer = record.answer if self.thinking else without_reasoning(record.answer)
+        turns = [*(_turn(message) for message in record.prompt), {"role": "assistant", "content": record.answer}]
+        roles = [turn["role"] for turn in turns]
+        answers = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
+        if loss_on == "last":
+            answers = answers[-1:]
+        rows = [self._asked_and_answered(record, turns[:place], turns[place]) for place in answers]
+        joined: list[str] = []
+        for prompt, answer in rows:
+            before = "".join(joined)
+            if not prompt.startswith(before):
+                return [list(row) for row in rows]
+            joined += [prompt[len(before) :], answer]
+        return [joined]
+
+    def _asked_and_answered(
+        self, record: Record, asked: Sequence[Mapping[str, Any]], answered: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        answer: str = answered["content"] if self.thinking else without_reasoning(answered["content"])
         if not answer:
             raise DataError(
                 f"record {record.id!r} answers with a block of reasoning and nothing after it: leave it out, or train "
                 "on the reasoning with model.thinking=true"
             )
-        prompt = self._rendered(record, turns, add_generation_prompt=True)
+        prompt = self._rendered(record, asked, add_generation_prompt=True)
         opens = prompt.rstrip().endswith(THINK)
         if opens and not self.thinking:  # a template without a switch
             prompt = f"{prompt.rstrip()}\n\n{END_THINK}\n\n"
-        whole = self._rendered(record, [*turns, {"role": "assistant", "content": answer}])
+        whole = self._rendered(record, [*asked, {**answered, "content": answer}])
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.

@@ -49,17 +49,19 @@ def score(
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
     """Each answer behind the next record's prompt: a random one, as records lie in the order of a hash."""
-    rows, num_prompt_tokens = [], []
+    rows, labels, num_prompt_tokens = [], [], []
     for index in range(len(split)):
         other = (index + 1) % len(split)
         answer = split.tokens[split.offsets[index] + split.num_prompt_tokens[index] : split.offsets[index + 1]]
         prompt = split.tokens[split.offsets[other] : split.offsets[other] + split.num_prompt_tokens[other]]
         prompt = prompt[-max(1, max_length - len(answer)) :]
         rows.append(np.concatenate([prompt, answer]))
+        labels.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
         num_prompt_tokens.append(len(prompt))
     return TokenizedSplit(
         ids=split.ids,
         tokens=np.concatenate(rows),
+        labelled=np.concatenate(labels),
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
         too_long=[],

@@ -184,6 +184,7 @@ def split(lengths: list[int], answers: list[int]) -> TokenizedSplit:
     return TokenizedSplit(
         ids=[str(i) for i in range(len(lengths))],
         tokens=np.zeros(sum(lengths), dtype=np.int32),
+        labelled=np.concatenate([np.arange(n) >= n - a for n, a in zip(lengths, answers, strict=True)]),
         offsets=np.cumsum([0, *lengths]),
         num_prompt_tokens=np.asarray(lengths) - np.asarray(answers),
         too_long=[],

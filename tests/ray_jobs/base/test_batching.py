@@ -28,6 +28,7 @@ def split_of(lengths: list[int]) -> TokenizedSplit:
     return TokenizedSplit(
         ids=[str(i) for i in range(len(lengths))],
         tokens=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        labelled=np.concatenate([np.arange(n) > 0 for n in lengths]),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         num_prompt_tokens=np.ones(len(lengths), dtype=np.int32),
         too_long=[],
@@ -141,7 +142,7 @@ def test_a_records_tokens_are_those_of_its_whole_text(tmp_path, name):
     folder = chat_families.build(tmp_path, FAMILIES[name])
     chat = chat_format.load(base_model.Base("family", folder, {}), ModelConfig(base=str(folder)))
     asked = record("What is the sky?", "deep blue")
-    text = "".join(chat.prompt_and_answer(asked))
+    text = "".join(chat.rows(asked)[0])
     whole = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     found = tokenize([asked], chat, 256).tokens.tolist()
     assert found[: len(whole)] == whole[: len(found)]
@@ -157,3 +158,72 @@ def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_al
     split = tokenize([record("aa", "ba")], chat, 64)
     assert split.tokens.tolist() == [0, 0, 1, 0, 3]
     assert split.num_prompt_tokens.tolist() == [2]
+
+
+TALK = Record(
+    "talk",
+    [
+        Message("system", "Be brief."),
+        Message("user", "sky"),
+        Message("assistant", "blue"),
+        Message("user", "grass"),
+        Message("assistant", "green"),
+        Message("user", "coal"),
+    ],
+    "black",
+)
+
+
+def learned(split: TokenizedSplit, chat) -> list[list[str]]:
+    """Of each row, the runs of labelled tokens as text."""
+    rows = []
+    for start, end in zip(split.offsets, split.offsets[1:], strict=False):
+        flags = split.labelled[start:end]
+        borders = np.flatnonzero(np.diff(flags)) + 1
+        runs = zip(np.split(split.tokens[start:end], borders), np.split(flags, borders), strict=True)
+        rows.append([chat.tokenizer.decode(tokens) for tokens, labelled in runs if labelled[0]])
+    return rows
+
+
+def test_the_last_answer_alone_is_learned_unless_all_are_asked_for(chat):
+    assert learned(tokenize([TALK], chat, 256), chat) == [["black<|end|>"]]
+    everything = tokenize([TALK], chat, 256, "all")
+    assert learned(everything, chat) == [["blue<|end|>", "green<|end|>", "black<|end|>"]]
+    assert everything.num_answer_tokens.tolist() == [len("bluegreenblack") + 3]
+    last = tokenize([TALK], chat, 256)
+    assert everything.tokens.tolist() == last.tokens.tolist()
+    assert everything.num_prompt_tokens.tolist() == last.num_prompt_tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [
+        (37, ["blue<|end|>", "green<|end|>", "black<|end|>"]),
+        (36, ["green<|end|>", "black<|end|>"]),  # nothing before its first letter to predict that from
+        (35, ["green<|end|>", "black<|end|>"]),
+        (22, ["green<|end|>", "black<|end|>"]),
+        (20, ["black<|end|>"]),
+    ],
+)
+def test_an_answer_that_is_cut_in_two_is_not_learned(chat, max_length, expected):
+    split = tokenize([TALK], chat, max_length, "all")
+    assert split.lengths.tolist() == [max_length]
+    assert split.cut == ["talk"]
+    assert learned(split, chat) == [expected]
+
+
+def test_where_a_template_rewrites_earlier_turns_each_answer_has_a_row(tmp_path):
+    folder = chat_families.build(tmp_path, FAMILIES["qwen-3"])
+    chat = chat_format.load(base_model.Base("qwen-3", folder, {}), ModelConfig(base=str(folder)))
+    split = tokenize([TALK], chat, 256, "all")
+    assert split.ids == ["talk"] * 3
+    assert learned(split, chat) == [["blue<|im_end|>"], ["green<|im_end|>"], ["black<|im_end|>"]]
+    asked = [
+        chat.tokenizer.decode(split.tokens[start : start + count])
+        for start, count in zip(split.offsets, split.num_prompt_tokens, strict=False)
+    ]
+    for before, prompt in enumerate(asked):
+        turns = [{"role": turn.role, "content": turn.content} for turn in TALK.prompt[: 2 + 2 * before]]
+        assert prompt == chat.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )

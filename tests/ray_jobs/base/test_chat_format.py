@@ -90,7 +90,7 @@ def test_decoding_is_greedy_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("said", ["blue", "<think>\nthe sky\n</think>\n\nblue"])
 def test_a_block_of_reasoning_is_closed_before_the_answer_begins(tmp_path, name, said):
     chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]))
-    prompt, answer = chat.prompt_and_answer(Record("r", [Message("user", "sky")], said))
+    [[prompt, answer]] = chat.rows(Record("r", [Message("user", "sky")], said))
     # What https://huggingface.co/Qwen/Qwen3-8B renders with enable_thinking=False.
     assert prompt == "<|im_start|>user\nsky<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert answer.removesuffix("<|im_end|>\n") == "blue"
@@ -106,7 +106,7 @@ def test_a_block_of_reasoning_is_closed_before_the_answer_begins(tmp_path, name,
 def test_who_asks_for_reasoning_trains_on_it(tmp_path, name, prompt_ends, answer):
     chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]), thinking=True)
     said = Record("r", [Message("user", "sky")], "<think>\nthe sky\n</think>\n\nblue")
-    prompt, found = chat.prompt_and_answer(said)
+    [[prompt, found]] = chat.rows(said)
     assert prompt.endswith(prompt_ends)
     assert found == answer
 
@@ -114,7 +114,7 @@ def test_who_asks_for_reasoning_trains_on_it(tmp_path, name, prompt_ends, answer
 def test_reasoning_without_an_answer_is_no_answer(tmp_path):
     chat = chat_of(chat_families.build(tmp_path, FAMILIES["qwen-3"]))
     with pytest.raises(DataError, match=r"record 'r7' answers with a block of reasoning .* model\.thinking=true"):
-        chat.prompt_and_answer(Record("r7", [Message("user", "sky")], "<think>\nthe sky\n</think>\n"))
+        chat.rows(Record("r7", [Message("user", "sky")], "<think>\nthe sky\n</think>\n"))
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_what_follows_a_block_of_reasoning_is_the_answer(text, answer):
 
 def test_the_plain_template_begins_as_the_tokenizer_begins_a_text(tmp_path):
     chat = chat_of(chat_families.build(tmp_path / "with", FAMILIES["none"]))
-    prompt, _ = chat.prompt_and_answer(Record("r", [Message("user", "sky")], "blue"))
+    [[prompt, _]] = chat.rows(Record("r", [Message("user", "sky")], "blue"))
     assert prompt == "<s>sky\n\n"
     # As a server reads a bare text: by the tokenizer, with the special tokens that it adds.
     read = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert read == chat.tokenizer("sky\n\n")["input_ids"]
     bare = chat_of(chat_families.build(tmp_path / "without", FAMILIES["none, without a beginning"]))
-    prompt, _ = bare.prompt_and_answer(Record("r", [Message("user", "sky")], "blue"))
+    [[prompt, _]] = bare.rows(Record("r", [Message("user", "sky")], "blue"))
     assert bare.tokenizer(prompt, add_special_tokens=False) == bare.tokenizer("sky\n\n")
 
 
@@ -175,4 +175,4 @@ def test_turns_that_the_template_refuses_are_the_datas_mistake(tmp_path, roles):
     with pytest.raises(
         DataError, match=rf"refuses record 'r7', with turns of {', '.join(roles)}: .*; change the record"
     ):
-        chat.prompt_and_answer(refused)
+        chat.rows(refused)

@@ -18,6 +18,7 @@ def split_of(*records: tuple[list[int], list[int]]) -> TokenizedSplit:
     return TokenizedSplit(
         ids=[str(i) for i in range(len(rows))],
         tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
+        labelled=np.concatenate([np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in records]),
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
         num_prompt_tokens=np.array([len(prompt) for prompt, _ in records], dtype=np.int32),
         too_long=[],
