@@ -2,6 +2,7 @@
 
 import math
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from components.shared.metrics import METRICS
 
 RESAMPLES = 2000
 MAX_CLASSES = 30
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 OTHER = "(another answer)"
 NEW_TOKENS = range(8, 257)
 """What the longest answer may be where the config leaves it to the references."""
@@ -27,12 +29,18 @@ def exact_match(answer: str, reference: str) -> bool:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, in 0..1, as SQuAD counts it (arXiv:1606.05250, section 6.1):
-    a bag of words, without case and punctuation."""
+    """Harmonic mean of precision and recall over a bag of words, in 0..1, as SQuAD's evaluate-v1.1.py counts it
+    (arXiv:1606.05250, section 6.1): in lower case, ASCII punctuation taken out, English articles left out.
+
+    Of two texts without any such word, as A and A, that script makes 0 and its successor for SQuAD 2.0 makes 1: here it
+    is whether they are equal.
+    """
     ours, theirs = Counter(_words(answer)), Counter(_words(reference))
+    if not ours and not theirs:
+        return float(exact_match(answer, reference))
     common = (ours & theirs).total()
     if not common:
-        return float(ours == theirs)
+        return 0.0
     precision, recall = common / ours.total(), common / theirs.total()
     return 2 * precision * recall / (precision + recall)
 
@@ -131,7 +139,8 @@ def _normal(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    without_punctuation = _normal(text).lower().translate(PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 
 
 def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]:
