@@ -1,56 +1,158 @@
-"""The loss on answers, with logits computed only where there is a label.
+"""The loss on answers, with logits computed only where there is a label, and never more than a chunk of them at once.
 
 A vocabulary is far wider than a hidden state, and most tokens of a record are its prompt: the full logits would be most
 of the memory and a large part of the time of a small model's step.
+
+Shapes: A labelled tokens of a batch, H the hidden width, V the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from ray_jobs.base.batching import IGNORED
 
+CHUNK_LOGITS = 2**26
+"""Logits that are held at once: 256 MiB of float32, and still matrix products of hundreds of rows."""
 
-def answer_logits(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that predict each labelled token, float32 of shape (A, V), and those tokens, shape (A,), row after row.
+AfterHead = Callable[[torch.Tensor], torch.Tensor]
+_after_head: "WeakKeyDictionary[torch.nn.Module, AfterHead | None]" = WeakKeyDictionary()
+"""Of each head that was used, what the model does to its logits; None where that is not known."""
 
-    `model` may be a transformers model, a peft model or a DeepSpeed engine; its rows are padded on the right.
-    """
-    targets = labels[:, 1:]
-    wanted = targets != IGNORED
-    with _head_sees_only(_head(model), wanted):
-        # use_cache=False: no keys and values are kept. No mask: see `batching`.
-        logits = model(input_ids=input_ids, use_cache=False).logits
-    return logits.float(), targets[wanted]
+
+def chunk_positions(vocabulary: int) -> int:
+    """How many positions' logits are held at once."""
+    return max(1, CHUNK_LOGITS // vocabulary)
 
 
 def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each labelled token in nats, float32 of shape (A,), row after row."""
-    logits, targets = answer_logits(model, input_ids, labels)
-    return F.cross_entropy(logits, targets, reduction="none")
+    """Negative log-likelihood of each labelled token in nats, float32 of shape (A,), row after row.
 
-
-def _head(model: Any) -> torch.nn.Module:
+    `model` may be a transformers model, a peft model or a DeepSpeed engine; its rows are padded on the right.
+    """
     module = getattr(model, "module", model)  # a DeepSpeed engine wraps what it trains
     head: torch.nn.Module = module.get_output_embeddings()
-    return head
+    targets = labels[:, 1:]
+    wanted = targets != IGNORED
+    targets = targets[wanted]
+    positions = chunk_positions(module.config.get_text_config().vocab_size)
+    if len(targets) > positions and not any(parameter.requires_grad for parameter in head.parameters()):
+        if head not in _after_head:  # under ZeRO-3 a pass is everybody's: the first batch is the same on all workers
+            with torch.no_grad():
+                _logits(model, module, head, input_ids[:1, :2], wanted.new_ones(1, 1))
+        if (after := _after_head[head]) is not None:
+            return _in_chunks(model, head, after, input_ids, wanted, targets, positions)
+    return F.cross_entropy(_logits(model, module, head, input_ids, wanted).float(), targets, reduction="none")
 
 
-@contextmanager
-def _head_sees_only(head: torch.nn.Module, wanted: torch.Tensor) -> Iterator[None]:
-    """Hand the output head the hidden states at `wanted`, shape (B, T - 1), alone.
-
-    The model's own forward still does what follows the head, such as scaling or soft-capping the logits.
-    """
+def _logits(
+    model: Any, module: Any, head: torch.nn.Module, input_ids: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """The logits at `wanted`, shape (A, V), as the model's own forward gives them."""
+    raw: list[torch.Tensor] = []
 
     def select(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0][:, :-1][wanted],)
 
-    handle = head.register_forward_pre_hook(select)
+    def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+        raw.append(output[:1].detach())
+
+    handles = [head.register_forward_pre_hook(select), head.register_forward_hook(keep)]
+    try:
+        # use_cache=False: no keys and values are kept. No mask: see `batching`.
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if head not in _after_head and len(logits):
+        after = _known_after_head(module.config.get_text_config())
+        is_known = torch.equal(after(raw[0]).float(), logits[:1].detach().float())
+        _after_head[head] = after if is_known else None
+    return logits
+
+
+def _known_after_head(config: Any) -> AfterHead:
+    """What Granite, Cohere and Gemma do to their logits, as their configs name it. No model is taken at its word."""
+
+    def after(logits: torch.Tensor) -> torch.Tensor:
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
+        if factor := getattr(config, "logit_scale", None):
+            logits = logits * factor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return after
+
+
+def _in_chunks(
+    model: Any,
+    head: torch.nn.Module,
+    after: AfterHead,
+    input_ids: torch.Tensor,
+    wanted: torch.Tensor,
+    targets: torch.Tensor,
+    positions: int,
+) -> torch.Tensor:
+    """The same in one pass through the model, whose head computes the losses instead of handing out logits."""
+    found: list[torch.Tensor] = []
+    forward = head.forward
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden[:, :-1][wanted]
+        found.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
+        return forward(rows[:1].detach())  # the model goes on with something of the right shape
+
+    with _forward_is(head, loss):
+        model(input_ids=input_ids, use_cache=False)
+    return found[0]
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Losses of rows through a frozen head. Their gradients are taken on the way, while a chunk's logits are there.
+
+    A row's loss depends on that row alone, so that its gradient needs but to be scaled by what comes back for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, targets: torch.Tensor, logits_of: AfterHead, positions: int
+    ) -> torch.Tensor:
+        """Shapes: `rows` (A, H), `targets` (A,); gives (A,)."""
+        needs_grad = ctx.needs_input_grad[0]
+        losses, gradients = [], []
+        for chunk, wanted in zip(rows.split(positions), targets.split(positions), strict=True):
+            with torch.set_grad_enabled(needs_grad):
+                inputs = chunk.detach().requires_grad_(needs_grad)
+                loss = F.cross_entropy(logits_of(inputs).float(), wanted, reduction="none")
+                if needs_grad:
+                    gradients += torch.autograd.grad(loss.sum(), inputs)
+            losses.append(loss.detach())
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """`outer`: of each loss, shape (A,)."""
+        (gradients,) = ctx.saved_tensors
+        return (gradients.float() * outer[0].unsqueeze(-1)).to(gradients.dtype), None, None, None
+
+
+@contextmanager
+def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put a forward in place of the module's, whose hooks stay."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        handle.remove()
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -7,7 +7,7 @@ adapter      the adapter's own weights, bfloat16
 gradients    of what is trained, bfloat16
 optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1)
 activations  what the layers keep and use at the peak of a step
-logits       of the positions that carry a label, where Fineloop computes any, and their gradients
+logits       of the positions that carry a label, and their gradients: of a chunk at once, as `answer_loss` has them
 overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation
 """
 
@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from components.config.methods import BaseFormat
+from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.planning.rehearsal import ModelStats, StepMemory
 from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
@@ -89,16 +90,19 @@ def plan(
     sharing: Sharing,
     use_gpu: bool = True,
     trains_base: bool = False,
+    in_chunks: bool = True,
 ) -> Parts:
     """One worker's memory. `answers`: labelled tokens of a micro-batch; B x T for a trainer that scores every token.
 
-    `trains_base` is full fine-tuning: what is trained are the weights themselves.
+    `trains_base` is full fine-tuning: what is trained are the weights themselves, the head's too. `in_chunks` is off
+    for a trainer that holds the logits of all answers at once.
     """
     weights = weight_bytes(stats, base, sharing)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
     gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
     optimizer = math.ceil(3 * FLOAT32 * stats.trainable * sharing.part(1))
-    logits = logits_bytes(answers, stats)
+    at_once = chunk_positions(stats.vocabulary) if in_chunks and not trains_base else answers
+    logits = logits_bytes(answers, stats, at_once)
     # The loss and the backward pass through the layers have their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)
     overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
@@ -140,9 +144,9 @@ def adapter_bytes(stats: ModelStats) -> int:
     return BF16 * (stats.trainable + stats.frozen_adapter)
 
 
-def logits_bytes(answers: int, stats: ModelStats) -> int:
-    """Logits and gradients of so many positions, and their hidden states."""
-    return answers * (LOGIT_BYTES * stats.vocabulary + 2 * BF16 * stats.width)
+def logits_bytes(answers: int, stats: ModelStats, at_once: int) -> int:
+    """Logits and gradients of as many positions as are computed at once, and the hidden states of all."""
+    return min(answers, at_once) * LOGIT_BYTES * stats.vocabulary + answers * 2 * BF16 * stats.width
 
 
 def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:

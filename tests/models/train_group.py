@@ -95,8 +95,10 @@ def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
     """What one rank does for `train_all`."""
     from components.config import config_file
+    from ray_jobs.base import answer_loss
     from ray_jobs.training import checkpoint, zero
 
+    answer_loss.CHUNK_LOGITS = 45 * 260  # so that the losses of some micro-batches come in chunks, of others at once
     zero.LIVE_ELEMENTS = 20_000  # so that ZeRO-3 frees, gathers and prefetches a tiny base as it does a large one
     trained = {}
     for run_id, toml in configs.items():

@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from ray_jobs.base import attention
+from ray_jobs.base import answer_loss, attention
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import IGNORED
+from tests.models.measured_step import measure
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,125 @@ def test_attention_in_float32_gives_the_logits_of_plain_attention(tiny_base, bat
         found = ours(input_ids=batch[0], attention_mask=attention_mask).logits.float()[:, 3:]
         expected = plain(input_ids=batch[0], attention_mask=attention_mask).logits[:, 3:]
         torch.testing.assert_close(found, expected, atol=0.15, rtol=0.05)  # bfloat16 keeps 8 bits
+
+
+# Models that do something to their logits after the head, by the name of it in their config, and one that does nothing.
+AFTER_HEAD = {
+    "llama": (LlamaConfig, {}),
+    "gemma2": (Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 16}),
+    "cohere": (CohereConfig, {"logit_scale": 0.3}),
+    "granite": (GraniteConfig, {"logits_scaling": 3.0}),
+}
+
+
+@pytest.fixture(params=AFTER_HEAD)
+def small(request):
+    kind, more = AFTER_HEAD[request.param]
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model.requires_grad_(False)
+
+
+def long_answers() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, 97, (3, 24))
+    labels = input_ids.clone()
+    labels[0, :5] = labels[1, :20] = labels[2, :11] = IGNORED
+    return input_ids, labels
+
+
+@pytest.mark.parametrize("positions", [1, 7, 100])
+def test_losses_and_gradients_in_chunks_are_those_of_all_logits_at_once(small, positions, monkeypatch):
+    input_ids, labels = long_answers()
+    weight = small.get_decoder().layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    scale = torch.linspace(0.1, 2.0, int((labels[:, 1:] != IGNORED).sum()))  # each loss counts by its own factor
+    full = small(input_ids=input_ids).logits[:, :-1].reshape(-1, 97)
+    expected = F.cross_entropy(full, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="none")
+    expected = expected[labels[:, 1:].reshape(-1) != IGNORED]
+    (expected_gradient,) = torch.autograd.grad((expected * scale).sum(), weight)
+
+    monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", positions * 97)
+    found = answer_nll(small, input_ids, labels)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad((found * scale).sum(), weight)[0], expected_gradient)
+    with torch.inference_mode():
+        torch.testing.assert_close(answer_nll(small, input_ids, labels), expected.detach())
+    assert "forward" not in small.get_output_embeddings().__dict__
+
+
+def test_no_more_than_a_chunk_of_logits_is_computed_at_once(small, monkeypatch):
+    monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", 7 * 97)
+    computed = []
+    linear = F.linear
+
+    def counted(rows, weight, bias=None):
+        if weight.shape[0] == 97:
+            computed.append(rows.shape[0])
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(F, "linear", counted)
+    _, labels = long_answers()
+    answer_nll(small, *long_answers())
+    assert max(computed) == 7
+    assert sum(computed) == int((labels[:, 1:] != IGNORED).sum()) + 2  # one position to learn what follows the head
+
+
+def test_a_head_that_is_trained_and_a_model_nobody_knows_keep_all_their_logits(small, monkeypatch):
+    input_ids, labels = long_answers()
+    expected = answer_nll(small, input_ids, labels)
+    monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", 7 * 97)
+    head = small.get_output_embeddings()
+    head.weight.requires_grad_(True)
+    found = answer_nll(small, input_ids, labels)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert head.weight.grad is not None
+    head.weight.requires_grad_(False)
+
+    forward = small.forward
+
+    def squared(*arguments, **named):
+        output = forward(*arguments, **named)
+        output.logits = output.logits.square()
+        return output
+
+    monkeypatch.setattr(small, "forward", squared)
+    monkeypatch.setattr(answer_loss, "_after_head", {})
+    assert not torch.allclose(answer_nll(small, input_ids, labels), expected)
+    full = small(input_ids=input_ids).logits[:, :-1][labels[:, 1:] != IGNORED]
+    expected = F.cross_entropy(full, labels[:, 1:][labels[:, 1:] != IGNORED], reduction="none")
+    torch.testing.assert_close(answer_nll(small, input_ids, labels), expected)
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
+    vocabulary = 20_000
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    model.get_decoder().layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", 32 * vocabulary)
+    few, many = (measure(model, batch=1, length=length, answers=length - 1).peak for length in (33, 513))
+    logit = 2 * 4 + 2  # bytes: a float32 and its gradient, and bfloat16's own
+    assert few > 32 * vocabulary * logit * 0.8
+    assert many < 1.3 * few
+    monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", 513 * vocabulary)
+    assert measure(model, batch=1, length=513, answers=512).peak > 512 * vocabulary * logit * 0.8

@@ -205,7 +205,7 @@ def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
 
 def test_parts_add_up_and_the_two_peaks_do_not():
     stats = rehearsal("lora").stats
-    logits = logits_bytes(100, stats)
+    logits = logits_bytes(100, stats, 100)
     calm = plan(stats, StepMemory(10 * GIB, logits // 2), base="bf16", answers=100, sharing=ALONE)
     busy = plan(stats, StepMemory(10 * GIB, 3 * logits), base="bf16", answers=100, sharing=ALONE)
     assert calm.activations == 10 * GIB

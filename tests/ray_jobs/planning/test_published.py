@@ -27,6 +27,7 @@ def planned_gb(published: Memory) -> float:
         base=published.base,
         answers=published.batch * published.length * published.all_logits,
         sharing=Sharing(published.num_workers, published.zero_stage),
+        in_chunks=False,
     )
     return parts.total / 1e9
 
