@@ -194,7 +194,7 @@ class EvaluateConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Records in one forward pass or one generation."""
+    """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
 

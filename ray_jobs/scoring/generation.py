@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ray_jobs.base import base_config
-from ray_jobs.base.batching import TokenizedSplit, by_length
+from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.scoring.batches import free_bytes, in_batches, with_room
 
 Advance = Callable[[int], None]
 
@@ -25,28 +27,34 @@ def greedy(
 ) -> list[str]:
     """The greedy answer to each prompt of `split`, without special tokens and outer white space.
 
-    It ends at a stop, after `max_new_tokens`, or where the base has no more positions.
+    It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
+    answered at once, and fewer where their keys and values would not fit.
     """
     result = [""] * len(split)
     reach = base_config.positions(model.config)
+    lengths = split.num_prompt_tokens.astype(np.int64)
+
+    def answer(indices: npt.NDArray[np.int64]) -> None:
+        rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
+        width = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), width), chat.pad, dtype=torch.long)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for row, tokens in enumerate(rows):  # padded on the left, so that every answer starts at the same place
+            input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
+            attention_mask[row, width - len(tokens) :] = 1
+        generated = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
+        )
+        texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            result[index] = text.strip()
+        advance(len(indices))
+
+    longest = int(lengths.max(initial=1)) + max_new_tokens
     with _decoding(model, chat):
-        for indices in by_length(split.num_prompt_tokens.astype(np.int64), batch_size):
-            rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
-            width = max(len(row) for row in rows)
-            input_ids = torch.full((len(rows), width), chat.pad, dtype=torch.long)
-            attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-            for row, tokens in enumerate(rows):  # padded on the left, so that every answer starts at the same place
-                input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
-                attention_mask[row, width - len(tokens) :] = 1
-            generated = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
-            )
-            texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                result[index] = text.strip()
-            advance(len(indices))
+        in_batches(lengths, with_room(batch_size, model.config, longest, free_bytes(model.device)), answer)
     return result
 
 

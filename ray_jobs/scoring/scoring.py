@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from components.prepare.dataset import Record
 from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.base.batching import TokenizedSplit, collate
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import Score, marks
+from ray_jobs.scoring.batches import in_batches
 from ray_jobs.scoring.generation import Advance, greedy
 
 
@@ -71,11 +73,14 @@ def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
 
 def _answer_nll(model: Any, split: TokenizedSplit, batch_size: int, pad: int, advance: Advance) -> list[float]:
     result = [0.0] * len(split)
-    for indices in by_length(split.lengths, batch_size):
+
+    def measure(indices: npt.NDArray[np.int64]) -> None:
         batch = collate(split, indices, pad)
         nll = answer_nll(model, batch["input_ids"].to(model.device), batch["labels"].to(model.device))
         # One value for each labelled token, row after row.
         for index, values in zip(indices, nll.cpu().split(split.num_answer_tokens[indices].tolist()), strict=True):
             result[index] = values.double().sum().item()
         advance(len(indices))
+
+    in_batches(split.lengths, batch_size, measure)
     return result

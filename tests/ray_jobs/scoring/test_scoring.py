@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.scoring.scoring import greedy, other_prompts, score
 
@@ -48,16 +47,6 @@ def test_a_prompt_that_does_not_fit_its_new_answer_loses_its_beginning():
 def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
     split = split_of(([1], [10, 11, 12]), ([2, 3], [20]))
     assert rows_of(other_prompts(split, 3))[0] == ([3], [10, 11, 12])
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_base):
-    from components.config.schema import ModelConfig
-
-    config = ModelConfig(base=str(tiny_base))
-    base = base_model.resolve(config)
-    model = base_model.load_model(base, config, "bf16", use_gpu=False).eval()
-    return model, chat_format.load(base, config)
 
 
 def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
