@@ -195,13 +195,13 @@ def compared(
             if role != "candidate"
         },
         confusion=confusion(
-            [without_reasoning(record.answer) for record in records], [score.text for score in scores["candidate"]]
+            [without_reasoning(record.told) for record in records], [score.text for score in scores["candidate"]]
         ),
         samples=[
             {
                 "id": records[row].id,
                 "prompt": "\n\n".join(turn.content for turn in records[row].prompt if turn.role != "system"),
-                "reference": records[row].answer,
+                "reference": records[row].told,
                 **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }
             for row in shown
@@ -363,8 +363,8 @@ def _write_records(
 
     columns: dict[str, Any] = {
         "id": [record.id for record in records],
-        "prompt": [json.dumps(record.prompt, ensure_ascii=False) for record in records],
-        "reference": [record.answer for record in records],
+        "prompt": [json.dumps([turn.as_json() for turn in record.prompt], ensure_ascii=False) for record in records],
+        "reference": [record.told for record in records],
         "answer_tokens": list(tokens),
     }
     for role, values in scores.items():

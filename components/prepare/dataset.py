@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 SplitName = Literal["train", "eval"]
 
 FORMAT = 1
@@ -29,6 +29,12 @@ class Message(NamedTuple):
 
     role: Role
     content: str
+    more: str = ""
+    """What the turn carries beside its text, as JSON of an object: tool_calls, tool_call_id, name."""
+
+    def as_json(self) -> list[str]:
+        """Role and text, and what else there is; of a turn with no more, what a release without tools made of it."""
+        return [self.role, self.content, *([self.more] if self.more else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,15 @@ class Record:
     prompt: list[Message]
     """Every turn before the answer; at least one is the user's."""
     answer: str
+    calls: str = ""
+    """The tool calls that the answer makes, as JSON of a list."""
+    tools: str = ""
+    """The tools that may be called, as JSON of a list."""
+
+    @property
+    def told(self) -> str:
+        """The answer for people: its text, or else its calls."""
+        return self.answer or self.calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +85,15 @@ def dataset_id(train: Iterable[Record], evaluation: Iterable[Record]) -> str:
     for split, records in (("train", train), ("eval", evaluation)):
         digest.update(f"{split}\n".encode())
         for record in records:
-            digest.update(json.dumps([record.id, record.prompt, record.answer], ensure_ascii=False).encode())
+            digest.update(json.dumps(_identity(record), ensure_ascii=False).encode())
             digest.update(b"\n")
     return f"d{digest.hexdigest()[:15]}"
+
+
+def _identity(record: Record) -> list[Any]:
+    """What tells records apart."""
+    turns = [turn.as_json() for turn in record.prompt]
+    return [record.id, turns, record.answer, *([record.calls, record.tools] if record.calls or record.tools else [])]
 
 
 def publish(
@@ -141,12 +162,13 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
             if found != manifest.files[path]:
                 raise IntegrityError(f"{uri}/{path} is {found}, its manifest says {manifest.files[path]}")
             for batch in pq.ParquetFile(local_path).iter_batches():
-                columns = (batch.column(name).to_pylist() for name in ("id", "prompt", "answer"))
-                records.extend(
-                    Record(identity, [Message(turn["role"], turn["content"]) for turn in prompt], answer)
-                    for identity, prompt, answer in zip(*columns, strict=True)
-                )
+                records.extend(_record(row) for row in batch.to_pylist())
     return records
+
+
+def _record(row: Mapping[str, Any]) -> Record:
+    turns = [Message(turn["role"], turn["content"], turn.get("more", "")) for turn in row["prompt"]]
+    return Record(row["id"], turns, row["answer"], row.get("calls", ""), row.get("tools", ""))
 
 
 def _write_records(records: Sequence[Record], path: Path) -> Path:
@@ -156,17 +178,14 @@ def _write_records(records: Sequence[Record], path: Path) -> Path:
     offsets = [0]
     for record in records:
         offsets.append(offsets[-1] + len(record.prompt))
+    fields = ["role", "content", *(["more"] if any(turn.more for turn in turns) else [])]
     messages = pa.StructArray.from_arrays(
-        [pa.array([turn.role for turn in turns], pa.string()), pa.array([turn.content for turn in turns], pa.string())],
-        names=["role", "content"],
+        [pa.array([getattr(turn, field) for turn in turns], pa.string()) for field in fields], names=fields
     )
+    columns = ["id", "answer", *(name for name in ("calls", "tools") if any(getattr(each, name) for each in records))]
     table = pa.table(
-        {
-            "id": pa.array([record.id for record in records], pa.string()),
-            "prompt": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages),
-            "answer": pa.array([record.answer for record in records], pa.string()),
-        }
-    )
+        {name: pa.array([getattr(record, name) for record in records], pa.string()) for name in columns}
+    ).add_column(1, "prompt", pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages))
     return _write(table, path)
 
 

@@ -55,7 +55,7 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def _describe(records: Sequence[Record]) -> dict[str, Any]:
-    answers = Counter(record.answer for record in records)
+    answers = Counter(record.told for record in records)
     top = [
         {"answer": _cut(answer), "records": count, "share": round(count / len(records), 6)}
         for answer, count in answers.most_common(_TOP_ANSWERS)
@@ -63,14 +63,14 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "records": len(records),
         "prompt_chars": percentiles([sum(len(turn.content) for turn in record.prompt) for record in records]),
-        "answer_chars": percentiles([len(record.answer) for record in records]),
+        "answer_chars": percentiles([len(record.told) for record in records]),
         "distinct_answers": len(answers),
         "most_frequent_answers": top if len(answers) < len(records) else [],
         "samples": [
             {
                 "id": record.id,
                 "prompt": [{"role": turn.role, "content": _cut(turn.content)} for turn in record.prompt],
-                "answer": _cut(record.answer),
+                "answer": _cut(record.told),
             }
             for record in records[:_SAMPLES]
         ],

@@ -6,9 +6,12 @@ A row is an object in one of two forms, each with an optional `id`; other column
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 `prompt` may also be a list of messages and `completion` a list of one assistant message (TRL's conversational form).
+Beside either form `tools` may list the tools that can be called, as JSON Schemas of functions; an assistant's message
+may have tool_calls, and a tool's message a result, as chat templates read them. Lists may be JSON text, as in Parquet.
 """
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +20,12 @@ from typing import Any
 from components.prepare.dataset import Message, Record, Role
 from components.shared.errors import DataError
 
-KNOWN_COLUMNS = ("id", "prompt", "completion", "messages")
+KNOWN_COLUMNS = ("id", "prompt", "completion", "messages", "tools")
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
 
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-# What a message may carry beside its text and what would be lost without a word if it were ignored.
-_UNSUPPORTED = ("tool_calls", "function_call")
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# What a tool's message says beside its result.
+_OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40
 
 
@@ -61,33 +64,37 @@ def validate(row: object) -> KeyedRecord:
         turns = _messages(messages, "messages")
         if turns[-1].role != "assistant":
             raise DataError(f"the last message is from {turns[-1].role!r}: expected assistant, who gives the answer")
-        answer = turns.pop().content
+        answer = turns.pop()
         _require_user(turns, "messages")
     else:
         turns = _prompt(prompt)
         answer = _completion(completion)
-    return _keyed(row.get("id"), turns, answer)
+    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")))
 
 
 def canonical_prompt(turns: list[Message]) -> str:
     """The prompt as one unambiguous string: equal exactly when the turns are equal."""
-    return "".join([f"{role}:{len(content)}:{content}" for role, content in turns])
+    return "".join(
+        [f"{role}:{len(content)}:{content}" + (f"+{len(more)}:{more}" if more else "") for role, content, more in turns]
+    )
 
 
-def _keyed(row_id: object, turns: list[Message], answer: str) -> KeyedRecord:
-    prompt = canonical_prompt(turns)
+def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str) -> KeyedRecord:
+    prompt = canonical_prompt(turns) + (f"tools:{len(tools)}:{tools}" if tools else "")
+    calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
     named = row_id is not None
     if named and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
         raise DataError(f"id is {_kind(row_id)}: expected text or a whole number")
     if row_id == "":
         raise DataError("id is empty: give it a value or leave it out")
     try:
-        content = hashlib.sha256(f"{prompt}answer:{answer}".encode()).digest()
+        said = f"{prompt}answer:{answer.content}" + (f"calls:{calls}" if calls else "")
+        content = hashlib.sha256(said.encode()).digest()
         key = hashlib.sha256((f"id:{row_id}" if named else f"prompt:{prompt}").encode()).digest()
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
     record_id = str(row_id) if named else content.hex()[:16]
-    return KeyedRecord(Record(record_id, turns, answer), key, content, named)
+    return KeyedRecord(Record(record_id, turns, answer.content, calls, tools), key, content, named)
 
 
 def _prompt(prompt: object) -> list[Message]:
@@ -98,7 +105,7 @@ def _prompt(prompt: object) -> list[Message]:
     return [Message("user", _text(prompt, "prompt"))]
 
 
-def _completion(completion: object) -> str:
+def _completion(completion: object) -> Message:
     if isinstance(completion, list):
         turns = _messages(completion, "completion")
         if len(turns) != 1 or turns[0].role != "assistant":
@@ -106,8 +113,8 @@ def _completion(completion: object) -> str:
                 f"completion has messages from {', '.join(turn.role for turn in turns)[:_MAX_VALUE_CHARS]}: "
                 "expected one, from assistant"
             )
-        return turns[0].content
-    return _text(completion, "completion")
+        return turns[0]
+    return Message("assistant", _text(completion, "completion"))
 
 
 def _messages(messages: object, field: str) -> list[Message]:
@@ -123,11 +130,69 @@ def _message(message: object, field: str) -> Message:
         raise DataError(f"{field} is {_kind(message)}: expected {{role, content}}")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"{field}.role is {_value(role)}: expected system, user or assistant")
-    for name in _UNSUPPORTED:
-        if message.get(name):
-            raise DataError(f"{field} has {name}: only text is supported")
-    return Message(_ROLES[role], _text(message.get("content"), f"{field}.content"))
+        raise DataError(f"{field}.role is {_value(role)}: expected system, user, assistant or tool")
+    if message.get("function_call"):
+        raise DataError(f"{field} has function_call: write it as tool_calls")
+    more: dict[str, Any] = {}
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise DataError(f"{field} has tool_calls and is from {role}: an assistant's message alone may call")
+        more["tool_calls"] = _calls(message["tool_calls"], f"{field}.tool_calls")
+    if role == "tool":
+        more |= {name: _text(message[name], f"{field}.{name}") for name in _OF_A_RESULT if message.get(name)}
+    content = message.get("content")
+    said_nothing = content is None or (isinstance(content, str) and not content.strip())
+    text = "" if "tool_calls" in more and said_nothing else _text(content, f"{field}.content")
+    return Message(_ROLES[role], text, _json(more) if more else "")
+
+
+def _calls(calls: object, field: str) -> list[dict[str, Any]]:
+    """Tool calls as chat templates read them: the arguments an object, not the JSON text that APIs make of them."""
+    result: list[dict[str, Any]] = []
+    for index, call in enumerate(_list(calls, field)):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{field}[{index}] names no function: expected {{function: {{name, arguments}}}}")
+        arguments = _parsed(function.get("arguments", {}), f"{field}[{index}].function.arguments")
+        if not isinstance(arguments, Mapping):
+            raise DataError(f"{field}[{index}].function.arguments is {_kind(arguments)}: expected an object")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        result.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
+
+
+def _tools(tools: object) -> str:
+    if tools is None:
+        return ""
+    listed = _list(tools, "tools")
+    for index, tool in enumerate(listed):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"tools[{index}] names no function: expected {{type, function: {{name, parameters}}}}")
+    return _json(listed) if listed else ""
+
+
+def _list(value: object, field: str) -> list[Any]:
+    parsed = _parsed(value, field)
+    if not isinstance(parsed, list):
+        raise DataError(f"{field} is {_kind(parsed)}: expected a list")
+    return parsed
+
+
+def _parsed(value: object, field: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise DataError(f"{field} is text that is not JSON: {exc}") from exc
+
+
+def _json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise DataError(f"tools and their calls must be JSON: {exc}") from exc
 
 
 def _require_user(turns: list[Message], field: str) -> None:

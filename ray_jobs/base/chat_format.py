@@ -5,6 +5,7 @@ Training, scoring, chat and export all take it from here, so that a model is ask
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ class ChatFormat:
         Raises:
             DataError: the template refuses the record, or its answer is a block of reasoning and nothing after it.
         """
-        turns = [*(_turn(message) for message in record.prompt), {"role": "assistant", "content": record.answer}]
+        self._require_tools_known(record)
+        turns = [*(_turn(message) for message in record.prompt), _answer(record)]
         roles = [turn["role"] for turn in turns]
         answers = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
         if loss_on == "last":
@@ -79,7 +81,7 @@ class ChatFormat:
         self, record: Record, asked: Sequence[Mapping[str, Any]], answered: Mapping[str, Any]
     ) -> tuple[str, str]:
         answer: str = answered["content"] if self.thinking else without_reasoning(answered["content"])
-        if not answer:
+        if not answer and not answered.get("tool_calls"):
             raise DataError(
                 f"record {record.id!r} answers with a block of reasoning and nothing after it: leave it out, or train "
                 "on the reasoning with model.thinking=true"
@@ -94,13 +96,33 @@ class ChatFormat:
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
         return prompt, answer.removeprefix(THINK) if opens else answer
 
+    def _require_tools_known(self, record: Record) -> None:
+        """A template leaves out what it does not know without a word."""
+        template = str(self.tokenizer.chat_template)
+        used = {
+            "tools": bool(record.tools),
+            "tool_calls": bool(record.calls) or any("tool_calls" in turn.more for turn in record.prompt),
+            "tool": any(turn.role == "tool" for turn in record.prompt),
+        }
+        if unknown := [name for name, is_used in used.items() if is_used and not re.search(rf"\b{name}\b", template)]:
+            raise DataError(
+                f"record {record.id!r} has {' and '.join(unknown)}, and the chat template of model.base knows none: "
+                "take a base whose template does, or tell them as text"
+            )
+
     def _rendered(
         self, record: Record, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
-            return _render(self.tokenizer, turns, thinking=self.thinking, add_generation_prompt=add_generation_prompt)
+            return _render(
+                self.tokenizer,
+                turns,
+                tools=json.loads(record.tools) if record.tools else None,
+                thinking=self.thinking,
+                add_generation_prompt=add_generation_prompt,
+            )
         except TemplateError as exc:
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
@@ -163,14 +185,25 @@ def without_reasoning(text: str) -> str:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content}
+    return {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
+
+
+def _answer(record: Record) -> dict[str, Any]:
+    calls = {"tool_calls": json.loads(record.calls)} if record.calls else {}
+    return {"role": "assistant", "content": record.answer, **calls}
 
 
 def _render(
-    tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, thinking: bool, add_generation_prompt: bool = False
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    *,
+    thinking: bool,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
 ) -> str:
     text: str = tokenizer.apply_chat_template(
         turns,
+        tools=tools,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
         # The switch has two names in public templates: Qwen's and SmolLM's, then Granite's and DeepSeek's.

@@ -37,7 +37,7 @@ def score(
     if with_other_prompts is not None:
         other = _answer_nll(model, with_other_prompts, batch_size, chat.pad, lambda _: None)
     answers = [without_reasoning(text) for text in greedy(model, chat, split, batch_size, max_new_tokens, advance)]
-    references = [without_reasoning(record.answer) for record in records]
+    references = [_reference(chat, record, split, row) for row, record in enumerate(records)]
     return [
         Score(
             nll=nll[row],
@@ -47,6 +47,15 @@ def score(
         )
         for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
     ]
+
+
+def _reference(chat: ChatFormat, record: Record, split: TokenizedSplit, row: int) -> str:
+    """The text that the answer is compared with; of tool calls, what the chat template writes for them."""
+    if not record.calls:
+        return without_reasoning(record.answer)
+    answer = split.tokens[split.offsets[row] + split.num_prompt_tokens[row] : split.offsets[row + 1]]
+    text: str = chat.tokenizer.decode(answer, skip_special_tokens=True)
+    return without_reasoning(text.strip())
 
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:

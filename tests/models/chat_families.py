@@ -10,6 +10,16 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen/Qwen2.5-7B-Instruct: tools in the system's turn, calls in the assistant's, results in the user's
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ '\n' + (t | tojson) }}{% endfor %}{{ '\n' }}"
+    "</tools><|im_end|>{{ '\n' }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>{{ '\n' }}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>\n' + (c.function | tojson) + '\n</tool_call>' }}{% endfor %}"
+    "<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
 # meta-llama/Llama-3.1-8B-Instruct
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -71,6 +81,7 @@ FAMILIES = {
     "chatml on a base's tokenizer": Family(
         CHATML, "<|endoftext|>", ("<|endoftext|>",), markers=("<|im_start|>", "<|im_end|>")
     ),
+    "chatml with tools": Family(TOOLS, "<|im_end|>", ("<|im_end|>",), markers=("<|im_start|>",)),
     "llama-3": Family(
         LLAMA_3,
         "<|eot_id|>",

@@ -1,4 +1,5 @@
-from components.prepare.dataset import Message, Record, dataset_id
+from components.prepare import dataset
+from components.prepare.dataset import Message, Record, dataset_id, load_split
 
 A = Record("a", [Message("user", "p")], "x")
 B = Record("b", [Message("system", "s"), Message("user", "p")], "y")
@@ -20,3 +21,13 @@ def test_the_id_changes_with_anything_that_training_or_evaluation_sees() -> None
         ([Record("c", [Message("user", "p")], "x")], [B]),
     ]
     assert len({dataset_id(train, evaluation) for train, evaluation in variants}) == len(variants)
+
+
+def test_tools_and_calls_survive_the_store(store) -> None:
+    called = Message("assistant", "", '{"tool_calls":[{"type":"function","function":{"name":"f","arguments":{}}}]}')
+    result = Message("tool", "rain", '{"tool_call_id":"call12345"}')
+    talk = Record("c", [Message("user", "p"), called, result], "x", tools='[{"name":"f"}]')
+    asks = Record("d", [Message("user", "p")], "", calls='[{"function":{"name":"f","arguments":{}}}]')
+    uri = dataset.publish(store, train=[A, talk], evaluation=[asks, B], rejects=[], profile={}).uri
+    assert load_split(store, uri, "train") == [A, talk]
+    assert load_split(store, uri, "eval") == [asks, B]

@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from components.prepare.dataset import Message
+from components.prepare.dataset import Message, dataset_id
 from components.prepare.validate import canonical_prompt, validate
 from components.shared.errors import DataError
 
@@ -90,9 +92,9 @@ def test_prompts_that_only_look_alike_when_joined_differ() -> None:
         ({"messages": ["hello"]}, "messages[0] is text: expected {role, content}"),
         (
             {"messages": [USER, ANSWER, {"role": "tool", "content": "x"}]},
-            "messages[2].role is 'tool': expected system, user or assistant",
+            "the last message is from 'tool': expected assistant, who gives the answer",
         ),
-        ({"messages": [{"content": "x"}]}, "messages[0].role is missing: expected system, user or assistant"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role is missing: expected system, user, assistant or tool"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is a list: expected system"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is missing"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
@@ -102,8 +104,27 @@ def test_prompts_that_only_look_alike_when_joined_differ() -> None:
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "messages[1] has tool_calls: only text is supported",
+            "messages[1].tool_calls[0] names no function: expected {function: {name, arguments}}",
         ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]},
+            "messages[1].tool_calls[0].function.arguments is text that is not JSON",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+            "messages[1].tool_calls[0].function.arguments is a list: expected an object",
+        ),
+        (
+            {"messages": [{**USER, "tool_calls": [{"function": {"name": "f"}}]}, ANSWER]},
+            "messages[0] has tool_calls and is from user: an assistant's message alone may call",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]},
+            "messages[1] has function_call: write it as",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": "none"}, "tools is text that is not JSON"),
+        ({"prompt": "a", "completion": "b", "tools": {"name": "f"}}, "tools is an object: expected a list"),
+        ({"prompt": "a", "completion": "b", "tools": [{"type": "function"}]}, "tools[0] names no function"),
         ({"messages": [USER]}, "the last message is from 'user': expected assistant"),
         ({"messages": [ANSWER]}, "messages has no user message before the answer"),
         ({"messages": [SYSTEM, ANSWER]}, "messages has no user message before the answer"),
@@ -122,3 +143,36 @@ def test_an_unusable_row_is_refused_with_its_reason(row: object, reason: str) ->
     with pytest.raises(DataError) as refusal:
         validate(row)
     assert str(refusal.value).startswith(reason)
+
+
+# A conversation as OpenAI's API records it: arguments are JSON text there, an object for chat templates.
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+ASKS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call12345", "content": "rain"}
+
+
+def test_tools_their_calls_and_results_are_kept() -> None:
+    record = validate({"messages": [USER, ASKS, RESULT, ANSWER], "tools": [WEATHER]}).record
+    assert json.loads(record.tools) == [WEATHER]
+    _, asks, result = record.prompt
+    called = {**CALL, "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    assert (asks.content, json.loads(asks.more)) == ("", {"tool_calls": [called]})
+    assert (result.role, result.content, json.loads(result.more)) == ("tool", "rain", {"tool_call_id": "call12345"})
+    assert (record.answer, record.calls) == ("Eye", "")
+    ended = validate({"messages": [USER, ASKS], "tools": json.dumps([WEATHER])}).record  # as Parquet holds them
+    assert (ended.answer, json.loads(ended.calls), ended.tools) == ("", [called], record.tools)
+
+
+def test_records_differ_by_their_tools_and_calls() -> None:
+    rows = [
+        {"messages": [USER, ANSWER]},
+        {"messages": [USER, ANSWER], "tools": [WEATHER]},
+        {"messages": [USER, ASKS]},
+        {"messages": [USER, {**ASKS, "content": "Eye"}]},
+        {"messages": [USER, ASKS, RESULT, ANSWER]},
+        {"messages": [USER, ASKS, {**RESULT, "tool_call_id": "another"}, ANSWER]},
+    ]
+    found = [validate(row) for row in rows]
+    assert len({each.content for each in found}) == len(rows)
+    assert len({dataset_id([each.record], []) for each in found}) == len(rows)

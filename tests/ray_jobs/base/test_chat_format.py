@@ -176,3 +176,40 @@ def test_turns_that_the_template_refuses_are_the_datas_mistake(tmp_path, roles):
         DataError, match=rf"refuses record 'r7', with turns of {', '.join(roles)}: .*; change the record"
     ):
         chat.rows(refused)
+
+
+WEATHER = '[{"type":"function","function":{"name":"weather","parameters":{}}}]'
+CALL = '{"type":"function","function":{"name":"weather","arguments":{"city":"Oslo"}}}'
+TALK = [Message("user", "Oslo?"), Message("assistant", "", f'{{"tool_calls":[{CALL}]}}'), Message("tool", "rain")]
+CALLED = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'
+
+
+def test_tools_calls_and_results_are_told_as_the_template_tells_them(tmp_path):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES["chatml with tools"]))
+    given = '{"type": "function", "function": {"name": "weather", "parameters": {}}}'
+    asked = (
+        f"<|im_start|>system\n<tools>\n{given}\n</tools><|im_end|>\n"
+        "<|im_start|>user\nOslo?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answered = (
+        "<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        "It rains.<|im_end|>\n",
+    )
+    talk = Record("r", TALK, "It rains.", tools=WEATHER)
+    assert chat.rows(talk) == [[asked + CALLED + answered[0], answered[1]]]
+    assert chat.rows(talk, "all") == [[asked, CALLED, *answered]]
+    assert chat.rows(Record("r", TALK[:1], "", calls=f"[{CALL}]", tools=WEATHER)) == [[asked, CALLED]]
+
+
+@pytest.mark.parametrize(
+    ("record", "unknown"),
+    [
+        (Record("r7", TALK[:1], "rain", tools=WEATHER), "tools"),
+        (Record("r7", TALK, "rain"), "tool_calls and tool"),
+        (Record("r7", TALK[:1], "", calls=f"[{CALL}]"), "tool_calls"),
+    ],
+)
+def test_what_the_template_would_leave_out_is_refused(tmp_path, record, unknown):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES["chatml"]))
+    with pytest.raises(DataError, match=f"record 'r7' has {unknown}, and the chat template of model.base knows none"):
+        chat.rows(record)

@@ -5,6 +5,8 @@ repetition_penalty of 1.1), and most end their turns with another token than the
 """
 
 import dataclasses
+import itertools
+import json
 
 import pytest
 import torch
@@ -35,10 +37,11 @@ def teach(model, chat, records) -> None:
     """Until it has them by heart."""
     batch = collate(tokenize(records, chat, 256), range(len(records)), chat.pad)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(300):
-        loss = answer_nll(model.train(), batch["input_ids"], batch["labels"]).mean()
-        if loss.item() < 0.02:
+    for _ in range(400):
+        losses = answer_nll(model.train(), batch["input_ids"], batch["labels"])
+        if losses.max().item() < 0.1:
             return
+        loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -54,7 +57,7 @@ def exact_match(model, chat, records=RIGHT) -> float:
         split,
         with_other_prompts=None,
         batch_size=4,
-        max_new_tokens=64,
+        max_new_tokens=96,
         advance=lambda _: None,
     )
     return sum(each.marks["exact_match"] for each in scores) / len(scores)
@@ -93,6 +96,22 @@ def test_reasoning_is_neither_learned_nor_scored_unless_asked_for(tmp_path, name
     assert exact_match(model, chat, reasoned) == 1.0
     thoughts = greedy(model, chat, tokenize(reasoned, chat, 256), 4, 64)
     assert all(f"it is {record.id}" in thought for record, thought in zip(RIGHT, thoughts, strict=True))
+
+
+def test_tool_calls_are_scored_as_the_template_writes_them(tmp_path):
+    calling = [
+        dataclasses.replace(
+            record,
+            answer="",
+            calls=json.dumps([{"type": "function", "function": {"name": "paint", "arguments": {"as": record.answer}}}]),
+        )
+        for record in RIGHT
+    ]
+    model, chat = loaded(tmp_path, FAMILIES["chatml with tools"])
+    teach(model, chat, calling)
+    assert exact_match(model, chat, calling) == 1.0
+    wrong = [dataclasses.replace(asked, calls=other.calls) for asked, other in itertools.pairwise(calling)]
+    assert exact_match(model, chat, wrong) == 0.0
 
 
 def test_the_model_decodes_as_before_afterwards(tmp_path):
