@@ -2,17 +2,13 @@
 
 The records are shared out over Ray tasks. Each loads the base once and puts the adapters on it one after the other, as
 `PeftModel.from_pretrained` loads them, VeRA's and DVoRA's in the base's dtype: what is measured is what a user of the
-published files gets.
+published files gets. A base that no worker can hold is shared out over all of them, as it was to be trained on.
 """
 
-import gc
 import json
 import logging
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from components.config.ray import MatmulDtype
@@ -22,32 +18,18 @@ from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, Measured, Role
 from components.registry.store import Store
-from components.registry.versions import Version, pull_version, resolve
-from components.shared.errors import DataError, FineloopError, JobError
+from components.registry.versions import Version, resolve
+from components.shared.errors import FineloopError, JobError
 from components.shared.metrics import METRICS
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base, recorded
+from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
-from ray_jobs.base.chat_format import ChatFormat, without_reasoning
+from ray_jobs.base.chat_format import without_reasoning
 from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
+from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
 
 logger = logging.getLogger(__name__)
-
-STEP = "evaluate"
-PROGRESS_EVERY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
-
-    role: Role
-    config: RunConfig
-    """The run's, with the base and the method that this model was trained with."""
-    version: Version | None
-    base_identity: Mapping[str, str]
-    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
 
 
 def main() -> None:
@@ -87,21 +69,17 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     config = with_room_for_answers(config, base, records)
     contenders = _contenders(config, store, candidate)
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    # Two records at least in each: an answer is also read behind another record's prompt.
-    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
-    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    task = ray.remote(max_retries=1, **resources)(measure_shard)
-    say(STEP, f"{len(records)} held-out records for {', '.join(c.role for c in contenders)} on {num_shards} workers")
-    shards = [records[start::num_shards] for start in range(num_shards)]
-    try:
-        dtype = _matmul_dtype(config, base, num_shards, resources)
-        results = ray.get(
-            [task.remote(contenders, shard, shard_index=i, matmul_dtype=dtype) for i, shard in enumerate(shards)]
-        )
-    except ray.exceptions.RayTaskError as exc:
-        raise (
-            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
-        ) from exc
+    if _must_be_shared(config, base, ray.nodes()):
+        workers = f"{config.ray.num_workers} workers that hold the base together"
+        say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
+        dtype, results = _measured_together(config, base, contenders, records, store, run_id)
+        shards = [records]
+    else:
+        # Two records at least in each: an answer is also read behind another record's prompt.
+        num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
+        say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
+        shards = [records[start::num_shards] for start in range(num_shards)]
+        dtype, results = _measured_apart(config, base, contenders, shards)
 
     kept = [
         record for shard, result in zip(shards, results, strict=True) for record in shard if record.id in result.tokens
@@ -122,6 +100,64 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
     return evaluation
+
+
+def _names(contenders: Sequence[Contender]) -> str:
+    return ", ".join(contender.role for contender in contenders)
+
+
+def _measured_apart(
+    config: RunConfig, base: base_model.Base, contenders: Sequence[Contender], shards: Sequence[Sequence[Record]]
+) -> tuple[MatmulDtype, list[ShardResult]]:
+    """Each shard by a Ray task, which holds the base by itself."""
+    import ray
+
+    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
+    task = ray.remote(max_retries=1, **resources)(measure_shard)
+    try:
+        dtype = _matmul_dtype(config, base, len(shards), resources)
+        return dtype, ray.get(
+            [task.remote(contenders, shard, shard_index=i, matmul_dtype=dtype) for i, shard in enumerate(shards)]
+        )
+    except ray.exceptions.RayTaskError as exc:
+        raise (
+            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
+        ) from exc
+
+
+def _measured_together(
+    config: RunConfig,
+    base: base_model.Base,
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    store: Store,
+    run_id: str,
+) -> tuple[MatmulDtype, list[ShardResult]]:
+    """All records by a group of workers, which share the base out as they do to train on it."""
+    from ray_jobs.training import measure_together, trainer
+
+    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
+    dtype = _matmul_dtype(config, base, config.ray.num_workers, resources)
+    arguments = {"contenders": contenders, "records": records, "matmul_dtype": dtype}
+    answer = trainer.run(
+        measure_together.run, arguments, config, store, run_id=run_id, name="ray-evaluate", max_failures=0
+    )
+    return dtype, [answer["result"]]
+
+
+def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one worker cannot hold the base. Where it cannot be planned for, it is held as it was trained on."""
+    from ray_jobs.planning.capacity import cluster_device, must_be_shared
+    from ray_jobs.planning.rehearsal import Rehearsal
+
+    if config.train.zero_stage < 3:
+        return False
+    try:
+        shape = base_config.load(base.path, config.model)
+        rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return True
+    return must_be_shared(config, rehearsal, cluster_device(config, nodes))
 
 
 def _told(evaluation: Evaluation, role: Role) -> Iterator[str]:
@@ -210,138 +246,6 @@ def compared(
     )
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """Scores of the records that fit every contender's context, in order."""
-
-    tokens: dict[str, int]
-    """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
-    scores: dict[str, list[Score]]
-
-
-def measure_shard(
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    *,
-    shard_index: int,
-    matmul_dtype: MatmulDtype = "bfloat16",
-) -> ShardResult:
-    """Measure every contender on some records; runs as a Ray task.
-
-    Raises:
-        DataError: no record fits the context.
-    """
-    with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
-        adapters: dict[str, Path] = {}
-        for contender in contenders:
-            if contender.version is not None:
-                adapters[contender.role] = Path(scratch) / contender.role
-                pull_version(Store.open(contender.config.registry), contender.version, adapters[contender.role])
-        return _measure_shard(contenders, records, adapters, shard_index=shard_index, matmul_dtype=matmul_dtype)
-
-
-def _measure_shard(
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    adapters: Mapping[str, Path],
-    *,
-    shard_index: int,
-    matmul_dtype: MatmulDtype,
-) -> ShardResult:
-    import torch
-
-    from ray_jobs.base.batching import tokenize
-
-    entry.quiet_libraries()
-    configs = {c.role: c.config for c in contenders}
-    candidate = configs["candidate"]
-    if not candidate.ray.use_gpu:
-        torch.set_num_threads(candidate.ray.cpus_per_worker)
-    bases = {c.role: _base_of(c, configs[c.role]) for c in contenders}
-    chats = {role: chat_format.load(bases[role], config.model, adapters.get(role)) for role, config in configs.items()}
-    splits = {role: tokenize(records, chats[role], config.model.max_length) for role, config in configs.items()}
-    fitting = set.intersection(*(set(split.ids) for split in splits.values()))
-    kept = [record for record in records if record.id in fitting]
-    if not kept:
-        raise DataError(f"no held-out record fits model.max_length {candidate.model.max_length}: raise it")
-    splits = {
-        role: split.take([i for i, name in enumerate(split.ids) if name in fitting]) for role, split in splits.items()
-    }
-
-    progress = _Progress(2 * len(kept) * len(contenders)) if shard_index == 0 else None
-    loaded: tuple[Any, Any] | None = None
-    scores: dict[str, list[Score]] = {}
-    for contender in contenders:
-        config, base = configs[contender.role], bases[contender.role]
-        key = (base.identity, config.method.row.base)
-        if loaded is None or loaded[0] != key:
-            loaded = None  # the memory of the one before,
-            gc.collect()  # where 4-bit weights and their layers hold each other
-            loaded = (
-                key,
-                base_model.load_model(
-                    base,
-                    config.model,
-                    config.method.row.base,
-                    use_gpu=config.ray.use_gpu,
-                    matmul_dtype=matmul_dtype,
-                ),
-            )
-        if progress:
-            progress.role = contender.role
-        scores[contender.role] = _measure(
-            adapters.get(contender.role),
-            config,
-            loaded[1],
-            chats[contender.role],
-            kept,
-            splits[contender.role],
-            progress,
-            matmul_dtype,
-        )
-    counts = dict(zip(splits["candidate"].ids, splits["candidate"].num_answer_tokens.tolist(), strict=True))
-    return ShardResult(counts, scores)
-
-
-def _base_of(contender: Contender, config: RunConfig) -> base_model.Base:
-    """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
-    base = base_model.resolve(config.model, recorded=contender.base_identity)
-    return own_base.find(config, base, Store.open(config.registry)) if contender.version else base
-
-
-def _measure(
-    adapter: Path | None,
-    config: RunConfig,
-    base: Any,
-    chat: ChatFormat,
-    records: Any,
-    split: Any,
-    progress: Any,
-    matmul_dtype: MatmulDtype,
-) -> list[Score]:
-    from ray_jobs.scoring.scoring import other_prompts, score
-
-    def scored(model: Any, *, with_gain: bool) -> list[Score]:
-        return score(
-            model.eval(),
-            chat,
-            records,
-            split,
-            with_other_prompts=other_prompts(split, config.model.max_length) if with_gain else None,
-            batch_size=config.evaluate.batch_size,
-            max_new_tokens=config.evaluate.max_new_tokens or NEW_TOKENS[-1],
-            advance=progress.advance if progress else lambda _: None,
-        )
-
-    if adapter is None:
-        return scored(base, with_gain=False)
-    adapted = build.load(base, adapter, matmul_dtype=matmul_dtype)
-    try:
-        return scored(adapted, with_gain=True)
-    finally:
-        adapted.unload()  # the base is as it was
-
-
 def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Contender]:
     """Base, champion where there is one, candidate. A champion stands on the base and the method of its own run."""
     name = config.adapter.name
@@ -372,23 +276,6 @@ def _write_records(
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), sink.getvalue().to_pybytes())
-
-
-class _Progress:
-    """Tells a person how far the first shard is; the others keep pace with it."""
-
-    def __init__(self, total: int) -> None:
-        self.role = ""
-        self._total = total
-        self._done = 0
-        self._said_at = 0.0
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._said_at >= PROGRESS_EVERY_S:
-            self._said_at = now
-            say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")
 
 
 if __name__ == "__main__":

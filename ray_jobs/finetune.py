@@ -5,8 +5,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 """
 
 import logging
-import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -15,16 +14,12 @@ from components.prepare.prepare import prepare
 from components.registry import folders, lineage, runs
 from components.registry.records import TrainResult
 from components.registry.store import Store
-from components.shared import errors
-from components.shared.errors import DataError, JobError
+from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
-
-if TYPE_CHECKING:
-    from ray.train import Result
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +78,9 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     )
 
     from ray_jobs.planning.before_training import before_training
+    from ray_jobs.training import trainer
     from ray_jobs.training.room import wait_for_room
-    from ray_jobs.training.worker import TrainJob
+    from ray_jobs.training.worker import TrainJob, train
 
     job = TrainJob(
         config_toml=config_file.dumps(config),
@@ -95,13 +91,14 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Before the memory is looked at: a cluster that grows from nothing has none.
-    wait_for_room(_per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
+    wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     for line in before_training(config, base.path, train_split, ray.nodes()):
         say(STEP, line)
-    fitted = _fit(job, config, store, train_split, eval_split)
-    answer: dict[str, Any] = fitted.return_value or {}
-    if "failure" in answer:
-        raise errors.by_name(answer["failure"]["error"], answer["failure"]["message"])
+    splits = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
+    max_failures = config.ray.max_failures
+    answer = trainer.run(
+        train, {"job": job, **splits}, config, store, run_id=run_id, name="ray", max_failures=max_failures
+    )
     result = TrainResult(**answer)
     runs.write(store, run_id, result)
     return result
@@ -136,50 +133,6 @@ def _dataset(store: Store, uri: str) -> lineage.Dataset:
     manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
     about = manifest.about
     return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])
-
-
-def _fit(
-    job: Any, config: RunConfig, store: Store, train_split: TokenizedSplit, eval_split: TokenizedSplit
-) -> "Result":
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from ray_jobs.training.worker import train
-
-    ray_config = config.ray
-    # It prints and logs what a worker prints: every line would come twice.
-    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
-    trainer = TorchTrainer(
-        train,
-        train_loop_config={"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)},
-        torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=ray_config.num_workers,
-            use_gpu=ray_config.use_gpu,
-            resources_per_worker=_per_worker(config),
-        ),
-        run_config=RayRunConfig(
-            name="ray",
-            storage_path=store.uri(runs.run_key(job.run_id).rstrip("/")),
-            failure_config=FailureConfig(max_failures=ray_config.max_failures),
-        ),
-    )
-    try:
-        return trainer.fit()
-    except TrainingFailedError as exc:
-        raise JobError(f"the training workers failed: {_root(exc)}") from exc
-
-
-def _per_worker(config: RunConfig) -> dict[str, float]:
-    return {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if config.ray.use_gpu else {})}
-
-
-def _root(exc: Any) -> str:
-    failures = getattr(exc, "worker_failures", None) or {}
-    return "; ".join(f"rank {rank}: {failure}".strip() for rank, failure in sorted(failures.items())[:1]) or str(exc)
 
 
 if __name__ == "__main__":

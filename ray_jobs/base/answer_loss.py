@@ -41,10 +41,11 @@ def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tor
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
     if len(targets) > positions and not any(parameter.requires_grad for parameter in head.parameters()):
-        if head not in _after_head:  # under ZeRO-3 a pass is everybody's: the first batch is the same on all workers
+        is_shared = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+        if head not in _after_head and not is_shared:  # under ZeRO-3 a pass more would be everybody's
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :2], wanted.new_ones(1, 1))
-        if (after := _after_head[head]) is not None:
+        if (after := _after_head.get(head)) is not None:
             return _in_chunks(model, head, after, input_ids, wanted, targets, positions)
     return F.cross_entropy(_logits(model, module, head, input_ids, wanted).float(), targets, reduction="none")
 

@@ -11,9 +11,11 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan
+from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 
+BASE_SHARE = 0.8
+"""Of one worker's memory that a base may take to be evaluated there: keys, values and activations want the rest."""
 # Ray's names of accelerators that differ from ours; of two sizes the larger, so that nothing is refused that would run.
 RAY_NAMES = {"A100": "A100-80G"}
 
@@ -129,6 +131,15 @@ def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: 
             if choice.parts.total <= memory:
                 return choice
     return None
+
+
+def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> bool:
+    """Whether the base is to be held by all workers together, for inference too: it was trained so, and the memory of
+    one does not hold it, or nobody knows."""
+    if config.train.zero_stage < 3 or config.ray.num_workers == 1:
+        return False
+    whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))
+    return device.memory is None or whole > BASE_SHARE * device.memory
 
 
 def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from components.shared.errors import JobError
 
@@ -20,8 +21,21 @@ CACHE_SHARE = 0.7
 """Of the free memory that keys and values may take: while a prompt is read, its activations stand beside them."""
 
 
-def in_batches(lengths: npt.NDArray[np.int64], batch_size: int, work: Callable[[npt.NDArray[np.int64]], None]) -> None:
+def is_shared(model: torch.nn.Module) -> bool:
+    """Whether workers hold its weights together, so that each pass through it is everybody's (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def in_batches(
+    lengths: npt.NDArray[np.int64],
+    batch_size: int,
+    work: Callable[[npt.NDArray[np.int64]], None],
+    *,
+    together: bool = False,
+) -> None:
     """Do `work` on all indices in batches of like length, longest first, with half as many whenever memory runs out.
+
+    `together` is set where other workers take the same steps: then nobody may take more of them, and memory must do.
 
     Raises:
         JobError: memory does not hold even one record.
@@ -33,6 +47,8 @@ def in_batches(lengths: npt.NDArray[np.int64], batch_size: int, work: Callable[[
         try:
             work(indices)
         except torch.OutOfMemoryError as exc:
+            if together:
+                raise
             if len(indices) == 1:
                 raise JobError(
                     f"the device's memory does not hold one record of {lengths[indices[0]]} tokens beside the model: "
@@ -44,6 +60,13 @@ def in_batches(lengths: npt.NDArray[np.int64], batch_size: int, work: Callable[[
             done += len(indices)
             continue
         torch.cuda.empty_cache()  # out of the handler, whose traceback holds what did not fit
+
+
+def agreed(batch_size: int, device: torch.device) -> int:
+    """What the least of all workers has room for."""
+    least = torch.tensor(batch_size, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def with_room(batch_size: int, base: "PretrainedConfig", tokens: int, free_bytes: int | None) -> int:

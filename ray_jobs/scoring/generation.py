@@ -11,7 +11,7 @@ import torch
 from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring.batches import free_bytes, in_batches, with_room
+from ray_jobs.scoring.batches import agreed, free_bytes, in_batches, is_shared, with_room
 
 Advance = Callable[[int], None]
 
@@ -32,6 +32,7 @@ def greedy(
     """
     result = [""] * len(split)
     reach = base_config.positions(model.config)
+    together = is_shared(model)
     lengths = split.num_prompt_tokens.astype(np.int64)
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
@@ -46,6 +47,7 @@ def greedy(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
+            synced_gpus=together,
         )
         texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
@@ -53,8 +55,9 @@ def greedy(
         advance(len(indices))
 
     longest = int(lengths.max(initial=1)) + max_new_tokens
+    at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
     with _decoding(model, chat):
-        in_batches(lengths, with_room(batch_size, model.config, longest, free_bytes(model.device)), answer)
+        in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
     return result
 
 

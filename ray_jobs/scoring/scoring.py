@@ -12,7 +12,7 @@ from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import Score, marks
-from ray_jobs.scoring.batches import in_batches
+from ray_jobs.scoring.batches import in_batches, is_shared
 from ray_jobs.scoring.generation import Advance, greedy
 
 
@@ -91,5 +91,5 @@ def _answer_nll(model: Any, split: TokenizedSplit, batch_size: int, pad: int, ad
             result[index] = values.double().sum().item()
         advance(len(indices))
 
-    in_batches(split.lengths, batch_size, measure)
+    in_batches(split.lengths, batch_size, measure, together=is_shared(model))
     return result

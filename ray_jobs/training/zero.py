@@ -125,6 +125,27 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
     return engine
 
 
+@contextmanager
+def for_inference(model: torch.nn.Module, config: RunConfig) -> Iterator[torch.nn.Module]:
+    """Within, the frozen model is shared out among the workers, as at stage 3; to be used within `sharding`.
+
+    Raises:
+        JobError: this worker holds more than its share of the weights.
+    """
+    import deepspeed
+
+    model.requires_grad_(False)
+    _share_out(model, config)
+    wanted = settings(config, longest_vector=_longest_vector(model))
+    wanted["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=model, config=wanted)
+    try:
+        require_shared(engine.module, num_workers=config.ray.num_workers)
+        yield engine.module
+    finally:
+        engine.destroy()
+
+
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:

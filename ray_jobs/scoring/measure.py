@@ -1,0 +1,189 @@
+"""Base, champion and candidate on the same records: who they are, how each reads the records, and what each scores."""
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record
+from components.registry.records import Role
+from components.registry.store import Store
+from components.registry.versions import Version, pull_version
+from components.shared.errors import DataError
+from components.shared.protocol import say
+from ray_jobs import entry
+from ray_jobs.adapters import build, own_base
+from ray_jobs.base import base_model, chat_format
+from ray_jobs.base.base_model import Base
+from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.scoring.answers import NEW_TOKENS, Score
+
+STEP = "evaluate"
+PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
+
+    role: Role
+    config: RunConfig
+    """The run's, with the base and the method that this model was trained with."""
+    version: Version | None
+    base_identity: Mapping[str, str]
+    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Scores of the records that fit every contender's context, in order."""
+
+    tokens: dict[str, int]
+    """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
+    scores: dict[Role, list[Score]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One contender with its files on this machine, and the records as it reads them."""
+
+    role: Role
+    config: RunConfig
+    base: Base
+    """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
+    adapter: Path | None
+    chat: ChatFormat
+    split: TokenizedSplit
+
+    def load_base(self, matmul_dtype: MatmulDtype, *, in_host_memory: bool = False) -> Any:
+        """The base in memory."""
+        config = self.config
+        return base_model.load_model(
+            self.base,
+            config.model,
+            config.method.row.base,
+            use_gpu=config.ray.use_gpu,
+            in_host_memory=in_host_memory,
+            matmul_dtype=matmul_dtype,
+        )
+
+    def scores(
+        self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress | None"
+    ) -> list[Score]:
+        """Of the records at `rows`, by a model that has this contender's adapter on it, if it has one."""
+        from ray_jobs.scoring.scoring import other_prompts, score
+
+        others = other_prompts(self.split, self.config.model.max_length) if self.adapter else None
+        return score(
+            model.eval(),
+            self.chat,
+            [records[row] for row in rows],
+            self.split.take(rows),
+            with_other_prompts=others.take(rows) if others else None,
+            batch_size=self.config.evaluate.batch_size,
+            max_new_tokens=self.config.evaluate.max_new_tokens or NEW_TOKENS[-1],
+            advance=progress.advance if progress else lambda _: None,
+        )
+
+
+@contextmanager
+def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterator[tuple[list[Record], list[Asked]]]:
+    """The records that fit every contender's context, and the contenders; their adapters are gone afterwards.
+
+    Raises:
+        DataError: no record fits.
+    """
+    with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
+        found = [_asked(contender, records, Path(scratch) / contender.role) for contender in contenders]
+        fitting = set.intersection(*(set(each.split.ids) for each in found))
+        kept = [record for record in records if record.id in fitting]
+        if not kept:
+            limit = contenders[-1].config.model.max_length
+            raise DataError(f"no held-out record fits model.max_length {limit}: raise it")
+        yield kept, [_only(each, fitting) for each in found]
+
+
+def measure_shard(
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    *,
+    shard_index: int,
+    matmul_dtype: MatmulDtype = "bfloat16",
+) -> ShardResult:
+    """Measure every contender on some records, one after the other; runs as a Ray task.
+
+    Raises:
+        DataError: no record fits the context.
+    """
+    import torch
+
+    entry.quiet_libraries()
+    candidate = contenders[-1].config
+    if not candidate.ray.use_gpu:
+        torch.set_num_threads(candidate.ray.cpus_per_worker)
+    with asking(contenders, records) as (kept, all_asked):
+        progress = Progress(2 * len(kept) * len(contenders)) if shard_index == 0 else None
+        loaded: tuple[Any, Any] | None = None
+        scores: dict[Role, list[Score]] = {}
+        for each in all_asked:
+            key = (each.base.identity, each.config.method.row.base)
+            if loaded is None or loaded[0] != key:
+                loaded = None  # the memory of the one before,
+                gc.collect()  # where 4-bit weights and their layers hold each other
+                loaded = (key, each.load_base(matmul_dtype))
+            if progress:
+                progress.role = each.role
+            model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]
+            try:
+                scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
+            finally:
+                if each.adapter:
+                    model.unload()  # the base is as it was
+        return ShardResult(answer_tokens(all_asked), scores)
+
+
+def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:
+    """Of each record, as the candidate counts them."""
+    split = all_asked[-1].split
+    return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
+
+
+def _asked(contender: Contender, records: Sequence[Record], folder: Path) -> Asked:
+    config = contender.config
+    base, adapter = base_model.resolve(config.model, recorded=contender.base_identity), None
+    if contender.version is not None:
+        store, adapter = Store.open(config.registry), folder
+        base = own_base.find(config, base, store)
+        pull_version(store, contender.version, folder)
+    chat = chat_format.load(base, config.model, adapter)
+    split = tokenize(records, chat, config.model.max_length)
+    return Asked(contender.role, config, base, adapter, chat, split)
+
+
+def _only(asked: Asked, ids: set[str]) -> Asked:
+    return replace(asked, split=asked.split.take([row for row, name in enumerate(asked.split.ids) if name in ids]))
+
+
+class Progress:
+    """Tells a person how far the first shard is; the others keep pace with it."""
+
+    def __init__(self, total: int) -> None:
+        self.role = ""
+        self._total = total
+        self._done = 0
+        self._said_at = 0.0
+
+    def advance(self, count: int) -> None:
+        """Count what a batch has done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._said_at >= PROGRESS_EVERY_S:
+            self._said_at = now
+            say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")

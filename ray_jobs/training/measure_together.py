@@ -1,0 +1,71 @@
+"""Measuring models on a base that no worker holds whole: its workers hold it together, as they do to train on it.
+
+All workers take the same steps: under ZeRO-3 every pass through a layer is everybody's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from components.prepare.dataset import Record
+from components.registry.records import Role
+from components.shared.errors import JobError, UserError
+from ray_jobs import entry
+from ray_jobs.adapters import build
+from ray_jobs.scoring.answers import Score
+from ray_jobs.scoring.measure import Contender, Progress, ShardResult, answer_tokens, asking
+from ray_jobs.training import zero
+from ray_jobs.training.group import Worker
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The function of Ray Train. Returns, on rank 0, the result of all records, or the user's mistake."""
+    import ray.train
+
+    contenders: Sequence[Contender] = arguments["contenders"]
+    config = contenders[-1].config
+    entry.quiet_libraries()
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, arguments["matmul_dtype"])
+    try:
+        result = measure_together(contenders, arguments["records"], worker)
+    except (UserError, JobError) as exc:
+        return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
+    return {"result": result} if worker.rank == 0 else {}
+
+
+def measure_together(contenders: Sequence[Contender], records: Sequence[Record], worker: Worker) -> ShardResult:
+    """Measure every contender on all records, which the workers of a process group share out; the same on all of them.
+
+    Raises:
+        DataError: no record fits the context.
+        JobError: a worker holds more than its share of the base.
+    """
+    config = contenders[-1].config
+    zero.prepare_environment(use_gpu=config.ray.use_gpu)
+    if not config.ray.use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    with asking(contenders, records) as (kept, all_asked):
+        # As many for each, beginning again where there are not enough: all take part in every batch.
+        dealt = np.resize(np.arange(len(kept)), -(-len(kept) // worker.num_workers) * worker.num_workers)
+        mine = dealt[worker.rank :: worker.num_workers].tolist()
+        progress = Progress(2 * len(mine) * len(contenders)) if worker.rank == 0 else None
+        scores: dict[Role, list[Score]] = {}
+        for each in all_asked:
+            if progress:
+                progress.role = each.role
+            with zero.sharding(each.config):
+                model = each.load_base(worker.matmul_dtype, in_host_memory=True)
+                if each.adapter:
+                    model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
+                with zero.for_inference(model.eval(), each.config) as sharded:
+                    found = dict(zip(mine, each.scores(sharded, kept, mine, progress), strict=True))
+            parts: list[dict[int, Score]] = [{} for _ in range(worker.num_workers)]
+            dist.all_gather_object(parts, found)
+            together = {row: score for part in parts for row, score in part.items()}
+            scores[each.role] = [together[row] for row in range(len(kept))]
+        return ShardResult(answer_tokens(all_asked), scores)
