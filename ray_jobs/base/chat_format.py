@@ -27,6 +27,10 @@ PLAIN_TEMPLATE = (
 BEGIN = "{{ bos_token }}"
 """Goes before it where the tokenizer begins every text so: the base has read nothing else, and servers do it too."""
 THINK, END_THINK = "<think>", "</think>"
+CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
+"""Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
+SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
 _ANSWER = "0xANSWER"  # stands for an answer where only what the template writes around it is wanted
 
 
@@ -36,12 +40,11 @@ class ChatFormat:
 
     tokenizer: "PreTrainedTokenizerBase"
     template_from: Literal["base", "fineloop"]
-    """Whose chat template it is: the base's own, or PLAIN_TEMPLATE."""
+    """Whose chat template it is: the base's own, its block of reasoning closed where it must be, or PLAIN_TEMPLATE."""
     end_of_turn: int
     """The token that the template ends an answer with; the tokenizer's end of sequence where it writes none."""
     stops: frozenset[int]
     """Every token that ends an answer: the tokenizer's, the base's generation_config's, and `end_of_turn`."""
-
     thinking: bool
     """Whether the model is asked to reason before it answers."""
 
@@ -87,14 +90,16 @@ class ChatFormat:
                 "on the reasoning with model.thinking=true"
             )
         prompt = self._rendered(record, asked, add_generation_prompt=True)
-        opens = prompt.rstrip().endswith(THINK)
-        if opens and not self.thinking:  # a template without a switch
-            prompt = f"{prompt.rstrip()}\n\n{END_THINK}\n\n"
         whole = self._rendered(record, [*asked, {**answered, "content": answer}])
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
+        if answered.get("tool_calls"):
+            raise DataError(
+                f"record {record.id!r} answers with tool calls, which the chat template of model.base writes into the "
+                "prompt too: it cannot be trained on them"
+            )
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
-        return prompt, answer.removeprefix(THINK) if opens else answer
+        return prompt, answer.removeprefix(THINK) if _opens(prompt) else answer
 
     def _require_tools_known(self, record: Record) -> None:
         """A template leaves out what it does not know without a word."""
@@ -138,9 +143,11 @@ class ChatFormat:
 
     def recipe(self) -> dict[str, Any]:
         """What the lineage says of it, as JSON values."""
+        template = str(self.tokenizer.chat_template)
         return {
             "template_from": self.template_from,
-            "template_sha256": hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest(),
+            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            "template_kwargs": {name: self.thinking for name in SWITCHES if re.search(rf"\b{name}\b", template)},
             "stops": self.tokenizer.convert_ids_to_tokens(sorted(self.stops)),
         }
 
@@ -167,6 +174,9 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     plain = (BEGIN if _begins(tokenizer) else "") + PLAIN_TEMPLATE
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain
+    asked = _shown(tokenizer, [{"role": "user", "content": "?"}], thinking=config.thinking, add_generation_prompt=True)
+    if _opens(asked) and not config.thinking:
+        tokenizer.chat_template += CLOSED
     end_of_turn = _end_of_turn(tokenizer)
     return ChatFormat(
         tokenizer=tokenizer,
@@ -182,6 +192,11 @@ def without_reasoning(text: str) -> str:
     if END_THINK in text:
         return text.rpartition(END_THINK)[2].lstrip()
     return "" if text.lstrip().startswith(THINK) else text
+
+
+def _opens(prompt: str) -> bool:
+    """Whether a prompt opens a block of reasoning and leaves it open."""
+    return prompt.rstrip().endswith(THINK)
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -206,11 +221,21 @@ def _render(
         tools=tools,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
-        # The switch has two names in public templates: Qwen's and SmolLM's, then Granite's and DeepSeek's.
-        enable_thinking=thinking,
-        thinking=thinking,
+        **dict.fromkeys(SWITCHES, thinking),
     )
     return text
+
+
+def _shown(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, thinking: bool, add_generation_prompt: bool = False
+) -> str:
+    """What the template makes of such turns; nothing where it refuses them."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return _render(tokenizer, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
+    except TemplateError:
+        return ""
 
 
 def _begins(tokenizer: Any) -> bool:
@@ -221,7 +246,7 @@ def _begins(tokenizer: Any) -> bool:
 def _end_of_turn(tokenizer: Any) -> int:
     eos = int(tokenizer.eos_token_id)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    text = _render(tokenizer, turns, thinking=False)
+    text = _shown(tokenizer, turns, thinking=False)
     after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
     markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(after[0]) if after and after[0] in markers else eos

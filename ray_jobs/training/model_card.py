@@ -74,8 +74,10 @@ def _chat(recipe: Mapping[str, Any]) -> str:
     if "chat" not in recipe:
         return ""
     whose = "the base's own" if recipe["chat"]["template_from"] == "base" else "Fineloop's, as the base has none"
+    switches = [f"`{name}={str(value).lower()}`" for name, value in recipe["chat"].get("template_kwargs", {}).items()]
+    asked = f", to be asked with {' and '.join(switches)} (`chat_template_kwargs`)" if switches else ""
     stops = ", ".join(f"`{stop}`" for stop in recipe["chat"]["stops"])
-    return f"\n| Chat template | {whose}; it lies with the tokenizer beside this file. Answers end with {stops} |"
+    return f"\n| Chat template | {whose}, beside this file with the tokenizer{asked}. Answers end with {stops} |"
 
 
 def _serving(lineage: Mapping[str, Any]) -> str:

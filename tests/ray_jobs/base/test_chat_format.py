@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
@@ -13,7 +14,7 @@ from components.shared.errors import ConfigError, DataError
 from ray_jobs.base import chat_format
 from ray_jobs.base.base_model import Base
 from tests.models import chat_families
-from tests.models.chat_families import FAMILIES
+from tests.models.chat_families import CHATML, FAMILIES
 
 # As Mistral's and Llama-2's templates count turns.
 ALTERNATE = (
@@ -148,6 +149,7 @@ def test_the_lineage_says_whose_template_it_was(tmp_path):
     assert own == {
         "template_from": "base",
         "template_sha256": hashlib.sha256(FAMILIES["gemma"].template.encode()).hexdigest(),
+        "template_kwargs": {},
         "stops": ["<eos>", "<end_of_turn>"],
     }
     plain = chat_of(chat_families.build(tmp_path / "plain", FAMILIES["none"])).recipe()
@@ -213,3 +215,25 @@ def test_what_the_template_would_leave_out_is_refused(tmp_path, record, unknown)
     chat = chat_of(chat_families.build(tmp_path, FAMILIES["chatml"]))
     with pytest.raises(DataError, match=f"record 'r7' has {unknown}, and the chat template of model.base knows none"):
         chat.rows(record)
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
+def test_who_renders_what_is_published_asks_as_training_did(tmp_path, name):
+    chat = chat_of(chat_families.build(tmp_path / "base", FAMILIES[name]))
+    chat.tokenizer.save_pretrained(tmp_path / "version")
+    [[prompt, _]] = chat.rows(Record("r", [Message("user", "sky")], "blue"))
+    served = AutoTokenizer.from_pretrained(tmp_path / "version")
+    switches = chat.recipe()["template_kwargs"]
+    assert switches == ({"enable_thinking": False} if name == "qwen-3" else {})
+    asked = [{"role": "user", "content": "sky"}]
+    assert served.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **switches) == prompt
+    again = chat_format.load(Base("base", tmp_path / "base", {}), ModelConfig(base="x"), tmp_path / "version")
+    assert again.tokenizer.chat_template == chat.tokenizer.chat_template
+
+
+def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
+    wanting = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    family = dataclasses.replace(FAMILIES["chatml on a base's tokenizer"], template=wanting)
+    chat = chat_of(chat_families.build(tmp_path, family))
+    [[prompt, _]] = chat.rows(Record("r", [Message("system", "Be brief."), Message("user", "sky")], "blue"))
+    assert prompt.endswith("<|im_start|>assistant\n")

@@ -54,10 +54,12 @@ def test_the_card_says_what_the_adapter_was_made_from(config):
 
 def test_the_card_says_how_the_adapter_is_asked(config):
     own = card(config, chat={"template_from": "base", "template_sha256": "0" * 64, "stops": ["<eos>", "<end>"]})
-    assert "| Chat template | the base's own; it lies with the tokenizer beside this file." in own
+    assert "| Chat template | the base's own, beside this file with the tokenizer. Answers end with" in own
     assert "Answers end with `<eos>`, `<end>` |" in own
     plain = card(config, chat={"template_from": "fineloop", "template_sha256": "0" * 64, "stops": ["</s>"]})
-    assert "| Chat template | Fineloop's, as the base has none;" in plain
+    assert "| Chat template | Fineloop's, as the base has none, beside this file" in plain
+    quiet = {"template_from": "base", "template_kwargs": {"enable_thinking": False}, "stops": ["<end>"]}
+    assert "to be asked with `enable_thinking=false` (`chat_template_kwargs`)." in card(config, chat=quiet)
 
 
 def test_a_loss_that_was_not_measured_is_not_made_up(config):
