@@ -38,7 +38,7 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     old = publish(changed(config, "train.seed=1"), store, tmp_path / "old", std=0.2)
     new = publish(config, store, tmp_path / "new")
     promote(store, config.adapter.name, old.version)
-    contenders = _contenders(config, store, new.uri)
+    contenders = _contenders(config, store, new)
     records = RECORDS[:11]  # no even share for two workers
     threads = torch.get_num_threads()
     expected = measure_shard(contenders, records, shard_index=1)
