@@ -10,6 +10,7 @@ from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -63,7 +64,7 @@ def attach(
     import torch
     from peft import get_peft_model
 
-    from ray_jobs.adapters import dvora
+    from ray_jobs.adapters import dora, dvora
 
     torch.manual_seed(seed)
     try:
@@ -72,6 +73,8 @@ def attach(
         raise ConfigError(
             f"method.target_modules {method.target_modules!r} does not fit {base_reference}: {exc}"
         ) from exc
+    dora.adopt(adapted)
+    dora.start_at_the_norm(adapted)
     dvora.unify_dtype(adapted, model.dtype)
     # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
@@ -79,13 +82,27 @@ def attach(
     return adapted
 
 
+def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
+    """Turn a fresh adapter into what DeepSpeed trains: weights of 16 bits, and of magnitudes their change.
+
+    `dora.settle` turns magnitudes back.
+    """
+    from ray_jobs.adapters import dora
+
+    dora.train_as_change(adapted, dtype)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "bfloat16") -> "PeftModel":
     """Put a saved adapter on its base, for inference; every method of the table. `matmul_dtype` is the base's."""
     from peft import PeftModel
 
-    from ray_jobs.adapters import dvora  # which makes its method known to peft
+    from ray_jobs.adapters import dora, dvora  # the last makes its method known to peft
 
     adapted = PeftModel.from_pretrained(base, folder)
+    dora.adopt(adapted)
     # The arithmetic of the training; and rank 256 in float32 would cost a CPU more than the base does.
     dvora.unify_dtype(adapted, base.dtype)
     _multiply_in(matmul_dtype, adapted)

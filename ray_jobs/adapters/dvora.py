@@ -26,6 +26,9 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ray_jobs.adapters import dora
+from ray_jobs.adapters.dora import row_norm, wide
+
 PEFT_TYPE = "DVORA"
 
 
@@ -70,7 +73,7 @@ class DvoraLinear(VeraLinear):
         """Add an adapter that changes nothing yet."""
         super().update_layer(adapter_name, vera_A, vera_B, r, config, inference_mode, **kwargs)
         with gather_params_ctx(self.get_base_layer().parameters()), torch.no_grad():
-            norm = _row_norm(self._frozen_weight())
+            norm = row_norm(self._frozen_weight())
         self.vera_lambda_m[adapter_name] = nn.Parameter(norm.to(self.vera_lambda_b[adapter_name].device))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -104,11 +107,8 @@ class DvoraLinear(VeraLinear):
         return (scale_O - 1).to(base_result_TO.dtype) * base_result_TO + (scale_O * b_O).to(b_O.dtype) * direction_TO
 
     def _scale(self, adapter: str) -> Tensor:
-        """s = m / norm, one for each output, at least in float32: near 1, bfloat16 knows steps of 0.4 % only."""
-        m_O = self.vera_lambda_m[adapter]
-        # In the type of m, so that a fresh adapter's ratio is exactly one there too. A row of zeros stays one.
-        norm_O = _wide(self.weight_norm(adapter).to(m_O.dtype))
-        return _wide(m_O) / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny)
+        """s = m / norm, one for each output, at least in float32."""
+        return dora.ratio(dora.whole(self.vera_lambda_m[adapter]), self.weight_norm(adapter))
 
     @torch.no_grad()
     def weight_norm(self, adapter: str) -> Tensor:
@@ -116,13 +116,16 @@ class DvoraLinear(VeraLinear):
 
         In evaluation it is computed once for each state of the vectors: generation would spend more on it than on the
         base. By value, since DeepSpeed and checkpoints write to parameters behind autograd's version counter.
+
+        In bfloat16 the product's rounding moves a norm by a few 1e-4, where a training at this method's rates moves
+        m / norm by hundredths; at rank 256 a product in float32 would cost a CPU more than the base's own.
         """
         b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
         if not self.training and adapter in self.known_norms:
             known_b, known_d, known = self.known_norms[adapter]
             if _same(known_b, b_O) and _same(known_d, d_R):
                 return known
-        norm_O = _row_norm(self._frozen_weight(), lora_factors(self, adapter))
+        norm_O = row_norm(self._frozen_weight(), *lora_factors(self, adapter))
         if not self.training:
             self.known_norms[adapter] = b_O.clone(), d_R.clone(), norm_O
         return norm_O
@@ -134,7 +137,7 @@ class DvoraLinear(VeraLinear):
             return self.merged_changes[adapter]
         A_RI, B_OR = lora_factors(self, adapter)
         scale_O1 = self._scale(adapter)[:, None]
-        change_OI = (scale_O1 - 1) * _wide(self._frozen_weight()) + scale_O1 * (_wide(B_OR) @ _wide(A_RI))
+        change_OI = (scale_O1 - 1) * wide(self._frozen_weight()) + scale_O1 * (wide(B_OR) @ wide(A_RI))
         return change_OI.T if self.fan_in_fan_out else change_OI
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -197,13 +200,13 @@ def lora_factors(layer: VeraLayer, adapter: str) -> LoraFactors:
 
 
 def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Give the vectors and the shared matrices of VeRA or DVoRA one type; other adapters stay as they are.
+    """Give the vectors and the shared matrices of VeRA or DVoRA one type; all else stays as it is.
 
     peft's layers need that. DeepSpeed converts parameters alone, and the matrices are buffers.
     """
     for layer in model.modules():
         if isinstance(layer, VeraLayer):
-            for name in (*layer.adapter_layer_names, "vera_A", "vera_B"):
+            for name in {*layer.adapter_layer_names, "vera_A", "vera_B"} - {*dora.NAMES}:
                 getattr(layer, name).to(dtype)  # in place; the layers share the matrices' container
 
 
@@ -213,22 +216,6 @@ def shared_matrices(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     A_RI = layer.vera_A[adapter][:, : layer.in_features]
     B_OR = layer.vera_B[adapter][: layer.out_features]
     return A_RI.to(device), B_OR.to(device)
-
-
-def _row_norm(weight_OI: Tensor, update: LoraFactors | None = None) -> Tensor:
-    """Norm of each row, summed at least in float32.
-
-    The matrix product is taken in the wider type of weight and factors. In bfloat16 its rounding moves a norm by a few
-    1e-4, less than storing it in bfloat16 does; in float32 it would cost a CPU more than the base's own product.
-    """
-    if update is not None:
-        dtype = torch.promote_types(weight_OI.dtype, update.lora_A_RI.dtype)
-        weight_OI = torch.addmm(weight_OI.to(dtype), update.lora_B_OR.to(dtype), update.lora_A_RI.to(dtype))
-    return torch.linalg.vector_norm(weight_OI, dim=1, dtype=torch.promote_types(weight_OI.dtype, torch.float32))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -6,23 +6,11 @@ Shapes: I input, O output, R rank.
 from typing import Any
 
 import peft.tuners.vera.layer
-from peft.tuners.lora import dora
 from torch import Tensor
 
 from ray_jobs.adapters import dvora
 from ray_jobs.base import float32_layers
 from ray_jobs.base.float32_layers import linear
-
-
-class DoraLinearLayer(dora.DoraLinearLayer):
-    """DoRA's part beside LoRA's; with dropout peft would multiply the base's weight without asking its layer."""
-
-    def forward(self, x: Tensor, *, base_layer: Any, base_result: Tensor | None = None, **others: Any) -> Tensor:
-        """What is added to the base's result (..., O)."""
-        result: Tensor = super().forward(
-            x, base_layer=base_layer, base_result=base_layer(x) if base_result is None else base_result, **others
-        )
-        return result
 
 
 class VeraLinear(peft.tuners.vera.layer.Linear):
@@ -53,7 +41,6 @@ class DvoraLinear(dvora.DvoraLinear):
 
 LAYERS: dict[type, type] = {
     **float32_layers.LAYERS,
-    dora.DoraLinearLayer: DoraLinearLayer,
     peft.tuners.vera.layer.Linear: VeraLinear,
     dvora.DvoraLinear: DvoraLinear,
 }

@@ -126,9 +126,7 @@ def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtyp
     method = config.method
     model = load_model(files, config.model, method.row.base, use_gpu=False, matmul_dtype=dtype)
     adapted = build.attach(model, method, base_reference="", seed=0, matmul_dtype=dtype)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+    build.to_training(adapted, torch.bfloat16)
     return adapted.train(), num_layers
 
 

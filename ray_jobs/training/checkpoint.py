@@ -23,6 +23,7 @@ from components.config.ray import MatmulDtype
 from components.registry import folders, runs
 from components.registry.store import Store
 from components.shared.errors import ConfigError
+from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
 from ray_jobs.training import zero
 
@@ -45,6 +46,8 @@ class TrainingProgress:
     evals_without_gain: int = 0
     matmul_dtype: MatmulDtype = "bfloat16"
     """What its products were taken in; a checkpoint that does not say was trained in bfloat16."""
+    magnitudes: str = "whole"
+    """What is held of magnitudes, where there are any; a checkpoint that does not say holds them, not their change."""
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -100,7 +103,8 @@ def resume(
     """Put an engine into the state that the checkpoint holds; gives the progress and the best weights.
 
     Raises:
-        ConfigError: the checkpoint belongs to another config or another number of workers.
+        ConfigError: the checkpoint belongs to another config, another number of workers, or a release that trained
+            magnitudes otherwise.
         IntegrityError: a file is not what its manifest lists.
     """
     key = _key(run_id, step)
@@ -109,6 +113,10 @@ def resume(
         folders.pull(store, f"{key}/shared", shared)
         progress = TrainingProgress(**json.loads((shared / "state.json").read_text(encoding="utf-8")))
         _require_same(progress, expected, store.uri(key))
+        if progress.magnitudes != expected.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
+            raise ConfigError(
+                f"{store.uri(key)} was written by a release that trained magnitudes whole: start a new run"
+            )
         folders.pull(store, f"{key}/rank-{rank}", Path(scratch) / "rank")
         copy_weights(load_file(shared / "adapter.safetensors"), engine.module)
         _restore_optimizer(engine, load_file(Path(scratch) / "rank" / "optimizer.safetensors"))

@@ -89,7 +89,9 @@ def run(
     train = config.train
     total = num_steps(train, len(train_split))
     measured = eval_steps(train, len(train_split))
-    progress = TrainingProgress(config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype)
+    progress = TrainingProgress(
+        config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype, magnitudes="change"
+    )
     best = checkpoint.weights(engine.module)
     resumed_from = checkpoint.newest(store, run_id) or 0
     dist.barrier()  # every worker has looked before the first one deletes

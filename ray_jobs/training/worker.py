@@ -25,7 +25,7 @@ from components.registry.versions import Version, publish_version
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
@@ -159,6 +159,7 @@ def fit(
     # Whole on every worker, whatever was sharded: what is published is read from here.
     for name, parameter in checkpoint.trainable(adapted).items():
         parameter.data = trained.weights[name].to(parameter.device)
+    dora.settle(adapted)
     return adapted, trained, recipe
 
 
@@ -189,8 +190,7 @@ def _adapted(
         model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
     )
     own_base.begin(config, adapted, base)
-    for parameter in checkpoint.trainable(adapted).values():
-        parameter.data = parameter.data.bfloat16()
+    build.to_training(adapted, torch.bfloat16)
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()
         adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})

@@ -29,9 +29,7 @@ def load(base: base_model.Base, method: MethodConfig, *, checkpointing: bool) ->
     if checkpointing:
         adapted.enable_input_require_grads()
         adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    build.to_training(adapted, torch.bfloat16)
     return adapted.train()
 
 

@@ -1,6 +1,7 @@
 """The reference of every distributed training: a plain loop in one process, without DeepSpeed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +21,10 @@ class Curve:
 
     losses: list[float]
     grad_norms: list[float]
+    model: Any = field(default=None, compare=False)
+    """As it is after the last step, in training mode."""
+    masters: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Of each trained weight, by its name in the model."""
 
 
 def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
@@ -34,14 +39,14 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     model = build.attach(model, config.method, base_reference="tiny", seed=train.seed).train()
     own_base.begin(config, model, base)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.data = weight.data.bfloat16()
+    build.to_training(model, torch.bfloat16)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = list(trained.values())
     masters = [weight.detach().float().clone() for weight in weights]
     optimizer = torch.optim.AdamW(masters, weight_decay=0)
     steps = num_steps(train, len(split))
     plan = plan_epoch(split.lengths, batch_size=train.batch_size, group_by_length=True, seed=0, epoch=0)
-    curve = Curve([], [])
+    curve = Curve([], [], model, dict(zip(trained, masters, strict=True)))
     for step, batch in enumerate(plan[:steps]):
         tensors = collate(split, batch, chat.pad)
         loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.adapters import build
+from ray_jobs.adapters import build, dora
 from ray_jobs.base import base_model
 
 REFERENCE = "s3://models/tiny"
@@ -150,9 +150,13 @@ def test_veras_matrices_have_the_type_of_its_vectors_and_are_there_once(base, na
     config = ModelConfig(base=str(tiny_base))
     model = functools.partial(base_model.load_model, base_model.resolve(config), config, base, use_gpu=False)
     adapted = build.attach(model(), MethodConfig(name=name, rank=4), base_reference=REFERENCE, seed=0)
-    vectors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    magnitudes = {*dora.magnitudes(adapted)}
+    vectors = [
+        parameter for parameter in adapted.parameters() if parameter.requires_grad and parameter not in magnitudes
+    ]
     shared = [buffer for key, buffer in adapted.named_buffers(remove_duplicate=False) if ".vera_" in key]
     assert {tensor.dtype for tensor in (*vectors, *shared)} == {torch.bfloat16}
+    assert {magnitude.dtype for magnitude in magnitudes} == ({torch.float32} if name == "dvora" else set())
     assert len({buffer.data_ptr() for buffer in shared}) == 2
     assert len(shared) == 2 * (1 + 14)
     adapted(input_ids=torch.arange(12)[None]).logits.sum().backward()

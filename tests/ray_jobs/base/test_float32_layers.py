@@ -139,9 +139,7 @@ def trained_once(config: RunConfig, base: base_model.Base) -> Products:
     """One step with dropout, and one pass in evaluation."""
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype="float32")
     adapted = build.attach(model, config.method, base_reference="", seed=0, matmul_dtype="float32").train()
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+    build.to_training(adapted, torch.bfloat16)
     tokens = torch.arange(24).reshape(2, 12)
     with Products() as products:
         answer_nll(adapted, tokens, tokens).sum().backward()
