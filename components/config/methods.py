@@ -15,6 +15,8 @@ MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora", "vera", "dvora"
 
 # LoRA's own usual peak rate with Adam, which the table's rates are relative to.
 LORA_LEARNING_RATE = 2e-4
+# rsLoRA's default, at every rank: at rank 16 its scaling is 8.
+RSLORA_ALPHA = 32.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Method:
     def has_alpha(self) -> bool:
         """Whether the update is scaled by alpha at all."""
         return self.adapter in ("lora", "dora")
+
+    def alpha(self, rank: int) -> float:
+        """Default alpha: for a classic scaling of 2 twice the rank. Divided by sqrt(rank) it must not depend on the
+        rank, or the update would grow with it, which rsLoRA is there to prevent (arXiv:2312.03732, theorem 3.2)."""
+        return RSLORA_ALPHA if self.scaling == "rslora" else 2.0 * rank
 
     @property
     def learning_rate(self) -> float:

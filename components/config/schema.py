@@ -119,7 +119,7 @@ class MethodConfig(Section):
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Rank r of the update; absent means the method's own: 16, or 256 for VeRA's kind."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """lora_alpha; absent means twice the rank. VeRA and DVoRA have none."""
+    """lora_alpha; absent means twice the rank, and 32 at every rank with scaling rslora. VeRA and DVoRA have none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
@@ -141,7 +141,7 @@ class MethodConfig(Section):
     @property
     def lora_alpha(self) -> float:
         """The alpha in force; without meaning where the method has none."""
-        return self.alpha if self.alpha is not None else 2.0 * self.r
+        return self.alpha if self.alpha is not None else self.row.alpha(self.r)
 
 
 class TrainConfig(Section):
@@ -313,6 +313,10 @@ class RunConfig(Section):
     def digest(self) -> str:
         """sha256 of the resolved config as canonical JSON, in hex; a new release's keys leave it as it was.
 
-        A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it.
+        A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it, unless what the
+        config means has changed: in release 0.1.0 an absent alpha was twice the rank with every scaling.
         """
-        return hashlib.sha256(json.dumps(identity(self), sort_keys=True).encode()).hexdigest()
+        values = identity(self)
+        if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
+            values["method"]["alpha"] = self.method.lora_alpha
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

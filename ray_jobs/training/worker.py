@@ -254,6 +254,8 @@ def _recipe(
     targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
     return {
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
+        "rank": config.method.r,
+        **({"alpha": config.method.lora_alpha} if config.method.row.has_alpha else {}),
         "trainable_parameters": trainable,
         "parameters": total,
         "trainable_share": trainable / total,

@@ -314,6 +314,8 @@ def test_every_config_names_the_schema_that_lies_beside_it() -> None:
 FROZEN = ROOT / "tests" / "frozen" / "0.1.0" / "icd10.toml"
 EXAMPLE_IN_0_1_0 = "d149ebc1d6ad9d69ee4ad1707755af96dac5dd9fcc1eea4665497cca1ee996a1"
 RAYJOB_IN_0_1_0 = "8ffa1d80e146ef4be2db84aa46892b2bf619a789620d9bf3fec9cf0f80defea3"
+RSLORA_IN_0_1_0 = "8034b60351c0896e814da3eecdbbbd60c39814c1c01e7a1a4930a2f4f223bc61"
+RSLORA_OF_RANK_64_IN_0_1_0 = "85b6e4e962288e37c8b67cc7ac6bf6386e5e05292ba86b735ba178b589de461a"
 RAYJOB = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "gate.metric=exact_match"]
 
 
@@ -330,6 +332,23 @@ def test_a_key_that_is_added_with_a_default_leaves_every_digest_as_it_was():
 def test_an_added_key_that_is_set_changes_the_digest():
     assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=float32"]).digest != EXAMPLE_IN_0_1_0
     assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=auto"]).digest == EXAMPLE_IN_0_1_0
+
+
+def test_an_alpha_that_is_absent_does_not_depend_on_the_rank_where_its_root_divides_it():
+    def alpha(name: str, rank: int, *more: str) -> float:
+        return set_in(f"method.name={name}", f"method.rank={rank}", *more).method.lora_alpha
+
+    assert [alpha("lora", rank) for rank in (8, 16, 256)] == [16, 32, 512]
+    assert [alpha("rslora", rank) for rank in (8, 16, 256)] == [32, 32, 32]
+    assert alpha("qdora", 64, "method.scaling=rslora") == 32
+    assert alpha("rslora", 64, "method.alpha=128") == 128
+
+
+def test_a_checkpoint_of_a_config_that_means_something_else_now_has_another_digest():
+    # As 0.1.0 digested them, where alpha was 128 for the second.
+    same, other = ["method.name=rslora"], ["method.name=rslora", "method.rank=64"]
+    assert config_file.load(FROZEN, same).digest == RSLORA_IN_0_1_0
+    assert config_file.load(FROZEN, other).digest != RSLORA_OF_RANK_64_IN_0_1_0
 
 
 def test_of_a_stored_config_only_the_base_and_the_method_are_read_whatever_else_it_holds():
