@@ -211,9 +211,11 @@ class MetricsLog:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Record a step or a measurement."""
-        step = record["step"]
-        same = record["kind"]
-        self._records = [r for r in self._records if r["step"] < step or (r["step"] == step and r["kind"] != same)]
+        step, kind = record["step"], record["kind"]
+        later = []  # what a restart comes to again
+        while self._records and self._records[-1]["step"] >= step:
+            later.append(self._records.pop())
+        self._records += [r for r in reversed(later) if r["step"] == step and r["kind"] != kind]
         self._records.append(dict(record))
         now = time.monotonic()
         if record["kind"] == "eval":
