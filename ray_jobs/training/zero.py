@@ -13,6 +13,7 @@ import torch
 
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
+from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
@@ -109,11 +110,10 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
     """
     import deepspeed
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.train.zero_stage == 3:
         _share_out(model, config)
     # The learning rate is set before every step.
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.train.weight_decay)
+    optimizer = torch.optim.AdamW(_groups(model, config.train.weight_decay), lr=0.0)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings(config, longest_vector=_longest_vector(model))
     )
@@ -144,6 +144,15 @@ def for_inference(model: torch.nn.Module, config: RunConfig) -> Iterator[torch.n
         yield engine.module
     finally:
         engine.destroy()
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Everything that is trained; magnitudes, where there are any, as a second group, which does not decay."""
+    magnitudes = list(dora.magnitudes(model))
+    held = {id(parameter) for parameter in magnitudes}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    groups = [(others, weight_decay), (magnitudes, 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -43,10 +43,14 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights = list(trained.values())
     masters = [weight.detach().float().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(masters, weight_decay=0)
+    curve = Curve([], [], model, dict(zip(trained, masters, strict=True)))
+    # AdamW's decay (arXiv:1711.05101) is of weights; magnitudes have none.
+    decayed = [master for name, master in curve.masters.items() if "magnitude" not in name and "lambda_m" not in name]
+    kept = [master for name, master in curve.masters.items() if "magnitude" in name or "lambda_m" in name]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
     steps = num_steps(train, len(split))
     plan = plan_epoch(split.lengths, batch_size=train.batch_size, group_by_length=True, seed=0, epoch=0)
-    curve = Curve([], [], model, dict(zip(trained, masters, strict=True)))
     for step, batch in enumerate(plan[:steps]):
         tensors = collate(split, batch, chat.pad)
         loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
@@ -57,9 +61,10 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
         norm = torch.nn.utils.clip_grad_norm_(masters, train.max_grad_norm)
         curve.losses.append(loss.item())
         curve.grad_norms.append(float(norm))
-        optimizer.param_groups[0]["lr"] = learning_rate_at(
-            step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share
-        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share
+            )
         optimizer.step()
         for weight, master in zip(weights, masters, strict=True):
             weight.data.copy_(master)

@@ -126,6 +126,23 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     assert resumed.matmul_dtype == "float32"
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
+    # So strong that a magnitude's change would be a fraction of what it is.
+    changes = ["method.name=dora", "train.weight_decay=30", "train.max_steps=6"]
+    found = run(*changes, f"train.zero_stage={zero_stage}").weights
+    expected = plain_training(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS)
+    for name, change in expected.masters.items():
+        if "magnitude" in name:
+            layer = expected.model.get_submodule(name.partition(".lora_magnitude")[0])
+            start = np.linalg.norm(layer.base_layer.weight.double().numpy(), axis=1)
+            moved = change.double().numpy()
+            assert np.linalg.norm(moved) > 1e-3 * np.linalg.norm(start)
+            assert np.linalg.norm(found[name] - start - moved) < 0.1 * np.linalg.norm(moved), name
+        elif "lora_A" in name:
+            np.testing.assert_allclose(np.linalg.norm(found[name]), change.norm().item(), rtol=0.05)
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
