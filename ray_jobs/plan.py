@@ -133,6 +133,7 @@ def _full_fine_tuning(
         base="bf16",
         answers=batch.answers * train.micro_batch_size,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
         trains_base=True,
     )

@@ -22,6 +22,7 @@ from components.shared.metrics import COMPARED, METRICS
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossOn = Literal["last", "all"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 def _one_of(metrics: Sequence[str], metric: str) -> str:
@@ -162,6 +163,9 @@ class TrainConfig(Section):
     """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
+    optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
+    """adamw is torch's; adamw_8bit keeps its two moments in 8 bits (bitsandbytes), half the optimizer's memory;
+    paged_adamw_8bit does so in memory that may leave the GPU while a step needs it for something else."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled decay of the adapter's weights, DoRA's magnitudes apart; 0 decays nothing."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -287,6 +291,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"method.name {self.method.name} cannot be trained like this: {reasons}. "
                 f"Nearest to it: {nearest_legal(self.cell).told(than=self.cell)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_its_memory(self) -> "RunConfig":
+        if self.train.optimizer == "paged_adamw_8bit" and (not self.ray.use_gpu or self.train.cpu_offload):
+            where = "with train.cpu_offload" if self.ray.use_gpu else "without ray.use_gpu"
+            raise ValueError(
+                f"train.optimizer paged_adamw_8bit lets its state leave a GPU, and {where} it lies in host memory "
+                "already. Nearest to it: train.optimizer=adamw_8bit"
             )
         return self
 

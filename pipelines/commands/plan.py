@@ -78,7 +78,7 @@ def _memory_told(body: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
     if body["host_memory_bytes"]:
-        yield f"  {'host memory':<12} {body['host_memory_bytes'] / GIB:7.2f}  optimizer kept there (train.cpu_offload)"
+        yield f"  {'host memory':<12} {body['host_memory_bytes'] / GIB:7.2f}  instead of the GPU's, or moved there on demand"
     if body["activations_are_rough"]:
         yield "  activations are a rough estimate: this architecture cannot be rehearsed"
     full = body["full_fine_tuning"]

@@ -115,6 +115,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         base=config.method.row.base,
         answers=batch.answers * train.micro_batch_size,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
     )
     return Choice(config, parts)

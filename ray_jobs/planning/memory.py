@@ -5,7 +5,7 @@ Names: n parameters, N workers. Everything is in bytes and for one worker.
 weights      the frozen base, as it is stored
 adapter      the adapter's own weights, bfloat16
 gradients    of what is trained, bfloat16
-optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1)
+optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1), or 6 n with moments in 8 bits
 activations  what the layers keep and use at the peak of a step
 logits       of the positions that carry a label, and their gradients: of a chunk at once, as `answer_loss` has them
 overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation
@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from components.config.methods import BaseFormat
+from components.config.schema import Optimizer
 from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.planning.rehearsal import ModelStats, StepMemory
 from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
@@ -25,6 +26,14 @@ GIB = 2**30
 # bitsandbytes: blocks of 64 weights with one 8-bit constant each, itself quantised in blocks of 256 with one float32.
 # Each layer also has both code books and an offset, float32 (functional.py, QuantState).
 NF4_BLOCK, NF4_OUTER_BLOCK, NF4_LAYER_BYTES = 64, 256, (16 + 256 + 1) * FLOAT32
+
+# AdamW's two moments, for each parameter; of 8 bits, a float32 scale for each block of 256 (bitsandbytes,
+# optim/optimizer.py).
+MOMENT_BYTES: dict[Optimizer, float] = {
+    "adamw": 2 * FLOAT32,
+    "adamw_8bit": 2 * (1 + FLOAT32 / 256),
+    "paged_adamw_8bit": 2 * (1 + FLOAT32 / 256),
+}
 
 # Each logit, at the peak of the loss: its float32 log-probability and that one's gradient, and bfloat16's own.
 LOGIT_BYTES = 2 * FLOAT32 + BF16
@@ -62,7 +71,7 @@ class Parts:
     logits: int
     overhead: int
     host: int = 0
-    """In host memory instead, with train.cpu_offload; not in the total."""
+    """In host memory instead, with train.cpu_offload or where a paged optimizer may leave it; not in the total."""
 
     @property
     def total(self) -> int:
@@ -88,6 +97,7 @@ def plan(
     base: BaseFormat,
     answers: int,
     sharing: Sharing,
+    optimizer: Optimizer = "adamw",
     use_gpu: bool = True,
     trains_base: bool = False,
     in_chunks: bool = True,
@@ -100,7 +110,9 @@ def plan(
     weights = weight_bytes(stats, base, sharing)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
     gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
-    optimizer = math.ceil(3 * FLOAT32 * stats.trainable * sharing.part(1))
+    masters, moments = (
+        math.ceil(each * stats.trainable * sharing.part(1)) for each in (FLOAT32, MOMENT_BYTES[optimizer])
+    )
     at_once = chunk_positions(stats.vocabulary) if in_chunks and not trains_base else answers
     logits = logits_bytes(answers, stats, at_once)
     # The loss and the backward pass through the layers have their peaks one after the other.
@@ -108,11 +120,13 @@ def plan(
     overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
     host = 0
+    if optimizer == "paged_adamw_8bit":
+        host, moments = moments, 0
     if sharing.cpu_offload:
-        host, optimizer = optimizer, 0
+        host, masters, moments = masters + moments, 0, 0
         if sharing.zero_stage == 3:
             host, weights = host + weights, 0
-    return Parts(weights, adapter, gradients, optimizer, activations, logits, overhead, host)
+    return Parts(weights, adapter, gradients, masters + moments, activations, logits, overhead, host)
 
 
 def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:

@@ -25,11 +25,9 @@ from components.registry.store import Store
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
-from ray_jobs.training import zero
+from ray_jobs.training import optimizer, zero
 
 logger = logging.getLogger(__name__)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -160,17 +158,16 @@ def _require_same(found: TrainingProgress, expected: TrainingProgress, uri: str)
 def _optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
     tensors = {}
     for index, (master, state) in enumerate(zero.master_partitions(engine)):
-        tensors[f"{index}.master"] = master.detach()
-        tensors[f"{index}.step"] = torch.as_tensor(float(state["step"]))
-        tensors.update({f"{index}.{moment}": state[moment] for moment in MOMENTS})
+        held = {"master": master.detach(), **optimizer.saved(state)}
+        tensors.update({f"{index}.{name}": tensor for name, tensor in held.items()})
     return _contiguous(tensors)
 
 
 def _restore_optimizer(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    for index, (master, state) in enumerate(zero.master_partitions(engine)):
-        master.data.copy_(tensors[f"{index}.master"])
-        state["step"] = tensors[f"{index}.step"].clone()  # AdamW keeps its count on the CPU
-        state.update({moment: tensors[f"{index}.{moment}"].to(master.device) for moment in MOMENTS})
+    for index, (master, _) in enumerate(zero.master_partitions(engine)):
+        held = {name.removeprefix(f"{index}."): tensors[name] for name in tensors if name.startswith(f"{index}.")}
+        master.data.copy_(held.pop("master"))
+        optimizer.restore(engine.optimizer.optimizer, master, held)
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ import torch
 
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
-from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
+from ray_jobs.training import optimizer
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
 BUCKET_ELEMENTS = 20_000_000
@@ -72,7 +72,7 @@ def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": True},
         "zero_optimization": zero,
-        # torch's AdamW, in host memory too; DeepSpeed's own would be compiled at first use.
+        # The optimizer that it is given, in host memory too; DeepSpeed's own would be compiled at first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # the loop does the reporting
@@ -112,14 +112,13 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
 
     if config.train.zero_stage == 3:
         _share_out(model, config)
-    # The learning rate is set before every step.
-    optimizer = torch.optim.AdamW(_groups(model, config.train.weight_decay), lr=0.0)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings(config, longest_vector=_longest_vector(model))
+        model=model,
+        optimizer=optimizer.make(model, config.train),
+        config=settings(config, longest_vector=_longest_vector(model)),
     )
     for _, state in master_partitions(engine):
-        if "step" in state:  # without ZeRO, DeepSpeed has taken an empty step, which would spoil Adam's bias correction
-            state["step"].zero_()
+        optimizer.forget_steps(state)  # without ZeRO there is one, which would spoil Adam's bias correction
     if config.train.zero_stage == 3:
         require_shared(engine.module, num_workers=config.ray.num_workers)
     return engine
@@ -144,15 +143,6 @@ def for_inference(model: torch.nn.Module, config: RunConfig) -> Iterator[torch.n
         yield engine.module
     finally:
         engine.destroy()
-
-
-def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Everything that is trained; magnitudes, where there are any, as a second group, which does not decay."""
-    magnitudes = list(dora.magnitudes(model))
-    held = {id(parameter) for parameter in magnitudes}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-    groups = [(others, weight_decay), (magnitudes, 0.0)]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

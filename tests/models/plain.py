@@ -27,8 +27,10 @@ class Curve:
     """Of each trained weight, by its name in the model."""
 
 
-def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
-    """Whole batches, bfloat16 weights, float32 masters, torch's own AdamW."""
+def plain_training(
+    config_toml: str, rows: list[dict[str, str]], *, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+) -> Curve:
+    """Whole batches, bfloat16 weights, float32 masters, torch's own AdamW or another `optimizer`."""
     config = config_file.loads(config_toml)
     train = config.train
     original = base_model.resolve(config.model)
@@ -48,7 +50,7 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
     decayed = [master for name, master in curve.masters.items() if "magnitude" not in name and "lambda_m" not in name]
     kept = [master for name, master in curve.masters.items() if "magnitude" in name or "lambda_m" in name]
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
+    stepper = optimizer([group for group in groups if group["params"]], lr=0.0)
     steps = num_steps(train, len(split))
     plan = plan_epoch(split.lengths, batch_size=train.batch_size, group_by_length=True, seed=0, epoch=0)
     for step, batch in enumerate(plan[:steps]):
@@ -61,11 +63,11 @@ def plain_training(config_toml: str, rows: list[dict[str, str]]) -> Curve:
         norm = torch.nn.utils.clip_grad_norm_(masters, train.max_grad_norm)
         curve.losses.append(loss.item())
         curve.grad_norms.append(float(norm))
-        for group in optimizer.param_groups:
+        for group in stepper.param_groups:
             group["lr"] = learning_rate_at(
                 step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share
             )
-        optimizer.step()
+        stepper.step()
         for weight, master in zip(weights, masters, strict=True):
             weight.data.copy_(master)
     return curve

@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -165,6 +167,24 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
     parts = plan(stats, NO_STEP, base="bf16", answers=0, sharing=ALONE)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert parts.optimizer == sum(tensor.nbytes for tensor in [*masters, *moments])
+
+
+def test_moments_of_8_bits_take_what_bitsandbytes_holds():
+    master = torch.nn.Parameter(torch.randn(256 * 1000))
+    master.grad = torch.ones_like(master)
+    optimizer = bitsandbytes.optim.AdamW8bit([master])
+    optimizer.step()
+    held = {name: tensor for name, tensor in optimizer.state[master].items() if isinstance(tensor, torch.Tensor)}
+    del held["qmap1"], held["qmap2"]  # shared by all
+    stats = replace(rehearsal("lora").stats, trainable=master.numel())
+    settings = {"base": "bf16", "answers": 0, "sharing": ALONE}
+    small_ones, paged = (
+        plan(stats, NO_STEP, optimizer=name, **settings) for name in ("adamw_8bit", "paged_adamw_8bit")
+    )
+    moments = sum(tensor.nbytes for tensor in held.values())
+    assert small_ones.optimizer == master.nbytes + moments
+    assert (paged.optimizer, paged.host) == (master.nbytes, moments)
+    assert small_ones.optimizer < 0.51 * plan(stats, NO_STEP, **settings).optimizer
 
 
 @pytest.mark.parametrize(

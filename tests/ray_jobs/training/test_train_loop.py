@@ -9,6 +9,7 @@ import math
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -91,6 +92,11 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
         ),
         pytest.param(["method.name=dvora", "method.base=nf4", "train.zero_stage=3"], marks=pytest.mark.slow),
         pytest.param(["method.name=loftq", "method.scaling=rslora"], marks=pytest.mark.slow),
+        ["method.name=dora", "train.optimizer=adamw_8bit"],
+        pytest.param(
+            ["method.name=qlora", "train.optimizer=adamw_8bit", "train.zero_stage=3", "train.cpu_offload=true"],
+            marks=pytest.mark.slow,
+        ),
         ["method.name=vera", "method.base=int8", "train.zero_stage=1", "train.cpu_offload=true"],
         pytest.param(
             ["method.name=lora", "method.base=int8", "train.zero_stage=0", "train.gradient_checkpointing=true"],
@@ -124,6 +130,18 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     resumed = run(*changes, run_id="moved")
     assert resumed.resumed_from == 2
     assert resumed.matmul_dtype == "float32"
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, config, store, zero_stage):
+    changes = ["train.optimizer=adamw_8bit", "train.checkpoint_every_steps=4", f"train.zero_stage={zero_stage}"]
+    found = run(*changes, run_id="eight")
+    whole = plain_training(config_file.dumps(config), ROWS, optimizer=bitsandbytes.optim.AdamW8bit)
+    np.testing.assert_allclose(found.losses, whole.losses, atol=2 * NOISE)
+    assert found.losses != run(f"train.zero_stage={zero_stage}").losses
+    (state,) = [o for o in store.list("runs/eight/checkpoints/step-000012/rank-0/") if "optimizer" in o.key]
+    trained = sum(weight.size for weight in found.weights.values()) / (1 if zero_stage == 0 else 2)
+    assert state.size < 1.1 * trained * (4 + 2 * (1 + 4 / 256))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
