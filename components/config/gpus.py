@@ -22,7 +22,7 @@ class Gpu:
     product: str
     """What NVIDIA's GPU feature discovery labels a node with, as nvidia.com/gpu.product."""
     has_bf16: bool = True
-    """Whether its matrix units know bfloat16, which trainings use; where not, the rate is float16's, out of reach."""
+    """Whether its matrix units know bfloat16; where not, trainings are in float16."""
 
 
 # Rates: NVIDIA's data sheets of each product (tensor cores, no sparsity). Prices: AWS, us-east-1, Linux, on demand, by

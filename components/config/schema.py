@@ -22,6 +22,7 @@ from components.shared.metrics import COMPARED, METRICS
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossOn = Literal["last", "all"]
+Dtype = Literal["auto", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
@@ -163,6 +164,9 @@ class TrainConfig(Section):
     """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
+    dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
+    """What weights, activations and gradients are in. auto is bfloat16, and on GPUs that do not know it (T4, V100)
+    float16, with the loss scaled so that small gradients are not lost."""
     optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
     """adamw is torch's; adamw_8bit keeps its two moments in 8 bits (bitsandbytes), half the optimizer's memory;
     paged_adamw_8bit does so in memory that may leave the GPU while a step needs it for something else."""
@@ -291,6 +295,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"method.name {self.method.name} cannot be trained like this: {reasons}. "
                 f"Nearest to it: {nearest_legal(self.cell).told(than=self.cell)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dtype_has_its_device(self) -> "RunConfig":
+        if self.train.dtype == "float16" and not self.ray.use_gpu:
+            raise ValueError(
+                "train.dtype float16 is for GPUs without bfloat16, and CPU workers have that: train.dtype=auto, or "
+                "ray.use_gpu=true"
             )
         return self
 

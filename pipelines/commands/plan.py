@@ -78,7 +78,7 @@ def _memory_told(body: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
     if body["host_memory_bytes"]:
-        yield f"  {'host memory':<12} {body['host_memory_bytes'] / GIB:7.2f}  instead of the GPU's, or moved there on demand"
+        yield f"  {'host memory':<12} {body['host_memory_bytes'] / GIB:7.2f}  instead, or there on demand"
     if body["activations_are_rough"]:
         yield "  activations are a rough estimate: this architecture cannot be rehearsed"
     full = body["full_fine_tuning"]
@@ -105,7 +105,7 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
     on = f"{workers} x {body['device']}"
     yield f"speed   about {body['tokens_per_s']:,.0f} tokens/s on {on}; published trainings lie within a third of this"
     if not body["has_bf16"]:
-        yield f"        {body['device']} has no bfloat16 matrix units, and trainings are in bfloat16: expect far less"
+        yield f"        {body['device']} has no bfloat16 matrix units: trains in float16, with its loss scaled"
     price = f"${body['price_per_hour']:g} per GPU and hour ({body['price_source']})"
     for_a_million = estimated_duration(body["s_per_million_tokens"])
     million = f"{for_a_million} and ${body['cost_per_million_tokens']:.2f} per million tokens"

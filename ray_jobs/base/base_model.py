@@ -23,10 +23,11 @@ from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from components.registry.store import open_uri
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import attention
+from ray_jobs.base import attention, precision
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -103,23 +104,26 @@ def load_model(
     use_gpu: bool,
     in_host_memory: bool = False,
     matmul_dtype: MatmulDtype = "bfloat16",
+    dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
-    """The frozen base in memory: bfloat16; NF4 with double quantisation (arXiv:2305.14314); or int8 (arXiv:2208.07339).
+    """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
     A folder that is quantised already is loaded as it is. `in_host_memory` leaves the model there for who will move it
     to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
+    `dtype` is what weights and activations are in; None means bfloat16, or float16 on a GPU that does not know that.
     `matmul_dtype` is what a CPU multiplies in; whatever it is, weights and activations are the same 16 bits.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    dtype = dtype or precision.dtype_here("auto", use_gpu=use_gpu)
     device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         # Passed as None, it would make a folder that is quantised already forget how.
-        **({} if _is_quantised(base) else {"quantization_config": _quantization(base_format)}),
+        **({} if _is_quantised(base) else {"quantization_config": _quantization(base_format, dtype)}),
         attn_implementation="sdpa" if use_gpu else attention.register(),
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
@@ -141,8 +145,7 @@ def load_model(
     return model
 
 
-def _quantization(base_format: BaseFormat) -> Any:
-    import torch
+def _quantization(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
     from transformers import BitsAndBytesConfig
 
     if base_format == "nf4":
@@ -150,8 +153,8 @@ def _quantization(base_format: BaseFormat) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=torch.bfloat16,  # what ZeRO-3 needs to shard 4-bit weights
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
         )
     return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
 

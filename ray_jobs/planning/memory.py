@@ -5,7 +5,7 @@ Names: n parameters, N workers. Everything is in bytes and for one worker.
 weights      the frozen base, as it is stored
 adapter      the adapter's own weights, bfloat16
 gradients    of what is trained, bfloat16
-optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1), or 6 n with moments in 8 bits
+optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1); in 8 bits 6 n
 activations  what the layers keep and use at the peak of a step
 logits       of the positions that carry a label, and their gradients: of a chunk at once, as `answer_loss` has them
 overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
@@ -19,11 +19,14 @@ from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model, chat_format, precision
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
+
+if TYPE_CHECKING:
+    import torch
 
 STEP = "evaluate"
 PROGRESS_EVERY_S = 2.0
@@ -62,6 +65,11 @@ class Asked:
     chat: ChatFormat
     split: TokenizedSplit
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """What its base is in on this worker."""
+        return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
+
     def load_base(self, matmul_dtype: MatmulDtype, *, in_host_memory: bool = False) -> Any:
         """The base in memory."""
         config = self.config
@@ -72,6 +80,7 @@ class Asked:
             use_gpu=config.ray.use_gpu,
             in_host_memory=in_host_memory,
             matmul_dtype=matmul_dtype,
+            dtype=self.dtype,
         )
 
     def scores(

@@ -44,6 +44,8 @@ class TrainingProgress:
     evals_without_gain: int = 0
     matmul_dtype: MatmulDtype = "bfloat16"
     """What its products were taken in; a checkpoint that does not say was trained in bfloat16."""
+    loss_scale: float | None = None
+    """Of a training in float16."""
     magnitudes: str = "whole"
     """What is held of magnitudes, where there are any; a checkpoint that does not say holds them, not their change."""
 
@@ -73,6 +75,7 @@ def save(
 ) -> None:
     """Write a checkpoint; every worker calls it at the same step. Returns when it is complete."""
     key = _key(run_id, progress.step)
+    progress.loss_scale = zero.loss_scale(engine)
     adapter = weights(engine.module)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         folder = Path(scratch)
@@ -118,6 +121,7 @@ def resume(
         folders.pull(store, f"{key}/rank-{rank}", Path(scratch) / "rank")
         copy_weights(load_file(shared / "adapter.safetensors"), engine.module)
         _restore_optimizer(engine, load_file(Path(scratch) / "rank" / "optimizer.safetensors"))
+        zero.set_loss_scale(engine, progress.loss_scale)
         best = load_file(shared / "best.safetensors")
     return progress, best
 

@@ -14,5 +14,7 @@ class Worker:
     rank: int
     num_workers: int
     device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    """What weights, activations and gradients are in, the same for all of the group."""
     matmul_dtype: MatmulDtype = "bfloat16"
     """What its products are taken in, the same for all of the group."""

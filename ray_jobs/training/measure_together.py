@@ -58,11 +58,11 @@ def measure_together(contenders: Sequence[Contender], records: Sequence[Record],
         for each in all_asked:
             if progress:
                 progress.role = each.role
-            with zero.sharding(each.config):
+            with zero.sharding(each.config, each.dtype):
                 model = each.load_base(worker.matmul_dtype, in_host_memory=True)
                 if each.adapter:
                     model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
-                with zero.for_inference(model.eval(), each.config) as sharded:
+                with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
                     found = dict(zip(mine, each.scores(sharded, kept, mine, progress), strict=True))
             parts: list[dict[int, Score]] = [{} for _ in range(worker.num_workers)]
             dist.all_gather_object(parts, found)

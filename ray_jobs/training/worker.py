@@ -22,11 +22,11 @@ from components.registry.records import TrainResult
 from components.registry.serving import serving
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
-from components.shared.errors import JobError, UserError
+from components.shared.errors import ConfigError, JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import base_config, base_model, chat_format, processor
+from ray_jobs.base import base_config, base_model, chat_format, precision, processor
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
@@ -123,6 +123,14 @@ def fit(
         say("finetune", f"loading {config.model.base}")
     original = base_model.resolve(config.model)
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    worker = replace(
+        worker, dtype=precision.agree(precision.dtype_here(config.train.dtype, use_gpu=use_gpu), worker.device)
+    )
+    if worker.dtype is torch.float16 and base_model.is_quantised(base):
+        raise ConfigError(
+            f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
+            "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
+        )
     on_cpu = _matmul_dtype(config, original, store, job.run_id)
     if not use_gpu:
         worker = replace(worker, matmul_dtype=on_cpu)
@@ -131,18 +139,19 @@ def fit(
         whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu)
         plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
         del whole
-    with zero.sharding(config):
-        adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype)
+    with zero.sharding(config, worker.dtype):
+        adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype, dtype=worker.dtype)
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
         recipe = _recipe(config, adapted, original, base, worker)
-        engine = zero.initialize(adapted, config)
+        engine = zero.initialize(adapted, config, worker.dtype)
         loss = step_zero.probe_loss(engine.module, probe, worker.device)
         zero.finish_forward(engine)
         expected = plain_loss if worker.rank == 0 else math.nan
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
         if worker.rank == 0:
             products = ", products in float32" if worker.matmul_dtype == "float32" else ""
+            products += ", in float16" if worker.dtype is torch.float16 else ""
             say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
         trained = train_loop.run(
             engine,
@@ -175,9 +184,14 @@ def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, ru
 
 
 def _adapted(
-    config: RunConfig, base: base_model.Base, *, use_gpu: bool, matmul_dtype: MatmulDtype = "bfloat16"
+    config: RunConfig,
+    base: base_model.Base,
+    *,
+    use_gpu: bool,
+    matmul_dtype: MatmulDtype = "bfloat16",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> "PeftModel":
-    """The base with a fresh adapter, ready to train in bfloat16. The same on every worker."""
+    """The base with a fresh adapter, ready to train in `dtype`. The same on every worker."""
     model = base_model.load_model(
         base,
         config.model,
@@ -185,12 +199,13 @@ def _adapted(
         use_gpu=use_gpu,
         in_host_memory=config.train.zero_stage == 3,
         matmul_dtype=matmul_dtype,
+        dtype=dtype,
     )
     adapted = build.attach(
         model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
     )
     own_base.begin(config, adapted, base)
-    build.to_training(adapted, torch.bfloat16)
+    build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()
         adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
@@ -264,6 +279,7 @@ def _recipe(
         "target_modules": targets,
         "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
         "stands_on": base.reference,
+        "dtype": str(worker.dtype).removeprefix("torch."),
         "matmul_dtype": worker.matmul_dtype,
         "chat": chat_format.load(original, config.model).recipe(),
         **own_base.recipe(config, base),

@@ -20,6 +20,16 @@ from ray_jobs.training import optimizer
 BUCKET_ELEMENTS = 20_000_000
 # Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
 LIVE_ELEMENTS = 100_000_000
+# From a high scale down: an overflow halves it at once, and so many steps without one double it. Steps are few here, so
+# none is spent on seeing the same overflow twice.
+LOSS_SCALING = {
+    "enabled": True,
+    "loss_scale": 0,  # dynamic
+    "initial_scale_power": 16,
+    "loss_scale_window": 200,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
 # Of a worker's part of the sharded weights, beyond its share: padding to equal parts.
 PADDING = 1.05
 
@@ -42,9 +52,10 @@ def accumulation(config: RunConfig) -> int:
     return config.train.batch_size // (config.train.micro_batch_size * config.ray.num_workers)
 
 
-def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
+def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
     """The DeepSpeed configuration, spelled as DeepSpeed spells it.
 
+    float16 has the loss scaled by what the gradients allow, found anew at each overflow, whose step is left out.
     `longest_vector`: stage 3 leaves weights of up to so many elements whole on every worker.
     """
     train = config.train
@@ -70,7 +81,7 @@ def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation(config),
         "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": True},
+        **({"fp16": LOSS_SCALING} if dtype is torch.float16 else {"bf16": {"enabled": True}}),
         "zero_optimization": zero,
         # The optimizer that it is given, in host memory too; DeepSpeed's own would be compiled at first use.
         "zero_allow_untested_optimizer": True,
@@ -80,7 +91,7 @@ def settings(config: RunConfig, *, longest_vector: int = 0) -> dict[str, Any]:
 
 
 @contextmanager
-def sharding(config: RunConfig) -> Iterator[None]:
+def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     """Within, a model is loaded, adapted and trained in shards, if this config says so. Needs a process group.
 
     transformers and peft learn of it from a global, and DeepSpeed replaces `torch.nn.functional.linear`; both are as
@@ -92,7 +103,9 @@ def sharding(config: RunConfig) -> Iterator[None]:
     deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
     linear = torch.nn.functional.linear
     is_sharded, base = config.train.zero_stage == 3, config.method.row.base
-    held = HfDeepSpeedConfig(settings(config)) if is_sharded and base == "bf16" else None  # transformers' is a weak one
+    held = (
+        HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
+    )  # transformers' is a weak one
     try:
         with regather_for_backward() if is_sharded and base == "nf4" else nullcontext():
             yield
@@ -102,8 +115,8 @@ def sharding(config: RunConfig) -> Iterator[None]:
         torch.nn.functional.linear = linear
 
 
-def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
-    """Wrap a model with an attached adapter. Its bfloat16 weights get float32 masters in the optimizer.
+def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Wrap a model with an attached adapter. Its weights, in `dtype`, get float32 masters in the optimizer.
 
     Raises:
         JobError: at stage 3, this worker holds more than its share of the weights.
@@ -111,11 +124,11 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
     import deepspeed
 
     if config.train.zero_stage == 3:
-        _share_out(model, config)
+        _share_out(model, config, dtype)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer.make(model, config.train),
-        config=settings(config, longest_vector=_longest_vector(model)),
+        config=settings(config, dtype, longest_vector=_longest_vector(model)),
     )
     for _, state in master_partitions(engine):
         optimizer.forget_steps(state)  # without ZeRO there is one, which would spoil Adam's bias correction
@@ -125,7 +138,9 @@ def initialize(model: torch.nn.Module, config: RunConfig) -> Any:
 
 
 @contextmanager
-def for_inference(model: torch.nn.Module, config: RunConfig) -> Iterator[torch.nn.Module]:
+def for_inference(
+    model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[torch.nn.Module]:
     """Within, the frozen model is shared out among the workers, as at stage 3; to be used within `sharding`.
 
     Raises:
@@ -134,8 +149,8 @@ def for_inference(model: torch.nn.Module, config: RunConfig) -> Iterator[torch.n
     import deepspeed
 
     model.requires_grad_(False)
-    _share_out(model, config)
-    wanted = settings(config, longest_vector=_longest_vector(model))
+    _share_out(model, config, dtype)
+    wanted = settings(config, dtype, longest_vector=_longest_vector(model))
     wanted["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=model, config=wanted)
     try:
@@ -149,6 +164,17 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What the loss is multiplied by at present; None where it is not scaled, in bfloat16."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def set_loss_scale(engine: Any, scale: float | None) -> None:
+    """What the loss is multiplied by in the next step, where it is scaled."""
+    if scale is not None and engine.fp16_enabled():
+        engine.optimizer.loss_scale = scale
 
 
 def finish_forward(engine: Any) -> None:
@@ -190,7 +216,7 @@ def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
         )
 
 
-def _share_out(model: torch.nn.Module, config: RunConfig) -> None:
+def _share_out(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> None:
     """Shard what is still whole, weight by weight: DeepSpeed would first move the model to the GPU in one piece."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -201,7 +227,7 @@ def _share_out(model: torch.nn.Module, config: RunConfig) -> None:
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
             state.to(device)
-    deepspeed.zero.Init(module=model, config_dict_or_path=settings(config))
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings(config, dtype))
 
 
 def _longest_vector(model: torch.nn.Module) -> int:

@@ -162,10 +162,11 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
 
     The same splits give the same bytes.
     """
+    import torch
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import save_file
 
-    model: Any = base_model.load_model(original, config.model, "nf4", use_gpu=config.ray.use_gpu)
+    model: Any = base_model.load_model(original, config.model, "nf4", use_gpu=config.ray.use_gpu, dtype=torch.bfloat16)
     for name, found in splits.items():
         layer = model.get_submodule(name)
         device, settings = layer.weight.device, {setting: getattr(layer.weight, setting) for setting in NF4}
