@@ -22,12 +22,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.tuners.vera.layer import Linear as VeraLinear
 from peft.tuners.vera.layer import VeraLayer
 from peft.tuners.vera.model import _get_tuner_layer_class
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ray_jobs.adapters import dora
 from ray_jobs.adapters.dora import row_norm, wide
+from ray_jobs.base.gathered import gathered
 
 PEFT_TYPE = "DVORA"
 
@@ -72,7 +72,7 @@ class DvoraLinear(VeraLinear):
     ) -> None:
         """Add an adapter that changes nothing yet."""
         super().update_layer(adapter_name, vera_A, vera_B, r, config, inference_mode, **kwargs)
-        with gather_params_ctx(self.get_base_layer().parameters()), torch.no_grad():
+        with gathered(self.get_base_layer().parameters()), torch.no_grad():
             norm = row_norm(self._frozen_weight())
         self.vera_lambda_m[adapter_name] = nn.Parameter(norm.to(self.vera_lambda_b[adapter_name].device))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -6,7 +6,7 @@ reads its layer's base: DeepSpeed sees that and gathers it once more); vectors s
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ LOSS_SCALING = {
     "hysteresis": 1,
     "min_loss_scale": 1,
 }
+# Keeps transformers from reading weights before their turn.
+ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 # Of a worker's part of the sharded weights, beyond its share: padding to equal parts.
 PADDING = 1.05
 
@@ -95,7 +97,7 @@ def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator
     """Within, a model is loaded, adapted and trained in shards, if this config says so. Needs a process group.
 
     transformers and peft learn of it from a global, and DeepSpeed replaces `torch.nn.functional.linear`; both are as
-    they were afterwards. transformers cannot read a quantised base in shards: it is shared out by `initialize`.
+    they were afterwards. transformers cannot read a quantised base in shards: its weights are shared out one by one.
     """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -103,11 +105,13 @@ def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator
     deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
     linear = torch.nn.functional.linear
     is_sharded, base = config.train.zero_stage == 3, config.method.row.base
-    held = (
-        HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
-    )  # transformers' is a weak one
+    # transformers holds it by a weak reference.
+    held = HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
     try:
-        with regather_for_backward() if is_sharded and base == "nf4" else nullcontext():
+        with ExitStack() as quantised:
+            if is_sharded and base == "nf4":
+                quantised.enter_context(share_out_as_loaded(settings(config, dtype)))
+                quantised.enter_context(regather_for_backward())
             yield
     finally:
         unset_hf_deepspeed_config()
@@ -237,6 +241,44 @@ def _longest_vector(model: torch.nn.Module) -> int:
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+@contextmanager
+def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Within, each weight of a base that is read is shared out before the next one is: nobody ever holds it whole.
+
+    transformers reads and quantises them one after the other, in the order of their names, and every worker does
+    (5.24, core_model_loading.py, convert_and_load_state_dict_in_model); what is quantised already it would read ahead.
+    peft's DoRA reads the whole weight of a layer when it is put around it.
+    """
+    import deepspeed
+    from peft.tuners.lora import dora
+    from transformers import core_model_loading
+
+    init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=deepspeed_config)
+
+    def set_and_share_out(model: torch.nn.Module, name: str, *others: Any) -> None:
+        set_param(model, name, *others)
+        if isinstance(parameter := _at(model, name), torch.nn.Parameter):
+            init._convert_to_zero_parameters([parameter])
+
+    set_param = core_model_loading.set_param_for_module
+    gather, reads_one_by_one = dora.gather_params_ctx, os.environ.get(ONE_BY_ONE)
+    core_model_loading.set_param_for_module, dora.gather_params_ctx = set_and_share_out, gathered
+    os.environ[ONE_BY_ONE] = "1"
+    try:
+        yield
+    finally:
+        core_model_loading.set_param_for_module, dora.gather_params_ctx = set_param, gather
+        if reads_one_by_one is None:
+            del os.environ[ONE_BY_ONE]
+        else:
+            os.environ[ONE_BY_ONE] = reads_one_by_one
+
+
+def _at(model: torch.nn.Module, name: str) -> Any:
+    place, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(place), last)
 
 
 @contextmanager
