@@ -123,7 +123,7 @@ def load_model(
         base.path,
         dtype=dtype,
         # Passed as None, it would make a folder that is quantised already forget how.
-        **({} if _is_quantised(base) else {"quantization_config": _quantization(base_format, dtype)}),
+        **({} if is_quantised(base) else {"quantization_config": _quantization(base_format, dtype)}),
         attn_implementation="sdpa" if use_gpu else attention.register(),
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
@@ -159,7 +159,7 @@ def _quantization(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
 
 
-def _is_quantised(base: Base) -> bool:
+def is_quantised(base: Base) -> bool:
     """Whether the folder's weights are quantised already, and are to be loaded as they are."""
     return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
 

@@ -28,6 +28,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import base_config, base_model, chat_format, precision, processor
 from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.base.streamed import streamed
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
@@ -135,10 +136,8 @@ def fit(
     if not use_gpu:
         worker = replace(worker, matmul_dtype=on_cpu)
     probe = step_zero.probe(train_split, job.pad)
-    if config.train.zero_stage == 3 and worker.rank == 0:  # the only time that anybody holds the model in one piece
-        whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu)
-        plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
-        del whole
+    if config.train.zero_stage == 3 and worker.rank == 0:
+        plain_loss = _unsharded_loss(config, base, probe, on_cpu)
     with zero.sharding(config, worker.dtype):
         adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype, dtype=worker.dtype)
         if config.train.zero_stage < 3:
@@ -170,6 +169,21 @@ def fit(
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
     return adapted, trained, recipe
+
+
+def _unsharded_loss(
+    config: RunConfig, base: base_model.Base, probe: dict[str, torch.Tensor], matmul_dtype: MatmulDtype
+) -> float:
+    """The loss of the model in one piece, on the CPU, of which memory holds a layer at a time where that is possible.
+
+    A fresh adapter changes nothing, so the base alone is read; what LoftQ begins with does, and its base is stored in
+    four bits: only then somebody holds the model whole.
+    """
+    cpu, base_format = torch.device("cpu"), config.method.row.base
+    if config.method.row.init == "default" and not base_model.is_quantised(base):
+        with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
+            return step_zero.probe_loss(model, probe, cpu)
+    return step_zero.probe_loss(_adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype), probe, cpu)
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:

@@ -1,0 +1,70 @@
+"""A base whose layers come from disk when they run and go when they have: one layer's weights in memory at a time."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+
+from components.config.methods import BaseFormat
+from components.config.ray import MatmulDtype
+from components.config.schema import ModelConfig
+from ray_jobs.base import attention, float32_layers
+from ray_jobs.base.base_model import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def streamed(
+    base: Base, config: ModelConfig, base_format: BaseFormat, *, matmul_dtype: MatmulDtype = "bfloat16"
+) -> Iterator["PreTrainedModel"]:
+    """The base on the CPU in bfloat16; of nf4, each weight as it comes back from four bits. For forward passes alone.
+
+    The folder must hold 16-bit weights.
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with tempfile.TemporaryDirectory(prefix="fineloop-streamed-") as scratch:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=torch.bfloat16,
+            attn_implementation=attention.register(),
+            device_map={"": "disk"},  # accelerate's: a layer's weights are there while it runs
+            offload_folder=scratch,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        ).eval()
+        multiply = float32_layers.linear if matmul_dtype == "float32" else linear
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                module._old_forward = _Product(module, multiply, nf4=base_format == "nf4" and module is not head)
+        yield model
+        remove_hook_from_submodules(model)
+
+
+class _Product:
+    """What a layer computes while its weights are there: what accelerate calls between reading and dropping them."""
+
+    def __init__(self, layer: Any, multiply: Any, *, nf4: bool) -> None:
+        self._layer, self._multiply, self._nf4 = layer, multiply, nf4
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self._layer
+        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # Conv1D's lie transposed
+        product: torch.Tensor = self._multiply(x, _there_and_back(weight) if self._nf4 else weight, layer.bias)
+        return product
+
+
+def _there_and_back(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as NF4 with double quantisation has it (arXiv:2305.14314)."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state)

@@ -1,0 +1,53 @@
+"""A streamed base must say what the same base in memory says, which transformers and bitsandbytes load."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.config.schema import ModelConfig
+from ray_jobs.base import base_model
+from ray_jobs.base.streamed import streamed
+from tests.models.tiny import build_base
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.mark.parametrize("base_format", ["bf16", "nf4"])
+@pytest.mark.parametrize("matmul_dtype", ["bfloat16", "float32"])
+def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype, tiny_base: Path):
+    config = ModelConfig(base=str(tiny_base))
+    base = base_model.resolve(config)
+    loaded = base_model.load_model(base, config, base_format, use_gpu=False, matmul_dtype=matmul_dtype).eval()
+    with torch.inference_mode():
+        expected = loaded(input_ids=IDS).logits.float()
+        with streamed(base, config, base_format, matmul_dtype=matmul_dtype) as model:
+            found = model(input_ids=IDS).logits.float()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    # Four bits are seen: the same base in 16 bits says something else.
+    with streamed(base, config, "bf16") as model, torch.inference_mode():
+        other = model(input_ids=IDS).logits.float()
+    assert base_format == "bf16" or (other - expected).abs().max() > 0.04 * expected.abs().max()
+
+
+def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
+    config = ModelConfig(base=str(build_base(tmp_path, width=256)))
+    base = base_model.resolve(config)
+    whole = sum(p.nbytes for p in base_model.load_model(base, config, "bf16", use_gpu=False).parameters())
+    most = 0
+
+    def look(*_: object) -> None:
+        nonlocal most
+        gc.collect()
+        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        weights = [t for t in found if t.dim() == 2 and t.device.type == "cpu" and t.dtype == torch.bfloat16]
+        most = max(most, sum({t.untyped_storage().data_ptr(): t.nbytes for t in weights}.values()))
+
+    with streamed(base, config, "bf16") as model, torch.inference_mode():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(look)
+                module.register_forward_hook(look)
+        model(input_ids=IDS)
+    assert most < 0.3 * whole
