@@ -8,6 +8,8 @@ import itertools
 import math
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import bitsandbytes
 import numpy as np
@@ -18,10 +20,11 @@ from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError
+from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
-from tests.models.train_group import Trained, train
+from tests.models.train_group import Trained, in_group, train, train_in_rank
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
@@ -202,6 +205,34 @@ def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
     monkeypatch.delenv("STOP_AFTER_STEP")
     with pytest.raises(RuntimeError, match=f"{ConfigError.__name__}.*written with another config"):
         run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
+
+
+def train_with_magnitudes_held_whole(configs: dict[str, str]) -> None:
+    """As far as a checkpoint of release 0.1.0 says."""
+
+    def progress(*arguments: Any, magnitudes: str, **others: Any) -> checkpoint.TrainingProgress:
+        return checkpoint.TrainingProgress(*arguments, **others)
+
+    with mock.patch.object(train_loop, "TrainingProgress", progress):
+        train_in_rank(configs, ROWS)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any_is_not(
+    run, config, store, monkeypatch, tmp_path, method
+):
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=4", f"method.name={method}"]
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "ray.num_workers=2", *changes]))
+    monkeypatch.setenv("STOP_AFTER_STEP", "3")
+    with pytest.raises(RuntimeError):
+        in_group(train_with_magnitudes_held_whole, {"old": toml}, directory=tmp_path / "old", num_workers=2)
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    if method == "lora":
+        assert run(*changes, run_id="old").resumed_from == 2
+        return
+    with pytest.raises(RuntimeError, match=f"{ConfigError.__name__}.*trained magnitudes whole: start a new run"):
+        run(*changes, run_id="old")
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
