@@ -8,16 +8,26 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.config.gpus import PRICED
+from components.config.gpus import PRICED, Gpu
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
-from components.config.schema import MethodConfig, RunConfig
+from components.config.schema import Dtype, MethodConfig, RunConfig
 from components.shared.protocol import say
 from ray_jobs import entry, estimate
 from ray_jobs.base import base_config
 from ray_jobs.planning.before_training import counts
-from ray_jobs.planning.capacity import Choice, Device, WorstBatch, advised, chosen, named_device
-from ray_jobs.planning.memory import Parts, Sharing, plan
+from ray_jobs.planning.capacity import (
+    Choice,
+    Device,
+    WorstBatch,
+    advised,
+    chosen,
+    evaluated,
+    named_device,
+    pod_memory,
+    records_to_evaluate,
+)
+from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.speed import speed
 
@@ -57,7 +67,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
     batch = worst_batch(config)
     choice = chosen(config, rehearsal, batch)
-    better = advised(config, rehearsal, batch, device.memory) if device.memory else None
+    better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
     step = rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
     return {
@@ -70,16 +80,21 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         **counts(stats),
         "memory_bytes": choice.parts.as_json(),
         "host_memory_bytes": choice.parts.host,
+        "pod_memory_bytes": pod_memory(config),
+        "expert_bytes": BF16 * stats.experts,
+        "evaluation": _evaluation(config, rehearsal, batch, device),
         "activations_are_rough": step.is_estimate,
         "zero_stage": train.zero_stage,
         "micro_batch_size": train.micro_batch_size,
         "gradient_checkpointing": train.gradient_checkpointing,
+        "cpu_offload": train.cpu_offload,
         "num_workers": config.ray.num_workers,
         "max_length": batch.length,
         "answer_tokens": batch.answers,
         "device": device.name,
         "device_memory_bytes": device.memory,
-        "fits": choice.parts.total <= device.memory if device.memory else None,
+        "fits": device.holds(choice.parts.total),
+        "margin": MARGIN if device.gpu else 0.0,
         "advice": _advice(choice, better),
         "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
         **(_progress(config, stats, batch, device) if config.ray.use_gpu else _estimated(config, base)),
@@ -109,6 +124,16 @@ def worst_batch(config: RunConfig) -> WorstBatch:
     """Records as long as the context. How long their answers may be says evaluate.max_new_tokens, if anything."""
     length = config.model.max_length
     return WorstBatch(length, min(config.evaluate.max_new_tokens or length, length))
+
+
+def _evaluation(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> dict[str, Any]:
+    parts = evaluated(config, rehearsal, batch)
+    return {
+        "memory_bytes": parts.as_json(),
+        "batch_size": config.evaluate.batch_size,
+        "fits": device.holds(parts.total),
+        "fitting_batch_size": records_to_evaluate(config, rehearsal, batch, device) if device.memory else None,
+    }
 
 
 def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:
@@ -190,6 +215,7 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     return {
         "estimate": None,
         "tokens_per_s": expected.tokens_per_s,
+        "speed_is_rough": expected.is_rough,
         "flops_per_token": expected.flops_per_token,
         "most_tokens": tokens,
         "time_s": time_s,
@@ -199,7 +225,13 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
         "price_per_hour": price,
         "price_source": f"{device.gpu.price_source}, {PRICED}" if own_price is None else "ray.gpu_price_per_hour",
         "has_bf16": device.gpu.has_bf16,
+        "dtype": dtype_of(config.train.dtype, device.gpu),
     }
+
+
+def dtype_of(wanted: Dtype, gpu: Gpu) -> Dtype:
+    """What a training on this GPU is in."""
+    return ("bfloat16" if gpu.has_bf16 else "float16") if wanted == "auto" else wanted
 
 
 def _most_tokens(config: RunConfig) -> int | None:

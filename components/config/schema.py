@@ -185,7 +185,8 @@ class TrainConfig(Section):
     evals_per_epoch: Annotated[int, Field(ge=0)] = 4
     """How often the loss on held-out records is measured; 0 means only at the end."""
     eval_records: Annotated[int, Field(ge=1)] = 128
-    """Held-out records that this loss is measured on."""
+    """Held-out records that this loss is measured on: the first of those that evaluation uses. The weights to keep are
+    chosen on them, so that on these records a candidate looks a little better than it is."""
     early_stopping_patience: Annotated[int, Field(ge=0)] = 3
     """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100

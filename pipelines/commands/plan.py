@@ -77,8 +77,13 @@ def _memory_told(body: dict[str, Any]) -> Iterator[str]:
     for name, size in parts.items():
         yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
+    if body["expert_bytes"] and body["base"] != "bf16":
+        yield f"  of the weights, {body['expert_bytes'] / GIB:.2f} are experts, which bitsandbytes leaves in 16 bits"
     if body["host_memory_bytes"]:
-        yield f"  {'host memory':<12} {body['host_memory_bytes'] / GIB:7.2f}  instead, or there on demand"
+        yield f"  {'in its host':<12} {body['host_memory_bytes'] / GIB:7.2f}  {_host_verdict(body)}".rstrip()
+    yield f"  {'evaluation':<12} {body['evaluation']['memory_bytes']['total'] / GIB:7.2f}  {_evaluation_verdict(body)}"
+    if body["cpu_offload"] and body["zero_stage"] == 3 and body["base"] == "nf4":
+        yield "  of four bits, offloading the base was seen to save no GPU memory: none is planned for"
     if body["activations_are_rough"]:
         yield "  activations are a rough estimate: this architecture cannot be rehearsed"
     full = body["full_fine_tuning"]
@@ -92,7 +97,34 @@ def _verdict(body: dict[str, Any]) -> str:
     if body["fits"] is None:
         return "on a GPU that nobody named: set ray.gpu to learn whether it fits"
     has = f"{body['device_memory_bytes'] / GIB:.1f} on {body['device']}"
-    return f"fits: {has}" if body["fits"] else f"DOES NOT FIT: {has}"
+    if body["fits"]:
+        return f"fits: {has}"
+    if body["memory_bytes"]["total"] <= body["device_memory_bytes"]:
+        return f"TOO TIGHT: {has}, and published trainings take up to {body['margin']:.0%} more than planned"
+    return f"DOES NOT FIT: {has}"
+
+
+def _host_verdict(body: dict[str, Any]) -> str:
+    pod = body["pod_memory_bytes"]
+    if pod is None:
+        return ""
+    has = f"{pod / GIB:.1f} in its pod"
+    return (
+        f"fits: {has}"
+        if body["host_memory_bytes"] <= pod
+        else f"DOES NOT FIT: {has}: raise ray.cluster.worker.memory_gib"
+    )
+
+
+def _evaluation_verdict(body: dict[str, Any]) -> str:
+    evaluation = body["evaluation"]
+    told = f"of {evaluation['batch_size']} records at once, the base whole on one device"
+    if evaluation["fits"] is False:
+        fitting = evaluation["fitting_batch_size"]
+        return f"{told}: DOES NOT FIT" + (
+            f", evaluate.batch_size={fitting} does" if fitting else ", whatever the batch"
+        )
+    return told
 
 
 def _progress_told(body: dict[str, Any]) -> Iterator[str]:
@@ -103,9 +135,16 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
         return
     workers = body["num_workers"]
     on = f"{workers} x {body['device']}"
-    yield f"speed   about {body['tokens_per_s']:,.0f} tokens/s on {on}; published trainings lie within a third of this"
-    if not body["has_bf16"]:
-        yield f"        {body['device']} has no bfloat16 matrix units: trains in float16, with its loss scaled"
+    trust = (
+        "a rough figure: no published training like it is known, and the nearest are up to twice as fast"
+        if body["speed_is_rough"]
+        else "published trainings lie within a third of this"
+    )
+    yield f"speed   about {body['tokens_per_s']:,.0f} tokens/s on {on}; {trust}"
+    if body["dtype"] == "float16":
+        yield "        in float16, with its loss scaled (train.dtype)"
+    elif not body["has_bf16"]:
+        yield f"        {body['device']} has no bfloat16 matrix units: expect far less"
     price = f"${body['price_per_hour']:g} per GPU and hour ({body['price_source']})"
     for_a_million = estimated_duration(body["s_per_million_tokens"])
     million = f"{for_a_million} and ${body['cost_per_million_tokens']:.2f} per million tokens"

@@ -1,6 +1,6 @@
 """The last look before workers are started: the plan for the real records, against what the cluster has."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.planning.capacity import WorstBatch, cluster_device, require_fit
+from ray_jobs.planning.capacity import Device, WorstBatch, cluster_device, evaluated, records_to_evaluate, require_fit
 from ray_jobs.planning.memory import GIB, parts_told
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
@@ -29,19 +29,32 @@ def before_training(
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
         return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
-    parts = require_fit(config, rehearsal, WorstBatch.of(split, config.train.micro_batch_size), device).parts
+    batch = WorstBatch.of(split, config.train.micro_batch_size)
+    parts = require_fit(config, rehearsal, batch, device).parts
     counted = counts(rehearsal.stats)
     needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
     if device.memory is None:
         fits = "; nobody knows how much it has: name the GPU with ray.gpu"
     else:
-        verdict = "fits" if parts.total <= device.memory else "may not fit"
+        verdict = "fits" if device.holds(parts.total) else "may not fit"
         fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
     return [
         f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
         f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
         needs + fits,
+        *_evaluation_told(config, rehearsal, batch, device),
     ]
+
+
+def _evaluation_told(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:
+    asked, fitting = config.evaluate.batch_size, records_to_evaluate(config, rehearsal, batch, device)
+    if fitting < asked:
+        needs = (
+            f"evaluating {asked} records at once needs about {evaluated(config, rehearsal, batch).total / GIB:.1f} GiB"
+        )
+        yield f"{needs} and may not fit: " + (
+            f"set evaluate.batch_size={fitting}" if fitting else "the base alone takes more than one device has"
+        )
 
 
 def counts(stats: ModelStats) -> dict[str, Any]:

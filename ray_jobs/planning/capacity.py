@@ -7,12 +7,14 @@ from typing import Any
 
 from components.config.gpus import GPUS, Gpu
 from components.config.legality import refusals, setting
+from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.planning.memory import GIB, Parts, Sharing, parts_told, plan, weight_bytes
+from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_told, plan, reading, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
+from ray_jobs.scoring.answers import NEW_TOKENS
 
 BASE_SHARE = 0.8
 """Of one worker's memory that a base may take to be evaluated there: keys, values and activations want the rest."""
@@ -30,6 +32,17 @@ class Device:
     gpu: Gpu | None = None
     whole: int | None = None
     """Of CPU workers, the memory that all of them share."""
+
+    @property
+    def safe(self) -> int | None:
+        """What may be planned for: of a GPU's memory less than all, as a plan may be too low and nothing is swapped."""
+        if self.memory is None or self.whole is not None:
+            return self.memory
+        return int(self.memory / (1 + MARGIN))
+
+    def holds(self, num_bytes: int) -> bool | None:
+        """Whether what is planned with so many bytes fits; None where nobody knows."""
+        return None if self.safe is None else num_bytes <= self.safe
 
 
 @dataclass(frozen=True)
@@ -157,12 +170,43 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
     if limit is None or needed <= limit:
         return choice
-    memory = device.memory or limit
+    memory, safe = device.memory or limit, device.safe or limit
     raise ConfigError(
         f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
         f"({parts_told(parts)}) and has {memory / GIB:.1f}. "
-        f"{_way_out(choice, advised(config, rehearsal, batch, memory), batch)}"
+        f"{_way_out(choice, advised(config, rehearsal, batch, safe), batch)}"
     )
+
+
+def evaluated(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, records: int | None = None) -> Reading:
+    """What the evaluation after it takes, with evaluate.batch_size records at once or so many."""
+    records = records or config.evaluate.batch_size
+    answers = min(batch.answers, config.evaluate.max_new_tokens or NEW_TOKENS[-1])
+    return reading(
+        rehearsal.stats,
+        rehearsal.reading(records, batch.length),
+        base=config.method.row.base,
+        records=records,
+        length=batch.length,
+        answers=answers,
+        use_gpu=config.ray.use_gpu,
+    )
+
+
+def records_to_evaluate(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> int:
+    """The largest evaluate.batch_size up to the config's, halved again and again, that fits; 0 where none does."""
+    records = config.evaluate.batch_size
+    while records and device.holds(evaluated(config, rehearsal, batch, records).total) is False:
+        records //= 2
+    return records
+
+
+def pod_memory(config: RunConfig) -> int | None:
+    """One worker's part of its pod's memory; None where Fineloop makes no pods."""
+    cluster = config.ray.cluster
+    if not isinstance(cluster, RayJobCluster):
+        return None
+    return cluster.worker.memory_gib * GIB // config.ray.workers_per_pod
 
 
 def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:

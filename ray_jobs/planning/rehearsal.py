@@ -50,6 +50,10 @@ class ModelStats:
     attention_width: int
     """Heads times their size."""
     num_layers: int
+    experts: int
+    """Weights of experts that are stacked in one tensor, which bitsandbytes leaves in 16 bits."""
+    cached: int
+    """Keys and values, in elements, that one token leaves behind in all layers while an answer is generated."""
     trainable: int
     """Adapter's parameters that are trained; for full fine-tuning, all of the base."""
     frozen_adapter: int
@@ -98,12 +102,15 @@ class Rehearsal:
             width=base.hidden_size,
             attention_width=_attention_width(base),
             num_layers=base.num_hidden_layers,
+            experts=sum(tensor.numel() for tensor in _experts(self._model)),
+            cached=2 * base.num_hidden_layers * _kv_width(base),
             trainable=adapted.get_nb_trainable_parameters()[0] if adapted else parameters,
             frozen_adapter=_frozen(adapted),
             applied=_applied(adapted, method.r) if adapted and method else 0,
         )
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
         self._steps: dict[tuple[int, int, bool], StepMemory] = {}
+        self._read: dict[tuple[int, int], int] = {}
 
     def step(self, batch: int, length: int, *, checkpointing: bool) -> StepMemory:
         """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat."""
@@ -115,6 +122,17 @@ class Rehearsal:
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
                 self._steps[key] = _estimate(self.stats, *key)
         return self._steps[key]
+
+    def reading(self, batch: int, length: int) -> int:
+        """Bytes that a forward pass over B x T tokens needs at its peak where nothing is kept for a backward pass."""
+        key = (batch, length)
+        if key not in self._read:
+            try:
+                with torch.no_grad():
+                    self._read[key] = self._run(batch, length, False, min(self._period, self.stats.num_layers))[1]
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                self._read[key] = LAYER_BYTES * batch * length * self.stats.width
+        return self._read[key]
 
     def _extrapolated(self, batch: int, length: int, checkpointing: bool) -> StepMemory:
         num_layers, few, more = self.stats.num_layers, self._period, 2 * self._period
@@ -131,8 +149,9 @@ class Rehearsal:
             with LiveBytes() as live:
                 # As in `answer_loss`: no mask, no cache.
                 hidden = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-                kept = live.now
-                hidden.backward(torch.ones_like(hidden))
+                kept = live.now if torch.is_grad_enabled() else 0
+                if torch.is_grad_enabled():
+                    hidden.backward(torch.ones_like(hidden))
                 del hidden
         return kept, live.peak - kept
 
@@ -276,14 +295,22 @@ def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:
 def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
     """Of experts, stored as one tensor (experts, ., .), a token meets only those it is sent to."""
     dense = sum(outputs * inputs for _, outputs, inputs in _linear_layers(model))
-    experts = [parameter for parameter in model.parameters() if parameter.dim() == 3]
     chosen = getattr(base, "num_experts_per_tok", None) or 1
-    return dense + sum(tensor.numel() // tensor.shape[0] * min(chosen, tensor.shape[0]) for tensor in experts)
+    return dense + sum(tensor.numel() // tensor.shape[0] * min(chosen, tensor.shape[0]) for tensor in _experts(model))
+
+
+def _experts(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.dim() == 3]
 
 
 def _attention_width(base: "PretrainedConfig") -> int:
     head = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     return int(head * base.num_attention_heads)
+
+
+def _kv_width(base: "PretrainedConfig") -> int:
+    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    return _attention_width(base) // base.num_attention_heads * int(heads)
 
 
 def _frozen(adapted: Any) -> int:

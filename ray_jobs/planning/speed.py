@@ -13,6 +13,7 @@ from ray_jobs.planning.rehearsal import ModelStats
 # Share of the data sheet's dense rate that a training achieves, counting every operation above, recomputed ones too.
 # Calibrated on published LoRA trainings, of which tests/models/published.py holds each with its source.
 ACHIEVED = 0.44
+LONGEST = 8192  # tokens of a record, of those
 # Dequantising costs time as well: LLaMA-Factory's and Qwen's own tables have QLoRA at 0.80 to 0.87 of LoRA's speed.
 BASE_FACTOR: dict[BaseFormat, float] = {"bf16": 1.0, "nf4": 0.82, "int8": 0.82}
 # The norm of every weight at every step: 1,191 s against LoRA's 942 s in peft's own comparison (MetaMathQA, 3B).
@@ -25,6 +26,8 @@ class Speed:
 
     flops_per_token: float
     tokens_per_s: float
+    is_rough: bool
+    """No published training was at hand to calibrate it on: another GPU, longer records, or experts."""
 
 
 def speed(
@@ -41,7 +44,8 @@ def speed(
     """`answer_share`: what part of all positions the head computes logits for."""
     operations = flops_per_token(stats, length=length, answer_share=answer_share, checkpointing=checkpointing)
     rate = gpu.tflops * 1e12 * ACHIEVED * BASE_FACTOR[base] * ADAPTER_FACTOR[adapter] * num_gpus
-    return Speed(operations, rate / operations)
+    has_experts = stats.experts > 0
+    return Speed(operations, rate / operations, not gpu.is_calibrated or length > LONGEST or has_experts)
 
 
 def flops_per_token(stats: ModelStats, *, length: int, answer_share: float, checkpointing: bool) -> float:

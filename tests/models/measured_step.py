@@ -67,6 +67,23 @@ def measure(adapted: Any, *, batch: int, length: int, answers: int) -> Measured:
     )
 
 
+@torch.no_grad()
+def measure_reading(adapted: Any, *, batch: int, length: int) -> int:
+    """Bytes that a pass through the layers, in training mode or not, takes at its peak where nothing is kept."""
+    decoder = adapted.get_base_model().get_decoder()
+    input_ids = torch.randint(0, adapted.config.vocab_size, (batch, length))
+    decoder(input_ids=input_ids, use_cache=False)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        decoder(input_ids=input_ids, use_cache=False)
+    alive = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
 def _constants(adapted: Any):
     for module in adapted.modules():
         if isinstance(module, torch.nn.Linear):

@@ -11,7 +11,7 @@ from ray_jobs import plan
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
-from ray_jobs.planning.memory import GIB
+from ray_jobs.planning.memory import GIB, MARGIN
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
 
@@ -57,6 +57,47 @@ def test_the_plan_says_what_the_command_line_promises(tmp_path):
     assert body["most_tokens"] == steps * 16 * 512
     assert body["time_s"] == pytest.approx(body["most_tokens"] / body["tokens_per_s"])
     assert body["cost"] == pytest.approx(body["time_s"] / 3600 * 2 * GPUS["A10G"].price_per_hour)
+
+
+def test_a_training_fits_a_gpu_when_a_margin_is_left_and_a_cpu_when_the_plan_does():
+    gpu, cpu = gpu_device("A10G"), cpu_device("this machine", 12 * GIB, 2)
+    assert gpu.holds(int(22.5 * GIB / (1 + MARGIN)))
+    assert gpu.holds(int(22.5 * GIB / (1 + MARGIN)) + 10) is False
+    assert cpu.holds(6 * GIB)
+    assert cpu.holds(6 * GIB + 1) is False
+    assert gpu_device(None).holds(1) is None
+
+
+def test_the_plan_says_whether_its_evaluation_fits_and_with_how_many_records():
+    config = configured("llama-2-7b", "method.name=qlora", "ray.gpu='T4'", "model.max_length=1024")
+    body = plan.planned(config, LLAMA_2_7B, gpu_device("T4"))
+    assert body["evaluation"]["fits"] is False  # 21 GB of keys and values, of a training that takes a fourth of that
+    fitting = body["evaluation"]["fitting_batch_size"]
+    assert 1 <= fitting < 32
+    again = configured("llama-2-7b", "method.name=qlora", "model.max_length=1024", f"evaluate.batch_size={fitting}")
+    assert plan.planned(again, LLAMA_2_7B, gpu_device("T4"))["evaluation"]["fits"]
+
+
+def test_a_worker_that_offloads_more_than_its_pod_has_is_told_so():
+    rayjob = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "ray.cluster.worker.memory_gib=24"]
+    offloaded = ["train.zero_stage=3", "train.cpu_offload=true", "ray.num_workers=2", *rayjob]
+    body = plan.planned(configured("llama-2-70b", *offloaded), LLAMA_2_70B, gpu_device("A10G"))
+    assert body["pod_memory_bytes"] == 24 * GIB
+    assert body["host_memory_bytes"] > 60 * GIB  # half of 138 GB in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "expected"),
+    [
+        ("T4", "auto", "float16"),
+        ("V100", "auto", "float16"),
+        ("A10G", "auto", "bfloat16"),
+        ("T4", "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_plan_says_which_16_bits_a_gpu_trains_in(gpu, dtype, expected, tmp_path):
+    body = plan.planned(configured(tmp_path, f"train.dtype={dtype}"), small(), gpu_device(gpu))
+    assert body["dtype"] == expected
 
 
 def test_your_own_price_wins_over_the_list(tmp_path):
@@ -127,7 +168,7 @@ def test_a_training_that_cannot_fit_is_refused_with_its_parts_and_what_would(lor
     with pytest.raises(ConfigError, match=r"weights 1\d\.\d") as refused:
         require_fit(config, lora_7b, WorstBatch(512, 64), gpu_device("T4"))
     assert "has 15.0" in str(refused.value)
-    assert "train.micro_batch_size=4 train.gradient_checkpointing=true it needs 14." in str(refused.value)
+    assert "method.base=nf4 train.zero_stage=0 train.micro_batch_size=2 it needs 10." in str(refused.value)
 
 
 @pytest.mark.slow

