@@ -96,14 +96,21 @@ def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
 
 
 def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "bfloat16") -> "PeftModel":
-    """Put a saved adapter on its base, for inference; every method of the table. `matmul_dtype` is the base's."""
+    """Put a saved adapter on its base, for inference; every method of the table. `matmul_dtype` is the base's.
+
+    It computes what was trained: on a base of 16 bits peft would widen what was trained, and published, in as many.
+    """
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     from ray_jobs.adapters import dora, dvora  # the last makes its method known to peft
 
     adapted = PeftModel.from_pretrained(base, folder)
     dora.adopt(adapted)
-    # The arithmetic of the training; and rank 256 in float32 would cost a CPU more than the base does.
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.to(base.dtype)
+            layer.lora_B.to(base.dtype)
     dvora.unify_dtype(adapted, base.dtype)
     _multiply_in(matmul_dtype, adapted)
     return adapted
