@@ -206,7 +206,8 @@ def pod_memory(config: RunConfig) -> int | None:
     cluster = config.ray.cluster
     if not isinstance(cluster, RayJobCluster):
         return None
-    return cluster.worker.memory_gib * GIB // config.ray.workers_per_pod
+    workers = config.ray.num_workers
+    return cluster.worker.memory_gib * GIB * cluster.pods(workers) // workers
 
 
 def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:

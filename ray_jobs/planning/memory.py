@@ -174,7 +174,7 @@ def reading(
     `workspace` is what a forward pass over them needs. Answers are scored first and generated then, with a cache.
     """
     cache = BF16 * stats.cached * records * length
-    logits = logits_bytes(answers * records, stats)
+    logits = logits_bytes(answers * records, stats, chunk_positions(stats.vocabulary))
     overhead = buffer_bytes(stats, base, Sharing(1, 0), trains_base=False)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (workspace + max(cache, logits))) if use_gpu else PROCESS_BYTES
     # Of the two the larger counts: they are not there at the same time.
