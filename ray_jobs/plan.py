@@ -64,7 +64,9 @@ def main() -> None:
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
     """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
-    rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    rehearsal = Rehearsal(
+        base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
+    )
     batch = worst_batch(config)
     choice = chosen(config, rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
@@ -111,7 +113,9 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         # A stage that this method does not go with is left for the nearest one that it does.
         train = config.train.model_copy(update={"zero_stage": nearest_legal(other.cell).zero_stage})
         other = other.model_copy(update={"train": train})
-        rehearsal = Rehearsal(base, method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+        rehearsal = Rehearsal(
+            base, method, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
+        )
         memory = chosen(other, rehearsal, worst_batch(other)).parts.as_json()
         rows.append(
             {"method": name, "base": method.row.base, "rank": method.r, **counts(rehearsal.stats)}
@@ -151,7 +155,9 @@ def _full_fine_tuning(
 ) -> dict[str, Any]:
     """The same training with every weight of the base trained, in bfloat16 with float32 masters."""
     train = config.train
-    whole = Rehearsal(base, None, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    whole = Rehearsal(
+        base, None, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
+    )
     parts = plan(
         whole.stats,
         whole.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing),

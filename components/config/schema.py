@@ -21,6 +21,7 @@ from components.shared.metrics import COMPARED, METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 LossOn = Literal["last", "all"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -62,6 +63,10 @@ class ModelConfig(Section):
     thinking: Annotated[bool, Added("0.2.0")] = False
     """Ask a base that can reason to do so before it answers, and train on the reasoning that answers hold. Without it
     the chat template's block of reasoning is closed before the answer begins; no metric reads what stands in one."""
+    attention: Annotated[Attention, Added("0.2.0")] = "auto"
+    """How attention is computed, as transformers' attn_implementation: auto takes PyTorch's fused kernel (sdpa) where
+    the base's architecture has it, else eager, whose memory grows with the square of the length. flash_attention_2
+    wants GPUs and the package flash-attn."""
     trust_remote_code: bool = False
     """Run Python code that the base model's repository ships. Only for a base whose code you have read."""
 
@@ -275,6 +280,10 @@ class RunConfig(Section):
         if self.model.revision and "://" in self.model.base:
             raise ValueError(
                 f"model.revision belongs to a hub id; model.base is {self.model.base}: remove model.revision"
+            )
+        if self.model.attention == "flash_attention_2" and not self.ray.use_gpu:
+            raise ValueError(
+                "model.attention flash_attention_2 runs on GPUs alone: set ray.use_gpu=true, or model.attention=auto"
             )
         if (self.evaluate.max_new_tokens or 0) >= self.model.max_length:
             raise ValueError(

@@ -1,16 +1,60 @@
-"""Attention for CPU workers: PyTorch's fused kernel, run in float32.
+"""How a base computes attention: what `model.attention` asks for, what the base's code knows, what the worker runs on.
+
+sdpa_float32        PyTorch's fused kernel in float32, for CPU workers
+sdpa                the same kernel in the base's dtype
+flash_attention_2   the flash-attn package's, on GPUs
+eager               the formula written out, which every base knows
 
 On CPU the backward pass of the fused bfloat16 kernel is two and a half times slower than the float32 one at the lengths
-of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise. GPUs keep "sdpa".
+of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise.
 """
 
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-NAME = "sdpa_float32"
+from components.config.schema import Attention
+from components.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FLOAT32 = "sdpa_float32"
+FLASH = "flash_attention_2"
+
+
+def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str | None:
+    """What to load the base with, as transformers spells it; None leaves it to a base that brings its own code.
+
+    `wanted` is model.attention. A CPU has no flash attention: what was trained with it runs there as with auto.
+
+    Raises:
+        ConfigError: the base does not know what is wanted, or flash-attn is not installed.
+    """
+    if wanted == "eager":
+        return "eager"
+    model = _model_class(base)
+    if model is None:
+        return None if wanted == "auto" else wanted
+    if wanted == FLASH and use_gpu:
+        return _flash(model)
+    if model._supports_sdpa:
+        return "sdpa" if use_gpu or not takes_kernels(base) else register()
+    if wanted == "sdpa":
+        raise ConfigError(
+            f"model.attention sdpa: {model.__name__} has no attention through PyTorch's fused kernel: set "
+            "model.attention to eager, or to auto, which takes it"
+        )
+    return "eager"
+
+
+def takes_kernels(base: "PretrainedConfig") -> bool:
+    """Whether the base's architecture takes attention kernels that transformers does not ship."""
+    model = _model_class(base)
+    return model is not None and model.is_backend_compatible()
 
 
 def register() -> str:
-    """Make the kernel known to transformers; returns the name to load a model with."""
+    """Make the float32 kernel known to transformers; returns the name to load a model with."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,6 +65,29 @@ def register() -> str:
         output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
         return output.to(query.dtype), None
 
-    AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    AttentionInterface.register(FLOAT32, forward)
+    AttentionMaskInterface.register(FLOAT32, sdpa_mask)
+    return FLOAT32
+
+
+def _model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
+    """The class that transformers loads the base with; None for one that the base brings."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base), None)
+
+
+def _flash(model: "type[PreTrainedModel]") -> str:
+    # Of a class that names its own kernels transformers would fetch one of those, from the hub.
+    own = model._compatible_flash_implementations
+    if not model._supports_flash_attn or (own is not None and FLASH not in own):
+        raise ConfigError(
+            f"model.attention {FLASH}: {model.__name__} has no attention through flash-attn: set model.attention to "
+            "auto, which takes the fastest that it has"
+        )
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"model.attention {FLASH}: the package flash-attn is not installed where the workers run: build it into "
+            "their image, or set model.attention to auto"
+        )
+    return FLASH

@@ -112,19 +112,23 @@ def load_model(
     to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
     `dtype` is what weights and activations are in; None means bfloat16, or float16 on a GPU that does not know that.
     `matmul_dtype` is what a CPU multiplies in; whatever it is, weights and activations are the same 16 bits.
+
+    Raises:
+        ConfigError: the base does not know `model.attention`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = dtype or precision.dtype_here("auto", use_gpu=use_gpu)
+    shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=dtype,
         # Passed as None, it would make a folder that is quantised already forget how.
         **({} if is_quantised(base) else {"quantization_config": _quantization(base_format, dtype)}),
-        attn_implementation="sdpa" if use_gpu else attention.register(),
+        attn_implementation=attention.choose(shape, config.attention, use_gpu=use_gpu),
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,

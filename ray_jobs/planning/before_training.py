@@ -24,7 +24,13 @@ def before_training(
     device = cluster_device(config, nodes)
     try:
         base = base_config.load(base_folder, config.model)
-        rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+        rehearsal = Rehearsal(
+            base,
+            config.method,
+            reference=config.model.base,
+            use_gpu=config.ray.use_gpu,
+            attention=config.model.attention,
+        )
     except ConfigError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from components.config.schema import MethodConfig
+from components.config.schema import Attention, MethodConfig
 from ray_jobs.adapters import build
-from ray_jobs.base import attention
+from ray_jobs.base.attention import FLASH, choose, takes_kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -78,10 +78,16 @@ class Rehearsal:
     """A base with a fresh adapter, on no device at all; with no method, the base trained in full."""
 
     def __init__(
-        self, base: "PretrainedConfig", method: MethodConfig | None, *, reference: str, use_gpu: bool = True
+        self,
+        base: "PretrainedConfig",
+        method: MethodConfig | None,
+        *,
+        reference: str,
+        use_gpu: bool = True,
+        attention: Attention = "auto",
     ) -> None:
-        """Raises ConfigError where `method.target_modules` matches no layer of the base."""
-        self._model = _empty_model(base, use_gpu=use_gpu)
+        """Raises ConfigError where the base has no such attention, or no layer that `method.target_modules` names."""
+        self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
         base = base.get_text_config()  # of a model that also sees, what reads and writes
         matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -198,17 +204,30 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _empty_model(base: "PretrainedConfig", *, use_gpu: bool) -> "PreTrainedModel":
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
 
-    real = AttentionInterface()["sdpa" if use_gpu else attention.register()]
-    name = f"rehearsed_{'gpu' if use_gpu else 'cpu'}"
-    AttentionInterface.register(name, real)
-    # Of fake tensors transformers cannot see that nothing is padded: in a training there is no mask either.
-    AttentionMaskInterface.register(name, lambda *_, **__: None)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16, attn_implementation=name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            base, dtype=torch.bfloat16, attn_implementation=_rehearsed(base, attention)
+        )
     return model
+
+
+def _rehearsed(base: "PretrainedConfig", attention: str | None) -> str | None:
+    """The same attention without its mask: of fake tensors transformers cannot see that nothing is padded.
+
+    What flash attention keeps is what PyTorch's fused kernel keeps, and it runs on no fake tensor.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    kernel = "sdpa" if attention == FLASH else attention
+    if kernel is None or kernel == "eager" or not takes_kernels(base):
+        return kernel
+    name = f"rehearsed_{kernel}"
+    AttentionInterface.register(name, AttentionInterface()[kernel])
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
 
 
 class _Int8Product(torch.autograd.Function):

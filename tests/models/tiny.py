@@ -4,6 +4,10 @@ Nothing about it is faked: transformers loads it from safetensors, bitsandbytes 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -12,11 +16,10 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
-    """Write the model to `directory`; the same seed gives the same bytes."""
-    import torch
+def write_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """Write the tokenizer: a token for each byte, and the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
@@ -26,7 +29,15 @@ def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
     fast.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
+    return fast
 
+
+def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """Write the model to `directory`; the same seed gives the same bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fast = write_tokenizer(directory)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
