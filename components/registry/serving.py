@@ -37,7 +37,11 @@ class Serving:
 
 
 def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serving:
-    """How an adapter can be served; `target_modules` are the last parts of the adapted layers' names."""
+    """How an adapter can be served; `target_modules` are the last parts of the adapted layers' names.
+
+    Experts that are adapted as one parameter are among them by two parts, such as experts.down_proj: how servers want
+    LoRA of those differs.
+    """
     if obstacles := _obstacles(method, rank, target_modules):
         return Serving("merged", [*obstacles, "adapters export --merged makes a model that every server loads"])
     notes = [f"with vLLM: --enable-lora --max-lora-rank {max_lora_rank(rank)}", *_base_notes(method)]

@@ -2,12 +2,15 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config.ray import MatmulDtype
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
+from ray_jobs.adapters.targets import Targets, find
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +21,12 @@ if TYPE_CHECKING:
 PROJECTION_SEED = 0
 
 
-def peft_config(method: MethodConfig) -> "PeftConfig":
+def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
     """The peft configuration of a method, spelled as peft spells it."""
     from peft import LoraConfig, VeraConfig
 
     from ray_jobs.adapters.dvora import DvoraConfig
 
-    targets = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
     if method.row.adapter in ("vera", "dvora"):
         config_class = VeraConfig if method.row.adapter == "vera" else DvoraConfig
         return config_class(
@@ -32,7 +34,7 @@ def peft_config(method: MethodConfig) -> "PeftConfig":
             vera_dropout=method.dropout,
             projection_prng_key=PROJECTION_SEED,
             save_projection=True,  # the seed gives the same matrices on this PyTorch, which promises it of no other
-            target_modules=targets,
+            target_modules=targets.modules,
             task_type="CAUSAL_LM",
         )
     return LoraConfig(
@@ -41,7 +43,8 @@ def peft_config(method: MethodConfig) -> "PeftConfig":
         lora_dropout=method.dropout,
         use_rslora=method.row.scaling == "rslora",
         use_dora=method.row.adapter == "dora",
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         task_type="CAUSAL_LM",
     )
 
@@ -59,16 +62,18 @@ def attach(
     `matmul_dtype` is what the base was loaded with.
 
     Raises:
-        ConfigError: `method.target_modules` matches no layer of this base.
+        ConfigError: `method.target_modules` matches no layer of this base, or one that cannot be adapted like this.
     """
     import torch
     from peft import get_peft_model
 
     from ray_jobs.adapters import dora, dvora
 
+    targets = find(model, method, base_reference=base_reference)
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, peft_config(method))
+        with _either_way_round():
+            adapted = get_peft_model(model, peft_config(method, targets))
     except (TypeError, ValueError) as exc:  # peft has either for a layer of the wrong kind
         raise ConfigError(
             f"method.target_modules {method.target_modules!r} does not fit {base_reference}: {exc}"
@@ -105,7 +110,8 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
 
     from ray_jobs.adapters import dora, dvora  # the last makes its method known to peft
 
-    adapted = PeftModel.from_pretrained(base, folder)
+    with _either_way_round():
+        adapted = PeftModel.from_pretrained(base, folder)
     dora.adopt(adapted)
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer):
@@ -126,9 +132,18 @@ def save(model: "PeftModel", directory: Path) -> None:
     # peft writes sets in the order of this process's hashes; a version is named after its files, so they are sorted.
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _either_way_round() -> Iterator[None]:
+    """Without peft's warning that it mends fan_in_fan_out: GPT-2's weights are (in, out), and quantised (out, in)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        yield
 
 
 def _multiply_in(matmul_dtype: MatmulDtype, adapted: "PeftModel") -> None:

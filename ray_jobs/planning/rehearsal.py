@@ -323,8 +323,10 @@ def _experts(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
 
 
 def _attention_width(base: "PretrainedConfig") -> int:
-    head = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    return int(head * base.num_attention_heads)
+    """The mean over the layers, of which some may have wider heads."""
+    layers = list(base.per_layer_config) if base.is_heterogeneous else [base]
+    heads = (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
+    return int(sum(heads) * base.num_attention_heads / len(layers))
 
 
 def _kv_width(base: "PretrainedConfig") -> int:

@@ -282,7 +282,8 @@ def _recipe(
 ) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
-    targets = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
+    modules = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
+    parameters = sorted({".".join(name.split(".")[-2:]) for name in adapted.targeted_parameter_names})
     return {
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
         "rank": config.method.r,
@@ -290,8 +291,9 @@ def _recipe(
         "trainable_parameters": trainable,
         "parameters": total,
         "trainable_share": trainable / total,
-        "target_modules": targets,
-        "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=targets)),
+        "target_modules": modules,
+        **({"target_parameters": parameters} if parameters else {}),
+        "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=modules + parameters)),
         "stands_on": base.reference,
         "dtype": str(worker.dtype).removeprefix("torch."),
         "matmul_dtype": worker.matmul_dtype,

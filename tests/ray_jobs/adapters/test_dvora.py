@@ -15,6 +15,7 @@ from components.config.methods import BaseFormat
 from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs.adapters import build, dvora
 from ray_jobs.adapters.dvora import DvoraConfig, DvoraLinear
+from ray_jobs.adapters.targets import Targets
 from ray_jobs.base import base_model
 
 IDS = torch.arange(12)[None]
@@ -177,7 +178,7 @@ def test_a_merge_of_broken_vectors_is_refused_and_changes_nothing(tiny_base):
 
 def test_several_adapters_live_on_one_base_and_merge_as_they_add(tiny_base):
     model = adapted_base(tiny_base)
-    model.add_adapter("second", build.peft_config(DVORA))
+    model.add_adapter("second", build.peft_config(DVORA, Targets("all-linear", [])))
     model.set_adapter("second")
     assert torch.equal(logits(model), logits(dense(tiny_base)))
     disturb(model)

@@ -23,6 +23,7 @@ from ray_jobs.planning.memory import (
     weight_bytes,
 )
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
+from tests.models import zoo
 from tests.models.measured_step import load, measure, measure_reading
 from tests.models.shapes import LLAMA_2_7B, MIXTRAL_8X7B, llama, small
 
@@ -291,3 +292,10 @@ def test_an_architecture_that_cannot_be_rehearsed_gets_a_formula(monkeypatch):
     assert step.is_estimate
     exact = Rehearsal(small(), MethodConfig(name="lora"), reference="small").step(2, 64, checkpointing=False)
     assert step.kept == pytest.approx(exact.kept, rel=0.5)
+
+
+def test_heads_that_are_wider_in_some_layers_count_with_their_mean():
+    # Gemma 4's full-attention layers: here one of two layers, four heads of 32 instead of 16.
+    rehearsed = Rehearsal(zoo.KINDS["Gemma 4"].config(), MethodConfig(name="lora"), reference="gemma")
+    assert rehearsed.census.attention_width == (4 * 16 + 4 * 32) / 2
+    assert not rehearsed.step(2, 32, checkpointing=False).is_estimate

@@ -1,0 +1,140 @@
+"""Which weights of a base an adapter goes to, and where none can go.
+
+Only what reads and writes text is adapted: a vision tower never runs in a training on text. Of a mixture of experts
+transformers holds all experts of a layer in one parameter of three dimensions, which LoRA alone adapts (peft's
+target_parameters) and bitsandbytes does not quantise. The router that chooses among them is adapted where it is named.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from components.config.schema import MethodConfig
+from components.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of experts in a layer."""
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""What architectures with experts call what weighs them: a part of a layer's name."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """As peft takes them."""
+
+    modules: str | list[str]
+    parameters: list[str]
+    """Fused experts, by the last two parts of their names."""
+
+
+def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str) -> Targets:
+    """What `method` adapts of a base, which may lie on any device.
+
+    Raises:
+        ConfigError: an adapter there could not be merged, would be none of peft's, or leaves the base unquantised.
+    """
+    experts = experts_of(model)
+    if experts and method.row.base != "bf16":
+        raise ConfigError(
+            f"method.base {method.row.base} quantises no fused experts, and of {base_reference} they are "
+            f"{_share(model, experts):.0%}, which would stay in bfloat16: set method.base=bf16"
+        )
+    head = model.get_output_embeddings()
+    reading_text = {id(module) for module in (head, *model.get_decoder().modules())}
+    layers = {name: module for name, module in model.named_modules() if name}
+    text = {name: module for name, module in layers.items() if id(module) in reading_text}
+    linear = {name: module for name, module in text.items() if _is_linear(module) and module is not head}
+    routers = {name for name in text if experts and not ROUTERS.isdisjoint(name.split("."))}
+    wanted = method.target_modules
+    if wanted == ALL_LINEAR:
+        targets = Targets([name for name in linear if name not in routers], _short(experts))
+    else:
+        matched = [name for name in layers if _is_named(name, wanted)]
+        adapted = [name for name in matched if name in text]
+        _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
+        _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
+        # As the config has them, unless that would reach layers that never run.
+        modules = adapted if adapted != matched else wanted
+        parameters = _short(name for name in experts if _is_named(name, wanted))
+        targets = Targets(modules if matched or not parameters else [], parameters)
+    if targets.parameters:
+        _require_lora(method, sorted({name.rpartition(".")[2] for name in linear.keys() - routers}), base_reference)
+    return targets
+
+
+def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
+    """The fused experts, each of shape (experts, ., .), by name."""
+    text = model.config.get_text_config()
+    counts = {getattr(text, name, None) for name in NUM_EXPERTS} - {None}
+    shapes = ((name, parameter, _shape(parameter)) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter, shape in shapes if len(shape) == 3 and shape[0] in counts}
+
+
+def _is_linear(module: "nn.Module") -> bool:
+    """As peft's all-linear, which quantised layers are too."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_named(name: str, wanted: str | list[str]) -> bool:
+    """As peft matches target_modules: a string is a pattern of the whole name, a list holds last parts of it."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def _share(model: "PreTrainedModel", experts: dict[str, "nn.Parameter"]) -> float:
+    return sum(each.numel() for each in experts.values()) / sum(each.numel() for each in model.parameters())
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # sharded by ZeRO-3, it has none of its own
+
+
+def _require_mergeable(
+    model: "PreTrainedModel", wanted: str | list[str], adapted: list["nn.Module"], base_reference: str
+) -> None:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embeddings.weight and any(module is head or module is embeddings for module in adapted):
+        raise ConfigError(
+            f"method.target_modules {wanted!r} reaches the output head or the input embeddings, which are one weight "
+            f"in {base_reference}: an adapter of one of them could never be merged. Leave both out"
+        )
+
+
+def _require_plain(wanted: str | list[str], routers: dict[str, "nn.Module"], base_reference: str) -> None:
+    from torch import nn
+
+    for name, module in routers.items():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            raise ConfigError(
+                f"method.target_modules {wanted!r} names {name} of {base_reference}, a {type(module).__name__}, which "
+                "gives more than a layer's output: no adapter fits around it. Leave it out"
+            )
+
+
+def _require_lora(method: MethodConfig, others: list[str], base_reference: str) -> None:
+    if method.row.adapter != "lora":
+        raise ConfigError(
+            f"method.adapter {method.row.adapter} has no form for the experts of {base_reference}, each layer's one "
+            f"parameter of three dimensions: set method.adapter=lora, or adapt the other layers alone with "
+            f"method.target_modules={others}"
+        )
+    if method.dropout:
+        raise ConfigError(
+            f"method.dropout {method.dropout:g} cannot be applied to the experts of {base_reference}, whose adapter is "
+            f"added to their weights before the input is seen: set method.dropout=0, or adapt the other layers alone "
+            f"with method.target_modules={others}"
+        )

@@ -1,0 +1,141 @@
+"""Which layers get an adapter, on tiny models of transformers' own architectures."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from components.config.schema import MethodConfig
+from components.shared.errors import ConfigError
+from ray_jobs.adapters import build
+from ray_jobs.adapters.targets import find
+from tests.models import zoo
+
+
+def model_of(name: str, **changes: object):
+    """On no device."""
+    shape = zoo.KINDS[name].config()
+    shape.update(changes)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def attached(name: str, **method: object):
+    with torch.device("meta"):
+        return build.attach(model_of(name), MethodConfig(name="lora", rank=4, **method), base_reference=name, seed=0)
+
+
+def trained_in(adapted) -> set[str]:
+    """The parts of a model that hold what is trained, by the names above the layers."""
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    return {name.removeprefix("base_model.model.").partition(".layers.")[0] for name in names}
+
+
+def test_of_a_model_that_sees_only_what_reads_text_is_adapted():
+    assert trained_in(attached("Gemma 3, with vision")) == {"model.language_model"}
+    # Named, q_proj is a layer of the vision tower too.
+    named = attached("Gemma 3, with vision", target_modules=["q_proj", "v_proj"])
+    assert trained_in(named) == {"model.language_model"}
+    assert len(named.targeted_module_names) == 2 * 2
+    assert trained_in(attached("Gemma 3, with vision", target_modules=r".*\.q_proj")) == {"model.language_model"}
+
+
+def test_layers_are_written_as_the_config_has_them_where_that_reaches_no_other():
+    assert attached("Llama, tied", target_modules=["q_proj"]).peft_config["default"].target_modules == {"q_proj"}
+    pattern = r".*\.q_proj"
+    assert attached("Llama, tied", target_modules=pattern).peft_config["default"].target_modules == pattern
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "gpt-oss", "Llama 4, text"])
+def test_experts_are_adapted_with_the_other_layers_and_the_router_is_not(name):
+    adapted = attached(name)
+    assert {key.rpartition(".")[2] for key in adapted.targeted_parameter_names} == {"gate_up_proj", "down_proj"}
+    assert len(adapted.targeted_parameter_names) == 2 * 2
+    modules = {key.rpartition(".")[2] for key in adapted.targeted_module_names}
+    assert modules >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not any("router" in key or key.endswith("gate") for key in adapted.targeted_module_names)
+
+
+def test_named_experts_are_adapted_and_nothing_beside_them():
+    assert not attached("gpt-oss", target_modules=["q_proj"]).targeted_parameter_names
+    experts = attached("gpt-oss", target_modules=["experts.down_proj"])
+    assert not experts.targeted_module_names
+    assert {key.rpartition(".")[2] for key in experts.targeted_parameter_names} == {"down_proj"}
+
+
+def test_a_router_is_adapted_where_it_is_named_and_its_class_allows():
+    assert any(
+        key.endswith("gate.weight") for key in attached("Mixtral", target_modules=["gate"]).targeted_parameter_names
+    )
+    with pytest.raises(ConfigError, match=r"names model\.layers\.0\.feed_forward\.router of .* a Llama4Router"):
+        attached("Llama 4, text", target_modules=["q_proj", "router"])
+
+
+@pytest.mark.parametrize("adapter", ["dora", "vera", "dvora"])
+def test_experts_take_no_adapter_but_lora_and_the_other_layers_take_all(adapter):
+    message = rf"method\.adapter {adapter} has no form for the experts of gpt-oss.* method\.target_modules=\['k_proj', "
+    with pytest.raises(ConfigError, match=message):
+        attached("gpt-oss", adapter=adapter)
+    others = ["k_proj", "o_proj", "q_proj", "v_proj"]  # what the message says
+    assert len(attached("gpt-oss", adapter=adapter, target_modules=others).targeted_module_names) == 2 * 4
+
+
+def test_experts_take_no_dropout():
+    with pytest.raises(ConfigError, match=r"method\.dropout 0\.1 cannot be applied to the experts of Mixtral"):
+        attached("Mixtral", dropout=0.1)
+    assert attached("Mixtral", dropout=0.1, target_modules=["q_proj"]).targeted_module_names
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_base_of_which_most_would_stay_unquantised_is_refused_with_the_share(base):
+    # Mixtral 8x7B's own sizes: 45.1 of 46.7 billion parameters are experts (32 x 8 x 3 x 4096 x 14336).
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000}
+    model = model_of("Mixtral", **shape)
+    with pytest.raises(ConfigError, match=rf"method\.base {base} quantises no fused experts, .* they are 97%, .*=bf16"):
+        find(model, MethodConfig(name="lora", base=base), base_reference="Mixtral")
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", r".*(lm_head|q_proj)"])
+def test_a_head_that_is_the_embeddings_too_is_not_adapted(layer):
+    targets = layer if "*" in layer else ["q_proj", layer]
+    with pytest.raises(ConfigError, match=r"are one weight in Llama, tied: .* Leave both out"):
+        attached("Llama, tied", target_modules=targets)
+    assert len(attached("Llama, untied", target_modules=targets).targeted_module_names) == 3
+
+
+def test_an_experts_adapter_is_written_in_the_same_order_and_read_by_plain_peft(tmp_path):
+    base = zoo.build("Mixtral", tmp_path / "base")
+
+    def model():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    adapted = build.attach(model(), MethodConfig(name="lora", rank=4), base_reference="x", seed=0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    build.save(adapted, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    plain = PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    tokens = torch.arange(24)[None]
+    with torch.inference_mode():
+        found, expected = (each.eval()(input_ids=tokens).logits for each in (plain, adapted))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("layers", [2, 6])  # from twenty layers on peft looks for short names that mean the same
+def test_all_linear_is_written_as_peft_writes_it(layers):
+    with torch.device("meta"):
+        theirs = get_peft_model(
+            model_of("Llama, tied", num_hidden_layers=layers),
+            LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        ours = build.attach(
+            model_of("Llama, tied", num_hidden_layers=layers), MethodConfig(), base_reference="x", seed=0
+        )
+    found, expected = (each.peft_config["default"] for each in (ours, theirs))
+    assert found.target_modules == expected.target_modules
+    assert found.target_parameters == expected.target_parameters
