@@ -36,8 +36,7 @@ def as_lora(adapted: "PeftModel") -> "PeftModel":
             "this adapter's magnitudes scale the base's own weights, so it is no LoRA: use --merged, or --approximate "
             "RANK for the nearest LoRA of that rank, with its error measured"
         )
-    alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
-    return _rebuilt(adapted, rank=config.r, alpha=alpha, factors=_lora_factors)
+    return _classic(adapted)
 
 
 def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
@@ -52,6 +51,7 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
         before = weight.detach().clone()
         layer.merge(safe_merge=True)
         update = layer.get_base_layer().weight.detach() - before
+        update = update.T if layer.fan_in_fan_out else update  # GPT-2's weights are (in, out)
         layer.get_base_layer().weight.data.copy_(before)  # to subtract the update again would leave a rounding error
         layer.merged_adapters.clear()
         num_values = min(rank, *update.shape)
@@ -64,6 +64,37 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
         return a, b
 
     return _rebuilt(adapted, rank=rank, alpha=rank, factors=factors)
+
+
+def _classic(adapted: "PeftModel") -> "PeftModel":
+    """LoRA's matrices as they are, of layers and of experts, each with an alpha for the scaling alpha / r."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = adapted.peft_config["default"]
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+    def alpha(own: float, rank: int) -> float:
+        return own * math.sqrt(rank) if config.use_rslora else own
+
+    plain = get_peft_model(
+        adapted.unload(),
+        LoraConfig(
+            r=config.r,
+            lora_alpha=alpha(config.lora_alpha, config.r),
+            rank_pattern=config.rank_pattern,
+            alpha_pattern={
+                layer: alpha(own, config.rank_pattern.get(layer, config.r))
+                for layer, own in config.alpha_pattern.items()
+            },
+            target_modules=config.target_modules,
+            target_parameters=config.target_parameters,
+            fan_in_fan_out=config.fan_in_fan_out,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    set_peft_model_state_dict(plain, weights)
+    return plain
 
 
 def _rebuilt(adapted: "PeftModel", *, rank: int, alpha: float, factors: Callable[[Any], Factors]) -> "PeftModel":
@@ -93,10 +124,6 @@ def _rebuilt(adapted: "PeftModel", *, rank: int, alpha: float, factors: Callable
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b)
     return plain
-
-
-def _lora_factors(layer: Any) -> Factors:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def _vera_factors(layer: Any) -> Factors:

@@ -87,11 +87,13 @@ def dequantise_into(dense: "PreTrainedModel", quantised: "PreTrainedModel") -> N
     import torch
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
 
     with torch.no_grad():
         for name, layer in quantised.named_modules():
             if isinstance(layer, Linear4bit | Linear8bitLt):
-                dense.get_submodule(name).weight.copy_(dequantize_module_weight(layer))
+                same, weight = dense.get_submodule(name), dequantize_module_weight(layer)
+                same.weight.copy_(weight.T if isinstance(same, Conv1D) else weight)  # quantised, it lies as others do
 
 
 def merge(adapted: "PeftModel") -> "PreTrainedModel":

@@ -16,6 +16,7 @@ from components.shared.errors import ConfigError, FineloopError, IntegrityError,
 from ray_jobs.adapters import build, merge, own_base
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export
+from tests.models import zoo
 from tests.models.tiny_version import RECORDS, publish
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
@@ -190,3 +191,33 @@ def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store,
     assert record["parity"]["compared_on"] == "random tokens"
     assert record["parity"]["merge"]["positions"] == 16 * 64
     assert "the data is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["qlora", "dora"])
+def test_weights_that_lie_the_other_way_round_are_merged_and_approximated_alike(method, of, store, tmp_path):
+    # GPT-2's are (in, out), and bitsandbytes stores them (out, in).
+    config = of(method, f"model.base={zoo.build('GPT-2', tmp_path / 'base')}")
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert says(on_its_base(config, store, tmp_path / f"adapter-{method}"), plain).is_same
+    assert record["parity"]["saved"]["argmax_agreement"] == 1
+    wish = ExportRequest("lora", tmp_path / "lora", approximate=48 if method == "dora" else 0)
+    record = export(config, config.adapter.name, wish)
+    assert record["parity"]["converted"]["argmax_agreement"] > 0.9
+
+
+def test_adapted_experts_become_plain_lora_too(of, store, tmp_path):
+    config = of("rslora", f"model.base={zoo.build('Mixtral', tmp_path / 'base')}")
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
+    assert record["exact"]
+    plain, theirs = (
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / folder
+        )
+        for folder in ("out", "adapter-rslora")
+    )
+    assert (plain.peft_config["default"].use_rslora, theirs.peft_config["default"].use_rslora) == (False, True)
+    assert len(plain.targeted_parameter_names) == 4
+    assert says(plain, theirs).is_same
