@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 # Weights are read from safetensors alone: a pickle can run code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 CODE_FILES = ["*.py"]
+# The same weights once more, for other programs: original/ of Meta and OpenAI, consolidated* of Mistral, onnx/.
+NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
 
 
@@ -210,7 +212,7 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
     reference, revision = config.base, config.revision or None
     wanted = [*patterns, *(CODE_FILES if config.trust_remote_code else [])]
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted, ignore_patterns=NEVER))
     except HFValidationError as exc:
         raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
     except LocalEntryNotFoundError as exc:

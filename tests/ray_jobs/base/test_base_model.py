@@ -16,6 +16,7 @@ import torch.distributed as dist
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import base_model, chat_format
+from tests.doubles import hub
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group
 
@@ -286,6 +287,24 @@ def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path):
         "components.shared.errors.ConfigError: model.base 'org/name': no such local folder, and the model hub cannot "
         "be reached to look for it there"
     )
+
+
+def test_of_a_hub_model_the_weights_are_fetched_once(tiny_base, tmp_path):
+    # What openai/gpt-oss-20b, mistralai/Mistral-7B-Instruct-v0.3 and repositories with an ONNX export hold beside them.
+    folder = shutil.copytree(tiny_base, tmp_path / "repository")
+    others = ["original/model.safetensors", "original/config.json", "original/dtypes.json", "metal/model.bin"]
+    others += ["consolidated.safetensors", "consolidated.safetensors.index.json", "onnx/model.safetensors", "LICENSE"]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    with hub.serving("org/name", folder) as served:
+        process = in_a_process("org/name", HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"))
+        found, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    path = Path(found.strip().splitlines()[-1])
+    assert path.name == hub.COMMIT
+    assert served.sent == {file.name for file in tiny_base.iterdir()}
+    assert (path / "model.safetensors").read_bytes() == (tiny_base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("reference", ["no such/name", "a/b/c", "-name"])

@@ -1,0 +1,74 @@
+"""A model hub on loopback that serves one repository from a folder, and remembers which files it was asked for.
+
+It answers what `huggingface_hub.snapshot_download` asks: the listing, and each file with its headers.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A running hub."""
+
+    url: str
+    sent: set[str] = field(default_factory=set)
+    """Files whose bytes were asked for."""
+
+
+@contextmanager
+def serving(name: str, folder: Path) -> Iterator[Hub]:
+    """Serve `folder` as the repository `name`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, *, with_body: bool) -> None:
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            file = self.path.partition("/resolve/")[2].partition("/")[2]
+            if self.path.startswith(f"/api/models/{name}/tree/"):
+                body = json.dumps(
+                    [
+                        {"type": "file", "path": each, "size": path.stat().st_size, "oid": each}
+                        for each, path in sorted(files.items())
+                    ]
+                ).encode()
+            elif self.path.startswith(f"/api/models/{name}"):
+                body = json.dumps({"id": name, "sha": COMMIT}).encode()
+            elif file in files:
+                body = files[file].read_bytes()
+            else:
+                self.send_error(404)
+                return
+            if with_body and file:
+                hub.sent.add(file)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{file or "listing"}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing is printed."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub = Hub(f"http://127.0.0.1:{server.server_port}")
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
