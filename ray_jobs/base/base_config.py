@@ -1,6 +1,5 @@
 """The shape of a base model without its weights: config.json, or the header of a GGUF, and nothing else is fetched."""
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from components.config.schema import ModelConfig
 from components.registry.store import open_uri
 from components.shared.errors import ConfigError, ObjectMissing
 from ray_jobs.base.base_model import FILES, cache_dir, snapshot
+from ray_jobs.base.digests import remembered
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def require_positions(base: "PretrainedConfig", config: ModelConfig) -> None:
 
 def _converted(gguf: Path) -> Path:
     """Where `base_model` has put it, which is read in no time; the GGUF itself before that."""
-    with gguf.open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    digest = remembered(gguf, cache_dir().with_name("digests"))
     converted = cache_dir() / f"gguf-{digest[:16]}"
     return converted if (converted / FILE).is_file() else gguf
 

@@ -24,6 +24,7 @@ from components.config.schema import ModelConfig
 from components.registry.store import open_uri
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import attention, precision
+from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _from_s3(reference: str) -> Base:
 
 
 def _from_package(reference: str, found: PackagedGguf) -> Base:
-    digest = _sha256(found.path)
+    digest = remembered(found.path, cache_dir().with_name("digests"))
     path = cache_dir() / f"gguf-{digest[:16]}"
     once(path, lambda target: _convert_gguf(found.path, target))
     _verify(path)
@@ -273,7 +274,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     model.should_save_on_this_rank = lambda _: True  # of a process group only rank 0 would, but each machine converts
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
-    digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+    digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
     (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
 
 
@@ -299,7 +300,7 @@ def _verify(path: Path) -> None:
     except (OSError, ValueError) as exc:
         raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
     for name, expected in digests.items():
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or sha256(path / name) != expected:
             raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
 
 
@@ -313,15 +314,11 @@ def _require_model(path: Path, reference: str) -> Path:
 
 def _folder_identity(kind: str, path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    digests = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+    known = cache_dir().with_name("digests")
+    digests = {file.relative_to(path).as_posix(): remembered(file, known) for file in files}
     return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
 
 
 def _distribution(package: str) -> str:
     names = metadata.packages_distributions().get(package)
     return f"{names[0]}=={metadata.version(names[0])}" if names else package  # a folder on the path, not installed
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

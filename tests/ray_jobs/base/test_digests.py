@@ -1,0 +1,57 @@
+"""A base of many gigabytes is read once to know its identity, and again when it is another."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.config.schema import ModelConfig
+from ray_jobs.base import base_model
+from ray_jobs.base.digests import remembered
+
+opened: list[str] = []
+sys.addaudithook(lambda event, told: opened.append(str(told[0])) if event == "open" else None)
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def test_a_file_is_read_once_by_all_processes_of_a_machine(tmp_path):
+    path, known = tmp_path / "weights", tmp_path / "known"
+    path.write_bytes(b"one")
+    assert remembered(path, known) == sha256(b"one")
+    opened.clear()
+    assert remembered(path, known) == sha256(b"one")
+    assert str(path) not in opened
+    assert len(list(known.iterdir())) == 1
+
+
+def test_a_file_that_changed_is_read_again_though_its_size_and_its_time_did_not(tmp_path):
+    path, known = tmp_path / "weights", tmp_path / "known"
+    path.write_bytes(b"one")
+    before = path.stat()
+    remembered(path, known)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t leaves it
+    assert remembered(path, known) == sha256(b"two")
+
+
+def test_where_nothing_can_be_remembered_it_is_read_each_time(tmp_path):
+    path, nowhere = tmp_path / "weights", tmp_path / "file"
+    path.write_bytes(b"one")
+    nowhere.touch()
+    assert {remembered(path, nowhere / "known") for _ in range(2)} == {sha256(b"one")}
+
+
+def test_a_local_base_is_resolved_again_without_reading_its_weights(
+    tiny_base, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path))
+    config = ModelConfig(base=str(tiny_base))
+    first = base_model.resolve(config)
+    opened.clear()
+    assert base_model.resolve(config) == first
+    assert not [each for each in opened if Path(each).suffix == ".safetensors"]
