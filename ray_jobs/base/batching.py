@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that cross_entropy passes over
 MIN_PROMPT_TOKENS = 8  # what must remain of a prompt that is cut to make room for its answer
+AT_ONCE = 1000  # records that are tokenised together: in Python's lists a token takes 25 times its room in an array
 MEGABATCH = 8  # batches that are sorted together: enough to pair like lengths, few enough to stay random
 
 
@@ -81,6 +82,20 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
     Raises:
         DataError: a record cannot be told in the base's chat.
     """
+    starts = range(0, max(1, len(records)), AT_ONCE)
+    parts = [_tokenized(records[start : start + AT_ONCE], chat, max_length, loss_on) for start in starts]
+    return TokenizedSplit(
+        ids=[name for part in parts for name in part.ids],
+        tokens=np.concatenate([part.tokens for part in parts]),
+        labelled=np.concatenate([part.labelled for part in parts]),
+        offsets=_offsets(np.concatenate([part.lengths for part in parts])),
+        num_prompt_tokens=np.concatenate([part.num_prompt_tokens for part in parts]),
+        too_long=list(dict.fromkeys(name for part in parts for name in part.too_long)),
+        cut=list(dict.fromkeys(name for part in parts for name in part.cut)),
+    )
+
+
+def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
     texts = [(record.id, row) for record in records for row in chat.rows(record, loss_on)]
     ids, rows, labels, num_prompt_tokens, too_long, cut = [], [], [], [], [], []
     for (record_id, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
@@ -106,8 +121,8 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
         labelled=np.concatenate([np.zeros(0, dtype=np.bool_), *labels]),
         offsets=_offsets([len(row) for row in rows]),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=list(dict.fromkeys(too_long)),
-        cut=list(dict.fromkeys(cut)),
+        too_long=too_long,
+        cut=cut,
     )
 
 
@@ -163,7 +178,7 @@ def by_length(lengths: npt.NDArray[np.int64], batch_size: int) -> Iterator[npt.N
         yield order[start : start + batch_size]
 
 
-def _offsets(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+def _offsets(lengths: "Sequence[int] | npt.NDArray[np.int64]") -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
