@@ -27,7 +27,7 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, convert, merge, own_base, recorded
 from ray_jobs.adapters.merge import Agreement
-from ray_jobs.base import base_config, base_model, chat_format, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor, stored_format
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import tokenize
 from ray_jobs.base.chat_format import ChatFormat
@@ -247,7 +247,10 @@ def _loaded(source: ExportSource) -> "PreTrainedModel":
 
 def _dense(source: ExportSource) -> "PreTrainedModel":
     """The original base in float32 on the CPU, rounded to bfloat16 as every use of it rounds it."""
-    return base_model.load_model(source.original, source.config.model, "bf16", use_gpu=False).float()
+    model = source.config.model
+    if stored := stored_format.stored_as(base_config.load(source.original.path, model)):
+        return merge.unquantised(base_model.load_model(source.original, model, stored, use_gpu=False))
+    return base_model.load_model(source.original, model, "bf16", use_gpu=False).float()
 
 
 def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedModel":

@@ -96,6 +96,24 @@ def dequantise_into(dense: "PreTrainedModel", quantised: "PreTrainedModel") -> N
                 same.weight.copy_(weight.T if isinstance(same, Conv1D) else weight)  # quantised, it lies as others do
 
 
+def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
+    """A dense model in float32 of the weights that a quantised one computes with, for a base that is no other way."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shape = copy.deepcopy(quantised.config)
+    del shape.quantization_config
+    attention = quantised.config._attn_implementation
+    dense: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention)
+    shapes = {name: weight.shape for name, weight in dense.state_dict().items()}
+    kept = {name: weight for name, weight in quantised.state_dict().items() if shapes.get(name) == weight.shape}
+    dense.load_state_dict(kept, strict=False)
+    dequantise_into(dense, quantised)
+    return dense.requires_grad_(False).eval()
+
+
 def merge(adapted: "PeftModel") -> "PreTrainedModel":
     """The dense base with the adapter's update in its weights, layer by layer and in place.
 

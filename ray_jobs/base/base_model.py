@@ -23,7 +23,7 @@ from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from components.registry.store import open_uri
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import attention, precision
+from ray_jobs.base import attention, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
@@ -111,13 +111,13 @@ def load_model(
 ) -> "PreTrainedModel":
     """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
-    A folder that is quantised already is loaded as it is. `in_host_memory` leaves the model there for who will move it
-    to the GPU. Within `deepspeed.sharding` a bfloat16 base is sharded as it is read, which rank 0 does for all.
-    `dtype` is what weights and activations are in; None means bfloat16, or float16 on a GPU that does not know that.
-    `matmul_dtype` is what a CPU multiplies in; whatever it is, weights and activations are the same 16 bits.
+    `in_host_memory` leaves the model there for who will move it to the GPU. Within `deepspeed.sharding` a bfloat16 base
+    is sharded as it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means
+    bfloat16, or float16 on a GPU that does not know that. `matmul_dtype` is what a CPU multiplies in; whatever it is,
+    weights and activations are the same 16 bits.
 
     Raises:
-        ConfigError: the base does not know `model.attention`.
+        ConfigError: the base does not know `model.attention`, or is quantised already and otherwise.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -129,8 +129,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=dtype,
-        # Passed as None, it would make a folder that is quantised already forget how.
-        **({} if is_quantised(base) else {"quantization_config": _quantization(base_format, dtype)}),
+        **stored_format.quantization(shape, base_format, dtype, reference=base.reference),
         attn_implementation=attention.choose(shape, config.attention, use_gpu=use_gpu),
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
@@ -152,22 +151,8 @@ def load_model(
     return model
 
 
-def _quantization(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if base_format == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
-
-
 def is_quantised(base: Base) -> bool:
-    """Whether the folder's weights are quantised already, and are to be loaded as they are."""
+    """Whether the folder's weights are quantised already."""
     return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from components.config.schema import Attention, MethodConfig
 from ray_jobs.adapters import build
+from ray_jobs.base import stored_format
 from ray_jobs.base.attention import FLASH, choose, takes_kernels
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ class Rehearsal:
         use_gpu: bool = True,
         attention: Attention = "auto",
     ) -> None:
-        """Raises ConfigError where the base has no such attention, or no layer that `method.target_modules` names."""
+        """Raises ConfigError where the base is quantised otherwise, knows no such attention or has no such layers."""
+        if method is not None:
+            stored_format.quantization(base, method.row.base, reference=reference)
         self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
         base = base.get_text_config()  # of a model that also sees, what reads and writes
         matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
-from components.config.schema import RunConfig
+from components.config.schema import ModelConfig, RunConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
 from ray_jobs.adapters import build, merge, own_base
@@ -221,3 +221,20 @@ def test_adapted_experts_become_plain_lora_too(of, store, tmp_path):
     assert (plain.peft_config["default"].use_rslora, theirs.peft_config["default"].use_rslora) == (False, True)
     assert len(plain.targeted_parameter_names) == 4
     assert says(plain, theirs).is_same
+
+
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_a_base_that_is_only_there_quantised_is_merged_too(stored, of, store, tmp_path, tiny_base):
+    original = ModelConfig(base=str(tiny_base))
+    quantised = base_model.load_model(base_model.resolve(original), original, stored, use_gpu=False)
+    quantised.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    config = of("lora", f"model.base={tmp_path / 'base'}", f"method.base={stored}")
+    publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", dtype="float32"))
+    assert record["base_model"]["format"] == stored
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    # The same adapter on the same weights, dequantised into the model that they were made from.
+    dense = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).float()
+    merge.dequantise_into(dense, quantised)
+    assert says(PeftModel.from_pretrained(dense, tmp_path / "adapter-lora"), plain).is_same

@@ -1,0 +1,80 @@
+"""How a base's weights are stored, and how they come to be what `method.base` says.
+
+A folder is 16 bits wide, quantised in one of our formats (NF4 or int8 of bitsandbytes), which is loaded as it is, or
+quantised in one that is only for storage: MXFP4, as gpt-oss, or FP8, which are widened to bfloat16. Anything else under
+another name than its own would make plan, lineage and serving untrue, and is refused.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from components.config.methods import BaseFormat
+from components.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+WIDENED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""What bfloat16 is made of, and transformers' configuration that does it."""
+
+
+def quantization(
+    shape: "PretrainedConfig", base_format: BaseFormat, dtype: "torch.dtype", *, reference: str
+) -> dict[str, Any]:
+    """What `from_pretrained` takes beside the folder, so that its weights come to be in `base_format`.
+
+    `dtype` is the 16-bit type that NF4 is multiplied in.
+
+    Raises:
+        ConfigError: they are quantised, and otherwise than that.
+    """
+    import transformers
+
+    stored = _stored(shape)
+    if not stored:
+        return {"quantization_config": _config_of(base_format, dtype)}
+    if stored_as(shape) == base_format:
+        return {}  # passed as None, a configuration would make the folder forget its own
+    kind = stored.get("quant_method", "")
+    if base_format == "bf16" and kind in WIDENED:
+        return {"quantization_config": getattr(transformers, WIDENED[kind])(dequantize=True)}
+    mend = stored_as(shape) or ("bf16" if kind in WIDENED else None)
+    raise ConfigError(
+        f"method.base {base_format}: the weights of {reference} are quantised already, as {_told(stored)}: "
+        + (f"set method.base={mend}, or name" if mend else "name")
+        + " the unquantised model that they were made from"
+    )
+
+
+def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:
+    """The format of ours that the weights are in; None for those of 16 bits and for any other."""
+    stored = _stored(shape)
+    if stored.get("load_in_8bit"):
+        return "int8"
+    return "nf4" if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4" else None
+
+
+def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
+    found = getattr(shape, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def _told(stored: dict[str, Any]) -> str:
+    kind = stored.get("quant_method", "a kind that it does not name")
+    if kind != "bitsandbytes":
+        return str(kind)
+    return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _config_of(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if base_format == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None

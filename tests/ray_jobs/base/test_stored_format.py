@@ -1,0 +1,121 @@
+"""Folders whose weights are quantised already: loaded as they are, widened, or refused; never as something else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file, save_file
+
+from components.config.schema import MethodConfig, ModelConfig
+from components.shared.errors import ConfigError
+from ray_jobs.base import base_config, base_model
+from ray_jobs.planning.rehearsal import Rehearsal
+from tests.models import zoo
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+"""The values of four bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3."""
+
+
+def load(folder: Path, base_format: str):
+    config = ModelConfig(base=str(folder))
+    return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)
+
+
+def planned(folder: Path, base_format: str) -> None:
+    shape = base_config.read(ModelConfig(base=str(folder)))
+    Rehearsal(shape, MethodConfig(name="lora", base=base_format), reference=str(folder))
+
+
+def told(folder: Path, quantization: dict[str, object]) -> None:
+    """Say in the folder's configuration how its weights are stored."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+
+
+@pytest.fixture(params=["nf4", "int8"])
+def quantised(request, tiny_base, tmp_path) -> tuple[str, Path]:
+    load(tiny_base, request.param).save_pretrained(tmp_path)
+    return request.param, tmp_path
+
+
+def test_a_folder_of_one_of_our_formats_is_loaded_as_it_is(quantised, tiny_base):
+    stored, folder = quantised
+    planned(folder, stored)
+    kind = {"nf4": Linear4bit, "int8": Linear8bitLt}[stored]
+    layers = [module for module in load(folder, stored).modules() if isinstance(module, kind)]
+    same = [module for module in load(tiny_base, stored).modules() if isinstance(module, kind)]
+    assert len(layers) == 14
+    for layer, other in zip(layers, same, strict=True):
+        assert torch.equal(layer.weight.data.view(torch.uint8), other.weight.data.view(torch.uint8))
+
+
+def test_under_another_name_it_is_refused_with_its_own(quantised):
+    stored, folder = quantised
+    for base_format in {"bf16", "nf4", "int8"} - {stored}:
+        message = rf"method\.base {base_format}: .* are quantised already, as {stored}: set method\.base={stored}, or"
+        for attempt in (planned, load):
+            with pytest.raises(ConfigError, match=message):
+                attempt(folder, base_format)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "as fp4: name the unq"),
+        ({"quant_method": "gptq", "bits": 4}, "as gptq: name the unquantised model"),
+        ({"quant_method": "mxfp4"}, "as mxfp4: set method.base=bf16, or name"),
+    ],
+)
+def test_a_format_that_is_not_ours_is_refused_by_the_plan(stored, message, tiny_base, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    told(tmp_path, stored)
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, "nf4")
+
+
+def test_mxfp4_is_widened_to_bfloat16(tmp_path):
+    zoo.build("gpt-oss", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, expected = load_file(path), {}
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
+        scales = rng.integers(122, 128, (experts, outputs, inputs // 32), dtype=np.uint8)
+        tensors |= {f"{name}_blocks": torch.from_numpy(blocks), f"{name}_scales": torch.from_numpy(scales)}
+        # Two values a byte, the lower half first; 32 values share the exponent s of a scale 2^(s - 127).
+        values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(experts, outputs, inputs // 32, 32)
+        dense = values * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        expected[name] = dense.reshape(experts, outputs, inputs).transpose(0, 2, 1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    told(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    planned(tmp_path, "bf16")
+    found = dict(load(tmp_path, "bf16").named_parameters())
+    assert len(expected) == 4
+    for name, weight in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        np.testing.assert_array_equal(found[name].float().numpy(), weight)
+
+
+def test_fp8_is_widened_to_bfloat16(tiny_base, tmp_path):
+    for file in tiny_base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "model.safetensors"
+    tensors, expected = load_file(path), {}
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = torch.from_numpy(rng.normal(size=tensors[name].shape).astype(np.float32)).to(torch.float8_e4m3fn)
+        rows, columns = weight.shape
+        scales = np.exp2(rng.integers(-4, 1, (rows // 32, columns // 32))).astype(np.float32)
+        tensors |= {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
+        expected[name] = weight.float().numpy() * scales.repeat(32, axis=0).repeat(32, axis=1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    told(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
+    planned(tmp_path, "bf16")
+    found = dict(load(tmp_path, "bf16").named_parameters())
+    assert len(expected) == 14
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name].float().numpy(), weight, rtol=2**-8)
