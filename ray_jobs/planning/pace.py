@@ -114,9 +114,13 @@ def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtyp
     from ray_jobs.planning.rehearsal import period
 
     few = copy.deepcopy(base)
+    if hasattr(few, "quantization_config"):  # these weights are new ones, of 16 bits until they are loaded
+        del few.quantization_config
     text = few.get_text_config()
     num_layers = min(text.num_hidden_layers, period(getattr(text, "layer_types", None) or [], text.num_hidden_layers))
     text.num_hidden_layers, text.vocab_size = num_layers, VOCABULARY
+    if hasattr(text, "vocab_size_per_layer_input"):  # Gemma 4's embeddings of each layer
+        text.vocab_size_per_layer_input = VOCABULARY
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

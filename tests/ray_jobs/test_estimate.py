@@ -21,6 +21,7 @@ from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
 from ray_jobs.planning import pace
 from ray_jobs.planning.pace import MeanBatch, Pace
+from tests.models import zoo
 from tests.models.tiny import colour_rows
 
 TWO_CORES = Cpu("any", "AVX2", 2)
@@ -112,6 +113,18 @@ def test_a_few_layers_are_really_trained_and_read(config: RunConfig, changes: li
     found = pace.measure(with_changes(config, *changes), base, MeanBatch(2, 20, 4, 8))
     assert min(found.train_s, found.read_s, found.write_s) > 0
     assert base.num_hidden_layers == 6
+
+
+def test_a_few_layers_of_a_base_that_is_quantised_already_are_too(config: RunConfig):
+    base = zoo.KINDS["Llama, tied"].config()
+    base.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert pace.measure(with_changes(config, "method.name=qlora"), base, Load(2, 20, 4, 8)).train_s > 0
+
+
+def test_layers_with_embeddings_of_their_own_are_measured_on_few_tokens_too(config: RunConfig):
+    base = zoo.KINDS["Gemma 4"].config()
+    assert base.vocab_size_per_layer_input < pace.VOCABULARY
+    assert pace.measure(config, base, Load(2, 20, 4, 8)).train_s > 0
 
 
 def test_data_in_s3_leave_the_time_open_and_the_speed_known(config: RunConfig):
