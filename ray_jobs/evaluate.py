@@ -1,8 +1,8 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
 The records are shared out over Ray tasks. Each loads the base once and puts the adapters on it one after the other, in
-the base's dtype, as they were trained: what is measured is the function that was trained, of the published files. A base
-that no worker can hold is shared out over all of them, as it was to be trained on.
+the base's dtype, as they were trained: what is measured is the function that was trained, of the published files. A
+base that no worker can hold is shared out over all of them, as it was to be trained on.
 """
 
 import json

@@ -11,7 +11,7 @@ bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it 
 Other hardware may compute otherwise, so each content has a folder: files of two makings never mix. Release 0.1.0 wrote
 the files to bases/<id>/ itself, which is still read.
 
-How one is made is an entry of `STARTS`: a module with the four functions of `Start`, as LoftQ's has them. Nobody else
+How one is made is an entry of `STARTS`: a module with the five functions of `Start`, as LoftQ's has them. Nobody else
 asks for a start by its name.
 """
 
@@ -46,6 +46,9 @@ FORMAT = 1  # of chosen.json
 class Start(Protocol):
     """How adapters of one `method.init` begin, where that is not as the base alone."""
 
+    def check(self, config: RunConfig, original: Base) -> None:
+        """Refuse an original that no such base can be made of, without reading its weights."""
+
     def made_from(self, method: MethodConfig, original: Base) -> Mapping[str, Any]:
         """All that base and first weights depend on, as JSON values; the base is named after it."""
 
@@ -66,6 +69,16 @@ class Start(Protocol):
 
 
 STARTS: dict[Init, Start] = {"loftq": loftq}
+
+
+def check(config: RunConfig, original: Base) -> None:
+    """What can be said before any worker is started.
+
+    Raises:
+        ConfigError: `method.init` makes no base of the original.
+    """
+    if start := STARTS.get(config.method.row.init):
+        start.check(config, original)
 
 
 def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:

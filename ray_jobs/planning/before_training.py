@@ -6,7 +6,9 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
+from ray_jobs.adapters import own_base
 from ray_jobs.base import base_config
+from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.capacity import Device, WorstBatch, cluster_device, evaluated, records_to_evaluate, require_fit
 from ray_jobs.planning.memory import GIB, parts_told
@@ -19,9 +21,10 @@ def before_training(
     """What to tell a person before any worker is started; `nodes` as `ray.nodes()` gives them.
 
     Raises:
-        ConfigError: the training cannot fit, or the adapter does not fit the base.
+        ConfigError: the training cannot fit, the adapter does not fit the base, or the base is none to begin with.
     """
     device = cluster_device(config, nodes)
+    own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
         base = base_config.load(base_folder, config.model)
         rehearsal = Rehearsal(

@@ -89,7 +89,7 @@ class Rehearsal:
     ) -> None:
         """Raises ConfigError where the base is quantised otherwise, knows no such attention or has no such layers."""
         if method is not None:
-            stored_format.quantization(base, method.row.base, reference=reference)
+            stored_format.quantization(base, method.row.base, torch.bfloat16, reference=reference)
         self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
         base = base.get_text_config()  # of a model that also sees, what reads and writes
         matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))

@@ -118,13 +118,13 @@ def test_a_few_layers_are_really_trained_and_read(config: RunConfig, changes: li
 def test_a_few_layers_of_a_base_that_is_quantised_already_are_too(config: RunConfig):
     base = zoo.KINDS["Llama, tied"].config()
     base.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    assert pace.measure(with_changes(config, "method.name=qlora"), base, Load(2, 20, 4, 8)).train_s > 0
+    assert pace.measure(with_changes(config, "method.name=qlora"), base, MeanBatch(2, 20, 4, 8)).train_s > 0
 
 
 def test_layers_with_embeddings_of_their_own_are_measured_on_few_tokens_too(config: RunConfig):
     base = zoo.KINDS["Gemma 4"].config()
     assert base.vocab_size_per_layer_input < pace.VOCABULARY
-    assert pace.measure(config, base, Load(2, 20, 4, 8)).train_s > 0
+    assert pace.measure(config, base, MeanBatch(2, 20, 4, 8)).train_s > 0
 
 
 def test_data_in_s3_leave_the_time_open_and_the_speed_known(config: RunConfig):

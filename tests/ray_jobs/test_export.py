@@ -231,7 +231,7 @@ def test_a_base_that_is_only_there_quantised_is_merged_too(stored, of, store, tm
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
     config = of("lora", f"model.base={tmp_path / 'base'}", f"method.base={stored}")
     publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, Wish("merged", tmp_path / "out", dtype="float32"))
+    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
     assert record["base_model"]["format"] == stored
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     # The same adapter on the same weights, dequantised into the model that they were made from.

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the folder and of the arithmetic: another one is another base
 
 
+def check(config: RunConfig, original: Base) -> None:
+    """Raises ConfigError where a layer to adapt is not one that can be split."""
+    make.find_layers(config, original)
+
+
 def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
     """What Q, L and R depend on; scaling and alpha are not among it."""
     targets = method.target_modules

@@ -83,6 +83,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
     """
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -105,7 +106,12 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
     found = {}
     for name in adapted.targeted_module_names:
         layer: Any = adapted.get_base_model().get_submodule(f"{name}.base_layer")
-        if type(layer) is not torch.nn.Linear or not should_convert_module(name, never_quantised):
+        if isinstance(layer, Conv1D):
+            raise ConfigError(
+                f"method.init loftq: {name} of {original.reference} is a Conv1D, whose weight lies the other way round "
+                'from what LoftQ splits: set method.init="default"'
+            )
+        if not isinstance(layer, torch.nn.Linear) or not should_convert_module(name, never_quantised):
             raise ConfigError(
                 f"method.init loftq: {name} of {original.reference} is not quantised, so there is nothing to make up "
                 "for: leave it out of method.target_modules"

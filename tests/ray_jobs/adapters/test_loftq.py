@@ -29,6 +29,8 @@ from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import collate, tokenize
 from ray_jobs.evaluate import _contenders, measure_shard
+from ray_jobs.planning.before_training import before_training
+from tests.models import zoo
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
@@ -288,10 +290,18 @@ def test_weights_that_nf4_holds_exactly_are_refused_and_nothing_is_published(cha
     assert stood(changed(f"model.base={tmp_path / 'exact'}", 'method.target_modules=["v_proj"]'), store)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_a_layer_that_stays_16_bit_is_refused(changed, store):
-    with pytest.raises(ConfigError, match=r"lm_head .* is not quantised.*method\.target_modules"):
-        stood(changed('method.target_modules=["q_proj", "lm_head"]'), store)
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        ("Llama, untied", "lm_head", r"lm_head .* is not quantised.*method\.target_modules"),
+        ("GPT-2", "c_fc", r"c_fc .* is a Conv1D, whose weight lies the other way round .* set method\.init"),
+    ],
+)
+def test_a_layer_that_cannot_be_split_is_refused_before_any_worker_starts(kind, target, message, changed, tmp_path):
+    base = zoo.build(kind, tmp_path)
+    config = changed(f"model.base={base}", f'method.target_modules=["{target}"]')
+    with pytest.raises(ConfigError, match=message):
+        before_training(config, base, tokenize(RECORDS, AutoTokenizer.from_pretrained(base), 64), [])
 
 
 def test_a_base_that_is_quantised_already_is_refused(changed, store):
