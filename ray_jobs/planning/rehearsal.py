@@ -174,8 +174,9 @@ class Rehearsal:
         self._model.train()
         with self._fake:
             _replace_tensors(self._model)
-        decoder: torch.nn.Module = self._model.get_decoder()
-        return decoder
+        # Of Llama 4's get_decoder gives the whole model, with its head.
+        decoders = (module for module in self._model.get_decoder().modules() if _layers(module))
+        return next(decoders, self._model)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -272,15 +273,17 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-@contextmanager
-def _first_layers(decoder: torch.nn.Module, count: int) -> Iterator[None]:
+def _layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
+    """The list of layers among a module's own children, with its name; nothing where there is none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    name, layers = next(
-        (name, child)
-        for name, child in decoder.named_children()
-        if isinstance(child, torch.nn.ModuleList) and isinstance(child[0], GradientCheckpointingLayer)
-    )
+    lists = [(name, child) for name, child in module.named_children() if isinstance(child, torch.nn.ModuleList)]
+    return [(name, child) for name, child in lists if len(child) and isinstance(child[0], GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _first_layers(decoder: torch.nn.Module, count: int) -> Iterator[None]:
+    ((name, layers),) = _layers(decoder)
     setattr(decoder, name, layers[:count])
     try:
         yield

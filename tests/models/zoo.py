@@ -1,12 +1,19 @@
 """Tiny models of the architectures that people fine-tune, with random weights, from transformers' own configurations.
 
 Each has what sets its family apart: tied and biased layers, windows, experts, a vision tower, layers of several kinds.
+`python -m tests.models.zoo` writes the table of what goes with what, every cell of which `test_zoo.py` trains.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from components.config.methods import METHODS
+from components.config.schema import AdapterConfig, DataConfig, MethodConfig, ModelConfig, RunConfig
+from components.shared.errors import ConfigError
 from tests.models.tiny import SPECIAL, write_tokenizer
 
 if TYPE_CHECKING:
@@ -130,3 +137,84 @@ def build(name: str, directory: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(directory)
     return directory
+
+
+METHOD_CONFIGS = {
+    **{name: MethodConfig(name=name, rank=4) for name in METHODS},  # type: ignore[arg-type]
+    "lora on int8": MethodConfig(name="lora", base="int8", rank=4),
+}
+"""The table's columns: every method, and the one base format that none has by default."""
+TABLE = Path(__file__).parents[2] / "ray_jobs" / "MODELS.md"
+MODELS = """# Base models
+
+Any causal language model of transformers is taken. These architectures are tested: of each a tiny model is planned for,
+trained, scored, saved, loaded by plain peft and merged with each method, on one worker and on two.
+
+{table}
+
+*Attention* is what `model.attention = "auto"` takes on a GPU; on a CPU sdpa runs in float32 where the architecture lets
+it. A cell with no mark is refused before any worker starts, with the reason and with what to set; `fineloop plan` says
+so too, but for loftq, which looks into the files of the weights.
+
+*Fused experts* are one parameter of three dimensions for each layer. LoRA and rsLoRA adapt them beside the other
+layers; the router only where `method.target_modules` names it. The other adapters have no form for them, and go on the
+layers of attention alone: `method.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]`. bitsandbytes does not
+quantise them, and they are most of such a base, so that it is trained in bfloat16.
+
+Of a model that also sees, only what reads and writes text is adapted. An output head that is the input embeddings too
+(tied) is never adapted: it could not be merged.
+
+`python -m tests.models.zoo` writes this page.
+"""
+
+
+@cache
+def on_no_device(name: str) -> Any:
+    """The model without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(KINDS[name].config())
+
+
+def refusal(name: str, method: str, base: Path) -> str | None:
+    """Why a method does not go with an architecture, whose model lies at `base`; None where it does.
+
+    It is what a training looks at before any worker starts, without the plan of its memory.
+    """
+    from ray_jobs.adapters import own_base
+    from ray_jobs.adapters.targets import find
+    from ray_jobs.base.base_model import Base
+
+    config = RunConfig(
+        adapter=AdapterConfig(name="zoo"),
+        model=ModelConfig(base=str(base)),
+        data=DataConfig(source="unused.jsonl"),
+        method=METHOD_CONFIGS[method],
+    )
+    try:
+        find(on_no_device(name), config.method, base_reference=name)
+        own_base.check(config, Base(name, base, {}))
+    except ConfigError as exc:
+        return str(exc)
+    return None
+
+
+def page(folder: Callable[[str], Path]) -> str:
+    """What goes with what, as Markdown; `folder` gives where an architecture's model lies."""
+    from ray_jobs.adapters.targets import experts_of
+    from ray_jobs.base import attention
+
+    head = ["architecture", "attention", *METHOD_CONFIGS]
+    rows = [head, ["---"] * len(head)]
+    for name, kind in KINDS.items():
+        told = f"{name}, fused experts" if experts_of(on_no_device(name)) else name
+        marks = ["" if refusal(name, method, folder(name)) else "x" for method in METHOD_CONFIGS]
+        rows.append([told, str(attention.choose(kind.config(), "auto", use_gpu=True)), *marks])
+    return MODELS.format(table="\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory(prefix="fineloop-zoo-") as scratch:
+        TABLE.write_text(page(lambda name: build(name, Path(scratch) / name)), encoding="utf-8")

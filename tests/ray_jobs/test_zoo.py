@@ -1,0 +1,190 @@
+"""Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
+
+LoRA on each is quick and runs always; the whole table, and each with its base shared out by ZeRO, is slow.
+"""
+
+import functools
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.prepare.validate import validate
+from components.registry.store import Store
+from components.shared.errors import ConfigError
+from pipelines.local import seaweedfs
+from ray_jobs.adapters import build, convert, merge, own_base
+from ray_jobs.base import base_config, base_model
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.base_model import Base
+from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
+from ray_jobs.planning.before_training import before_training
+from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.scoring.scoring import score
+from tests.models import zoo
+from tests.models.plain import plain_training
+from tests.models.tiny import colour_rows
+from tests.models.train_group import train_all
+from tests.ray_jobs.conftest import CONFIG
+from tests.ray_jobs.test_export import on_its_base
+
+RECORDS = [validate(row).record for row in colour_rows(8)]
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """The tiny model of an architecture, made once."""
+    return functools.cache(lambda name: zoo.build(name, tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+
+    def config(name: str, method: str, *more: str) -> RunConfig:
+        row = zoo.METHOD_CONFIGS[method]
+        place = [f"registry.bucket={s3_server.bucket}", "registry.prefix=tests/zoo"]
+        told = [f"method.name={row.name}", f"method.base={row.row.base}", f"method.rank={row.rank}"]
+        return config_file.loads(CONFIG.format(base=folder(name)), [*place, *told, *more])
+
+    return config
+
+
+def one_record() -> TokenizedSplit:
+    return TokenizedSplit(["0"], np.zeros(8, np.int32), np.array([0, 8]), np.array([4]), [])
+
+
+def logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_ids=tokens).logits.float()
+
+
+def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
+    """One architecture with one method, from the plan to what a user does with the published files."""
+    store = Store.open(config.registry)
+    shape = base_config.read(config.model)
+    rehearsal = Rehearsal(shape, config.method, reference="zoo", use_gpu=False)
+    assert not rehearsal.step(2, 32, checkpointing=True).is_estimate
+
+    original = base_model.resolve(config.model)
+    base = own_base.prepare(config, original, store)
+    tokenizer = base_model.load_tokenizer(base, config.model)
+    split = tokenize(RECORDS, tokenizer, config.model.max_length)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    adapted = build.attach(model, config.method, base_reference=base.reference, seed=0).train()
+    own_base.begin(config, adapted, base)
+    assert adapted.get_nb_trainable_parameters()[0] == rehearsal.census.trainable
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    batch = collate(split, range(len(split)), tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = answer_nll(adapted, batch["input_ids"], batch["labels"]).mean()
+        loss.backward()
+        losses.append(loss.item())
+        assert all(parameter.grad is not None for parameter in trained.values())
+        optimizer.step()
+        last = {name: parameter.grad for name, parameter in trained.items()}
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert [name for name, gradient in last.items() if not gradient.any()] == []
+
+    scores = score(
+        adapted.eval(),
+        tokenizer,
+        RECORDS,
+        split,
+        with_other_prompts=None,
+        batch_size=4,
+        max_new_tokens=4,
+        advance=lambda _: None,
+    )
+    expected = answer_nll(adapted, batch["input_ids"], batch["labels"]).sum().item()
+    assert math.isclose(sum(each.nll for each in scores), expected, rel_tol=0.02)
+
+    build.save(adapted, tmp_path / "adapter")
+    tokens = batch["input_ids"][:, :24]
+    reloads_in_plain_peft(adapted, config, base, tmp_path / "adapter", tokens)
+    merges(config, store, tmp_path, tokens)
+
+
+def reloads_in_plain_peft(adapted, config: RunConfig, base: Base, folder: Path, tokens: torch.Tensor) -> None:
+    """The published files on the base as transformers loads it by itself, in the arithmetic of the training."""
+    if config.method.row.adapter == "dvora" or config.method.row.base != "bf16":
+        return  # no method of peft's own; and what quantised weights give, `merges` compares
+    plain = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.bfloat16, attn_implementation=adapted.config._attn_implementation
+    )
+    plain = PeftModel.from_pretrained(plain, folder)
+    ours = dict(adapted.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.data = parameter.data.to(ours[name].dtype)
+    assert torch.equal(logits(plain, tokens), logits(adapted, tokens))
+
+
+def merges(config: RunConfig, store: Store, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Merged and read by plain transformers, and as plain LoRA where it is one, it says what the adapter says."""
+    adapted = on_its_base(config, store, tmp_path / "adapter")
+    expected = logits(adapted, tokens)
+    if config.method.row.adapter in ("lora", "vera"):
+        plain = convert.as_lora(on_its_base(config, store, tmp_path / "adapter"))
+        torch.testing.assert_close(logits(plain, tokens), expected, rtol=0, atol=1e-4)
+    merge.merge(adapted).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=2e-4)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        # bitsandbytes says once for each layer that int8 rounds its inputs.
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
+        # peft mends by itself what GPT-2's weights are.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", zoo.KINDS)
+def test_an_architecture_goes_all_the_way_with_lora(name, configured, tmp_path):
+    goes_all_the_way(configured(name, "lora"), tmp_path)
+
+
+@pytest.mark.parametrize("name", zoo.KINDS)
+def test_what_the_table_has_no_mark_for_is_refused_before_a_worker_starts(name, folder, configured):
+    for method in zoo.METHOD_CONFIGS:
+        if zoo.refusal(name, method, folder(name)):
+            config = configured(name, method)
+            with pytest.raises(ConfigError, match=r"method\.(base|adapter|init) .* set method\.(base|adapter|init)="):
+                before_training(config, folder(name), one_record(), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in zoo.METHOD_CONFIGS if method != "lora"])
+@pytest.mark.parametrize("name", zoo.KINDS)
+def test_what_the_table_has_a_mark_for_goes_all_the_way(name, method, folder, configured, tmp_path):
+    if not zoo.refusal(name, method, folder(name)):
+        goes_all_the_way(configured(name, method), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("name", zoo.KINDS)
+def test_two_workers_take_the_steps_of_a_plain_loop(name, zero_stage, configured, tmp_path):
+    config = configured(name, "lora", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16")
+    toml = config_file.dumps(config)
+    rows = colour_rows(36)
+    found = train_all({f"{name}-{zero_stage}".replace(" ", "-"): toml}, rows, tmp_path, num_workers=2)
+    (trained,) = found.values()
+    assert trained.losses == pytest.approx(plain_training(toml, rows).losses, abs=0.05)
+
+
+def test_the_page_of_base_models_is_what_the_code_does(folder):
+    assert zoo.TABLE.read_text(encoding="utf-8") == zoo.page(folder), "run `python -m tests.models.zoo`"
