@@ -47,6 +47,17 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     return "eager"
 
 
+def for_text(base: "PretrainedConfig", chosen: str | None) -> str | dict[str, str] | None:
+    """What `choose` gave, as `attn_implementation` takes it: for what reads and writes text alone.
+
+    A tower that sees or hears keeps its own, as Gemma 4's for sound knows no fused kernel.
+    """
+    text = base.get_text_config()
+    if chosen is None or text is base:
+        return chosen
+    return {"": chosen} | {key: chosen for key in base.sub_configs if getattr(base, key, None) is text}
+
+
 def takes_kernels(base: "PretrainedConfig") -> bool:
     """Whether the base's architecture takes attention kernels that transformers does not ship."""
     model = _model_class(base)

@@ -130,7 +130,7 @@ def load_model(
         base.path,
         dtype=dtype,
         **stored_format.quantization(shape, base_format, dtype, reference=base.reference),
-        attn_implementation=attention.choose(shape, config.attention, use_gpu=use_gpu),
+        attn_implementation=attention.for_text(shape, attention.choose(shape, config.attention, use_gpu=use_gpu)),
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,

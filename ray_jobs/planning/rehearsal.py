@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from components.config.schema import Attention, MethodConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import stored_format
-from ray_jobs.base.attention import FLASH, choose, takes_kernels
+from ray_jobs.base.attention import FLASH, choose, for_text, takes_kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -213,7 +213,7 @@ def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrained
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            base, dtype=torch.bfloat16, attn_implementation=_rehearsed(base, attention)
+            base, dtype=torch.bfloat16, attn_implementation=for_text(base, _rehearsed(base, attention))
         )
     return model
 

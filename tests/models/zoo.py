@@ -46,6 +46,15 @@ VISION = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
+GEMMA_4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "tie_word_embeddings": True,
+    "vocab_size_per_layer_input": TEXT["vocab_size"],
+    "hidden_size_per_layer_input": 16,
+    **WINDOWED,
+}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -92,15 +101,13 @@ KINDS = {
         {"head_dim": 16, "tie_word_embeddings": True, **WINDOWED},
         {"vision_config": VISION, "mm_tokens_per_image": 1},
     ),
-    "Gemma 4": Kind(
-        "Gemma4TextConfig",
+    "Gemma 4": Kind("Gemma4TextConfig", GEMMA_4),
+    "Gemma 4, with vision and sound": Kind(
+        "Gemma4Config",
+        GEMMA_4,
         {
-            "head_dim": 16,
-            "global_head_dim": 32,
-            "tie_word_embeddings": True,
-            "vocab_size_per_layer_input": TEXT["vocab_size"],
-            "hidden_size_per_layer_input": 16,
-            **WINDOWED,
+            "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 16},
+            "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         },
     ),
     "Phi-3": Kind("Phi3Config"),

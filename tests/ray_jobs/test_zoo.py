@@ -21,7 +21,7 @@ from components.registry.store import Store
 from components.shared.errors import ConfigError
 from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
@@ -120,9 +120,8 @@ def reloads_in_plain_peft(adapted, config: RunConfig, base: Base, folder: Path, 
     """The published files on the base as transformers loads it by itself, in the arithmetic of the training."""
     if config.method.row.adapter == "dvora" or config.method.row.base != "bf16":
         return  # no method of peft's own; and what quantised weights give, `merges` compares
-    plain = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=torch.bfloat16, attn_implementation=adapted.config._attn_implementation
-    )
+    kernel = attention.for_text(base_config.read(config.model), adapted.config._attn_implementation)
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, attn_implementation=kernel)
     plain = PeftModel.from_pretrained(plain, folder)
     ours = dict(adapted.named_parameters())
     for name, parameter in plain.named_parameters():
