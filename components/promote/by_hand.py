@@ -84,9 +84,13 @@ def carry_out(store: "Store", request: Request) -> "Event":
     if request.action != PROMOTE:
         raise UserError(f"action is {request.action!r}: expected {PROMOTE!r} or {ROLL_BACK!r}")
     version = request.version or _newest(store, request.name)
-    reference = f"{request.name}@{version}"
     return promote_by_hand(
-        store, reference, alias=request.alias, run_id=request.job_id, actor=actor, reason=request.reason
+        store,
+        f"{request.name}@{version}",
+        alias=request.alias,
+        run_id=request.job_id,
+        actor=actor,
+        reason=request.reason,
     )
 
 

@@ -192,10 +192,10 @@ def rollback(
     holder = read_alias(store, name, alias)
     if holder is None:
         raise ObjectMissing(f"{name} has no alias {alias!r} to roll back: promote a version first")
-    is_same_run = bool(cause.run_id) and holder.run_id == cause.run_id
-    is_from_expected = holder.event["from"] == expected
-    event: MoveKind = "rolled_back"
-    if holder.kind == "rolled_back" and to in (None, holder.version) and (is_same_run or is_from_expected):
+    is_there = holder.version == to if to else holder.kind == "rolled_back"
+    is_ours = (bool(cause.run_id) and holder.run_id == cause.run_id) or holder.event["from"] == expected
+    kind: MoveKind = "rolled_back"
+    if is_there and is_ours:
         to = holder.version
     elif expected not in (ANYONE, holder.version):
         raise _conflict(store, name, alias, to or "the one before", expected, holder)
@@ -206,8 +206,8 @@ def rollback(
     elif is_refused(log := events(store, name), to, alias) and all(
         event.body["to"] != to for event in moves(log, alias)
     ):
-        event = "overridden"
-    return move_alias(store, name, alias, to, expected=holder, kind=event, cause=cause)
+        kind = "overridden"
+    return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause)
 
 
 def move_alias(
