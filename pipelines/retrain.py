@@ -105,8 +105,9 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             with dsl.If(data.outputs["has_news"] == True, name="new-data"):  # noqa: E712 - kfp overloads ==
                 evaluation = _compared_candidate(step, run, dataset_uri)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
-                with dsl.If(decision.outputs["Output"] == True, name="passed"):  # noqa: E712
-                    step(promote(**run), "Promote it")
+                with dsl.If(decision.outputs["passed"] == True, name="passed"):  # noqa: E712
+                    # The record lies where the training may write too: what the gate wrote is known by its sha256.
+                    step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
                 with dsl.Else(name="refused"):
                     step(hold(**run), "Leave the alias as it is")
             with dsl.Else(name="nothing-new"):

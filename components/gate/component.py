@@ -1,5 +1,7 @@
 """Kubeflow step: the policy decides whether the candidate may take the alias."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
@@ -7,8 +9,13 @@ from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown]) -> bool:
-    """Write the decision and return True for promotion. A refusal is an outcome, not a failure."""
+def gate(
+    config: str,
+    run_id: str,
+    evaluation_uri: str,
+    summary: Output[Markdown],
+) -> NamedTuple("Decided", [("passed", bool), ("decision_sha256", str)]):  # type: ignore[valid-type]
+    """Write the decision; whether it is to promote, and the record's sha256. A refusal is an outcome, no failure."""
     from pathlib import Path
 
     from components.gate.gate import run_gate
@@ -19,4 +26,4 @@ def gate(config: str, run_id: str, evaluation_uri: str, summary: Output[Markdown
         decision = run_gate(step_run.config, step_run.store, step_run.run_id, evaluation_uri=evaluation_uri)
         Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
         step_run.result.update(decision=decision.decision, reasons=list(decision.reasons))
-    return decision.promoted
+    return (decision.promoted, decision.sha256)

@@ -7,13 +7,13 @@ from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def promote(config: str, run_id: str) -> str:
-    """Point the alias at the candidate and return the event's URI."""
+def promote(config: str, run_id: str, decision_sha256: str) -> str:
+    """Point the alias at the candidate of the gate's decision, known by its sha256, and return the event's URI."""
     from components.promote.promote import promote as move_alias
     from components.step.step import step
 
     with step("promote", config, run_id) as step_run:
-        event_uri = move_alias(step_run)
+        event_uri = move_alias(step_run, decision_sha256)
     return event_uri
 
 

@@ -9,19 +9,27 @@ from components.shared.errors import DataError
 from components.step.step import StepRun
 
 
-def promote(step_run: StepRun) -> str:
+def promote(step_run: StepRun, decision_sha256: str) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
+
+    `decision_sha256` is that of the record that the gate wrote; no other is obeyed.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
         ObjectMissing: the run has no decision, or the candidate is gone.
-        DataError: it was skipped, and there is no candidate.
-        IntegrityError: the candidate's files are not those of its manifest.
+        DataError: it decided otherwise than to promote, or about another run, adapter or alias than this one's.
+        IntegrityError: the decision is not the gate's, or the candidate's files are not those of its manifest.
     """
-    decision = runs.read(step_run.store, step_run.run_id, Decision)
+    run_id, adapter = step_run.run_id, step_run.config.adapter
+    decision = runs.read(step_run.store, run_id, Decision, sha256=decision_sha256)
     name, version, alias = decision.adapter, decision.version, decision.alias
-    if version is None:
-        raise DataError(f"the decision of run {step_run.run_id} names no version to promote")
+    if not decision.promoted or version is None:
+        raise DataError(f"the decision of run {run_id} is to {decision.decision}, so it promotes nothing")
+    if (decision.run_id, name, alias) != (run_id, adapter.name, adapter.alias):
+        raise DataError(
+            f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
+            f"{adapter.name}@{adapter.alias}: run the gate again"
+        )
     event = aliases.promote(
         step_run.store,
         name,
@@ -29,10 +37,10 @@ def promote(step_run: StepRun) -> str:
         alias,
         expected=decision.champion,
         cause=aliases.Cause(
-            step_run.run_id,
+            run_id,
             "fineloop pipeline",
             "; ".join(decision.reasons),
-            {"decision": _decision_uri(step_run)},
+            {"decision": _decision_uri(step_run), "sha256": decision_sha256},
         ),
     )
     watermark.advance(step_run.store, name, step_run.run_id)

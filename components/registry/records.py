@@ -4,6 +4,7 @@ Reading is tolerant: a key that this release does not know stays in the record. 
 would misunderstand a record, which it then refuses; release 0.1.0 wrote none, and means 1.
 """
 
+import hashlib
 import math
 from typing import Any, ClassVar, Literal, Self
 
@@ -57,6 +58,11 @@ class Record(Part):
     def as_json(self) -> bytes:
         """Canonical JSON; a number that is not finite becomes null."""
         return encode_json(decode_json(self.model_dump_json().encode(), self.FILE))
+
+    @property
+    def sha256(self) -> str:
+        """Of the record as it is written."""
+        return hashlib.sha256(self.as_json()).hexdigest()
 
 
 class StepRecord(Record):

@@ -11,10 +11,12 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               report.html
 """
 
+import hashlib
 from typing import TypeVar
 
 from components.registry.records import Decision, Evaluation, Record, StepRecord, TrainResult
 from components.registry.store import JSON, Store
+from components.shared.errors import IntegrityError
 
 CONFIG = "config.toml"
 CONSUMED = "consumed.json"
@@ -40,15 +42,21 @@ def step_key(run_id: str, step: str) -> str:
     return run_key(run_id, f"{STEPS}{step}.json")
 
 
-def read(store: Store, run_id: str, kind: type[R]) -> R:
+def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None) -> R:
     """The run's record of this kind.
 
     Raises:
         ObjectMissing: there is none.
-        IntegrityError: it is not what it should be.
+        IntegrityError: it is not what it should be, or its bytes are not those with `sha256`.
     """
     key = run_key(run_id, kind.FILE)
-    return kind.from_json(store.get(key), store.uri(key))
+    body = store.get(key)
+    if sha256 is not None and (found := hashlib.sha256(body).hexdigest()) != sha256:
+        raise IntegrityError(
+            f"{store.uri(key)} has sha256 {found}, but {sha256} was written: it was changed since, so run the step "
+            "that writes it again"
+        )
+    return kind.from_json(body, store.uri(key))
 
 
 def find(store: Store, run_id: str, kind: type[R]) -> R | None:

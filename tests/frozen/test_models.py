@@ -84,10 +84,10 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
         assert evaluation.metric(role, "loss") == pytest.approx(expected, abs=NOISE)
 
     runs.write(frozen.store, "next", evaluation)
-    assert run_gate(config, frozen.store, "next").reasons
+    decision = run_gate(config, frozen.store, "next")
     frozen.store.put_json("runs/next/consumed.json", {**frozen.json("runs/promoted/consumed.json"), "run_id": "next"})
     with step("promote", config_file.dumps(config), "next") as run:
-        promote(run)
+        promote(run, decision.sha256)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == new
     aliases.rollback(frozen.store, ADAPTER)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == old

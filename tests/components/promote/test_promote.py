@@ -1,3 +1,4 @@
+import hashlib
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +7,7 @@ from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
 from components.registry import aliases, versions, watermark
 from components.registry.store import Store
-from components.shared.errors import AliasConflict
+from components.shared.errors import AliasConflict, DataError, IntegrityError
 from components.step.step import StepRun
 
 Decide = Callable[..., StepRun]
@@ -36,6 +37,11 @@ def decided(store: Store) -> Decide:
     return decide
 
 
+def promoted(run: StepRun) -> str:
+    """Promote as the pipeline does, by the record that lies there."""
+    return promote(run, hashlib.sha256(run.store.get("runs/r/decision.json")).hexdigest())
+
+
 def holder(store: Store) -> str | None:
     pointer = aliases.read_alias(store, "sums", "production")
     return pointer.version if pointer else None
@@ -46,19 +52,52 @@ def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
 ) -> None:
     run = decided(published[0], None)
 
-    event_uri = promote(run)
+    event_uri = promoted(run)
 
     assert holder(store) == published[0]
     event = aliases.events(store, "sums")[-1]
     assert (event.kind, event.uri) == ("promoted", event_uri)
     assert (event.body["run_id"], event.body["reason"]) == ("r", "better; by far")
-    assert event.body["evidence"] == {"decision": store.uri("runs/r/decision.json")}
+    uri, sha256 = store.uri("runs/r/decision.json"), hashlib.sha256(store.get("runs/r/decision.json")).hexdigest()
+    assert event.body["evidence"] == {"decision": uri, "sha256": sha256}
     assert run.result == {"alias": "production", "from": None, "to": published[0], "event_uri": event_uri}
 
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:
-    assert promote(decided(published[0], None)) == promote(decided(published[0], None))
+    assert promoted(decided(published[0], None)) == promoted(decided(published[0], None))
     assert len(aliases.events(store, "sums")) == len(published) + 1
+
+
+def test_a_decision_that_was_exchanged_after_the_gate_is_not_obeyed(
+    store: Store, published: list[str], decided: Decide
+) -> None:
+    sha256 = hashlib.sha256(decided(published[0], None).store.get("runs/r/decision.json")).hexdigest()
+    run = decided(published[1], None)
+    with pytest.raises(IntegrityError, match=f"runs/r/decision.json has sha256 .* but {sha256} was written"):
+        promote(run, sha256)
+    assert holder(store) is None
+
+
+@pytest.mark.parametrize("decision", ["hold", "skipped"])
+def test_what_was_decided_otherwise_is_not_promoted(
+    store: Store, published: list[str], decided: Decide, decision: str
+) -> None:
+    with pytest.raises(DataError, match=f"the decision of run r is to {decision}"):
+        promoted(decided(published[0], None, decision))
+    assert holder(store) is None
+
+
+@pytest.mark.parametrize(("key", "value"), [("adapter", "other"), ("alias", "staging"), ("run_id", "r2")])
+def test_a_decision_about_another_run_adapter_or_alias_moves_nothing(
+    store: Store, published: list[str], decided: Decide, key: str, value: str
+) -> None:
+    run = decided(published[0], None)
+    record = store.get_json("runs/r/decision.json")
+    store.put_json("runs/r/decision.json", {**record, key: value})
+    with pytest.raises(DataError, match=rf"is about run .*{value}.*, and this is run r, sums@production: run the gate"):
+        promoted(run)
+    assert holder(store) is None
+    assert aliases.list_aliases(store, "sums") == []
 
 
 @pytest.mark.parametrize("compared_with", [None, 0])
@@ -69,7 +108,7 @@ def test_a_candidate_compared_with_yesterdays_champion_is_refused(
     champion = None if compared_with is None else published[compared_with]
 
     with pytest.raises(AliasConflict, match=published[1]):
-        promote(decided(published[2], champion))
+        promoted(decided(published[2], champion))
 
     assert holder(store) == published[1]
 
@@ -85,7 +124,7 @@ def test_holding_leaves_the_alias_and_tells_why(
     assert "better; by far" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("end", [promote, hold])
+@pytest.mark.parametrize("end", [promoted, hold])
 def test_a_decided_run_has_consumed_its_data(
     store: Store, published: list[str], decided: Decide, end: Callable[[StepRun], str]
 ) -> None:
