@@ -43,9 +43,9 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             {"decision": _decision_uri(step_run), "sha256": decision_sha256},
         ),
     )
-    watermark.advance(step_run.store, name, step_run.run_id)
-    step_run.result.update(event.move())
+    step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved
     step_run.say(f"{name}@{alias} is now {version}")
+    watermark.advance(step_run.store, name, run_id)
     return event.uri
 
 

@@ -82,6 +82,11 @@ class StepRecord(Record):
     def succeeded(self) -> bool:
         return self.status == "succeeded"
 
+    @property
+    def moved_alias(self) -> bool:
+        """Whether it promoted, even where it failed after that."""
+        return self.step == "promote" and (self.succeeded or "event_uri" in self.result)
+
 
 class TrainResult(Record):
     """What the training published."""

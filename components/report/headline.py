@@ -38,7 +38,12 @@ def headline(run: RunFiles) -> Headline:
     if failed is not None:
         error = failed.result.get("error") or {}
         message = str(error.get("message") or "The step's log says why.")
-        consequence = f"Nothing was promoted: the alias {run.alias} is as it was before this run."
+        consequence = (
+            f"The alias {run.alias} did move: it points to {decision.version} now. Only what follows a promotion is "
+            "missing, so run the step again."
+            if failed.moved_alias and decision is not None
+            else f"Nothing was promoted: the alias {run.alias} is as it was before this run."
+        )
         title = f"{run.adapter}: the {failed.step} step failed"
         return Headline("failed", "Failed", title, _lead(run), consequence, (message,))
     if decision is None:

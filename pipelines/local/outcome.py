@@ -53,7 +53,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         FineloopError: it decided to promote, and the alias did not move.
     """
     decision, steps = runs.read(store, run_id, Decision), runs.steps(store, run_id)
-    promoted = any(step.step == "promote" and step.succeeded for step in steps)
+    promoted = any(step.moved_alias for step in steps)
     if promoted != decision.promoted:
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")

@@ -7,7 +7,7 @@ from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
 from components.registry import aliases, versions, watermark
 from components.registry.store import Store
-from components.shared.errors import AliasConflict, DataError, IntegrityError
+from components.shared.errors import AliasConflict, DataError, IntegrityError, ObjectMissing
 from components.step.step import StepRun
 
 Decide = Callable[..., StepRun]
@@ -61,6 +61,16 @@ def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
     uri, sha256 = store.uri("runs/r/decision.json"), hashlib.sha256(store.get("runs/r/decision.json")).hexdigest()
     assert event.body["evidence"] == {"decision": uri, "sha256": sha256}
     assert run.result == {"alias": "production", "from": None, "to": published[0], "event_uri": event_uri}
+
+
+def test_what_fails_after_the_alias_moved_leaves_the_move_in_the_steps_result(
+    store: Store, published: list[str], decided: Decide
+) -> None:
+    run = decided(published[0], None)
+    store.delete(["runs/r/consumed.json"])
+    with pytest.raises(ObjectMissing):
+        promoted(run)
+    assert holder(store) == run.result["to"] == published[0]
 
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:

@@ -114,6 +114,15 @@ def test_promotion_that_has_not_happened_is_not_claimed() -> None:
     assert "has not been moved by this run" in text
 
 
+def test_a_promotion_that_failed_after_the_alias_moved_says_that_it_moved() -> None:
+    *before, promote = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
+    moved = promote.model_copy(update={"result": {**promote.result, "event_uri": "s3://b/e"}})
+    text = Page(build_report(replace(example_runs.promoted_run(), steps=[*before, moved]))).text
+    assert "the promote step failed" in text
+    assert "The alias production did move" in text
+    assert "Nothing was promoted" not in text
+
+
 def test_failed_promotion_is_told_as_a_failure() -> None:
     steps = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
     text = Page(build_report(replace(example_runs.promoted_run(), steps=steps))).text
