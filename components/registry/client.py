@@ -6,6 +6,7 @@ boto3 and botocore are imported inside the functions, so that importing the regi
 import contextlib
 import logging
 import os
+import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
 ATTEMPTS = 3
+ATTEMPTS_WHERE_BUSY = 10  # with the pauses below, 75 to 150 seconds
+BUSY_PAUSE_S = 4.0
+LONGEST_PAUSE_S = 30.0
 PART_BYTES = 16 * 2**20
 TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
 MOST_PARTS = 10_000  # that S3 takes of one object
@@ -48,15 +52,26 @@ def client_from_environment() -> Any:
         max_pool_connections=32,
     )
     try:
-        return boto3.session.Session().client(
-            "s3", config=config
-        )  # a session of its own: the default one is not thread-safe
+        session = boto3.session.Session()  # one of its own: the default one is not thread-safe
+        client = session.client("s3", config=config)
     except ValueError as exc:
         raise StoreError(
             f"AWS_ENDPOINT_URL is {endpoint!r}, which is not a URL: set it to http(s)://HOST[:PORT]"
         ) from exc
     except BotoCoreError as exc:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
+    client.meta.events.register("needs-retry.s3", _pause_where_busy)
+    return client
+
+
+def _pause_where_busy(attempts: int, response: Any, **_: Any) -> float | None:
+    """Seconds until the next attempt at what a busy store refused, when botocore's own attempts are spent.
+
+    A store that sheds load or starts anew answers 503 for minutes; one that is not there is given up at once.
+    """
+    if response is None or response[0].status_code != 503 or not ATTEMPTS <= attempts < ATTEMPTS_WHERE_BUSY:
+        return None
+    return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
 
 
 def transfer_config() -> Any:
@@ -150,12 +165,14 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
         HTTPClientError,
         NoCredentialsError,
         PartialCredentialsError,
+        ReadTimeoutError,
     )
     from botocore.exceptions import ConnectionError as NoConnection
 
     try:
-        with disk_errors(uri):
-            yield
+        yield
+    except FineloopError:
+        raise
     except (Boto3Error, BotoCoreError, ClientError) as exc:
         # boto3's managed transfers hide the error that names the cause behind one of their own.
         cause = exc.__context__ if isinstance(exc, Boto3Error) and exc.__context__ else exc
@@ -165,12 +182,19 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
             raise StoreError(
                 f"no credentials for {uri} at {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from exc
+        if isinstance(cause, ReadTimeoutError):
+            raise StoreError(
+                f"the store at {endpoint} did not answer for {READ_TIMEOUT_S} s about {uri}: look whether it is "
+                "overloaded, and run this again"
+            ) from exc
         if isinstance(cause, NoConnection | HTTPClientError):
             raise StoreError(
                 f"the store at {endpoint} cannot be reached ({type(cause).__name__}) for {uri}: "
                 "start it, or set AWS_ENDPOINT_URL to one that runs"
             ) from exc
         raise StoreError(f"{uri} at {endpoint} failed: {cause}") from exc
+    except OSError as exc:  # after botocore's, some of which are OSErrors too
+        raise _disk_error(exc, uri) from exc
 
 
 @contextlib.contextmanager
@@ -185,9 +209,13 @@ def disk_errors(where: object) -> Iterator[None]:
     except FineloopError:  # a StoreError is an OSError too
         raise
     except OSError as exc:
-        raise FineloopError(
-            f"{exc.filename or where}: {exc.strerror or exc}: free some space there, or choose another folder"
-        ) from exc
+        raise _disk_error(exc, where) from exc
+
+
+def _disk_error(exc: OSError, where: object) -> FineloopError:
+    return FineloopError(
+        f"{exc.filename or where}: {exc.strerror or exc}: free some space there, or choose another folder"
+    )
 
 
 def _refusal(exc: Any, *, uri: str, endpoint: str, bucket_field: str) -> StoreError:

@@ -101,10 +101,21 @@ class Store:
         """Body and etag, or None when there is no such object. The etag is what `swap` wants back."""
         try:
             with self._errors(key):
-                answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
-                return answer["Body"].read(), answer["ETag"]
+                return self._read_whole(key)
         except ObjectMissing:
             return None
+
+    def _read_whole(self, key: str) -> tuple[bytes, str]:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for attempt in range(1, ATTEMPTS + 1):
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
+            try:
+                return answer["Body"].read(), answer["ETag"]
+            except (HTTPClientError, IncompleteReadError):  # a body that breaks off is not asked for again by botocore
+                if attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """The object's bytes in pieces of 1 MiB, whatever its size.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
+from components.registry import client
 from components.registry.store import Store, open_uri
 from components.shared.errors import Conflict, FineloopError, StoreError
 from pipelines.local.seaweedfs import Endpoint
@@ -24,8 +25,16 @@ class Lenient(BaseHTTPRequestHandler):
     ignores: set[str]
     unanswered: list[str]
     """Methods whose next request is carried out but answered with a server error."""
+    busy: list[str]
+    """Methods whose next request is refused with 503."""
+    broken: list[str]
+    """Keys whose next body breaks off half-way."""
 
     def do_PUT(self) -> None:
+        if "PUT" in self.busy:
+            self.busy.remove("PUT")
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self._answer(503, b"<Error><Code>SlowDown</Code></Error>")
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if "aws-chunked" in self.headers.get("Content-Encoding", ""):
             body = body.split(b"\r\n")[1]
@@ -48,6 +57,15 @@ class Lenient(BaseHTTPRequestHandler):
         body = self.objects.get(self.path)
         if body is None:
             return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        if self.path in self.broken:
+            self.broken.remove(self.path)
+            self.send_response(200)
+            self.send_header("ETag", etag(body))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:1])
+            self.close_connection = True
+            return None
         return self._answer(200, body, etag(body))
 
     def do_POST(self) -> None:
@@ -75,7 +93,7 @@ def etag(body: bytes) -> str:
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Lenient]]:
     """The faults of a server that the environment points at."""
-    handler = type("Handler", (Lenient,), {"objects": {}, "ignores": set(), "unanswered": []})
+    handler = type("Handler", (Lenient,), {"objects": {}, "ignores": set(), "unanswered": [], "busy": [], "broken": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -117,6 +135,47 @@ def test_a_swap_whose_answer_was_lost_is_not_taken_for_a_conflict(lenient: type[
     before = store.create("key", b"before")
     lenient.unanswered.append("PUT")
     assert store.swap("key", b"after", before) == etag(b"after")
+
+
+def test_a_store_that_is_busy_for_a_while_is_waited_for(
+    lenient: type[Lenient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    monkeypatch.setattr("components.registry.client.BUSY_PAUSE_S", 0.001)
+    store = Store.open(RegistryConfig(bucket="bucket"))
+    lenient.busy.extend(["PUT"] * (client.ATTEMPTS_WHERE_BUSY - 1))
+    assert store.create("key", b"mine") == etag(b"mine")
+    lenient.busy.extend(["PUT"] * client.ATTEMPTS_WHERE_BUSY)
+    with pytest.raises(StoreError, match="failed on s3://bucket/other with SlowDown"):
+        store.create("other", b"mine")
+    assert lenient.busy == []
+
+
+def test_a_body_that_breaks_off_is_asked_for_again(lenient: type[Lenient]) -> None:
+    store = Store.open(RegistryConfig(bucket="bucket"))
+    lenient.objects["/bucket/key"] = b"whole"
+    lenient.broken.append("/bucket/key")
+    assert store.get("key") == b"whole"
+
+
+def test_a_store_that_does_not_answer_is_no_full_disk(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("components.registry.client.READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("components.registry.client.ATTEMPTS", 1)
+    (tmp_path / "file").write_bytes(b"x")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store = Store.open(RegistryConfig(bucket=s3_server.bucket))
+        for use in (
+            lambda: store.put("x", b""),
+            lambda: store.create("x", b""),
+            lambda: store.put("x", tmp_path / "file"),
+            lambda: store.read("x"),
+            lambda: list(store.list("")),
+        ):
+            with pytest.raises(StoreError, match=r"did not answer for 0\.1 s about s3://.*overloaded"):
+                use()
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
