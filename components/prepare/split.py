@@ -5,7 +5,7 @@ that adds rows never moves a record from eval to train.
 """
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from components.prepare.dataset import Record
 from components.prepare.news import narrow
@@ -66,7 +66,23 @@ def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
             if rival.key < row.key:
                 continue
         chosen[row.content] = row
-    return Deduplicated(list(chosen.values()), duplicates, superseded)
+    return Deduplicated(_named_apart(chosen.values()), duplicates, superseded)
+
+
+def _named_apart(rows: Iterable[KeyedRecord]) -> list[KeyedRecord]:
+    """No two records of one id: where a row gave one that another record has by its content, that one gets a longer."""
+    rows = list(rows)
+    given = {row.record.id for row in rows if row.named}
+
+    def renamed(row: KeyedRecord) -> KeyedRecord:
+        if row.named or row.record.id not in given:
+            return row
+        longer = row.content.hex()
+        while longer in given:
+            longer += "-"
+        return replace(row, record=replace(row.record, id=longer))
+
+    return [renamed(row) for row in rows]
 
 
 def split(

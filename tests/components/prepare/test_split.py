@@ -42,6 +42,14 @@ def test_the_last_row_of_an_id_wins() -> None:
     assert (result.duplicates, result.superseded) == (0, 1)
 
 
+def test_an_id_that_another_record_has_by_its_content_is_still_one_records_alone() -> None:
+    plain = validate({"prompt": "question", "completion": "a"})
+    rows = [plain, named(plain.record.id, "p"), named(plain.content.hex(), "q")]
+    found = {each.record.id: each.record.prompt[0].content for each in deduplicate(rows).records}
+    assert found == {plain.record.id: "p", plain.content.hex(): "q", f"{plain.content.hex()}-": "question"}
+    assert deduplicate(rows[:1]).records == rows[:1]
+
+
 def test_same_content_under_two_ids_is_kept_once_whatever_the_order() -> None:
     rows = [named(i, "p") for i in range(5)]
     kept = [deduplicate(rows), deduplicate(rows[::-1])]
