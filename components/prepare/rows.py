@@ -77,15 +77,20 @@ def _read_json_lines(path: Path, name: str) -> Iterator[SourceRow]:
 
 def _parse(raw: bytes) -> object:
     try:
-        return json.loads(raw.rstrip(b"\r\n").decode())
+        value = json.loads(raw.rstrip(b"\r\n").decode())
+        if isinstance(value, dict):
+            "".join(value).encode()
     except UnicodeDecodeError as exc:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
+    except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
+        return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
     except json.JSONDecodeError as exc:
         return Unreadable(f"not JSON: {exc.msg} at column {exc.colno}")
     except ValueError as exc:  # a whole number with thousands of digits
         return Unreadable(f"not JSON: {exc}")
     except RecursionError:
         return Unreadable("not JSON: nested too deeply")
+    return value
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[SourceRow]:

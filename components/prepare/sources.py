@@ -93,6 +93,11 @@ def _select(entry: str, names: list[str]) -> Iterator[Source]:
 
 
 def _local(name: str) -> Source:
+    try:
+        name.encode()
+    except UnicodeEncodeError as exc:
+        shown = name.encode(errors="backslashreplace").decode()
+        raise DataError(f"data.source holds the file {shown}, whose name is not UTF-8: rename it") from exc
     found = Path(name).stat()
     modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
     return Source(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", modified_at)

@@ -39,6 +39,7 @@ def test_the_last_line_needs_no_line_end(tmp_path: Path) -> None:
         (b"plain text", "not JSON: Expecting value at column 1"),
         (b"[" * 100_000, "not JSON: nested too deeply"),
         (b"1" * 5000, "not JSON: Exceeds the limit"),
+        (rb'{"prompt": "a", "\ud800": 1}', r"a column's name is not valid Unicode: lone surrogate '\ud800'"),
     ],
 )
 def test_a_line_that_cannot_be_parsed_carries_its_reason(

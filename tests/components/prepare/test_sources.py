@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_a_path_is_one_source_with_its_size(folder: Path) -> None:
 
 def test_a_folder_gives_its_visible_data_files_sorted(folder: Path) -> None:
     assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named(folder: Path) -> None:
+    Path(os.fsdecode(bytes(folder) + b"/caf\xe9.jsonl")).write_text("{}\n")
+    with pytest.raises(DataError, match=r"caf\\udce9\.jsonl, whose name is not UTF-8: rename it"):
+        find_sources(str(folder))
 
 
 def test_a_glob_gives_what_matches_sorted(folder: Path) -> None:
