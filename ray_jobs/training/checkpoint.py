@@ -8,6 +8,7 @@ Each of these is a folder with a manifest. `shared` is written after every rank'
 does: a half-uploaded one is never resumed from.
 """
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from components.config.ray import MatmulDtype
 from components.registry import folders, runs
 from components.registry.store import Store
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
 from ray_jobs.training import optimizer, zero
@@ -92,10 +93,22 @@ def save(
     torch.distributed.barrier()
 
 
-def newest(store: Store, run_id: str) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    steps = [step for step in _steps(store, run_id) if folders.find_manifest(store, f"{_key(run_id, step)}/shared")]
-    return max(steps, default=None)
+def newest(store: Store, run_id: str) -> int:
+    """The step of the newest checkpoint that is whole, every worker's part read; 0 without one.
+
+    One that is damaged is named in the log, and the one before it taken.
+    """
+    for step in _complete(store, run_id):
+        key = _key(run_id, step)
+        try:
+            folders.verify(store, f"{key}/shared")
+            for rank in range(_progress(store, run_id, step).num_workers):
+                folders.verify(store, f"{key}/rank-{rank}")
+        except (IntegrityError, ObjectMissing) as exc:
+            logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
+            continue
+        return step
+    return 0
 
 
 def resume(
@@ -127,13 +140,11 @@ def resume(
 
 
 def matmul_dtype(store: Store, run_id: str) -> MatmulDtype | None:
-    """What the run's newest checkpoint was trained in, and so must go on in; None without one."""
-    step = newest(store, run_id)
-    return (
-        None
-        if step is None
-        else TrainingProgress(**store.get_json(f"{_key(run_id, step)}/shared/state.json")).matmul_dtype
-    )
+    """What the run's checkpoints were trained in, and so must go on in; None without one that can be read."""
+    for step in _complete(store, run_id):
+        with contextlib.suppress(IntegrityError, ObjectMissing):
+            return _progress(store, run_id, step).matmul_dtype
+    return None
 
 
 def discard_after(store: Store, run_id: str, step: int) -> None:
@@ -184,6 +195,21 @@ def _publish(store: Store, key: str, folder: Path) -> None:
 
 def _key(run_id: str, step: int) -> str:
     return runs.run_key(run_id, f"{runs.CHECKPOINTS}step-{step:06d}")
+
+
+def _progress(store: Store, run_id: str, step: int) -> TrainingProgress:
+    key = f"{_key(run_id, step)}/shared/state.json"
+    state = store.get_json(key)
+    try:
+        return TrainingProgress(**state)
+    except TypeError as exc:
+        raise IntegrityError(f"{store.uri(key)} is no state of a training: {exc}") from exc
+
+
+def _complete(store: Store, run_id: str) -> list[int]:
+    """Steps of the checkpoints that were written to the end, newest first."""
+    found = sorted(_steps(store, run_id), reverse=True)
+    return [step for step in found if store.exists(f"{_key(run_id, step)}/shared/{folders.MANIFEST}")]
 
 
 def _steps(store: Store, run_id: str) -> list[int]:

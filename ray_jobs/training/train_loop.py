@@ -93,8 +93,7 @@ def run(
         config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype, magnitudes="change"
     )
     best = checkpoint.weights(engine.module)
-    resumed_from = checkpoint.newest(store, run_id) or 0
-    dist.barrier()  # every worker has looked before the first one deletes
+    resumed_from = _agreed(checkpoint.newest(store, run_id) if worker.rank == 0 else 0, worker)
     if worker.rank == 0:
         checkpoint.discard_after(store, run_id, resumed_from)
     dist.barrier()
@@ -145,6 +144,13 @@ def run(
     else:
         trained.weights = checkpoint.weights(engine.module)
     return trained
+
+
+def _agreed(step: int, worker: Worker) -> int:
+    """Rank 0's, on every worker: it alone reads whole checkpoints to choose one."""
+    chosen = torch.tensor([step], device=worker.device)
+    dist.broadcast(chosen, src=0)
+    return int(chosen.item())
 
 
 @torch.no_grad()

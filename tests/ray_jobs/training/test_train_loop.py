@@ -122,6 +122,22 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, m
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
+@pytest.mark.parametrize("damaged", ["shared/best.safetensors", "rank-1/optimizer.safetensors", "shared/state.json"])
+def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monkeypatch, damaged):
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=6"]
+    whole = run(*changes)
+    monkeypatch.setenv("STOP_AFTER_STEP", "5")
+    with pytest.raises(RuntimeError):
+        run(*changes, run_id="interrupted")
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    key = f"runs/interrupted/checkpoints/step-000004/{damaged}"
+    store.put(key, store.get(key)[:-1])
+    resumed = run(*changes, run_id="interrupted")
+    assert resumed.resumed_from == 2
+    assert resumed.losses == whole.losses[2:]
+    assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
+
+
 def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=4"]
     monkeypatch.setenv("STOP_AFTER_STEP", "3")
