@@ -40,14 +40,25 @@ def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tor
     wanted = targets != IGNORED
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
-    if len(targets) > positions and not any(parameter.requires_grad for parameter in head.parameters()):
-        is_shared = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
-        if head not in _after_head and not is_shared:  # under ZeRO-3 a pass more would be everybody's
+    if len(targets) > positions and _may_be_chunked(head):
+        if head not in _after_head and not _is_shared(head):  # a pass more would be everybody's
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :2], wanted.new_ones(1, 1))
         if (after := _after_head.get(head)) is not None:
             return _in_chunks(model, head, after, input_ids, wanted, targets, positions)
     return F.cross_entropy(_logits(model, module, head, input_ids, wanted).float(), targets, reduction="none")
+
+
+def _may_be_chunked(head: torch.nn.Module) -> bool:
+    """Not where the head is trained, nor where a pass back through a shared one follows: DeepSpeed counts those by
+    the head's output, which losses in chunks go around."""
+    is_trained = any(parameter.requires_grad for parameter in head.parameters())
+    return not is_trained and not (_is_shared(head) and torch.is_grad_enabled())
+
+
+def _is_shared(head: torch.nn.Module) -> bool:
+    """Whether workers hold the head's weights together (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def _logits(

@@ -12,9 +12,9 @@ from components.registry import lineage
 from components.registry.versions import pull_version, read_lineage
 from ray_jobs.base import base_model
 from ray_jobs.training import worker
-from ray_jobs.training.checkpoint import Progress
+from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
-from ray_jobs.training.train_loop import Outcome
+from ray_jobs.training.train_loop import TrainedAdapter
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 
@@ -30,7 +30,7 @@ def published(config, store, base):
         base=lineage.Base(config.model.base, base.identity),
         pad=0,
     )
-    outcome = Outcome({}, Progress(config.digest, 1, step=1), 1, stopped_early=False)
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
     return worker._publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
 
 
