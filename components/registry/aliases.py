@@ -122,7 +122,7 @@ def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {body[:80]!r}")
     try:
-        pointer = _POINTER.validate_python({**data, "alias": alias, "etag": etag}, strict=True)
+        pointer = _POINTER.validate_json(encode_json({**data, "alias": alias, "etag": etag}), strict=True)
         datetime.fromisoformat(pointer.since)
         pointer.event["from"], pointer.event["to"]
     except (ValueError, KeyError) as exc:
@@ -294,7 +294,7 @@ def events(store: Store, name: str) -> list[Event]:
 
 def _read_event(store: Store, key: str) -> Event | None:
     try:
-        event = _EVENT.validate_python({**store.get_json(key), "uri": store.uri(key)}, strict=True)
+        event = _EVENT.validate_json(encode_json({**store.get_json(key), "uri": store.uri(key)}), strict=True)
         if event.id != _event_id(event.kind, event.body):
             raise ValueError("its id is not that of its content")
         if event.kind in MOVE_KINDS:

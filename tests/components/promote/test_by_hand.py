@@ -52,8 +52,8 @@ def test_rolling_back_takes_the_version_before_once_for_each_run(store: Store, p
 def test_what_its_own_run_promoted_and_a_person_rolled_back_can_be_promoted_again(
     store: Store, published: list[str]
 ) -> None:
-    aliases.promote(store, "sums", published[0], run_id="run-1")
-    aliases.promote(store, "sums", published[1], run_id="run-2")
+    aliases.promote(store, "sums", published[0], cause=aliases.Cause("run-1"))
+    aliases.promote(store, "sums", published[1], cause=aliases.Cause("run-2"))
     carry_out(store, request("roll back"))
     promote_by_hand(store, f"sums@{published[1]}")
     assert holder(store) == published[1]

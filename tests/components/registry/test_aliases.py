@@ -317,9 +317,9 @@ def test_what_is_no_event_is_named_and_stops_no_move(
 ) -> None:
     one, two, three = versions
     store.put("adapters/icd/events/2026-x.json", junk)
-    promote(store, "icd", one, run_id="r1")
-    promote(store, "icd", two, run_id="r2")
-    promote(store, "icd", three, run_id="r3")
+    promote(store, "icd", one, cause=Cause("r1"))
+    promote(store, "icd", two, cause=Cause("r2"))
+    promote(store, "icd", three, cause=Cause("r3"))
     assert "events/2026-x.json is not an event, and passed over" in caplog.text
     assert rollback(store, "icd").body["to"] == two
     assert rollback(store, "icd").body["to"] == one
