@@ -19,9 +19,8 @@ from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import publish_version
-from components.shared.errors import ConfigError, ObjectMissing, UserError
+from components.shared.errors import ConfigError
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.loftq import loftq, make
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split
 from ray_jobs.base import base_model, chat_format
@@ -189,61 +188,6 @@ def test_one_step_keeps_plain_nf4_everywhere(changed, store):
     for name in originals(config):
         theirs, found = bytes_of(plain.get_submodule(name)), bytes_of(ours.get_submodule(name))
         assert all(torch.equal(theirs[key], found[key]) for key in theirs)
-
-
-def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
-    first = stood(changed(), store)
-    assert "splitting 14 weights" in capsys.readouterr().out
-    shutil.rmtree(cache)  # another machine
-    second = stood(changed("method.alpha=5", "train.seed=3"), store)
-    assert "splitting" not in capsys.readouterr().out
-    assert second == first == own_base.find(changed(), base_model.resolve(changed().model), store)
-    assert second.reference.startswith(store.uri("bases/"))
-
-
-def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed(changed, store):
-    config, otherwise = changed(), changed("method.loftq_steps=1")
-    first, original = stood(config, store), base_model.resolve(config.model)
-    splits = make.split_together(otherwise, original, rank=0, num_workers=1, group=None)
-    key = own_base.folder_key(config.method, original)
-    # As by a run on other hardware that began before the first one ended.
-    own_base._publish(loftq, config, original, store, splits)
-    assert stood(config, store) == own_base.find(config, original, store) == first
-    contents = list(store.folders(f"{key}/"))
-    assert len(contents) == 2
-    for content in contents:
-        folders.verify(store, f"{key}/{content}")
-
-
-def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
-    config = changed()
-    base, original = stood(config, store), base_model.resolve(changed().model)
-    key = own_base.folder_key(config.method, original)
-    for item in list(store.list(f"{store.key(base.reference)}/")):
-        store.put(f"{key}/{item.key.rpartition('/')[2]}", store.get(item.key))
-    store.delete(item.key for item in list(store.list(f"{key}/")) if item.key.count("/") > 2 or "chosen" in item.key)
-    assert stood(config, store).identity == base.identity
-    assert stood(config, store).reference == store.uri(key)
-
-
-def test_a_reader_never_makes_a_base(changed, store):
-    with pytest.raises(ObjectMissing, match="bases/"):
-        own_base.find(changed(), base_model.resolve(changed().model), store)
-
-
-def test_a_cached_base_that_was_changed_is_refused(changed, store):
-    base = stood(changed(), store)
-    (base.path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"loftq-.* is not .*bases/"):
-        stood(changed(), store)
-
-
-def test_other_methods_stand_on_the_original(changed, store):
-    config = changed("method.name=qlora")
-    original = base_model.resolve(config.model)
-    assert stood(config, store) == original
-    assert own_base.find(config, original, store) is original
-    assert own_base.recipe(config, original) == {}
 
 
 def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):

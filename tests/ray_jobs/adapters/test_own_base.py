@@ -1,0 +1,93 @@
+"""A base of an adapter's own in the store: made once, found by everybody, never two makings mixed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.registry import folders
+from components.registry.store import Store
+from components.shared.errors import ObjectMissing, UserError
+from ray_jobs.adapters import own_base
+from ray_jobs.adapters.loftq import loftq, make
+from ray_jobs.base import base_model
+from ray_jobs.base.base_model import Base
+
+Changed = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture
+def changed(config: RunConfig, store: Store) -> Changed:
+    """LoftQ on the tiny base, with some keys changed."""
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    text = config_file.dumps(config)
+    return lambda *changes: config_file.loads(text, [*place, "method.name=loftq", *changes])
+
+
+def stood(config: RunConfig, store: Store) -> Base:
+    return own_base.prepare(config, base_model.resolve(config.model), store)
+
+
+def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
+    first = stood(changed(), store)
+    assert "splitting 14 weights" in capsys.readouterr().out
+    shutil.rmtree(cache)  # another machine
+    second = stood(changed("method.alpha=5", "train.seed=3"), store)
+    assert "splitting" not in capsys.readouterr().out
+    assert second == first == own_base.find(changed(), base_model.resolve(changed().model), store)
+    assert second.reference.startswith(store.uri("bases/"))
+
+
+def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed(changed, store):
+    config, otherwise = changed(), changed("method.loftq_steps=1")
+    first, original = stood(config, store), base_model.resolve(config.model)
+    splits = make.split_together(otherwise, original, rank=0, num_workers=1, group=None)
+    key = own_base.folder_key(config.method, original)
+    # As by a run on other hardware that began before the first one ended.
+    own_base._publish(loftq, config, original, store, splits)
+    assert stood(config, store) == own_base.find(config, original, store) == first
+    contents = list(store.folders(f"{key}/"))
+    assert len(contents) == 2
+    for content in contents:
+        folders.verify(store, f"{key}/{content}")
+
+
+def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
+    config = changed()
+    base, original = stood(config, store), base_model.resolve(changed().model)
+    key = own_base.folder_key(config.method, original)
+    for item in list(store.list(f"{store.key(base.reference)}/")):
+        store.put(f"{key}/{item.key.rpartition('/')[2]}", store.get(item.key))
+    store.delete(item.key for item in list(store.list(f"{key}/")) if item.key.count("/") > 2 or "chosen" in item.key)
+    assert stood(config, store).identity == base.identity
+    assert stood(config, store).reference == store.uri(key)
+
+
+def test_a_reader_never_makes_a_base(changed, store):
+    with pytest.raises(ObjectMissing, match="bases/"):
+        own_base.find(changed(), base_model.resolve(changed().model), store)
+
+
+def test_a_cached_base_that_was_changed_is_refused(changed, store):
+    base = stood(changed(), store)
+    (base.path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"loftq-.* is not .*bases/"):
+        stood(changed(), store)
+
+
+def test_other_methods_stand_on_the_original(changed, store):
+    config = changed("method.name=qlora")
+    original = base_model.resolve(config.model)
+    assert stood(config, store) == original
+    assert own_base.find(config, original, store) is original
+    assert own_base.recipe(config, original) == {}
