@@ -7,7 +7,7 @@ adapter      the adapter's own weights, bfloat16
 gradients    of what is trained, bfloat16
 optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1); in 8 bits 6 n
 activations  what the layers keep and use at the peak of a step
-logits       of the positions that carry a label, and their gradients: of a chunk at once, as `answer_loss` has them
+logits       of the positions that carry a label, and their gradients: below ZeRO-3 of a chunk of them at once
 overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation
 """
 
@@ -119,7 +119,8 @@ def plan(
     masters, moments = (
         math.ceil(each * stats.trainable * sharing.part(1)) for each in (FLOAT32, MOMENT_BYTES[optimizer])
     )
-    at_once = chunk_positions(stats.vocabulary) if in_chunks and not trains_base else answers
+    in_chunks = in_chunks and not trains_base and sharing.zero_stage < 3
+    at_once = chunk_positions(stats.vocabulary) if in_chunks else answers
     logits = logits_bytes(answers, stats, at_once)
     # The loss and the backward pass through the layers have their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)

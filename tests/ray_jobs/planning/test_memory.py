@@ -10,10 +10,12 @@ from transformers import LlamaForCausalLM
 
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig
+from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import (
     FLOAT32,
     GIB,
+    LOGIT_BYTES,
     Sharing,
     adapter_bytes,
     buffer_bytes,
@@ -299,3 +301,18 @@ def test_heads_that_are_wider_in_some_layers_count_with_their_mean():
     rehearsed = Rehearsal(zoo.KINDS["Gemma 4"].config(), MethodConfig(name="lora"), reference="gemma")
     assert rehearsed.census.attention_width == (4 * 16 + 4 * 32) / 2
     assert not rehearsed.step(2, 32, checkpointing=False).is_estimate
+
+
+def test_logits_are_there_a_chunk_at_a_time_but_where_the_head_is_shared_or_trained():
+    stats = rehearsal("lora").stats
+    chunk = chunk_positions(stats.vocabulary)
+    settings = {"base": "bf16", "use_gpu": False}
+
+    def logits(answers, sharing=ALONE, **more):
+        parts = plan(stats, StepMemory(0, 0), answers=answers, sharing=sharing, **settings, **more)
+        return parts.logits - answers * 2 * 2 * stats.width  # of the hidden states, and of their gradients
+
+    one = chunk * LOGIT_BYTES * stats.vocabulary
+    assert logits(chunk) == logits(3 * chunk) == logits(3 * chunk, Sharing(2, 2)) == one
+    assert logits(3 * chunk, Sharing(2, 3)) == logits(3 * chunk, trains_base=True) == 3 * one
+    assert logits(3 * chunk, in_chunks=False) == 3 * one
