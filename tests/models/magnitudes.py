@@ -19,7 +19,7 @@ from bitsandbytes.functional import dequantize_4bit
 from components.config import config_file
 from components.prepare.validate import validate
 from ray_jobs.adapters import build, dora
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import by_length, collate, tokenize
 from tests.models.plain import plain_training
@@ -49,9 +49,9 @@ def measured(config_toml: str, rows: list[dict[str, str]], held_out: list[dict[s
     config = config_file.loads(config_toml)
     curve = plain_training(config_toml, rows)
     base = base_model.resolve(config.model)
-    tokenizer = base_model.load_tokenizer(base, config.model)
-    split = tokenize([validate(row).record for row in held_out], tokenizer, config.model.max_length)
-    batches = [collate(split, rows, tokenizer.pad_token_id) for rows in by_length(split.lengths, BATCH)]
+    chat = chat_format.load(base, config.model)
+    split = tokenize([validate(row).record for row in held_out], chat, config.model.max_length)
+    batches = [collate(split, rows, chat.pad) for rows in by_length(split.lengths, BATCH)]
 
     @torch.no_grad()
     def loss(model: Any) -> float:

@@ -21,7 +21,7 @@ from components.registry.store import Store
 from components.shared.errors import ConfigError
 from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
-from ray_jobs.base import attention, base_config, base_model
+from ray_jobs.base import attention, base_config, base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
@@ -76,14 +76,14 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
 
     original = base_model.resolve(config.model)
     base = own_base.prepare(config, original, store)
-    tokenizer = base_model.load_tokenizer(base, config.model)
-    split = tokenize(RECORDS, tokenizer, config.model.max_length)
+    chat = chat_format.load(base, config.model)
+    split = tokenize(RECORDS, chat, config.model.max_length)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=0).train()
     own_base.begin(config, adapted, base)
-    assert adapted.get_nb_trainable_parameters()[0] == rehearsal.census.trainable
+    assert adapted.get_nb_trainable_parameters()[0] == rehearsal.stats.trainable
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    batch = collate(split, range(len(split)), tokenizer.pad_token_id)
+    batch = collate(split, range(len(split)), chat.pad)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     losses = []
     for _ in range(STEPS):
@@ -99,7 +99,7 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
 
     scores = score(
         adapted.eval(),
-        tokenizer,
+        chat,
         RECORDS,
         split,
         with_other_prompts=None,
