@@ -1,7 +1,8 @@
-"""Worker groups without Ray, for tests of the loop itself: real processes, a real gloo group, the real store.
+"""Worker groups without Ray, for tests of the loop itself: real processes, a real gloo or NCCL group, the real store.
 
 Every rank of every group is forked anew from one process that has imported everything and done nothing: a start costs a
-tenth of a second instead of six of imports, and no run can see what another left behind.
+tenth of a second instead of six of imports, and no run can see what another left behind. CUDA survives no fork, so a
+rank with a GPU is started from nothing.
 """
 
 import functools
@@ -46,25 +47,40 @@ class Trained:
     matmul_dtype: str
 
 
-def train(config_toml: str, rows: list[dict[str, str]], directory: Path, *, run_id: str, num_workers: int) -> Trained:
+def train(
+    config_toml: str,
+    rows: list[dict[str, str]],
+    directory: Path,
+    *,
+    run_id: str,
+    num_workers: int,
+    use_gpu: bool = False,
+) -> Trained:
     """Train on `rows`, the last eighth held out; `run_id` names the checkpoints in the store."""
-    return train_all({run_id: config_toml}, rows, directory, num_workers=num_workers)[run_id]
+    return train_all({run_id: config_toml}, rows, directory, num_workers=num_workers, use_gpu=use_gpu)[run_id]
 
 
 def train_all(
-    configs: Mapping[str, str], rows: list[dict[str, str]], directory: Path, *, num_workers: int
+    configs: Mapping[str, str],
+    rows: list[dict[str, str]],
+    directory: Path,
+    *,
+    num_workers: int,
+    use_gpu: bool = False,
 ) -> dict[str, Trained]:
     """Train with one config after the other in the same processes; each by the name of its run."""
     trained: dict[str, Trained] = in_group(
-        train_in_rank, dict(configs), rows, directory=directory, num_workers=num_workers
+        train_in_rank, dict(configs), rows, directory=directory, num_workers=num_workers, use_gpu=use_gpu
     )[0]
     return trained
 
 
-def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num_workers: int) -> list[Any]:
+def in_group(
+    function: Callable[..., Any], *arguments: Any, directory: Path, num_workers: int, use_gpu: bool = False
+) -> list[Any]:
     """Call a module's function in each rank of a fresh group, in this process's environment; gives what each returned.
 
-    `directory` takes what the ranks print.
+    `directory` takes what the ranks print. With `use_gpu` the group is NCCL's, and each rank has a GPU of its own.
 
     Raises:
         RuntimeError: a rank failed; the text is what the ranks printed last, tracebacks included.
@@ -74,13 +90,14 @@ def in_group(function: Callable[..., Any], *arguments: Any, directory: Path, num
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
     group = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context = multiprocessing.get_context("spawn") if use_gpu else _ready_to_fork()
     ranks, results, logs = [], [], []
     for rank in range(num_workers):
         environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         receiver, sender = multiprocessing.Pipe(duplex=False)
         logs.append(directory / f"rank-{rank}.log")
-        process = _ready_to_fork().Process(
-            target=_rank, args=(sender, environment, str(logs[-1]), function, arguments), daemon=True
+        process = context.Process(
+            target=_rank, args=(sender, environment, str(logs[-1]), function, arguments, use_gpu), daemon=True
         )
         process.start()
         sender.close()
@@ -108,7 +125,9 @@ def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dic
             losses=[record["loss"] for record in steps],
             grad_norms=[record["grad_norm"] for record in steps],
             eval_losses=[record["loss"] for record in fitted.records if record["kind"] == "eval"],
-            weights={name: w.detach().float().numpy() for name, w in checkpoint.trainable(fitted.adapted).items()},
+            weights={
+                name: w.detach().float().cpu().numpy() for name, w in checkpoint.trainable(fitted.adapted).items()
+            },
             resumed_from=fitted.trained.resumed_from,
             stopped_early=fitted.trained.stopped_early,
             steps=fitted.trained.progress.step,
@@ -149,7 +168,8 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
     records = [validate(row).record for row in rows]
     cut = len(records) * 7 // 8
     splits = [tokenize(part, chat, config.model.max_length) for part in (records[:cut], records[cut:])]
-    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    device = torch.device("cuda", dist.get_rank()) if config.ray.use_gpu else torch.device("cpu")
+    worker = Worker(dist.get_rank(), dist.get_world_size(), device)
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
@@ -186,8 +206,9 @@ def _rank(
     log: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
+    use_gpu: bool,
 ) -> None:
-    """One rank, from its first breath in the forked process."""
+    """One rank, from its first breath in its process."""
     import warnings
 
     with Path(log).open("w") as file:
@@ -197,10 +218,13 @@ def _rank(
     os.environ.update(environment)
     warnings.simplefilter("ignore")
     gc.freeze()  # what was imported is never garbage, and DeepSpeed collects often
+    import torch
     import torch.distributed as dist
 
     try:
-        dist.init_process_group("gloo")
+        if use_gpu:
+            torch.cuda.set_device(int(environment["LOCAL_RANK"]))  # as Ray Train does before a training function
+        dist.init_process_group("nccl" if use_gpu else "gloo")
         result = function(*arguments)
         dist.barrier()
         dist.destroy_process_group()
