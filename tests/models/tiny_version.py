@@ -50,3 +50,15 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
+
+
+def on_its_base(config: RunConfig, store: Store, folder: Path):
+    """The adapter on the dequantised weights that it was trained on, in float32."""
+    from ray_jobs.adapters import build, merge, own_base
+    from ray_jobs.base import base_model
+
+    original = base_model.resolve(config.model)
+    dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
+    stands_on = own_base.find(config, original, store)
+    merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
+    return build.load(dense, folder)

@@ -175,14 +175,21 @@ Of a model that also sees, only what reads and writes text is adapted. An output
 """
 
 
-@cache
-def on_no_device(name: str) -> Any:
-    """The model without memory."""
+def on_no_device(name: str, **changes: object) -> Any:
+    """The model without memory, its configuration changed."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    shape = KINDS[name].config()
+    shape.update(changes)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(KINDS[name].config())
+        return AutoModelForCausalLM.from_config(shape)
+
+
+@cache
+def _looked_at(name: str) -> Any:
+    """One for all who change nothing in it."""
+    return on_no_device(name)
 
 
 def refusal(name: str, method: str, base: Path) -> str | None:
@@ -201,7 +208,7 @@ def refusal(name: str, method: str, base: Path) -> str | None:
         method=METHOD_CONFIGS[method],
     )
     try:
-        find(on_no_device(name), config.method, base_reference=name)
+        find(_looked_at(name), config.method, base_reference=name)
         own_base.check(config, Base(name, base, {}))
     except ConfigError as exc:
         return str(exc)
@@ -216,7 +223,7 @@ def page(folder: Callable[[str], Path]) -> str:
     head = ["architecture", "attention", *METHOD_CONFIGS]
     rows = [head, ["---"] * len(head)]
     for name, kind in KINDS.items():
-        told = f"{name}, fused experts" if experts_of(on_no_device(name)) else name
+        told = f"{name}, fused experts" if experts_of(_looked_at(name)) else name
         marks = ["" if refusal(name, method, folder(name)) else "x" for method in METHOD_CONFIGS]
         rows.append([told, str(attention.choose(kind.config(), "auto", use_gpu=True)), *marks])
     return MODELS.format(table="\n".join(f"| {' | '.join(row)} |" for row in rows))

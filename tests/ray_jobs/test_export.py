@@ -13,11 +13,11 @@ from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
-from ray_jobs.adapters import build, merge, own_base
+from ray_jobs.adapters import merge
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export
 from tests.models import zoo
-from tests.models.tiny_version import RECORDS, publish
+from tests.models.tiny_version import RECORDS, on_its_base, publish
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
 
@@ -37,15 +37,6 @@ def of(config: RunConfig, store: Store):
 
 def says(model, folder_or_base) -> merge.Agreement:
     return merge.agreement(merge.logits(model.eval(), ROWS), merge.logits(folder_or_base.eval(), ROWS))
-
-
-def on_its_base(config: RunConfig, store: Store, folder: Path):
-    """The adapter on the dequantised weights that it was trained on, in float32."""
-    original = base_model.resolve(config.model)
-    dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
-    stands_on = own_base.find(config, original, store)
-    merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
-    return build.load(dense, folder)
 
 
 @pytest.mark.parametrize("name", ["lora", "loftq", "dvora"])

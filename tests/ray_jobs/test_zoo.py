@@ -31,9 +31,9 @@ from ray_jobs.scoring.scoring import score
 from tests.models import zoo
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
+from tests.models.tiny_version import on_its_base
 from tests.models.train_group import train_all
 from tests.ray_jobs.conftest import CONFIG
-from tests.ray_jobs.test_export import on_its_base
 
 RECORDS = [validate(row).record for row in colour_rows(8)]
 STEPS = 4

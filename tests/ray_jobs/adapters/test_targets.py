@@ -12,19 +12,14 @@ from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.targets import find
 from tests.models import zoo
-
-
-def model_of(name: str, **changes: object):
-    """On no device."""
-    shape = zoo.KINDS[name].config()
-    shape.update(changes)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
+from tests.models.zoo import on_no_device
 
 
 def attached(name: str, **method: object):
     with torch.device("meta"):
-        return build.attach(model_of(name), MethodConfig(name="lora", rank=4, **method), base_reference=name, seed=0)
+        return build.attach(
+            on_no_device(name), MethodConfig(name="lora", rank=4, **method), base_reference=name, seed=0
+        )
 
 
 def trained_in(adapted) -> set[str]:
@@ -93,7 +88,7 @@ def test_a_base_of_which_most_would_stay_unquantised_is_refused_with_the_share(b
     # Mixtral 8x7B's own sizes: 45.1 of 46.7 billion parameters are experts (32 x 8 x 3 x 4096 x 14336).
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     shape |= {"num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000}
-    model = model_of("Mixtral", **shape)
+    model = on_no_device("Mixtral", **shape)
     with pytest.raises(ConfigError, match=rf"method\.base {base} quantises no fused experts, .* they are 97%, .*=bf16"):
         find(model, MethodConfig(name="lora", base=base), base_reference="Mixtral")
 
@@ -130,11 +125,11 @@ def test_an_experts_adapter_is_written_in_the_same_order_and_read_by_plain_peft(
 def test_all_linear_is_written_as_peft_writes_it(layers):
     with torch.device("meta"):
         theirs = get_peft_model(
-            model_of("Llama, tied", num_hidden_layers=layers),
+            on_no_device("Llama, tied", num_hidden_layers=layers),
             LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
         )
         ours = build.attach(
-            model_of("Llama, tied", num_hidden_layers=layers), MethodConfig(), base_reference="x", seed=0
+            on_no_device("Llama, tied", num_hidden_layers=layers), MethodConfig(), base_reference="x", seed=0
         )
     found, expected = (each.peft_config["default"] for each in (ours, theirs))
     assert found.target_modules == expected.target_modules

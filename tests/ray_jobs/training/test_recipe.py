@@ -9,14 +9,14 @@ from ray_jobs.adapters import build
 from ray_jobs.base.base_model import Base
 from ray_jobs.training.group import Worker
 from ray_jobs.training.worker import _recipe
-from tests.ray_jobs.adapters.test_targets import model_of
+from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
 
 
 def recipe(name: str, *settings: str):
     config = config_file.loads(CONFIG.format(base="x"), settings)
     with torch.device("meta"):
-        adapted = build.attach(model_of(name), config.method, base_reference="x", seed=0)
+        adapted = build.attach(on_no_device(name), config.method, base_reference="x", seed=0)
     return adapted, _recipe(config, adapted, Base("x", Path(), {}), Worker(0, 1, torch.device("cpu")))
 
 
