@@ -23,8 +23,8 @@ def train_with_a_broken_shard(config_toml: str) -> None:
     """One worker's part of one matrix is turned around after DeepSpeed has set everything up."""
     initialize = zero.initialize
 
-    def break_one(model: torch.nn.Module, config: RunConfig) -> Any:
-        engine = initialize(model, config)
+    def break_one(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype) -> Any:
+        engine = initialize(model, config, dtype)
         if dist.get_rank() == 1:
             name = "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
             weight = dict(engine.module.named_parameters())[name]
@@ -51,7 +51,7 @@ def test_one_broken_part_stops_the_training_with_both_losses(
         r"the same model unsharded is (\S+), more than (\S+) apart",
         str(raised.value),
     )
-    assert found
+    assert found, str(raised.value)
     rank, sharded, plain, limit = int(found[1]), *map(float, found.groups()[1:])
     assert abs(sharded - plain) > limit > 0
     if zero_stage == 2:  # every worker has weights of its own; under ZeRO-3 all see the broken part
