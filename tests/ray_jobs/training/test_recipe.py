@@ -1,7 +1,9 @@
 """What the lineage says was built, against the model that was built."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from components.config import config_file
@@ -13,14 +15,21 @@ from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
 
 
-def recipe(name: str, *settings: str):
-    config = config_file.loads(CONFIG.format(base="x"), settings)
-    with torch.device("meta"):
-        adapted = build.attach(on_no_device(name), config.method, base_reference="x", seed=0)
-    return adapted, _recipe(config, adapted, Base("x", Path(), {}), Worker(0, 1, torch.device("cpu")))
+@pytest.fixture
+def recipe(tiny_base: Path):
+    """An adapted model of an architecture, and what is said of it; the tokenizer is the tiny base's."""
+    base = Base(str(tiny_base), tiny_base, {})
+
+    def built(name: str, *settings: str) -> tuple[Any, dict[str, Any]]:
+        config = config_file.loads(CONFIG.format(base=tiny_base), settings)
+        with torch.device("meta"):
+            adapted = build.attach(on_no_device(name), config.method, base_reference="x", seed=0)
+        return adapted, _recipe(config, adapted, base, base, Worker(0, 1, torch.device("cpu")))
+
+    return built
 
 
-def test_the_lineage_names_every_kind_of_weight_that_is_trained():
+def test_the_lineage_names_every_kind_of_weight_that_is_trained(recipe):
     adapted, found = recipe("Mixtral")
     assert found["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert found["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
@@ -31,17 +40,17 @@ def test_the_lineage_names_every_kind_of_weight_that_is_trained():
     assert found["trainable_parameters"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def test_adapted_experts_are_served_merged_and_the_reason_is_named():
+def test_adapted_experts_are_served_merged_and_the_reason_is_named(recipe):
     serving = recipe("Mixtral")[1]["serving"]
     assert serving["servable_as"] == "merged"
     assert serving["notes"][0] == "vLLM is not known to wrap experts.down_proj, experts.gate_up_proj"
     assert recipe("Mixtral", "method.target_modules=['q_proj']")[1]["serving"]["servable_as"] == "lora"
 
 
-def test_a_router_that_was_asked_for_is_named():
+def test_a_router_that_was_asked_for_is_named(recipe):
     found = recipe("Mixtral", "method.target_modules=['q_proj', 'gate']")[1]
     assert (found["target_modules"], found["target_parameters"]) == (["q_proj"], ["gate.weight"])
 
 
-def test_where_only_layers_are_adapted_nothing_else_is_named():
+def test_where_only_layers_are_adapted_nothing_else_is_named(recipe):
     assert "target_parameters" not in recipe("Llama, tied")[1]
