@@ -63,7 +63,9 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
     train = config.train
     host = {"device": "cpu", "pin_memory": config.ray.use_gpu}
     zero: dict[str, Any] = {
-        "stage": train.zero_stage,
+        # Without ZeRO, DeepSpeed 0.19 divides float16 gradients by a scale that it has not multiplied the loss by
+        # (runtime/engine.py, backward). Stage 1 takes the same steps.
+        "stage": max(1, train.zero_stage) if dtype is torch.float16 else train.zero_stage,
         "overlap_comm": config.ray.use_gpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": BUCKET_ELEMENTS,
