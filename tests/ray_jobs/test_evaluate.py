@@ -21,7 +21,7 @@ from components.registry.versions import Version, publish_version, pull_version,
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
 from ray_jobs import evaluate
-from ray_jobs.adapters import build
+from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import Contender, _contenders, compared, measure_shard, with_room_for_answers
 from ray_jobs.scoring.answers import Score
@@ -173,13 +173,14 @@ def test_a_champion_that_another_release_trained_is_still_measured(config, store
     promote(store, config.adapter.name, old.version)
 
     def of_another_release(*arguments):
-        stored = read_lineage(*arguments)["config"]
+        lineage = read_lineage(*arguments)
+        stored = lineage["config"]
         # Keys that are gone since, a section too, one that is new, and a value that no training takes any more.
         del stored["ray"]["cpu_matmul_dtype"]
         stored["train"]["zero_stage"] = 5
-        return {"config": stored | {"model": stored["model"] | {"gone": 1}, "tune": {"trials": 3}}}
+        return lineage | {"config": stored | {"model": stored["model"] | {"gone": 1}, "tune": {"trials": 3}}}
 
-    monkeypatch.setattr(evaluate, "read_lineage", of_another_release)
+    monkeypatch.setattr(recorded, "read_lineage", of_another_release)
     sharded = changed(config, "train.zero_stage=3")  # which int8 is not trained with, and is measured all the same
     contenders = _contenders(sharded, store, new)
     found = measure_shard(contenders, RECORDS[:4], shard_index=0)
