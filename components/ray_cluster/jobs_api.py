@@ -46,17 +46,26 @@ class JobsApi:
         }
 
     def start(self, job: Job, attempt: int) -> None:
-        """Submit it; a head answers before it can take jobs."""
+        """Submit it; a head answers before it can take jobs, and a busy one drops a connection now and then."""
+        import requests  # type: ignore[import-untyped]
+
         submission_id = self.job_id(job, attempt)
         entrypoint = shlex.join(job.command)
         deadline = time.monotonic() + UNREACHABLE_S
 
         def submit() -> None:
+            dropped = False
             while True:
                 try:
                     self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=job.about)
                     return
+                except (ConnectionError, requests.RequestException):
+                    dropped = True  # and nobody has said whether the job was taken
+                    if time.monotonic() > deadline:
+                        raise
                 except RuntimeError as exc:
+                    if dropped and "already exists" in str(exc):
+                        return
                     # A head answers before the agent that starts jobs has registered. Other refusals are final: a job
                     # that was accepted after all would be refused as a duplicate.
                     if "No available agent" not in str(exc) or time.monotonic() > deadline:
@@ -153,7 +162,7 @@ def _call(what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
     Raises:
         JobError: it did not answer, or refused.
     """
-    import requests  # type: ignore[import-untyped]
+    import requests
     from ray.exceptions import AuthenticationError
 
     deadline = time.monotonic() + patience_s

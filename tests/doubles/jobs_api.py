@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TOKEN = "0123456789abcdef" * 4
 RAY_VERSION = importlib.metadata.version("ray")  # importing ray fixes its authentication for the whole process
+
+Drop = Literal["taken", "lost"]
 
 
 @dataclass
@@ -54,6 +56,8 @@ class JobsApi:
         self.directory = directory
         self.environment = {**os.environ, **(environment or {})}
         self.token = token
+        self.drop_submissions: list[Drop] = []
+        """What becomes of the next ones, whose connection is closed without an answer."""
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +66,12 @@ class JobsApi:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
+                drop = api.drop_submissions.pop(0) if self.path == "/api/jobs/" and api.drop_submissions else None
+                if drop == "taken":
+                    api.answer("POST", self.path, body, self.headers.get("Authorization", ""))
+                if drop:
+                    self.close_connection = True
+                    return
                 self._answer(*api.answer("POST", self.path, body, self.headers.get("Authorization", "")))
 
             def _answer(self, code: int, body: Any) -> None:
