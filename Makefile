@@ -44,13 +44,13 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	@$(BIN)/fineloop run
 
-# What needs no GPU, root or Kubernetes, side by side; then what has a Ray of its own, one after the other.
+# What needs no GPU, root or Kubernetes; then what has a Ray of its own: two at a time, as each waits for processes to start.
 HERE = not gpu and not podman and not kubernetes and not checkov
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "e2e and not slow"
+	@$(BIN)/python -m pytest -m "e2e and not slow" --numprocesses 2 --dist loadfile
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)

@@ -280,8 +280,15 @@ def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
     assert body(done)["error"]["kind"] == "DataError"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["run", "train"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("run", signal.SIGINT),
+        ("train", signal.SIGTERM),
+        pytest.param("run", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_leaves_nothing_behind(
     command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:

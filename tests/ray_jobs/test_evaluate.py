@@ -20,7 +20,6 @@ from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
-from ray_jobs import evaluate
 from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import Contender, _contenders, compared, measure_shard, with_room_for_answers

@@ -69,28 +69,42 @@ FIRST = {
 REPEATED = REFERENCES[::7]
 
 
+def is_first(cell: Cell) -> bool:
+    """Of those rows: the unshared cell, each stage with and without offloading, and activations recomputed in half."""
+    has_its_turn = (cell.zero_stage + cell.cpu_offload) % 2 == 1
+    is_chosen = cell == reference_of(cell) or (cell.zero_stage > 0 and cell.gradient_checkpointing == has_its_turn)
+    return is_chosen and name_of(reference_of(cell)) in FIRST
+
+
 def in_turn(cells: list[Cell]) -> list[Any]:
     """The cells as parameters, those of later rows marked as slow."""
-    marks = {cell: [] if name_of(reference_of(cell)) in FIRST else [pytest.mark.slow] for cell in cells}
+    marks = {cell: [] if is_first(cell) else [pytest.mark.slow] for cell in cells}
     return [pytest.param(cell, marks=marks[cell], id=name_of(cell)) for cell in cells]
 
 
 class Matrix:
-    """Trains all cells of one reference together, when the first of them is asked for."""
+    """Trains the cells of one reference together, the first ones or the others, when one of them is asked for."""
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
         self._config = config_file.dumps(config)
         self._directory = directory
-        self.row = functools.cache(self._row)
+        self._row = functools.cache(self._train)
         self.plain = functools.cache(self._plain)
 
-    def _row(self, reference: Cell) -> dict[str, Trained]:
-        configs = {name_of(cell): self._toml(cell) for cell in CELLS if reference_of(cell) == reference}
-        if reference in REPEATED:
-            configs[AGAIN] = configs[name_of(reference)]
-        for cell in in_float32(reference):
-            configs[IN_FLOAT32.format(cell.zero_stage)] = self._toml(cell, "ray.cpu_matmul_dtype=float32")
-        return train_all(configs, ROWS, self._directory / name_of(reference), num_workers=2)
+    def of(self, cell: Cell) -> dict[str, Trained]:
+        """What was trained together with a cell, by name."""
+        return self._row(reference_of(cell), is_first(cell))
+
+    def _train(self, reference: Cell, first: bool) -> dict[str, Trained]:
+        cells = [cell for cell in CELLS if reference_of(cell) == reference and is_first(cell) == first]
+        configs = {name_of(cell): self._toml(cell) for cell in [reference, *cells]}
+        if reference in cells:
+            for cell in in_float32(reference):
+                configs[IN_FLOAT32.format(cell.zero_stage)] = self._toml(cell, "ray.cpu_matmul_dtype=float32")
+            if reference in REPEATED:
+                configs[AGAIN] = configs[name_of(reference)]
+        directory = self._directory / f"{name_of(reference)}-{first}"
+        return train_all(configs, ROWS, directory, num_workers=2)
 
     def _plain(self, reference: Cell) -> Curve:
         return plain_training(self._toml(reference), ROWS)
@@ -126,7 +140,7 @@ def test_the_first_rows_have_every_value_of_a_method():
 
 @pytest.mark.parametrize("cell", in_turn(CELLS))
 def test_a_legal_cell_takes_the_steps_of_its_method_unshared(cell: Cell, matrix: Matrix):
-    row = matrix.row(reference_of(cell))
+    row = matrix.of(cell)
     found, expected = row[name_of(cell)], row[name_of(reference_of(cell))]
     assert_same_curve(found, expected)
     np.testing.assert_allclose(found.eval_losses, expected.eval_losses, atol=NOISE)
@@ -137,7 +151,7 @@ def test_a_legal_cell_takes_the_steps_of_its_method_unshared(cell: Cell, matrix:
 
 @pytest.mark.parametrize("reference", in_turn(REFERENCES))
 def test_a_method_takes_the_steps_of_a_plain_loop(reference: Cell, matrix: Matrix):
-    found = matrix.row(reference)[name_of(reference)]
+    found = matrix.of(reference)[name_of(reference)]
     assert len(found.losses) == 2
     assert_same_curve(found, matrix.plain(reference))
 
@@ -145,14 +159,14 @@ def test_a_method_takes_the_steps_of_a_plain_loop(reference: Cell, matrix: Matri
 @pytest.mark.parametrize("reference", in_turn(REFERENCES))
 def test_with_products_in_float32_a_method_takes_those_steps_too(reference: Cell, matrix: Matrix):
     for cell in in_float32(reference):
-        found = matrix.row(reference)[IN_FLOAT32.format(cell.zero_stage)]
+        found = matrix.of(reference)[IN_FLOAT32.format(cell.zero_stage)]
         assert found.matmul_dtype == "float32"
         assert_same_curve(found, matrix.plain(reference))
 
 
 @pytest.mark.parametrize("reference", in_turn(REPEATED))
 def test_a_process_that_trained_every_other_cell_trains_the_first_as_before(reference: Cell, matrix: Matrix):
-    row = matrix.row(reference)
+    row = matrix.of(reference)
     first, again = row[name_of(reference)], row[AGAIN]
     assert again.losses == first.losses
     assert all((again.weights[name] == weight).all() for name, weight in first.weights.items())
