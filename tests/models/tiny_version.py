@@ -1,6 +1,8 @@
 """A published version of the tiny base, without a training: its update is drawn at random, and large."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare import dataset
@@ -52,8 +54,8 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
 
 
-def on_its_base(config: RunConfig, store: Store, folder: Path):
-    """The adapter on the dequantised weights that it was trained on, in float32."""
+def on_its_base(config: RunConfig, store: Store, folder: Path, *, load: Callable[..., Any] | None = None):
+    """The adapter at `folder` on the dequantised weights that it was trained on, in float32; `load` may be peft's."""
     from ray_jobs.adapters import build, merge, own_base
     from ray_jobs.base import base_model
 
@@ -61,4 +63,4 @@ def on_its_base(config: RunConfig, store: Store, folder: Path):
     dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
     stands_on = own_base.find(config, original, store)
     merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
-    return build.load(dense, folder)
+    return (load or build.load)(dense, folder)
