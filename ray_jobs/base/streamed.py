@@ -27,14 +27,16 @@ def streamed(
     The folder must hold 16-bit weights.
     """
     from accelerate.hooks import remove_hook_from_submodules
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
+    shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    kernel = attention.for_text(shape, attention.choose(shape, config.attention, use_gpu=False))
     with tempfile.TemporaryDirectory(prefix="fineloop-streamed-") as scratch:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=torch.bfloat16,
-            attn_implementation=attention.register(),
+            attn_implementation=kernel,
             device_map={"": "disk"},  # accelerate's: a layer's weights are there while it runs
             offload_folder=scratch,
             use_safetensors=True,
