@@ -12,6 +12,7 @@ from components.config.gpus import PRICED, Gpu
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
 from components.config.schema import Dtype, MethodConfig, RunConfig
+from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from ray_jobs import entry, estimate
 from ray_jobs.base import base_config
@@ -64,9 +65,7 @@ def main() -> None:
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
     """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
-    rehearsal = Rehearsal(
-        base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
-    )
+    rehearsal = Rehearsal.of(config, base)
     batch = worst_batch(config)
     choice = chosen(config, rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
@@ -104,7 +103,10 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
 
 
 def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
-    """Every method of the table with its default rank, everything else as the config has it."""
+    """Every method of the table with its default rank, everything else as the config has it.
+
+    A method that does not go with the base has the reason under `refused`, in place of its figures.
+    """
     rows = []
     names: list[MethodName] = list(METHODS)  # type: ignore[arg-type]
     for name in names:
@@ -113,14 +115,19 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         # A stage that this method does not go with is left for the nearest one that it does.
         train = config.train.model_copy(update={"zero_stage": nearest_legal(other.cell).zero_stage})
         other = other.model_copy(update={"train": train})
-        rehearsal = Rehearsal(
-            base, method, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
-        )
+        row: dict[str, Any] = {
+            "method": name,
+            "base": method.row.base,
+            "rank": method.r,
+            "learning_rate": method.row.learning_rate,
+        }
+        try:
+            rehearsal = Rehearsal.of(other, base)
+        except ConfigError as exc:
+            rows.append({**row, "refused": str(exc)})
+            continue
         memory = chosen(other, rehearsal, worst_batch(other)).parts.as_json()
-        rows.append(
-            {"method": name, "base": method.row.base, "rank": method.r, **counts(rehearsal.stats)}
-            | {"memory_bytes": memory, "learning_rate": method.row.learning_rate}
-        )
+        rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
     return rows
 
 

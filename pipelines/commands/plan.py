@@ -179,6 +179,9 @@ def _advice_told(body: dict[str, Any]) -> Iterator[str]:
 def _methods_told(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "method   base  rank       trained     share  memory, GiB     rate"
     for row in rows:
+        if "refused" in row:
+            yield f"{row['method']:<8} {row['base']:<5} {row['rank']:>4}  refused: {row['refused']}"
+            continue
         yield (
             f"{row['method']:<8} {row['base']:<5} {row['rank']:>4} {row['trainable_parameters']:>13,} "
             f"{_percent(row['trainable_share']):>9} {row['memory_bytes']['total'] / GIB:>12.2f} "

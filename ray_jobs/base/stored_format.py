@@ -31,19 +31,27 @@ def quantization(
     import transformers
 
     stored = _stored(shape)
+    if base_format not in (possible := formats(shape)):
+        mend = f"set method.base={possible[0]}, or name" if possible else "name"
+        raise ConfigError(
+            f"method.base {base_format}: the weights of {reference} are quantised already, as {_told(stored)}: {mend} "
+            "the unquantised model that they were made from"
+        )
     if not stored:
         return {"quantization_config": _config_of(base_format, dtype)}
-    if stored_as(shape) == base_format:
-        return {}  # passed as None, a configuration would make the folder forget its own
-    kind = stored.get("quant_method", "")
-    if base_format == "bf16" and kind in WIDENED:
-        return {"quantization_config": getattr(transformers, WIDENED[kind])(dequantize=True)}
-    mend = stored_as(shape) or ("bf16" if kind in WIDENED else None)
-    raise ConfigError(
-        f"method.base {base_format}: the weights of {reference} are quantised already, as {_told(stored)}: "
-        + (f"set method.base={mend}, or name" if mend else "name")
-        + " the unquantised model that they were made from"
-    )
+    if base_format == "bf16":
+        return {"quantization_config": getattr(transformers, WIDENED[stored["quant_method"]])(dequantize=True)}
+    return {}  # passed as None, a configuration would make the folder forget its own
+
+
+def formats(shape: "PretrainedConfig") -> tuple[BaseFormat, ...]:
+    """What `method.base` may be; none where the weights are quantised in a way that cannot be trained on."""
+    stored = _stored(shape)
+    if not stored:
+        return ("bf16", "nf4", "int8")
+    if ours := stored_as(shape):
+        return (ours,)
+    return ("bf16",) if stored.get("quant_method") in WIDENED else ()
 
 
 def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:

@@ -27,13 +27,7 @@ def before_training(
     own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
         base = base_config.load(base_folder, config.model)
-        rehearsal = Rehearsal(
-            base,
-            config.method,
-            reference=config.model.base,
-            use_gpu=config.ray.use_gpu,
-            attention=config.model.attention,
-        )
+        rehearsal = Rehearsal.of(config, base)
     except ConfigError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training

@@ -7,6 +7,7 @@ from typing import Any
 
 from components.config.gpus import GPUS, Gpu
 from components.config.legality import refusals, setting
+from components.config.methods import BaseFormat
 from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
@@ -223,8 +224,9 @@ def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:
 def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> Iterator[Choice]:
     per_worker = config.train.batch_size // config.ray.num_workers
     sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
-    for base in dict.fromkeys((config.method.row.base, "nf4")):
-        for zero_stage, checkpointing in product(range(4), (False, True)):
+    bases: dict[BaseFormat, None] = dict.fromkeys((config.method.row.base, "nf4"))
+    for base in (each for each in bases if each in rehearsal.formats):
+        for zero_stage, checkpointing in product(range(3 if rehearsal.adapts_experts else 4), (False, True)):
             if any(
                 refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
             ):

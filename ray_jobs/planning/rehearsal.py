@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from components.config.schema import Attention, MethodConfig
+from components.config.schema import Attention, MethodConfig, RunConfig
+from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
+from ray_jobs.adapters.targets import experts_of
 from ray_jobs.base import stored_format
 from ray_jobs.base.attention import FLASH, choose, for_text, takes_kernels
 
@@ -91,11 +93,17 @@ class Rehearsal:
         if method is not None:
             stored_format.quantization(base, method.row.base, torch.bfloat16, reference=reference)
         self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
+        self.formats = tuple(
+            each for each in stored_format.formats(base) if each == "bf16" or not experts_of(self._model)
+        )
+        """What method.base may be of this base."""
         base = base.get_text_config()  # of a model that also sees, what reads and writes
         matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         active = _active(self._model, base)
         self._model.requires_grad_(method is None)
+        self.adapts_experts = False
+        """Whether the adapter goes to fused experts, whose weights ZeRO-3 cannot shard then."""
         adapted = None
         if method is not None:
             if method.row.base == "int8":
@@ -103,16 +111,17 @@ class Rehearsal:
                     _as_int8(layer)
             with torch.device("meta"):
                 adapted = build.attach(self._model, method, base_reference=reference, seed=0)
+            self.adapts_experts = bool(adapted.targeted_parameter_names)
         self.stats = ModelStats(
             parameters=parameters,
             matrices=matrices,
             active=active,
             vocabulary=self._model.get_output_embeddings().weight.shape[0],
             width=base.hidden_size,
-            attention_width=_attention_width(base),
+            attention_width=_heads_width(base, "num_attention_heads"),
             num_layers=base.num_hidden_layers,
-            experts=sum(tensor.numel() for tensor in _experts(self._model)),
-            cached=2 * base.num_hidden_layers * _kv_width(base),
+            experts=sum(tensor.numel() for tensor in experts_of(self._model).values()),
+            cached=2 * base.num_hidden_layers * _heads_width(base, "num_key_value_heads", "num_attention_heads"),
             trainable=adapted.get_nb_trainable_parameters()[0] if adapted else parameters,
             frozen_adapter=_frozen(adapted),
             applied=_applied(adapted, method.r) if adapted and method else 0,
@@ -120,6 +129,22 @@ class Rehearsal:
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
         self._steps: dict[tuple[int, int, bool], StepMemory] = {}
         self._read: dict[tuple[int, int], int] = {}
+
+    @classmethod
+    def of(cls, config: RunConfig, base: "PretrainedConfig") -> "Rehearsal":
+        """What a config trains.
+
+        Raises:
+            ConfigError: the base is none for this config.
+        """
+        use_gpu, wanted = config.ray.use_gpu, config.model.attention
+        found = cls(base, config.method, reference=config.model.base, use_gpu=use_gpu, attention=wanted)
+        if found.adapts_experts and config.train.zero_stage == 3:
+            raise ConfigError(
+                f"train.zero_stage 3 shards the experts of {config.model.base}, and peft adapts them whole: "
+                "set train.zero_stage=2, or adapt the other layers alone with method.target_modules"
+            )
+        return found
 
     def step(self, batch: int, length: int, *, checkpointing: bool) -> StepMemory:
         """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat."""
@@ -321,23 +346,18 @@ def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
     """Of experts, stored as one tensor (experts, ., .), a token meets only those it is sent to."""
     dense = sum(outputs * inputs for _, outputs, inputs in _linear_layers(model))
     chosen = getattr(base, "num_experts_per_tok", None) or 1
-    return dense + sum(tensor.numel() // tensor.shape[0] * min(chosen, tensor.shape[0]) for tensor in _experts(model))
+    experts = experts_of(model).values()
+    return dense + sum(tensor.numel() // tensor.shape[0] * min(chosen, tensor.shape[0]) for tensor in experts)
 
 
-def _experts(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.dim() == 3]
-
-
-def _attention_width(base: "PretrainedConfig") -> int:
-    """The mean over the layers, of which some may have wider heads."""
+def _heads_width(base: "PretrainedConfig", *counts: str) -> int:
+    """Heads times their size, the mean over the layers, of which some may have others; `counts` are tried in turn."""
     layers = list(base.per_layer_config) if base.is_heterogeneous else [base]
-    heads = (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
-    return int(sum(heads) * base.num_attention_heads / len(layers))
-
-
-def _kv_width(base: "PretrainedConfig") -> int:
-    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
-    return _attention_width(base) // base.num_attention_heads * int(heads)
+    widths = []
+    for layer in layers:
+        head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        widths.append(head * next(number for name in counts if (number := getattr(layer, name, None))))
+    return int(sum(widths) / len(widths))
 
 
 def _frozen(adapted: Any) -> int:

@@ -166,7 +166,8 @@ so too, but for loftq, which looks into the files of the weights.
 *Fused experts* are one parameter of three dimensions for each layer. LoRA and rsLoRA adapt them beside the other
 layers; the router only where `method.target_modules` names it. The other adapters have no form for them, and go on the
 layers of attention alone: `method.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]`. bitsandbytes does not
-quantise them, and they are most of such a base, so that it is trained in bfloat16.
+quantise them, and they are most of such a base, so that it is trained in bfloat16. Where they are adapted, ZeRO stage 3
+cannot shard them.
 
 Of a model that also sees, only what reads and writes text is adapted. An output head that is the input embeddings too
 (tied) is never adapted: it could not be merged.

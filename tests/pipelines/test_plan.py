@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.commands.plan import _methods_told
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 [adapter]
@@ -93,3 +95,9 @@ def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
     assert json.loads(done.stdout)["error"]["kind"] == "ConfigError"
     assert done.stderr.strip().startswith("fineloop: model.base ./nowhere: there is no such folder")
     assert "Traceback" not in done.stderr
+
+
+def test_a_method_that_does_not_go_with_the_base_is_told_with_its_reason():
+    row = {"method": "qdora", "base": "nf4", "rank": 16, "learning_rate": 2e-4, "refused": "method.base nf4: no"}
+    *_, told = _methods_told([row])
+    assert told == "qdora    nf4     16  refused: method.base nf4: no"

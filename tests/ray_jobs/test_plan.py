@@ -9,10 +9,12 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan
 from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.planning import capacity
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
 from ray_jobs.planning.memory import GIB, MARGIN
 from ray_jobs.planning.rehearsal import Rehearsal
+from tests.models import zoo
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
 
 CONFIG = """
@@ -131,6 +133,29 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     assert rows["dvora"]["trainable_parameters"] > rows["vera"]["trainable_parameters"]
     assert rows["qlora"]["memory_bytes"]["weights"] < rows["lora"]["memory_bytes"]["weights"]
     assert rows["vera"]["learning_rate"] == pytest.approx(30 * rows["lora"]["learning_rate"])
+
+
+def test_of_a_base_with_experts_each_method_that_does_not_go_with_it_says_why(tmp_path):
+    rows = {row["method"]: row for row in plan.compared(configured(tmp_path), zoo.KINDS["Mixtral"].config())}
+    assert {name for name, row in rows.items() if "refused" not in row} == {"lora", "rslora"}
+    assert "method.base=bf16" in rows["qlora"]["refused"]
+    assert "method.adapter=lora" in rows["dora"]["refused"]
+
+
+@pytest.mark.parametrize(("kind", "formats"), [("Mixtral", {"bf16"}), ("Llama, tied", {"bf16", "nf4"})])
+def test_no_format_is_advised_that_would_be_refused(kind, formats):
+    rehearsal = Rehearsal(zoo.KINDS[kind].config(), configured().method, reference=kind)
+    choices = list(capacity._legal_choices(configured(), rehearsal, WorstBatch(64, 8)))
+    assert {choice.config.method.row.base for choice in choices} == formats
+    assert max(choice.config.train.zero_stage for choice in choices) == (2 if kind == "Mixtral" else 3)
+
+
+def test_adapted_experts_are_not_sharded_and_others_are(tmp_path):
+    base = zoo.KINDS["Mixtral"].config()
+    with pytest.raises(ConfigError, match=r"train\.zero_stage 3 shards the experts of .* set train\.zero_stage=2, or"):
+        plan.planned(configured(tmp_path, "train.zero_stage=3"), base, gpu_device("A10G"))
+    others = configured(tmp_path, "train.zero_stage=3", "method.target_modules=['q_proj']")
+    assert plan.planned(others, base, gpu_device("A10G"))["zero_stage"] == 3
 
 
 def test_answers_are_as_long_as_evaluation_lets_them_be(tmp_path):

@@ -181,6 +181,12 @@ def test_what_the_table_has_a_mark_for_goes_all_the_way(name, method, folder, co
 @pytest.mark.parametrize("name", zoo.KINDS)
 def test_two_workers_take_the_steps_of_a_plain_loop(name, zero_stage, configured, tmp_path):
     config = configured(name, "lora", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16")
+    shape = base_config.read(config.model)
+    if zero_stage == 3 and Rehearsal.of(configured(name, "lora"), shape).adapts_experts:
+        with pytest.raises(ConfigError, match=r"set train\.zero_stage=2, or adapt the other layers alone"):
+            Rehearsal.of(config, shape)
+        others = "method.target_modules=['q_proj', 'v_proj']"
+        config = configured(name, "lora", "train.zero_stage=3", "ray.cpu_matmul_dtype=bfloat16", others)
     toml = config_file.dumps(config)
     rows = colour_rows(36)
     found = train_all({f"{name}-{zero_stage}".replace(" ", "-"): toml}, rows, tmp_path, num_workers=2)

@@ -299,8 +299,11 @@ def test_an_architecture_that_cannot_be_rehearsed_gets_a_formula(monkeypatch):
 
 def test_heads_that_are_wider_in_some_layers_count_with_their_mean():
     # Gemma 4's full-attention layers: here one of two layers, four heads of 32 instead of 16.
-    rehearsed = Rehearsal(zoo.KINDS["Gemma 4"].config(), MethodConfig(name="lora"), reference="gemma")
+    kind = zoo.KINDS["Gemma 4"]
+    fewer = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}  # and, in the larger ones, fewer keys there
+    rehearsed = Rehearsal(replace(kind, text={**kind.text, **fewer}).config(), MethodConfig(name="lora"), reference="x")
     assert rehearsed.stats.attention_width == (4 * 16 + 4 * 32) / 2
+    assert rehearsed.stats.cached == 2 * 2 * (2 * 16 + 1 * 32) / 2
     assert not rehearsed.step(2, 32, checkpointing=False).is_estimate
 
 
