@@ -78,7 +78,7 @@ def test_no_step_moves_an_artifact_out_of_the_runs_folder(spec: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("output", "yes", "no"), [("gate-Output", "passed", "refused"), ("prepare-has_news", "new-data", "nothing-new")]
+    ("output", "yes", "no"), [("gate-passed", "passed", "refused"), ("prepare-has_news", "new-data", "nothing-new")]
 )
 def test_each_choice_has_both_branches(spec: dict[str, Any], output: str, yes: str, no: str) -> None:
     found = branches(spec, output)
