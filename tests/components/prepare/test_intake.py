@@ -54,7 +54,7 @@ def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_
 def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
     write_rows: Callable[..., str],
 ) -> None:
-    messages = [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]
+    messages = [{"role": "user", "content": "x"}, {"role": "critic", "content": "x"}]
     bad = [
         *[{"prompt": "a", "completion": ""}] * 3,
         *["{broken", "{ broken"],
@@ -70,7 +70,9 @@ def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
     assert lines[1] == f"  3 x completion is empty (for example {name}:3)"
     assert lines[2].startswith("  2 x not JSON: Expecting property name")
     assert lines[2].endswith(f"at column N (for example {name}:6)")
-    assert lines[3] == (f"  2 x messages[N].role is 'tool': expected system, user or assistant (for example {name}:8)")
+    assert lines[3] == (
+        f"  2 x messages[N].role is 'critic': expected system, user, assistant or tool (for example {name}:8)"
+    )
     assert lines[4] == "  1 x 1 other reasons"
     assert lines[5] == "Fix these rows or raise data.max_reject_share."
 

@@ -244,8 +244,9 @@ def test_weights_that_nf4_holds_exactly_are_refused_and_nothing_is_published(cha
 def test_a_layer_that_cannot_be_split_is_refused_before_any_worker_starts(kind, target, message, changed, tmp_path):
     base = zoo.build(kind, tmp_path)
     config = changed(f"model.base={base}", f'method.target_modules=["{target}"]')
+    chat = chat_format.load(Base(kind, base, {}), config.model)
     with pytest.raises(ConfigError, match=message):
-        before_training(config, base, tokenize(RECORDS, AutoTokenizer.from_pretrained(base), 64), [])
+        before_training(config, base, tokenize(RECORDS, chat, 64), [])
 
 
 def test_a_base_that_is_quantised_already_is_refused(changed, store):
