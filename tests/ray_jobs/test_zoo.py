@@ -1,12 +1,15 @@
 """Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
 
-LoRA on each is quick and runs always; the whole table, and each with its base shared out by ZeRO, is slow.
+LoRA on each is quick and runs always. Of the whole table, and of bases shared out by ZeRO, one in five is slow and the
+others are for `make zoo`.
 """
 
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +59,13 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
         return config_file.loads(CONFIG.format(base=folder(name)), [*place, *told, *more])
 
     return config
+
+
+def in_turn(choices: Iterable[Any]) -> list[Any]:
+    """Every architecture with every choice: one in five slow, so that each has its turn, and the others for the zoo."""
+    pairs = [(name, choice) for choice in choices for name in zoo.KINDS]
+    marks = [pytest.mark.zoo if index % 5 else pytest.mark.slow for index in range(len(pairs))]
+    return [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
 
 
 def one_record() -> TokenizedSplit:
@@ -123,9 +133,9 @@ def reloads_in_plain_peft(adapted, config: RunConfig, base: Base, folder: Path, 
     kernel = attention.for_text(base_config.read(config.model), adapted.config._attn_implementation)
     plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, attn_implementation=kernel)
     plain = PeftModel.from_pretrained(plain, folder)
-    ours = dict(adapted.named_parameters())
-    for name, parameter in plain.named_parameters():
-        parameter.data = parameter.data.to(ours[name].dtype)
+    ours = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}  # VeRA's A and B are buffers
+    for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
+        tensor.data = tensor.data.to(ours[name].dtype)
     assert torch.equal(logits(plain, tokens), logits(adapted, tokens))
 
 
@@ -168,17 +178,13 @@ def test_what_the_table_has_no_mark_for_is_refused_before_a_worker_starts(name, 
                 before_training(config, folder(name), one_record(), [])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [method for method in zoo.METHOD_CONFIGS if method != "lora"])
-@pytest.mark.parametrize("name", zoo.KINDS)
+@pytest.mark.parametrize(("name", "method"), in_turn(method for method in zoo.METHOD_CONFIGS if method != "lora"))
 def test_what_the_table_has_a_mark_for_goes_all_the_way(name, method, folder, configured, tmp_path):
     if not zoo.refusal(name, method, folder(name)):
         goes_all_the_way(configured(name, method), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-@pytest.mark.parametrize("name", zoo.KINDS)
+@pytest.mark.parametrize(("name", "zero_stage"), in_turn([2, 3]))
 def test_two_workers_take_the_steps_of_a_plain_loop(name, zero_stage, configured, tmp_path):
     config = configured(name, "lora", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16")
     shape = base_config.read(config.model)
