@@ -127,7 +127,10 @@ KINDS = {
         "OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.15, "tie_word_embeddings": True}
     ),
     "StarCoder2": Kind("Starcoder2Config", {"tie_word_embeddings": True}),
-    "GPT-2": Kind("GPT2Config", {"n_inner": 128, "tie_word_embeddings": True}),
+    "GPT-2": Kind(
+        "GPT2Config",
+        {"n_inner": 128, "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
 }
 
 
