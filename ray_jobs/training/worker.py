@@ -181,8 +181,13 @@ def _unsharded_loss(
     """
     cpu, base_format = torch.device("cpu"), config.method.row.base
     if config.method.row.init == "default" and not base_model.is_quantised(base):
-        with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
-            return step_zero.probe_loss(model, probe, cpu)
+        try:
+            with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
+                return step_zero.probe_loss(model, probe, cpu)
+        except (
+            NotImplementedError
+        ) as exc:  # of torch: something that a layer hands on was never in memory, as Llama 4's
+            logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
     return step_zero.probe_loss(_adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype), probe, cpu)
 
 
