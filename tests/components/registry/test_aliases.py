@@ -375,7 +375,9 @@ def test_rolling_back_to_what_a_gate_refused_and_nobody_promoted_is_an_override(
     promote(store, "icd", one)
     for version in (two, three):
         append_event(store, "icd", "refused", {"version": version, "alias": "production", "run_id": "r"})
-    assert rollback(store, "icd", to=two).kind == "overridden"
+    event = rollback(store, "icd", to=two, expected=one)
+    assert event.kind == "overridden"
+    assert rollback(store, "icd", to=two, expected=one) == event
     promote(store, "icd", one)
     assert rollback(store, "icd", to=two).kind == "rolled_back"
     assert rollback(store, "icd").body["to"] == one
