@@ -24,7 +24,7 @@ from components.prepare.validate import validate
 from components.registry import folders
 from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
-from ray_jobs.adapters import build, dvora, merge
+from ray_jobs.adapters import build, dora, dvora, merge
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
@@ -191,7 +191,9 @@ def test_a_pulled_version_is_to_plain_peft_what_was_trained_and_merged_it_says_t
     tokens = [torch.from_numpy(held_out.tokens[i:j]).long() for i, j in zip(held_out.offsets, ends, strict=False)]
     alone, before = list(merge.logits(dense, tokens)), list(merge.logits(pulled, tokens))
     fresh = build.attach(dense, one.config.method, base_reference="", seed=one.config.train.seed)
+    build.to_training(fresh, torch.float32)  # where magnitudes are their change
     checkpoint.copy_weights({name: torch.from_numpy(weight) for name, weight in one.weights.items()}, fresh)
+    dora.settle(fresh)
     in_memory = merge.agreement(merge.logits(fresh.eval(), tokens), before)
     merged = merge.agreement(before, merge.logits(merge.merge(pulled), tokens))
     for found in (in_memory, merged):
