@@ -26,6 +26,13 @@ RIGHTS = {
     ("argoproj.io", "workflowtaskresults"): ("create", "patch"),
 }
 """What the account of the steps does, as infra/rbac/pipeline.yaml grants it."""
+ENVIRONMENTS = {
+    f"configmaps/{CONFIG_MAP}": "AWS_REGION",
+    "configmaps/kfp-launcher": "providers",
+    f"secrets/{RAY_SECRET}": "auth_token",
+    f"secrets/{STORE_SECRET}": "AWS_ACCESS_KEY_ID",
+}
+"""The objects that pods take their environment from, and a key that each must have."""
 KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 KUBERAY = "/apis/ray.io/v1"
 
@@ -61,7 +68,7 @@ def cluster_checks(
     for name, ask in (
         *((f"account {account}", _account(cluster, account)) for account in accounts if account),
         ("rights of the steps", _rights(cluster, service_account)),
-        *((name, _environment(cluster, name, key)) for name, key in _environments(config)),
+        *((name, _environment(cluster, name, key)) for name, key in ENVIRONMENTS.items()),
         *_ray(cluster, config),
         ("a step's pod", _dry_pod(cluster, service_account, image)),
     ):
@@ -118,14 +125,6 @@ def _rights(cluster: Cluster, account: str) -> Iterator[Check]:
                 missing.append(f"{verb} {resource}")
     detail = f"{user} may not {', '.join(missing)}" if missing else "all that a run asks for"
     yield check("rights of the steps", not missing, detail, "kubectl apply -k infra/rbac")
-
-
-def _environments(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The objects that pods take their environment from, and the key that each must have."""
-    yield f"configmaps/{CONFIG_MAP}", "AWS_REGION"
-    yield "configmaps/kfp-launcher", "providers"
-    yield f"secrets/{RAY_SECRET}", "auth_token"
-    yield f"secrets/{STORE_SECRET}", "AWS_ACCESS_KEY_ID"
 
 
 def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:

@@ -1,6 +1,5 @@
 """What a config's Ray job asks of Kueue, and whether a ClusterQueue could ever give it."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -20,12 +19,12 @@ def demand(ray: RayConfig) -> Resources:
     cluster = spec["rayClusterSpec"]
     pods = [(1, cluster["headGroupSpec"]["template"]), (1, spec["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
-    total: Counter[str] = Counter()
+    total: dict[str, Decimal] = {}
     for count, template in pods:
         for container in template["spec"]["containers"]:
             for name, quantity in container["resources"]["requests"].items():
-                total[name] += count * parse_quantity(quantity)
-    return dict(total)  # type: ignore[arg-type]
+                total[name] = total.get(name, Decimal(0)) + count * parse_quantity(quantity)
+    return total
 
 
 def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:

@@ -70,8 +70,8 @@ def _no_role(cluster: AppliedCluster) -> None:
     cluster.drop("rolebindings", "fineloop-pipeline")
 
 
-def _kinds(path: str) -> Callable[[AppliedCluster], None]:
-    return lambda cluster: cluster.kinds.pop(path)  # type: ignore[return-value]
+def _kinds(path: str) -> Callable[[AppliedCluster], Any]:
+    return lambda cluster: cluster.kinds.pop(path)
 
 
 def _without(kind: str, name: str) -> Callable[[AppliedCluster], None]:
