@@ -5,21 +5,17 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 """
 
 import logging
-from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
-from components.registry import folders, lineage, runs
+from components.registry import lineage, runs
 from components.registry.records import TrainResult
 from components.registry.store import Store
-from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
-from ray_jobs.base.batching import TokenizedSplit, tokenize
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.training import splits
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +64,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     base = base_model.resolve(config.model)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
-    train_split, eval_split = (
-        _tokenized(load_split(store, dataset_uri, split), chat, config) for split in ("train", "eval")
-    )
-    eval_split = eval_split.take(range(min(config.train.eval_records, len(eval_split))))
+    train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     say(
         STEP,
         f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
@@ -85,7 +78,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
-        dataset=_dataset(store, dataset_uri),
+        dataset=splits.of_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
     )
@@ -94,45 +87,14 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     for line in before_training(config, base.path, train_split, ray.nodes()):
         say(STEP, line)
-    splits = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
+    shared = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
     max_failures = config.ray.max_failures
     answer = trainer.run(
-        train, {"job": job, **splits}, config, store, run_id=run_id, name="ray", max_failures=max_failures
+        train, {"job": job, **shared}, config, store, run_id=run_id, name="ray", max_failures=max_failures
     )
     result = TrainResult(**answer)
     runs.write(store, run_id, result)
     return result
-
-
-def _tokenized(records: Any, chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
-    limit, allowed = config.model.max_length, config.data.max_reject_share
-    split = tokenize(records, chat, limit, config.data.loss_on)
-
-    def told(ids: list[str]) -> str:
-        return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"
-
-    if len(split.too_long) > allowed * len(records) or not len(split):
-        raise DataError(
-            f"the answers of {told(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
-            f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
-        )
-    if len(split.cut) > allowed * len(records):
-        raise DataError(
-            f"the prompts of {told(split.cut)} are too long for model.max_length {limit} and would lose their "
-            "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
-            f"with data.max_reject_share (now {allowed:g})"
-        )
-    if split.too_long:
-        say(STEP, f"left out {len(split.too_long)} records: their answers do not fit model.max_length {limit}")
-    if split.cut:
-        say(STEP, f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
-    return split
-
-
-def _dataset(store: Store, uri: str) -> lineage.Dataset:
-    manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
-    about = manifest.about
-    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""What a training reads of a prepared dataset: the records to learn from, and those that it is judged on meanwhile."""
+
+from collections.abc import Callable, Sequence
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record, load_split
+from components.registry import folders, lineage
+from components.registry.store import Store
+from components.shared.errors import DataError
+from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.base.chat_format import ChatFormat
+
+Tell = Callable[[str], None]
+
+
+def read(
+    store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, tell: Tell
+) -> tuple[TokenizedSplit, TokenizedSplit]:
+    """The training records and those that checkpoints, and the trainings of a sweep, are chosen on, as tokens.
+
+    Raises:
+        DataError: too many records are too long for `model.max_length`.
+    """
+    train_split, validation = (
+        tokenized(load_split(store, dataset_uri, split), chat, config, tell) for split in ("train", "eval")
+    )
+    return train_split, validation.take(range(min(config.train.eval_records, len(validation))))
+
+
+def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, tell: Tell) -> TokenizedSplit:
+    """A split as tokens; `tell` is told of records that are left out or cut.
+
+    Raises:
+        DataError: more of them than `data.max_reject_share` allows.
+    """
+    limit, allowed = config.model.max_length, config.data.max_reject_share
+    split = tokenize(records, chat, limit, config.data.loss_on)
+
+    def told(ids: list[str]) -> str:
+        return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"
+
+    if len(split.too_long) > allowed * len(records) or not len(split):
+        raise DataError(
+            f"the answers of {told(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
+            f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
+        )
+    if len(split.cut) > allowed * len(records):
+        raise DataError(
+            f"the prompts of {told(split.cut)} are too long for model.max_length {limit} and would lose their "
+            "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
+            f"with data.max_reject_share (now {allowed:g})"
+        )
+    if split.too_long:
+        tell(f"left out {len(split.too_long)} records: their answers do not fit model.max_length {limit}")
+    if split.cut:
+        tell(f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
+    return split
+
+
+def of_dataset(store: Store, uri: str) -> lineage.Dataset:
+    """The dataset as lineage names it."""
+    manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
+    about = manifest.about
+    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])
