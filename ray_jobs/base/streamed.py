@@ -45,7 +45,7 @@ def streamed(
         multiply = float32_layers.linear if matmul_dtype == "float32" else linear
         head = model.get_output_embeddings()
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear | Conv1D):
+            if type(module) in (torch.nn.Linear, Conv1D):  # not their kin: Llama 4's router gives more than a product
                 module._old_forward = _Product(module, multiply, nf4=base_format == "nf4" and module is not head)
         yield model
         remove_hook_from_submodules(model)

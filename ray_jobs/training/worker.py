@@ -184,9 +184,8 @@ def _unsharded_loss(
         try:
             with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
                 return step_zero.probe_loss(model, probe, cpu)
-        except (
-            NotImplementedError
-        ) as exc:  # of torch: something that a layer hands on was never in memory, as Llama 4's
+        except NotImplementedError as exc:
+            # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
             logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
     return step_zero.probe_loss(_adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype), probe, cpu)
 
