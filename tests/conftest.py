@@ -25,10 +25,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[seaweedfs.Endpoint]:
+def s3_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's S3 server keeps what it has."""
+    return tmp_path_factory.mktemp("seaweedfs")
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_directory: Path) -> Iterator[seaweedfs.Endpoint]:
     """A SeaweedFS of this session's own, which the environment then points every client at."""
-    directory: Path = tmp_path_factory.mktemp("seaweedfs")
-    running = server.start(seaweedfs.SeaweedFS(directory, "fineloop-tests"))
+    running = server.start(seaweedfs.SeaweedFS(s3_directory, "fineloop-tests"))
     endpoint = seaweedfs.Endpoint.read(running.endpoint)
     with pytest.MonkeyPatch.context() as environment:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):

@@ -122,10 +122,11 @@ def start(
     stderr: int | None = subprocess.STDOUT,
     stdin: int = subprocess.DEVNULL,
     grace_s: float = GRACE_S,
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start `command` under a guard; the returned process is the guard. End it with `stop`.
 
-    The streams are the command's, as subprocess.Popen takes them.
+    The streams and the umask are the command's, as subprocess.Popen takes them.
     """
     inherited = [] if stdin == subprocess.DEVNULL else [os.dup(stdin)]  # a number that is not the guard's own stdin
     settings = map(str, (int(orphan_signal), grace_s, *(inherited or [stdin])))
@@ -139,6 +140,7 @@ def start(
             cwd=directory,
             start_new_session=True,
             pass_fds=inherited,
+            umask=umask,
         )
     finally:
         for descriptor in inherited:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from components.shared.errors import GroundError
 from pipelines.local import ray_head, seaweedfs
+from pipelines.local.private import private_folder
 from pipelines.local.ray_head import RayHead
 from pipelines.local.seaweedfs import Endpoint, SeaweedFS
 from pipelines.local.server import ATTEMPTS
@@ -55,6 +56,7 @@ def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dic
     uses_store, uses_ray = not store_configured(), ray and not ray_configured()
     if uses_store or uses_ray:
         environment |= _without_proxy()
+        private_folder(home / "cache")
     with contextlib.ExitStack() as stack:
         if uses_store:
             environment |= stack.enter_context(_using_store(home, bucket))

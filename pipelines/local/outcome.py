@@ -57,7 +57,6 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
     if promoted != decision.promoted:
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
-    report_path.parent.mkdir(parents=True, exist_ok=True)
     report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
     return Outcome(
         run_id=run_id,

@@ -37,6 +37,8 @@ PORT_FLAGS = (
 # A Unix socket's path has at most 107 bytes; below the temporary directory Ray adds up to 66
 # (session_2026-11-25_00-44-43_123456_4194304/sockets/plasma_store).
 LONGEST_TEMP_DIR = 40
+RAY_DIR = "ray"
+"""Ray lets everybody write in this part of the temporary directory, and only the owner may enter what holds it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class RayHead:
         logs = self.directory / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         logs.unlink(missing_ok=True)
-        logs.symlink_to(temp_dir / "session_latest" / "logs")
+        logs.symlink_to(temp_dir / RAY_DIR / "session_latest" / "logs")
         command = [
             sys.executable,
             "-m",
@@ -80,7 +82,7 @@ class RayHead:
             f"--num-cpus={max(2, os.cpu_count() or 1)}",
             f"--object-store-memory={OBJECT_STORE_BYTES}",
             "--disable-usage-stats",
-            f"--temp-dir={temp_dir}",
+            f"--temp-dir={temp_dir / RAY_DIR}",
             "--log-color=false",
         ]
         return command, head_environment(
@@ -105,7 +107,7 @@ class RayHead:
         note = self.directory / "temp_dir"
         with contextlib.suppress(FileNotFoundError):
             temp_dir = Path(note.read_text(encoding="utf-8"))
-            session_logs = (temp_dir / "session_latest" / "logs").resolve()
+            session_logs = (temp_dir / RAY_DIR / "session_latest" / "logs").resolve()
             if session_logs.is_dir():
                 logs = self.directory / "logs"
                 if logs.is_symlink():
@@ -192,6 +194,6 @@ def store_digest(environment: Mapping[str, str]) -> str:
 
 def _short_temp_dir() -> Path:
     base = tempfile.gettempdir()
-    if len(os.fsencode(base)) + len("/fineloop-12345678") > LONGEST_TEMP_DIR:
+    if len(os.fsencode(base)) + len(f"/fineloop-12345678/{RAY_DIR}") > LONGEST_TEMP_DIR:
         base = "/tmp"
     return Path(tempfile.mkdtemp(prefix="fineloop-", dir=base))

@@ -19,6 +19,7 @@ from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_here
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
+from pipelines.local.private import private_folder
 from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
 
@@ -60,8 +61,8 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
         )
     run_id = run_id or new_run_id()
     began = time.monotonic()
-    folder = place.home.absolute() / "runs" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private_folder(place.home.absolute() / "runs") / run_id
+    folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu

@@ -2,7 +2,8 @@
 
 Every flag below closes something: telemetry is on by default, the filer's HTTP port would bypass S3 authentication, all
 services bind to every interface, a misspelt bucket would be created by the first write, and without credentials in its
-environment the server is open to anyone.
+environment the server is open to anyone. Its services speak gRPC to each other on loopback, where any user of the
+machine would be their administrator: so they ask each other for a certificate (security.toml).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 
 from components.shared.errors import GroundError
 from pipelines.local.ports import LOOPBACK
+from pipelines.local.private import write_certificate
 
 SERVICES = ("s3", "master", "filer", "volume", "admin")
 PROBE_KEY = ".fineloop-starting"
@@ -72,6 +74,7 @@ class SeaweedFS:
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         access_key, secret_key = _credentials(self.directory)
+        (self.directory / "security.toml").write_text(_security(*write_certificate(self.directory)), encoding="utf-8")
         command = [
             find_binary(),
             "mini",
@@ -136,6 +139,13 @@ class SeaweedFS:
 
     def _endpoint(self, ports: Sequence[int]) -> Endpoint:
         return Endpoint(f"http://{LOOPBACK}:{ports[0]}", *_credentials(self.directory), self.bucket)
+
+
+def _security(certificate: Path, key: Path) -> str:
+    """What `weed` reads from its working directory: the services, and its shell, know each other by one certificate."""
+    sides = (*SERVICES, "client", "worker")
+    tables = [f'[grpc.{side}]\ncert = "{certificate.name}"\nkey = "{key.name}"\n' for side in sides]
+    return "\n".join([f'[grpc]\nca = "{certificate.name}"\n', *tables])
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from components.shared.errors import GroundError
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
+from pipelines.local.private import UMASK, private_folder
 
 ATTEMPTS = 2  # another process may take a port between our choice and the server's bind
 POLL_S = 0.05
@@ -90,7 +91,7 @@ def start(server: Server) -> Running:
 
 
 def _launch(server: Server) -> Running:
-    server.directory.mkdir(parents=True, exist_ok=True)
+    private_folder(server.directory)
     earlier = _earlier_ports(server)
     ports = choose_ports(server.num_ports, earlier=earlier)
     server.clear(set(earlier) & set(ports))  # left by one that was killed
@@ -103,6 +104,7 @@ def _launch(server: Server) -> Running:
             environment=environment,
             directory=server.directory,
             stdout=log.fileno(),
+            umask=UMASK,
         )
     return Running(server, tuple(ports), process)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared.errors import GroundError
+from pipelines.local.private import private_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.05
@@ -47,8 +48,7 @@ class Service:
 
     def path(self, name: str) -> Path:
         """The file `name` in its directory, which is made when missing."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return self.directory / name
+        return private_folder(self.directory) / name
 
     @contextlib.contextmanager
     def use(self, *, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:

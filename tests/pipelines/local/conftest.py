@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -149,6 +151,31 @@ def machine(nothing_is_configured: None, tmp_path: Path) -> Iterator[Machine]:
     made = Machine(tmp_path / "home")
     yield made
     made.close()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of the machine may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+@pytest.fixture
+def reached_by_nobody() -> Callable[[Path], list[str]]:
+    """What the user `nobody` may read or write below a folder. Only root can become another user."""
+    if os.getuid() != 0:
+        pytest.skip("becomes another user, which takes root")
+    nobody = pwd.getpwnam("nobody")
+
+    def reached(folder: Path) -> list[str]:
+        own = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        # Not this Python, which may itself lie where nobody else can go. `find` asks access(2).
+        command = f"find {folder} -type f ( -readable -o -writable ) -print -o -type d -writable -print"
+        done = subprocess.run(command.split(), cwd="/", capture_output=True, text=True, check=False, **own)
+        return done.stdout.split()
+
+    return reached
 
 
 @pytest.fixture

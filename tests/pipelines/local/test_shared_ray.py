@@ -90,6 +90,8 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert (machine.home / "ray" / "logs" / "raylet.out").exists()
 
     temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
+    assert (temp_dir / "ray").stat().st_mode & 0o777 == 0o777  # Ray's own doing, for which it lies in a closed folder
+    assert temp_dir.stat().st_mode & 0o777 == 0o700
     user.kill()
     machine.wait_gone(processes, within_s=15)
     assert not temp_dir.exists()

@@ -1,0 +1,61 @@
+"""What keeps a home to its owner on a machine that others use too: folder modes, and a certificate for the store.
+
+A folder that only its owner may enter protects all that lies in it, whatever modes its files have, but no TCP port:
+those ask for this certificate, or for a key or token.
+"""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+OWNER_ONLY = 0o700
+UMASK = 0o077
+CERTIFICATE, KEY = "grpc.crt", "grpc.key"
+VALID_FOR = timedelta(days=3650)
+CLOCK_SKEW = timedelta(days=1)
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made where it is missing, and closed to everybody but its owner."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+    if path.stat().st_mode & 0o777 != OWNER_ONLY:
+        path.chmod(OWNER_ONLY)
+    return path
+
+
+def write_certificate(directory: Path) -> tuple[Path, Path]:
+    """Write a new certificate, which is its own authority, and its key; whoever reads the key may use the server.
+
+    A server that is both ends of its connections needs no other: SeaweedFS compares no host name.
+    """
+    from cryptography import x509  # not at the top: `fineloop --help` imports this module's neighbours
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fineloop")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + VALID_FOR)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    certificate_path, key_path = directory / CERTIFICATE, directory / KEY
+    key_path.unlink(missing_ok=True)
+    key_path.touch(mode=0o600)
+    key_path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate_path, key_path

@@ -1,0 +1,72 @@
+"""What another user of this machine reaches of a home and of its S3 server.
+
+The gRPC services are called as SeaweedFS's own administration shell calls them (weed/pb/filer.proto, filer_pb).
+"""
+
+import json
+from pathlib import Path
+
+import grpc
+
+from pipelines.local import seaweedfs
+from pipelines.local.private import CERTIFICATE, KEY, private_folder, write_certificate
+from pipelines.local.service import Service
+
+ANSWERS_IN_S = 10
+CONFIGURATION = "/filer_pb.SeaweedFiler/GetFilerConfiguration"
+
+
+def test_nobody_else_reads_or_writes_anything_below_a_home(open_folder, reached_by_nobody):
+    """Were it not for the folders: every file in them is open to all."""
+    home = open_folder / "home"
+    for folder in (Service("store", "", home, 1.0).path("x").parent, private_folder(home / "runs")):
+        (folder / "inside").mkdir(mode=0o777)
+        (folder / "inside" / "records.dat").write_bytes(b"training data")
+        (folder / "inside" / "records.dat").chmod(0o666)
+    seen = open_folder / "seen"
+    seen.write_text("the control: what is not private is reached")
+    assert reached_by_nobody(open_folder) == [str(seen)]
+
+
+def test_a_folder_from_before_is_closed_and_one_that_was_there_already_above_it_is_left_alone(tmp_path):
+    shared = tmp_path / "shared"
+    (shared / "store").mkdir(parents=True)
+    for folder in (shared, shared / "store"):
+        folder.chmod(0o755)
+    assert private_folder(shared / "store").stat().st_mode & 0o777 == 0o700
+    assert shared.stat().st_mode & 0o777 == 0o755
+    assert private_folder(tmp_path / "home" / "store").parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3_server, s3_directory, tmp_path):
+    filer, *others = (f"127.0.0.1:{port}" for port in _grpc_ports(s3_directory))
+    assert _asked(filer, _with_certificate(s3_directory)) == grpc.StatusCode.OK
+    write_certificate(tmp_path)
+    authority = (s3_directory / CERTIFICATE).read_bytes()
+    for address in (filer, *others):
+        assert _asked(address, None) == grpc.StatusCode.UNAVAILABLE
+        assert _asked(address, grpc.ssl_channel_credentials(authority)) == grpc.StatusCode.UNAVAILABLE
+        assert _asked(address, _with_certificate(tmp_path, authority)) == grpc.StatusCode.UNAVAILABLE
+
+
+def _grpc_ports(directory: Path) -> list[int]:
+    """Those of the filer first, which is the one that `_asked` can ask."""
+    ports = json.loads((directory / "ports.json").read_text())[len(seaweedfs.SERVICES) :]
+    found = dict(zip(seaweedfs.SERVICES, ports, strict=True))
+    return [found.pop("filer"), *found.values()]
+
+
+def _with_certificate(directory: Path, authority: bytes | None = None) -> grpc.ChannelCredentials:
+    certificate = (directory / CERTIFICATE).read_bytes()
+    return grpc.ssl_channel_credentials(authority or certificate, (directory / KEY).read_bytes(), certificate)
+
+
+def _asked(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
+    by_name = [("grpc.ssl_target_name_override", "fineloop")]
+    opened = grpc.secure_channel(address, credentials, by_name) if credentials else grpc.insecure_channel(address)
+    with opened as channel:
+        try:
+            channel.unary_unary(CONFIGURATION)(b"", timeout=ANSWERS_IN_S)
+        except grpc.RpcError as refused:
+            return refused.code()
+    return grpc.StatusCode.OK
