@@ -1,6 +1,7 @@
 """The whole flow, in order: data, adapter, comparison, decision, alias, report.
 
-The run's config travels whole as one parameter, the TOML text; between steps pass only URIs and ids.
+The first step takes the run's config whole and writes it to the run's folder in the store; between steps pass only the
+folder's URI, the config's digest, and URIs and ids of what they made.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,6 +46,11 @@ def _configured(configure: Configure) -> AsStep:
     return step
 
 
+def _begun(data: dsl.PipelineTask) -> dict[str, Any]:
+    """What every later step is given of the run that the first one began."""
+    return {name: data.outputs[name] for name in ("run_uri", "config_digest")}
+
+
 def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any) -> dsl.PipelineTask:
     """Fine-tune a candidate and compare it; returns the evaluation."""
     candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
@@ -61,11 +67,14 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
 
     @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
     def retrain(
-        config: str,
+        config: dict[str, Any],
         adapter_name: str = "",
+        base_model: str = "",
         data_source: str = "",
         method_name: str = "",
+        rank: int = 0,
         learning_rate: float = 0.0,
+        epochs: int = 0,
         num_workers: int = 0,
         train_without_new_data: bool = False,
         run_id: str = "",
@@ -73,11 +82,14 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         """Retrain one adapter. Every parameter but config replaces one key of it; empty or 0 leaves the key as it is.
 
         Args:
-            config: the run's config as TOML.
+            config: the run's config, its sections as JSON objects.
             adapter_name: adapter.name.
+            base_model: model.base.
             data_source: data.source.
             method_name: method.name.
+            rank: method.rank.
             learning_rate: train.learning_rate.
+            epochs: train.epochs.
             num_workers: ray.num_workers.
             train_without_new_data: go on even when data.min_new_records says to skip.
             run_id: names the run in the store; empty takes the Kubeflow run's id.
@@ -85,48 +97,54 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         step = _configured(configure)
         this_run = {"run_id": run_id, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
         page = step(report(config=config, **this_run), "Write the report")
-        with dsl.ExitHandler(page, name="retrain"):
+        with dsl.ExitHandler(page, name="Prepare, train, compare, decide"):
             data = step(
                 prepare(
                     config=config,
                     adapter_name=adapter_name,
+                    base_model=base_model,
                     data_source=data_source,
                     method_name=method_name,
+                    rank=rank,
                     learning_rate=learning_rate,
+                    epochs=epochs,
                     num_workers=num_workers,
                     train_without_new_data=train_without_new_data,
                     **this_run,
                 ),
                 "Prepare the data",
             )
-            run = {"config": data.outputs["config"], "run_id": data.outputs["run_id"]}
+            run = _begun(data)
             dataset_uri = data.outputs["dataset_uri"]
             # Every condition has both branches spelled out: kfp.local skips a lone If on a named output in silence.
-            with dsl.If(data.outputs["has_news"] == True, name="new-data"):  # noqa: E712 - kfp overloads ==
+            with dsl.If(data.outputs["has_news"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
                 evaluation = _compared_candidate(step, run, dataset_uri)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
-                with dsl.If(decision.outputs["passed"] == True, name="passed"):  # noqa: E712
+                with dsl.If(decision.outputs["passed"] == True, name="Better: promote"):  # noqa: E712
                     # The record lies where the training may write too: what the gate wrote is known by its sha256.
                     step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
-                with dsl.Else(name="refused"):
+                with dsl.Else(name="Not better: hold"):
                     step(hold(**run), "Leave the alias as it is")
-            with dsl.Else(name="nothing-new"):
+            with dsl.Else(name="Nothing new: skip"):
                 step(skip(**run), "Skip the training")
 
     return retrain
 
 
 @dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
-def train(config: str, run_id: str) -> None:
+def train(config: dict[str, Any], run_id: str) -> None:
     """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
     step = _configured(lambda task: None)
     data = step(
         prepare(
             config=config,
             adapter_name="",
+            base_model="",
             data_source="",
             method_name="",
+            rank=0,
             learning_rate=0.0,
+            epochs=0,
             num_workers=0,
             train_without_new_data=True,
             run_id=run_id,
@@ -134,8 +152,7 @@ def train(config: str, run_id: str) -> None:
         ),
         "Prepare the data",
     )
-    run = {"config": data.outputs["config"], "run_id": data.outputs["run_id"]}
-    _compared_candidate(step, run, data.outputs["dataset_uri"])
+    _compared_candidate(step, _begun(data), data.outputs["dataset_uri"])
 
 
 retrain = build()

@@ -1,5 +1,6 @@
 """Reading and writing a config: TOML in, overrides applied, mistakes said in one message."""
 
+import copy
 import difflib
 import json
 import logging
@@ -49,19 +50,23 @@ def loads(
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{origin} is not valid TOML: {exc}") from exc
-    for override in overrides:
-        _override(raw, override)
-    return validate(raw, origin=f"{origin}{overriding}" if overrides else origin)
+    return validate(raw, overrides, origin=origin, overriding=overriding)
 
 
-def validate(raw: dict[str, Any], *, origin: str = "config") -> RunConfig:
-    """Validate a parsed config, with every mistake in one message.
+def validate(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = " with --set"
+) -> RunConfig:
+    """Apply overrides to a parsed config and validate it, with every mistake in one message.
 
     Raises:
         ConfigError: lists each field at fault, what it held and what it takes.
     """
+    table = copy.deepcopy(dict(raw))
+    for override in overrides:
+        _override(table, override)
+    origin = f"{origin}{overriding}" if overrides else origin
     try:
-        return RunConfig.model_validate(raw)
+        return RunConfig.model_validate(table)
     except ValidationError as exc:
         found: dict[str, str] = {}
         for error in exc.errors():
@@ -106,7 +111,24 @@ def _read_stored(section: type[Read], raw: Mapping[str, Any], *, origin: str) ->
 
 def dumps(config: RunConfig) -> str:
     """The resolved config as TOML; `loads` gives back an equal one."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(as_table(config))
+
+
+def as_table(config: RunConfig, *, given_only: bool = False) -> dict[str, Any]:
+    """The resolved config as `validate` takes it, or only the keys that somebody set."""
+    return config.model_dump(mode="json", exclude_none=True, exclude_unset=given_only)
+
+
+def whole_numbers(value: Any) -> Any:
+    """JSON of a protobuf Struct, whose numbers are all doubles, with the whole ones as integers.
+
+    The schema takes an integer for a float, and no float for an integer.
+    """
+    if isinstance(value, Mapping):
+        return {key: whole_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [whole_numbers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def json_schema() -> str:

@@ -8,8 +8,8 @@ from components.step.kfp import COMPONENT
 
 @dsl.component(**COMPONENT)
 def evaluate(
-    config: str,
-    run_id: str,
+    run_uri: str,
+    config_digest: str,
     dataset_uri: str,
     version_uri: str,
     metrics: Output[Metrics],
@@ -21,7 +21,7 @@ def evaluate(
     from components.registry import runs
     from components.step.step import step
 
-    with step("evaluate", config, run_id) as step_run:
+    with step("evaluate", run_uri, config_digest) as step_run:
         evaluation = compare(step_run, dataset_uri=dataset_uri, version_uri=version_uri)
         metrics.metadata.update(flat_metrics(evaluation))
         if matrix := evaluation.confusion:

@@ -10,8 +10,8 @@ from components.step.kfp import COMPONENT
 
 @dsl.component(**COMPONENT)
 def gate(
-    config: str,
-    run_id: str,
+    run_uri: str,
+    config_digest: str,
     evaluation_uri: str,
     summary: Output[Markdown],
 ) -> NamedTuple("Decided", [("passed", bool), ("decision_sha256", str)]):  # type: ignore[valid-type]
@@ -22,7 +22,7 @@ def gate(
     from components.gate.summary import as_markdown
     from components.step.step import step
 
-    with step("gate", config, run_id) as step_run:
+    with step("gate", run_uri, config_digest) as step_run:
         decision = run_gate(step_run.config, step_run.store, step_run.run_id, evaluation_uri=evaluation_uri)
         Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
         step_run.result.update(decision=decision.decision, reasons=list(decision.reasons))

@@ -1,6 +1,6 @@
 """Kubeflow step: the data becomes a dataset in the store."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
@@ -9,30 +9,35 @@ from components.step.kfp import COMPONENT
 
 @dsl.component(**COMPONENT)
 def prepare(
-    config: str,
+    config: dict[str, Any],
     run_id: str,
     job_id: str,
     adapter_name: str,
+    base_model: str,
     data_source: str,
     method_name: str,
+    rank: int,
     learning_rate: float,
+    epochs: int,
     num_workers: int,
     train_without_new_data: bool,
-) -> NamedTuple("Prepared", [("config", str), ("run_id", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
+) -> NamedTuple("Prepared", [("run_uri", str), ("config_digest", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
     """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
-    from components.config.config_file import dumps
     from components.prepare.parameters import overrides
     from components.prepare.prepare import prepare_if_new
-    from components.step.step import step
+    from components.step.step import first_step
 
     changes = overrides(
         adapter_name=adapter_name,
+        base_model=base_model,
         data_source=data_source,
         method_name=method_name,
+        rank=rank,
         learning_rate=learning_rate,
+        epochs=epochs,
         num_workers=num_workers,
         train_without_new_data=train_without_new_data,
     )
-    with step("prepare", config, run_id or job_id, overrides=changes) as step_run:
+    with first_step("prepare", config, run_id or job_id, overrides=changes) as step_run:
         dataset = prepare_if_new(step_run)
-    return (dumps(step_run.config), step_run.run_id, dataset is not None, dataset.uri if dataset else "")
+    return (step_run.run_uri, step_run.config.digest, dataset is not None, dataset.uri if dataset else "")

@@ -7,34 +7,34 @@ from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def promote(config: str, run_id: str, decision_sha256: str) -> str:
+def promote(run_uri: str, config_digest: str, decision_sha256: str) -> str:
     """Point the alias at the candidate of the gate's decision, known by its sha256, and return the event's URI."""
     from components.promote.promote import promote as move_alias
     from components.step.step import step
 
-    with step("promote", config, run_id) as step_run:
+    with step("promote", run_uri, config_digest) as step_run:
         event_uri = move_alias(step_run, decision_sha256)
     return event_uri
 
 
 @dsl.component(**COMPONENT)
-def hold(config: str, run_id: str) -> str:
+def hold(run_uri: str, config_digest: str) -> str:
     """Leave the alias where it is and return the decision's URI."""
     from components.promote.promote import hold as leave_alias
     from components.step.step import step
 
-    with step("hold", config, run_id) as step_run:
+    with step("hold", run_uri, config_digest) as step_run:
         decision_uri = leave_alias(step_run)
     return decision_uri
 
 
 @dsl.component(**COMPONENT)
-def skip(config: str, run_id: str) -> str:
+def skip(run_uri: str, config_digest: str) -> str:
     """Train nothing, because there is too little new, and return the decision's URI."""
     from components.promote.promote import skip as leave_everything
     from components.step.step import step
 
-    with step("skip", config, run_id) as step_run:
+    with step("skip", run_uri, config_digest) as step_run:
         decision_uri = leave_everything(step_run)
     return decision_uri
 

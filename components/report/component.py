@@ -1,5 +1,7 @@
 """Kubeflow step: one page that tells the whole run, however it ended."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import HTML, Output, PipelineTaskFinalStatus
 
@@ -7,14 +9,16 @@ from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def report(config: str, run_id: str, job_id: str, status: PipelineTaskFinalStatus, page: Output[HTML]) -> str:
+def report(
+    config: dict[str, Any], run_id: str, job_id: str, status: PipelineTaskFinalStatus, page: Output[HTML]
+) -> str:
     """Write the report and return its URI. It runs last, also after a failure."""
     from pathlib import Path
 
     from components.report.report import run_report
-    from components.step.step import step
+    from components.step.step import last_step
 
-    with step("report", config, run_id or job_id, as_begun=True) as step_run:
+    with last_step("report", config, run_id or job_id) as step_run:
         report_uri = run_report(step_run.config, step_run.store, step_run.run_id)
         Path(page.path).write_bytes(step_run.store.get(step_run.store.key(report_uri)))
         step_run.result.update(report_uri=report_uri, state=status.state)

@@ -1,11 +1,15 @@
-"""One step of a run: how it is opened, recorded and ended."""
+"""One step of a run: how it is opened, recorded and ended.
+
+The first step settles the config and writes it to the run's folder. Those after it are given where that folder is and
+the config's digest: a Ray job may write there too, and what a run was started with is not for it to change.
+"""
 
 import contextlib
 import logging
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -15,8 +19,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.records import Status, StepRecord
-from components.registry.store import Store
-from components.shared.errors import ConfigError, Conflict, FineloopError
+from components.registry.store import Store, open_uri
+from components.shared.errors import ConfigError, Conflict, FineloopError, IntegrityError
 from components.shared.protocol import STARTED, say, say_failure
 
 PARAMETER = "run parameter"
@@ -37,32 +41,62 @@ class StepRun:
     store: Store
     result: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def run_uri(self) -> str:
+        """The run's folder, with a slash at the end."""
+        return self.store.uri(runs.run_key(self.run_id))
+
     def say(self, text: str) -> None:
         """Tell a person how it goes."""
         say(self.name, text)
 
 
-@contextlib.contextmanager
-def step(
-    name: str, config_toml: str, run_id: str, *, overrides: Mapping[str, str] = NOTHING, as_begun: bool = False
-) -> Iterator[StepRun]:
-    """Run one step: validate the config, open the store, record the outcome in runs/<run_id>/steps/<name>.json.
+def first_step(
+    name: str, config: Mapping[str, Any], run_id: str, *, overrides: Mapping[str, str] = NOTHING
+) -> contextlib.AbstractContextManager[StepRun]:
+    """Begin a run: validate the config, and record it with `overrides` applied as runs/<run_id>/config.toml.
 
-    The first step of a run records the config, `overrides` applied, as runs/<run_id>/config.toml. They are
-    `section.key=value` by the run parameter that a person filled in; errors about the key name it. With `as_begun` the
-    recorded config is taken where it exists, and the given one only says where the store is.
+    `config` may be JSON of a protobuf Struct, as Kubeflow hands it over. Overrides are `section.key=value` by the run
+    parameter that a person filled in; errors about the key name it.
 
     Raises:
         ConfigError: the config is not valid, or the run began with another one.
         StoreError: the store cannot be used.
     """
+    return _step(name, lambda: _begun(name, config, run_id, overrides), overrides)
+
+
+def step(name: str, run_uri: str, config_digest: str) -> contextlib.AbstractContextManager[StepRun]:
+    """Run one step of a run that has begun, and record its outcome in runs/<run_id>/steps/<name>.json.
+
+    Raises:
+        IntegrityError: the recorded config is not the one with this digest.
+        StoreError: the store cannot be used.
+    """
+    return _step(name, lambda: _reopened(name, run_uri, config_digest))
+
+
+def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.AbstractContextManager[StepRun]:
+    """Run the step after which nothing comes, whether the run got as far as to record its config or not.
+
+    The recorded config is taken where it exists, and the given one only says where the store is.
+
+    Raises:
+        ConfigError: the config is not valid.
+        StoreError: the store cannot be used.
+    """
+    return _step(name, lambda: _as_begun(name, config, run_id))
+
+
+@contextlib.contextmanager
+def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str] = NOTHING) -> Iterator[StepRun]:
     started_at, began = datetime.now(UTC), time.monotonic()
     step_run: StepRun | None = None
     with _components_log_as(name):
         say(name, STARTED)
         try:
             with _naming_parameters(overrides):
-                step_run = _open(name, config_toml, run_id, overrides, as_begun=as_begun)
+                step_run = opened()
                 yield step_run
             _record(step_run, "succeeded", started_at, time.monotonic() - began)
         except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
@@ -92,14 +126,9 @@ def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
         raise type(exc)(message.replace(CONFIG, to_blame, 1) if is_of_config else f"{to_blame}: {message}") from exc
 
 
-def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str], *, as_begun: bool) -> StepRun:
-    if not _RUN_ID.match(run_id):
-        raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
-    config = config_file.loads(config_toml, [*overrides.values()], origin=CONFIG, overriding="")
+def _begun(name: str, given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> StepRun:
+    config = _validated(given, run_id, overrides)
     store = Store.open(config.registry)
-    if as_begun:
-        begun = store.read(runs.run_key(run_id, runs.CONFIG))
-        return StepRun(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
     body = config_file.dumps(config).encode()
     try:
         store.create(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
@@ -109,6 +138,31 @@ def _open(name: str, config_toml: str, run_id: str, overrides: Mapping[str, str]
             uri = store.uri(runs.run_key(run_id, runs.CONFIG))
             raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
     return StepRun(name, run_id, config, store)
+
+
+def _reopened(name: str, run_uri: str, config_digest: str) -> StepRun:
+    where, key = open_uri(run_uri + runs.CONFIG, field="run_uri")
+    config = config_file.loads(where.get(key).decode(), origin=run_uri + runs.CONFIG)
+    if config.digest != config_digest:
+        raise IntegrityError(
+            f"{run_uri}{runs.CONFIG} has digest {config.digest}, and the run began with {config_digest}: it was "
+            "changed since, so start another run"
+        )
+    return StepRun(name, run_uri.rstrip("/").rpartition("/")[2], config, Store.open(config.registry))
+
+
+def _as_begun(name: str, given: Mapping[str, Any], run_id: str) -> StepRun:
+    config = _validated(given, run_id, NOTHING)
+    store = Store.open(config.registry)
+    begun = store.read(runs.run_key(run_id, runs.CONFIG))
+    return StepRun(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
+
+
+def _validated(given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> RunConfig:
+    if not _RUN_ID.match(run_id):
+        raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
+    table = config_file.whole_numbers(given)
+    return config_file.validate(table, [*overrides.values()], origin=CONFIG, overriding="")
 
 
 def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:

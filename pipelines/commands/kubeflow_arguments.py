@@ -70,6 +70,6 @@ def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     from pipelines.kubeflow.reach import check_reach
 
     built = package.build(load_config(options), image=options.image)
-    resolved = parameters.resolve(built.spec, built.config_toml, options.parameters)
+    resolved = parameters.resolve(built.spec, built.config, options.parameters)
     check_reach(built.config, resolved)
     return built, resolved

@@ -120,9 +120,9 @@ def _update(options: argparse.Namespace) -> Answer:
     old = _find(options)
     timing = _timed(options, replace(old.timing, cron=cron or old.cron))
     origin = f"the config of schedule {old.name}"
-    config = given or config_file.loads(schedule.config_of(old), options.overrides, origin=origin)
+    config = given or config_file.validate(schedule.config_of(old), options.overrides, origin=origin)
     built = package.build(config, image=options.image or schedule.image_of(old))
-    resolved = parameters.resolve(built.spec, built.config_toml, options.parameters, kept=old.parameters)
+    resolved = parameters.resolve(built.spec, config, options.parameters, kept=old.parameters)
     check_reach(config, resolved)
     new = schedule.update(old, built, timing, parameters=resolved, service_account=options.service_account)
     return _shown(new, going_on=old.live_runs())

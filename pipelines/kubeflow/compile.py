@@ -35,16 +35,20 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
     return {"path": str(path), "sha256": digest, "pipeline": spec["pipelineInfo"]["name"], "image": used}
 
 
-def compile_pipeline(config: RunConfig, *, image: str = "") -> str:
+def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
     """The retraining pipeline's YAML, the platform's part as a second document.
 
-    The same config and image give the same text. An empty image means the project's own.
+    What of the config decides how long a step may take is compiled in. The default of the parameter `config` is
+    `default`, or the config itself. The same gives the same text. An empty image means the project's own.
     """
     from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build
 
     return _text(
-        build(for_cluster(config)), {"config": config_file.dumps(config)}, {"method_name": METHOD_NAMES}, image
+        build(for_cluster(config)),
+        {"config": config_file.as_table(default or config, given_only=True)},
+        {"method_name": METHOD_NAMES},
+        image,
     )
 
 
@@ -61,10 +65,9 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
 PIPELINES: dict[str, Callable[..., str]] = {"retrain": compile_pipeline, "promotion": compile_promotion}
 
 
-def _text(pipeline: Any, defaults: dict[str, str], literals: dict[str, list[str]], image: str) -> str:
+def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]], image: str) -> str:
     spec, platform = _compiled(pipeline)
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    # Not by the compiler's pipeline_parameters: a default of several lines breaks the comment that it writes on top.
     for name, value in defaults.items():
         parameters[name].update(defaultValue=value, isOptional=True)
     # kfp compiles no Literal, which the server checks and the UI shows as a list to choose from.
@@ -92,7 +95,7 @@ def _compiled(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as such: the config and the steps' source stay readable."""
+    """Writes text of several lines as such: the steps' source stays readable."""
 
 
 def _scalar(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:

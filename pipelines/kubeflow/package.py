@@ -1,8 +1,16 @@
-"""A compiled pipeline, and its place on the server: one version for each content."""
+"""A compiled pipeline, and its place on the server: one version for each content.
+
+A config is no part of it, but for how long steps may take: versions change when the pipeline does, and are named by
+release and day.
+"""
 
 import hashlib
+import importlib.metadata
+import itertools
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +20,18 @@ import yaml
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import KubeflowError
+from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.compile import compile_pipeline
 
 PIPELINE = "fineloop-retrain"
-VERSION_DIGITS = 12
+ATTEMPTS = 3
+"""How often a name is chosen anew that somebody else has just taken."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """The pipeline as YAML, with one config as its default."""
+    """The pipeline as YAML, and the config to run it with."""
 
     config: RunConfig
     text: str
@@ -33,14 +43,9 @@ class Package:
         return spec
 
     @property
-    def version(self) -> str:
-        """The name of this content, of its sha256."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:VERSION_DIGITS]
-
-    @property
-    def config_toml(self) -> str:
-        """The resolved config, whole."""
-        return config_file.dumps(self.config)
+    def content(self) -> str:
+        """What tells this content from others: the description of its version on the server."""
+        return f"sha256 {hashlib.sha256(self.text.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -52,28 +57,25 @@ class Published:
 
 
 def build(config: RunConfig, *, image: str = "") -> Package:
-    """Compile the pipeline; an empty image means the project's own."""
-    return Package(config, compile_pipeline(config, image=image))
+    """Compile the pipeline, with the example as its default; an empty image means the project's own."""
+    return Package(config, compile_pipeline(config, image=image, default=config_file.load(DEFAULT_CONFIG)))
 
 
-def publish(kubeflow: Kubeflow, package: Package) -> Published:
+def publish(kubeflow: Kubeflow, package: Package, *, today: date | None = None) -> Published:
     """Upload the package unless the server has the same content already."""
     pipeline_id = find_pipeline(kubeflow, PIPELINE) or _create_pipeline(kubeflow, package)
-    version_id = _find_version(kubeflow, pipeline_id, package.version)
-    if not version_id:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pipeline.yaml"
-            path.write_text(package.text, encoding="utf-8")
-            with kubeflow.asking("upload the pipeline"):
-                made = _or_none_if_exists(
-                    lambda: kubeflow.client.upload_pipeline_version(
-                        str(path), package.version, pipeline_id=pipeline_id, description=package.config.adapter.name
-                    )
-                )
-        version_id = made.pipeline_version_id if made else _find_version(kubeflow, pipeline_id, package.version)
-    if not version_id:
-        raise KubeflowError(f"{kubeflow.host} has version {package.version} of {PIPELINE} and does not list it")
-    return Published(pipeline_id, version_id)
+    day = f"{importlib.metadata.version('fineloop')}-{today or datetime.now(UTC).date()}"
+    name = day
+    for _ in range(ATTEMPTS):
+        versions = _versions(kubeflow, pipeline_id)
+        for version in versions:
+            if version.description == package.content:
+                return Published(pipeline_id, version.pipeline_version_id)
+        taken = {version.display_name for version in versions}
+        name = next(name for name in _names(day) if name not in taken)
+        if made := _upload(kubeflow, pipeline_id, package, name):
+            return Published(pipeline_id, made.pipeline_version_id)
+    raise KubeflowError(f"{kubeflow.host} has version {name} of {PIPELINE} and does not list it")
 
 
 def find_pipeline(kubeflow: Kubeflow, name: str) -> str:
@@ -95,9 +97,26 @@ def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
     return made.pipeline_id if made else find_pipeline(kubeflow, PIPELINE)
 
 
-def _find_version(kubeflow: Kubeflow, pipeline_id: str, name: str) -> str:
-    versions = kubeflow.client.list_pipeline_versions
-    return kubeflow.id_of("pipeline versions", name, versions, "pipeline_version_id", pipeline_id=pipeline_id)
+def _versions(kubeflow: Kubeflow, pipeline_id: str) -> list[Any]:
+    listed = kubeflow.client.list_pipeline_versions
+    return [*kubeflow.listed("pipeline versions", listed, "pipeline_versions", pipeline_id=pipeline_id)]
+
+
+def _names(day: str) -> Iterator[str]:
+    """Of the contents of one day; Kubernetes takes them for the names of objects, where Kubeflow keeps versions so."""
+    yield day
+    yield from (f"{day}.{number}" for number in itertools.count(2))
+
+
+def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        path.write_text(package.text, encoding="utf-8")
+        upload = kubeflow.client.upload_pipeline_version
+        with kubeflow.asking("upload the pipeline"):
+            return _or_none_if_exists(
+                lambda: upload(str(path), name, pipeline_id=pipeline_id, description=package.content)
+            )
 
 
 def _or_none_if_exists(create: Any) -> Any:

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.shared.errors import UserError
 
 CONFIG = "config"
@@ -24,7 +26,7 @@ def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def resolve(
-    spec: Mapping[str, Any], config_toml: str, given: Sequence[str], *, kept: Mapping[str, Any] | None = None
+    spec: Mapping[str, Any], config: RunConfig, given: Sequence[str], *, kept: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The parameters to send: the config, and each NAME=VALUE as the type that the pipeline wants.
 
@@ -36,7 +38,7 @@ def resolve(
     known = defined(spec)
     values = {name: value for name, value in (kept or {}).items() if name in known}
     if CONFIG in known:
-        values[CONFIG] = config_toml
+        values[CONFIG] = config_file.as_table(config)
     for argument in given:
         name, equals, text = argument.partition("=")
         if not equals:

@@ -15,7 +15,7 @@ def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
     """Refuse a config, or a parameter that replaces a key of it, that names a path.
 
     Raises:
-        UserError: `data.source`, the parameter `data_source` or `model.base` is one.
+        UserError: `data.source`, `model.base` or the parameter in place of it is one.
     """
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
     named = [("data.source", source) for source in sources]
@@ -27,10 +27,12 @@ def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
                 f"{name} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
                 "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
             )
-    base = config.model.base
+    field, base = "model.base", config.model.base
+    if replaced := parameters.get("base_model"):
+        field, base = "--param base_model", str(replaced)
     if _scheme(base) == "file" or (not _scheme(base) and _is_path(base)):
         raise UserError(
-            f"model.base is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
+            f"{field} is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
             "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf. What is a hub id and also a folder here "
             "means the folder, as it does for transformers: run the command elsewhere if you mean the hub's"
         )

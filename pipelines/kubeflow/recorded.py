@@ -2,8 +2,7 @@
 
 import json
 import math
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -28,7 +27,7 @@ class Recorded:
     def __init__(self, run: Run) -> None:
         self.refused = ""
         self._run_id = run.store_run_id
-        self._config_toml = run.config.toml
+        self._config = run.config.table
         self._store: Store | None = None
 
     def errors(self) -> dict[str, str]:
@@ -61,7 +60,7 @@ class Recorded:
         if self.refused:
             return nothing
         try:
-            self._store = self._store or Store.open(_registry(self._config_toml))
+            self._store = self._store or Store.open(_registry(self._config))
             return read(self._store, self._run_id)
         except FineloopError as exc:
             self.refused = str(exc)
@@ -109,9 +108,9 @@ def _decision_lines(decision: Decision) -> list[str]:
     return [headline, *(f"  {reason}" for reason in decision.reasons)]
 
 
-def _registry(config_toml: str) -> RegistryConfig:
+def _registry(config: Mapping[str, Any]) -> RegistryConfig:
     """The registry of a config, whatever else is in it: a run may be older or newer than we are."""
     try:
-        return RegistryConfig.model_validate(tomllib.loads(config_toml).get("registry", {}))
-    except (tomllib.TOMLDecodeError, ValidationError) as exc:
+        return RegistryConfig.model_validate(config.get("registry", {}))
+    except ValidationError as exc:
         raise ConfigError(f"the run's config names no registry: {exc}") from exc

@@ -7,7 +7,7 @@ and what it has started goes on.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -211,17 +211,17 @@ def delete(schedule: Schedule) -> None:
         _retire(schedule.kubeflow, detail)
 
 
-def config_of(schedule: Schedule) -> str:
+def config_of(schedule: Schedule) -> Mapping[str, Any]:
     """The config that its runs are given.
 
     Raises:
         ConfigError: it was made elsewhere, and has none.
     """
-    if not schedule.config.toml:
+    if not schedule.config.table:
         raise ConfigError(
             f"schedule {schedule.name} was not made by Fineloop and holds no config: give one with -c FILE"
         )
-    return schedule.config.toml
+    return schedule.config.table
 
 
 def image_of(schedule: Schedule) -> str:

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
     pipeline = {"retrain": retrain, "train": train}[options.what]
-    pipeline(config=options.config.read_text(encoding="utf-8"), run_id=options.run_id)
+    pipeline(config=tomllib.loads(options.config.read_text(encoding="utf-8")), run_id=options.run_id)
     return 0
 
 

@@ -15,7 +15,7 @@ from components.gate.gate import run_gate
 from components.prepare.dataset import load_split
 from components.promote.promote import promote
 from components.registry import aliases, identity, runs, versions
-from components.step.step import step
+from components.step.step import first_step
 from ray_jobs import evaluate
 from ray_jobs.export import ExportRequest, export
 from tests.frozen.registry import ADAPTER, PLACE, Frozen
@@ -86,7 +86,7 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
     runs.write(frozen.store, "next", evaluation)
     decision = run_gate(config, frozen.store, "next")
     frozen.store.put_json("runs/next/consumed.json", {**frozen.json("runs/promoted/consumed.json"), "run_id": "next"})
-    with step("promote", config_file.dumps(config), "next") as run:
+    with first_step("promote", config_file.as_table(config), "next") as run:
         promote(run, decision.sha256)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == new
     aliases.rollback(frozen.store, ADAPTER)

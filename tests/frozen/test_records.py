@@ -13,7 +13,7 @@ from components.gate.gate import run_gate
 from components.prepare.prepare import prepare, prepare_if_new
 from components.registry.aliases import promote
 from components.report.report import run_report
-from components.step.step import step
+from components.step.step import first_step
 from tests.frozen.registry import ADAPTER, PLACE, Frozen
 from tests.pipelines.command_line import body, fineloop
 
@@ -132,8 +132,8 @@ def test_the_same_data_gives_the_dataset_that_is_there(frozen):
 
 def test_what_the_release_had_read_is_not_new(frozen):
     config = frozen.config("promoted", "data.min_new_records=1")
-    with step("prepare", config_file.dumps(config), "next") as run:
+    with first_step("prepare", config_file.as_table(config), "next") as run:
         assert prepare_if_new(run) is None
     frozen.store.delete([f"adapters/{ADAPTER}/watermark.json"])
-    with step("prepare", config_file.dumps(config), "after") as run:
+    with first_step("prepare", config_file.as_table(config), "after") as run:
         assert prepare_if_new(run) is not None

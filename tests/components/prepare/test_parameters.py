@@ -1,5 +1,6 @@
 import inspect
 import re
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,11 @@ base = "org/model"
 source = "x"
 min_new_records = 7
 """
-NOTHING = {"adapter_name": "", "data_source": "", "method_name": "", "learning_rate": 0.0, "num_workers": 0}
+NOTHING = {
+    **dict.fromkeys(("adapter_name", "base_model", "data_source", "method_name"), ""),
+    **dict.fromkeys(("rank", "epochs", "num_workers"), 0),
+    "learning_rate": 0.0,
+}
 
 
 def test_what_is_left_empty_changes_nothing() -> None:
@@ -30,17 +35,22 @@ def test_what_is_left_empty_changes_nothing() -> None:
 def test_each_parameter_replaces_its_key() -> None:
     given = {
         "adapter_name": "icd",
+        "base_model": "org/other",
         "data_source": 's3://b/it\'s "new"/',
         "method_name": "dora",
+        "rank": 8,
+        "epochs": 3,
         "learning_rate": 3e-4,
         "num_workers": 2,
     }
+    assert given.keys() == KEYS.keys()
     changes = overrides(**given, train_without_new_data=True)
     assert changes.keys() == {*given, "train_without_new_data"}
     config = config_file.loads(CONFIG, [*changes.values()])
     assert config.adapter.name == "icd"
     assert config.data.source == given["data_source"]
-    assert config.method.name == "dora"
+    assert config.model.base == "org/other"
+    assert (config.method.name, config.method.rank, config.train.epochs) == ("dora", 8, 3)
     assert config.train.learning_rate == 3e-4
     assert config.ray.num_workers == 2
     assert config.data.min_new_records == 0
@@ -58,7 +68,7 @@ def filled_in(store: Store) -> Callable[..., Any]:
 
     def run(config: str = CONFIG, **fields: Any) -> Any:
         form = {**NOTHING, "run_id": "", "job_id": "3f2a", "train_without_new_data": False, **fields}
-        return prepare.python_func(config=config + registry, **form)
+        return prepare.python_func(config=tomllib.loads(config + registry), **form)
 
     return run
 

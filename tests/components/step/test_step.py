@@ -2,15 +2,18 @@ import json
 import logging
 import subprocess
 import sys
+import tomllib
+from typing import Any
 
 import pytest
+from google.protobuf import json_format, struct_pb2
 
 from components.config import config_file
 from components.registry.store import Store
 from components.shared import errors
-from components.shared.errors import ConfigError, DataError, FineloopError, UserError
+from components.shared.errors import ConfigError, DataError, FineloopError, IntegrityError, UserError
 from components.shared.protocol import Line, find_failure, parse_line, say, say_failure
-from components.step.step import step
+from components.step.step import first_step, last_step, step
 
 CONFIG = """
 [adapter]
@@ -25,9 +28,9 @@ prefix = "{prefix}"
 """
 
 
-def config_toml(store: Store, **changes: str) -> str:
+def given(store: Store, *changes: str) -> dict[str, Any]:
     text = CONFIG.format(bucket=store.bucket, prefix=store.prefix).replace("it's-a-test", "a-test")
-    return config_file.dumps(config_file.loads(text, [f"{key}={value}" for key, value in changes.items()]))
+    return config_file.as_table(config_file.loads(text, changes))
 
 
 def every_error() -> list[type[FineloopError]]:
@@ -106,9 +109,9 @@ def test_the_last_failure_of_a_log_counts() -> None:
 
 
 def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    toml = config_toml(store)
+    table = given(store)
 
-    with step("prepare", toml, "run-1") as step_run:
+    with first_step("prepare", table, "run-1") as step_run:
         step_run.result["records"] = 3
         logging.getLogger("components.prepare").info("read %d\nrows", 3)
 
@@ -116,7 +119,7 @@ def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFi
     assert record["status"] == "succeeded"
     assert record["result"] == {"records": 3}
     assert record["seconds"] >= 0
-    assert store.get("runs/run-1/config.toml").decode() == toml
+    assert tomllib.loads(store.get("runs/run-1/config.toml").decode()) == table
     lines = [parse_line(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.text for line in lines if line][:2] == ["started", "read 3 rows"]
     assert lines[-1] is not None
@@ -125,7 +128,7 @@ def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFi
 
 def test_a_failing_step_is_recorded_told_and_raised(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
-        with step("prepare", config_toml(store), "run-2") as step_run:
+        with first_step("prepare", given(store), "run-2") as step_run:
             step_run.result["seen"] = 1
             raise DataError("no rows")
 
@@ -143,29 +146,67 @@ def test_a_failing_step_is_recorded_told_and_raised(store: Store, capsys: pytest
 
 
 def test_a_step_that_is_run_again_replaces_its_record(store: Store) -> None:
-    with pytest.raises(DataError), step("prepare", config_toml(store), "run-3"):
+    with pytest.raises(DataError), first_step("prepare", given(store), "run-3"):
         raise DataError("no rows")
-    with step("prepare", config_toml(store), "run-3"):
+    with first_step("prepare", given(store), "run-3"):
         pass
     assert store.get_json("runs/run-3/steps/prepare.json")["status"] == "succeeded"
 
 
 def test_a_run_keeps_the_config_it_began_with(store: Store) -> None:
-    with step("prepare", config_toml(store), "run-4"):
+    with first_step("prepare", given(store), "run-4"):
         pass
 
     with (
         pytest.raises(ConfigError, match="began with another config"),
-        step("finetune", config_toml(store, **{"train.learning_rate": "0.5"}), "run-4"),
+        first_step("prepare", given(store, "train.learning_rate=0.5"), "run-4"),
     ):
         raise AssertionError("the step must not begin")
+
+
+def test_the_steps_after_the_first_find_the_run_by_its_address(store: Store) -> None:
+    with first_step("prepare", given(store), "run-5") as first:
+        assert first.run_uri == store.uri("runs/run-5/")
+    with step("gate", first.run_uri, first.config.digest) as later:
+        assert (later.run_id, later.config, later.store.uri("")) == ("run-5", first.config, store.uri(""))
+    assert store.get_json("runs/run-5/steps/gate.json")["status"] == "succeeded"
+
+
+def test_a_config_that_was_changed_after_the_run_began_is_refused(store: Store) -> None:
+    with first_step("prepare", given(store), "run-6") as first:
+        pass
+    looser = config_file.validate(given(store, "gate.better_than_base_by=-9.0"))
+    store.put("runs/run-6/config.toml", config_file.dumps(looser).encode())
+    with (
+        pytest.raises(IntegrityError, match=f"the run began with {first.config.digest}: it was changed since"),
+        step("gate", first.run_uri, first.config.digest),
+    ):
+        raise AssertionError("the step must not begin")
+
+
+def test_the_last_step_takes_the_config_that_was_recorded_or_else_the_one_it_is_given(store: Store) -> None:
+    with first_step("prepare", given(store), "run-7", overrides={"epochs": "train.epochs=3"}):
+        pass
+    for run_id, epochs in (("run-7", 3), ("run-8", 1)):
+        with last_step("report", given(store), run_id) as step_run:
+            assert step_run.config.train.epochs == epochs
+
+
+def test_a_config_in_doubles_as_kubeflow_hands_it_over_is_the_same_config(store: Store) -> None:
+    """kfp.local makes a protobuf Struct of it, whose numbers are doubles (google/protobuf/struct.proto)."""
+    table = given(store, "train.seed=7", "train.learning_rate=2e-4", "ray.timeout_s=86400")
+    struct = struct_pb2.Struct()
+    struct.update(table)
+    as_doubles = {key: json_format.MessageToDict(value) for key, value in struct.fields.items()}
+    with first_step("prepare", as_doubles, "run-9") as step_run:
+        assert step_run.config == config_file.validate(table)
 
 
 def test_a_wrong_config_is_told_before_any_store_is_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(ConfigError), step("prepare", "[adapter]\nnam = 1\n", "run-5"):
+    with pytest.raises(ConfigError), first_step("prepare", {"adapter": {"nam": 1}}, "run-10"):
         pass
     failure = find_failure(capsys.readouterr().out)
     assert failure is not None
@@ -174,12 +215,12 @@ def test_a_wrong_config_is_told_before_any_store_is_asked(
 
 @pytest.mark.parametrize("run_id", ["", "../x", "a b", "x" * 101, "a/b"])
 def test_a_run_id_that_could_escape_its_folder_is_refused(store: Store, run_id: str) -> None:
-    with pytest.raises(UserError, match="run_id"), step("prepare", config_toml(store), run_id):
+    with pytest.raises(UserError, match="run_id"), first_step("prepare", given(store), run_id):
         pass
 
 
 def test_the_log_of_components_reaches_no_other_handler(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with step("gate", config_toml(store), "run-6"):
+    with first_step("gate", given(store), "run-6"):
         logging.getLogger("components.gate").info("once")
     assert "once" not in caplog.text
     assert logging.getLogger("components").propagate

@@ -13,7 +13,7 @@ from components.step.kfp import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def prepare(config: str, job_id: str, folder: str, seconds: float, fails: bool) -> str:
+def prepare(config: dict[str, Any], job_id: str, folder: str, seconds: float, fails: bool) -> str:
     """Leave a trace, take a while, fail when told to."""
     import os
     import time
@@ -24,7 +24,7 @@ def prepare(config: str, job_id: str, folder: str, seconds: float, fails: bool) 
     time.sleep(seconds)
     if fails:
         raise ValueError("told to fail")
-    return config
+    return str(config)
 
 
 @dsl.component(**COMPONENT)
@@ -60,7 +60,7 @@ def hold() -> str:
 
 @dsl.pipeline(name="fineloop-retrain", description="Retrain nothing.")
 def small(
-    config: str,
+    config: dict[str, Any],
     folder: str = "",
     seconds: float = 0.0,
     fails: bool = False,
@@ -80,14 +80,14 @@ def small(
         hold()
 
 
-def compile_small(config: RunConfig, *, image: str = "") -> str:
+def compile_small(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
     """In place of `compile_pipeline`; `mode` has literals, which kfp's compiler cannot say."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.yaml"
         compiler.Compiler().compile(small, str(path))
         spec: dict[str, Any] = yaml.safe_load(path.read_text())
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    parameters["config"]["defaultValue"] = config_file.dumps(config)
+    parameters["config"]["defaultValue"] = config_file.as_table(default or config)
     parameters["mode"]["literals"] = ["full", "quick"]
     if image:
         for executor in spec["deploymentSpec"]["executors"].values():

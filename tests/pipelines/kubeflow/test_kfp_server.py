@@ -52,13 +52,13 @@ def refusal(call: Any, *arguments: Any, **options: Any) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": "", "nonsense": 1}, "not required by pipeline: nonsense"),
-        ({"config": 1}, "config requires type string"),
-        ({"config": "", "rows": "3"}, "rows requires type double or integer"),
-        ({"config": "", "rows": True}, "rows requires type double or integer"),
-        ({"config": "", "fails": "true"}, "fails requires type boolean"),
-        ({"config": "", "tags": {}}, "tags requires type list"),
-        ({"config": "", "mode": "slow"}, "not one of"),
+        ({"config": {}, "nonsense": 1}, "not required by pipeline: nonsense"),
+        ({"config": 1}, "config requires type struct"),
+        ({"config": {}, "rows": "3"}, "rows requires type double or integer"),
+        ({"config": {}, "rows": True}, "rows requires type double or integer"),
+        ({"config": {}, "fails": "true"}, "fails requires type boolean"),
+        ({"config": {}, "tags": {}}, "tags requires type list"),
+        ({"config": {}, "mode": "slow"}, "not one of"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(

@@ -1,7 +1,8 @@
 """One version of the pipeline for each content, also when two people publish it at the same moment."""
 
-import re
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from datetime import date
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_who_comes_second_by_a_moment_gets_what_the_first_one_made(
         published = publish(kubeflow, package)
     (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
     assert published == Published(pipeline["pipeline_id"], version["pipeline_version_id"])
-    assert version["display_name"] == package.version
+    assert version["description"] == package.content
     assert publish(kubeflow, package) == published
 
 
@@ -57,7 +58,7 @@ def test_a_version_that_is_there_and_cannot_be_found_is_no_empty_id(
         raise exists("The name already exist")
 
     monkeypatch.setattr(server.state, "upload_version", refuse)
-    with pytest.raises(KubeflowError, match=f"has version {package.version} of {PIPELINE} and does not list it"):
+    with pytest.raises(KubeflowError, match=rf"has version \S+ of {PIPELINE} and does not list it"):
         publish(kubeflow, package)
 
 
@@ -75,10 +76,40 @@ def test_another_refusal_is_not_taken_for_the_race(
         publish(kubeflow, package)
 
 
-def test_a_version_is_named_by_enough_of_its_contents_digest_to_tell_contents_apart(package: Package) -> None:
-    assert re.fullmatch(r"[0-9a-f]{12}", package.version)
-    assert build(config_file.load(DEFAULT_CONFIG)).version == package.version
-    assert build(config_file.load(DEFAULT_CONFIG, ["train.seed=9"])).version != package.version
+def test_versions_are_named_by_release_and_day_and_change_when_the_pipeline_does(
+    kubeflow: Kubeflow, server: KfpServer, package: Package
+) -> None:
+    release = importlib.metadata.version("fineloop")
+    other = build(config_file.load(DEFAULT_CONFIG, ["train.seed=9", "adapter.name=other"]))
+    assert other.text == package.text
+    first = publish(kubeflow, package, today=date(2026, 11, 26))
+    assert publish(kubeflow, other, today=date(2026, 11, 27)) == first
+    for image, day in (("r/step:1", 26), ("r/step:2", 26), ("r/step:3", 27)):
+        publish(kubeflow, build(package.config, image=image), today=date(2026, 11, day))
+    assert [version["display_name"] for version in server.state.versions.values()] == [
+        f"{release}-2026-11-26",
+        f"{release}-2026-11-26.2",
+        f"{release}-2026-11-26.3",
+        f"{release}-2026-11-27",
+    ]
+
+
+def test_a_name_that_somebody_took_for_another_content_is_left_to_them(
+    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between this client's look at the list and its upload."""
+    upload, text = server.state.upload_version, build(package.config, image="r/step:1").text
+
+    def after_somebody(given: str, query: Mapping[str, str]) -> Any:
+        monkeypatch.setattr(server.state, "upload_version", upload)
+        upload(text, {**query, "description": "another"})
+        return upload(given, query)
+
+    monkeypatch.setattr(server.state, "upload_version", after_somebody)
+    published = publish(kubeflow, package)
+    names = {version["description"]: version["display_name"] for version in server.state.versions.values()}
+    assert names[package.content] == names["another"] + ".2"
+    assert server.state.versions[published.version_id]["description"] == package.content
 
 
 def test_an_unknown_name_is_no_pipeline(kubeflow: Kubeflow, package: Package) -> None:
@@ -87,10 +118,7 @@ def test_an_unknown_name_is_no_pipeline(kubeflow: Kubeflow, package: Package) ->
     assert find_pipeline(kubeflow, "others") == ""
 
 
-def test_a_pipeline_says_what_it_does_and_a_version_whose_adapter_it_trains(
-    kubeflow: Kubeflow, server: KfpServer, package: Package
-) -> None:
+def test_a_pipeline_says_what_it_does(kubeflow: Kubeflow, server: KfpServer, package: Package) -> None:
     publish(kubeflow, package)
-    (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
+    (pipeline,) = server.state.pipelines.values()
     assert pipeline["description"] == "Retrain nothing."
-    assert version["description"] == package.config.adapter.name == "icd10-chapters"

@@ -1,16 +1,20 @@
+import json
 import re
 from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.shared.errors import UserError
+from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.parameters import resolve
 
+CONFIG = config_file.load(DEFAULT_CONFIG)
 SPEC = {
     "root": {
         "inputDefinitions": {
             "parameters": {
-                "config": {"parameterType": "STRING"},
+                "config": {"parameterType": "STRUCT"},
                 "name": {"parameterType": "STRING", "defaultValue": ""},
                 "rows": {"parameterType": "NUMBER_INTEGER", "defaultValue": 1.0},
                 "share": {"parameterType": "NUMBER_DOUBLE", "isOptional": True},
@@ -24,8 +28,10 @@ SPEC = {
 }
 
 
-def test_the_config_alone_is_sent_when_nothing_else_is_given() -> None:
-    assert resolve(SPEC, "a = 1", []) == {"config": "a = 1"}
+def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
+    (sent,) = resolve(SPEC, CONFIG, []).values()
+    assert config_file.validate(json.loads(json.dumps(sent))) == CONFIG
+    assert sent["train"]["epochs"] == 1  # a default: what it is may change with the release that runs it
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,7 @@ def test_the_config_alone_is_sent_when_nothing_else_is_given() -> None:
     ],
 )
 def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None:
-    sent = resolve(SPEC, "", [given])[given.partition("=")[0]]
+    sent = resolve(SPEC, CONFIG, [given])[given.partition("=")[0]]
     assert sent == value
     assert type(sent) is type(value)
 
@@ -69,20 +75,21 @@ def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None
 )
 def test_a_value_that_does_not_fit_is_refused(given: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--param {given.partition('=')[0]}.*{re.escape(message)}"):
-        resolve(SPEC, "", [given])
+        resolve(SPEC, CONFIG, [given])
 
 
 def test_a_parameter_without_default_must_be_given() -> None:
     spec = {"root": {"inputDefinitions": {"parameters": {"key": {"parameterType": "STRING"}}}}}
     with pytest.raises(UserError, match="--param key=VALUE"):
-        resolve(spec, "", [])
-    assert resolve(spec, "", ["key=a"]) == {"key": "a"}
+        resolve(spec, CONFIG, [])
+    assert resolve(spec, CONFIG, ["key=a"]) == {"key": "a"}
 
 
 def test_a_pipeline_may_take_nothing() -> None:
-    assert resolve({"root": {}}, "a = 1", []) == {}
+    assert resolve({"root": {}}, CONFIG, []) == {}
 
 
 def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
-    kept = {"config": "old", "rows": 5, "name": "before", "gone": 1}
-    assert resolve(SPEC, "new", ["name=now"], kept=kept) == {"config": "new", "rows": 5, "name": "now"}
+    kept = {"config": {}, "rows": 5, "name": "before", "gone": 1}
+    config = config_file.as_table(CONFIG)
+    assert resolve(SPEC, CONFIG, ["name=now"], kept=kept) == {"config": config, "rows": 5, "name": "now"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs as run_files
 from components.registry.store import Store
@@ -25,7 +26,7 @@ def start(server: KfpServer, make_config: Callable[..., RunConfig]) -> Start:
 
     def started(**parameters: Any) -> Run:
         built = package.build(make_config())
-        given = {"config": built.config_toml, **parameters}
+        given = {"config": config_file.as_table(built.config), **parameters}
         kubeflow = connect({}, host=server.url)
         return submit.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
 

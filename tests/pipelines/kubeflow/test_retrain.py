@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from components.config import config_file
 from components.registry import aliases
 from components.registry.store import Store
 from tests.doubles.jobs_api import JobsApi
@@ -42,13 +43,18 @@ def production(store: Store) -> str | None:
     return pointer.version if pointer else None
 
 
-def test_a_submitted_run_promotes_what_the_local_run_would(
+def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_size(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
 ) -> None:
-    answered = fineloop("submit", *options)
+    layers = json.dumps([f"model.layers.{n}.attention.query" for n in range(1200)])
+    answered = fineloop("submit", *options, "--set", f"method.target_modules={layers}", "--param", "rank=4")
 
     assert answered.exit_code == 0, answered.told
     run_id = answered.body["run_id"]
+    body = store.get(f"runs/{run_id}/config.toml")
+    assert len(body) > 40_000
+    recorded = config_file.loads(body.decode())
+    assert (recorded.method.rank, recorded.digest) == (4, answered.body["config_digest"])
     decision = store.get_json(f"runs/{run_id}/decision.json")
     assert decision["decision"] == "promote"
     assert production(store) == decision["version"]

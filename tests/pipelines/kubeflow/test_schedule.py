@@ -62,7 +62,7 @@ def test_a_schedule_is_what_was_asked_for_and_is_told_in_words(server: KfpServer
     assert kept["service_account"] == "fineloop-pipeline"
     assert kept["status"] == "ENABLED"
     config = config_file.load(DEFAULT_CONFIG)
-    assert kept["runtime_config"]["parameters"] == {"config": config_file.dumps(config), "seconds": 60}
+    assert kept["runtime_config"]["parameters"] == {"config": config_file.as_table(config), "seconds": 60}
     assert body["config_digest"] == config.digest
 
 
@@ -160,7 +160,7 @@ def test_schedules_are_listed_and_those_of_others_are_not(
         cron_expression="0 0 * * * *",
         pipeline_id=theirs.pipeline_id,
         version_id="stranger",
-        params={"config": ""},
+        params={"config": {}},
     )
     fineloop("schedule", "create", "weekly", "--cron", "@weekly", "--set", "adapter.name=words")
     answered = fineloop("schedule", "list")
@@ -183,7 +183,7 @@ def test_a_schedule_that_was_made_elsewhere_is_listed_and_needs_a_cron_and_a_con
         cron_expression="30 0 2 * * *",
         pipeline_id=reference["pipeline_id"],
         version_id=reference["pipeline_version_id"],
-        params={"config": ""},
+        params={"config": {}},
     )
     answered = fineloop("schedule", "list")
     assert [(one["kfp_cron"], one["cron"]) for one in answered.body["schedules"]] == [
@@ -221,10 +221,10 @@ def test_an_update_changes_what_is_said_and_nothing_else(
     assert after["recurring_run_id"] == answered.body["recurring_run_id"] != before["recurring_run_id"]
     assert after["trigger"]["cron_schedule"]["cron"] == "0 0 4 * * 1"
     config = config_file.load(DEFAULT_CONFIG, ["train.seed=9"])
-    assert after["runtime_config"]["parameters"] == {"config": config_file.dumps(config), "seconds": 60}
+    assert after["runtime_config"]["parameters"] == {"config": config_file.as_table(config), "seconds": 60}
     same = ("display_name", "experiment_id", "max_concurrency", "no_catchup", "service_account", "status")
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
-    assert after["pipeline_version_reference"] != before["pipeline_version_reference"]
+    assert after["pipeline_version_reference"] == before["pipeline_version_reference"]  # no config is part of it
 
 
 def test_an_update_of_the_config_alone_keeps_the_times(server: KfpServer, fineloop: Fineloop) -> None:
@@ -318,7 +318,7 @@ def test_a_deleted_schedule_is_gone_and_its_run_goes_on(
 def _update(server: KfpServer, cron: str) -> None:
     old = schedule.find(connect({}, host=server.url), "nightly")
     built = package.build(config_file.load(DEFAULT_CONFIG))
-    parameters = {**old.parameters, "config": built.config_toml}
+    parameters = {**old.parameters, "config": config_file.as_table(built.config)}
     schedule.update(old, built, replace(old.timing, cron=cron), parameters=parameters)
 
 
