@@ -5,6 +5,7 @@ the base's dtype, as they were trained: what is measured is the function that wa
 base that no worker can hold is shared out over all of them, as it was to be trained on.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -63,7 +64,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
 
     started = time.monotonic()
     store = Store.open(config.registry)
-    records = load_split(store, dataset_uri, "eval")[: config.evaluate.records]
+    held_out = load_split(store, dataset_uri, "eval")
+    records = held_out[: config.evaluate.records]
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     config = with_room_for_answers(config, base, records)
@@ -90,12 +92,13 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
         update={
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
+            "held_out": len(held_out),
+            "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": dtype,
             "seconds": {"total": round(time.monotonic() - started, 3)},
         }
     )
-    _write_records(store, run_id, kept, tokens, scores)
     runs.write(store, run_id, evaluation)
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
@@ -261,7 +264,8 @@ def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Con
 
 def _write_records(
     store: Store, run_id: str, records: Sequence[Record], tokens: Sequence[int], scores: Mapping[Role, Sequence[Score]]
-) -> None:
+) -> str:
+    """Write evaluation_records.parquet and return its sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -275,7 +279,9 @@ def _write_records(
         columns.update(as_columns(role, values))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), sink.getvalue().to_pybytes())
+    body = sink.getvalue().to_pybytes()
+    store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), body)
+    return hashlib.sha256(body).hexdigest()
 
 
 if __name__ == "__main__":

@@ -232,8 +232,18 @@ class Limit(Section):
         return self
 
 
+class Guard(Section):
+    """A metric beside the one that decides, on which the candidate must not fall behind the champion."""
+
+    metric: ComparedMetric
+    """The metric that is watched."""
+    worse_than_champion_by: Annotated[float, Field(ge=0)] | None = None
+    """The candidate must be shown to be worse by at most this much, as with gate.worse_than_champion_by. Absent, it is
+    held only when it is shown to be worse; where every record is right or wrong, by McNemar's exact test."""
+
+
 class GateConfig(Section):
-    """When a candidate may take the alias. Every rule must pass."""
+    """When a candidate may take the alias: when every rule passes. Where the records do not tell, it is held."""
 
     metric: ComparedMetric = "loss"
     """What base and champion are compared on."""
@@ -241,6 +251,12 @@ class GateConfig(Section):
     """The candidate must be better than the base by at least this much, in the metric's own unit."""
     worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
     """The candidate may be worse than the champion by at most this much."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
+    """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
+    min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
+    """Held-out records, or groups of them, without which nothing is decided."""
+    guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
+    """Metrics beside the one that decides, each watched against the champion."""
     limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
     """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
     own prompt than from another record's; near zero means that the answers do not depend on the prompts."""

@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
+from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
 from components.registry.aliases import append_event, events, version_key
@@ -23,8 +24,8 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     same decision and no second event.
 
     Raises:
-        ObjectMissing: there is no evaluation.
-        IntegrityError: it is malformed.
+        ObjectMissing: there is no evaluation, or its records are gone.
+        IntegrityError: it is malformed, or its records are not those that it was made of.
         DataError: it belongs to another run, or lacks the candidate or the base.
     """
     key = store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION)
@@ -32,13 +33,13 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     if evaluation.run_id != run_id:
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
-    decided = decide(evaluation, config.gate, config.adapter)
+    decided = decide(evaluation, evidence.read(store, evaluation), config.gate, config.adapter)
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
     decision = decided.model_copy(update={"version_uri": uri})
     for rule in decision.rules:
         _log(rule)
-    logger.info("decision for %s %s: %s", decision.adapter, decision.version, decision.decision)
+    logger.info("verdict on %s %s: %s", decision.adapter, decision.version, decision.verdict)
 
     runs.write(store, run_id, decision)
     if not decision.promoted:
@@ -48,7 +49,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 def _record_refusal(store: "Store", decision: Decision) -> None:
     about = {"version", "champion", "alias", "run_id"}
-    body = decision.model_dump(mode="json", include={*about, "reasons", "rules"})
+    body = decision.model_dump(mode="json", include={*about, "verdict", "reasons", "rules"})
     # Known by what it is about: a step that is repeated after an upgrade may word its reasons in another way.
     for event in events(store, decision.adapter):
         if event.kind == "refused" and all(event.body.get(key) == body[key] for key in about):
@@ -58,5 +59,5 @@ def _record_refusal(store: "Store", decision: Decision) -> None:
 
 
 def _log(rule: RuleResult) -> None:
-    verdict = "passed" if rule.passed else "FAILED"
-    logger.info("%s %s = %s: %s", verdict, rule.field, "-" if rule.bound is None else rule.bound, rule.text)
+    result = "passed" if rule.passed else "CANNOT TELL" if rule.undecided else "FAILED"
+    logger.info("%s %s = %s: %s", result, rule.field, "-" if rule.bound is None else rule.bound, rule.text)

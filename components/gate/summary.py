@@ -9,7 +9,7 @@ def as_markdown(decision: Decision) -> str:
     place = f"{decision.adapter}@{decision.alias}"
     headline = f"{place} takes {decision.version}" if decision.promoted else f"{place} stays as it is"
     lines = [
-        f"# {'Promote' if decision.promoted else 'Hold'}: {headline}",
+        f"# {(decision.verdict or decision.decision).capitalize()}: {headline}",
         "",
         *[f"- {_cell(reason)}" for reason in decision.reasons],
         "",
@@ -24,7 +24,7 @@ def as_markdown(decision: Decision) -> str:
 
 def _row(rule: RuleResult) -> str:
     cells = [
-        "passed" if rule.passed else "**failed**",
+        "passed" if rule.passed else "**cannot tell**" if rule.undecided else "**failed**",
         rule.title,
         _number(rule, rule.candidate),
         _number(rule, rule.other),

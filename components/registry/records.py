@@ -16,6 +16,7 @@ from components.shared.errors import IntegrityError
 Role = Literal["base", "champion", "candidate"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
 Outcome = Literal["promote", "hold", "skipped"]
+Verdict = Literal["promote", "hold", "cannot tell"]
 Status = Literal["succeeded", "failed"]
 
 
@@ -133,6 +134,10 @@ class Evaluation(Record):
     dataset_id: str = ""
     dataset_uri: str = ""
     records: int
+    held_out: int | None = None
+    """How many records the dataset holds out; `records` of them were used."""
+    records_sha256: str = ""
+    """Of evaluation_records.parquet, which says record by record what this one says in sum."""
     base: dict[str, Any] = {}
     """Reference and identity of the base model."""
     models: dict[str, Measured | None]
@@ -177,9 +182,20 @@ class RuleResult(Part):
     line: float | None = None
     """Where the bound lies on the metric's own axis: what the candidate had to reach."""
     line_text: str = ""
+    gain: float | None = None
+    """How much better the candidate is than the other model."""
+    lower: float | None = None
+    """The gain is at least this, at `confidence`."""
+    upper: float | None = None
+    """The gain is at most this, at `confidence`."""
+    confidence: float | None = None
     passed: bool
+    undecided: bool = False
+    """Neither passed nor failed: the records do not tell."""
+    records_needed: int | None = None
+    """Of an undecided rule, how many records would tell; None where no number is worth naming."""
     text: str
-    """One or two sentences for people."""
+    """A few sentences for people."""
 
 
 class Decision(Record):
@@ -188,11 +204,14 @@ class Decision(Record):
     FILE: ClassVar[str] = "decision.json"
 
     decision: Outcome
+    verdict: Verdict | None = None
+    """What the gate could say. Where it cannot tell, the candidate is held. None of a skipped run."""
     adapter: str
     alias: str
     run_id: str
     reasons: tuple[str, ...]
-    """The sentences of the failed rules when held, of every rule when promoted; of a skipped run why it was."""
+    """The sentences of the rules that failed when held, or could not tell, of every rule when promoted; of a skipped
+    run why it was."""
     rules: tuple[RuleResult, ...] = ()
     version: str | None = None
     """None of a skipped run, which made none."""
@@ -201,6 +220,8 @@ class Decision(Record):
     """Who held the alias when the candidate was compared."""
     policy: dict[str, Any] = {}
     """The config's section `gate`."""
+    basis_sha256: str = ""
+    """Of all that the verdict follows from, and the verdict: whoever decides again by the same arrives at the same."""
     since_run: str | None = None
     """Of a skipped run, the one that consumed the data before."""
 

@@ -70,7 +70,8 @@ def headline(run: RunFiles) -> Headline:
     ) + f"The candidate {version} stays in the registry without an alias, so that it can be looked at."
     if champion and champion == version:
         consequence = f"This run made the same version again, so there was nothing to move {run.alias} to."
-    return Headline("hold", "Held", title, _lead(run), consequence, decision.reasons)
+    badge = "Held: cannot tell" if decision.verdict == "cannot tell" else "Held"
+    return Headline("hold", badge, title, _lead(run), consequence, decision.reasons)
 
 
 def _undecided(run: RunFiles) -> str:

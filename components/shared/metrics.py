@@ -25,6 +25,12 @@ class Metric:
     """Whether the gate may compare models on it. One that may not is measured on adapters alone, and can be limited."""
     repeats: str = ""
     """The metric that this one says over again, so that one picture does for both."""
+    column: str = ""
+    """What is kept of each record for it; empty where it goes by the metric's own key."""
+    per_token: bool = False
+    """Whether the metric is a mean over answer tokens, and not over records."""
+    exponential: bool = False
+    """Whether it is the exponential of that mean."""
 
     @property
     def title(self) -> str:
@@ -71,9 +77,9 @@ class Metric:
             return "no difference"
         return f"{amount} {'better' if gain > 0 else 'worse'}"
 
-    def signed_text(self, gain: float) -> str:
+    def signed_text(self, gain: float, *beside: float) -> str:
         """A difference with its sign."""
-        return f"{'−' if gain < 0 else '+'}{self.amount_text(gain)}"  # noqa: RUF001 - a true minus sign, for people
+        return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
 
     def _digits(self, value: float, decimals: int) -> str:
         return f"{value * 100 if self.is_share else value:,.{decimals}f}"
@@ -89,8 +95,25 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("exact_match", "exact match", "answers that equal the reference", lower_is_better=False, is_share=True),
         Metric("token_f1", "token F1", "words shared with the reference", lower_is_better=False, is_share=True),
-        Metric("loss", "loss", "surprise at the reference answer", True, unit="nats per answer token"),
-        Metric("perplexity", "perplexity", "the same surprise, as a count of choices", True, repeats="loss"),
+        Metric(
+            "loss",
+            "loss",
+            "surprise at the reference answer",
+            lower_is_better=True,
+            unit="nats per answer token",
+            column="nll",
+            per_token=True,
+        ),
+        Metric(
+            "perplexity",
+            "perplexity",
+            "the same surprise, as a count of choices",
+            lower_is_better=True,
+            repeats="loss",
+            column="nll",
+            per_token=True,
+            exponential=True,
+        ),
         Metric(
             "prompt_gain",
             "prompt gain",

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from components.registry.records import PairedDifference
-from components.shared.metrics import METRICS
+from components.shared.metrics import METRICS, Metric
+from components.shared.paired import Pairs, bounds
 
-RESAMPLES = 2000
 MAX_CLASSES = 30
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 OTHER = "(another answer)"
@@ -101,37 +100,25 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
 def paired_difference(
     candidate: Sequence[Score], other: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
 ) -> PairedDifference | None:
-    """How much better the candidate is than another model on the same records, with a 95 % bootstrap interval.
+    """How much better the candidate is than another model on the same records, with a 95 % interval.
 
-    Records are drawn together with both models' results on them, so what makes a record hard for both cancels out.
     Positive means that the candidate is better, whichever way the metric points. None where a number is not finite.
     """
-    ours, weights = _per_record(candidate, num_answer_tokens, metric)
-    theirs, _ = _per_record(other, num_answer_tokens, metric)
-    sign = -1.0 if METRICS[metric].lower_is_better else 1.0
-    draws = np.random.default_rng(0).integers(0, len(ours), size=(RESAMPLES, len(ours)))
-
-    def difference(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        drawn = weights[rows].sum(axis=-1)
-        means = [values[rows].sum(axis=-1) / drawn for values in (ours, theirs)]
-        if metric == "perplexity":
-            means = [np.exp(np.minimum(mean, 700.0)) for mean in means]
-        return np.asarray(sign * (means[0] - means[1]))
-
-    low, high = np.quantile(difference(draws), [0.025, 0.975])
-    point = difference(np.arange(len(ours)))
-    if not np.isfinite([point, low, high]).all():
+    row = METRICS[metric]
+    ours, theirs = (np.array([_of_record(each, row) for each in scores]) for scores in (candidate, other))
+    weights = np.array(num_answer_tokens, dtype=np.float64) if row.per_token else np.ones(len(ours))
+    pairs = Pairs(ours, theirs, weights, None, row.lower_is_better, row.exponential)
+    found = bounds(pairs, confidence=0.975)
+    if found is None:
         return None
-    return PairedDifference(metric=metric, difference=float(point), ci95=(float(low), float(high)), records=len(ours))
+    return PairedDifference(
+        metric=metric, difference=found.gain, ci95=(found.lower, found.upper), records=found.records
+    )
 
 
-def _per_record(
-    scores: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Numerators and denominators whose sums give the metric."""
-    if metric in MARKS:
-        return np.array([score.marks[metric] for score in scores]), np.ones(len(scores))
-    return np.array([score.nll for score in scores]), np.array(num_answer_tokens, dtype=np.float64)
+def _of_record(score: Score, metric: Metric) -> float:
+    """What a record adds to the metric, as a column of evaluation_records.parquet has it."""
+    return score.nll if metric.column == "nll" else score.marks[metric.key]
 
 
 def _normal(text: str) -> str:

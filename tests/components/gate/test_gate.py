@@ -7,9 +7,10 @@ import pytest
 from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
 from components.registry import aliases
-from components.registry.records import RuleResult
+from components.registry.records import Evaluation, RuleResult
 from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
+from tests.components.gate.evidenced import as_parquet, evidence
 
 RUN = "run-1"
 
@@ -43,14 +44,22 @@ def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
     }
 
 
+def put(store: Store, found: dict[str, Any], key: str = f"runs/{RUN}/evaluation.json") -> None:
+    store.put_json(key, found)
+    records = as_parquet(evidence(Evaluation.model_validate_json(json.dumps(found))))
+    store.put(f"runs/{RUN}/evaluation_records.parquet", records)
+
+
 def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
-    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(0.9))
+    put(store, evaluation(0.9))
     decision = run_gate(config(), store, RUN)
     assert decision.promoted
     written = store.get_json(f"runs/{RUN}/decision.json")
     assert written == {
         "format": 1,
         "decision": "promote",
+        "verdict": "promote",
+        "basis_sha256": decision.basis_sha256,
         "reasons": list(decision.reasons),
         "rules": written["rules"],
         "adapter": "icd10",
@@ -67,7 +76,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
 
 
 def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> None:
-    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(1.5))
+    put(store, evaluation(1.5))
     decision = run_gate(config(), store, RUN)
     assert decision.decision == "hold"
     assert run_gate(config(), store, RUN) == decision
@@ -80,14 +89,14 @@ def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> N
 
 
 def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another_is(store: Store) -> None:
-    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(1.5))
+    put(store, evaluation(1.5))
     worded = {"version": "v2", "champion": "v1", "alias": "production", "run_id": RUN, "reasons": ["too bad"]}
     aliases.append_event(store, "icd10", "refused", worded)
     run_gate(config(), store, RUN)
     assert [event.body for event in aliases.events(store, "icd10")] == [worded]
     compared_anew = evaluation(1.5)
     compared_anew["models"]["champion"]["version"] = "v3"
-    store.put_json(f"runs/{RUN}/evaluation.json", compared_anew)
+    put(store, compared_anew)
     run_gate(config(), store, RUN)
     assert [event.body["champion"] for event in aliases.events(store, "icd10")] == ["v1", "v3"]
 
@@ -95,7 +104,7 @@ def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another
 def test_a_loss_that_is_not_a_number_is_held_and_the_decision_is_valid_json(store: Store) -> None:
     broken = evaluation(0.9)
     broken["models"]["candidate"]["metrics"]["loss"] = None
-    store.put_json(f"runs/{RUN}/evaluation.json", broken)
+    put(store, broken)
     assert not run_gate(config(), store, RUN).promoted
 
     def refuse(token: str) -> None:
@@ -115,7 +124,7 @@ def test_an_evaluation_whose_numbers_are_no_numbers_is_refused(store: Store, los
 
 
 def test_the_evaluation_may_lie_elsewhere(store: Store) -> None:
-    store.put_json("elsewhere/evaluation.json", evaluation(0.9))
+    put(store, evaluation(0.9), "elsewhere/evaluation.json")
     assert run_gate(config(), store, RUN, evaluation_uri=store.uri("elsewhere/evaluation.json")).promoted
 
 
@@ -125,7 +134,7 @@ def test_a_missing_evaluation_is_an_error(store: Store) -> None:
 
 
 def test_the_evaluation_of_another_run_is_refused(store: Store) -> None:
-    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(0.9, run_id="run-0"))
+    put(store, evaluation(0.9, run_id="run-0"))
     with pytest.raises(DataError, match="run-0"):
         run_gate(config(), store, RUN)
     assert store.read(f"runs/{RUN}/decision.json") is None
@@ -134,6 +143,17 @@ def test_the_evaluation_of_another_run_is_refused(store: Store) -> None:
 def test_a_candidate_that_was_not_published_is_refused(store: Store) -> None:
     unnamed = evaluation(0.9)
     unnamed["models"]["candidate"]["version"] = None
-    store.put_json(f"runs/{RUN}/evaluation.json", unnamed)
+    put(store, unnamed)
     with pytest.raises(DataError, match="no candidate version"):
         run_gate(config(), store, RUN)
+
+
+def test_records_that_the_evaluation_was_not_made_of_are_refused(store: Store) -> None:
+    put(store, evaluation(0.9, records_sha256="0" * 64))
+    with pytest.raises(IntegrityError, match=r"evaluation_records\.parquet has sha256 .* evaluate run-1 again"):
+        run_gate(config(), store, RUN)
+    put(store, evaluation(0.9))
+    store.put_json(f"runs/{RUN}/evaluation.json", evaluation(0.9, records=299))
+    with pytest.raises(IntegrityError, match="has 300 records, and the evaluation is of 299"):
+        run_gate(config(), store, RUN)
+    assert store.read(f"runs/{RUN}/decision.json") is None

@@ -1,4 +1,3 @@
-from components.gate.policy import decide
 from components.gate.summary import as_markdown
 from tests.components.report import example_runs
 
@@ -7,14 +6,14 @@ def summary(loss: float) -> str:
     evaluation = example_runs.evaluation(
         "r", example_runs.metrics(loss, 0.7, 0.8, 1.2), example_runs.metrics(1.0, 0.6, 0.7, 1.0)
     )
-    return as_markdown(decide(evaluation, example_runs.CONFIG.gate, example_runs.CONFIG.adapter))
+    return as_markdown(example_runs.decision(evaluation))
 
 
 def test_a_promotion_says_which_version_and_lists_every_rule() -> None:
     text = summary(0.9)
     assert text.startswith(f"# Promote: icd10-chapters@production takes {example_runs.CANDIDATE}\n")
     rows = [line for line in text.splitlines() if line.startswith("| passed")]
-    assert len(rows) == 5
+    assert len(rows) == 6
     rule = "Loss better than the base model's | 0.900 | 2.306 | better by at least 0.05 | `gate.better_than_base_by`"
     assert f"| passed | {rule} |" in rows
     assert example_runs.CHAMPION in text

@@ -12,6 +12,7 @@ from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
 from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord
 from components.report.run_files import RunFiles
+from tests.components.gate.evidenced import evidence
 
 CONFIG = config_file.loads(
     """
@@ -99,7 +100,7 @@ def evaluation(
 
 def decision(measured: Evaluation, policy: GateConfig = CONFIG.gate) -> Decision:
     uri = f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}"
-    return decide(measured, policy, CONFIG.adapter).model_copy(update={"version_uri": uri})
+    return decide(measured, evidence(measured), policy, CONFIG.adapter).model_copy(update={"version_uri": uri})
 
 
 def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:

@@ -1,0 +1,224 @@
+"""The rules that compare the candidate with another model, on bounds of the gain and not on the gain itself; pure.
+
+A comparison passes when the gain is sure to be as large as required, fails when it is sure not to be, and is undecided
+in between. Where a number is missing or not finite, it fails: nothing is promoted on a guess.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from components.config.schema import GateConfig, Guard
+from components.gate.evidence import Evidence
+from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
+from components.shared.metrics import Metric
+from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
+
+# Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Candidate and another model, of whom a rule asks something."""
+
+    evaluation: Evaluation
+    evidence: Evidence
+    metric: Metric
+    against: Role
+    called: str
+    """What people call the other model."""
+    confidence: float
+
+    @property
+    def ours(self) -> float | None:
+        return number(self.evaluation.model("candidate"), self.metric)
+
+    @property
+    def theirs(self) -> float | None:
+        return number(self.evaluation.model(self.against), self.metric)
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Record by record; None where a number is missing."""
+        if self.ours is None or self.theirs is None:
+            return None
+        return self.evidence.pairs(self.metric, self.against)
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """Of the gain; None where a number is missing or not finite."""
+        return bounds(pairs, self.confidence) if (pairs := self.pairs) else None
+
+
+def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
+    """The candidate is sure to be better than the base by the policy's minimum."""
+    metric, margin = compared.metric, policy.better_than_base_by
+    return _required(
+        compared,
+        margin,
+        demand=f"it has to be better by at least {metric.margin_text(margin)}",
+        name="better_than_base",
+        field="gate.better_than_base_by",
+        title=f"{metric.title} better than the base model's",
+        bound=margin,
+        bound_text=f"better by at least {metric.margin_text(margin)}",
+        line_words=", to beat the base",
+    )
+
+
+def not_worse_than_champion(policy: GateConfig, champion: Measured | None, compared: Compared) -> RuleResult:
+    """The candidate is sure to be worse than the champion by no more than the policy allows."""
+    tolerance = policy.worse_than_champion_by
+    words = {
+        "name": "not_worse_than_champion",
+        "field": "gate.worse_than_champion_by",
+        "title": f"{compared.metric.title} not worse than {compared.called}'s",
+    }
+    if champion is None:
+        text = (
+            f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
+            "than."
+        )
+        parts = {**words, **_numbers(compared), "bound": tolerance, "bound_text": _at_most(compared.metric, tolerance)}
+        return RuleResult(**parts, passed=True, text=text)
+    return _not_worse(compared, tolerance, **words, line_words=f", not to fall behind {compared.called}")
+
+
+def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
+    """The candidate does not fall behind the champion on a metric that does not decide by itself."""
+    metric, called = compared.metric, compared.called
+    title = f"{metric.title} not below {called}'s" if not metric.lower_is_better else f"{metric.title} as {called}'s"
+    if guard.worse_than_champion_by is not None:
+        return _not_worse(
+            compared,
+            guard.worse_than_champion_by,
+            name="guard",
+            field=f"gate.guards[{index}].worse_than_champion_by",
+            title=title,
+            line_words=f", not to fall behind {called}",
+        )
+    parts: dict[str, Any] = {"name": "guard", "field": f"gate.guards[{index}]", "title": title, **_numbers(compared)}
+    parts |= {"bound_text": "not shown to be worse"}
+    found, pairs = compared.bounds, compared.pairs
+    if found is None or pairs is None:
+        return RuleResult(**parts, passed=False, text=unmeasured(compared))
+    how = _how(compared, found.gain)
+    if pairs.are_binary:
+        won, lost = wins_and_losses(pairs)
+        chance = mcnemar(won, lost)
+        passed = chance > 1 - compared.confidence
+        text = (
+            f"{how}: it alone is right on {won} records, and {called} alone on {lost}, which by chance happens with "
+            f"probability {chance:.2g} if they are equally good (McNemar's exact test); below "
+            f"{1 - compared.confidence:.2g} it counts as worse."
+        )
+    else:
+        passed = found.upper >= -ROUNDING
+        text = f"{how}. {_sure(compared, found)}; it must not be shown to be worse."
+    return RuleResult(**parts, **_bounds(compared, found), passed=passed, text=text)
+
+
+def unmeasured(compared: Compared) -> str:
+    """What to say of a comparison for which a number is missing."""
+    model, metric = compared.evaluation.model, compared.metric
+    if compared.ours is None:
+        return unmeasured_number(metric, model("candidate"), "candidate")
+    if compared.theirs is None:
+        name = "base model" if compared.against == "base" else f"{compared.called} version"
+        return unmeasured_number(metric, model(compared.against), name)
+    return f"The {metric.label} of single records is unknown, so this rule cannot be checked and counts as failed."
+
+
+def unmeasured_number(metric: Metric, measured: Measured | None, name: str) -> str:
+    """What to say of a number that is missing or not finite."""
+    value = measured.metrics.get(metric.key) if measured else None
+    seen = "was not measured" if value is None else f"is {value}, not a finite number"
+    return f"The {name}'s {metric.label} {seen}, so this rule cannot be checked and counts as failed."
+
+
+def number(measured: Measured | None, metric: Metric) -> float | None:
+    """The metric of a model; None where it was not measured or is not finite."""
+    return finite(measured.metrics.get(metric.key)) if measured else None
+
+
+def _not_worse(compared: Compared, tolerance: float, **words: Any) -> RuleResult:
+    allowed = _at_most(compared.metric, tolerance)
+    return _required(
+        compared,
+        -tolerance,
+        demand=f"it may be {allowed}" if tolerance else "it may not be worse at all",
+        bound=tolerance,
+        bound_text=allowed,
+        **words,
+    )
+
+
+def _at_most(metric: Metric, tolerance: float) -> str:
+    return f"worse by at most {metric.margin_text(tolerance)}"
+
+
+def _required(compared: Compared, required: float, *, demand: str, line_words: str, **words: Any) -> RuleResult:
+    """Whether the gain is `required` or more."""
+    metric, found = compared.metric, compared.bounds
+    parts = {**words, **_numbers(compared)}
+    if compared.theirs is not None and compared.ours is not None:
+        parts["line"] = line = metric.better_by(compared.theirs, required)
+        parts["line_text"] = f"{'at most' if metric.lower_is_better else 'at least'} {metric.text(line)}{line_words}"
+    if found is None:
+        return RuleResult(**parts, passed=False, text=unmeasured(compared))
+    passed = found.lower >= required - ROUNDING
+    undecided = not passed and found.upper >= required - ROUNDING
+    needed = records_to_decide(found, required, compared.confidence) if undecided else None
+    text = f"{_how(compared, found.gain, abs(required))}; {demand}. {_sure(compared, found, required)}"
+    text += f". {_not_enough(compared, needed)}" if undecided else "."
+    return RuleResult(
+        **parts,
+        **_bounds(compared, found),
+        passed=passed,
+        undecided=undecided,
+        records_needed=needed,
+        text=text,
+    )
+
+
+def _numbers(compared: Compared) -> dict[str, Any]:
+    return {
+        "metric": compared.metric.key,
+        "against": compared.against,
+        "candidate": compared.ours,
+        "other": compared.theirs,
+    }
+
+
+def _bounds(compared: Compared, found: Bounds) -> dict[str, Any]:
+    return {"gain": found.gain, "lower": found.lower, "upper": found.upper, "confidence": compared.confidence}
+
+
+def _how(compared: Compared, gain: float, *beside: float) -> str:
+    metric, ours, theirs = compared.metric, compared.ours, compared.theirs
+    assert ours is not None
+    assert theirs is not None
+    if abs(gain) < ROUNDING:
+        how = f"the same as {compared.called}'s"
+    else:
+        amount = metric.amount_text(gain, *beside)
+        how = f"{'better' if gain > 0 else 'worse'} than {compared.called}'s {metric.text(theirs, ours)} by {amount}"
+    return f"The candidate's {metric.label} of {metric.with_unit(ours, theirs)} is {how}"
+
+
+def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
+    records = (
+        f"{found.records} of them" if found.groups == found.records else f"{found.records} in {found.groups} groups"
+    )
+    low, high = (compared.metric.signed_text(end, *beside) for end in (found.lower, found.upper))
+    confidence = f"{compared.confidence * 100:.6g} % confidence"
+    return f"Record by record ({records}), the gain lies between {low} and {high}, each with {confidence}"
+
+
+def _not_enough(compared: Compared, needed: int | None) -> str:
+    evaluation = compared.evaluation
+    there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
+    used = f"evaluate.records gave {evaluation.records}{there}"
+    if needed is None:
+        return f"That is too near the line to tell, with any number of records ({used})."
+    return f"That does not tell: about {needed} held-out records would ({used})."

@@ -1,0 +1,98 @@
+"""What the gate decides on: each held-out record's part in each model's metrics, from evaluation_records.parquet."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components.registry import runs
+from components.registry.records import Evaluation, Role
+from components.shared.errors import IntegrityError
+from components.shared.metrics import Metric
+from components.shared.paired import Array, Pairs
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+TOKENS, GROUP = "answer_tokens", "group"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Columns of numbers, a row for each held-out record that was used."""
+
+    tokens: Array
+    columns: Mapping[str, Array]
+    """By `<role>_<what is kept of a record>`; NaN where it was not measured."""
+    groups: npt.NDArray[np.int64] | None = None
+    """Which records go together, counted from 0; None where each stands for itself."""
+
+    @property
+    def num_independent(self) -> int:
+        """Groups, or else records."""
+        return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
+
+    def pairs(self, metric: Metric, against: Role) -> Pairs | None:
+        """Candidate and another model on every record; None where either was not measured so."""
+        ours, theirs = (self.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
+        if ours is None or theirs is None:
+            return None
+        weights = self.tokens if metric.per_token else np.ones(len(ours))
+        return Pairs(ours, theirs, weights, self.groups, metric.lower_is_better, metric.exponential)
+
+
+def read(store: "Store", evaluation: Evaluation) -> Evidence:
+    """The records behind an evaluation.
+
+    Raises:
+        ObjectMissing: they are not there.
+        IntegrityError: they are not what the evaluation was made of.
+    """
+    key = runs.run_key(evaluation.run_id, runs.EVALUATION_RECORDS)
+    body, uri = store.get(key), store.uri(key)
+    found = hashlib.sha256(body).hexdigest()
+    # An evaluation by release 0.1.0 does not say what it was made of.
+    if evaluation.records_sha256 and found != evaluation.records_sha256:
+        raise IntegrityError(
+            f"{uri} has sha256 {found}, but the evaluation was made of {evaluation.records_sha256}: evaluate "
+            f"{evaluation.run_id} again"
+        )
+    evidence = parse(body, uri)
+    if len(evidence.tokens) != evaluation.records:
+        raise IntegrityError(
+            f"{uri} has {len(evidence.tokens)} records, and the evaluation is of {evaluation.records}: evaluate "
+            f"{evaluation.run_id} again"
+        )
+    return evidence
+
+
+def parse(body: bytes, uri: str) -> Evidence:
+    """The numbers of evaluation_records.parquet.
+
+    Raises:
+        IntegrityError: it is not Parquet, or has no column of answer tokens.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(body))
+        tokens = _numbers(table.column(TOKENS))
+    except (pa.ArrowException, KeyError) as exc:
+        raise IntegrityError(f"{uri} holds no evaluated records: {exc}") from exc
+    columns = {
+        name: _numbers(table.column(name))
+        for name, kind in zip(table.schema.names, table.schema.types, strict=True)
+        if pa.types.is_floating(kind)
+    }
+    groups = None
+    if GROUP in table.schema.names:
+        _, groups = np.unique(table.column(GROUP).to_pylist(), return_inverse=True)
+    return Evidence(tokens, columns, groups)
+
+
+def _numbers(column: Any) -> Array:
+    return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)

@@ -1,0 +1,179 @@
+"""How much better one model is than another on the same records, and how sure that is; pure.
+
+Bounds are one-sided. Where every record is right or wrong and stands for itself, they are Tango's score bounds; else
+those of a bootstrap over groups of records, studentised, which allows for few groups and for skewed losses.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+RESAMPLES = 4000
+PER_TAIL = 40
+"""Resamples beyond a bound, at least: a tail of 1 % is not read from a handful."""
+COUNTS_AT_ONCE = 4_000_000
+MAX_LOG = 700.0
+POWER = 0.8
+MANY_RECORDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two models on the same records. Either's metric is the sum of its values over the sum of the weights."""
+
+    ours: Array
+    theirs: Array
+    weights: Array
+    groups: npt.NDArray[np.int64] | None = None
+    """Which records go together, counted from 0 without gaps; None where each stands for itself."""
+    lower_is_better: bool = False
+    exponential: bool = False
+    """Whether the metric is the exponential of that mean, as perplexity is of the loss."""
+
+    @property
+    def are_binary(self) -> bool:
+        """Whether every record is right or wrong, and stands for itself."""
+        values = np.concatenate([self.ours, self.theirs])
+        return self.groups is None and bool(np.isin(values, (0.0, 1.0)).all() and (self.weights == 1.0).all())
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much better the candidate is; positive is better, whichever way the metric points."""
+
+    gain: float
+    lower: float
+    """The gain is at least this, with the confidence asked for."""
+    upper: float
+    """The gain is at most this, with the same."""
+    error: float
+    """Standard error of the gain."""
+    records: int
+    groups: int
+    """Independent ones; as many as records, where none go together."""
+
+
+def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
+    """The gain with a bound on either side, each kept with `confidence`; None where a number is not finite."""
+    numbers = np.stack([pairs.ours, pairs.theirs, pairs.weights], axis=1)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        return None
+    sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
+    once = np.ones((1, len(sums)))
+    gain, error = (float(value[0]) for value in _gain_and_error(pairs, sums, once))
+    if pairs.are_binary:
+        lower, upper = score_bounds(*wins_and_losses(pairs), len(numbers), confidence)
+    elif error > 0:
+        gains, errors = _resampled(pairs, sums, confidence)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # A resample of like groups has no error: it is as far off as can be, or not at all.
+            distances = np.nan_to_num((gains - gain) / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        low, high = np.quantile(distances, [1 - confidence, confidence], method="nearest")
+        lower, upper = gain - high * error, gain - low * error
+    else:
+        lower = upper = gain
+    return Bounds(gain, float(lower), float(upper), error, len(numbers), len(sums))
+
+
+def wins_and_losses(pairs: Pairs) -> tuple[int, int]:
+    """On how many records the candidate alone is right, and on how many the other alone."""
+    return int((pairs.ours > pairs.theirs).sum()), int((pairs.ours < pairs.theirs).sum())
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """The chance to lose so many, or more, of the records on which two equally good models differ.
+
+    McNemar's test (Psychometrika 12, 1947), exact and one-sided: a tail of the binomial distribution.
+    """
+    differ = won + lost
+    return sum(math.comb(differ, count) for count in range(lost, differ + 1)) / 2**differ
+
+
+def score_bounds(won: int, lost: int, records: int, confidence: float) -> tuple[float, float]:
+    """The differences between two paired shares that Tango's score test just rejects (Statistics in Medicine 17, 1998).
+
+    At a difference of zero that test is McNemar's.
+    """
+    quantile = NormalDist().inv_cdf(confidence)
+
+    def score(difference: float) -> float:
+        # The share of losses that is most likely under this difference.
+        linear = (2 * records - won + lost) * difference - won - lost
+        constant = -lost * difference * (1 - difference)
+        share = (math.sqrt(max(linear**2 - 8 * records * constant, 0.0)) - linear) / (4 * records)
+        distance = won - lost - records * difference
+        variance = records * (2 * share + difference * (1 - difference))
+        if variance > 0:
+            return distance / math.sqrt(variance)
+        return math.copysign(math.inf, distance) if distance else 0.0
+
+    def where(target: float, low: float, high: float) -> float:
+        for _ in range(60):  # the score falls as the difference grows
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > target else (low, middle)
+        return (low + high) / 2
+
+    gain = (won - lost) / records
+    return where(quantile, -1.0, gain), where(-quantile, gain, 1.0)
+
+
+def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
+    """How many records would tell in four cases of five, if the gain is what it is here, on which side of `required`.
+
+    None where the gain is so near to it that no number of records is worth naming.
+    """
+    distance = abs(found.gain - required)
+    normal = NormalDist()
+    spread = (normal.inv_cdf(confidence) + normal.inv_cdf(POWER)) * found.error
+    if spread**2 * found.records >= MANY_RECORDS * distance**2:
+        return None
+    return 10 * math.ceil(found.records * (spread / distance) ** 2 / 10)
+
+
+def _summed(numbers: Array, groups: npt.NDArray[np.int64]) -> Array:
+    return np.stack([np.bincount(groups, weights=column) for column in numbers.T], axis=1)
+
+
+def _resampled(pairs: Pairs, sums: Array, confidence: float) -> tuple[Array, Array]:
+    """Gain and standard error of each resample of the groups."""
+    num_groups, num_resamples = len(sums), max(RESAMPLES, math.ceil(PER_TAIL / (1 - confidence)))
+    rows = min(num_resamples, max(1, COUNTS_AT_ONCE // num_groups))
+    parts = [_gain_and_error(pairs, sums, _counts(num_groups, rows, seed)) for seed in range(-(-num_resamples // rows))]
+    gains, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return gains, errors
+
+
+@lru_cache(maxsize=1)
+def _counts(num_groups: int, rows: int, seed: int) -> Array:
+    """How often each resample takes each group: rows of as many draws as there are groups."""
+    # Of numpy's streams of random numbers, this one stays as it is in every release (NEP 19).
+    drawn = np.random.RandomState(seed).randint(0, num_groups, size=(rows, num_groups))
+    drawn += np.arange(rows)[:, None] * num_groups
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+
+
+def _gain_and_error(pairs: Pairs, sums: Array, counts: Array) -> tuple[Array, Array]:
+    """Of each row of `counts`, how often every group is taken, the gain and its standard error.
+
+    A mean over tokens is a ratio of two sums, whose error is that of the residuals (Cochran, Sampling Techniques, 3rd
+    edition, equation 6.13).
+    """
+    products = (sums[:, :, None] * sums[:, None, :]).reshape(len(sums), 9)
+    moments = counts @ np.concatenate([sums, products], axis=1)
+    totals, squares = moments[:, :3], moments[:, 3:].reshape(-1, 3, 3)
+    means = totals[:, :2] / totals[:, 2:]
+    values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
+    slopes = (values if pairs.exponential else np.ones_like(means)) * [1.0, -1.0]
+    residual = np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)
+    variance = np.einsum("ri,rij,rj->r", residual, squares, residual) * len(sums) / max(len(sums) - 1, 1)
+    sign = -1.0 if pairs.lower_is_better else 1.0
+    # Below what rounding leaves of equal numbers there is no variance.
+    scale = np.einsum("ri,rii,ri->r", residual, squares, residual)
+    variance = np.where(variance > 1e-12 * scale, variance, 0.0)
+    return sign * (values[:, 0] - values[:, 1]), np.sqrt(variance) / totals[:, 2]
