@@ -39,7 +39,8 @@ Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of x (..., I), W (O, I) and b (O,), in the dtype of x; differentiable in all three."""
     if weight.dtype not in (torch.bfloat16, torch.float16):
-        return F.linear(input, weight, bias)
+        wide = torch.promote_types(input.dtype, weight.dtype)
+        return F.linear(input.to(wide), weight, None if bias is None else bias.to(wide)).to(input.dtype)
     product: Tensor = Product.apply(input, weight, bias, weight.shape[0], _dense_blocks)
     return product
 

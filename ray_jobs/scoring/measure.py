@@ -19,7 +19,7 @@ from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_model, chat_format, precision
+from ray_jobs.base import base_model, chat_format, precision, widened
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
@@ -147,6 +147,7 @@ def measure_shard(
                 loaded = None  # the memory of the one before,
                 gc.collect()  # where 4-bit weights and their layers hold each other
                 loaded = (key, each.load_base(matmul_dtype))
+                widened.widen(loaded[1], matmul_dtype, sharers=candidate.ray.num_workers)
             if progress:
                 progress.role = each.role
             model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]

@@ -1,0 +1,72 @@
+"""A frozen base for inference: its weights once in the type that products are taken in, instead of before each product.
+
+An answer takes a pass through the base for every token, and most of such a pass on a quantised base is reading its
+weights out of four bits. They are the very weights that each pass would read.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+from components.config.ray import MatmulDtype
+from components.shared.memory import machine_bytes
+from ray_jobs.base import float32_layers
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5
+"""Of the memory that is free: keys, values and activations want the rest."""
+MEMINFO = Path("/proc/meminfo")
+
+
+def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
+    """Turn a base's layers on the CPU into dense ones, in place, where memory allows; gives whether it did.
+
+    `matmul_dtype` is what the base was loaded with; `sharers` processes of this machine may do the same. The layers
+    answer as before, but for the order of sums. An int8 base that is multiplied in bfloat16 stays as it is: there
+    bitsandbytes rounds inputs to int8 as well. No adapter may be on the base yet.
+    """
+    dtype = torch.float32 if matmul_dtype == "float32" else torch.bfloat16
+    layers = [module for module in model.modules() if _may_widen(module, dtype)]
+    needed = sum(module.in_features * module.out_features for module in layers) * dtype.itemsize
+    limit = int(MEMORY_SHARE * available_bytes() / sharers)
+    if needed > limit:
+        logger.info("the base is read as it is stored: dense it would take %d bytes more, of %d", needed, limit)
+        return False
+    for layer in layers:
+        weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
+        layer.__class__ = float32_layers.Linear if dtype is torch.float32 else torch.nn.Linear
+        layer.weight = weight
+    return bool(layers)
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: what the machine has free, at most what the container may hold."""
+    if MEMINFO.is_file():
+        for line in MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, machine_bytes())
+    return machine_bytes()
+
+
+def _may_widen(layer: Any, dtype: torch.dtype) -> bool:
+    kinds: tuple[type, ...] = (bitsandbytes.nn.Linear4bit,)
+    if dtype is torch.float32:
+        kinds = (*kinds, bitsandbytes.nn.Linear8bitLt, float32_layers.Linear)
+    return issubclass(type(layer), kinds) and bool(layer.weight.device.type == "cpu")
+
+
+@torch.no_grad()
+def _weight(layer: Any) -> torch.Tensor:
+    """(O, I), as it is read for a product."""
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        return layer.weight.data.float() * (layer.state.SCB[:, None] / 127)
+    return layer.weight.data
