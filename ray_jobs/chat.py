@@ -14,7 +14,7 @@ from components.registry.versions import pull_version, resolve
 from components.shared.errors import FineloopError
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.base import base_config, base_model, chat_format, processor
+from ray_jobs.base import base_config, base_model, chat_format, processor, widened
 from ray_jobs.base.chat_format import ChatFormat
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
@@ -75,8 +75,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     while prompt := _read():
         turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
-            _print("base", _answer(alone, chat_as, turns, own, longest))
-        _print(f"{version.name}", _answer(adapted, chat_as, turns, own, longest))
+            _answer("base", alone, chat_as, turns, own, longest)
+        _answer(version.name, adapted, chat_as, turns, own, longest)
 
 
 def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
@@ -84,7 +84,9 @@ def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
 
     use_gpu = torch.cuda.is_available()
     row = own.method.row
-    return base_model.load_model(base, own.model, row.base, use_gpu=use_gpu, matmul_dtype=dtype).eval()
+    model = base_model.load_model(base, own.model, row.base, use_gpu=use_gpu, matmul_dtype=dtype).eval()
+    widened.widen(model, dtype)
+    return model
 
 
 def _system_message(store: Store, dataset_uri: str) -> str:
@@ -93,13 +95,16 @@ def _system_message(store: Store, dataset_uri: str) -> str:
     return (store.get_json(key).get("system_message") or "") if store.exists(key) else ""
 
 
-def _answer(model: Any, chat_as: ChatFormat, turns: list[Message], config: RunConfig, longest: int) -> str:
+def _answer(who: str, model: Any, chat_as: ChatFormat, turns: list[Message], config: RunConfig, longest: int) -> None:
+    """Say an answer word by word, as it comes."""
     from ray_jobs.base.batching import tokenize
     from ray_jobs.scoring.generation import greedy
 
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], chat_as, config.model.max_length)
-    return greedy(model, chat_as, split, 1, longest)[0]
+    _say(f"{who:>24} | ")
+    greedy(model, chat_as, split, 1, longest, tell=_say)
+    _say("\n")
 
 
 def _read() -> str:
@@ -110,8 +115,8 @@ def _read() -> str:
             return line.strip()
 
 
-def _print(who: str, text: str) -> None:
-    sys.stdout.write(f"{who:>24} | {text}\n")
+def _say(text: str) -> None:
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

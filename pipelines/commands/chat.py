@@ -7,6 +7,10 @@ from pipelines.commands.adapters import REFERENCE
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home
 from pipelines.commands.opened_registry import opened_registry
 
+# How often an idle OpenMP thread looks for work before it sleeps. By default it is some milliseconds, in which it keeps
+# a processor from the thread that it waits for wherever others compute too; a token is several hundred such waits.
+PATIENT_THREADS = {"GOMP_SPINCOUNT": "5000"}
+
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -36,5 +40,6 @@ def _chat(options: argparse.Namespace) -> Answer:
         version = resolve(store, options.reference)
         arguments = ["--version", f"{version.name}@{version.version}"]
         arguments += [] if options.system is None else ["--system", options.system]
-        exit_code = talk(Job("ray_jobs.chat", str(options.config.absolute()), arguments, options.overrides))
+        config = str(options.config.absolute())
+        exit_code = talk(Job("ray_jobs.chat", config, arguments, options.overrides, PATIENT_THREADS))
     return Answer({"name": version.name, "version": version.version}, exit_code=exit_code)

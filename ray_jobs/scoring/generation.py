@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import TextStreamer
 
 from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit
@@ -14,6 +15,7 @@ from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.batches import agreed, free_bytes, in_batches, is_shared, with_room
 
 Advance = Callable[[int], None]
+Tell = Callable[[str], None]
 
 
 @torch.inference_mode()
@@ -24,11 +26,13 @@ def greedy(
     batch_size: int,
     max_new_tokens: int,
     advance: Advance = lambda _: None,
+    tell: Tell | None = None,
 ) -> list[str]:
     """The greedy answer to each prompt of `split`, without special tokens and outer white space.
 
     It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
-    answered at once, and fewer where their keys and values would not fit.
+    answered at once, and fewer where their keys and values would not fit. `tell` hears the answer to a single prompt
+    word by word as it comes: the pieces joined are the answer.
     """
     result = [""] * len(split)
     reach = base_config.positions(model.config)
@@ -48,6 +52,7 @@ def greedy(
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
             synced_gpus=together,
+            streamer=None if tell is None else _Words(chat.tokenizer, tell),
         )
         texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
@@ -75,3 +80,23 @@ def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
         yield
     finally:
         owner.generation_config = before
+
+
+class _Words(TextStreamer):
+    """Hands on an answer as transformers' streamer finds its words whole, without outer white space."""
+
+    def __init__(self, tokenizer: Any, tell: Tell) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tell = tell
+        self._space: str | None = None  # white space that is told if more follows; None before the first word
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by `generate` with each piece."""
+        if self._space is None:
+            text = text.lstrip()
+        words = text.rstrip()
+        if not words:
+            self._space = None if self._space is None else self._space + text
+            return
+        self._tell((self._space or "") + words)
+        self._space = text[len(words) :]
