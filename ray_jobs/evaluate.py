@@ -15,6 +15,7 @@ from typing import Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
+from components.prepare.held_out import validation_and_test
 from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, Measured, Role
@@ -64,7 +65,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
 
     started = time.monotonic()
     store = Store.open(config.registry)
-    held_out = load_split(store, dataset_uri, "eval")
+    held_out = held_out_for_the_gate(store, dataset_uri, config)
     records = held_out[: config.evaluate.records]
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
@@ -103,6 +104,12 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
     return evaluation
+
+
+def held_out_for_the_gate(store: Store, dataset_uri: str, config: RunConfig) -> list[Record]:
+    """Held-out records of the dataset that no training has looked at, in the order of their key's hash."""
+    records = load_split(store, dataset_uri, "eval")
+    return validation_and_test(records, validation_share=config.data.validation_share)[1]
 
 
 def _names(contenders: Sequence[Contender]) -> str:

@@ -78,6 +78,9 @@ class DataConfig(Section):
     """JSONL or Parquet: a path, a glob, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, or example://icd10. Or a list."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
+    validation_share: Annotated[float, Field(gt=0, lt=1), Added("0.2.0")] = 0.2
+    """Share of the held-out records on which a training chooses its weights and when to stop, by a hash of their ids.
+    The gate decides on the others, which nothing before it has looked at."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""
@@ -190,8 +193,8 @@ class TrainConfig(Section):
     evals_per_epoch: Annotated[int, Field(ge=0)] = 4
     """How often the loss on held-out records is measured; 0 means only at the end."""
     eval_records: Annotated[int, Field(ge=1)] = 128
-    """Held-out records that this loss is measured on: the first of those that evaluation uses. The weights to keep are
-    chosen on them, so that on these records a candidate looks a little better than it is."""
+    """Held-out records that this loss is measured on: the first of those that data.validation_share sets aside. The
+    weights to keep are chosen on them, and evaluation uses others."""
     early_stopping_patience: Annotated[int, Field(ge=0)] = 3
     """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
@@ -204,7 +207,8 @@ class EvaluateConfig(Section):
     """How base, champion and candidate are compared on held-out records."""
 
     records: Annotated[int, Field(ge=1)] = 300
-    """Held-out records to use, the same for all three, in order of their key's hash."""
+    """Held-out records to use, the same for all three, in order of their key's hash; those of data.validation_share are
+    none of them."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
     batch_size: Annotated[int, Field(ge=1)] = 32

@@ -135,7 +135,7 @@ class Evaluation(Record):
     dataset_uri: str = ""
     records: int
     held_out: int | None = None
-    """How many records the dataset holds out; `records` of them were used."""
+    """How many records the dataset holds out to decide on; `records` of them were used."""
     records_sha256: str = ""
     """Of evaluation_records.parquet, which says record by record what this one says in sum."""
     base: dict[str, Any] = {}

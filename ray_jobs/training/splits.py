@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
+from components.prepare.held_out import validation_and_test
 from components.registry import folders, lineage
 from components.registry.store import Store
 from components.shared.errors import DataError
@@ -21,10 +22,12 @@ def read(
     Raises:
         DataError: too many records are too long for `model.max_length`.
     """
-    train_split, validation = (
-        tokenized(load_split(store, dataset_uri, split), chat, config, tell) for split in ("train", "eval")
+    held_out = load_split(store, dataset_uri, "eval")
+    validation, _ = validation_and_test(held_out, validation_share=config.data.validation_share)
+    train_split, eval_split = (
+        tokenized(records, chat, config, tell) for records in (load_split(store, dataset_uri, "train"), validation)
     )
-    return train_split, validation.take(range(min(config.train.eval_records, len(validation))))
+    return train_split, eval_split.take(range(min(config.train.eval_records, len(eval_split))))
 
 
 def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, tell: Tell) -> TokenizedSplit:

@@ -3,9 +3,11 @@
 import pytest
 
 from components.config import config_file
+from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
 from ray_jobs.base import base_model, chat_format
+from ray_jobs.evaluate import held_out_for_the_gate
 from ray_jobs.training import splits
 
 
@@ -26,3 +28,12 @@ def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, cha
     assert said == ["cut 1 prompts at their beginning: they do not fit model.max_length 64"]
     with pytest.raises(DataError, match=r"the prompts of 2 of 4 records \(50%; as 'r1'\) are too long for model\.max"):
         splits.tokenized(records(10, 100, 100, 10), chat, most, said.append)
+
+
+def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, store):
+    held_out = records(*[20] * 60)
+    folder = dataset.publish(store, train=records(10, 10), evaluation=held_out, rejects=[], profile={})
+    _, chosen_on = splits.read(store, folder.uri, chat, config, print)
+    decided_on = {record.id for record in held_out_for_the_gate(store, folder.uri, config)}
+    assert decided_on.isdisjoint(chosen_on.ids)
+    assert decided_on | set(chosen_on.ids) == {record.id for record in held_out}
