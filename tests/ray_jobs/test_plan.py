@@ -55,6 +55,7 @@ def test_the_plan_says_what_the_command_line_promises(tmp_path):
         "weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead", "total",
     }  # fmt: skip
     assert body["fits"] is True
+    assert body["dtype"] == "bfloat16"
     steps = 3 * -(-900 // 16)
     assert body["most_tokens"] == steps * 16 * 512
     assert body["time_s"] == pytest.approx(body["most_tokens"] / body["tokens_per_s"])
@@ -97,9 +98,8 @@ def test_a_worker_that_offloads_more_than_its_pod_has_is_told_so():
         ("T4", "bfloat16", "bfloat16"),
     ],
 )
-def test_the_plan_says_which_16_bits_a_gpu_trains_in(gpu, dtype, expected, tmp_path):
-    body = plan.planned(configured(tmp_path, f"train.dtype={dtype}"), small(), gpu_device(gpu))
-    assert body["dtype"] == expected
+def test_a_gpu_trains_in_the_16_bits_that_it_has(gpu, dtype, expected):
+    assert plan.dtype_of(dtype, GPUS[gpu]) == expected
 
 
 def test_your_own_price_wins_over_the_list(tmp_path):
@@ -124,6 +124,7 @@ def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are
     assert (body["time_s"], body["cost"]) == (None, None)
     assert "unused.jsonl" in body["speed_unknown_because"]
     assert body["fits"] is True
+    assert body["dtype"] == "bfloat16"
 
 
 def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):

@@ -8,7 +8,7 @@ from tests.models.magnitudes import measured
 from tests.models.tiny import colour_rows
 
 
-@pytest.mark.parametrize("name", ["dora", "qdora", "dvora"])
+@pytest.mark.parametrize("name", ["dora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qdora", "dvora"))])
 def test_a_training_at_the_default_rate_multiplies_by_the_magnitudes_that_it_learns(name, config: RunConfig):
     changes = [f"method.name={name}", "method.rank=8", "train.max_steps=24", "train.epochs=8", "ray.num_workers=1"]
     settings = config_file.dumps(config_file.loads(config_file.dumps(config), changes))

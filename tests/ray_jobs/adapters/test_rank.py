@@ -14,9 +14,9 @@ def test_rsloras_update_is_as_large_at_every_rank(config: RunConfig, tmp_path: P
 
     def size(rank: int) -> float:
         changes = [f"model.base={base}", "method.name=rslora", f"method.rank={rank}", "ray.num_workers=1"]
-        changes += ["train.learning_rate=6e-5", "train.max_steps=8"]
+        changes += ["train.learning_rate=6e-5", "train.max_steps=4"]
         return relative_size(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), colour_rows(160))
 
-    sizes = [size(rank) for rank in (4, 16, 64)]
+    sizes = [size(rank) for rank in (4, 64)]
     assert max(sizes) < 1.5 * min(sizes)
     assert min(sizes) > 1e-4

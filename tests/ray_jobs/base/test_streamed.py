@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from components.config.schema import ModelConfig
 from ray_jobs.base import base_model
@@ -31,23 +32,20 @@ def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype
     assert base_format == "bf16" or (other - expected).abs().max() > 0.04 * expected.abs().max()
 
 
-def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
+def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = ModelConfig(base=str(build_base(tmp_path, width=256)))
     base = base_model.resolve(config)
     whole = sum(p.nbytes for p in base_model.load_model(base, config, "bf16", use_gpu=False).parameters())
     most = 0
 
-    def look(*_: object) -> None:
+    def look_and_multiply(*inputs: torch.Tensor) -> torch.Tensor:
         nonlocal most
-        gc.collect()
         found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
         weights = [t for t in found if t.dim() == 2 and t.device.type == "cpu" and t.dtype == torch.bfloat16]
         most = max(most, sum({t.untyped_storage().data_ptr(): t.nbytes for t in weights}.values()))
+        return linear(*inputs)
 
+    monkeypatch.setattr("ray_jobs.base.streamed.linear", look_and_multiply)
     with streamed(base, config, "bf16") as model, torch.inference_mode():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(look)
-                module.register_forward_hook(look)
         model(input_ids=IDS)
-    assert most < 0.3 * whole
+    assert 0 < most < 0.3 * whole

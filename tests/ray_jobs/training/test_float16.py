@@ -63,8 +63,17 @@ def test_a_base_of_few_bits_that_was_made_for_bfloat16_is_refused(config, store,
         in_group(train_in_float16, toml, 2**12, directory=tmp_path, num_workers=2)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-@pytest.mark.parametrize("first_scale", [2**12, 2**22], ids=["fitting", "far too large"])
+@pytest.mark.parametrize(
+    ("zero_stage", "first_scale"),
+    [
+        pytest.param(0, 2**12, id="0-fitting"),
+        pytest.param(2, 2**12, id="2-fitting", marks=pytest.mark.slow),
+        pytest.param(3, 2**12, id="3-fitting", marks=pytest.mark.slow),
+        pytest.param(0, 2**22, id="0-far too large", marks=pytest.mark.slow),
+        pytest.param(2, 2**22, id="2-far too large", marks=pytest.mark.slow),
+        pytest.param(3, 2**22, id="3-far too large"),
+    ],
+)
 def test_a_training_in_float16_takes_the_steps_of_a_plain_loop_once_its_scale_fits(
     config, store, tmp_path, zero_stage, first_scale
 ):

@@ -28,6 +28,7 @@ from tests.models.train_group import Trained, in_group, train, train_in_rank
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
+TWO = pytest.param(2, marks=pytest.mark.slow)  # ZeRO 2, where 0 or 3 shows the same in `make test`
 
 
 @pytest.fixture
@@ -122,7 +123,14 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, m
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
-@pytest.mark.parametrize("damaged", ["shared/best.safetensors", "rank-1/optimizer.safetensors", "shared/state.json"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "rank-1/optimizer.safetensors",
+        pytest.param("shared/best.safetensors", marks=pytest.mark.slow),
+        pytest.param("shared/state.json", marks=pytest.mark.slow),
+    ],
+)
 def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monkeypatch, damaged):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=6"]
     whole = run(*changes)
@@ -151,7 +159,7 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     assert resumed.matmul_dtype == "float32"
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, TWO, 3])
 def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, config, store, zero_stage):
     changes = ["train.optimizer=adamw_8bit", "train.checkpoint_every_steps=4", f"train.zero_stage={zero_stage}"]
     found = run(*changes, run_id="eight")
@@ -165,7 +173,7 @@ def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, con
     assert state.size < 1.1 * trained * (4 + 2 * (1 + 4 / 256))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, TWO, 3])
 def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
     # So strong that a magnitude's change would be a fraction of what it is.
     changes = ["method.name=dora", "train.weight_decay=30", "train.max_steps=6"]
@@ -182,7 +190,7 @@ def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
             np.testing.assert_allclose(np.linalg.norm(found[name]), change.norm().item(), rtol=0.05)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [TWO, 3])
 def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
     found = run(
@@ -253,7 +261,7 @@ def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any
         run(*changes, run_id="old")
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [TWO, 3])
 def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
     weights = run(
         "train.checkpoint_every_steps=4",
