@@ -13,13 +13,13 @@ DIGESTS := infra/images/digests.env
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test slow zoo lint bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow full lint bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
 	@echo "make test    the tests without GPU, root or Kubernetes; the whole pipeline on the real model included"
-	@echo "make slow    the rest of them: every cell of the matrix of methods, every method on the real model"
-	@echo "make zoo     every architecture with every method, of which make slow runs one in five"
+	@echo "make slow    what takes longer: every method on the real model, more of the matrix and of the zoo"
+	@echo "make full    every architecture with every method, and every cell of the matrix"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make bench   speed and memory against peers, as ratios"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
@@ -46,7 +46,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 # What needs no GPU, root or Kubernetes; then what has a Ray of its own: two at a time, as each waits for processes to start.
-HERE = not gpu and not podman and not kubernetes and not checkov and not zoo
+HERE = not gpu and not podman and not kubernetes and not checkov and not full
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(READY)
@@ -57,8 +57,8 @@ slow: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
 	@$(BIN)/python -m pytest -m "e2e and slow"
 
-zoo: $(READY)
-	@$(BIN)/python -m pytest -m zoo $(SIDE_BY_SIDE)
+full: $(READY)
+	@$(BIN)/python -m pytest -m full $(SIDE_BY_SIDE)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

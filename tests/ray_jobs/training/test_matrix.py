@@ -58,7 +58,8 @@ def in_float32(reference: Cell) -> list[Cell]:
 
 
 REFERENCES = sorted({reference_of(cell) for cell in CELLS}, key=name_of)
-# Rows that have each adapter, scaling, start and base at least once; `make slow` trains the others.
+# Rows that have each adapter, scaling, start and base at least once; `make slow` trains the rest of them and one in
+# three of the others, and `make full` all.
 FIRST = {
     "dora-classic-default-bf16-zero0",
     "dvora-classic-default-nf4-zero0",
@@ -76,14 +77,22 @@ def is_first(cell: Cell) -> bool:
     return is_chosen and name_of(reference_of(cell)) in FIRST
 
 
+def tier(cell: Cell) -> str:
+    """The marker of a cell; empty for those of `make test`."""
+    reference = reference_of(cell)
+    if is_first(cell):
+        return ""
+    return "slow" if name_of(reference) in FIRST or REFERENCES.index(reference) % 3 == 0 else "full"
+
+
 def in_turn(cells: list[Cell]) -> list[Any]:
-    """The cells as parameters, those of later rows marked as slow."""
-    marks = {cell: [] if is_first(cell) else [pytest.mark.slow] for cell in cells}
+    """The cells as parameters, each marked with its tier."""
+    marks = {cell: [getattr(pytest.mark, name)] if (name := tier(cell)) else [] for cell in cells}
     return [pytest.param(cell, marks=marks[cell], id=name_of(cell)) for cell in cells]
 
 
 class Matrix:
-    """Trains the cells of one reference together, the first ones or the others, when one of them is asked for."""
+    """Trains the cells of one reference and tier together, when one of them is asked for."""
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
         self._config = config_file.dumps(config)
@@ -93,17 +102,17 @@ class Matrix:
 
     def of(self, cell: Cell) -> dict[str, Trained]:
         """What was trained together with a cell, by name."""
-        return self._row(reference_of(cell), is_first(cell))
+        return self._row(reference_of(cell), tier(cell))
 
-    def _train(self, reference: Cell, first: bool) -> dict[str, Trained]:
-        cells = [cell for cell in CELLS if reference_of(cell) == reference and is_first(cell) == first]
+    def _train(self, reference: Cell, marker: str) -> dict[str, Trained]:
+        cells = [cell for cell in CELLS if reference_of(cell) == reference and tier(cell) == marker]
         configs = {name_of(cell): self._toml(cell) for cell in [reference, *cells]}
         if reference in cells:
             for cell in in_float32(reference):
                 configs[IN_FLOAT32.format(cell.zero_stage)] = self._toml(cell, "ray.cpu_matmul_dtype=float32")
             if reference in REPEATED:
                 configs[AGAIN] = configs[name_of(reference)]
-        directory = self._directory / f"{name_of(reference)}-{first}"
+        directory = self._directory / f"{name_of(reference)}-{marker}"
         return train_all(configs, ROWS, directory, num_workers=2)
 
     def _plain(self, reference: Cell) -> Curve:
