@@ -7,7 +7,8 @@ from components.config.schema import RunConfig
 from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
-from components.registry.aliases import append_event, events, version_key
+from components.registry.event_log import append_event, events
+from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
 

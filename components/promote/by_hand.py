@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from components.registry import aliases, versions
+from components.registry import aliases, event_log, versions
 from components.registry.history import is_refused
 from components.registry.records import finite
 from components.shared.errors import UserError
 from components.shared.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
-    from components.registry.aliases import Event
+    from components.registry.event_log import Event
     from components.registry.store import Store
 
 
@@ -37,7 +37,7 @@ def promote_by_hand(
         AliasConflict: the alias is not at `expected`, or moved meanwhile.
     """
     version = versions.resolve(store, reference)
-    refused = is_refused(aliases.events(store, version.name), version.version, alias)
+    refused = is_refused(event_log.events(store, version.name), version.version, alias)
     return aliases.promote(
         store,
         version.name,

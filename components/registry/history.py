@@ -1,10 +1,11 @@
 """What an adapter's event log says of its past; pure."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from components.registry.aliases import Event
+    from components.registry.event_log import Event
 
 MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 
@@ -23,19 +24,29 @@ def moves(log: Sequence["Event"], alias: str) -> list["Event"]:
 
 
 def is_chain(moves: Sequence["Event"]) -> bool:
-    """Whether each move begins where the one before it ended, and the first at an alias that was not there."""
-    ends = [None, *(event.body["to"] for event in moves)]
-    return bool(moves) and [event.body["from"] for event in moves] == ends[:-1]
+    """Whether each move begins where the one before it ended, names it, and the first began at no alias.
+
+    Release 0.1.0 wrote moves that name none; after one that does, every one does.
+    """
+    if not moves or moves[0].body["from"] is not None or moves[0].body.get("previous") is not None:
+        return False
+    return all(
+        later.body["from"] == earlier.body["to"]
+        and (
+            later.body["previous"] == earlier.reference if "previous" in later.body else "previous" not in earlier.body
+        )
+        for earlier, later in pairwise(moves)
+    )
 
 
-def holders(moves: Sequence["Event"]) -> list[str]:
-    """Versions that held the alias, oldest first, without those that were rolled back from."""
-    held: list[str] = []
+def standing(moves: Sequence["Event"]) -> list["Event"]:
+    """The moves that nobody has rolled back, oldest first: where each rollback goes one further."""
+    held: list[Event] = []
     for event in moves:
         version = event.body["to"]
-        if event.kind == "rolled_back" and version in held:
-            while held[-1] != version:
+        if event.kind == "rolled_back" and any(earlier.body["to"] == version for earlier in held):
+            while held[-1].body["to"] != version:
                 held.pop()
         else:
-            held.append(version)
+            held.append(event)
     return held

@@ -1,22 +1,14 @@
 """Versions of an adapter: immutable folders whose id is their content."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from components.registry import folders, runs
-from components.registry.aliases import (
-    PRODUCTION,
-    READS_AT_ONCE,
-    Pointer,
-    adapter_key,
-    append_event,
-    checked_name,
-    list_aliases,
-    version_key,
-)
+from components.registry.aliases import PRODUCTION, Pointer, list_aliases
+from components.registry.event_log import append_event
 from components.registry.folders import Manifest
 from components.registry.identity import (
     ID_DIGITS,
@@ -26,11 +18,17 @@ from components.registry.identity import (
     verify_whole,
     version_id,
 )
+from components.registry.index import remembered
+from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.records import Evaluation
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
+logger = logging.getLogger(__name__)
+
 LINEAGE = "lineage.json"
+FILES = "files"
+"""Key of the lineage: the version's files, beside lineage and manifest."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ def publish_version(
 
     `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version, such as
     README.md. Of two writers at once, and of one that completes what another left, the lineage that was stored first is
-    the version's, and names its run; the same goes for each file that describes it.
+    the version's, and names its run and files: nobody adds another, and of one that only its first writer has and did
+    not store, an empty one takes the place. The same goes for the content of each file that describes it.
 
     Raises:
         UserError: one of the two is missing, or lineage.json is among the files.
@@ -72,10 +71,13 @@ def publish_version(
     key = version_key(name, version)
     manifest = folders.find_manifest(store, key)
     if manifest is None:
-        first = store.claim(f"{key}/{LINEAGE}", encode_json(lineage), content_type=JSON)
-        about = {"name": name, "version": version, "run_id": _run_id(first, store.uri(f"{key}/{LINEAGE}"))}
+        own = encode_json({**lineage, FILES: sorted(files)})
+        first = store.claim(f"{key}/{LINEAGE}", own, content_type=JSON)
+        claimed = decode_json(first, store.uri(f"{key}/{LINEAGE}"))
+        agreed = {path: files.get(path, b"") for path in claimed.get(FILES, sorted(files))}
+        about = {"name": name, "version": version, "run_id": str(claimed.get("run_id", ""))}
         try:
-            manifest = folders.publish(store, key, {**files, LINEAGE: first}, about=about, identity=IDENTITY)
+            manifest = folders.publish(store, key, {**agreed, LINEAGE: first}, about=about, identity=IDENTITY)
         except Conflict:  # another run published the same adapter meanwhile, and describes it otherwise
             manifest = folders.find_manifest(store, key)
             if manifest is None:
@@ -92,16 +94,23 @@ def list_adapters(store: Store) -> list[str]:
     return sorted(store.folders("adapters/"))
 
 
-def list_versions(store: Store, name: str) -> list[Version]:
-    """Every published version, newest first. One whose publication was interrupted is not among them."""
-    ids = _ids(store, name)
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        manifests = list(pool.map(lambda version: folders.find_manifest(store, version_key(name, version)), ids))
+def list_versions(store: Store, name: str, *, first_digits: str = "") -> list[Version]:
+    """Every published version whose id begins so, newest first.
+
+    One whose publication was interrupted is not among them, nor, but for a warning, one whose manifest is damaged.
+    """
+    ids = [version for version in version_ids(store, name) if version.startswith(first_digits)]
+    described = remembered(store, name, "versions", ids, lambda version: _described(store, name, version))
     aliases = list_aliases(store, name)
     found = [
-        _version(store, name, version, manifest, aliases)
-        for version, manifest in zip(ids, manifests, strict=True)
-        if manifest is not None
+        Version(
+            name=name,
+            version=version,
+            uri=store.uri(version_key(name, version)),
+            aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
+            **entry,
+        )
+        for version, entry in described.items()
     ]
     return sorted(found, key=lambda version: (version.created_at, version.version), reverse=True)
 
@@ -129,16 +138,17 @@ def resolve(store: Store, reference: str) -> Version:
             return _version(store, name, wanted, manifest, aliases)
     if pointer is not None:
         return _pointed_at(store, name, pointer, aliases)
+    digits = wanted if VERSION_PATTERN.fullmatch(wanted) else ""
+    fitting = list_versions(store, name, first_digits=digits) if digits else []
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UserError(f"{reference} fits {_some(version.version for version in fitting)}: give more digits")
     versions = list_versions(store, name)
     if not versions:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
     if not at:
         return versions[0]
-    fitting = [version for version in versions if version.version.startswith(wanted)]
-    if VERSION_PATTERN.fullmatch(wanted) and len(fitting) == 1:
-        return fitting[0]
-    if VERSION_PATTERN.fullmatch(wanted) and fitting:
-        raise UserError(f"{reference} fits {_some(version.version for version in fitting)}: give more digits")
     raise ObjectMissing(
         f"{reference} is neither an alias nor a version of {name}: its aliases are "
         f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(version.version for version in versions)}"
@@ -158,13 +168,21 @@ def evaluated(store: Store, version: Version) -> Version:
 
 
 def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
-    """Each version as `evaluated` gives it."""
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return list(pool.map(lambda version: evaluated(store, version), found))
+    """Each version, all of one adapter, as `evaluated` gives it; an evaluation that is remembered is not read again."""
+    if not found:
+        return []
+    by_id = {version.version: version for version in found}
+    metrics = remembered(
+        store,
+        found[0].name,
+        "metrics",
+        by_id,
+        lambda version: dict(evaluated(store, by_id[version]).metrics) or None,
+    )
+    return [replace(version, metrics=metrics.get(version.version, {})) for version in found]
 
 
 def pull_version(store: Store, version: Version, target: Path) -> Manifest:
-    """Copy the version to the folder `target`, verified; see `folders.pull`."""
     key = version_key(version.name, version.version)
     require_identity(store, key, folders.read_manifest(store, key))
     return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
@@ -190,11 +208,6 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
     return lineage
 
 
-def _run_id(lineage: bytes, uri: str) -> str:
-    record = decode_json(lineage, uri)
-    return str(record.get("run_id", "")) if isinstance(record, dict) else ""
-
-
 def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer]) -> Version:
     manifest = folders.read_manifest(store, version_key(name, pointer.version))
     if manifest.sha256 != pointer.manifest_sha256:
@@ -217,7 +230,21 @@ def _version(store: Store, name: str, version: str, manifest: Manifest, aliases:
     )
 
 
-def _ids(store: Store, name: str) -> list[str]:
+def _described(store: Store, name: str, version: str) -> dict[str, str] | None:
+    """What a list says of a version beside its id; a manifest never changes."""
+    try:
+        manifest = folders.find_manifest(store, version_key(name, version))
+    except IntegrityError as exc:
+        logger.warning("%s", exc)
+        return None
+    if manifest is None:
+        return None
+    run_id = str(manifest.about.get("run_id", ""))
+    return {"created_at": manifest.created_at, "manifest_sha256": manifest.sha256, "run_id": run_id}
+
+
+def version_ids(store: Store, name: str) -> list[str]:
+    """Ids of the versions, by their order as text, those included whose publication has not ended."""
     return [version for version in store.folders(adapter_key(name, "versions/")) if VERSION_PATTERN.fullmatch(version)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
-from components.registry.aliases import version_key
+from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation
 from components.registry.versions import LINEAGE
 from components.report.page import build_report

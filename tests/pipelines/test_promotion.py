@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.config import config_file
-from components.registry import aliases, versions
+from components.registry import aliases, event_log, versions
 from components.registry.store import Store
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_promotion
@@ -47,7 +47,7 @@ def test_a_person_moves_the_alias_and_back(
     assert start(version=first) == first
     assert start(reason="newer", person="ada") == second
     assert start(action="roll back") == first
-    assert [event.body.get("actor") for event in aliases.events(store, "sums") if event.kind == "promoted"] == [
+    assert [event.body.get("actor") for event in event_log.events(store, "sums") if event.kind == "promoted"] == [
         "Kubeflow UI",
         "ada",
     ]

@@ -6,7 +6,7 @@ import pytest
 
 from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
-from components.registry import aliases
+from components.registry import aliases, event_log
 from components.registry.records import Evaluation, RuleResult
 from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
@@ -72,7 +72,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "since_run": None,
     }
     assert set(written["rules"][0]) == RuleResult.model_fields.keys()
-    assert aliases.events(store, "icd10") == []
+    assert event_log.events(store, "icd10") == []
 
 
 def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> None:
@@ -80,7 +80,7 @@ def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> N
     decision = run_gate(config(), store, RUN)
     assert decision.decision == "hold"
     assert run_gate(config(), store, RUN) == decision
-    (event,) = aliases.events(store, "icd10")
+    (event,) = event_log.events(store, "icd10")
     assert event.kind == "refused"
     assert (event.body["version"], event.body["champion"], event.body["run_id"]) == ("v2", "v1", RUN)
     assert event.body["reasons"] == list(decision.reasons)
@@ -93,12 +93,12 @@ def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another
     worded = {"version": "v2", "champion": "v1", "alias": "production", "run_id": RUN, "reasons": ["too bad"]}
     aliases.append_event(store, "icd10", "refused", worded)
     run_gate(config(), store, RUN)
-    assert [event.body for event in aliases.events(store, "icd10")] == [worded]
+    assert [event.body for event in event_log.events(store, "icd10")] == [worded]
     compared_anew = evaluation(1.5)
     compared_anew["models"]["champion"]["version"] = "v3"
     put(store, compared_anew)
     run_gate(config(), store, RUN)
-    assert [event.body["champion"] for event in aliases.events(store, "icd10")] == ["v1", "v3"]
+    assert [event.body["champion"] for event in event_log.events(store, "icd10")] == ["v1", "v3"]
 
 
 def test_a_loss_that_is_not_a_number_is_held_and_the_decision_is_valid_json(store: Store) -> None:

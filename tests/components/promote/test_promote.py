@@ -5,7 +5,7 @@ import pytest
 
 from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
-from components.registry import aliases, versions, watermark
+from components.registry import aliases, event_log, versions, watermark
 from components.registry.store import Store
 from components.shared.errors import AliasConflict, DataError, IntegrityError, ObjectMissing
 from components.step.step import StepRun
@@ -55,7 +55,7 @@ def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
     event_uri = promoted(run)
 
     assert holder(store) == published[0]
-    event = aliases.events(store, "sums")[-1]
+    event = event_log.events(store, "sums")[-1]
     assert (event.kind, event.uri) == ("promoted", event_uri)
     assert (event.body["run_id"], event.body["reason"]) == ("r", "better; by far")
     uri, sha256 = store.uri("runs/r/decision.json"), hashlib.sha256(store.get("runs/r/decision.json")).hexdigest()
@@ -75,7 +75,7 @@ def test_what_fails_after_the_alias_moved_leaves_the_move_in_the_steps_result(
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:
     assert promoted(decided(published[0], None)) == promoted(decided(published[0], None))
-    assert len(aliases.events(store, "sums")) == len(published) + 1
+    assert len(event_log.events(store, "sums")) == len(published) + 1
 
 
 def test_a_decision_that_was_exchanged_after_the_gate_is_not_obeyed(

@@ -4,32 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from components.registry.aliases import (
-    Cause,
-    Event,
-    append_event,
-    events,
-    list_aliases,
-    move_alias,
-    promote,
-    read_alias,
-    rollback,
-)
+from components.registry.aliases import Cause, list_aliases, move_alias, promote, read_alias, rollback
+from components.registry.event_log import Event, append_event, events
 from components.registry.store import Store
-from components.registry.versions import publish_version
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
-
-
-@pytest.fixture
-def versions(store: Store) -> list[str]:
-    """Three published versions of the adapter icd."""
-    weights = (b"one", b"two", b"three")
-    return [
-        publish_version(
-            store, "icd", {"adapter_model.safetensors": body, "adapter_config.json": b"{}"}, lineage={"run_id": "r0"}
-        ).version
-        for body in weights
-    ]
 
 
 def holder(store: Store, alias: str = "production") -> str | None:
@@ -171,54 +149,6 @@ def test_a_promotion_killed_before_its_event_is_completed_by_the_next_move(store
     assert holder(store) == three
 
 
-def test_a_run_that_was_rolled_back_does_not_promote_again(store: Store, versions: list[str]) -> None:
-    one, two, _ = versions
-    promote(store, "icd", one)
-    promote(store, "icd", two, expected=one, cause=Cause("r2"))
-    rollback(store, "icd", cause=Cause(actor="ann"))
-    with pytest.raises(AliasConflict, match="run r2 promoted it at"):
-        promote(store, "icd", two, expected=one, cause=Cause("r2"))
-    assert holder(store) == one
-    promote(store, "icd", two, expected=one, cause=Cause("r3"))
-    assert holder(store) == two
-
-
-def test_rollbacks_go_back_one_holder_at_a_time(store: Store, versions: list[str]) -> None:
-    one, two, three = versions
-    for version in versions:
-        promote(store, "icd", version)
-    event = rollback(store, "icd", cause=Cause(actor="ann", reason="wrong answers"))
-    assert event.kind == "rolled_back"
-    assert event.move() == {"alias": "production", "from": three, "to": two, "event_uri": event.uri}
-    assert rollback(store, "icd").body["to"] == one
-    with pytest.raises(ObjectMissing, match=f"nothing held icd@production before {one}"):
-        rollback(store, "icd")
-    assert holder(store) == one
-    promote(store, "icd", three)
-    assert rollback(store, "icd").body["to"] == one
-    assert [kind for kind, _, _ in moves(store)] == ["promoted"] * 3 + ["rolled_back"] * 2 + ["promoted", "rolled_back"]
-
-
-def test_a_rollback_to_a_named_version_goes_there(store: Store, versions: list[str]) -> None:
-    one, _, three = versions
-    for version in versions:
-        promote(store, "icd", version)
-    assert rollback(store, "icd", to=one).move()["from"] == three
-    assert holder(store) == one
-    with pytest.raises(ObjectMissing):
-        rollback(store, "icd", to="v000000000000000")
-    with pytest.raises(ObjectMissing, match="no alias 'staging' to roll back"):
-        rollback(store, "icd", "staging")
-
-
-def test_a_finished_rollback_run_again_changes_nothing(store: Store, versions: list[str]) -> None:
-    for version in versions:
-        promote(store, "icd", version)
-    event = rollback(store, "icd", cause=Cause("r9"))
-    assert rollback(store, "icd", cause=Cause("r9")) == event
-    assert holder(store) == versions[1]
-
-
 def test_aliases_move_independently(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     promote(store, "icd", one)
@@ -324,60 +254,3 @@ def test_what_is_no_event_is_named_and_stops_no_move(
     assert rollback(store, "icd").body["to"] == two
     assert rollback(store, "icd").body["to"] == one
     assert len(moves(store)) == 5
-
-
-def test_a_rollback_goes_where_the_pointer_says_whatever_was_added_to_the_log(
-    store: Store, versions: list[str]
-) -> None:
-    one, two, three = versions
-    promote(store, "icd", one)
-    promote(store, "icd", two)
-    forged = {"alias": "production", "from": one, "to": three, "manifest_sha256": "", "run_id": "", "since": "2999"}
-    append_event(store, "icd", "promoted", forged, at="2999-01-01T00:00:00.000000Z")
-    assert rollback(store, "icd").body["to"] == one
-
-
-@pytest.mark.parametrize("damage", ["rewritten", "forged", "deleted"])
-def test_further_back_than_the_pointer_says_a_log_with_a_gap_leads_nowhere(
-    store: Store, versions: list[str], damage: str
-) -> None:
-    one, two, three = versions
-    logged = [promote(store, "icd", version) for version in versions]
-    rollback(store, "icd")
-    key = store.key(logged[1].uri)
-    if damage == "rewritten":
-        store.put(key, store.get(key).replace(one.encode(), three.encode()))
-    elif damage == "deleted":
-        store.delete([key])
-    else:
-        append_event(store, "icd", "promoted", {**logged[1].body, "from": two, "to": three}, at=logged[1].time)
-    with pytest.raises(IntegrityError, match=f"not the whole way to {two}, which holds it: .* with --to"):
-        rollback(store, "icd")
-    assert rollback(store, "icd", to=one).body["to"] == one
-
-
-def test_a_rollback_that_names_the_holder_can_be_sent_again(store: Store, versions: list[str]) -> None:
-    one, two, three = versions
-    for version in versions:
-        promote(store, "icd", version)
-    event = rollback(store, "icd", expected=three)
-    assert rollback(store, "icd", expected=three) == event  # after an answer that was lost
-    assert holder(store) == two
-    with pytest.raises(AliasConflict, match=f"expected to be held by {one}, but it is held by {two}"):
-        rollback(store, "icd", expected=one)
-    assert rollback(store, "icd", expected=two).body["to"] == one
-
-
-def test_rolling_back_to_what_a_gate_refused_and_nobody_promoted_is_an_override(
-    store: Store, versions: list[str]
-) -> None:
-    one, two, three = versions
-    promote(store, "icd", one)
-    for version in (two, three):
-        append_event(store, "icd", "refused", {"version": version, "alias": "production", "run_id": "r"})
-    event = rollback(store, "icd", to=two, expected=one)
-    assert event.kind == "overridden"
-    assert rollback(store, "icd", to=two, expected=one) == event
-    promote(store, "icd", one)
-    assert rollback(store, "icd", to=two).kind == "rolled_back"
-    assert rollback(store, "icd").body["to"] == one

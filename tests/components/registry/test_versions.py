@@ -7,8 +7,10 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry import runs
-from components.registry.aliases import events, promote, read_alias, rollback, version_key
+from components.registry.aliases import promote, read_alias, rollback
+from components.registry.event_log import events
 from components.registry.folders import MANIFEST
+from components.registry.names import version_key
 from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.registry.versions import (
@@ -24,6 +26,8 @@ from components.registry.versions import (
     verify_version,
 )
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def published(store: Store, weights: bytes = b"weights", run_id: str = "r1", name: str = "icd") -> Version:
@@ -57,8 +61,8 @@ def test_a_version_holds_its_files_lineage_and_event(store: Store, tmp_path: Pat
         "lineage.json",
         MANIFEST,
     }
-    assert json.loads((tmp_path / "adapter" / "lineage.json").read_bytes()) == {"run_id": "r1"}
-    assert read_lineage(store, version) == {"run_id": "r1"}
+    assert json.loads((tmp_path / "adapter" / "lineage.json").read_bytes()) == {"run_id": "r1", "files": FILES}
+    assert read_lineage(store, version) == {"run_id": "r1", "files": FILES}
     assert [(event.kind, event.body["version"], event.body["run_id"]) for event in events(store, "icd")] == [
         ("published", version.version, "r1")
     ]
@@ -97,7 +101,7 @@ def test_a_version_that_another_run_left_unfinished_stays_that_runs(store: Store
     store.delete([f"{key}/{MANIFEST}", f"{key}/README.md"])
     completed = published(store, run_id="r2")
     assert completed.run_id == "r1"
-    assert read_lineage(store, completed) == {"run_id": "r1"}
+    assert read_lineage(store, completed) == {"run_id": "r1", "files": FILES}
     assert store.get(f"{key}/README.md") == b"By r2.\n"
     verify_version(store, completed)
 
@@ -127,7 +131,7 @@ def test_two_runs_that_publish_one_adapter_at_once_are_told_of_one_whole_version
         for one, other in zip(*pool.map(write, range(2)), strict=True):
             assert one == other
             verify_version(store, one)
-            assert read_lineage(store, one) == {"run_id": one.run_id}
+            assert read_lineage(store, one) == {"run_id": one.run_id, "files": FILES}
     assert len([event for event in events(store, "icd") if event.kind == "published"]) == 20
 
 

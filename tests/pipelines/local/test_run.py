@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RunConfig
-from components.registry import aliases, versions
+from components.registry import aliases, event_log, versions
 from components.registry.store import Store
 from components.shared.errors import DataError, JobError, UserError
 from pipelines.local.outcome import Outcome, summary
@@ -56,7 +56,12 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(
     pointer = aliases.read_alias(store, "sums", "production")
     assert pointer is not None
     assert pointer.version == first.version
-    assert [event.kind for event in aliases.events(store, "sums")] == ["published", "promoted", "published", "refused"]
+    assert [event.kind for event in event_log.events(store, "sums")] == [
+        "published",
+        "promoted",
+        "published",
+        "refused",
+    ]
     check_outcome(first, champion=None)
     check_outcome(second, champion=1.0)
     check_what_a_person_sees(told, place.home / "runs" / first.run_id / "pipeline.log")
@@ -196,4 +201,4 @@ def test_a_repeated_run_id_repeats_nothing(
     assert second.version == first.version
     assert second.promoted
     assert len(stub_cluster.jobs) == 2
-    assert [event.kind for event in aliases.events(store, "sums")] == ["published", "promoted"]
+    assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]

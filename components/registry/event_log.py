@@ -1,0 +1,157 @@
+"""The event log of an adapter: append-only, one object an event, known by its content."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from pydantic import TypeAdapter
+
+from components.registry.folders import now
+from components.registry.history import MOVE_KINDS
+from components.registry.index import remembered
+from components.registry.names import adapter_key
+from components.registry.store import JSON, Store, encode_json
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+
+logger = logging.getLogger(__name__)
+
+EventKind = Literal["published", "promoted", "refused", "overridden", "rolled_back", "collected"]
+FORMAT = 1
+ID_LENGTH = 12
+
+
+class Reference(TypedDict):
+    """What one event knows of another: where it lies, and every byte of it."""
+
+    time: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of an adapter's log."""
+
+    id: str
+    """Derived from kind and body, so that writing an event twice leaves one."""
+    kind: EventKind
+    time: str
+    uri: str
+    body: dict[str, Any]
+    """A move holds alias, from, to, manifest_sha256, run_id, actor, reason, evidence and since; `previous`, the
+    reference of the move before it, and `beneath`, that of the move to which a rollback of this one returns."""
+
+    @property
+    def sha256(self) -> str:
+        """Of kind and body; the id is its beginning."""
+        return event_sha256(self.kind, self.body)
+
+    @property
+    def reference(self) -> Reference:
+        """How another event names this one."""
+        return {"time": self.time, "sha256": self.sha256}
+
+    def move(self) -> dict[str, str | None]:
+        """What the command line prints of a promotion or a rollback."""
+        return {"alias": self.body["alias"], "from": self.body["from"], "to": self.body["to"], "event_uri": self.uri}
+
+
+_EVENT = TypeAdapter(Event)
+
+
+def event_sha256(kind: str, body: Mapping[str, Any]) -> str:
+    """What an event is known by, in hex."""
+    return hashlib.sha256(encode_json([kind, dict(body)])).hexdigest()
+
+
+def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:
+    """Add an event to the log and return its URI. An event of equal kind and body that is there already is left alone.
+
+    `at` is the time to file it under, now when absent; whoever knows it makes a repetition cheap.
+    """
+    sha256 = event_sha256(kind, body)
+    event_id = sha256[:ID_LENGTH]
+    if at is None:
+        for info in store.list(adapter_key(name, "events/")):
+            if info.key.endswith(f"-{event_id}.json"):
+                return store.uri(info.key)
+        at = now()
+    key = _key(name, {"time": at, "sha256": sha256})
+    record = {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
+    try:
+        store.create(key, encode_json(record), content_type=JSON)
+    except Conflict:
+        logger.debug("%s is there already", store.uri(key))
+    return store.uri(key)
+
+
+def events(store: Store, name: str) -> list[Event]:
+    """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out."""
+    folder = adapter_key(name, "events/")
+    names = sorted(info.key.removeprefix(folder) for info in store.list(folder))
+    records = remembered(store, name, "events", names, lambda each: _read(store, f"{folder}{each}"))
+    found = [event for each in names if (event := _parsed(store, f"{folder}{each}", records.get(each)))]
+    first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice
+    return sorted(first.values(), key=lambda event: (event.time, event.id))
+
+
+def read_event(store: Store, name: str, reference: Reference) -> Event:
+    """The event that another one names, every byte of it.
+
+    Raises:
+        IntegrityError: it is gone, or another now.
+    """
+    key = _key(name, reference)
+    try:
+        event = _parsed(store, key, store.get_json(key))
+    except ObjectMissing as exc:
+        raise IntegrityError(f"{store.uri(key)} is gone from the log, though a later event names it") from exc
+    if event is None or event.sha256 != reference["sha256"]:
+        raise IntegrityError(f"{store.uri(key)} is not the event that a later one names")
+    return event
+
+
+def read_log(store: Store, name: str) -> tuple[list[Event], dict[str, str]]:
+    """The log as it lies there, oldest first, each object read; and of those that are no event, key and reason."""
+    found, junk = [], {}
+    for info in store.list(adapter_key(name, "events/")):
+        try:
+            event = _event(store.get_json(info.key), store.uri(info.key))
+            if info.key != _key(name, event.reference):
+                raise ValueError("it is filed under another name than its content has")
+            found.append(event)
+        except (IntegrityError, ValueError, TypeError, KeyError) as exc:
+            junk[info.key] = " ".join(str(exc).split())
+    return sorted(found, key=lambda event: (event.time, event.id)), junk
+
+
+def _read(store: Store, key: str) -> Any | None:
+    try:
+        return store.get_json(key)
+    except IntegrityError as exc:
+        logger.debug("%s", exc)
+        return None
+
+
+def _parsed(store: Store, key: str, record: Any) -> Event | None:
+    uri = store.uri(key)
+    try:
+        return _event(record, uri)
+    except (ValueError, TypeError, KeyError) as exc:
+        logger.warning("%s is not an event, and passed over: %s", uri, " ".join(str(exc).split()))
+        return None
+
+
+def _event(record: Any, uri: str) -> Event:
+    event = _EVENT.validate_python({**record, "uri": uri})
+    if event.id != event.sha256[:ID_LENGTH]:
+        raise ValueError("its id is not that of its content")
+    if event.kind in MOVE_KINDS:
+        event.body["alias"], event.body["from"], event.body["to"]
+    return event
+
+
+def _key(name: str, reference: Reference) -> str:
+    file = f"{reference['time'].replace(':', '')}-{reference['sha256'][:ID_LENGTH]}.json"
+    return adapter_key(name, "events", file)

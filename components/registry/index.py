@@ -1,0 +1,67 @@
+"""What was read of an adapter's unchanging objects before, so that ten thousand of them cost one request.
+
+adapters/<name>/index/<what>.json.gz is no part of the registry: what it lacks is read, what is no longer there is left
+out, and whoever deletes it loses a minute. Nothing that moves an alias, verifies or audits believes it.
+"""
+
+import gzip
+import json
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from components.registry.names import adapter_key
+from components.registry.store import Store, encode_json
+from components.shared.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+READS_AT_ONCE = 16
+WORTH_AN_INDEX = 100
+"""So many objects are read faster one by one than an index of them is kept."""
+
+
+def remembered(
+    store: Store, name: str, what: str, ids: Iterable[str], read: Callable[[str], Any | None]
+) -> dict[str, Any]:
+    """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
+
+    What `read` says must never change. Ids of which it says None are left out, and asked for again the next time.
+    """
+    wanted = list(ids)
+    known = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}
+    missing = [each for each in wanted if each not in known]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = {each: value for each, value in zip(missing, pool.map(read, missing), strict=True) if value is not None}
+    known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
+    if len(found) > WORTH_AN_INDEX:
+        _keep(store, name, what, known)
+    return known
+
+
+def _known(store: Store, name: str, what: str) -> dict[str, Any]:
+    key = _key(name, what)
+    found = store.read(key)
+    if found is None:
+        return {}
+    try:
+        known = json.loads(gzip.decompress(found[0]))
+        if not isinstance(known, dict):
+            raise ValueError("no JSON object")
+    except (OSError, EOFError, ValueError) as exc:
+        logger.warning("%s cannot be read, and is made anew: %s", store.uri(key), exc)
+        return {}
+    return known
+
+
+def _keep(store: Store, name: str, what: str, known: dict[str, Any]) -> None:
+    key = _key(name, what)
+    try:
+        store.put(key, gzip.compress(encode_json(known), compresslevel=1, mtime=0), content_type="application/gzip")
+    except StoreError as exc:  # whoever may only read has to read
+        logger.debug("%s is not written: %s", store.uri(key), exc)
+
+
+def _key(name: str, what: str) -> str:
+    return adapter_key(name, "index", f"{what}.json.gz")
