@@ -1,0 +1,101 @@
+"""A proxy before the real S3 server that loses, doubles or withholds answers, or answers for a busy server.
+
+It passes the Host header on as it was signed, so that the server behind it accepts the signature.
+"""
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+from urllib.parse import urlsplit
+
+Fault = Literal["lost", "doubled", "hung", "busy"]
+
+
+@dataclass
+class FaultyProxy:
+    """Writes of a key that holds `about` meet `faults`, one each, until none is left."""
+
+    url: str = ""
+    about: str = ""
+    faults: list[Fault] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, method: str, path: str) -> Fault | None:
+        """The fault of this request."""
+        return self.faults.pop(0) if method == "PUT" and self.about in path and self.faults else None
+
+
+@contextmanager
+def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
+    """A proxy before the server at the URL `behind`."""
+    proxy, host = FaultyProxy(), urlsplit(behind).netloc
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except ConnectionError:
+                self.close_connection = True
+
+        def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+            connection = http.client.HTTPConnection(host, timeout=30)
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "connection"):
+                    connection.putheader(name, value)
+            connection.endheaders(body or None)
+            answer = connection.getresponse()
+            found = answer.status, answer.getheaders(), answer.read()
+            connection.close()
+            return found
+
+        def _any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = proxy.take(self.command, self.path)
+            if fault == "busy":
+                status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"
+            else:
+                status, headers, answer = self._forward(body)
+            if fault == "doubled":
+                status, headers, answer = self._forward(body)
+            if fault == "hung":
+                proxy.released.wait(30)
+            if fault in ("lost", "hung"):
+                self.close_connection = True
+                return
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            if self.command == "HEAD" or status in (204, 304):
+                length = dict(headers).get("Content-Length", "0")
+            else:
+                length = str(len(answer))
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any
+
+        def log_message(self, *_: object) -> None:
+            """Keep the tests' output clean."""
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
+    thread.start()
+    proxy.url = f"http://127.0.0.1:{listener.server_port}"
+    try:
+        yield proxy
+    finally:
+        proxy.released.set()
+        listener.shutdown()
+        listener.server_close()
+        thread.join()

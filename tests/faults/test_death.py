@@ -1,0 +1,164 @@
+"""A process that dies, and a server that does, at any point: what was acknowledged is there, and nothing half-way."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config.schema import RegistryConfig
+from components.registry.aliases import Cause, promote, read_alias
+from components.registry.event_log import events
+from components.registry.store import Store
+from components.registry.versions import list_versions, resolve, verify_version
+from components.shared.errors import StoreError
+from pipelines.local import guard, seaweedfs, server
+
+WRITES = ("put_object", "complete_multipart_upload", "delete_objects")
+KILLS = 30
+
+
+class Died(BaseException):
+    """Not even `except Exception` sees it, as nothing sees SIGKILL."""
+
+
+class Mortal:
+    """An S3 client whose process dies at its n-th write, before it is sent or before the answer is read."""
+
+    def __init__(self, client: Any, dies_at: int, *, sent: bool) -> None:
+        self._client, self._left, self._sent = client, dies_at, sent
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if name not in WRITES:
+            return call
+
+        def write(**arguments: Any) -> Any:
+            with self._lock:
+                self._left -= 1
+                left = self._left
+            if left < 0 or (left == 0 and not self._sent):
+                raise Died
+            answer = call(**arguments)
+            if left == 0:
+                raise Died
+            return answer
+
+        return write
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before it is sent", "before its answer is read"])
+def test_a_run_that_dies_at_any_write_leaves_nothing_half_there_and_is_completed_by_the_next(
+    store: Store, publish, assert_sound, sent: bool
+) -> None:
+    died = 0
+    while True:
+        name = f"icd-{died}"
+        before = publish(store, "first", name=name)
+        promote(store, name, before)
+        mortal = Store(Mortal(store._client, died + 1, sent=sent), store.bucket, store.prefix)
+        cause = Cause("run-2", reason="better")
+        try:
+            candidate = publish(mortal, "second", name=name, **{"README.md": b"# Card"})
+            promote(mortal, name, candidate, expected=before, cause=cause)
+        except Died:
+            died += 1
+        else:
+            break
+        for version in list_versions(store, name):
+            verify_version(store, version)
+        verify_version(store, resolve(store, f"{name}@production"))
+        candidate = publish(store, "second", name=name, **{"README.md": b"# Card"})
+        event = promote(store, name, candidate, expected=before, cause=cause)
+        assert_sound(store, name, told=[event])
+        kinds = [event.kind for event in events(store, name)]
+        assert sorted(kinds) == ["promoted", "promoted", "published", "published"]
+    assert died >= 7  # weights, config, lineage, card, manifest, event, alias; and the event of the move
+
+
+PROMOTER = """
+import sys
+from components.config.schema import RegistryConfig
+from components.registry.aliases import promote
+from components.registry.store import Store
+from components.registry.versions import publish_version
+store = Store.open(RegistryConfig(bucket=sys.argv[1], prefix=sys.argv[2]))
+for number in range(int(sys.argv[3]), 10**6):
+    files = {"adapter_model.safetensors": str(number).encode(), "adapter_config.json": b"{}"}
+    version = publish_version(store, "icd", files, lineage={"run_id": f"run-{number}"}).version
+    print(promote(store, "icd", version).body["to"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Store, assert_sound) -> None:
+    chance, told = random.Random(0), []
+    for kill in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROMOTER, store.bucket, store.prefix, str(1000 * kill)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        told += [process.stdout.readline().strip()]
+        killer = threading.Timer(chance.uniform(0.0, 0.2), process.kill)
+        killer.start()
+        told += [line.strip() for line in process.stdout if line.endswith("\n")]
+        process.wait()
+        process.stdout.close()
+        killer.join()
+        pointer = read_alias(store, "icd", "production")
+        assert pointer is not None
+        logged = [event.body["to"] for event in events(store, "icd") if event.kind == "promoted"]
+        assert set(told) <= {*logged, pointer.version}
+    promote(store, "icd", told[0])
+    assert_sound(store)
+
+
+@pytest.mark.slow
+def test_a_store_killed_under_load_keeps_what_it_acknowledged(
+    tmp_path: Path, publish, assert_sound, monkeypatch
+) -> None:
+    told: list[Any] = []
+    stopping = threading.Event()
+
+    def writer(store: Store, number: int) -> None:
+        for count in range(10**6):
+            with contextlib.suppress(StoreError):
+                version = publish(store, f"{number}-{count}")
+                told.append(promote(store, "icd", version))
+            if stopping.is_set():
+                return
+
+    running = server.start(seaweedfs.SeaweedFS(tmp_path, "killed"))
+    for name, value in seaweedfs.Endpoint.read(running.endpoint).environment().items():
+        monkeypatch.setenv(name, value)
+    store = Store.open(RegistryConfig(bucket="killed"))
+    writers = [threading.Thread(target=writer, args=(store, number)) for number in range(3)]
+    try:
+        for each in writers:
+            each.start()
+        for _ in range(4):
+            enough = len(told) + 5
+            while len(told) < enough:
+                writers[0].join(0.02)
+            for pid in guard.descendants(running.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            running.process.wait()
+            running.stop()
+            running = server.start(seaweedfs.SeaweedFS(tmp_path, "killed"))
+        stopping.set()
+        for each in writers:
+            each.join()
+        told.append(promote(store, "icd", publish(store, "last")))
+        assert_sound(store, told=told)
+    finally:
+        stopping.set()
+        running.stop()
