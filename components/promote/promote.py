@@ -3,7 +3,9 @@
 A run that has decided has consumed its data: the adapter's watermark moves with it.
 """
 
-from components.registry import aliases, runs, watermark
+import os
+
+from components.registry import aliases, runs, signing, watermark
 from components.registry.records import Decision
 from components.shared.errors import DataError
 from components.step.step import StepRun
@@ -12,7 +14,8 @@ from components.step.step import StepRun
 def promote(step_run: StepRun, decision_sha256: str) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
 
-    `decision_sha256` is that of the record that the gate wrote; no other is obeyed.
+    `decision_sha256` is that of the record that the gate wrote; no other is obeyed. The version is signed for it where
+    the environment holds a key.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
@@ -30,6 +33,8 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
+    if key := signing.key_from(os.environ):
+        signing.sign(step_run.store, name, version, key, decision=decision)
     event = aliases.promote(
         step_run.store,
         name,

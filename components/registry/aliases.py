@@ -20,6 +20,7 @@ from components.registry.folders import now
 from components.registry.history import is_chain, is_refused, moves, standing
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
+from components.registry.signing import require_signed
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing
 
@@ -191,6 +192,7 @@ def move_alias(
     if holder is not None and holder.version == version:
         return _record(store, name, holder)
     manifest = verify_whole(store, version_key(name, version))
+    require_signed(store, name, version, manifest.sha256)
     # The log must be whole before the pointer that could complete it is replaced.
     last = _record(store, name, expected).reference if expected else None
     body = {

@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -50,8 +50,18 @@ class ObjectInfo:
 class Store:
     """One bucket and prefix. Safe to share between threads; does not survive pickling (open one in each process)."""
 
-    def __init__(self, client: Any, bucket: str, prefix: str, *, field: str = "registry.bucket") -> None:
+    def __init__(
+        self,
+        client: Any,
+        bucket: str,
+        prefix: str,
+        *,
+        field: str = "registry.bucket",
+        trusted_keys: Sequence[str] = (),
+    ) -> None:
         """`field` is what an error message tells the user to change when the bucket does not exist."""
+        self.trusted_keys = tuple(trusted_keys)
+        """Public keys one of which must have signed a version before an alias moves to it or anybody fetches it."""
         self.bucket = bucket
         self.prefix = prefix
         self.endpoint: str = client.meta.endpoint_url
@@ -65,7 +75,7 @@ class Store:
         Raises:
             StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
         """
-        return cls(client_from_environment(), registry.bucket, registry.prefix)
+        return cls(client_from_environment(), registry.bucket, registry.prefix, trusted_keys=registry.trusted_keys)
 
     def uri(self, key: str) -> str:
         """The object's full address; the empty key gives the registry's own folder."""

@@ -21,6 +21,7 @@ from components.registry.identity import (
 from components.registry.index import remembered
 from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.records import Evaluation
+from components.registry.signing import require_signed
 from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 
@@ -183,8 +184,10 @@ def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
 
 
 def pull_version(store: Store, version: Version, target: Path) -> Manifest:
+    """Copy the version to the folder `target`, verified; see `folders.pull` and `signing.require_signed`."""
     key = version_key(version.name, version.version)
     require_identity(store, key, folders.read_manifest(store, key))
+    require_signed(store, version.name, version.version, version.manifest_sha256)
     return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
 
 

@@ -1,0 +1,116 @@
+"""Signatures, checked with OpenSSL and against the vector of DSSE's own specification."""
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from components.registry import runs, signing
+from components.registry.aliases import promote, rollback
+from components.registry.records import Decision, Evaluation
+from components.registry.store import Store
+from components.registry.versions import publish_version, pull_version, resolve
+from components.shared.errors import IntegrityError, UserError
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Ed25519PrivateKey:
+    """Made by OpenSSL, as the message of a missing one says."""
+    made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(tmp_path / "key.pem")]
+    subprocess.run(made, check=True, capture_output=True)
+    found = signing.key_from({signing.KEY_FILE_VARIABLE: str(tmp_path / "key.pem")})
+    assert found is not None
+    return found
+
+
+def published(store: Store, weights: bytes = b"one") -> str:
+    files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+    return publish_version(store, "icd", files, lineage={"run_id": "r1"}).version
+
+
+def trusting(store: Store, *keys: Ed25519PrivateKey) -> Store:
+    public = [signing.public_text(key) for key in keys]
+    return Store(store._client, store.bucket, store.prefix, trusted_keys=public)
+
+
+def test_what_is_signed_is_the_encoding_of_dsse() -> None:
+    # github.com/secure-systems-lab/dsse, protocol.md: the test vector
+    assert signing.pre_authentication("http://example.com/HelloWorld", b"hello world") == (
+        b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    )
+
+
+def test_openssl_verifies_a_statement_that_names_version_lineage_evaluation_and_decision(
+    store: Store, key: Ed25519PrivateKey, tmp_path: Path
+) -> None:
+    version = published(store)
+    decision = Decision(
+        decision="promote", adapter="icd", alias="production", run_id="r1", reasons=("better",), version=version
+    )
+    runs.write(store, "r1", decision)
+    runs.write(store, "r1", Evaluation(run_id="r1", records=1, models={}))
+    uri = signing.sign(store, "icd", version, key, decision=decision)
+    assert signing.sign(store, "icd", version, key, decision=decision) == uri
+    envelope = store.get_json(store.key(uri))
+    payload = base64.b64decode(envelope["payload"])
+    (tmp_path / "signed").write_bytes(
+        b"DSSEv1 %d %b %d %b" % (28, b"application/vnd.in-toto+json", len(payload), payload)
+    )
+    (tmp_path / "signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
+    for command in (
+        "openssl pkey -in key.pem -pubout -out public.pem",
+        "openssl pkeyutl -verify -pubin -inkey public.pem -rawin -in signed -sigfile signature",
+    ):
+        subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    statement = json.loads(payload)
+    assert statement["subject"][0]["digest"]["sha256"] == resolve(store, f"icd@{version}").manifest_sha256
+    named = [each["uri"] for each in statement["predicate"]["inputAttestations"]]
+    assert [uri.rpartition("/")[2] for uri in named] == ["lineage.json", "evaluation.json"]
+    assert statement["predicate"]["policy"]["digest"]["sha256"] == decision.sha256
+
+
+def test_where_keys_are_trusted_nothing_moves_to_what_none_of_them_signed_and_nobody_fetches_it(
+    store: Store, key: Ed25519PrivateKey, tmp_path: Path
+) -> None:
+    one, two = published(store), published(store, b"two")
+    strict = trusting(store, key)
+    signing.sign(store, "icd", one, key)
+    signing.sign(store, "icd", two, Ed25519PrivateKey.generate())  # of somebody whom nobody trusts
+    promote(strict, "icd", one)
+    with pytest.raises(IntegrityError, match=f"icd {two} is signed by none of registry.trusted_keys"):
+        promote(strict, "icd", two)
+    promote(store, "icd", two)  # who trusts no key asks for no signature
+    with pytest.raises(IntegrityError, match="signed by none"):
+        pull_version(strict, resolve(strict, "icd@production"), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert rollback(strict, "icd").body["to"] == one
+
+
+@pytest.mark.parametrize("damage", ["payload", "signature", "another version's", "junk"])
+def test_a_forged_signature_is_none(store: Store, key: Ed25519PrivateKey, damage: str) -> None:
+    one, two = published(store), published(store, b"two")
+    where = store.key(signing.sign(store, "icd", one, key))
+    envelope = store.get_json(where)
+    if damage == "payload":
+        changed = base64.b64decode(envelope["payload"]).replace(b"PASSED", b"FAILED")
+        envelope["payload"] = base64.b64encode(changed).decode()
+    elif damage == "signature":
+        envelope["signatures"][0]["sig"] = base64.b64encode(bytes(64)).decode()
+    elif damage == "junk":
+        envelope = {"payload": 3}
+    if damage == "another version's":
+        store.put_json(where.replace(one, two), envelope)
+    else:
+        store.put_json(where, envelope)
+    with pytest.raises(IntegrityError, match=r"forged|no DSSE envelope|signed by none"):
+        promote(trusting(store, key), "icd", two if damage == "another version's" else one)
+
+
+@pytest.mark.parametrize("text", ["s3cret", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])
+def test_a_key_that_is_none_is_said_without_telling_it(text: str) -> None:
+    with pytest.raises(UserError, match=r"FINELOOP_SIGNING_KEY gives no key .*openssl genpkey") as refused:
+        signing.key_from({signing.KEY_VARIABLE: text})
+    assert text not in str(refused.value)
