@@ -62,11 +62,36 @@ def add(commands: Any) -> None:
     history = _add(verbs, "history", _history, "Tell what happened to an adapter.", "fineloop adapters history NAME")
     history.add_argument("name", metavar="NAME", help="adapter")
 
-    lineage = "Print what a version was made of: config, data, base, code."
-    _reference(_add(verbs, "lineage", _lineage, lineage, "fineloop adapters lineage icd10-chapters"))
+    does = "Print what a version was made of: config, data, base, code; or which versions were made of something."
+    lineage = _add(verbs, "lineage", _lineage, does, "fineloop adapters lineage icd10-chapters --of dataset=4f1c")
+    _reference(lineage)
+    lineage.add_argument("--tree", action="store_true", help="draw it, with the versions that it grew from")
+    lineage.add_argument(
+        "--of",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="instead, list the adapter's versions made of it: dataset, source, base, commit, config or parent",
+    )
 
     verify = "Read every byte of a version and check it against its manifest."
     _reference(_add(verbs, "verify", _verify, verify, "fineloop adapters verify icd10-chapters@v3f2"))
+
+    sign = "Sign a version with the Ed25519 key in FINELOOP_SIGNING_KEY or the file in FINELOOP_SIGNING_KEY_FILE."
+    _reference(_add(verbs, "sign", _sign, sign, "fineloop adapters sign icd10-chapters@v3f2"))
+
+    audit = "Read everything, and compare files, ids, signatures, the event log and the aliases with each other."
+    audited = _add(verbs, "audit", _audit, audit, "fineloop adapters audit")
+    audited.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
+
+    does = "Tell what nothing needs, versions and checkpoints of runs that have decided; --delete removes it."
+    collect = _add(verbs, "gc", _gc, does, "fineloop adapters gc icd10-chapters --keep-last 5")
+    collect.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
+    collect.add_argument("--keep-last", type=int, default=10, metavar="N", help="newest of an adapter to keep (10)")
+    collect.add_argument("--older-than-days", type=float, default=30, metavar="DAYS", help="leave younger alone (30)")
+    act = collect.add_mutually_exclusive_group()
+    act.add_argument("--dry-run", action="store_true", help="only tell what would go; the default")
+    act.add_argument("--delete", action="store_true", help="remove it")
 
     pull = _add(verbs, "pull", _pull, "Fetch a version, verified, for peft or a server.", "fineloop adapters pull NAME")
     _reference(pull)
@@ -143,10 +168,18 @@ def _history(options: argparse.Namespace) -> Answer:
 
 
 def _lineage(options: argparse.Namespace) -> Answer:
+    from components.registry import ancestry
     from components.registry.versions import read_lineage, resolve
+    from pipelines.commands.registry_answers import ancestry_shown, descendants_shown
 
+    asked = ancestry.asked(options.of)
     with opened_registry(options) as store:
-        lineage = read_lineage(store, resolve(store, options.reference))
+        if asked:
+            return descendants_shown(options.reference, ancestry.descendants(store, options.reference, asked))
+        version = resolve(store, options.reference)
+        if options.tree:
+            return ancestry_shown(ancestry.ancestors(store, version))
+        lineage = read_lineage(store, version)
     return Answer(lineage, json.dumps(lineage, indent=2))
 
 
@@ -158,6 +191,50 @@ def _verify(options: argparse.Namespace) -> Answer:
         manifest = verify_version(store, version)
     body = {"name": version.name, "version": version.version, "verified": True, "files": len(manifest.files)}
     return Answer(body, f"{version.name} {version.version}: all {len(manifest.files)} files are what the manifest says")
+
+
+def _sign(options: argparse.Namespace) -> Answer:
+    from components.registry import signing
+    from components.registry.versions import resolve
+    from components.shared.errors import UserError
+
+    key = signing.key_from(os.environ)
+    if key is None:
+        raise UserError(f"no key to sign with: set {signing.KEY_FILE_VARIABLE} to a file with a private key in PEM")
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        uri = signing.sign(store, version.name, version.version, key)
+    public = signing.public_text(key)
+    body = {"name": version.name, "version": version.version, "signature_uri": uri, "public_key": public}
+    return Answer(body, f"{version.name} {version.version} is signed by {public}")
+
+
+def _audit(options: argparse.Namespace) -> Answer:
+    from components.registry.audit import audit
+    from components.registry.versions import list_adapters
+    from pipelines.commands.registry_answers import audit_shown
+
+    with opened_registry(options) as store:
+        return audit_shown([audit(store, name) for name in ([options.name] if options.name else list_adapters(store))])
+
+
+def _gc(options: argparse.Namespace) -> Answer:
+    from datetime import UTC, datetime, timedelta
+
+    from components.registry.collect import Rules, removals, remove
+    from components.registry.versions import list_adapters
+    from components.shared.errors import UserError
+    from pipelines.commands.registry_answers import removals_shown
+
+    if options.keep_last < 0 or options.older_than_days < 0:
+        raise UserError("--keep-last and --older-than-days are 0 or more")
+    rules = Rules(options.keep_last, timedelta(days=options.older_than_days))
+    with opened_registry(options) as store:
+        names = [options.name] if options.name else list_adapters(store)
+        found = removals(store, names, rules, now=datetime.now(UTC))
+        if options.delete:
+            found = [each for each in found if remove(store, each)]
+    return removals_shown(found, deleted=options.delete)
 
 
 def _pull(options: argparse.Namespace) -> Answer:

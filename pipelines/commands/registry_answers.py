@@ -1,9 +1,14 @@
 """The registry for people and for scripts: what `fineloop adapters` answers."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from components.registry import aliases, serving, versions
-from components.registry.aliases import Event
+from components.registry import aliases, event_log, serving, versions
+from components.registry.ancestry import Ancestor, tree
+from components.registry.audit import Audit
+from components.registry.collect import Removal
+from components.registry.event_log import Event
 from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version
@@ -94,11 +99,55 @@ def history_shown(store: Store, name: str) -> Answer:
     Raises:
         ObjectMissing: there is no such adapter.
     """
-    log = aliases.events(store, name)
+    log = event_log.events(store, name)
     if not log:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [(event.time[:19], event.kind, _told(event)) for event in log]
     return Answer({"name": name, "events": [vars(event) for event in log]}, table(rows))
+
+
+def ancestry_shown(found: list[tuple[Version, list[Ancestor]]]) -> Answer:
+    """What a version and those that it grew from were made of."""
+    body = [
+        {"name": each.name, "version": each.version, "made_from": [asdict(ancestor) for ancestor in made_from]}
+        for each, made_from in found
+    ]
+    return Answer({"versions": body}, "\n".join(tree(found)))
+
+
+def descendants_shown(name: str, found: list[Version]) -> Answer:
+    """The versions that were made of something."""
+    rows = [("version", "published", "run", "aliases")]
+    rows += [(v.version, v.created_at[:19], v.run_id or "-", ", ".join(v.aliases) or "-") for v in found]
+    return Answer({"name": name, "versions": [_described(version) for version in found]}, table(rows))
+
+
+def removals_shown(found: Sequence[Removal], *, deleted: bool) -> Answer:
+    """What went, or would go."""
+    size = sum(each.size_bytes for each in found)
+    body = {
+        "deleted": deleted,
+        "bytes": size,
+        "removals": [
+            {"kind": each.kind, "name": each.name, "why": each.why, "objects": len(each.keys), "bytes": each.size_bytes}
+            for each in found
+        ],
+    }
+    told = f"{len(found)} {'removed' if deleted else 'would go (--delete removes them)'}, {size / 1e6:.1f} MB"
+    rows = [(each.kind, each.name, f"{each.size_bytes / 1e6:.1f} MB", each.why) for each in found]
+    return Answer(body, "\n".join([*([table(rows)] if rows else []), told]))
+
+
+def audit_shown(audits: Sequence[Audit]) -> Answer:
+    """What an audit read and found; exit code 1 where it found anything."""
+    findings = [finding for audit in audits for finding in audit.findings]
+    body = {
+        "adapters": [{"name": audit.name, "versions": audit.versions, "events": audit.events} for audit in audits],
+        "findings": [asdict(finding) for finding in findings],
+    }
+    read = f"{len(audits)} adapters, {sum(a.versions for a in audits)} versions, {sum(a.events for a in audits)} events"
+    told = [f"{finding.where}: {finding.what}" for finding in findings]
+    return Answer(body, "\n".join([f"{read}: {len(findings) or 'no'} findings", *told]), exit_code=1 if findings else 0)
 
 
 def _told(event: Event) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.config import config_file
-from components.registry import aliases, folders, versions
+from components.registry import aliases, event_log, folders, versions
 from components.registry.store import Store
 from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
@@ -33,7 +33,20 @@ COMMANDS = [
     *[("runs", verb) for verb in ("list", "show", "stop")],
     *[
         ("adapters", verb)
-        for verb in ("list", "show", "promote", "rollback", "history", "lineage", "verify", "pull", "export")
+        for verb in (
+            "list",
+            "show",
+            "promote",
+            "rollback",
+            "history",
+            "lineage",
+            "verify",
+            "pull",
+            "export",
+            "gc",
+            "audit",
+            "sign",
+        )
     ],
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
 ]
@@ -242,7 +255,7 @@ def test_a_refused_version_promoted_by_hand_is_overridden(
     new = published[1]
     aliases.append_event(store, "sums", "refused", {"version": new, "alias": "production", "run_id": "r"})
     assert fineloop("adapters", "promote", f"sums@{new}", "-c", config_path, cwd=tmp_path).returncode == 0
-    assert aliases.events(store, "sums")[-1].kind == "overridden"
+    assert event_log.events(store, "sums")[-1].kind == "overridden"
 
 
 def test_who_loses_a_race_learns_who_won(store: Store, published: list[str], config_path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What versions were made from, and what was made from a thing: lineage forward and back."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from components.registry import versions
+from components.registry.index import remembered
+from components.registry.names import version_key
+from components.registry.store import Store
+from components.registry.versions import LINEAGE, Version, read_lineage
+from components.shared.errors import IntegrityError, ObjectMissing, UserError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """Something that a version was made from."""
+
+    kind: Kind
+    name: str
+    """A dataset's id, a source's name, a base as the config names it, a commit, a config's sha256, a version's URI."""
+
+
+def asked(terms: Iterable[str]) -> dict[Kind, str]:
+    """KIND=NAME, each once, as `descendants` takes them.
+
+    Raises:
+        UserError: one is not of that form, or of no such kind.
+    """
+    found: dict[Kind, str] = {}
+    for term in terms:
+        kind, _, name = term.partition("=")
+        if kind not in get_args(Kind) or not name:
+            raise UserError(f"--of {term}: write KIND=NAME, where KIND is one of {', '.join(get_args(Kind))}")
+        found[cast(Kind, kind)] = name
+    return found
+
+
+def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
+    """What one lineage record names; a key that it lacks names nothing."""
+
+    def at(*path: str) -> Any:
+        found: Any = lineage
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    sources = at("config", "data", "source") or []
+    named: list[tuple[Kind, Any]] = [
+        ("dataset", at("dataset", "dataset_id")),
+        *[("source", source) for source in ([sources] if isinstance(sources, str) else sources)],
+        ("base", at("base", "reference")),
+        ("commit", at("environment", "code", "commit")),
+        ("config", at("config_sha256")),
+        *[("parent", parent) for parent in at("parents") or []],
+    ]
+    return [Ancestor(kind, str(name)) for kind, name in named if name]
+
+
+def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:
+    """The version and the versions that it grew from, nearest first, each with what it was made from.
+
+    A parent that is gone, or lies in another registry, ends its line.
+
+    Raises:
+        IntegrityError: the version's own lineage is damaged.
+    """
+    found, pending, seen = [], [version], {version.uri}
+    while pending:
+        each = pending.pop(0)
+        made_from = of_record(read_lineage(store, each))
+        found.append((each, made_from))
+        for parent in [ancestor.name for ancestor in made_from if ancestor.kind == "parent"]:
+            known = None if parent in seen else _parent(store, parent)
+            seen.add(parent)
+            pending += [known] if known else []
+    return found
+
+
+def descendants(store: Store, name: str, asked: Mapping[Kind, str]) -> list[Version]:
+    """Versions of the adapter, newest first, whose lineage names all that is asked for.
+
+    A base, commit, config or dataset may be given by its beginning, a source and a parent whole.
+    """
+
+    def names(entry: Any) -> bool:
+        made_from = [Ancestor(*each) for each in entry]
+        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in asked.items())
+
+    known = remembered(
+        store, name, "lineage", versions.version_ids(store, name), lambda version: _entry(store, name, version)
+    )
+    return [version for version in versions.list_versions(store, name) if names(known.get(version.version, []))]
+
+
+def _fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:
+    if kind in ("source", "parent"):
+        return ancestor == Ancestor(kind, wanted)
+    return ancestor.kind == kind and ancestor.name.startswith(wanted)
+
+
+def _entry(store: Store, name: str, version: str) -> list[tuple[Kind, str]] | None:
+    try:
+        lineage = store.get_json(f"{version_key(name, version)}/{LINEAGE}")
+    except (ObjectMissing, IntegrityError) as exc:
+        logger.debug("%s", exc)
+        return None
+    return [(each.kind, each.name) for each in of_record(lineage if isinstance(lineage, dict) else {})]
+
+
+def _parent(store: Store, uri: str) -> Version | None:
+    adapter, _, version = uri.removeprefix(store.uri("adapters/")).partition("/versions/")
+    try:
+        return versions.resolve(store, f"{adapter}@{version}") if uri.startswith(store.uri("adapters/")) else None
+    except ObjectMissing:
+        return None
+
+
+def tree(found: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
+    """The ancestry drawn, a line each."""
+    for depth, (version, made_from) in enumerate(found):
+        yield f"{'    ' * depth}{version.name} {version.version}"
+        rows = [ancestor for ancestor in made_from if ancestor.kind != "parent"]
+        for position, ancestor in enumerate(rows):
+            corner = "└──" if position == len(rows) - 1 and depth == len(found) - 1 else "├──"
+            yield f"{'    ' * depth}{corner} {ancestor.kind:<8}{ancestor.name}"

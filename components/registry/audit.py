@@ -1,0 +1,135 @@
+"""A whole registry, read and compared with itself: files, ids, signatures, the log and what the aliases say.
+
+Nothing is believed of an index, and one bad object does not hide another.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from components.registry import runs, signing, versions
+from components.registry.aliases import Pointer, read_alias
+from components.registry.event_log import Event, read_log
+from components.registry.folders import Manifest
+from components.registry.history import MOVE_KINDS, is_chain, moves
+from components.registry.identity import verify_whole
+from components.registry.names import adapter_key, version_key
+from components.registry.records import Decision
+from components.registry.store import Store
+from components.shared.errors import IntegrityError, ObjectMissing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as the registry writes it."""
+
+    where: str
+    """Address of the object or folder."""
+    what: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was read of an adapter, and what is wrong with it."""
+
+    name: str
+    versions: int
+    events: int
+    findings: tuple[Finding, ...]
+
+
+def audit(store: Store, name: str) -> Audit:
+    """Read everything of the adapter, every byte of its versions included."""
+    log, junk = read_log(store, name)
+    findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
+    whole: dict[str, Manifest] = {}
+    for version in versions.version_ids(store, name):
+        try:
+            whole[version] = verify_whole(store, version_key(name, version))
+        except ObjectMissing:  # a publication that has not ended
+            continue
+        except IntegrityError as exc:
+            findings.append(Finding(store.uri(version_key(name, version)), str(exc)))
+    damaged = {finding.where for finding in findings}
+    findings += _publications(store, name, log, whole, damaged)
+    findings += _refusals(store, name, log, whole)
+    pointers: dict[str, Pointer] = {}
+    for info in store.list(adapter_key(name, "aliases/")):
+        alias = info.key.rpartition("/")[2].removesuffix(".json")
+        try:
+            pointer = read_alias(store, name, alias)
+        except IntegrityError as exc:
+            findings.append(Finding(store.uri(info.key), str(exc)))
+            continue
+        if pointer is not None:
+            pointers[alias] = pointer
+            findings += _alias(store, name, pointer, log, whole)
+    findings += [
+        Finding(event.uri, f"moved {name}@{event.body['alias']}, which there is no more")
+        for event in log
+        if event.kind in MOVE_KINDS and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
+    ]
+    findings += _signatures(store, name, whole, {pointer.version for pointer in pointers.values()})
+    return Audit(name, len(whole), len(log), tuple(findings))
+
+
+def _publications(
+    store: Store, name: str, log: list[Event], whole: dict[str, Manifest], damaged: set[str]
+) -> Iterator[Finding]:
+    told = {str(event.body.get("version")): event for event in log if event.kind == "published"}
+    collected = {str(event.body.get("version")) for event in log if event.kind == "collected"}
+    for version, manifest in whole.items():
+        uri = store.uri(version_key(name, version))
+        if version not in told:
+            yield Finding(uri, "has no event that says it was published")
+        elif told[version].body.get("manifest_sha256") != manifest.sha256:
+            yield Finding(uri, f"has another manifest than was published ({told[version].uri})")
+    for version, event in told.items():
+        uri = store.uri(version_key(name, version))
+        if version not in whole and uri not in damaged and version not in collected:
+            yield Finding(uri, f"was published ({event.uri}), and is gone")
+
+
+def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manifest]) -> Iterator[Finding]:
+    refused = {(event.body.get("version"), event.body.get("run_id")) for event in log if event.kind == "refused"}
+    for version, manifest in whole.items():
+        run_id = str(manifest.about.get("run_id", ""))
+        try:
+            decision = runs.find(store, run_id, Decision) if run_id else None
+        except IntegrityError as exc:
+            yield Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
+            continue
+        if (
+            decision
+            and decision.version == version
+            and decision.decision == "hold"
+            and (version, run_id) not in refused
+        ):
+            yield Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")
+
+
+def _alias(
+    store: Store, name: str, pointer: Pointer, log: list[Event], whole: dict[str, Manifest]
+) -> Iterator[Finding]:
+    uri = store.uri(adapter_key(name, "aliases", f"{pointer.alias}.json"))
+    manifest = whole.get(pointer.version)
+    if manifest is None:
+        yield Finding(uri, f"points at {pointer.version}, which is damaged or gone")
+    elif manifest.sha256 != pointer.manifest_sha256:
+        yield Finding(uri, f"vouches for another manifest of {pointer.version} than is stored")
+    moved = moves(log, pointer.alias)
+    if not moved or moved[-1].time != pointer.since or moved[-1].body != {**pointer.event, "since": pointer.since}:
+        yield Finding(uri, "points elsewhere than its last event says")
+    if moved and not is_chain(moved):
+        yield Finding(uri, "has events that do not lead from one to the next: one is missing, changed or was added")
+
+
+def _signatures(store: Store, name: str, whole: dict[str, Manifest], in_use: set[str]) -> Iterator[Finding]:
+    for version in sorted(whole):
+        uri = store.uri(version_key(name, version))
+        try:
+            signed = signing.signers(store, name, version, whole[version].sha256, store.trusted_keys)
+        except IntegrityError as exc:
+            yield Finding(uri, str(exc))
+            continue
+        if version in in_use and store.trusted_keys and not signed:
+            yield Finding(uri, "is in use, and signed by none of registry.trusted_keys")

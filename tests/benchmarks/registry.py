@@ -1,0 +1,110 @@
+"""Requests and seconds of what people ask of an adapter with thousands of versions, in a store of this benchmark's own.
+
+Each command is timed twice: as the first to ask, which reads every object and leaves an index, and with that index.
+"""
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config.schema import RegistryConfig
+from components.promote.by_hand import promote_by_hand
+from components.registry import ancestry
+from components.registry.aliases import promote, rollback
+from components.registry.event_log import append_event, events
+from components.registry.store import Store, encode_json
+from components.registry.versions import list_versions, publish_version, resolve
+from pipelines.commands.table import table
+from pipelines.local import seaweedfs, server
+
+NAME = "icd"
+WRITERS = 16
+
+
+def fill(store: Store, versions: int) -> None:
+    """Versions by their manifest, lineage and event; nobody reads the weights of those that no alias points at."""
+
+    def one(number: int) -> None:
+        version = "v" + hashlib.sha256(str(number).encode()).hexdigest()[:15]
+        at = (
+            f"2026-01-{1 + number // 86400:02}T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}.000000Z"
+        )
+        lineage = encode_json({"run_id": f"run-{number}", "dataset": {"dataset_id": f"d{number % 500}"}})
+        digest = {"size": len(lineage), "sha256": hashlib.sha256(lineage).hexdigest()}
+        about = {"name": NAME, "version": version, "run_id": f"run-{number}"}
+        manifest = {"format": 1, "files": {"lineage.json": digest}, "about": about, "created_at": at}
+        key, body = f"adapters/{NAME}/versions/{version}", encode_json(manifest)
+        store.put(f"{key}/lineage.json", lineage)
+        store.put(f"{key}/manifest.json", body)
+        told = {"version": version, "manifest_sha256": hashlib.sha256(body).hexdigest(), "run_id": f"run-{number}"}
+        append_event(store, NAME, "published", told, at=at)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(one, range(versions)))
+
+
+def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
+    """A row a command."""
+    made = [
+        publish_version(
+            store,
+            NAME,
+            {"adapter_model.safetensors": bytes([number]), "adapter_config.json": b"{}"},
+            lineage={"run_id": f"real-{number}"},
+        ).version
+        for number in range(3)
+    ]
+    promote(store, NAME, made[0])
+    sent: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    commands: dict[str, Callable[[], Any]] = {
+        "list NAME": lambda: list_versions(store, NAME),
+        "show NAME@first digits": lambda: resolve(store, f"{NAME}@{made[1][:8]}"),
+        "history": lambda: events(store, NAME),
+        "promote": lambda: promote_by_hand(store, f"{NAME}@{made[1]}"),
+        "rollback": lambda: rollback(store, NAME),
+        "lineage NAME": lambda: ancestry.ancestors(store, resolve(store, f"{NAME}@{made[0]}")),
+        "lineage --of dataset": lambda: ancestry.descendants(store, NAME, {"dataset": "d7"}),
+    }
+    rows: list[tuple[str, ...]] = [("command", "requests", "seconds", "again: requests", "seconds")]
+    for name, command in commands.items():
+        row = [name]
+        for _ in range(2):
+            if name == "rollback":
+                promote(store, NAME, made[1])
+            sent.clear()
+            began = time.perf_counter()
+            command()
+            row += [str(len(sent)), f"{time.perf_counter() - began:.2f}"]
+            if name == "promote":
+                rollback(store, NAME)
+        rows.append(tuple(row))
+    return [(f"{versions} versions", "", "", "", ""), *rows]
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--versions", type=int, default=10_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as environment:
+        running = server.start(seaweedfs.SeaweedFS(Path(directory), "benchmark"))
+        try:
+            for name, value in seaweedfs.Endpoint.read(running.endpoint).environment().items():
+                environment.setenv(name, value)
+            store = Store.open(RegistryConfig(bucket="benchmark"))
+            fill(store, options.versions)
+            print(table(measure(store, options.versions)))
+        finally:
+            running.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""An audit finds each thing that somebody changed behind the registry's back, and nothing where nobody did."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from components.registry import runs, signing
+from components.registry.aliases import promote, rollback
+from components.registry.audit import audit
+from components.registry.event_log import append_event, events
+from components.registry.records import Decision
+from components.registry.store import Store
+from components.registry.versions import publish_version
+
+ALIAS = "adapters/icd/aliases/production.json"
+
+
+@pytest.fixture
+def key() -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.generate()
+
+
+@pytest.fixture
+def ids(store: Store, key: Ed25519PrivateKey) -> list[str]:
+    """Three versions; the first two were promoted and signed, the alias was rolled back, the third was refused."""
+    store.trusted_keys = (signing.public_text(key),)
+    made = []
+    for number in range(3):
+        files = {"adapter_model.safetensors": bytes([number]), "adapter_config.json": b"{}", "README.md": b"# Card"}
+        made.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}"}).version)
+    for version in made[:2]:
+        signing.sign(store, "icd", version, key)
+        promote(store, "icd", version)
+    rollback(store, "icd")
+    about = {"version": made[2], "champion": made[0], "alias": "production", "run_id": "r2"}
+    runs.write(store, "r2", Decision(decision="hold", adapter="icd", reasons=("worse",), **about))
+    append_event(store, "icd", "refused", {**about, "reasons": ["worse"]})
+    return made
+
+
+def event_key(store: Store, kind: str, number: int = 0) -> str:
+    return store.key([event for event in events(store, "icd") if event.kind == kind][number].uri)
+
+
+def rewrite(store: Store, key: str, old: str, new: str) -> None:
+    body = store.get(key)
+    assert old.encode() in body
+    store.put(key, body.replace(old.encode(), new.encode()))
+
+
+def forge(store: Store, ids: list[str]) -> None:
+    body = {"alias": "production", "from": ids[0], "to": ids[2], "manifest_sha256": "", "run_id": "", "since": "2999"}
+    append_event(store, "icd", "promoted", body, at="2999-01-01T00:00:00.000000Z")
+
+
+def move_pointer(store: Store, ids: list[str]) -> None:
+    pointer = store.get_json(ALIAS)
+    other = store.get_json(event_key(store, "published", 1))["body"]
+    store.put_json(ALIAS, {**pointer, "version": ids[1], "manifest_sha256": other["manifest_sha256"]})
+
+
+TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
+    "weights": (
+        lambda store, ids: store.put(f"adapters/icd/versions/{ids[1]}/adapter_model.safetensors", b"x"),
+        "is damaged: adapter_model",
+    ),
+    "added file": (lambda store, ids: store.put(f"adapters/icd/versions/{ids[1]}/x.py", b"x"), "x.py is not in"),
+    "manifest": (
+        lambda store, ids: rewrite(
+            store, f"adapters/icd/versions/{ids[1]}/manifest.json", '"run_id":"r1"', '"run_id":"r9"'
+        ),
+        "another manifest than was published",
+    ),
+    "version removed": (
+        lambda store, ids: store.delete([info.key for info in store.list(f"adapters/icd/versions/{ids[2]}/")]),
+        "was published .* and is gone",
+    ),
+    "promotion removed": (
+        lambda store, _: store.delete([event_key(store, "promoted")]),
+        "do not lead from one to the next",
+    ),
+    "promotion rewritten": (
+        lambda store, ids: rewrite(store, event_key(store, "promoted", 1), ids[1], ids[2]),
+        "is not an event: its id is not that of its content",
+    ),
+    "promotion forged": (forge, "do not lead from one to the next"),
+    "publication removed": (
+        lambda store, _: store.delete([event_key(store, "published", 2)]),
+        "no event that says it was",
+    ),
+    "refusal removed": (
+        lambda store, _: store.delete([event_key(store, "refused")]),
+        "was held by run r2, and no event",
+    ),
+    "pointer moved": (move_pointer, "is not an alias: it points at"),
+    "alias removed": (lambda store, _: store.delete([ALIAS]), "moved icd@production, which there is no more"),
+    "signature removed": (
+        lambda store, ids: store.delete([info.key for info in store.list(f"adapters/icd/signatures/{ids[0]}/")]),
+        "is in use, and signed by none",
+    ),
+}
+
+
+def test_a_registry_that_nobody_touched_has_no_findings(store: Store, ids: list[str]) -> None:
+    found = audit(store, "icd")
+    assert (found.versions, found.events, found.findings) == (3, 7, ())
+
+
+@pytest.mark.parametrize("what", TAMPERING)
+def test_an_audit_finds(store: Store, ids: list[str], what: str) -> None:
+    tamper, told = TAMPERING[what]
+    tamper(store, ids)
+    findings = audit(store, "icd").findings
+    assert any(re.search(told, finding.what) for finding in findings), findings

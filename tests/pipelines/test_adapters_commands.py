@@ -1,0 +1,70 @@
+"""What `fineloop adapters` says of a registry: audit, sign, lineage back and gc."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from components.registry.aliases import promote
+from components.registry.store import Store
+from components.registry.versions import publish_version
+from pipelines.cli import main
+
+Adapters = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def adapters(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Adapters:
+    """Runs a command, which must end with `exit_code`, and returns its JSON."""
+
+    def run(verb: str, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
+        assert main(["adapters", verb, *arguments, "-c", str(config_path), "--json"]) == exit_code
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return answer
+
+    return run
+
+
+def test_a_registry_is_audited_signed_asked_and_collected(
+    store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (
+        publish_version(
+            store,
+            "sums",
+            {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"},
+            lineage={"run_id": "r", "dataset": {"dataset_id": f"d-{weights.decode()}"}},
+        ).version
+        for weights in (b"one", b"two")
+    )
+    promote(store, "sums", one)
+    assert adapters("audit") == {"adapters": [{"name": "sums", "versions": 2, "events": 3}], "findings": []}
+
+    refused = adapters("sign", f"sums@{one}", exit_code=2)
+    assert "set FINELOOP_SIGNING_KEY_FILE" in refused["error"]["message"]
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    monkeypatch.setenv("FINELOOP_SIGNING_KEY", pem.decode())
+    public = adapters("sign", f"sums@{one}")["public_key"]
+    trusting = ["--set", f'registry.trusted_keys=["{public}"]']
+    assert adapters("audit", *trusting)["findings"] == []
+    unsigned = adapters("promote", f"sums@{two}", *trusting, exit_code=1)
+    assert f"sums {two} is signed by none of registry.trusted_keys" in unsigned["error"]["message"]
+
+    assert [each["version"] for each in adapters("lineage", "sums", "--of", "dataset=d-two")["versions"]] == [two]
+    assert adapters("lineage", f"sums@{two}", "--tree")["versions"][0]["made_from"] == [
+        {"kind": "dataset", "name": "d-two"}
+    ]
+
+    rules = ["--keep-last", "0", "--older-than-days", "0"]
+    assert [each["name"] for each in adapters("gc", *rules)["removals"]] == [f"sums@{two}"]
+    assert adapters("gc", *rules, "--delete")["deleted"] is True
+    assert adapters("gc", *rules)["removals"] == []
+    assert adapters("audit")["findings"] == []
+    store.put(f"adapters/sums/versions/{one}/adapter_config.json", b"{ }")
+    assert len(adapters("audit", exit_code=1)["findings"]) >= 1
