@@ -98,6 +98,11 @@ def add(commands: Any) -> None:
     pull.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION")
     pull.add_argument("--with-base", action="store_true", help="LoftQ: fetch the adapter's own base too, to DIR-base")
 
+    does = "Write what a server needs to serve a version: Ray Serve LLM, KServe or vLLM."
+    served = _add(verbs, "serve-manifest", _serve_manifest, does, "fineloop adapters serve-manifest NAME --for kserve")
+    _reference(served)
+    served.add_argument("--for", dest="server", required=True, choices=("ray-serve", "kserve", "vllm"))
+
     export.add(verbs, reference=REFERENCE)
 
 
@@ -235,6 +240,21 @@ def _gc(options: argparse.Namespace) -> Answer:
         if options.delete:
             found = [each for each in found if remove(store, each)]
     return removals_shown(found, deleted=options.delete)
+
+
+def _serve_manifest(options: argparse.Namespace) -> Answer:
+    import shlex
+
+    import yaml
+
+    from components.registry.serve_manifest import manifest, served
+    from components.registry.versions import resolve
+
+    with opened_registry(options) as store:
+        facts = served(store, resolve(store, options.reference))
+    found = manifest(facts, options.server)
+    text = shlex.join(found) if options.server == "vllm" else yaml.safe_dump(found, sort_keys=False).rstrip()
+    return Answer({"server": options.server, "version": facts.version, "manifest": found}, text)
 
 
 def _pull(options: argparse.Namespace) -> Answer:

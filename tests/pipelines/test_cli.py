@@ -46,6 +46,7 @@ COMMANDS = [
             "gc",
             "audit",
             "sign",
+            "serve-manifest",
         )
     ],
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
