@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from argparse import RawDescriptionHelpFormatter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,11 @@ def add(commands: Any) -> None:
     served = _add(verbs, "serve-manifest", _serve_manifest, does, "fineloop adapters serve-manifest NAME --for kserve")
     _reference(served)
     served.add_argument("--for", dest="server", required=True, choices=("ray-serve", "kserve", "vllm"))
+
+    does = "Write the registry as web pages: what is in production, since when and why, versions, scores, events."
+    page = _add(verbs, "page", _page, does, "fineloop adapters page --to ./registry")
+    page.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
+    page.add_argument("--to", type=Path, default=Path("registry-page"), metavar="DIR", help="default: ./registry-page")
 
     export.add(verbs, reference=REFERENCE)
 
@@ -224,8 +230,6 @@ def _audit(options: argparse.Namespace) -> Answer:
 
 
 def _gc(options: argparse.Namespace) -> Answer:
-    from datetime import UTC, datetime, timedelta
-
     from components.registry.collect import Rules, removals, remove
     from components.registry.versions import list_adapters
     from components.shared.errors import UserError
@@ -255,6 +259,23 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
     found = manifest(facts, options.server)
     text = shlex.join(found) if options.server == "vllm" else yaml.safe_dump(found, sort_keys=False).rstrip()
     return Answer({"server": options.server, "version": facts.version, "manifest": found}, text)
+
+
+def _page(options: argparse.Namespace) -> Answer:
+    from components.registry.client import disk_errors
+    from components.registry.versions import list_adapters
+    from components.report.numbers import moment
+    from components.report.registry_page import build_pages, read_adapter
+
+    with opened_registry(options) as store:
+        pages = [read_adapter(store, name) for name in ([options.name] if options.name else list_adapters(store))]
+        built = build_pages(pages, generated_at=moment(datetime.now(UTC)), address=store.uri(""))
+    with disk_errors(options.to):
+        options.to.mkdir(parents=True, exist_ok=True)
+        for name, page in built.items():
+            (options.to / name).write_text(page, encoding="utf-8")
+    index = str((options.to / "index.html").absolute())
+    return Answer({"path": index, "adapters": [page.name for page in pages]}, f"the registry is at {index}")
 
 
 def _pull(options: argparse.Namespace) -> Answer:

@@ -47,6 +47,7 @@ COMMANDS = [
             "audit",
             "sign",
             "serve-manifest",
+            "page",
         )
     ],
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
