@@ -17,6 +17,7 @@ from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
 from components.config.section import Added, Section, identity
+from components.config.tune import TuneConfig
 from components.shared.metrics import COMPARED, METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -290,6 +291,7 @@ class RunConfig(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
+    tune: Annotated[TuneConfig, Added("0.2.0")] = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()

@@ -4,6 +4,9 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               steps/<step>.json            how each step went
               consumed.json                which data the run read
               checkpoints/step-<n>/        resumable states of the training
+              trials/<name>.json           each training of a sweep that has ended
+              sweep.json                   what the sweep found
+              rate.json                    the learning rate that was tuned for the run
               metrics.jsonl                a record for each step and each measurement
               finetune.json                what the training published
               evaluation.json              the models compared, and evaluation_records.parquet record by record
@@ -14,7 +17,7 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
 import hashlib
 from typing import TypeVar
 
-from components.registry.records import Decision, Evaluation, Record, StepRecord, TrainResult
+from components.registry.records import Decision, Evaluation, Record, StepRecord, SweepResult, TrainResult, Trial
 from components.registry.store import JSON, Store
 from components.shared.errors import IntegrityError
 
@@ -26,6 +29,8 @@ EVALUATION = Evaluation.FILE
 EVALUATION_RECORDS = "evaluation_records.parquet"
 DECISION = Decision.FILE
 REPORT = "report.html"
+SWEEP = SweepResult.FILE
+TRIALS = "trials/"
 STEPS = "steps/"
 CHECKPOINTS = "checkpoints/"
 
@@ -72,7 +77,13 @@ def find(store: Store, run_id: str, kind: type[R]) -> R | None:
 
 def write(store: Store, run_id: str, record: Record) -> None:
     """Write the run's record of this kind, in the place of an earlier one."""
-    key = step_key(run_id, record.step) if isinstance(record, StepRecord) else run_key(run_id, record.FILE)
+    match record:
+        case StepRecord():
+            key = step_key(run_id, record.step)
+        case Trial():
+            key = run_key(run_id, f"{TRIALS}{record.name}.json")
+        case _:
+            key = run_key(run_id, record.FILE)
     store.put(key, record.as_json(), content_type=JSON)
 
 
@@ -85,3 +96,13 @@ def steps(store: Store, run_id: str) -> list[StepRecord]:
     keys = [entry.key for entry in store.list(run_key(run_id, STEPS)) if entry.key.endswith(".json")]
     found = [StepRecord.from_json(store.get(key), store.uri(key)) for key in keys]
     return sorted(found, key=lambda record: record.started_at)
+
+
+def trials(store: Store, run_id: str) -> list[Trial]:
+    """The trials of a sweep that have ended, in any order.
+
+    Raises:
+        IntegrityError: a record is not what it should be.
+    """
+    keys = [entry.key for entry in store.list(run_key(run_id, TRIALS)) if entry.key.endswith(".json")]
+    return [Trial.from_json(store.get(key), store.uri(key)) for key in keys]

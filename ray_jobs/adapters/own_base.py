@@ -71,6 +71,11 @@ class Start(Protocol):
 STARTS: dict[Init, Start] = {"loftq": loftq}
 
 
+def is_needed(method: MethodConfig) -> bool:
+    """Whether adapters of this method stand on a base of their own."""
+    return method.row.init in STARTS
+
+
 def check(config: RunConfig, original: Base) -> None:
     """What can be said before any worker is started.
 

@@ -10,7 +10,15 @@ from ray_jobs.adapters import own_base
 from ray_jobs.base import base_config
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.planning.capacity import Device, WorstBatch, cluster_device, evaluated, records_to_evaluate, require_fit
+from ray_jobs.planning.capacity import (
+    Device,
+    WorstBatch,
+    chosen,
+    cluster_device,
+    evaluated,
+    records_to_evaluate,
+    require_fit,
+)
 from ray_jobs.planning.memory import GIB, parts_told
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
@@ -47,6 +55,15 @@ def before_training(
         needs + fits,
         *_evaluation_told(config, rehearsal, batch, device),
     ]
+
+
+def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -> int | None:
+    """Memory of one worker in bytes; None for a base that cannot be planned for."""
+    try:
+        rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    return round(chosen(config, rehearsal, WorstBatch.of(split, config.train.micro_batch_size)).parts.total)
 
 
 def _evaluation_told(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """What each Ray Train worker does: load the base, attach the adapter, train, and, on rank 0, publish the version."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,11 +37,15 @@ from ray_jobs.training.train_loop import Report, TrainedAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
 METRICS_EVERY_S = 15.0
+
+LoadModel = Callable[..., "PreTrainedModel"]
+"""As `base_model.load_model`."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,12 @@ def fit(
     eval_split: TokenizedSplit,
     *,
     report: Report,
+    load: LoadModel = base_model.load_model,
 ) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
-    """Train in an initialised process group: the model with its final weights, how it went, what was built."""
+    """Train in an initialised process group: the model with its final weights, how it went, what was built.
+
+    What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory.
+    """
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
     if not use_gpu:
@@ -138,12 +147,15 @@ def fit(
     probe = step_zero.probe(train_split, job.pad)
     if config.train.zero_stage == 3 and worker.rank == 0:
         plain_loss = _unsharded_loss(config, base, probe, on_cpu)
-    with zero.sharding(config, worker.dtype):
-        adapted = _adapted(config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype, dtype=worker.dtype)
+    with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
+        adapted = _adapted(
+            config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype, dtype=worker.dtype, load=load
+        )
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
         recipe = _recipe(config, adapted, original, base, worker)
         engine = zero.initialize(adapted, config, worker.dtype)
+        ends.callback(engine.destroy)
         loss = step_zero.probe_loss(engine.module, probe, worker.device)
         zero.finish_forward(engine)
         expected = plain_loss if worker.rank == 0 else math.nan
@@ -163,7 +175,6 @@ def fit(
             pad=job.pad,
             report=report,
         )
-        engine.destroy()
     # Whole on every worker, whatever was sharded: what is published is read from here.
     for name, parameter in checkpoint.trainable(adapted).items():
         parameter.data = trained.weights[name].to(parameter.device)
@@ -208,9 +219,10 @@ def _adapted(
     use_gpu: bool,
     matmul_dtype: MatmulDtype = "bfloat16",
     dtype: torch.dtype = torch.bfloat16,
+    load: LoadModel = base_model.load_model,
 ) -> "PeftModel":
     """The base with a fresh adapter, ready to train in `dtype`. The same on every worker."""
-    model = base_model.load_model(
+    model = load(
         base,
         config.model,
         config.method.row.base,

@@ -1,0 +1,258 @@
+"""Sweep learning rates, and compare methods at their best: `python -m ray_jobs.sweep --config FILE`.
+
+Ray Tune runs the trials, as many at once as the cluster has workers for; each is a training as a run's own. Nothing is
+done twice: the dataset is prepared and tokenised once, a base that an adapter has of its own is made once, and a worker
+keeps its base from one trial to the next. A sweep that was cut off goes on under its run id, without the trials that
+have ended.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.prepare.prepare import prepare
+from components.registry import lineage, runs
+from components.registry.records import SweepResult, Trial, Tuned
+from components.registry.store import Store
+from components.shared.errors import JobError
+from components.shared.protocol import say
+from ray_jobs import entry
+from ray_jobs.adapters import own_base
+from ray_jobs.base import base_config, base_model, chat_format
+from ray_jobs.base.base_model import Base
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.sweeping import points, verdict
+from ray_jobs.sweeping.plan import Plan
+from ray_jobs.sweeping.points import Arm, Point
+from ray_jobs.sweeping.told import header, row
+from ray_jobs.training import splits, train_loop
+
+logger = logging.getLogger(__name__)
+
+STEP = "tune"
+
+
+def main() -> None:
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    parser = entry.parser(
+        "ray_jobs.sweep",
+        "Find the best learning rate, and with tune.methods whether another method is worth more than plain LoRA.",
+        "python -m ray_jobs.sweep --config pipelines/configs/icd10.toml --set tune.max_steps=32",
+    )
+    parser.add_argument("--run-id", help="name of the sweep in the store; one that was cut off goes on under its name")
+    parser.add_argument(
+        "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
+    )
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
+        result = sweep(config, run_id=run_id, dataset_uri=arguments.dataset)
+        say(STEP, result.verdict)
+
+    entry.run(STEP, job)
+
+
+def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> SweepResult:
+    """Run what is missing of the sweep; the result is also written to runs/<run_id>/sweep.json.
+
+    Raises:
+        UserError: config or data cannot work; said before any trial is started where possible.
+        JobError: every trial failed, or at every rate the training diverged.
+    """
+    import ray
+
+    began = time.monotonic()
+    arms = list(points.arms(config))
+    store = Store.open(config.registry)
+    store.check()
+    if dataset_uri is None:
+        say(STEP, f"preparing {config.data.source}")
+        dataset_uri = prepare(config, store).uri
+    base = base_model.resolve(config.model)
+    base_config.require_positions(base_config.load(base.path, config.model), config.model)
+    chat = chat_format.load(base, config.model)
+    train_split, validation = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    plan = Plan(config, arms, _ended(config, arms, store, run_id, len(train_split)))
+    if plan.trials:
+        say(STEP, f"going on after {len(plan.trials)} trials that have ended")
+    say(
+        STEP,
+        f"sweeping {', '.join(dict.fromkeys(arm.method for arm in arms))} on {len(train_split):,} records, judged on "
+        f"{len(validation)} that no trial trains on",
+    )
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    memory = _planned(config, arms, base, train_split)
+    _make_own_bases(config, arms, len(train_split))
+    dataset = splits.of_dataset(store, dataset_uri)
+    identity = lineage.Base(config.model.base, base.identity)
+    _run_trials(config, plan, store, run_id, dataset, identity, chat.pad, train_split, validation)
+    result = _result(config, plan, arms, memory, run_id, dataset, identity, len(validation), time.monotonic() - began)
+    runs.write(store, run_id, result)
+    return result
+
+
+def _ended(config: RunConfig, arms: Sequence[Arm], store: Store, run_id: str, num_records: int) -> list[Trial]:
+    """The trials of an earlier attempt that this config would train again in the same way."""
+    by_arm = {(arm.method, arm.rank, arm.batch_size): arm for arm in arms}
+    kept = []
+    for trial in runs.trials(store, run_id):
+        arm = by_arm.get((trial.method, trial.rank, trial.batch_size))
+        if arm is None:
+            continue
+        point = Point(arm, trial.learning_rate, trial.seed, trial.compares)
+        if points.trial_config(config, point, num_records).digest == trial.config_digest:
+            kept.append(trial)
+    return kept
+
+
+def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: TokenizedSplit) -> dict[Arm, int | None]:
+    """Bytes of one worker by arm, as planned; refuses what cannot fit before a trial is started."""
+    import ray
+
+    from ray_jobs.planning.before_training import before_training, planned_bytes
+    from ray_jobs.training import trainer
+    from ray_jobs.training.room import wait_for_room
+
+    found: dict[Arm, int | None] = {}
+    for arm in arms:
+        point = Point(arm, points.prior(config, arm), config.train.seed)
+        trial = points.trial_config(config, point, len(train_split))
+        if not found:
+            wait_for_room(trainer.per_worker(trial), 1, lambda line: say(STEP, line))
+        before_training(trial, base.path, train_split, ray.nodes())
+        found[arm] = planned_bytes(trial, base.path, train_split) if len(arms) > 1 else None
+    return found
+
+
+def _make_own_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> None:
+    """On a worker, once, what trials that begin together would each make."""
+    import ray
+
+    from ray_jobs.sweeping.trial import make_own_base
+    from ray_jobs.training import trainer
+
+    for arm in arms:
+        trial = points.trial_config(config, Point(arm, points.prior(config, arm), config.train.seed), num_records)
+        if own_base.is_needed(trial.method):
+            say(STEP, f"making the base of {arm.method}, or finding it made")
+            each = trainer.per_worker(trial)
+            make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_own_base)
+            ray.get(make.remote(config_file.dumps(trial)))
+
+
+def _run_trials(
+    config: RunConfig,
+    plan: Plan,
+    store: Store,
+    run_id: str,
+    dataset: lineage.Dataset,
+    base: lineage.Base,
+    pad: int,
+    train_split: TokenizedSplit,
+    validation: TokenizedSplit,
+) -> None:
+    from ray import tune
+
+    from ray_jobs.sweeping import search
+    from ray_jobs.sweeping.trial import run_trial
+    from ray_jobs.training import trainer
+    from ray_jobs.training.worker import TrainJob
+
+    job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=base, pad=pad)
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, job=job, train_split=train_split, validation=validation),
+        trainer.per_worker(config),
+    )
+
+    def keep(trial: Trial) -> None:
+        runs.write(store, run_id, trial)
+        say(STEP, row(trial))
+
+    def tell(trial: Trial) -> None:
+        loss = f": validation loss {trial.loss:.4f}" if trial.loss is not None else ""
+        say(STEP, f"{trial.name} step {trial.steps}/{trial.num_steps}{loss}")
+
+    say(STEP, header())
+    search.run(
+        trainable,
+        plan,
+        lambda point: search.as_config(config, point, len(train_split)),
+        search.scheduler(
+            config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))
+        ),
+        search.Ledger(plan, keep, tell),
+        storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
+    )
+
+
+def _result(
+    config: RunConfig,
+    plan: Plan,
+    arms: Sequence[Arm],
+    memory: dict[Arm, int | None],
+    run_id: str,
+    dataset: lineage.Dataset,
+    base: lineage.Base,
+    num_records: int,
+    seconds: float,
+) -> SweepResult:
+    tuned = {arm: found for arm in arms if (found := plan.found(arm, memory[arm]))}
+    if not tuned:
+        raise JobError(_why_nothing(list(plan.trials.values())))
+    contenders = plan.contenders(tuned)
+    reference = verdict.reference_of([arm.method for arm in contenders])
+    (plain,) = (arm for arm in contenders if arm.method == reference)
+    compared = [
+        verdict.compare(tuned[arm], plan.seeds_of(arm), tuned[plain], plan.seeds_of(plain))
+        for arm in contenders
+        if plan.compares and arm != plain
+    ]
+    comparisons = [each for each in compared if each]
+    best = _best(tuned, contenders, verdict.advised(comparisons, reference, config.tune.margin))
+    trials = sorted(plan.trials.values(), key=lambda trial: (trial.method, trial.rank, trial.learning_rate, trial.seed))
+    return SweepResult(
+        run_id=run_id,
+        adapter=config.adapter.name,
+        base={"reference": base.reference, "identity": dict(base.identity)},
+        dataset=asdict(dataset),
+        config_sha256=config.digest,
+        environment=asdict(lineage.environment(Path(__file__).parent)),
+        records=num_records,
+        start_loss=next((trial.start_loss for trial in trials if trial.start_loss is not None), None),
+        margin=config.tune.margin,
+        best=best,
+        tuned=list(tuned.values()),
+        comparisons=comparisons,
+        verdict=verdict.verdict(best, comparisons, reference, config.tune.margin),
+        advised_method=best.method,
+        trials=[trial.model_copy(update={"record_nll": [], "record_tokens": []}) for trial in trials],
+        seconds=round(seconds, 1),
+    )
+
+
+def _best(tuned: dict[Arm, Tuned], contenders: Sequence[Arm], method: str) -> Tuned:
+    (arm,) = (arm for arm in contenders if arm.method == method)
+    return tuned[arm]
+
+
+def _why_nothing(trials: Sequence[Trial]) -> str:
+    failed = [trial for trial in trials if trial.status == "failed"]
+    if failed:
+        first = f"the first, {failed[0].name}: {failed[0].why}"
+        return f"no trial ended well, and {len(failed)} of {len(trials)} failed; {first}"
+    lowest = min((trial.learning_rate for trial in trials), default=math.nan)
+    return (
+        f"all {len(trials)} trainings diverged, at rates down to {lowest:.3g}: check the data, or name lower rates in "
+        "tune.space.learning_rates"
+    )
+
+
+if __name__ == "__main__":
+    main()

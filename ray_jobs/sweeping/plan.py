@@ -1,0 +1,139 @@
+"""What a sweep does next, from what it knows; and in the end what it has found. No Ray and no I/O.
+
+It is made anew from the trials that have ended, so that a sweep that was cut off goes on where it was.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from components.config.schema import RunConfig
+from components.registry.records import RateLoss, Trial, Tuned
+from ray_jobs.sweeping import grid, points
+from ray_jobs.sweeping.grid import Grid
+from ray_jobs.sweeping.intervals import interval
+from ray_jobs.sweeping.points import Arm, Point
+
+
+class Plan:
+    """The points to try, handed out one by one, and the trials that came of them."""
+
+    def __init__(self, config: RunConfig, arms: Sequence[Arm], ended: Iterable[Trial] = ()) -> None:
+        self._config = config
+        self._grids = {arm: Grid.of(config.tune, points.prior(config, arm)) for arm in arms}
+        self._begun: set[str] = set()
+        self.trials: dict[str, Trial] = {}
+        for trial in ended:
+            if trial.is_outcome:
+                self.add(trial)
+
+    @property
+    def compares(self) -> bool:
+        """Whether methods are compared in the end."""
+        return len({arm.method for arm in self._grids}) > 1
+
+    def next(self) -> Point | Literal["wait", "done"]:
+        """A point to begin; wait, where what comes next depends on trials that are under way."""
+        for point in self._open():
+            if point.name not in self._begun:
+                self._begun.add(point.name)
+                return point
+        return "wait" if self._begun - self.trials.keys() else "done"
+
+    def add(self, trial: Trial) -> None:
+        """Take in a trial that has ended, whatever came of it."""
+        self._begun.add(trial.name)
+        self.trials[trial.name] = trial
+
+    def _open(self) -> Iterable[Point]:
+        """Every point that is wanted by now and has not ended."""
+        searching = {arm: self._searching(arm) for arm in self._grids}
+        for wanted in searching.values():
+            yield from wanted
+        if self.compares:
+            for arm in self.contenders(a for a in self._grids if not self._is_under_way(a.method, searching)):
+                for point in self._compared(arm):
+                    if point.name not in self.trials:
+                        yield point
+
+    def _is_under_way(self, method: str, searching: Mapping[Arm, Sequence[Point]]) -> bool:
+        return any(wanted for arm, wanted in searching.items() if arm.method == method)
+
+    def _searching(self, arm: Arm) -> list[Point]:
+        wanted = self._grids[arm].wanted(self.losses(arm))
+        return [point for place in wanted for point in self._at(arm, place) if point.name not in self.trials]
+
+    def _at(self, arm: Arm, place: int) -> list[Point]:
+        first, rate = self._config.train.seed, self._grids[arm].rate(place)
+        return [Point(arm, rate, first + number) for number in range(self._config.tune.seeds)]
+
+    def _compared(self, arm: Arm) -> list[Point]:
+        tune, first = self._config.tune, self._config.train.seed
+        rate = self._grids[arm].rate(grid.best_place(self.losses(arm)))
+        return [Point(arm, rate, first + tune.seeds + number, compares=True) for number in range(tune.compare_seeds)]
+
+    def losses(self, arm: Arm) -> dict[int, float]:
+        """The loss at each place whose trials have all ended; infinite where one diverged, or all failed."""
+        reach = grid.HALF * (self._config.tune.points // 2 + self._config.tune.widen)
+        rates = self._grids[arm].rates
+        found = {}
+        for place in range(len(rates)) if rates else range(-reach - 1, reach + 2):
+            trials = [self.trials.get(point.name) for point in self._at(arm, place)]
+            if all(trial is not None for trial in trials):
+                known = [trial for trial in trials if trial is not None and trial.is_outcome]
+                found[place] = grid.mean([math.inf if t.loss is None else t.loss for t in known])
+        return found
+
+    def contenders(self, arms: Iterable[Arm]) -> list[Arm]:
+        """Of each method its best rank and batch size."""
+        best: dict[str, Arm] = {}
+        for arm in arms:
+            loss = min(self.losses(arm).values(), default=math.inf)
+            if math.isfinite(loss):
+                held = best.get(arm.method)
+                if held is None or loss < min(self.losses(held).values()):
+                    best[arm.method] = arm
+        return list(best.values())
+
+    def seeds_of(self, arm: Arm) -> list[Trial]:
+        """The trials by which the arm is compared with others, in the order of their seeds; those that ended well."""
+        trials = [self.trials.get(point.name) for point in self._compared(arm)]
+        return [trial for trial in trials if trial is not None and trial.status == "finished"]
+
+    def found(self, arm: Arm, memory_bytes: int | None = None) -> Tuned | None:
+        """What was found for the arm; None where no training ended well."""
+        losses = self.losses(arm)
+        best = grid.best_place(losses) if losses else 0
+        if not math.isfinite(losses.get(best, math.inf)):
+            return None
+        rates = {place: self._rate_loss(arm, place, losses[place]) for place in sorted(losses)}
+        below, above = grid.neighbours(losses, best)
+        prior = losses.get(0, math.inf) if not self._grids[arm].rates else math.inf
+        steps = [t.step_s for point in self._at(arm, best) if (t := self.trials[point.name]).step_s]
+        return Tuned(
+            method=arm.method,
+            rank=arm.rank,
+            batch_size=arm.batch_size,
+            prior=self._grids[arm].center,
+            learning_rate=rates[best].learning_rate,
+            loss=losses[best],
+            below=None if below is None else rates[below],
+            above=None if above is None else rates[above],
+            is_inside=below is not None and above is not None,
+            gain_over_prior=prior - losses[best] if math.isfinite(prior) else None,
+            rates=list(rates.values()),
+            step_s=min(steps, default=None),
+            memory_bytes=memory_bytes,
+        )
+
+    def _rate_loss(self, arm: Arm, place: int, loss: float) -> RateLoss:
+        trials = [self.trials[point.name] for point in self._at(arm, place)]
+        ends = None
+        if all(trial.record_nll for trial in trials):
+            ends = interval([trial.record_nll for trial in trials], trials[0].record_tokens)[1:]
+        return RateLoss(
+            learning_rate=self._grids[arm].rate(place),
+            loss=loss if math.isfinite(loss) else None,
+            statuses=[trial.status for trial in trials],
+            ci95=ends,
+        )

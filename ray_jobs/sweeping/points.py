@@ -1,0 +1,124 @@
+"""What is swept: arms, each a method at one rank and batch size, their points, and the config of the training there."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from components.config import config_file
+from components.config.methods import METHODS
+from components.config.schema import MethodConfig, RunConfig
+from components.config.tune import TuneConfig
+from components.shared.errors import ConfigError
+from ray_jobs.training import train_loop
+
+MEASUREMENTS = 4
+"""Of a trial at least: enough to stop it halfway, or when it diverges."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at one rank and batch size, whose rates are swept by themselves."""
+
+    method: str
+    rank: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training of an arm."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+    compares: bool = False
+    """Whether it belongs to the comparison of methods."""
+
+    @property
+    def name(self) -> str:
+        """Unique within a sweep, and what its record is called."""
+        arm = self.arm
+        return f"{arm.method}-r{arm.rank}-b{arm.batch_size}-{self.learning_rate:.3g}-s{self.seed}"
+
+
+def arms(config: RunConfig) -> Iterator[Arm]:
+    """What the config sweeps; neighbours share the format of their base, so that it is loaded as seldom as can be.
+
+    Raises:
+        ConfigError: one of them cannot be trained like this.
+    """
+    names = config.tune.methods or [config.method.name]
+    for name in sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base):
+        method = _method(config, name)
+        for rank in config.tune.space.ranks or [method.r]:
+            for batch_size in config.tune.space.batch_sizes or [config.train.batch_size]:
+                arm = Arm(name, rank, batch_size)
+                at_rate(config, arm, prior(config, arm))
+                yield arm
+
+
+def prior(config: RunConfig, arm: Arm) -> float:
+    """The rate to search around: the one in force, or for another method what that is worth relative to its own."""
+    relative = METHODS[arm.method].relative_rate / METHODS[config.method.name].relative_rate
+    return float(f"{min(config.learning_rate * (1 if arm.method == config.method.name else relative), 0.1):.3g}")
+
+
+def at_rate(config: RunConfig, arm: Arm, learning_rate: float) -> RunConfig:
+    """The config of a run that trains as the arm does, at a rate.
+
+    Raises:
+        ConfigError: that is no legal config.
+    """
+    method = _method(config, arm.method)
+    rank = {} if arm.rank == method.r else {"rank": arm.rank}
+    train = {"learning_rate": learning_rate, "batch_size": arm.batch_size}
+    return _checked(
+        config.model_copy(
+            update={
+                "method": method.model_copy(update=rank),
+                "train": config.train.model_copy(update=train),
+            }
+        ),
+        f"sweeping {arm.method}",
+    )
+
+
+def trial_config(config: RunConfig, point: Point, num_records: int) -> RunConfig:
+    """The config of the training at a point: as a run's, on one worker, which holds the base whole.
+
+    How many workers share a batch changes no step that is taken, and ZeRO-3 none either.
+    """
+    run = at_rate(config, point.arm, point.learning_rate)
+    train = run.train.model_copy(
+        update={
+            "seed": point.seed,
+            "max_steps": config.tune.max_steps or run.train.max_steps,
+            "checkpoint_every_steps": 0,
+            "zero_stage": min(run.train.zero_stage, 2),
+        }
+    )
+    per_epoch, total = math.ceil(num_records / train.batch_size), train_loop.num_steps(train, num_records)
+    often = max(train.evals_per_epoch, math.ceil(per_epoch * MEASUREMENTS / total))
+    return run.model_copy(
+        update={
+            "train": train.model_copy(update={"evals_per_epoch": often}),
+            "ray": run.ray.model_copy(update={"num_workers": 1}),
+            "tune": TuneConfig(),
+        }
+    )
+
+
+def _method(config: RunConfig, name: str) -> MethodConfig:
+    """The config's own method as it is, another one with its own rank and axes."""
+    own = config.method
+    if name == own.name:
+        return own
+    shared = {"dropout": own.dropout, "target_modules": own.target_modules, "loftq_steps": own.loftq_steps}
+    return MethodConfig.model_validate({"name": name, **shared})
+
+
+def _checked(config: RunConfig, doing: str) -> RunConfig:
+    try:
+        return config_file.loads(config_file.dumps(config))
+    except ConfigError as exc:
+        raise ConfigError(f"{doing}: {str(exc).removeprefix('config: ')}") from exc

@@ -1,0 +1,223 @@
+"""Ray Tune as a sweep uses it: who is tried next, who is stopped halfway, and what is kept of who has ended."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.config.tune import Scheduler
+from components.registry.records import Trial
+from components.shared.errors import FineloopError
+from ray_jobs.sweeping import points
+from ray_jobs.sweeping.plan import Plan
+from ray_jobs.sweeping.points import Point
+from ray_jobs.training import train_loop
+
+logger = logging.getLogger(__name__)
+
+KEEP_HALF = 2
+_ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+))$")
+
+
+class PlanSearcher(Searcher):
+    """Hands the points of a plan to Tune."""
+
+    def __init__(self, plan: Plan, as_config: Callable[[Point], dict[str, Any]]) -> None:
+        super().__init__(metric="loss", mode="min")
+        self._plan, self._as_config = plan, as_config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune would keep it, and a sweep goes on from the trials in the store."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A trial's config; None for none at present."""
+        match self._plan.next():
+            case "wait":
+                return None
+            case "done":
+                return str(Searcher.FINISHED)
+            case point:
+                return self._as_config(point)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: `Ledger` takes trials in, before Tune asks for the next."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+
+class Ledger(tune.Callback):
+    """Writes every trial that has ended to the plan and wherever `keep` puts it; `tell` hears how each one goes."""
+
+    def __init__(self, plan: Plan, keep: Callable[[Trial], None], tell: Callable[[Trial], None]) -> None:
+        self._plan, self._keep, self._tell = plan, keep, tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as of the searcher."""
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
+        """A measurement."""
+        if (record := _record(result["trial"])).status == "running":
+            self._tell(record)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """It ended by itself, or the scheduler stopped it."""
+        record = _record(trial.last_result["trial"])
+        self._add(record.model_copy(update={"status": "stopped"}) if record.status == "running" else record)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """It failed, and the sweep goes on without it."""
+        known = (trial.last_result or {}).get("trial") or trial.config["trial"]
+        self._add(
+            _record(known).model_copy(
+                update={
+                    "status": "failed",
+                    "loss": None,
+                    "why": cause(Path(trial.error_file).read_text(encoding="utf-8")),
+                }
+            )
+        )
+
+    def _add(self, record: Trial) -> None:
+        self._plan.add(record)
+        self._keep(record)
+
+
+class SchedulerPerArm(FIFOScheduler):
+    """Stops trials by comparing each with those of its own method, rank and batch size alone.
+
+    Methods learn at different paces, and what matters within one is the order of its rates. Trials by which methods are
+    compared all go on to their end.
+    """
+
+    def __init__(self, make: Callable[[], TrialScheduler]) -> None:
+        super().__init__()
+        self._make = make
+        self._schedulers: dict[str, TrialScheduler] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as of the searcher."""
+        return {}
+
+    def _of(self, trial: Any) -> TrialScheduler | None:
+        if trial.config["trial"]["compares"]:
+            return None
+        arm = trial.config["arm"]
+        if arm not in self._schedulers:
+            self._schedulers[arm] = self._make()
+        return self._schedulers[arm]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A trial is queued."""
+        if scheduler := self._of(trial):
+            scheduler.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether it goes on."""
+        scheduler = self._of(trial)
+        return scheduler.on_trial_result(tune_controller, trial, result) if scheduler else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """It has ended by itself."""
+        if scheduler := self._of(trial):
+            scheduler.on_trial_complete(tune_controller, trial, result)
+
+
+def run(
+    trainable: Any,
+    plan: Plan,
+    as_config: Callable[[Point], dict[str, Any]],
+    scheduler: TrialScheduler,
+    ledger: Ledger,
+    *,
+    storage_path: str,
+) -> None:
+    """Run the plan's trials to its end, as many at once as the cluster has room for; what one fails with is its own."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials are kept by the ledger
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=PlanSearcher(plan, as_config),
+            scheduler=scheduler,
+            num_samples=-1,  # the plan says when it is done
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(name="ray", storage_path=storage_path, callbacks=[ledger], verbose=0),
+    ).fit()
+
+
+def _name(trial: Any) -> str:
+    name: str = trial.config["trial"]["name"]
+    return name
+
+
+def scheduler(kind: Scheduler, num_steps: int) -> TrialScheduler:
+    """The config's scheduler. Its one cut is halfway: earlier a low rate has had no time to learn."""
+    halfway = max(1, num_steps // 2)
+    match kind:
+        case "none":
+            return FIFOScheduler()
+        case "asha":
+            return SchedulerPerArm(
+                lambda: AsyncHyperBandScheduler(
+                    time_attr="step",
+                    metric="loss",
+                    mode="min",
+                    grace_period=halfway,
+                    max_t=max(num_steps, halfway + 1),
+                    reduction_factor=KEEP_HALF,
+                )
+            )
+        case "median":
+            return SchedulerPerArm(
+                lambda: MedianStoppingRule(time_attr="step", metric="loss", mode="min", grace_period=halfway)
+            )
+
+
+def as_config(config: RunConfig, point: Point, num_records: int) -> dict[str, Any]:
+    """What a trial is given: its config, and its record as it stands before it has begun."""
+    whole = points.trial_config(config, point, num_records)
+    record = Trial(
+        name=point.name,
+        config_digest=whole.digest,
+        method=point.arm.method,
+        learning_rate=point.learning_rate,
+        rank=point.arm.rank,
+        batch_size=point.arm.batch_size,
+        seed=point.seed,
+        compares=point.compares,
+        status="running",
+        num_steps=train_loop.num_steps(whole.train, num_records),
+    )
+    arm = "-".join(str(each) for each in asdict(point.arm).values())
+    return {"config": config_file.dumps(whole), "arm": arm, "trial": record.model_dump(mode="json")}
+
+
+def _record(values: Mapping[str, Any]) -> Trial:
+    return Trial.model_validate_json(json.dumps(values))
+
+
+def cause(told: str) -> str:
+    """What failed, in a line, from what Ray tells of it: a traceback, or that a process is gone."""
+    _, *lines = [line for line in told.splitlines() if line.strip()] or [""]
+    errors = [found for line in lines if (found := _ERROR.match(line))]
+    if errors:
+        return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
+    return lines[0] if lines else "it said nothing"

@@ -1,0 +1,194 @@
+"""One trial in its worker: a training as a run's own, on a base that the process keeps from one trial to the next.
+
+Ray Tune calls `run_trial` in a thread of an actor that it uses again for the next trial. Between measurements Tune
+decides whether it goes on; where it does not, `ray.tune.report` ends the thread, and the training with it.
+"""
+
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.registry.records import Trial
+from components.registry.store import Store
+from components.shared.errors import ConfigError
+from ray_jobs import entry
+from ray_jobs.adapters import own_base
+from ray_jobs.base import base_model
+from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.sweeping.held_base import HeldBase
+from ray_jobs.training import zero
+from ray_jobs.training.group import Worker
+from ray_jobs.training.worker import TrainJob, fit
+
+ENDING_S = 60
+"""How long a trial that is stopped may take to let go of what it holds, before its process is given up for another."""
+
+
+class Diverged(Exception):
+    """The loss is above its start, or no number."""
+
+
+@dataclass
+class Course:
+    """How a trial goes: what its record says of it so far."""
+
+    trial: Trial
+    began: float = field(default_factory=time.monotonic)
+    ended_step: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Note an optimizer step, as the training reports it."""
+        now = time.monotonic()
+        if self.ended_step is None:
+            seconds = record["elapsed_s"]
+            self.trial = self.trial.model_copy(
+                update={"ready_s": round(now - self.began - seconds, 3), "num_steps": record["num_steps"]}
+            )
+        else:
+            self.step_seconds.append(now - self.ended_step)
+        self.ended_step = now
+        self.trial = self.trial.model_copy(update={"steps": record["step"]})
+
+    def measured(self, step: int, loss: float) -> None:
+        """Note a measurement.
+
+        Raises:
+            Diverged: the loss is no number, or above what the base's own was.
+        """
+        start = self.trial.start_loss
+        self.ended_step = time.monotonic() if self.ended_step else None  # what it took is no part of the next step
+        self.trial = self.trial.model_copy(update={"curve": [*self.trial.curve, (step, loss)], "loss": loss})
+        if not math.isfinite(loss) or (start is not None and loss > start):
+            raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, above its start of {start:.4g}")
+
+    def record(self, **changes: Any) -> Trial:
+        """The record, as of now."""
+        known = {"seconds": round(time.monotonic() - self.began, 3)}
+        if self.step_seconds:
+            known["step_s"] = round(statistics.median(self.step_seconds), 4)
+        return self.trial.model_copy(update={**known, **changes})
+
+
+def run_trial(
+    given: Mapping[str, Any], *, job: TrainJob, train_split: TokenizedSplit, validation: TokenizedSplit
+) -> None:
+    """The function of Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
+    from ray import tune
+
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
+    entry.quiet_libraries()
+    config = config_file.loads(given["config"])
+
+    def report(trial: Trial) -> None:
+        loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
+        tune.report({"loss": loss, "step": trial.steps, "trial": trial.model_dump(mode="json")})
+
+    course = Course(Trial.model_validate(given["trial"]))
+    trained = train_trial(
+        config, replace(job, config_toml=given["config"]), course, train_split, validation, _held(), report
+    )
+    report(trained)
+
+
+@functools.cache
+def _held() -> HeldBase:
+    """This process's."""
+    return HeldBase()
+
+
+def train_trial(
+    config: RunConfig,
+    job: TrainJob,
+    course: Course,
+    train_split: TokenizedSplit,
+    validation: TokenizedSplit,
+    held: HeldBase,
+    report: Callable[[Trial], None],
+) -> Trial:
+    """Train to the end, or until it diverges; `report` gets the record at each measurement but the last."""
+    worker = alone(config)
+    measure = functools.partial(
+        record_nll, split=validation, batch_size=config.train.micro_batch_size, pad=job.pad, device=worker.device
+    )
+
+    def load(*asked: Any, **how: Any) -> Any:
+        model = held.load(*asked, **how)
+        if held.start_loss is None:
+            held.start_loss = float(measure(model).sum() / validation.num_answer_tokens.sum())
+        known = {"start_loss": held.start_loss, "bases_loaded": held.num_loaded}
+        course.trial = course.trial.model_copy(update=known)
+        return model
+
+    def hear(record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            course.step(record)
+            return
+        course.measured(record["step"], record["loss"])
+        if record["step"] < course.trial.num_steps:
+            report(course.record())
+
+    store = Store.open(config.registry)
+    try:
+        adapted, _, _ = fit(config, job, worker, store, train_split, validation, report=hear, load=load)
+    except Diverged as exc:
+        return course.record(status="diverged", loss=None, why=str(exc))
+    except ConfigError as exc:
+        if "training diverged" not in str(exc):
+            raise
+        return course.record(status="diverged", loss=None, why=str(exc))
+    nll = measure(adapted)
+    return course.record(
+        status="finished",
+        loss=float(nll.sum() / validation.num_answer_tokens.sum()),
+        record_nll=[round(float(each), 5) for each in nll],
+        record_tokens=validation.num_answer_tokens.tolist(),
+    )
+
+
+def make_own_base(config_toml: str) -> None:
+    """Make the base that the method's adapters stand on, unless the store has it."""
+    config = config_file.loads(config_toml)
+    if not config.ray.use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    own_base.prepare(config, base_model.resolve(config.model), Store.open(config.registry))
+
+
+def alone(config: RunConfig) -> Worker:
+    """This process as a group of one, which a training wants to be in."""
+    use_gpu = config.ray.use_gpu
+    zero.prepare_environment(use_gpu=use_gpu)
+    if not use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("nccl" if use_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Worker(0, 1, torch.device("cuda", 0) if use_gpu else torch.device("cpu"))
+
+
+@torch.no_grad()
+def record_nll(
+    model: Any, *, split: TokenizedSplit, batch_size: int, pad: int, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """Nats of each record's answer, shape (N,)."""
+    model.eval()
+    sums = np.zeros(len(split))
+    for indices in by_length(split.lengths, batch_size):
+        batch = collate(split, indices, pad)
+        nll = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().cpu().numpy()
+        ends = np.cumsum(split.num_answer_tokens[indices])[:-1]
+        sums[indices] = [part.sum() for part in np.split(nll, ends)]
+    return sums

@@ -1,0 +1,85 @@
+"""What a sweep's losses say, in words: which rate, and whether another method is worth more than plain LoRA."""
+
+from collections.abc import Sequence
+
+from components.registry.records import MethodComparison, Trial, Tuned
+from ray_jobs.sweeping.intervals import paired_gain
+
+PLAIN = ("lora", "qlora")
+"""What is plain, in this order, and stays unless another method is clearly better."""
+
+
+def reference_of(methods: Sequence[str]) -> str:
+    """The method that the others are held against."""
+    return next((name for name in PLAIN if name in methods), methods[0])
+
+
+def compare(tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial]) -> MethodComparison | None:
+    """A method against the reference on the seeds that ended well in both; None where fewer than two did."""
+    by_seed = {trial.seed: trial for trial in theirs}
+    pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
+    if len(pairs) < 2:
+        return None
+    tokens = pairs[0][0].record_tokens
+    gain, *ends = paired_gain([a.record_nll for a, _ in pairs], [b.record_nll for _, b in pairs], tokens)
+    return MethodComparison(
+        method=tuned.method,
+        reference=plain.method,
+        gain=gain,
+        ci95=(ends[0], ends[1]),
+        seeds=len(pairs),
+        records=len(tokens),
+        time_ratio=tuned.step_s / plain.step_s if tuned.step_s and plain.step_s else None,
+        memory_ratio=tuned.memory_bytes / plain.memory_bytes if tuned.memory_bytes and plain.memory_bytes else None,
+    )
+
+
+def advised(comparisons: Sequence[MethodComparison], reference: str, margin: float) -> str:
+    """The method to take: the reference, or of those whose whole interval lies above the margin the one that gains
+    the most."""
+    clearly = [each for each in comparisons if each.ci95[0] > margin]
+    return max(clearly, key=lambda each: each.gain).method if clearly else reference
+
+
+def rate_told(tuned: Tuned) -> str:
+    """One sentence on an arm's best rate."""
+    where = "inside the grid" if tuned.is_inside else "at the end of the grid, so that a better one may lie beyond"
+    told = f"{tuned.method}: best rate {tuned.learning_rate:.3g}, validation loss {tuned.loss:.4f}, {where}"
+    if tuned.learning_rate == tuned.prior:
+        return f"{told}; it is the rate in force"
+    if tuned.gain_over_prior is None:
+        return f"{told}; {tuned.prior:.3g}, the rate in force, diverged or was not tried"
+    return f"{told}; {tuned.gain_over_prior:.4f} better than {tuned.prior:.3g}, the rate in force"
+
+
+def comparison_told(each: MethodComparison) -> str:
+    """One sentence on a method against the reference."""
+    low, high = each.ci95
+    direction = "better" if each.gain > 0 else "worse"
+    certain = "which is more than chance" if low > 0 or high < 0 else "which may be chance"
+    cost = ", ".join(
+        f"{ratio:.2f} times the {what}"
+        for ratio, what in ((each.time_ratio, "time of a step"), (each.memory_ratio, "memory"))
+        if ratio
+    )
+    return (
+        f"{each.method} is {abs(each.gain):.4f} nats per answer token {direction} than {each.reference} "
+        f"(95 % interval of the gain {low:+.4f} to {high:+.4f}, {each.seeds} seeds, {each.records} records), {certain}"
+        + (f"; it takes {cost}" if cost else "")
+    )
+
+
+def verdict(best: Tuned, comparisons: Sequence[MethodComparison], reference: str, margin: float) -> str:
+    """The whole answer."""
+    if not comparisons:
+        return f"{rate_told(best)}."
+    chosen = advised(comparisons, reference, margin)
+    others = ". ".join(comparison_told(each) for each in comparisons)
+    if chosen == reference:
+        least = f"no method's interval lies above the margin of {margin:g} (tune.margin)"
+        return f"Keep {reference}: tuned alike, {least}. {others}."
+    (gained,) = (each for each in comparisons if each.method == chosen)
+    return (
+        f"Take {chosen}: its gain over {reference} is at least {gained.ci95[0]:.4f} nats per answer token, more than "
+        f"the margin of {margin:g} (tune.margin). {others}."
+    )

@@ -1,0 +1,152 @@
+"""Which rates a sweep tries, from made-up losses, and what it says of them."""
+
+import math
+
+import pytest
+
+from components.config import config_file
+from components.registry.records import Trial
+from components.shared.errors import ConfigError
+from ray_jobs.sweeping import points, verdict
+from ray_jobs.sweeping.grid import Grid
+from ray_jobs.sweeping.plan import Plan
+
+TOKENS = [2, 3, 1, 4]
+
+
+def changed(config, *overrides):
+    return config_file.loads(config_file.dumps(config), overrides)
+
+
+def ended(point, config, loss, *, status="finished", noise=0.0):
+    """The trial of a point; each of its records has the loss, give or take the noise."""
+    finite = loss if math.isfinite(loss) else None
+    nll = [tokens * (loss + noise * sign) for tokens, sign in zip(TOKENS, (1, -1, 1, -1), strict=True)]
+    return Trial(
+        name=point.name, config_digest=points.trial_config(config, point, 160).digest, method=point.arm.method,
+        learning_rate=point.learning_rate, rank=point.arm.rank, batch_size=point.arm.batch_size, seed=point.seed,
+        compares=point.compares, status=status if finite is not None else "diverged", loss=finite, step_s=1.0,
+        record_nll=nll if finite is not None and status == "finished" else [],
+        record_tokens=TOKENS if finite is not None and status == "finished" else [],
+    )  # fmt: skip
+
+
+def swept(config, loss_of, ended_before=()):
+    """Run a plan to its end; gives it and the names of the points in the order in which they were begun."""
+    plan, begun = Plan(config, list(points.arms(config)), ended_before), []
+    while (point := plan.next()) != "done":
+        assert point != "wait"  # one at a time: there is always something to do
+        begun.append(point.name)
+        plan.add(ended(point, config, loss_of(point)))
+    return plan, begun
+
+
+def bowl(center):
+    """Losses with their least at a rate, and divergence a decade and a half above it."""
+
+    def loss_of(point):
+        decades = math.log10(point.learning_rate / center)
+        return math.inf if decades > 1.4 else 1 + decades**2
+
+    return loss_of
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ({}, [-4, -2, 0, 2, 4]),  # half decades around the prior
+        ({-4: 5, -2: 4, 0: 3}, [2, 4]),  # what is missing of them
+        ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 4}, [1, 3]),  # the peak is inside: quarter decades beside it
+        ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 1}, [6]),  # at the upper end: wider
+        ({-4: 1, -2: 2, 0: 3, 2: 4, 4: math.inf}, [-6]),  # at the lower end
+        ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 1, 6: 1, 8: 0.5}, [7]),  # no wider than the config allows
+        ({-4: 5, -2: 4, 0: 3, 1: 1, 2: 2, 3: 4, 4: 4}, []),  # refined once
+        ({place: math.inf for place in (-4, -2, 0, 2, 4)}, [-6]),  # everything diverged: lower
+    ],
+)
+def test_the_grid_widens_at_its_ends_and_narrows_at_its_peak(losses, wanted):
+    assert Grid(1e-3, widen=2).wanted(losses) == wanted
+
+
+def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(config):
+    start = changed(config, "train.learning_rate=1e-4")
+    plan, begun = swept(start, bowl(6e-3))
+    found = plan.found(*points.arms(start))
+    assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (5.62e-3, 3.16e-3, 1e-2)
+    assert found.is_inside
+    assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
+    assert len(begun) == len(set(begun)) == 9
+    assert "0.00562" in verdict.rate_told(found)
+    assert "inside the grid" in verdict.rate_told(found)
+
+
+def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(config):
+    whole, begun = swept(config, bowl(1e-2))
+    for cut in (1, 4, len(begun)):
+        before = [whole.trials[name] for name in begun[:cut]]
+        resumed, rest = swept(config, bowl(1e-2), before)
+        assert rest == begun[cut:]
+        assert resumed.found(*points.arms(config)) == whole.found(*points.arms(config))
+
+
+def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(config):
+    plan, begun = swept(config, bowl(1e-2))
+    failed = plan.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
+    resumed, rest = swept(config, bowl(1e-2), [failed])
+    assert begun[0] in rest
+    assert resumed.found(*points.arms(config)).learning_rate == 1e-2
+
+
+def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_out(config):
+    many = changed(config, "tune.seeds=2", "tune.refine=false")
+
+    def loss_of(point):
+        if point.learning_rate == 1e-2 and point.seed == 1:
+            return math.inf
+        return bowl(9e-3)(point) + (0.5 if point.seed else 0.0)
+
+    plan, begun = swept(many, loss_of)
+    found = plan.found(*points.arms(many))
+    assert len(begun) == 10
+    assert found.learning_rate == 3.16e-3
+    assert found.loss == pytest.approx(bowl(9e-3)(_at(many, 3.16e-3)) + 0.25)
+    assert next(rate for rate in found.rates if rate.learning_rate == 1e-2).statuses == ["finished", "diverged"]
+
+
+def _at(config, rate):
+    return points.Point(next(points.arms(config)), rate, 0)
+
+
+def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_not_seen(config):
+    both = changed(config, 'tune.methods=["vera", "lora"]', "tune.refine=false", "method.rank=8")
+    best = {"lora": 1e-2, "vera": 0.316}
+
+    def loss_of(point):
+        return bowl(best[point.arm.method])(point) - (0.1 if point.arm.method == "vera" else 0.0) + 0.01 * point.seed
+
+    plan, _ = swept(both, loss_of)
+    lora, vera = (next(arm for arm in points.arms(both) if arm.method == name) for name in ("lora", "vera"))
+    assert (lora.rank, vera.rank) == (8, 256)
+    tuned = {arm: plan.found(arm) for arm in (lora, vera)}
+    assert (tuned[lora].learning_rate, tuned[vera].learning_rate) == (1e-2, 0.316)
+    assert [trial.seed for trial in plan.seeds_of(vera)] == [1, 2, 3]
+    found = verdict.compare(tuned[vera], plan.seeds_of(vera), tuned[lora], plan.seeds_of(lora))
+    assert found.gain == pytest.approx(0.1)
+    assert verdict.advised([found], "lora", margin=0.05) == "vera"
+    assert verdict.advised([found], "lora", margin=0.15) == "lora"
+    assert verdict.verdict(tuned[lora], [found], "lora", 0.15).startswith("Keep lora")
+    assert verdict.verdict(tuned[vera], [found], "lora", 0.05).startswith(
+        "Take vera: its gain over lora is at least 0.1"
+    )
+
+
+def test_an_arm_that_is_no_legal_config_is_refused_by_its_method(config):
+    with pytest.raises(ConfigError, match=r"^sweeping lora: .*train\.batch_size 12 is not a multiple"):
+        list(points.arms(changed(config, "tune.space.batch_sizes=[12]")))
+
+
+def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(config):
+    run = changed(config, "train.zero_stage=3", "tune.max_steps=20", "train.evals_per_epoch=1")
+    trial = points.trial_config(run, _at(run, 3e-3), num_records=1600)
+    assert (trial.ray.num_workers, trial.train.zero_stage, trial.train.checkpoint_every_steps) == (1, 2, 0)
+    assert (trial.learning_rate, trial.train.max_steps, trial.train.evals_per_epoch) == (3e-3, 20, 20)

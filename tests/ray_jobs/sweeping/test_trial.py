@@ -1,0 +1,68 @@
+"""Trials on a base that stays in memory: each must be the training that a process of its own would do."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.config import config_file
+from components.registry.records import Trial
+from tests.models.tiny import colour_rows
+from tests.models.train_group import in_group
+
+ROWS = colour_rows(80)
+METHODS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "rslora", "dora", "vera", "loftq"))]
+METHODS += ["qlora", "qdora", "dvora"]  # between them every kind of layer that comes off again
+
+
+def trained_in_turn(configs: list[str]) -> list[dict[str, Any]]:
+    """What a worker does with one trial after the other, in its only process."""
+    from components.prepare.validate import validate
+    from components.registry import lineage
+    from ray_jobs.base import base_model, chat_format
+    from ray_jobs.base.batching import tokenize
+    from ray_jobs.sweeping.held_base import HeldBase
+    from ray_jobs.sweeping.trial import Course, train_trial
+    from ray_jobs.training.worker import TrainJob
+
+    first = config_file.loads(configs[0])
+    base = base_model.resolve(first.model)
+    chat = chat_format.load(base, first.model)
+    records = [validate(row).record for row in ROWS]
+    train_split, validation = (tokenize(part, chat, 64) for part in (records[:64], records[64:]))
+    held, found = HeldBase(), []
+    for number, toml in enumerate(configs):
+        config = config_file.loads(toml)
+        job = TrainJob(
+            toml, f"trial{number}", lineage.Dataset("d0", "s3://none", "0", 64, 16),
+            lineage.Base(first.model.base, base.identity), chat.pad,
+        )  # fmt: skip
+        trial = Trial(
+            name=str(number), config_digest="", method=config.method.name, learning_rate=config.learning_rate,
+            rank=config.method.r, batch_size=16, seed=0, status="running",
+        )  # fmt: skip
+        reports: list[Trial] = []
+        trial = train_trial(config, job, Course(trial), train_split, validation, held, reports.append)
+        found.append({**trial.model_dump(), "reports": [each.steps for each in reports]})
+    return found
+
+
+@pytest.fixture
+def toml(config, store):
+    def made(*changes: str) -> str:
+        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
+        return config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_process(method, toml, tmp_path: Path):
+    ours, other = toml(f"method.name={method}"), toml(f"method.name={method}", "train.learning_rate=3e-3")
+    (fresh,) = in_group(trained_in_turn, [ours], directory=tmp_path / "fresh", num_workers=1)[0]
+    _, again = in_group(trained_in_turn, [other, ours], directory=tmp_path / "again", num_workers=1)[0]
+    assert fresh["status"] == again["status"] == "finished"
+    np.testing.assert_array_equal(again["record_nll"], fresh["record_nll"])
+    assert again["curve"] == fresh["curve"]
+    assert (fresh["bases_loaded"], again["bases_loaded"]) == (1, 1)
