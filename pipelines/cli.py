@@ -26,6 +26,7 @@ from pipelines.commands import (
     schema,
     store,
     submit,
+    sweep,
     train,
 )
 from pipelines.commands.arguments import EXIT_CODES, Answer, tell
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
     for command in (
-        *(run, train, plan, adapters, chat, compile, schema),
+        *(run, train, sweep, plan, adapters, chat, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

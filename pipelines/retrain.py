@@ -16,6 +16,7 @@ from components.gate.component import gate
 from components.prepare.component import prepare
 from components.promote.component import hold, promote, skip
 from components.report.component import report
+from components.tune.component import tune
 
 NAME = "fineloop-retrain"
 
@@ -51,9 +52,11 @@ def _begun(data: dsl.PipelineTask) -> dict[str, Any]:
     return {name: data.outputs[name] for name in ("run_uri", "config_digest")}
 
 
-def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any) -> dsl.PipelineTask:
-    """Fine-tune a candidate and compare it; returns the evaluation."""
+def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, *, tunes: bool) -> dsl.PipelineTask:
+    """Fine-tune a candidate, at a tuned rate where the run tunes, and compare it; returns the evaluation."""
     candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
+    if tunes:
+        candidate.after(step(tune(**run, dataset_uri=dataset_uri), "Tune the learning rate"))
     version_uri = candidate.outputs["Output"]
     register(version_uri=version_uri).set_display_name("Register the version")
     return step(
@@ -62,8 +65,11 @@ def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any) 
     )
 
 
-def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
-    """The pipeline; `configure` gives each task what it needs where it will run: time, memory, retries, secrets."""
+def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> dsl.base_component.BaseComponent:
+    """The pipeline; `configure` gives each task what it needs where it will run: time, memory, retries, secrets.
+
+    `tunes` puts in the step that settles the learning rate, for configs whose `tune.when` is not never.
+    """
 
     @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
     def retrain(
@@ -118,7 +124,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             dataset_uri = data.outputs["dataset_uri"]
             # Every condition has both branches spelled out: kfp.local skips a lone If on a named output in silence.
             with dsl.If(data.outputs["has_news"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
-                evaluation = _compared_candidate(step, run, dataset_uri)
+                evaluation = _compared_candidate(step, run, dataset_uri, tunes=tunes)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
                 with dsl.If(decision.outputs["passed"] == True, name="Better: promote"):  # noqa: E712
                     # The record lies where the training may write too: what the gate wrote is known by its sha256.
@@ -131,28 +137,44 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
     return retrain
 
 
-@dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
-def train(config: dict[str, Any], run_id: str) -> None:
-    """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
-    step = _configured(lambda task: None)
-    data = step(
-        prepare(
-            config=config,
-            adapter_name="",
-            base_model="",
-            data_source="",
-            method_name="",
-            rank=0,
-            learning_rate=0.0,
-            epochs=0,
-            num_workers=0,
-            train_without_new_data=True,
-            run_id=run_id,
-            job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-        ),
-        "Prepare the data",
+def _prepared(step: AsStep, config: Any, run_id: Any) -> dsl.PipelineTask:
+    """The data, whether it is new or not."""
+    task = prepare(
+        config=config,
+        adapter_name="",
+        base_model="",
+        data_source="",
+        method_name="",
+        rank=0,
+        learning_rate=0.0,
+        epochs=0,
+        num_workers=0,
+        train_without_new_data=True,
+        run_id=run_id,
+        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )
-    _compared_candidate(step, _begun(data), data.outputs["dataset_uri"])
+    return step(task, "Prepare the data")
+
+
+def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:
+    """The pipeline of `fineloop train`."""
+
+    @dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
+    def train(config: dict[str, Any], run_id: str) -> None:
+        """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
+        step = _configured(lambda task: None)
+        data = _prepared(step, config, run_id)
+        _compared_candidate(step, _begun(data), data.outputs["dataset_uri"], tunes=tunes)
+
+    return train
+
+
+@dsl.pipeline(name="fineloop-sweep", description="Find the best learning rate; nothing is published.")
+def sweep(config: dict[str, Any], run_id: str) -> None:
+    """Prepare, and try rates and methods on the data."""
+    step = _configured(lambda task: None)
+    data = _prepared(step, config, run_id)
+    step(tune(**_begun(data), dataset_uri=data.outputs["dataset_uri"]), "Tune the learning rate")
 
 
 retrain = build()

@@ -10,7 +10,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
 from components.registry import lineage, runs
-from components.registry.records import TrainResult
+from components.registry.records import TrainResult, TunedRate
 from components.registry.store import Store
 from components.shared.protocol import say
 from ray_jobs import entry
@@ -59,6 +59,9 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         say(STEP, f"preparing {config.data.source}")
         dataset_uri = prepare(config, store).uri
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
+    if tuned := runs.find(store, run_id, TunedRate):
+        at_rate = config.train.model_copy(update={"learning_rate": tuned.learning_rate})
+        config = config.model_copy(update={"train": at_rate})
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = base_model.resolve(config.model)

@@ -2,8 +2,8 @@
 
 from components.ray_cluster.submit import submit_step
 from components.registry import runs
-from components.registry.records import TrainResult
-from components.shared.errors import JobError, ObjectMissing
+from components.registry.records import TrainResult, TunedRate
+from components.shared.errors import ConfigError, JobError, ObjectMissing
 from components.step.step import StepRun
 
 
@@ -11,9 +11,16 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
     """Train on the dataset and return the URI of the version that the job published.
 
     Raises:
+        ConfigError: the config wants its rate tuned, and no step has done that.
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.
     """
+    when = step_run.config.tune.when
+    if when != "never" and runs.find(step_run.store, step_run.run_id, TunedRate) is None:
+        raise ConfigError(
+            f"tune.when is {when}, and this pipeline was made without the step that tunes: `fineloop submit` and "
+            "`fineloop compile` make it for the config that they are given; else set tune.when=never"
+        )
     submission_id = submit_step(step_run, "finetune", "--dataset", dataset_uri)
     try:
         result = runs.read(step_run.store, step_run.run_id, TrainResult)

@@ -4,12 +4,9 @@ import argparse
 import os
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home, home_option, load_config
-
-if TYPE_CHECKING:
-    from pipelines.local.run import What
 
 
 def add(commands: Any) -> None:
@@ -38,7 +35,7 @@ def _run(options: argparse.Namespace) -> Answer:
     return run_here(options, "retrain")
 
 
-def run_here(options: argparse.Namespace, what: "What", *, address: str = "") -> Answer:
+def run_here(options: argparse.Namespace, what: Literal["retrain", "train"], *, address: str = "") -> Answer:
     """Run it on this machine to its end; a person watches on stderr."""
     from pipelines.local.outcome import summary
     from pipelines.local.run import Place, run

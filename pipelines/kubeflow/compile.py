@@ -38,14 +38,15 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
 def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
     """The retraining pipeline's YAML, the platform's part as a second document.
 
-    What of the config decides how long a step may take is compiled in. The default of the parameter `config` is
-    `default`, or the config itself. The same gives the same text. An empty image means the project's own.
+    What of the config decides how long a step may take, and whether the run tunes, is compiled in. The default of the
+    parameter `config` is `default`, or the config itself. The same gives the same text. An empty image means the
+    project's own.
     """
     from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build
 
     return _text(
-        build(for_cluster(config)),
+        build(for_cluster(config), tunes=config.tune.when != "never"),
         {"config": config_file.as_table(default or config, given_only=True)},
         {"method_name": METHOD_NAMES},
         image,

@@ -10,7 +10,7 @@ from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STAYS
 ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
-ON_RAY = frozenset({"finetune", "evaluate"})
+ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600
 GRACE_S = 900

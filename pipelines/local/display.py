@@ -11,6 +11,9 @@ from components.shared.protocol import STARTED, Line
 
 PLAIN_EVERY_S = 5.0
 """Without a terminal, such as in a CI log, progress is told this often."""
+ROW = "| "
+"""What a line begins with that is a row of a table, its cells apart by spaces: a sweep's trials."""
+WIDTHS = (8, 4, 5, 9, 4, 8, 9)
 _PROGRESS = re.compile(r"\b\d+ ?(/|of) ?\d+\b|\d%")
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -74,6 +77,9 @@ class Display:
             self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
 
     def _say(self, text: str) -> None:
+        if text.startswith(ROW):
+            self._add_row(text)
+            return
         self._note = text
         if self._live:
             self.tick()
@@ -84,6 +90,16 @@ class Display:
         if is_progress:
             self._told_at = self._clock()
         self._write(f"[{self._step}] {text}\n")
+
+    def _add_row(self, text: str) -> None:
+        """A row of a table that grows above the running step's line; its last column is free."""
+        *cells, last = text.removeprefix(ROW).split(maxsplit=len(WIDTHS))
+        row = "  ".join([*(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)), last])
+        if self._live:
+            self._rewrite(f"  {row}\n")
+            self.tick()
+        else:
+            self._write(f"[{self._step}] {row}\n")
 
     def _settle(self) -> None:
         if self._step and self._live:

@@ -5,11 +5,11 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -23,7 +23,11 @@ from pipelines.local.private import private_folder
 from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
 
-What = Literal["retrain", "train"]
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+What = Literal["retrain", "train", "sweep"]
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,30 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Outcome:
+def run(config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "") -> Outcome:
+    """Run it to the end; for the rest as `run_and_read`."""
+
+    def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> Outcome:
+        if what == "train":
+            return read_trained(config, store, run_id, ground_s=ground_s, total_s=total_s)
+        return read_outcome(store, run_id, ground_s=ground_s, total_s=total_s, report_path=folder / "report.html")
+
+    return run_and_read(config, place, read, what=what, run_id=run_id)
+
+
+def run_and_read(
+    config: RunConfig,
+    place: Place,
+    read: "Callable[[Store, str, Path, float, float], Read]",
+    *,
+    what: What,
+    run_id: str = "",
+) -> Read:
     """Run it to the end, with one line per step on the terminal and everything else in HOME/runs/<run_id>/pipeline.log.
 
-    Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
+    Then `read` is called while the store is there, with the run's id, its folder on this machine, and how many seconds
+    the servers and all of it took. Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray
+    job behind.
 
     Raises:
         UserError: an address is given where each job has a cluster of its own.
@@ -67,7 +91,7 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
-        if trains_here:
+        if trains_here and what != "sweep":
             print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
             for text in told_here(config, folder / "config.toml", place.home):
                 print(text, file=place.terminal, flush=True)
@@ -81,7 +105,7 @@ def run(config: RunConfig, place: Place, *, what: What, run_id: str = "") -> Out
             with _in_environment(environment):
                 _execute(what, run_id, config, folder, environment, place, display)
                 display.close()
-                return _read(what, config, run_id, folder, ground_s=ground_s, began=began)
+                return _read(read, config, run_id, folder, ground_s=ground_s, began=began)
     except BaseException:
         display.fail()
         raise
@@ -125,15 +149,20 @@ def _raise_failure(ended: Ended, log_path: Path) -> None:
         raise error
 
 
-def _read(what: What, config: RunConfig, run_id: str, folder: Path, *, ground_s: float, began: float) -> Outcome:
+def _read(
+    read: "Callable[[Store, str, Path, float, float], Read]",
+    config: RunConfig,
+    run_id: str,
+    folder: Path,
+    *,
+    ground_s: float,
+    began: float,
+) -> Read:
     from components.registry.store import Store
 
     store = Store.open(config.registry)
-    seconds = {"ground_s": round(ground_s, 3), "total_s": round(time.monotonic() - began, 3)}
     try:
-        if what == "train":
-            return read_trained(config, store, run_id, **seconds)
-        return read_outcome(store, run_id, **seconds, report_path=folder / "report.html")
+        return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
     except ObjectMissing as exc:
         error = FineloopError(f"run {run_id} ended early and no step said why: {exc}")
         error.add_note(f"log: {folder / 'pipeline.log'}")

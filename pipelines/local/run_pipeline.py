@@ -12,7 +12,7 @@ from types import FrameType
 def main(arguments: list[str]) -> int:
     """Run to the end. On SIGTERM every step is told to end as well, for kfp.local does not tell them."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.local.run_pipeline")
-    parser.add_argument("what", choices=("retrain", "train"))
+    parser.add_argument("what", choices=("retrain", "train", "sweep"))
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--pipeline-root", type=Path, required=True)
@@ -21,11 +21,17 @@ def main(arguments: list[str]) -> int:
 
     from kfp import local
 
-    from pipelines.retrain import retrain, train
+    from pipelines.retrain import build, build_train, sweep
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
-    pipeline = {"retrain": retrain, "train": train}[options.what]
-    pipeline(config=tomllib.loads(options.config.read_text(encoding="utf-8")), run_id=options.run_id)
+    config = tomllib.loads(options.config.read_text(encoding="utf-8"))
+    tunes = config["tune"]["when"] != "never"  # it is the resolved config, which has every key
+    pipelines = {
+        "retrain": lambda: build(tunes=tunes),
+        "train": lambda: build_train(tunes=tunes),
+        "sweep": lambda: sweep,
+    }
+    pipelines[options.what]()(config=config, run_id=options.run_id)
     return 0
 
 

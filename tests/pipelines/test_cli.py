@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     ("run",),
     ("train",),
+    ("sweep",),
     ("plan",),
     ("chat",),
     ("compile",),

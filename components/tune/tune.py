@@ -1,0 +1,75 @@
+"""The tune step: a dataset in, the learning rate to train at out. `tune.when` says whether that takes a sweep."""
+
+from components.config.schema import RunConfig
+from components.config.tune import When
+from components.ray_cluster.submit import submit_step
+from components.registry import folders, rates, runs
+from components.registry.rates import FoundRate
+from components.registry.records import SweepResult, TunedRate
+from components.shared.errors import JobError, ObjectMissing
+from components.step.step import StepRun
+
+
+def tune(step_run: StepRun, *, dataset_uri: str) -> float:
+    """Settle the run's learning rate, write where it comes from to runs/<run_id>/rate.json, and return it.
+
+    Raises:
+        FineloopError: what the sweep failed with.
+        JobError: it ended without success and without saying why, or without a result.
+    """
+    config, store, run_id = step_run.config, step_run.store, step_run.run_id
+    dataset_id = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about["dataset_id"]
+    found = rates.recall(store, config)
+    if is_due(config.tune.when, found, dataset_id):
+        found = _swept(step_run, dataset_uri) or found
+    if found is None:
+        step_run.say(f"tune.methods leaves {config.method.name} out: training at {config.learning_rate:g}")
+        rate = TunedRate(learning_rate=config.learning_rate, prior=config.learning_rate)
+    else:
+        step_run.say(f"training at {found.learning_rate:g}, which the sweep of run {found.run_id} found")
+        rate = TunedRate(learning_rate=found.learning_rate, prior=config.learning_rate, sweep_run_id=found.run_id)
+    runs.write(store, run_id, rate)
+    step_run.result.update(rate.model_dump(mode="json", exclude={"format"}))
+    return rate.learning_rate
+
+
+def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
+    """Whether a run sweeps, given what is remembered and the dataset that it trains on."""
+    match when:
+        case "never":
+            return False
+        case "always":
+            return True
+        case "no_prior_sweep":
+            return found is None
+        case "data_changed":
+            return found is None or found.dataset_id != dataset_id
+
+
+def _swept(step_run: StepRun, dataset_uri: str) -> FoundRate | None:
+    """What the sweep found for the config's own method; None where it tried others alone. It is remembered."""
+    config, store, run_id = step_run.config, step_run.store, step_run.run_id
+    submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)
+    try:
+        result = runs.read(store, run_id, SweepResult)
+    except ObjectMissing as exc:
+        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    own = _of_config(result, config)
+    if own is not None:
+        rates.remember(store, config, own)
+    return own
+
+
+def _of_config(result: SweepResult, config: RunConfig) -> FoundRate | None:
+    trained = (config.method.name, config.method.r, config.train.batch_size)
+    for tuned in result.tuned:
+        if (tuned.method, tuned.rank, tuned.batch_size) == trained:
+            return FoundRate(
+                learning_rate=tuned.learning_rate,
+                loss=tuned.loss,
+                is_inside=tuned.is_inside,
+                method=tuned.method,
+                run_id=result.run_id,
+                dataset_id=str(result.dataset["dataset_id"]),
+            )
+    return None

@@ -1,0 +1,55 @@
+"""`fineloop sweep`."""
+
+import argparse
+import sys
+from typing import Any
+
+from pipelines.commands.arguments import Answer, add_command, load_config
+from pipelines.commands.run import add_run_options
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    sweep = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        does="Find the best learning rate, and whether another method is worth more than plain LoRA.",
+        more="Every trial is a training as a run's own, judged on the records that checkpoints are chosen on. The grid "
+        "of half decades around the rate in force widens while the best rate is at its end, then narrows beside it. "
+        "With --methods each method is first tuned by itself, then all are compared at their best on further seeds. "
+        "The section tune of the config says what is tried, and when a run sweeps by itself. A sweep that was cut off "
+        "goes on under its --run-id, without the trials that have ended.",
+        example="fineloop sweep --set tune.max_steps=64 --apply\n"
+        "  fineloop sweep --methods lora,dora,rslora --set tune.max_steps=64",
+    )
+    add_run_options(sweep)
+    sweep.add_argument("--methods", default="", metavar="A,B", help="methods to compare, as tune.methods")
+    sweep.add_argument("--apply", action="store_true", help="write the best rate to the config file")
+    sweep.add_argument(
+        "--address", default="", metavar="URL", help="Jobs API of a Ray cluster, such as http://HOST:8265"
+    )
+
+
+def _sweep(options: argparse.Namespace) -> Answer:
+    from pipelines.local.run import Place
+    from pipelines.local.sweep import apply, sweep, told
+
+    if options.methods:
+        names = [name.strip() for name in options.methods.split(",")]
+        options.overrides = [*options.overrides, f"tune.methods={names}"]
+    config = load_config(options)
+    place = Place(options.home, sys.stderr, verbose=options.verbose, address=options.address)
+    result = sweep(config, place, run_id=options.run_id)
+    lines = list(told(result))
+    body = result.model_dump(mode="json")
+    if options.apply:
+        body["applied"] = apply(options.config, config, result.best)
+        lines.append(_applied_told(body["applied"], options.config))
+    return Answer(body, "\n".join(lines))
+
+
+def _applied_told(applied: dict[str, Any], path: Any) -> str:
+    if not applied:
+        return f"{path} trains at it already"
+    return f"{path} now has {', '.join(f'{key} = {value}' for key, value in applied.items())}"

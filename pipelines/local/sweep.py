@@ -1,0 +1,111 @@
+"""`fineloop sweep`: a sweep on this machine, what it found for people, and the config that it is written to."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.config import config_file
+from components.config.legality import setting
+from components.config.schema import RunConfig
+from components.registry import runs
+from components.registry.records import SweepResult, Tuned
+from components.shared.errors import ConfigError
+from pipelines.local.run import Place, run_and_read
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+BAR = 24  # characters of the longest
+
+
+def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
+    """Sweep to the end, or on from where a sweep with this id was cut off.
+
+    Raises:
+        FineloopError: as `run_and_read`.
+    """
+    sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})
+
+    def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> SweepResult:
+        result = runs.read(store, run_id, SweepResult)
+        (folder / runs.SWEEP).write_bytes(result.as_json())
+        return result
+
+    return run_and_read(sweeping, place, read, what="sweep", run_id=run_id)
+
+
+def told(result: SweepResult) -> Iterator[str]:
+    """What was found, for a person."""
+    for tuned in result.tuned:
+        yield f"{tuned.method}, rank {tuned.rank}, {tuned.batch_size} records a step"
+        yield from _rates_told(tuned)
+        yield ""
+    yield result.verdict
+
+
+def _rates_told(tuned: Tuned) -> Iterator[str]:
+    known = [rate.loss for rate in tuned.rates if rate.loss is not None]
+    least, span = min(known), (max(known) - min(known)) or 1.0
+    for rate in tuned.rates:
+        mark = "*" if rate.learning_rate == tuned.learning_rate else " "
+        if rate.loss is None:
+            yield f"  {mark} {rate.learning_rate:>8.3g}         -  {', '.join(sorted(set(rate.statuses)))}"
+            continue
+        bar = "#" * max(1, round(BAR * (rate.loss - least) / span))
+        stopped = "  stopped early" if "stopped" in rate.statuses else ""
+        yield f"  {mark} {rate.learning_rate:>8.3g}  {rate.loss:8.4f}  {bar}{stopped}"
+
+
+def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
+    """The keys that make a config train as the best of a sweep did, where it does not already."""
+    found: dict[str, str | int | float] = {}
+    if best.method != config.method.name:
+        found["method.name"] = best.method
+    if best.rank != config.method.model_copy(update={"name": best.method}).r:
+        found["method.rank"] = best.rank
+    if best.batch_size != config.train.batch_size:
+        found["train.batch_size"] = best.batch_size
+    if best.learning_rate != config.train.learning_rate:
+        found["train.learning_rate"] = best.learning_rate
+    return found
+
+
+def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
+    """Write what the sweep found into a config file, of which all else stays as it is; gives the keys that changed.
+
+    Raises:
+        ConfigError: the file would be none that can be read.
+    """
+    found = changes(config, best)
+    text = path.read_text(encoding="utf-8")
+    for key, value in found.items():
+        text = with_key(text, key, value)
+    try:
+        written = config_file.loads(text, origin=str(path))
+    except ConfigError as exc:
+        raise ConfigError(f"--apply would spoil {path}, which is left as it is; set {_settings(found)}: {exc}") from exc
+    if written.learning_rate != best.learning_rate:
+        raise ConfigError(f"--apply does not find its way in {path}, which is left as it is: set {_settings(found)}")
+    path.write_text(text, encoding="utf-8")
+    return found
+
+
+def with_key(text: str, key: str, value: str | int | float) -> str:
+    """TOML text with one key of a section set: in its own line where it has one, else as the section's first."""
+    section, _, name = key.partition(".")
+    line = f"{name} = " + (f'"{value}"' if isinstance(value, str) else f"{value:g}")
+    head = re.search(rf"^\[{re.escape(section)}\][ \t]*(#.*)?$", text, flags=re.MULTILINE)
+    if head is None:
+        return f"{text.rstrip()}\n\n[{section}]\n{line}\n"
+    following = re.compile(r"^\[", flags=re.MULTILINE).search(text, head.end())
+    end = following.start() if following else len(text)
+    body = text[head.end() : end]
+    held, count = re.subn(
+        rf"^{name}[ \t]*=[^#\n]*?([ \t]*#.*)?$", lambda found: line + (found[1] or ""), body, flags=re.MULTILINE
+    )
+    return text[: head.end()] + (held if count else f"\n{line}{body}") + text[end:]
+
+
+def _settings(found: dict[str, str | int | float]) -> str:
+    return " ".join(setting(key, value) for key, value in found.items())

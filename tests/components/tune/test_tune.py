@@ -1,0 +1,99 @@
+"""When a run sweeps, and at what rate it then trains."""
+
+import pytest
+
+from components.config import config_file
+from components.registry import folders, rates, runs
+from components.registry.rates import FoundRate
+from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
+from components.step.step import StepRun
+from components.tune import tune as step_file
+from components.tune.tune import is_due, tune
+
+CONFIG = """
+[adapter]
+name = "colours"
+[model]
+base = "org/base"
+[data]
+source = "s3://data/colours/"
+[train]
+learning_rate = 1e-3
+"""
+FOUND = FoundRate(learning_rate=3e-3, loss=1.0, is_inside=True, method="qlora", run_id="before", dataset_id="d1")
+
+
+def config(*overrides):
+    return config_file.loads(CONFIG, overrides)
+
+
+@pytest.mark.parametrize(
+    ("when", "found", "dataset_id", "due"),
+    [
+        ("never", None, "d1", False),
+        ("always", FOUND, "d1", True),
+        ("no_prior_sweep", None, "d1", True),
+        ("no_prior_sweep", FOUND, "d2", False),
+        ("data_changed", None, "d1", True),
+        ("data_changed", FOUND, "d1", False),
+        ("data_changed", FOUND, "d2", True),
+    ],
+)
+def test_a_sweep_is_due_when_the_config_says_so(when, found, dataset_id, due):
+    assert is_due(when, found, dataset_id) is due
+
+
+def test_a_rate_is_remembered_for_the_recipe_and_the_data_source_and_for_no_other(store):
+    rates.remember(store, config(), FOUND)
+    assert rates.recall(store, config()) == FOUND
+    # The rate itself, the night's number of records and the gate change nothing that it depends on.
+    same = ("train.learning_rate=1e-4", "data.max_records=100", "gate.better_than_base_by=0.1", "tune.when=always")
+    assert rates.recall(store, config(*same)) == FOUND
+    for other in (
+        *("adapter.name=shapes", "model.base=org/other", "data.source=s3://data/shapes/", "method.name=lora"),
+        *("method.rank=8", "train.batch_size=32", "method.target_modules=['q_proj']"),
+    ):
+        assert rates.recall(store, config(other)) is None, other
+
+
+@pytest.fixture
+def swept(store, monkeypatch):
+    """Run the step; the sweep is a stand-in that finds 3e-3 and counts how often it ran."""
+    ran = []
+
+    def submit(step_run, task, *arguments):
+        ran.append((task, *arguments))
+        best = Tuned(
+            method="qlora", rank=16, batch_size=16, prior=1e-3, learning_rate=3e-3, loss=1.0, is_inside=True,
+            rates=[RateLoss(learning_rate=3e-3, loss=1.0, statuses=["finished"])],
+        )  # fmt: skip
+        result = SweepResult(
+            run_id=step_run.run_id, adapter="colours", base={}, dataset={"dataset_id": "d1"}, config_sha256="",
+            environment={}, records=1, start_loss=2.0, best=best, tuned=[best], verdict="", advised_method="qlora",
+            trials=[],
+        )  # fmt: skip
+        runs.write(store, step_run.run_id, result)
+        return "job"
+
+    monkeypatch.setattr(step_file, "submit_step", submit)
+    folders.publish(store, "datasets/d1", {"x": b"x"}, about={"dataset_id": "d1"})
+
+    def step(run_id, *overrides):
+        step_run = StepRun("tune", run_id, config(*overrides), store)
+        return tune(step_run, dataset_uri=store.uri("datasets/d1")), runs.read(store, run_id, TunedRate)
+
+    step.ran = ran
+    return step
+
+
+def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
+    for run_id in ("first", "second"):
+        rate, written = swept(run_id, "tune.when=no_prior_sweep")
+        assert (rate, written.learning_rate, written.prior, written.sweep_run_id) == (3e-3, 3e-3, 1e-3, "first")
+    assert len(swept.ran) == 1
+    assert swept.ran[0][0] == "sweep"
+
+
+def test_a_sweep_of_other_methods_alone_leaves_the_rate_of_the_config(swept):
+    rate, written = swept("first", "tune.when=always", "tune.methods=['lora', 'dora']", "method.name=lora")
+    assert (rate, written.sweep_run_id) == (1e-3, None)
