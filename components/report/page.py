@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from components.report import comparison, sections
+from components.report import comparison, rates, sections
 from components.report.curve import loss_curve
 from components.report.headline import headline
 from components.report.numbers import count, moment
@@ -41,6 +42,7 @@ def build_report(run: RunFiles) -> str:
         samples=shown,
         right_counts=sections.right_counts(shown),
         curve=loss_curve(run.metrics),
+        rates=Markup(rates.picture(run.sweep)) if run.sweep else None,
         data=sections.data_profile(run),
         steps=sections.step_times(run),
         total_time=duration(sum(step.seconds for step in run.steps)),

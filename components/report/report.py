@@ -9,7 +9,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation
+from components.registry.records import Decision, Evaluation, SweepResult, TunedRate
 from components.registry.versions import LINEAGE
 from components.report.page import build_report
 from components.report.run_files import RunFiles
@@ -46,6 +46,8 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
         evaluation=runs.find(store, run_id, Evaluation),
         decision=runs.find(store, run_id, Decision),
+        sweep=runs.find(store, run_id, SweepResult),
+        rate=runs.find(store, run_id, TunedRate),
         steps=runs.steps(store, run_id),
     )
     dataset_id = run.dataset_id

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord
+from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord, SweepResult, TunedRate
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class RunFiles:
     """Records of metrics.jsonl."""
     evaluation: Evaluation | None = None
     decision: Decision | None = None
+    sweep: SweepResult | None = None
+    """Of this run; None where its rate was not swept for, or by an earlier run."""
+    rate: TunedRate | None = None
     steps: Sequence[StepRecord] = ()
     """In any order."""
     profile: Mapping[str, Any] | None = None

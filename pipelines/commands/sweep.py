@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 def _sweep(options: argparse.Namespace) -> Answer:
     from pipelines.local.run import Place
-    from pipelines.local.sweep import apply, sweep, told
+    from pipelines.local.sweep import apply, picture_path, sweep, told
 
     if options.methods:
         names = [name.strip() for name in options.methods.split(",")]
@@ -41,8 +41,9 @@ def _sweep(options: argparse.Namespace) -> Answer:
     config = load_config(options)
     place = Place(options.home, sys.stderr, verbose=options.verbose, address=options.address)
     result = sweep(config, place, run_id=options.run_id)
-    lines = list(told(result))
-    body = result.model_dump(mode="json")
+    picture = str(picture_path(place, result.run_id))
+    lines = [*told(result), "", f"picture: {picture}"]
+    body = {**result.model_dump(mode="json"), "picture": picture}
     if options.apply:
         body["applied"] = apply(options.config, config, result.best)
         lines.append(_applied_told(body["applied"], options.config))

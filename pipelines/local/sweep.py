@@ -10,6 +10,7 @@ from components.config.legality import setting
 from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.records import SweepResult, Tuned
+from components.report.rates import picture
 from components.shared.errors import ConfigError
 from pipelines.local.run import Place, run_and_read
 
@@ -30,9 +31,15 @@ def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
     def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> SweepResult:
         result = runs.read(store, run_id, SweepResult)
         (folder / runs.SWEEP).write_bytes(result.as_json())
+        picture_path(place, run_id).write_text(picture(result), encoding="utf-8")
         return result
 
     return run_and_read(sweeping, place, read, what="sweep", run_id=run_id)
+
+
+def picture_path(place: Place, run_id: str) -> Path:
+    """Where the picture of a sweep lies on this machine."""
+    return place.home.absolute() / "runs" / run_id / "sweep.svg"
 
 
 def told(result: SweepResult) -> Iterator[str]:
