@@ -3,9 +3,11 @@
 import pytest
 
 from components.config import config_file
+from components.finetune.finetune import finetune
 from components.registry import folders, rates, runs
 from components.registry.rates import FoundRate
 from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
+from components.shared.errors import ConfigError
 from components.step.step import StepRun
 from components.tune import tune as step_file
 from components.tune.tune import is_due, tune
@@ -97,3 +99,11 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
 def test_a_sweep_of_other_methods_alone_leaves_the_rate_of_the_config(swept):
     rate, written = swept("first", "tune.when=always", "tune.methods=['lora', 'dora']", "method.name=lora")
     assert (rate, written.sweep_run_id) == (1e-3, None)
+
+
+def test_a_pipeline_without_the_step_does_not_train_at_an_untuned_rate_in_silence(store):
+    step_run = StepRun("finetune", "first", config("tune.when=always"), store)
+    with pytest.raises(
+        ConfigError, match=r"tune\.when is always, and this pipeline was made without the step that tunes"
+    ):
+        finetune(step_run, dataset_uri=store.uri("datasets/d1"))

@@ -311,3 +311,13 @@ def test_a_file_that_cannot_be_written_is_a_users_mistake(
 ) -> None:
     with pytest.raises(UserError, match="--output"):
         write_pipeline(tmp_path / "none" / "p.yaml", make_config())
+
+
+def test_a_run_that_tunes_has_that_step_before_its_training_and_another_has_none(spec: dict[str, Any]) -> None:
+    tuning = config_file.load(DEFAULT_CONFIG, ["tune.when=no_prior_sweep"])
+    documents = list(yaml.safe_load_all(compile_pipeline(tuning)))
+    assert executors(documents[0]).keys() == STEPS | {"tune"}
+    assert "tune" in tasks(documents[0])["finetune"]["dependentTasks"]
+    given = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-tune"]
+    assert given["podMetadata"]["annotations"]  # as every step that waits for a Ray job, its pod stays
+    assert "tune" not in tasks(spec)
