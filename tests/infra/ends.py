@@ -34,6 +34,8 @@ RAY_PODS = {"head", "worker", "experiments"}
 JOBS_API = RAY_PODS | {"step", "submitter", "operator"}
 OUTSIDE = {
     "metadata server": address("metadata server", "169.254.169.254"),
+    # docs.aws.amazon.com/eks/latest/userguide/pod-id-agent-setup.html
+    "pod identity agent": address("pod identity agent", "169.254.170.23"),
     "internet": address("internet", "52.216.8.21"),
     "Kubernetes API": address("Kubernetes API", "10.96.0.1"),
     "private network": address("private network", "192.168.7.7"),
@@ -61,6 +63,8 @@ TO_PODS = [
 TO_OUTSIDE = [
     ("metadata server", 80, set()),
     ("metadata server", 443, set()),
+    ("pod identity agent", 80, RAY_PODS | {"step"}),
+    ("pod identity agent", 443, set()),
     ("internet", 443, RAY_PODS | {"step", "reap", "kubeflow"}),
     ("internet", 22, set()),
     ("Kubernetes API", 443, {"experiments", "step", "reap", "kubeflow"}),
