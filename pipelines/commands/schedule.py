@@ -125,7 +125,8 @@ def _update(options: argparse.Namespace) -> Answer:
     resolved = parameters.resolve(built.spec, config, options.parameters, kept=old.parameters)
     check_reach(config, resolved)
     new = schedule.update(old, built, timing, parameters=resolved, service_account=options.service_account)
-    return _shown(new, going_on=old.live_runs())
+    beside = "" if timing.max_concurrency > 1 else ", and the next time does not wait for its end"
+    return _shown(new, going_on=old.live_runs(), beside=beside)
 
 
 def _list(options: argparse.Namespace) -> Answer:
@@ -205,7 +206,7 @@ def _moment(text: str) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-def _shown(schedule: "Schedule", going_on: Sequence[str] = ()) -> Answer:
+def _shown(schedule: "Schedule", going_on: Sequence[str] = (), *, beside: str = "") -> Answer:
     body = schedule.as_json()
     at_once = body["max_concurrency"]
     times = _short(body["next"]) or ("none" if body["enabled"] else "none while it is paused")
@@ -220,11 +221,11 @@ def _shown(schedule: "Schedule", going_on: Sequence[str] = ()) -> Answer:
         ("config", f"sha256 {body['config_digest']}" if body["config_digest"] else "-"),
         ("url", schedule.url),
     ]
-    return Answer({**body, "live_runs": list(going_on)}, "\n".join([table(rows), *_going_on(going_on)]))
+    return Answer({**body, "live_runs": list(going_on)}, "\n".join([table(rows), *_going_on(going_on, beside)]))
 
 
-def _going_on(run_ids: Sequence[str]) -> list[str]:
-    return [f"run {run_id} goes on; to stop it: fineloop runs stop {run_id}" for run_id in run_ids]
+def _going_on(run_ids: Sequence[str], beside: str = "") -> list[str]:
+    return [f"run {run_id} goes on{beside}; to stop it: fineloop runs stop {run_id}" for run_id in run_ids]
 
 
 def _short(stamps: Sequence[str]) -> str:
