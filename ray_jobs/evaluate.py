@@ -21,7 +21,7 @@ from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, Measured, Role
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
-from components.shared.errors import FineloopError, JobError
+from components.shared.errors import FineloopError, JobError, ObjectMissing
 from components.shared.metrics import METRICS
 from components.shared.protocol import say
 from ray_jobs import entry
@@ -32,6 +32,9 @@ from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, m
 from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
 
 logger = logging.getLogger(__name__)
+
+SAMPLED = 16
+"""Records of a test set by which it is known again."""
 
 
 def main() -> None:
@@ -94,6 +97,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
             "held_out": len(held_out),
+            "test_set": sample_of(kept),
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": dtype,
@@ -110,6 +114,11 @@ def held_out_for_the_gate(store: Store, dataset_uri: str, config: RunConfig) -> 
     """Held-out records of the dataset that no training has looked at, in the order of their key's hash."""
     records = load_split(store, dataset_uri, "eval")
     return validation_and_test(records, validation_share=config.data.validation_share)[1]
+
+
+def sample_of(records: Sequence[Record]) -> tuple[str, ...]:
+    """The smallest of short hashes of the records' ids: a refresh changes few of them."""
+    return tuple(sorted(hashlib.sha256(record.id.encode()).hexdigest()[:12] for record in records)[:SAMPLED])
 
 
 def _names(contenders: Sequence[Contender]) -> str:
@@ -230,8 +239,10 @@ def compared(
         run_id=run_id,
         records=len(records),
         models={
-            role: Measured(version=versions[role], metrics=metrics(scores[role], tokens)) if role in scores else None
-            for role in ROLES
+            **dict.fromkeys(ROLES),
+            **{
+                role: Measured(version=versions[role], metrics=metrics(found, tokens)) for role, found in scores.items()
+            },
         },
         paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric)
@@ -257,16 +268,27 @@ def compared(
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Contender]:
-    """Base, champion where there is one, candidate. A champion stands on the base and the method of its own run."""
+    """Base, champion and anchor where there are any, candidate; each on the base and the method of its own run."""
     name = config.adapter.name
     identity = recorded.read(config, store, candidate).base_identity
     result = [Contender("base", config, None, identity)]
     pointer = read_alias(store, name, config.adapter.alias)
     if pointer is not None:
-        champion = resolve(store, f"{name}@{pointer.version}")
-        theirs = recorded.read(config, store, champion)
-        result.append(Contender("champion", theirs.config, champion, theirs.base_identity))
+        result.append(_measured_before("champion", config, store, pointer.version))
+        # A person who moved the alias meant what they moved it to: only a run's promotion names another anchor.
+        anchor = pointer.event.get("evidence", {}).get("anchor")
+        if anchor and anchor not in (pointer.version, candidate.version):
+            try:
+                result.append(_measured_before("anchor", config, store, anchor))
+            except ObjectMissing:
+                say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     return [*result, Contender("candidate", config, candidate, identity)]
+
+
+def _measured_before(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
+    found = resolve(store, f"{config.adapter.name}@{version}")
+    theirs = recorded.read(config, store, found)
+    return Contender(role, theirs.config, found, theirs.base_identity)
 
 
 def _write_records(

@@ -256,6 +256,10 @@ class GateConfig(Section):
     """The candidate must be better than the base by at least this much, in the metric's own unit."""
     worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
     """The candidate may be worse than the champion by at most this much."""
+    worse_than_best_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
+    """In total, the candidate may be worse than the best version so far by at most this much, so that small steps down
+    do not add up. Each further decision on one test set has to be surer of it. Absent means 2.5 times
+    worse_than_champion_by."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
@@ -265,6 +269,11 @@ class GateConfig(Section):
     limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
     """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
     own prompt than from another record's; near zero means that the answers do not depend on the prompts."""
+
+    @property
+    def total_budget(self) -> float:
+        """`worse_than_best_by` in force."""
+        return 2.5 * self.worse_than_champion_by if self.worse_than_best_by is None else self.worse_than_best_by
 
 
 PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]

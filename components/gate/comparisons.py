@@ -84,6 +84,22 @@ def not_worse_than_champion(policy: GateConfig, champion: Measured | None, compa
     return _not_worse(compared, tolerance, **words, line_words=f", not to fall behind {compared.called}")
 
 
+def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str, look: int) -> RuleResult:
+    """The candidate is sure to be worse than the best version so far by no more than the total budget."""
+    found = _not_worse(
+        compared,
+        policy.total_budget,
+        name="not_worse_than_best",
+        field="gate.worse_than_best_by",
+        title=f"{compared.metric.title} not worse than the best version's",
+        line_words=", not to fall behind the best so far",
+    )
+    times = "the first decision" if look == 1 else f"decision {look}"
+    return found.model_copy(
+        update={"text": f"{found.text} The best version so far is {version}; this is {times} on this test set."}
+    )
+
+
 def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
     """The candidate does not fall behind the champion on a metric that does not decide by itself."""
     metric, called = compared.metric, compared.called

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.gate import evidence
+from components.gate import evidence, past
 from components.gate.policy import decide
 from components.registry import runs
 from components.registry.event_log import append_event, events
@@ -34,7 +34,9 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     if evaluation.run_id != run_id:
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
-    decided = decide(evaluation, evidence.read(store, evaluation), config.gate, config.adapter)
+    adapter = config.adapter
+    look = past.looks(events(store, adapter.name), adapter.alias, evaluation.test_set, run_id=run_id)
+    decided = decide(evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look)
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
     decision = decided.model_copy(update={"version_uri": uri})
@@ -50,7 +52,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 def _record_refusal(store: "Store", decision: Decision) -> None:
     about = {"version", "champion", "alias", "run_id"}
-    body = decision.model_dump(mode="json", include={*about, "verdict", "reasons", "rules"})
+    body = decision.model_dump(mode="json", include={*about, "verdict", "test_set", "reasons", "rules"})
     # Known by what it is about: a step that is repeated after an upgrade may word its reasons in another way.
     for event in events(store, decision.adapter):
         if event.kind == "refused" and all(event.body.get(key) == body[key] for key in about):

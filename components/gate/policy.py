@@ -12,14 +12,17 @@ from components.config.schema import AdapterConfig, GateConfig, Limit
 from components.gate import comparisons
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
+from components.gate.past import confidence_at
 from components.registry.records import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
 from components.registry.store import decode_json, encode_json
 from components.shared.errors import DataError
 from components.shared.metrics import METRICS, Metric
 
 
-def decide(evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapter: AdapterConfig) -> Decision:
-    """Apply every rule of the policy to an evaluation.
+def decide(
+    evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapter: AdapterConfig, *, look: int = 1
+) -> Decision:
+    """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -31,9 +34,9 @@ def decide(evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapt
             f"the evaluation of run {evaluation.run_id} names no candidate version: publish it, then evaluate it"
         )
 
-    def against(role: Role, metric: str) -> Compared:
-        called = "the base model" if role == "base" else adapter.alias
-        return Compared(evaluation, evidence, METRICS[metric], role, called, policy.confidence)
+    def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
+        called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
+        return Compared(evaluation, evidence, METRICS[metric], role, called, confidence)
 
     rules: list[RuleResult] = []
     if champion is not None and champion.version is not None:
@@ -41,6 +44,12 @@ def decide(evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapt
     rules.extend(_too_few_records(evidence, policy.min_records))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(comparisons.not_worse_than_champion(policy, champion, against("champion", policy.metric)))
+    best_role: Role = "champion" if evaluation.model("anchor") is None else "anchor"
+    best = evaluation.model(best_role)
+    # Of the champion itself, this asks nothing that a broken rule about it has not said.
+    if best is not None and best.version is not None and (best_role == "anchor" or rules[-1].passed):
+        compared = against(best_role, policy.metric, confidence_at(look, policy.confidence))
+        rules.append(comparisons.not_worse_than_best(policy, compared, version=best.version, look=look))
     if champion is not None:
         rules.extend(
             comparisons.guarded(guard, index, against("champion", guard.metric))
@@ -62,6 +71,9 @@ def decide(evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapt
         rules=tuple(rules),
         version=candidate.version,
         champion=champion.version if champion is not None else None,
+        anchor=_anchor(rules, candidate.version, best),
+        look=look,
+        test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
     )
     return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, decision)})
@@ -76,6 +88,12 @@ def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResul
     return ("cannot tell", undecided) if undecided else ("promote", rules)
 
 
+def _anchor(rules: Sequence[RuleResult], candidate: str, best: Measured | None) -> str | None:
+    """The best version once the candidate is promoted: itself only where that is sure to be better."""
+    gained = next((rule.lower for rule in rules if rule.name == "not_worse_than_best"), None)
+    return candidate if best is None or (gained is not None and gained > 0) else best.version
+
+
 def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
     """Of what was asked, of what it was asked about, and of what came out; of no words, which a release may change."""
     basis = {
@@ -83,6 +101,7 @@ def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
         "policy": decision.policy,
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
+        "look": decision.look,
         "base": evaluation.base,
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
         "rules": [[rule.name, rule.field, rule.passed, rule.undecided] for rule in decision.rules],

@@ -45,7 +45,12 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             run_id,
             "fineloop pipeline",
             "; ".join(decision.reasons),
-            {"decision": _decision_uri(step_run), "sha256": decision_sha256},
+            {
+                "decision": _decision_uri(step_run),
+                "sha256": decision_sha256,
+                "anchor": decision.anchor,
+                "test_set": list(decision.test_set),
+            },
         ),
     )
     step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved

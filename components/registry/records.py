@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from components.registry.store import decode_json, encode_json
 from components.shared.errors import IntegrityError
 
-Role = Literal["base", "champion", "candidate"]
+Role = Literal["base", "champion", "candidate", "anchor"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
+"""The models of every comparison. The anchor, the best version so far, is measured where the champion is another."""
 Outcome = Literal["promote", "hold", "skipped"]
 Verdict = Literal["promote", "hold", "cannot tell"]
 Status = Literal["succeeded", "failed"]
@@ -137,6 +138,8 @@ class Evaluation(Record):
     records: int
     held_out: int | None = None
     """How many records the dataset holds out to decide on; `records` of them were used."""
+    test_set: tuple[str, ...] = ()
+    """Short hashes of some of the records, by which a test set is known again after a refresh."""
     records_sha256: str = ""
     """Of evaluation_records.parquet, which says record by record what this one says in sum."""
     base: dict[str, Any] = {}
@@ -219,6 +222,12 @@ class Decision(Record):
     version_uri: str | None = None
     champion: str | None = None
     """Who held the alias when the candidate was compared."""
+    anchor: str | None = None
+    """The best version so far, once this decision is carried out; later candidates are held to it too."""
+    look: int | None = None
+    """How often the alias was decided on by this test set, this time included."""
+    test_set: tuple[str, ...] = ()
+    """As the evaluation has it."""
     policy: dict[str, Any] = {}
     """The config's section `gate`."""
     basis_sha256: str = ""

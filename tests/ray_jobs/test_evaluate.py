@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.aliases import promote
+from components.registry.aliases import Cause, promote, rollback
 from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
@@ -297,6 +297,26 @@ def test_the_comparison_holds_what_gate_and_report_read(summary):
             record.answer,
         )
     assert found.generation == {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy"}
+
+
+def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_than_the_champion(config, store, tmp_path):
+    best, champion, new = (published(config, store, tmp_path, seed=seed) for seed in (3, 2, 1))
+    name = config.adapter.name
+    promote(store, name, best.version)
+    promote(store, name, champion.version, cause=Cause("run", evidence={"anchor": best.version}))
+    contenders = _contenders(config, store, new)
+    assert [(each.role, each.version and each.version.version) for each in contenders] == [
+        ("base", None),
+        ("champion", champion.version),
+        ("anchor", best.version),
+        ("candidate", new.version),
+    ]
+    found = measure_shard(contenders, RECORDS, shard_index=0)
+    evaluation = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
+    assert evaluation.model("anchor").version == best.version
+    assert evaluation.metric("anchor", "loss") != evaluation.metric("champion", "loss")
+    rollback(store, name)  # a person's move begins anew
+    assert [each.role for each in _contenders(config, store, new)] == ["base", "champion", "candidate"]
 
 
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):

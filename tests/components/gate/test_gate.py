@@ -6,7 +6,7 @@ import pytest
 
 from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
-from components.registry import aliases, event_log
+from components.registry import event_log
 from components.registry.records import Evaluation, RuleResult
 from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
@@ -44,10 +44,10 @@ def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
     }
 
 
-def put(store: Store, found: dict[str, Any], key: str = f"runs/{RUN}/evaluation.json") -> None:
-    store.put_json(key, found)
+def put(store: Store, found: dict[str, Any], key: str = "", run_id: str = RUN) -> None:
+    store.put_json(key or f"runs/{run_id}/evaluation.json", found)
     records = as_parquet(evidence(Evaluation.model_validate_json(json.dumps(found))))
-    store.put(f"runs/{RUN}/evaluation_records.parquet", records)
+    store.put(f"runs/{run_id}/evaluation_records.parquet", records)
 
 
 def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
@@ -60,6 +60,9 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "decision": "promote",
         "verdict": "promote",
         "basis_sha256": decision.basis_sha256,
+        "anchor": "v2",
+        "look": 1,
+        "test_set": [],
         "reasons": list(decision.reasons),
         "rules": written["rules"],
         "adapter": "icd10",
@@ -91,7 +94,7 @@ def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> N
 def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another_is(store: Store) -> None:
     put(store, evaluation(1.5))
     worded = {"version": "v2", "champion": "v1", "alias": "production", "run_id": RUN, "reasons": ["too bad"]}
-    aliases.append_event(store, "icd10", "refused", worded)
+    event_log.append_event(store, "icd10", "refused", worded)
     run_gate(config(), store, RUN)
     assert [event.body for event in event_log.events(store, "icd10")] == [worded]
     compared_anew = evaluation(1.5)
@@ -146,6 +149,21 @@ def test_a_candidate_that_was_not_published_is_refused(store: Store) -> None:
     put(store, unnamed)
     with pytest.raises(DataError, match="no candidate version"):
         run_gate(config(), store, RUN)
+
+
+def test_every_run_that_was_decided_by_a_test_set_is_a_look_at_it_however_it_ended(store: Store) -> None:
+    def look(run_id: str, *sample: str) -> int | None:
+        put(store, evaluation(1.5, run_id=run_id, test_set=sample), run_id=run_id)
+        return run_gate(config(), store, run_id).look
+
+    evidence = {"test_set": ["a", "b", "c", "d"]}
+    moved = {"alias": "production", "from": None, "to": "v1", "run_id": "run-0", "evidence": evidence}
+    event_log.append_event(store, "icd10", "promoted", moved)
+    assert look("run-1", "a", "b", "c", "x") == 2
+    assert look("run-1", "a", "b", "c", "x") == 2  # the step again
+    assert look("run-2", "a", "b", "c", "d") == 3
+    assert look("run-3", "d", "y", "z", "q") == 1  # another test set
+    assert look("run-4") == 1
 
 
 def test_records_that_the_evaluation_was_not_made_of_are_refused(store: Store) -> None:

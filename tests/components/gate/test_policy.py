@@ -9,6 +9,7 @@ import pytest
 from components.config.schema import AdapterConfig, GateConfig, Guard, Limit
 from components.gate import policy as policy_of_the_gate
 from components.gate.evidence import Evidence
+from components.gate.past import confidence_at
 from components.registry.records import Decision, Evaluation, Measured, RuleResult
 from components.shared.errors import DataError
 from tests.components.gate.evidenced import evidence
@@ -313,6 +314,44 @@ def test_a_guard_with_a_margin_asks_for_a_bound(margin: float, verdict: str) -> 
     assert decide(measured, policy, records).verdict == verdict
 
 
+def test_the_candidate_is_held_to_the_best_version_so_far_and_not_to_its_champion_alone() -> None:
+    models = {"base": model(loss=9.0), "champion": model("v4", loss=1.04), "anchor": model("v1", loss=1.0)}
+
+    def decided(loss: float) -> Decision:
+        measured = Evaluation(run_id="r", records=300, models={**models, "candidate": model("v5", loss=loss)})
+        return decide(measured, GateConfig())
+
+    assert decided(1.05).verdict == "promote"
+    fallen = decided(1.055)
+    assert fallen.verdict == "hold"
+    assert "worse than the best version's 1.000 by 0.055; it may be worse by at most 0.05" in fallen.reasons[0]
+    assert "The best version so far is v1" in fallen.reasons[0]
+    assert (decided(1.03).anchor, decided(0.99).anchor) == ("v1", "v5")
+
+
+def test_a_version_is_the_best_only_where_that_is_sure() -> None:
+    measured = evaluation(model("v2", loss=0.99), model(loss=9.0), model("v1"))
+    sure, unsure = (spread(measured, candidate_nll=around(0.99, error * math.sqrt(300))) for error in (0.003, 0.009))
+    decisions = [decide(measured, GateConfig(), records) for records in (sure, unsure)]
+    assert [(each.verdict, each.anchor) for each in decisions] == [("promote", "v2"), ("promote", "v1")]
+    assert decide(evaluation(model("v2"), model(loss=9.0)), GateConfig()).anchor == "v2"
+
+
+def test_each_further_look_at_a_test_set_has_to_be_surer() -> None:
+    spent = [1 - confidence_at(look, 0.95) for look in range(1, 1001)]
+    assert spent[:3] == pytest.approx([0.05 / 2, 0.05 / 6, 0.05 / 12])
+    assert sum(spent) == pytest.approx(0.05, rel=2e-3)
+    assert sum(spent) < 0.05
+    measured = evaluation(model("v2"), model(loss=9.0), model("v1")).model_copy(update={"test_set": ("a",)})
+    records = spread(measured, candidate_nll=around(1.0, 0.0115 * math.sqrt(300)))
+    policy = GateConfig(worse_than_best_by=0.04)
+    found = [
+        policy_of_the_gate.decide(measured, records, policy, AdapterConfig(name="icd10"), look=look) for look in (1, 30)
+    ]
+    assert [each.verdict for each in found] == ["promote", "cannot tell"]  # 3.5 errors: enough for one look, not for 30
+    assert "this is decision 30 on this test set" in found[1].reasons[0]
+
+
 def test_the_same_evidence_gives_the_same_basis_and_any_other_another() -> None:
     measured = evaluation(model("v2"), model(loss=2.0)).model_copy(update={"records_sha256": "1" * 64})
     first = decide(measured, GateConfig())
@@ -351,6 +390,13 @@ def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
             "champion",
             pytest.approx(1.12),
             "at most 1.120, not to fall behind production",
+        ),
+        (
+            "Loss not worse than the best version's",
+            "worse by at most 0.05",
+            "champion",
+            pytest.approx(1.15),
+            "at most 1.150, not to fall behind the best so far",
         ),
         ("Exact match not below production's", "not shown to be worse", "champion", None, ""),
         ("Answers depend on their prompts", "at least 0.1", None, 0.1, "limit: at least 0.100"),

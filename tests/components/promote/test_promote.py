@@ -59,7 +59,7 @@ def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
     assert (event.kind, event.uri) == ("promoted", event_uri)
     assert (event.body["run_id"], event.body["reason"]) == ("r", "better; by far")
     uri, sha256 = store.uri("runs/r/decision.json"), hashlib.sha256(store.get("runs/r/decision.json")).hexdigest()
-    assert event.body["evidence"] == {"decision": uri, "sha256": sha256}
+    assert event.body["evidence"] == {"decision": uri, "sha256": sha256, "anchor": None, "test_set": []}
     assert run.result == {"alias": "production", "from": None, "to": published[0], "event_uri": event_uri}
 
 

@@ -38,6 +38,7 @@ def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> No
     assert [mark.text for mark in marks] == [
         "at least 12.3 %, to beat the base",
         "at least 66.3 %, not to fall behind production",
+        "at least 63.3 %, not to fall behind the best so far",
     ]
 
 

@@ -1,0 +1,37 @@
+"""What earlier decisions mean for this one: how often its test set was looked at, and how sure it has to be; pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from components.registry.event_log import Event
+
+SAME = 0.5
+"""Share of its sample that two test sets have in common when one is the other after a refresh."""
+
+
+def looks(log: Sequence["Event"], alias: str, test_set: Sequence[str], *, run_id: str) -> int:
+    """How often the alias was decided on by this test set, with the decision of `run_id`; 1 is the first time.
+
+    `test_set` is the sample of it that an evaluation names; where there is none, nothing is known of earlier looks.
+    """
+    ours = set(test_set)
+    seen = {
+        event.body.get("run_id")
+        for event in log
+        if event.body.get("alias") == alias and ours and len(ours & _sample(event.body)) >= SAME * len(ours)
+    }
+    return len(seen - {run_id}) + 1
+
+
+def confidence_at(look: int, confidence: float) -> float:
+    """How sure the k-th look has to be, so that all of them together are mistaken no more often than one may be.
+
+    Each spends 1 / (k (k + 1)) of what there is: the sum over all looks is 1, however many there will be.
+    """
+    return 1 - (1 - confidence) / (look * (look + 1))
+
+
+def _sample(body: Mapping[str, Any]) -> set[str]:
+    """Of a refusal it stands in the event, of a promotion in its evidence."""
+    return set(body.get("test_set") or body.get("evidence", {}).get("test_set") or ())
