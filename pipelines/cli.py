@@ -20,6 +20,7 @@ from pipelines.commands import (
     plan,
     ray,
     reap,
+    replay,
     run,
     runs,
     schedule,
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
     for command in (
-        *(run, train, sweep, plan, adapters, chat, compile, schema),
+        *(run, train, sweep, plan, adapters, chat, replay, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

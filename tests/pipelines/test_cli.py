@@ -25,6 +25,7 @@ COMMANDS = [
     ("sweep",),
     ("plan",),
     ("chat",),
+    ("replay",),
     ("compile",),
     ("schema",),
     ("submit",),

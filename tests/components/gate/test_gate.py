@@ -6,7 +6,8 @@ import pytest
 
 from components.config.schema import GateConfig, RunConfig
 from components.gate.gate import run_gate
-from components.registry import event_log
+from components.gate.replay import replay
+from components.registry import event_log, runs
 from components.registry.records import Evaluation, RuleResult
 from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
@@ -175,3 +176,25 @@ def test_records_that_the_evaluation_was_not_made_of_are_refused(store: Store) -
     with pytest.raises(IntegrityError, match="has 300 records, and the evaluation is of 299"):
         run_gate(config(), store, RUN)
     assert store.read(f"runs/{RUN}/decision.json") is None
+
+
+@pytest.mark.parametrize("loss", [0.9, 1.5])
+def test_a_decision_is_arrived_at_again_from_what_lies_in_the_store(store: Store, loss: float) -> None:
+    put(store, evaluation(loss))
+    decision = run_gate(config(worse_than_champion_by=0.03), store, RUN)
+    again = replay(store, RUN)
+    assert again.is_same
+    assert again.found.basis_sha256 == decision.basis_sha256
+    assert again.found.rules == decision.rules
+
+
+def test_a_decision_that_does_not_follow_from_its_evidence_is_told_apart(store: Store) -> None:
+    put(store, evaluation(0.9))
+    decision = run_gate(config(), store, RUN)
+    put(store, evaluation(0.95))
+    assert not replay(store, RUN).is_same
+    put(store, evaluation(0.9))
+    assert replay(store, RUN).is_same
+    loosened = decision.policy | {"worse_than_champion_by": 9.0}
+    runs.write(store, RUN, decision.model_copy(update={"policy": loosened}))
+    assert not replay(store, RUN).is_same

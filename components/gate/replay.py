@@ -1,0 +1,51 @@
+"""A decision once more, from what the run left: neither Ray nor a model has a part in it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from components.config.schema import AdapterConfig, GateConfig
+from components.gate import evidence
+from components.gate.policy import decide
+from components.registry import runs
+from components.registry.records import Decision, Evaluation
+from components.shared.errors import DataError
+
+if TYPE_CHECKING:
+    from components.registry.store import Store
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What was decided, and what follows from the same evidence today."""
+
+    recorded: Decision
+    found: Decision
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both come to the same verdict by the same. Release 0.1.0 recorded the outcome alone."""
+        if not self.recorded.basis_sha256:
+            return self.found.decision == self.recorded.decision
+        return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
+
+
+def replay(store: "Store", run_id: str) -> Replayed:
+    """Decide again by the recorded policy, evaluation and records of a run; nothing is written.
+
+    Raises:
+        ObjectMissing: the run has no decision, or what it was made of is gone.
+        IntegrityError: the evaluation or its records are not what they were.
+        DataError: the run was skipped, so that nothing was evaluated.
+    """
+    recorded = runs.read(store, run_id, Decision)
+    if recorded.decision == "skipped":
+        raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")
+    evaluation = runs.read(store, run_id, Evaluation)
+    found = decide(
+        evaluation,
+        evidence.read(store, evaluation),
+        GateConfig.model_validate(recorded.policy),
+        AdapterConfig(name=recorded.adapter, alias=recorded.alias),
+        look=recorded.look or 1,
+    )
+    return Replayed(recorded, found)
