@@ -1,4 +1,4 @@
-"""Records that sum to an evaluation's numbers, all of them alike: no bound is apart from the number itself."""
+"""Evaluations, the records behind them, and what the gate decides on both."""
 
 import io
 import math
@@ -7,15 +7,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.config.schema import AdapterConfig, GateConfig
+from components.gate import policy as policy_of_the_gate
 from components.gate.evidence import Evidence
-from components.registry.records import Evaluation
+from components.registry.records import Decision, Evaluation, Measured, RuleResult
 from components.shared.metrics import METRICS
 
 TOKENS = 4.0
+GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "prompt_gain": 1.2}
 
 
 def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
-    """`nll_from` is the metric that is compared, where that is loss or perplexity: both are made of one column."""
+    """Records that sum to the evaluation's numbers, all of them alike: no bound is apart from the number itself.
+
+    `nll_from` is the metric that is compared, where that is loss or perplexity: both are made of one column.
+    """
     columns = {}
     for role, model in evaluation.models.items():
         for key, value in (model.metrics if model else {}).items():
@@ -32,3 +38,22 @@ def as_parquet(found: Evidence) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.table({"answer_tokens": found.tokens.astype(int), **found.columns}), sink)
     return sink.getvalue()
+
+
+def model(version: str | None = None, **metrics: float | None) -> Measured:
+    return Measured(version=version, metrics={**GOOD, **metrics})
+
+
+def evaluation(candidate: Measured | None, base: Measured | None, champion: Measured | None = None) -> Evaluation:
+    models = {"base": base, "champion": champion, "candidate": candidate}
+    return Evaluation(run_id="r", records=300, models=models)
+
+
+def decide(measured: Evaluation, policy: GateConfig, records: Evidence | None = None, *, look: int = 1) -> Decision:
+    nll_from = "perplexity" if policy.metric == "perplexity" else "loss"
+    found = records or evidence(measured, nll_from=nll_from)
+    return policy_of_the_gate.decide(measured, found, policy, AdapterConfig(name="icd10"), look=look)
+
+
+def rule(decision: Decision, name: str) -> RuleResult:
+    return next(each for each in decision.rules if each.name == name)
