@@ -70,10 +70,11 @@ class Course:
             Diverged: the loss is no number, or above what the base's own was.
         """
         start = self.trial.start_loss
+        assert start is not None, "measured before the base was"
         self.ended_step = time.monotonic() if self.ended_step else None  # what it took is no part of the next step
         self.trial = self.trial.model_copy(update={"curve": [*self.trial.curve, (step, loss)], "loss": loss})
-        if not math.isfinite(loss) or (start is not None and loss > start):
-            raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, above its start of {start:.4g}")
+        if not loss <= start:  # as no number is
+            raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
 
     def record(self, **changes: Any) -> Trial:
         """The record, as of now."""

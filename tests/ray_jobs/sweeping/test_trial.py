@@ -1,5 +1,6 @@
 """Trials on a base that stays in memory: each must be the training that a process of its own would do."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,23 @@ def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_proc
     np.testing.assert_array_equal(again["record_nll"], fresh["record_nll"])
     assert again["curve"] == fresh["curve"]
     assert (fresh["bases_loaded"], again["bases_loaded"]) == (1, 1)
+
+
+def test_a_trial_that_is_worse_than_its_start_ends_at_that_measurement(toml, tmp_path: Path):
+    (found,) = in_group(trained_in_turn, [toml("train.learning_rate=0.9")], directory=tmp_path, num_workers=1)[0]
+    assert (found["status"], found["loss"]) == ("diverged", None)
+    assert found["steps"] < found["num_steps"]
+    assert not found["curve"] or not found["curve"][-1][1] <= found["start_loss"]
+    assert found["record_nll"] == []
+
+
+@pytest.mark.parametrize("loss", [2.01, math.inf, math.nan])
+def test_a_loss_above_the_bases_own_or_that_is_no_number_is_divergence(loss):
+    from ray_jobs.sweeping.trial import Course, Diverged
+
+    known = {"name": "t", "config_digest": "", "method": "lora", "learning_rate": 1.0, "rank": 1, "batch_size": 1}
+    course = Course(Trial(**known, seed=0, status="running", start_loss=2.0))
+    course.measured(1, 2.0)
+    with pytest.raises(Diverged, match="after 2 steps"):
+        course.measured(2, loss)
+    assert [step for step, _ in course.trial.curve] == [1, 2]
