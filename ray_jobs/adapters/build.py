@@ -67,7 +67,7 @@ def attach(
     import torch
     from peft import get_peft_model
 
-    from ray_jobs.adapters import dora, dvora
+    from ray_jobs.adapters import dora, dvora, fused
 
     targets = find(model, method, base_reference=base_reference)
     torch.manual_seed(seed)
@@ -84,6 +84,7 @@ def attach(
     # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
     _multiply_in(matmul_dtype, adapted)
+    fused.adopt(adapted)
     return adapted
 
 
@@ -108,7 +109,7 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from ray_jobs.adapters import dora, dvora  # the last makes its method known to peft
+    from ray_jobs.adapters import dora, dvora, fused  # dvora makes its method known to peft
 
     with _either_way_round():
         adapted = PeftModel.from_pretrained(base, folder)
@@ -119,6 +120,7 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
             layer.lora_B.to(base.dtype)
     dvora.unify_dtype(adapted, base.dtype)
     _multiply_in(matmul_dtype, adapted)
+    fused.adopt(adapted)
     return adapted
 
 

@@ -98,9 +98,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        fix_4bit_weight_quant_state_from_module(self)
-        blocks = partial(_dequantized_4bit, quant_state=self.weight.quant_state)
-        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, blocks)
+        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
         return product
 
 
@@ -109,11 +107,20 @@ class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        if self.weight.CB is not None:
-            self.init_8bit_state()
-        blocks = partial(_dequantized_8bit, scale_O=self.state.SCB)
-        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, blocks)
+        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
         return product
+
+
+def reader(layer: Any) -> Blocks | None:
+    """How one of the layers above reads its weight; None of one whose weight lies otherwise, as GPT-2's."""
+    if isinstance(layer, Linear4bit):
+        fix_4bit_weight_quant_state_from_module(layer)
+        return partial(_dequantized_4bit, quant_state=layer.weight.quant_state)
+    if isinstance(layer, Linear8bitLt):
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        return partial(_dequantized_8bit, scale_O=layer.state.SCB)
+    return _dense_blocks if isinstance(layer, Linear) else None
 
 
 def experts(
@@ -162,6 +169,9 @@ def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LA
 
 
 def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    if weight_OI.dtype is torch.float32:
+        yield slice(None), weight_OI
+        return
     for rows in _rows(weight_OI):
         yield rows, weight_OI[rows].float()
 

@@ -1,0 +1,147 @@
+"""LoRA on a frozen layer as one product with one backward pass: y = x W^T + b + s (x A^T) B^T.
+
+peft's layers take the same product in eight steps, each of which reads or writes a whole activation, and round four
+times on the way to 16 bits; here the update is added to the base's product in place, and rounded once with it. What is
+trained, stored and published is peft's own. What a layer cannot do this way it does peft's: DoRA and other variants,
+dropout, several adapters at once, weights that ZeRO-3 shards, and all on GPUs.
+
+Shapes: I input, O output, R rank, T tokens.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes
+import peft.tuners.lora.bnb
+import peft.tuners.lora.layer
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor, nn
+
+from ray_jobs.base import float32_layers
+from ray_jobs.base.float32_layers import Blocks
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class LoraProduct(torch.autograd.Function):
+    """The product above for a frozen W of any storage, taken in `dtype`; between the passes it keeps x and x A^T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        weight: Tensor,
+        bias_O: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+        blocks: Blocks,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        y_TO = x_TI.new_empty(len(x_TI), len(B_OR))
+        for rows, weight_rows in blocks(weight):
+            torch.mm(x_TI, weight_rows.T, out=y_TO[:, rows])
+        if bias_O is not None:
+            y_TO += bias_O
+        h_TR = x_TI @ A_RI.to(dtype).T
+        y_TO.addmm_(h_TR, B_OR.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, A_RI, B_OR, h_TR)
+        ctx.weight, ctx.scaling, ctx.blocks = weight, scaling, blocks
+        return y_TO.to(x.dtype).view(*x.shape[:-1], len(B_OR))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, A_RI, B_OR, h_TR = ctx.saved_tensors
+        dtype = h_TR.dtype
+        g_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        g_TR = (g_TO @ B_OR.to(dtype)).mul_(ctx.scaling)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            g_TI = g_TR @ A_RI.to(dtype)
+            for rows, weight_rows in ctx.blocks(ctx.weight):
+                g_TI.addmm_(g_TO[:, rows], weight_rows)
+            x_gradient = g_TI.to(x.dtype).view(x.shape)
+        A_gradient = g_TR.T @ x.reshape(-1, x.shape[-1]).to(dtype)
+        B_gradient = (g_TO.T @ h_TR).mul_(ctx.scaling)
+        return x_gradient, A_gradient.to(A_RI.dtype), B_gradient.to(B_OR.dtype), None, None, None, None, None
+
+
+class Linear(peft.tuners.lora.layer.Linear):
+    """LoRA around a dense layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) to (..., O), in the type of `x`."""
+        found = fused(self, x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if found is None else found
+
+
+class Linear4bit(peft.tuners.lora.bnb.Linear4bit):
+    """LoRA around a layer of four bits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) to (..., O), in the type of `x`."""
+        found = fused(self, x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if found is None else found
+
+
+class Linear8bitLt(peft.tuners.lora.bnb.Linear8bitLt):
+    """LoRA around a layer of int8."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) to (..., O), in the type of `x`."""
+        found = fused(self, x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if found is None else found
+
+
+LAYERS: dict[type, type] = {
+    peft.tuners.lora.layer.Linear: Linear,
+    peft.tuners.lora.bnb.Linear4bit: Linear4bit,
+    peft.tuners.lora.bnb.Linear8bitLt: Linear8bitLt,
+}
+
+
+def adopt(model: nn.Module) -> None:
+    """Turn peft's LoRA layers into those above; what is one already stays."""
+    for module in model.modules():
+        module.__class__ = LAYERS.get(type(module), type(module))
+
+
+def fused(layer: Any, x: Tensor) -> Tensor | None:
+    """What a layer of peft's gives, in one product; None where it must go peft's way."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or x.dtype not in HALF:
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
+        return None
+    if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    base, A_RI, B_OR = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+    blocks, dtype = _reader(base), torch.float32
+    if blocks is None:
+        blocks, dtype = _reader_in_half(base), x.dtype
+    if blocks is None or A_RI.dtype != x.dtype or x.device.type != "cpu" or hasattr(A_RI, "ds_id"):
+        return None
+    if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # somebody counts on its being called
+        return None
+    product: Tensor = LoraProduct.apply(x, A_RI, B_OR, base.weight, base.bias, layer.scaling[name], dtype, blocks)
+    return product
+
+
+def _reader(base: Any) -> Blocks | None:
+    """How the layers that multiply in float32 read their weights."""
+    return float32_layers.reader(base) if type(base) in float32_layers.LAYERS.values() else None
+
+
+def _reader_in_half(base: Any) -> Blocks | None:
+    """How others do, as torch and bitsandbytes multiply them: int8 they do in a way of their own."""
+    if type(base) is nn.Linear:
+        return lambda weight: iter([(slice(None), weight)])
+    if type(base) is bitsandbytes.nn.Linear4bit:
+        return lambda weight: _whole_4bit(weight, base.weight.quant_state, base.compute_dtype)
+    return None
+
+
+def _whole_4bit(weight: Any, quant_state: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    yield slice(None), dequantize_4bit(weight.data, quant_state).to(dtype)
