@@ -46,7 +46,7 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 # What needs no GPU, root or Kubernetes; then what has a Ray of its own: two at a time, as each waits for processes to start.
-HERE = not gpu and not podman and not kubernetes and not checkov and not full
+HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(READY)

@@ -24,6 +24,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `pytest -m cluster` runs against."""
+    group = parser.getgroup("cluster", "a live cluster, for -m cluster")
+    group.addoption("--host", default="", metavar="URL", help="its Kubeflow Pipelines")
+    group.addoption("--namespace", default="fineloop", metavar="NAME", help="where its runs are")
+    group.addoption("--step-image", default="", metavar="IMAGE", help="image of every step")
+    group.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help="fits the example's config to it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a cluster its tests are skipped."""
+    if not config.getoption("--host"):
+        for item in items:
+            if item.get_closest_marker("cluster"):
+                item.add_marker(pytest.mark.skip(reason="on a live cluster alone: --host URL"))
+
+
 @pytest.fixture(scope="session")
 def s3_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session's S3 server keeps what it has."""

@@ -1,0 +1,37 @@
+"""The cluster that the options name, and an adapter of each test's own, of which nothing stays."""
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from components.config.schema import RegistryConfig
+from components.registry.store import Store
+from tests.cluster.live import Live
+
+SHORT = (
+    "data.max_records=240",
+    "train.max_steps=12",
+    "train.checkpoint_every_steps=4",
+    "evaluate.records=32",
+    "evaluate.max_new_tokens=8",
+    "gate.better_than_base_by=-100.0",
+    "gate.worse_than_champion_by=100.0",
+    "gate.limits=[]",
+)
+"""The example in a few steps, past a gate that lets everything through: the weights are not what is judged here."""
+
+
+@pytest.fixture
+def live(request: pytest.FixtureRequest) -> Iterator[Live]:
+    option = request.config.getoption
+    name = f"acceptance-{uuid.uuid4().hex[:8]}"
+    prefix = f"registry.prefix=acceptance/{name}"
+    given = Live(
+        option("--host"), option("--namespace"), option("--step-image"), [*SHORT, prefix, *option("--set")], name
+    )
+    yield given
+    given.clean_up()
+    bucket = next((key.partition("=")[2] for key in option("--set") if key.startswith("registry.bucket=")), "fineloop")
+    store = Store.open(RegistryConfig(bucket=bucket, prefix=f"acceptance/{name}"))
+    store.delete([entry.key for entry in store.list("")])

@@ -1,0 +1,123 @@
+"""Fineloop on a live cluster, judged from outside: `pytest -m cluster --host URL --namespace NS --set KEY=VALUE ...`.
+
+The cluster is one that infra/README.md has set up. `--set` fits the example to it, as $CLUSTER does there: a RayJob
+for each run. AWS_ENDPOINT_URL and credentials in the environment lead to its store, and the kubeconfig to its API.
+"""
+
+import uuid
+from typing import Any
+
+import pytest
+
+from tests.cluster.live import RUN_S, Live
+
+pytestmark = pytest.mark.cluster
+
+MINUTES = ("train.max_steps=240",)
+"""So long that something can happen to it."""
+
+
+def states(run: dict[str, Any]) -> set[str]:
+    return {step["state"] for step in run["steps"].values()}
+
+
+def test_a_run_promotes_in_one_job_and_a_run_without_new_data_skips(live: Live) -> None:
+    first = live.submit()
+    assert first.exit_code == 0, first.told
+    assert first.body["decision"] == "promote"
+    assert live.production() == first.body["version"]
+    assert f"promoted: {live.adapter}@production is now {first.body['version']}" in first.told
+    assert states(live.run(first.body["run_id"])) == {"SUCCEEDED", "SKIPPED"}
+    assert len(live.rayjobs(first.body["run_id"])) <= 1  # none where ray.cluster.ttl_s has passed
+
+    second = live.submit(settings=["data.min_new_records=1"])
+    assert second.exit_code == 0, second.told
+    assert second.body["decision"] == "skipped"
+    assert live.rayjobs(second.body["run_id"]) == []
+    assert live.production() == first.body["version"]
+
+
+def test_a_source_that_is_not_there_is_told_in_one_sentence(live: Live) -> None:
+    failed = live.submit("--param", "data_source=s3://fineloop-nobody-has-this/rows/")
+    assert failed.exit_code == 1
+    assert failed.body["state"] == "FAILED"
+    assert "run parameter data_source" in failed.body["message"]
+    assert live.rayjobs(failed.body["run_id"]) == []
+
+
+def test_a_stopped_run_stops_its_training(live: Live) -> None:
+    run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
+    live.training(run_id)
+    stopped = live.fineloop("runs", "stop", run_id, "--host", live.host)
+    assert stopped.body["state"] == "CANCELED", stopped.told
+    live.until(lambda: not live.rayjobs(run_id), "the RayJob is deleted", 120)
+    assert live.production() is None
+
+
+@pytest.mark.parametrize("lost", ["step", "head", "worker"])
+def test_a_run_that_loses_a_pod_goes_on_with_its_job(live: Live, lost: str) -> None:
+    run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
+    rayjob = live.training(run_id)
+    cluster = f"ray.io/cluster={rayjob['status']['rayClusterName']}"
+    labels = {
+        "step": [f"pipeline/runid={run_id}", "pipelines.kubeflow.org/v2_component=true"],
+        "head": [cluster, "ray.io/node-type=head"],
+        "worker": [cluster, "ray.io/node-type=worker"],
+    }[lost]
+    victims = live.pods(*labels)
+    assert victims, labels
+    for name in victims[:1]:
+        live.delete_pod(name)
+    live.until(lambda: not set(victims[:1]) & set(live.pods(*labels)), f"{victims[0]} is gone")
+
+    ended = live.ended(run_id)
+    assert (ended["state"], ended["decision"]) == ("SUCCEEDED", "promote"), ended["message"]
+    assert live.production() == ended["version"]
+    assert {each["metadata"]["uid"] for each in live.rayjobs(run_id)} <= {rayjob["metadata"]["uid"]}
+
+
+def test_a_schedule_starts_runs_one_at_a_time_and_is_updated_and_paused(live: Live) -> None:
+    live.schedule("create", "--cron", "* * * * *", settings=MINUTES)
+    (first,) = live.until(live.runs, "the schedule has fired", 300)
+    live.training(first["run_id"])  # which takes longer than until its next time
+    assert [run["run_id"] for run in live.runs()] == [first["run_id"]]
+
+    updated = live.schedule("update", "--set", "data.min_new_records=1", "--set", "train.max_steps=6")
+    assert updated.body["live_runs"] == [first["run_id"]]
+    live.until(lambda: len(live.runs()) > 1, "the updated schedule has fired", 300)
+    paused = live.schedule("pause")
+    assert not paused.body["enabled"]
+    number = len(live.runs())
+    assert live.ended(first["run_id"])["decision"] == "promote"
+    assert len(live.runs()) == number
+
+
+def test_what_is_scheduled_goes_before_what_a_person_started_and_that_goes_on_after_it(live: Live) -> None:
+    """Wants a quota that holds one job at a time."""
+    mine = live.submit(settings=MINUTES, wait=False).body["run_id"]
+    live.training(mine)
+    urgent = live.submit(settings=["ray.cluster.priority_class=fineloop-scheduled", "train.seed=1"], wait=False)
+    live.until(lambda: "Preempted" in live.workload_events(mine), "the job is preempted", RUN_S)
+    assert live.ended(urgent.body["run_id"])["state"] == "SUCCEEDED"
+    ended = live.ended(mine)
+    assert ended["state"] == "SUCCEEDED", ended["message"]
+
+
+def test_the_reaper_ends_a_job_whose_run_is_gone(live: Live) -> None:
+    run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
+    rayjob = live.training(run_id)
+    gone = {"fineloop.dev/kfp-run-id": str(uuid.uuid4())}
+    live.patch_rayjob(rayjob["metadata"]["name"], {"metadata": {"annotations": gone}})
+    live.start_reaper(f"reap-{live.adapter}")
+    live.until(lambda: not live.rayjobs(run_id), "the reaper has ended it")
+    assert "was stopped by someone else" in live.ended(run_id)["message"]
+
+
+def test_a_job_on_a_shared_cluster_brings_its_workers(live: Live) -> None:
+    """Wants infra/kuberay/raycluster, which starts without any, and its address in ConfigMap fineloop-env."""
+    if not live.pods("fineloop.dev/autoscaler=true", "ray.io/node-type=head"):
+        pytest.skip("the cluster has no shared RayCluster")
+    answered = live.submit(settings=["ray.cluster={kind = 'jobs-api'}"])
+    assert answered.exit_code == 0, answered.told
+    assert live.production() == answered.body["version"]
+    assert live.rayjobs(answered.body["run_id"]) == []
