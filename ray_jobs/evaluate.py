@@ -74,7 +74,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     config = with_room_for_answers(config, base, records)
     contenders = _contenders(config, store, candidate)
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    # After a training in the same job it is connected already.
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
     if _must_be_shared(config, base, ray.nodes()):
         workers = f"{config.ray.num_workers} workers that hold the base together"
         say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")

@@ -106,7 +106,7 @@ def test_our_top_level_names_are_ours_alone(package: str) -> None:
     assert Path(str(import_module(package).__file__)).resolve() == ROOT / package / "__init__.py"
 
 
-@pytest.mark.parametrize("job", ["finetune", "evaluate", "chat"])
+@pytest.mark.parametrize("job", ["candidate", "finetune", "evaluate", "chat"])
 def test_every_entry_point_explains_itself(job: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"ray_jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -122,7 +122,7 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
     ]
     spelled = {name for text in code for name in re.findall(r"(?:-m |\")(ray_jobs\.\w+)", text)}
     by_task = {f"ray_jobs.{task}" for text in code for task in re.findall(r"submit_step\(\w+, \"(\w+)\"", text)}
-    assert by_task == {"ray_jobs.sweep", "ray_jobs.finetune", "ray_jobs.evaluate"}
+    assert by_task == {"ray_jobs.sweep", "ray_jobs.candidate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")
 

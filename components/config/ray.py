@@ -200,7 +200,7 @@ class RayConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are started again from the newest checkpoint."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """Deadline of one Ray job, from when it may start; it is stopped when it runs past it."""
+    """Deadline of a run's Ray job, which trains and compares, from when it may start; past it, it is stopped."""
     cluster: Cluster = JobsApiCluster()
     """Which cluster: kind jobs-api is one that exists, rayjob makes one for each job on Kubernetes."""
 

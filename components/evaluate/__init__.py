@@ -1,1 +1,1 @@
-"""Compare base, champion and candidate: the step that submits the evaluation job to Ray."""
+"""Compare base, champion and candidate: the step that waits for the Ray job to do so."""

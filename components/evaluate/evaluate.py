@@ -1,9 +1,13 @@
-"""The evaluate step: a version in, the comparison of base, champion and candidate out. The work is a Ray job."""
+"""The evaluate step: a version in, the comparison of base, champion and candidate out.
+
+The work is done by the Ray job that trained the version. Where that is gone, another takes the version as it is.
+"""
 
 from components.ray_cluster.submit import submit_step
 from components.registry import runs
 from components.registry.records import ROLES, Evaluation
 from components.shared.errors import JobError, ObjectMissing
+from components.shared.protocol import TRAINED
 from components.step.step import StepRun
 
 
@@ -14,11 +18,14 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.
     """
-    submission_id = submit_step(step_run, "evaluate", "--dataset", dataset_uri, "--version", version_uri)
+    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
     try:
         evaluation = runs.read(step_run.store, step_run.run_id, Evaluation)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    compared, wanted = evaluation.model("candidate"), version_uri.rstrip("/").rpartition("/")[2]
+    if compared is None or compared.version != wanted:
+        raise JobError(f"Ray job {submission_id} did not compare {wanted}, which this run has published")
     step_run.result.update(records=evaluation.records)
     return evaluation
 

@@ -1,9 +1,14 @@
-"""The finetune step: a dataset in, a published version of the adapter out. The work is a Ray job."""
+"""The finetune step: a dataset in, a published version of the adapter out.
+
+The work is a Ray job that goes on to compare the version, which the evaluate step waits for: one job is let into the
+cluster once, and nobody else's comes between.
+"""
 
 from components.ray_cluster.submit import submit_step
 from components.registry import runs
 from components.registry.records import TrainResult, TunedRate
 from components.shared.errors import ConfigError, JobError, ObjectMissing
+from components.shared.protocol import TRAINED
 from components.step.step import StepRun
 
 
@@ -21,10 +26,10 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
             f"tune.when is {when}, and this pipeline was made without the step that tunes: `fineloop submit` and "
             "`fineloop compile` make it for the config that they are given; else set tune.when=never"
         )
-    submission_id = submit_step(step_run, "finetune", "--dataset", dataset_uri)
+    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, upto=TRAINED)
     try:
         result = runs.read(step_run.store, step_run.run_id, TrainResult)
     except ObjectMissing as exc:
-        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+        raise JobError(f"Ray job {submission_id} trained without leaving its result: {exc}") from exc
     step_run.result.update(result.model_dump(mode="json", exclude={"format"}))
     return result.version_uri

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO
 
+from components.shared.protocol import end_of
+
 UNREACHABLE_S = 30.0
 """How long the cluster may be out of reach in the middle of a job before the step gives up on it."""
 STOP_S = 10.0
@@ -91,7 +93,10 @@ class Backend(Protocol):
         """Take over an attempt that an earlier process of the same step started."""
 
     def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> JobEnd:
-        """Wait for the end, copying the log; a job past its deadline is stopped and raised as JobError."""
+        """Wait for the end of the log's part, or of the job, copying the log.
+
+        A job past its deadline is stopped and raised as JobError.
+        """
 
     def stop_now(self, job_id: str) -> None:
         """Ask once, and quickly, that it stop."""
@@ -104,13 +109,23 @@ class Backend(Protocol):
 
 
 class LogCopy:
-    """Copies a growing log to people, whole lines at a time."""
+    """Copies a growing log to people, whole lines at a time.
 
-    def __init__(self, output: TextIO) -> None:
+    Where several steps wait for one job, each copies a part: what comes after the line that says `after`, and up to the
+    one that says `upto`, with which its part of the job is done.
+    """
+
+    def __init__(self, output: TextIO, *, after: str = "", upto: str = "") -> None:
         self.text = ""
         self._output = output
+        self._after, self._upto = after, upto
         self._copied = 0
         self._source = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the log has come to the end of this part."""
+        return bool(self._upto) and end_of(self.text, self._upto) is not None
 
     def take(self, text: str, *, source: str = "", final: bool = False) -> None:
         """Copy what is new in `text`, the log so far. Another source of the same log goes on where the last one was."""
@@ -118,6 +133,11 @@ class LogCopy:
             self._copied = _same_place(self.text[: self._copied], text)
             self._source = source
         end = len(text) if final else text.rfind("\n") + 1
+        if self._upto and (upto := end_of(text, self._upto)) is not None:
+            end = upto
+        if self._after:
+            after = end_of(text, self._after)
+            self._copied = max(self._copied, (0 if final else end) if after is None else after)
         if end > self._copied:
             new = text[self._copied : end]
             self._output.write(new if new.endswith("\n") else new + "\n")

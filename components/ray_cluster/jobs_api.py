@@ -85,6 +85,8 @@ class JobsApi:
             status = _call("read the job's status", lambda: self._client.get_job_status(job_id), UNREACHABLE_S)
             text: str = _call("read the job's log", lambda: self._client.get_job_logs(job_id), UNREACHABLE_S)
             log.take(text, final=status.is_terminal())
+            if log.is_done:
+                return JobEnd("SUCCEEDED")
             if status.is_terminal():
                 return self._ended(job_id, str(status.value))
             if time.monotonic() > deadline:

@@ -91,6 +91,8 @@ class RayJobs:
             has_log = bool(status.get("dashboardURL"))
             if has_log:
                 job_log.read(status, final=ended)
+            if log.is_done:
+                return JobEnd("SUCCEEDED")
             if ended:
                 return _ended(found, job, self._cluster)
             if status.get("jobDeploymentStatus") == "Retrying" and find_failure(log.text):

@@ -6,6 +6,7 @@ taken as it is, and only a failed or stopped one is run again, under the next nu
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -36,7 +37,14 @@ BACKENDS: dict[str, Callable[[RayConfig, str], Backend]] = {
 
 
 def submit_and_wait(
-    job: Job, ray: RayConfig | None = None, *, address: str = "", output: TextIO | None = None, poll_s: float = POLL_S
+    job: Job,
+    ray: RayConfig | None = None,
+    *,
+    address: str = "",
+    output: TextIO | None = None,
+    poll_s: float = POLL_S,
+    after: str = "",
+    upto: str = "",
 ) -> str:
     """Start the job, or follow the attempt that exists, until it succeeds; returns its id on the cluster.
 
@@ -48,6 +56,8 @@ def submit_and_wait(
         address: URL of a Jobs API; empty means the environment's RAY_ADDRESS. A RayJob has none.
         output: where the job's log goes; None means stdout.
         poll_s: how often the log is read.
+        after: the line of the log where this caller's part of the job begins; empty means the first.
+        upto: the line where it ends, and with it the waiting; empty means the job's end.
 
     Raises:
         FineloopError: the job printed a failure; the error is of the class that it names.
@@ -55,8 +65,10 @@ def submit_and_wait(
         UserError: the way to the cluster is not set, or not right.
     """
     backend = connect(ray, address=address)
-    log = LogCopy(output or sys.stdout)
+    log = LogCopy(output or sys.stdout, after=after, upto=upto)
     attempt, exists = _attempt(backend, job)
+    if not exists and attempt > 1 and job.kfp_run_id:
+        _raise_mistake(backend, job, backend.job_id(job, attempt - 1))
     job_id = backend.job_id(job, attempt)
     with _stopped_by_signals(backend, job_id):
         if exists:
@@ -70,8 +82,10 @@ def submit_and_wait(
     return job_id
 
 
-def submit_step(step_run: StepRun, task: str, *arguments: str) -> str:
+def submit_step(step_run: StepRun, task: str, *arguments: str, after: str = "", upto: str = "") -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
+
+    Steps that name one task share its job, and wait for their parts of it.
 
     Raises:
         FineloopError: as for `submit_and_wait`.
@@ -87,7 +101,7 @@ def submit_step(step_run: StepRun, task: str, *arguments: str) -> str:
         kfp_run_id=kubeflow_run(os.environ, step_run.run_id),
         patience_s=config.ray.patience_s,
     )
-    job_id = submit_and_wait(job, config.ray)
+    job_id = submit_and_wait(job, config.ray, after=after, upto=upto)
     step_run.result.update(submission_id=job_id)
     return job_id
 
@@ -126,6 +140,21 @@ def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:
     if newest and attempts[newest] != "ended":
         return newest, True
     return newest + 1, False
+
+
+def _raise_mistake(backend: Backend, job: Job, ended_id: str) -> None:
+    """Raise what an ended attempt failed with where that was a user's mistake, which another attempt would repeat.
+
+    Kubeflow 2.16 runs a step again whatever its exit code was, and the job of its last attempt is still there then. A
+    person who tries again later, or outside Kubeflow, has mended what was wrong.
+    """
+    log = LogCopy(io.StringIO())
+    with contextlib.suppress(JobError):
+        backend.follow(job, ended_id, log, POLL_S)
+    failure = find_failure(log.text)
+    if failure is not None and failure.exit_code == UserError.exit_code:
+        logger.info("%s %s failed for what another attempt would find too", backend.noun, ended_id)
+        raise failure.as_error()
 
 
 def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:

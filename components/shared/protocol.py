@@ -16,6 +16,8 @@ _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 STARTED = "started"
 """The text of a step's first line."""
+TRAINED = "trained: comparing it"
+"""What a job that trains and compares prints in between."""
 _FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
 
 
@@ -74,6 +76,18 @@ def parse_line(line: str) -> Line | None:
     """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
     match = _LINE.match(_COLOUR.sub("", line))
     return Line(match[1], match[2]) if match else None
+
+
+def end_of(log: str, text: str) -> int | None:
+    """Where the first line ends that says this text, whichever step says it; None where none does."""
+    at = log.find(text)
+    while at >= 0:
+        end = log.find("\n", at) + 1 or len(log)
+        line = parse_line(log[log.rfind("\n", 0, at) + 1 : end])
+        if line is not None and line.text == text:
+            return end
+        at = log.find(text, end)
+    return None
 
 
 def find_failure(log: str) -> Failure | None:

@@ -1,7 +1,7 @@
-"""Ray jobs that keep the real ones' contract and train nothing: an adapter is one number, its loss on held-out records.
+"""A Ray job that keeps the real one's contract and trains nothing: an adapter is one number, its held-out loss.
 
-`python stub_jobs.py finetune|evaluate ...` takes the arguments of `python -m ray_jobs.finetune|evaluate`. The loss is
-train.weight_decay of the config; method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
+`python stub_jobs.py ...` takes the arguments of `python -m ray_jobs.candidate`. The loss is train.weight_decay of the
+config; method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
 """
 
 import argparse
@@ -16,24 +16,22 @@ from components.prepare.dataset import load_split
 from components.registry import aliases, versions
 from components.registry.store import Store, open_uri
 from components.shared.errors import DataError
-from components.shared.protocol import say, say_failure
+from components.shared.protocol import TRAINED, say, say_failure
 
 BASE_LOSS = 2.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=("finetune", "evaluate"))
-    for name in ("--config", "--run-id", "--dataset", "--version"):
+    for name in ("--config", "--run-id", "--dataset"):
         parser.add_argument(name)
     options = parser.parse_args()
     config_store, key = open_uri(options.config)
     config = config_file.loads(config_store.get(key).decode())
     store = Store.open(config.registry)
-    if options.job == "finetune":
-        finetune(config, store, options)
-    else:
-        evaluate(config, store, options)
+    finetune(config, store, options)
+    say("finetune", TRAINED)
+    evaluate(config, store, options)
 
 
 def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
@@ -69,7 +67,7 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
     name = config.adapter.name
     records = load_split(store, options.dataset, "eval")
     pointer = aliases.read_alias(store, name, config.adapter.alias)
-    candidate = options.version.rpartition("/")[2]
+    candidate = store.get_json(f"runs/{options.run_id}/finetune.json")["version"]
 
     def model(version: str | None) -> dict[str, object]:
         loss = BASE_LOSS

@@ -23,12 +23,8 @@ def stub_cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
     package = tmp_path / "cluster" / "ray_jobs"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    for name in ("finetune", "evaluate"):
-        code = (
-            f"import runpy, sys\nsys.argv[:1] = ['stub', '{name}']\n"
-            f"runpy.run_path({str(ROOT / 'tests' / 'doubles' / 'stub_jobs.py')!r}, run_name='__main__')\n"
-        )
-        (package / f"{name}.py").write_text(code)
+    stub = ROOT / "tests" / "doubles" / "stub_jobs.py"
+    (package / "candidate.py").write_text(f"import runpy\nrunpy.run_path({str(stub)!r}, run_name='__main__')\n")
     environment = {
         **s3_server.environment(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

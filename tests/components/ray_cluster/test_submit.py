@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import pytest
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import connect, stop_run, submit_and_wait
-from components.shared.errors import Conflict, DataError, JobError, UserError
+from components.shared.errors import Conflict, DataError, FineloopError, JobError, UserError
+from components.shared.protocol import TRAINED
 from pipelines.local.local_services import local_services
 from pipelines.local.seaweedfs import Endpoint
 from tests.components.ray_cluster.submitting import submitting
@@ -35,8 +36,8 @@ class Cluster:
     ray: RayConfig
     status_of: Callable[[str], str]
 
-    def submit(self, job: Job, output: io.StringIO | None = None) -> str:
-        return submit_and_wait(job, self.ray, output=output or io.StringIO(), poll_s=POLL_S)
+    def submit(self, job: Job, output: io.StringIO | None = None, **part: str) -> str:
+        return submit_and_wait(job, self.ray, output=output or io.StringIO(), poll_s=POLL_S, **part)
 
     def job_id(self, job: Job, attempt: int = 1) -> str:
         return connect(self.ray).job_id(job, attempt)
@@ -205,6 +206,53 @@ WAITING = (
     "import pathlib, sys, time\nprint('[finetune] waiting'); pathlib.Path(sys.argv[1], 'up').touch()\n"
     "while not pathlib.Path(sys.argv[1], 'go').exists(): time.sleep(0.02)\nprint('[finetune] went')\n"
 )
+
+
+def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(
+    cluster: Cluster, run_id: str, tmp_path: Path
+) -> None:
+    both = job(run_id, f"print('[finetune] one'); print('[finetune] {TRAINED}')\n{WAITING}", str(tmp_path))
+    first, second = io.StringIO(), io.StringIO()
+
+    job_id = cluster.submit(both, first, upto=TRAINED)
+    assert cluster.status_of(job_id) == "RUNNING"
+    wait_for(tmp_path / "up")
+    (tmp_path / "go").touch()
+    assert cluster.submit(both, second, after=TRAINED) == job_id
+
+    assert cluster.status_of(job_id) == "SUCCEEDED"
+    assert "[finetune] one\n" in first.getvalue()
+    assert first.getvalue().endswith(f"[finetune] {TRAINED}\n")
+    assert "one" not in second.getvalue()
+    assert "[finetune] went\n" in second.getvalue()
+
+
+MISTAKEN = (
+    "import sys\nfrom components.shared import errors\nfrom components.shared.protocol import say, say_failure\n"
+    "open(sys.argv[1], 'a').write('x')\nsay('finetune', 'trained: comparing it')\n"
+    "error = getattr(errors, sys.argv[2])('wrong')\nsay_failure('evaluate', error)\nsys.exit(error.exit_code)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kfp_run_id", "attempts"), [("DataError", "3f2a", 1), ("DataError", "", 2), ("JobError", "3f2a", 2)]
+)
+def test_a_retry_by_kubeflow_does_not_repeat_a_users_mistake(
+    cluster: Cluster, run_id: str, tmp_path: Path, kind: str, kfp_run_id: str, attempts: int
+) -> None:
+    failing = replace(job(run_id, MISTAKEN, str(tmp_path / "count"), kind), kfp_run_id=kfp_run_id)
+    for _ in range(2):
+        with pytest.raises(FineloopError, match=r"^wrong$") as caught:
+            cluster.submit(failing, after=TRAINED)
+        assert type(caught.value).__name__ == kind
+    assert (tmp_path / "count").read_text() == "x" * attempts
+
+
+def test_a_job_that_fails_in_the_part_of_one_step_has_done_that_of_the_one_before(
+    cluster: Cluster, run_id: str, tmp_path: Path
+) -> None:
+    failing = job(run_id, MISTAKEN, str(tmp_path / "count"), "DataError")
+    assert cluster.submit(failing, upto=TRAINED)
 
 
 def test_a_step_killed_outright_finds_its_running_job_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:

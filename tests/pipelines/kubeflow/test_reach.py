@@ -67,6 +67,8 @@ def test_the_parameter_is_what_counts_where_it_replaces_the_configs_source(confi
     check_reach(config("data.source=rows.jsonl"), {"data_source": "s3://bucket/data/"})
     with pytest.raises(UserError, match=r"^--param data_source is 'rows\.jsonl'"):
         check_reach(config(), {"data_source": "rows.jsonl"})
+    with pytest.raises(UserError, match=r"^--param base_model is '\./base', a path"):
+        check_reach(config(), {"base_model": "./base"})
 
 
 @pytest.mark.usefixtures("small")

@@ -86,7 +86,7 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     assert fire(1) == "promote"
     first = production(store)
     assert fire(2) == "skipped"
-    assert len(stub_cluster.jobs) == 2
+    assert len(stub_cluster.jobs) == 1
     store.put("incoming/2.jsonl", rows(60, 63))
     assert fire(3) == "skipped"  # three are too few
     store.put("incoming/3.jsonl", rows(63, 65))

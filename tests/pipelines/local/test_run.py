@@ -116,7 +116,7 @@ def test_an_explicit_address_wins_over_the_environments(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     run(make_config(), Place(place.home, place.terminal, address=stub_cluster.address), what="train")
-    assert len(stub_cluster.jobs) == 2
+    assert len(stub_cluster.jobs) == 1
 
 
 def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(
@@ -170,9 +170,9 @@ def test_a_run_that_finds_nothing_new_is_skipped(
     assert skipped.metrics == {"base": None, "champion": None, "candidate": None}
     assert skipped.reasons == [f"nothing new since run {first.run_id}, which read {data_path}"]
     assert list(skipped.timings_s) == ["ground", "prepare", "skip", "report", "total"]
-    assert len(stub_cluster.jobs) == 2
+    assert len(stub_cluster.jobs) == 1
     assert run(config, place, what="train").version  # who asks for a training gets one
-    assert len(stub_cluster.jobs) == 4
+    assert len(stub_cluster.jobs) == 2
     assert "data.min_new_records=0" in summary(skipped, home_option="")
     assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
 
@@ -200,5 +200,5 @@ def test_a_repeated_run_id_repeats_nothing(
 
     assert second.version == first.version
     assert second.promoted
-    assert len(stub_cluster.jobs) == 2
+    assert len(stub_cluster.jobs) == 1
     assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]

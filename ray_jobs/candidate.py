@@ -1,0 +1,58 @@
+"""Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
+
+One job is let into a cluster once: nobody else's comes between the training and the comparison, and no cluster starts
+twice. A job that is run again takes the version that the run has published as it is.
+"""
+
+from components.config.schema import RunConfig
+from components.registry import runs
+from components.registry.records import TrainResult
+from components.registry.store import Store
+from components.shared.protocol import TRAINED, say
+from ray_jobs import entry
+from ray_jobs import evaluate as comparing
+from ray_jobs import finetune as training
+from ray_jobs.scoring.measure import STEP as COMPARING
+
+
+def main() -> None:
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    parser = entry.parser(
+        "ray_jobs.candidate",
+        "Fine-tune one adapter, publish it as a version, and compare it with base and champion.",
+        "ray job submit --working-dir . -- python -m ray_jobs.candidate --config pipelines/configs/icd10.toml "
+        "--run-id ID --dataset s3://...",
+    )
+    parser.add_argument("--run-id", required=True, help="name of the run in the store")
+    parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
+    arguments = parser.parse_args()
+    run_id, dataset_uri = arguments.run_id, arguments.dataset
+
+    def train() -> None:
+        result = trained(entry.load_config(arguments.config, arguments.set), run_id=run_id, dataset_uri=dataset_uri)
+        say(training.STEP, f"published {result.version} as {result.version_uri}")
+
+    def compare() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
+        comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri)
+
+    entry.run(training.STEP, train)
+    say(training.STEP, TRAINED)
+    entry.run(COMPARING, compare)
+
+
+def trained(config: RunConfig, *, run_id: str, dataset_uri: str) -> TrainResult:
+    """Train on the dataset, unless the run has published what it makes of it.
+
+    Raises:
+        FineloopError: as `ray_jobs.finetune.finetune`.
+    """
+    found = runs.find(Store.open(config.registry), run_id, TrainResult)
+    if found is not None and found.dataset_uri == dataset_uri:
+        return found
+    return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri)
+
+
+if __name__ == "__main__":
+    main()

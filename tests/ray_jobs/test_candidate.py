@@ -1,0 +1,28 @@
+"""The job that trains and compares; the whole of it runs in tests/e2e."""
+
+import pytest
+
+from components.config.schema import RegistryConfig, RunConfig
+from components.registry import runs
+from components.registry.records import TrainResult
+from components.registry.store import Store
+from ray_jobs import candidate
+
+PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
+
+
+@pytest.mark.parametrize(("dataset_uri", "trains"), [("s3://b/datasets/d1", False), ("s3://b/datasets/d2", True)])
+def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
+    config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch, dataset_uri: str, trains: bool
+) -> None:
+    trained: list[str] = []
+
+    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str) -> TrainResult:
+        trained.append(dataset_uri)
+        return PUBLISHED
+
+    monkeypatch.setattr("ray_jobs.finetune.finetune", finetune)
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
+    runs.write(store, "again", PUBLISHED)
+    assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri) == PUBLISHED
+    assert bool(trained) is trains
