@@ -59,7 +59,12 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
     from pipelines.promotion import build
 
     adapter, registry = config.adapter, config.registry
-    defaults = {"adapter_name": adapter.name, "alias": adapter.alias, **registry.model_dump()}
+    defaults = {
+        "adapter_name": adapter.name,
+        "alias": adapter.alias,
+        "bucket": registry.bucket,
+        "prefix": registry.prefix,
+    }
     return _text(build(for_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
 
 
