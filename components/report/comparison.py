@@ -1,6 +1,6 @@
 """The three models side by side: bars with the gate's bounds, the paired intervals, and the table of differences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from components.registry.records import ROLES, Role, RuleResult
@@ -48,7 +48,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Interval:
-    """The paired difference to one other model with its 95 % interval, in per cent of its own axis."""
+    """The paired difference to one other model between its bounds, in per cent of its own axis."""
 
     name: str
     text: str
@@ -114,34 +114,53 @@ def panels(run: RunFiles) -> list[Panel]:
 
 
 def intervals(run: RunFiles) -> list[Interval]:
-    """The paired comparisons of the evaluation, base first."""
+    """The gain between its bounds, for each comparison that the gate made; without a gate, those of the evaluation."""
+    decided = [rule for rule in _rules(run) if rule.against and rule.metric in METRICS and rule.lower is not None]
+    return [_of_rule(rule) for rule in decided] if decided else list(_of_evaluation(run))
+
+
+def _of_rule(rule: RuleResult) -> Interval:
+    metric = METRICS[rule.metric or ""]
+    assert rule.gain is not None
+    assert rule.lower is not None
+    assert rule.upper is not None
+    low, high = metric.signed_text(rule.lower), metric.signed_text(rule.upper)
+    words = f"between {low} and {high}, each with {(rule.confidence or 0) * 100:.6g} % confidence"
+    bound = None if rule.line is None or rule.other is None else metric.gain(rule.line, rule.other)
+    return _interval(rule.title, metric, rule.gain, (rule.lower, rule.upper), words, bound)
+
+
+def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
     called = names(run)
-    result = []
     for role in ROLES:
         found = run.evaluation.paired.get(role) if run.evaluation else None
         if found is None or found.ci95 is None or found.metric not in METRICS:
             continue
-        metric, difference, (low, high) = METRICS[found.metric], found.difference, found.ci95
+        metric = METRICS[found.metric]
+        low, high = (metric.signed_text(end) for end in found.ci95)
+        words = f"95 % interval {low} to {high}, {count(found.records)} records"
+        name = f"Candidate against {called[role].lower() if role == 'base' else run.alias}"
+        # Decided on by an earlier release, which compared the gain itself.
         bound = _required_gain(run, role, metric)
-        ends = [0.0, low, high, difference, *([bound] if bound is not None else [])]
-        pad = (max(ends) - min(ends)) * 0.06 or 1.0
-        start, span = min(ends) - pad, max(ends) - min(ends) + 2 * pad
-        result.append(
-            Interval(
-                name=f"Candidate against {called[role].lower() if role == 'base' else run.alias}",
-                text=(
-                    f"{metric.title}: {metric.gain_text(difference)}, 95 % interval {metric.signed_text(low)} to "
-                    f"{metric.signed_text(high)}, {count(found.records)} records"
-                ),
-                position=(difference - start) / span * 100,
-                low=(low - start) / span * 100,
-                high=(high - start) / span * 100,
-                zero=-start / span * 100,
-                bound=None if bound is None else (bound - start) / span * 100,
-                bound_text="" if bound is None else f"required: {metric.signed_text(bound)} or more",
-            )
-        )
-    return result
+        yield _interval(name, metric, found.difference, found.ci95, words, bound)
+
+
+def _interval(
+    name: str, metric: Metric, gain: float, ends: tuple[float, float], words: str, bound: float | None
+) -> Interval:
+    marks = [0.0, *ends, gain, *([bound] if bound is not None else [])]
+    pad = (max(marks) - min(marks)) * 0.06 or 1.0
+    start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
+    return Interval(
+        name=name,
+        text=f"{metric.title}: {metric.gain_text(gain)}, {words}",
+        position=(gain - start) / span * 100,
+        low=(ends[0] - start) / span * 100,
+        high=(ends[1] - start) / span * 100,
+        zero=-start / span * 100,
+        bound=None if bound is None else (bound - start) / span * 100,
+        bound_text="" if bound is None else f"required: {metric.signed_text(bound)} or more",
+    )
 
 
 def table(run: RunFiles) -> list[MetricRow]:

@@ -58,12 +58,33 @@ def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
     assert "perplexity" in [panel.metric.key for panel in panels(run)]
 
 
-def test_intervals_keep_their_order_on_their_axis() -> None:
-    against_base, against_champion = intervals(example_runs.promoted_run())
+def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_its_line() -> None:
+    run = example_runs.promoted_run()
+    assert run.decision is not None
+    rules = [
+        rule if rule.gain is None else rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.03})
+        for rule in run.decision.rules
+    ]
+    shown = intervals(replace(run, decision=run.decision.model_copy(update={"rules": tuple(rules)})))
+    assert [each.name for each in shown] == [
+        "Loss better than the base model's",
+        "Loss not worse than production's",
+        "Loss not worse than the best version's",
+        "Exact match not below production's",
+    ]
+    for each in shown:
+        assert 0 <= each.low < each.position < each.high <= 100
+    assert shown[1].text == "Loss: 0.039 better, between +0.018 and +0.069, each with 95 % confidence"
+    assert [each.bound_text for each in shown[1:]] == ["required: −0.020 or more", "required: −0.050 or more", ""]  # noqa: RUF001
+    assert shown[1].bound is not None
+    assert shown[1].bound < shown[1].zero < shown[1].low
+
+
+def test_without_a_gate_the_intervals_are_those_of_the_evaluation() -> None:
+    against_base, against_champion = intervals(example_runs.undecided_run())
     for each in (against_base, against_champion):
         assert 0 <= each.low < each.position < each.high <= 100
-    assert against_champion.bound is not None
-    assert against_champion.bound < against_champion.zero < against_champion.low
+    assert against_champion.bound is None
     assert "0.039 better, 95 % interval +0.018 to +0.060, 300 records" in against_champion.text
 
 
