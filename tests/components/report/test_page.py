@@ -102,7 +102,7 @@ def test_promoted_run_says_what_changed_with_numbers() -> None:
         "for production's version so far and 2.306 for the base model."
     ) in text
     assert f"points to {CANDIDATE} now, and pointed to {CHAMPION} before it" in text
-    for number in ("74.3 %", "2.489", "1.384", "3.7 points better", "0.039 better", "+0.018 to +0.060"):
+    for number in ("74.3 %", "2.489", "1.384", "3.7 points better", "0.039 better", "between +0.039 and +0.039"):
         assert number in text
     assert "✕ failed" not in text
 
