@@ -85,7 +85,7 @@ def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
     use_gpu = torch.cuda.is_available()
     row = own.method.row
     model = base_model.load_model(base, own.model, row.base, use_gpu=use_gpu, matmul_dtype=dtype).eval()
-    widened.widen(model, dtype)
+    widened.widen_if_room(model, dtype)
     return model
 
 

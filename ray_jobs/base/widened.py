@@ -1,10 +1,11 @@
-"""A frozen base for inference: its weights once in the type that products are taken in, instead of before each product.
+"""A frozen base with its weights once in the type that products are taken in, instead of before each product.
 
 An answer takes a pass through the base for every token, and most of such a pass on a quantised base is reading its
-weights out of four bits. They are the very weights that each pass would read.
+weights out of four bits; of a training step it is a fifth. They are the very weights that each pass would read.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,32 @@ MEMORY_SHARE = 0.5
 MEMINFO = Path("/proc/meminfo")
 
 
-def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
-    """Turn a base's layers on the CPU into dense ones, in place, where memory allows; gives whether it did.
+def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype) -> None:
+    """Turn the frozen layers of a model on the CPU into dense ones, in place.
 
-    `matmul_dtype` is what the base was loaded with; `sharers` processes of this machine may do the same. The layers
-    answer as before, but for the order of sums. An int8 base that is multiplied in bfloat16 stays as it is: there
-    bitsandbytes rounds inputs to int8 as well. No adapter may be on the base yet.
+    `matmul_dtype` is what the base was loaded with. The layers answer as before, but for the order of sums. An int8
+    base that is multiplied in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
     """
-    dtype = torch.float32 if matmul_dtype == "float32" else torch.bfloat16
-    layers = [module for module in model.modules() if _may_widen(module, dtype)]
-    needed = sum(module.in_features * module.out_features for module in layers) * dtype.itemsize
+    dtype = _dtype(matmul_dtype)
+    for layer in _layers(model, dtype):
+        weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
+        layer.__class__ = float32_layers.Linear if dtype is torch.float32 else torch.nn.Linear
+        layer.weight = weight
+
+
+def widen_if_room(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
+    """The same where memory allows, which `sharers` processes of this machine share; gives whether it did.
+
+    No adapter may be on the base yet.
+    """
+    dtype = _dtype(matmul_dtype)
+    layers = list(_layers(model, dtype))
+    needed = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
     limit = int(MEMORY_SHARE * available_bytes() / sharers)
     if needed > limit:
         logger.info("the base is read as it is stored: dense it would take %d bytes more, of %d", needed, limit)
         return False
-    for layer in layers:
-        weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
-        layer.__class__ = float32_layers.Linear if dtype is torch.float32 else torch.nn.Linear
-        layer.weight = weight
+    widen(model, matmul_dtype)
     return bool(layers)
 
 
@@ -53,11 +62,18 @@ def available_bytes() -> int:
     return machine_bytes()
 
 
-def _may_widen(layer: Any, dtype: torch.dtype) -> bool:
+def _dtype(matmul_dtype: MatmulDtype) -> torch.dtype:
+    return torch.float32 if matmul_dtype == "float32" else torch.bfloat16
+
+
+def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
     kinds: tuple[type, ...] = (bitsandbytes.nn.Linear4bit,)
     if dtype is torch.float32:
         kinds = (*kinds, bitsandbytes.nn.Linear8bitLt, float32_layers.Linear)
-    return issubclass(type(layer), kinds) and bool(layer.weight.device.type == "cpu")
+    for module in model.modules():
+        layer: Any = module
+        if issubclass(type(layer), kinds) and layer.weight.device.type == "cpu" and not layer.weight.requires_grad:
+            yield layer
 
 
 @torch.no_grad()

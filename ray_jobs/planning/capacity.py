@@ -131,6 +131,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
+        dense_base=train.dense_base,
     )
     return Choice(config, parts)
 

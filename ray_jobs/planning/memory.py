@@ -107,13 +107,14 @@ def plan(
     use_gpu: bool = True,
     trains_base: bool = False,
     in_chunks: bool = True,
+    dense_base: bool = False,
 ) -> Parts:
     """One worker's memory. `answers`: labelled tokens of a micro-batch; B x T for a trainer that scores every token.
 
     `trains_base` is full fine-tuning: what is trained are the weights themselves, the head's too. `in_chunks` is off
-    for a trainer that holds the logits of all answers at once.
+    for a trainer that holds the logits of all answers at once. `dense_base` is train.dense_base.
     """
-    weights = weight_bytes(stats, base, sharing)
+    weights = dense_bytes(stats) if dense_base else weight_bytes(stats, base, sharing)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
     gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
     masters, moments = (
@@ -190,6 +191,12 @@ def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:
     rest = stats.parameters - sum(outputs * inputs for outputs, inputs in stats.matrices)
     # ZeRO-3 shares out parameters; the constants of a quantised one are no parameters, and every worker has them all.
     return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
+
+
+def dense_bytes(stats: ModelStats) -> int:
+    """The base with its layers and its head in float32, which most processors multiply in; less with bfloat16."""
+    layers = sum(outputs * inputs for outputs, inputs in stats.matrices)
+    return FLOAT32 * (layers + stats.vocabulary * stats.width) + BF16 * (stats.parameters - layers)
 
 
 def stored_bytes(numel: int, base: BaseFormat) -> int:

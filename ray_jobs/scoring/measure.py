@@ -147,7 +147,7 @@ def measure_shard(
                 loaded = None  # the memory of the one before,
                 gc.collect()  # where 4-bit weights and their layers hold each other
                 loaded = (key, each.load_base(matmul_dtype))
-                widened.widen(loaded[1], matmul_dtype, sharers=candidate.ray.num_workers)
+                widened.widen_if_room(loaded[1], matmul_dtype, sharers=candidate.ray.num_workers)
             if progress:
                 progress.role = each.role
             model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]

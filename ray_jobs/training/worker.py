@@ -27,7 +27,7 @@ from components.shared.errors import ConfigError, JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import base_config, base_model, chat_format, precision, processor
+from ray_jobs.base import base_config, base_model, chat_format, precision, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.streamed import streamed
 from ray_jobs.training import checkpoint, step_zero, train_loop, zero
@@ -235,6 +235,8 @@ def _adapted(
         model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
     )
     own_base.begin(config, adapted, base)
+    if config.train.dense_base:
+        widened.widen(adapted, matmul_dtype)
     build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()

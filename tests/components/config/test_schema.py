@@ -388,3 +388,11 @@ def test_only_the_callers_config_lets_a_stored_base_run_code():
 def test_a_stored_config_without_what_is_needed_is_refused_with_the_field(stored: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         config_file.with_stored(config_file.load(FROZEN), stored, origin="lineage")
+
+
+@pytest.mark.parametrize("where", ["ray.use_gpu=true", "train.zero_stage=3"])
+def test_a_dense_base_is_for_cpu_workers_that_hold_it_whole(where: str) -> None:
+    assert set_in("train.dense_base=true").train.dense_base
+    assert re.search(
+        r"train\.dense_base is for CPU workers.*remove train\.dense_base", message_of("train.dense_base=true", where)
+    )

@@ -1,5 +1,6 @@
 """Fused LoRA against the formula in numpy, in float64, on what bitsandbytes stores; and against peft's own layers."""
 
+import bitsandbytes
 import numpy as np
 import peft.tuners.lora.layer
 import pytest
@@ -8,9 +9,10 @@ from peft import LoraConfig
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from ray_jobs.adapters import build, fused
+from ray_jobs.adapters import fused
 from ray_jobs.base import base_model, float32_layers
 from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.training import worker
 
 TOKENS, INPUTS, OUTPUTS, RANK, SCALING = 37, 1000, 1100, 8, 0.75  # a weight larger than a block, and no multiple of one
 ONCE = 2.0**-8  # rounding a number to bfloat16 once moves it by at most this share
@@ -25,8 +27,6 @@ def exact(tensor):
 
 def base_layer(kind, *, wide):
     """A frozen layer with a bias, and its weight as its own library dequantises it."""
-    import bitsandbytes
-
     torch.manual_seed(0)
     if kind == "bf16":
         layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16)
@@ -76,14 +76,16 @@ def test_value_and_gradients_are_the_formulas(kind, wide):
     assert_close(B.grad, SCALING * g_.T @ hidden, np.abs(g_.T) @ (np.abs(x_) @ np.abs(A_.T)))
 
 
-def trained(folder, base_format, matmul_dtype, *, is_fused) -> list[float]:
-    """Losses of a training in a plain loop, with weights of 16 bits and float32 masters as DeepSpeed has them."""
+def fresh(folder, base_format, matmul_dtype, *, dense_base=False):
+    """A base with its adapter, as a worker trains it."""
     toml = f'[adapter]\nname = "a"\n[model]\nbase = "{folder}"\n[data]\nsource = "none"\n[method]\nname = "lora"\n'
-    config: RunConfig = config_file.loads(toml, ["method.rank=4", f"method.base={base_format}"])
-    base = base_model.resolve(config.model)
-    model = base_model.load_model(base, config.model, base_format, use_gpu=False, matmul_dtype=matmul_dtype)
-    adapted = build.attach(model, config.method, base_reference="b", seed=0, matmul_dtype=matmul_dtype).train()
-    build.to_training(adapted, torch.bfloat16)
+    overrides = ["method.rank=4", f"method.base={base_format}", f"train.dense_base={str(dense_base).lower()}"]
+    config: RunConfig = config_file.loads(toml, overrides)
+    return worker._adapted(config, base_model.resolve(config.model), use_gpu=False, matmul_dtype=matmul_dtype)
+
+
+def trained(adapted, *, is_fused=True) -> list[float]:
+    """Losses of a training in a plain loop, with weights of 16 bits and float32 masters as DeepSpeed has them."""
     if not is_fused:
         for module in adapted.modules():
             module.__class__ = {new: old for old, new in fused.LAYERS.items()}.get(type(module), type(module))
@@ -106,7 +108,12 @@ def trained(folder, base_format, matmul_dtype, *, is_fused) -> list[float]:
 
 @pytest.mark.parametrize(("base_format", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
 def test_a_training_learns_as_with_pefts_layers(tiny_base, base_format, dtype):
-    ours, pefts = (trained(tiny_base, base_format, dtype, is_fused=is_fused) for is_fused in (True, False))
+    ours = trained(fresh(tiny_base, base_format, dtype))
+    pefts = trained(fresh(tiny_base, base_format, dtype), is_fused=False)
     assert pefts[-1] < pefts[0] - 0.5
     assert ours == pytest.approx(pefts, abs=LOSS_TOLERANCE)
     assert ours[1:] != pefts[1:]  # they did go two ways
+    dense = fresh(tiny_base, base_format, dtype, dense_base=True)
+    quantised = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
+    assert not any(isinstance(module, quantised) for module in dense.modules())
+    assert trained(dense) == ours  # to the bit

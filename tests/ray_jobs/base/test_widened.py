@@ -29,7 +29,7 @@ def logits(model):
 def test_a_widened_base_answers_as_before(tiny_base, base_format, matmul_dtype):
     model = loaded(tiny_base, base_format, matmul_dtype)
     before = logits(model)
-    assert widened.widen(model, matmul_dtype)
+    assert widened.widen_if_room(model, matmul_dtype)
     assert torch.equal(logits(model), before)
     layers = [*model.model.layers.modules()]
     dtypes = {layer.weight.dtype for layer in layers if isinstance(layer, torch.nn.Linear)}
@@ -47,7 +47,7 @@ def test_its_weights_are_those_that_transformers_dequantises(tiny_base):
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=nf4, dtype=torch.bfloat16)
     expected = plain.dequantize().state_dict()
     model = loaded(tiny_base, "nf4", "float32")
-    widened.widen(model, "float32")
+    widened.widen_if_room(model, "float32")
     found = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert len(found) == 15  # two layers of seven, and the head
     for name, weight in found.items():
@@ -59,12 +59,12 @@ def test_a_base_that_memory_has_no_room_for_stays_as_it_is(tiny_base, monkeypatc
     before = copy.deepcopy([type(module) for module in model.modules()])
     needed = 4 * sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear))
     monkeypatch.setattr(widened, "available_bytes", lambda: int(4 * needed / widened.MEMORY_SHARE) - 8)
-    assert not widened.widen(model, "float32", sharers=4)
+    assert not widened.widen_if_room(model, "float32", sharers=4)
     assert [type(module) for module in model.modules()] == before
     monkeypatch.setattr(widened, "available_bytes", lambda: int(4 * needed / widened.MEMORY_SHARE) + 8)
-    assert widened.widen(model, "float32", sharers=4)
+    assert widened.widen_if_room(model, "float32", sharers=4)
 
 
 def test_int8_that_is_multiplied_in_bfloat16_stays_int8(tiny_base):
     model = loaded(tiny_base, "int8", "bfloat16")
-    assert not widened.widen(model, "bfloat16")
+    assert not widened.widen_if_room(model, "bfloat16")

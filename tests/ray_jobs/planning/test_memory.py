@@ -81,6 +81,17 @@ def test_an_nf4_base_takes_half_a_byte_and_its_doubly_quantised_constants():
     assert weight_bytes(rehearsal("qlora").stats, "nf4", ALONE) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_dense_base_takes_four_bytes_a_weight_of_its_layers_and_its_head():
+    stats, linear, embedding = rehearsal("qlora").stats, 32 * sum(o * i for o, i in LAYERS_7B), 32000 * 4096
+    planned = [
+        plan(stats, NO_STEP, base="nf4", answers=0, sharing=ALONE, use_gpu=False, dense_base=dense).weights
+        for dense in (False, True)
+    ]
+    # The embeddings stay bfloat16; the head, which is in 16 bits on an NF4 base too, is dense beside them.
+    assert planned[1] == 4 * linear + 4 * embedding + 2 * (BASE_7B - linear)
+    assert planned[1] > 6 * planned[0]
+
+
 def test_the_layers_of_a_llama_keep_what_its_equations_need():
     """arXiv:2205.05198, section 4.1, for a gated MLP, two RMS norms, a frozen base with LoRA on every layer.
 
