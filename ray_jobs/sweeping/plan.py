@@ -108,13 +108,14 @@ class Plan:
             return None
         rates = {place: self._rate_loss(arm, place, losses[place]) for place in sorted(losses)}
         below, above = grid.neighbours(losses, best)
-        prior = losses.get(0, math.inf) if not self._grids[arm].rates else math.inf
+        center = self._grids[arm].center
+        prior = next((loss for place, loss in losses.items() if self._grids[arm].rate(place) == center), math.inf)
         steps = [t.step_s for point in self._at(arm, best) if (t := self.trials[point.name]).step_s]
         return Tuned(
             method=arm.method,
             rank=arm.rank,
             batch_size=arm.batch_size,
-            prior=self._grids[arm].center,
+            prior=center,
             learning_rate=rates[best].learning_rate,
             loss=losses[best],
             below=None if below is None else rates[below],

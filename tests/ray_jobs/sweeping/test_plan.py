@@ -150,3 +150,12 @@ def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(conf
     trial = points.trial_config(run, _at(run, 3e-3), num_records=1600)
     assert (trial.ray.num_workers, trial.train.zero_stage, trial.train.checkpoint_every_steps) == (1, 2, 0)
     assert (trial.learning_rate, trial.train.max_steps, trial.train.evals_per_epoch) == (3e-3, 20, 20)
+
+
+def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_known(config):
+    named = changed(config, "train.learning_rate=1e-3", "tune.space.learning_rates=[3e-3, 1e-3, 1e-2]")
+    plan, begun = swept(named, bowl(3e-3))
+    found = plan.found(*points.arms(named))
+    assert len(begun) == 3
+    assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
+    assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)
