@@ -15,7 +15,7 @@ from components.registry.store import Store
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
-from ray_jobs.training import splits
+from ray_jobs.training import splits, starting
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     base = base_model.resolve(config.model)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
+    start = starting.choose(config, store, run_id, base)
+    if start is not None:
+        say(STEP, f"going on from {start.name} {start.version}")
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     say(
         STEP,
@@ -84,6 +87,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         dataset=splits.of_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
+        start=start,
     )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Before the memory is looked at: a cluster that grows from nothing has none.

@@ -16,10 +16,12 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
+from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
 from components.config.tune import TuneConfig
 from components.shared.metrics import COMPARED, METRICS
 
+StartFrom = Annotated[str, StringConstraints(pattern=r"^(base|production|[a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*)$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -163,6 +165,9 @@ class TrainConfig(Section):
     Absent means the method's own: 2e-4 for LoRA, and for the others relative to it."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the training split."""
+    start_from: Annotated[StartFrom, Added("0.2.0")] = "base"
+    """base begins afresh. production goes on from the version that adapter.alias points at, and from the base where
+    there is none; NAME@VERSION from that one. It has to be of the same base, method, rank and layers."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -277,21 +282,6 @@ class GateConfig(Section):
     def total_budget(self) -> float:
         """`worse_than_best_by` in force."""
         return 2.5 * self.worse_than_champion_by if self.worse_than_best_by is None else self.worse_than_best_by
-
-
-PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
-
-
-class RegistryConfig(Section):
-    """Where the registry lies. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL and so on)."""
-
-    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "fineloop"
-    """S3 bucket: 3 to 63 lower-case letters, digits, '.' and '-'."""
-    prefix: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = ""
-    """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
-    trusted_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
-    """Public keys, as `fineloop adapters sign` prints them. Where there are any, an alias moves only to a version that
-    one of them has signed, and nobody fetches another."""
 
 
 class RunConfig(Section):

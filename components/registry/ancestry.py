@@ -50,10 +50,11 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
-    sources = at("config", "data", "source") or []
+    configured = at("config", "data", "source") or []
+    sources = dict.fromkeys([*([configured] if isinstance(configured, str) else configured), *(at("sources") or ())])
     named: list[tuple[Kind, Any]] = [
         ("dataset", at("dataset", "dataset_id")),
-        *[("source", source) for source in ([sources] if isinstance(sources, str) else sources)],
+        *[("source", source) for source in sources],
         ("base", at("base", "reference")),
         ("commit", at("environment", "code", "commit")),
         ("config", at("config_sha256")),

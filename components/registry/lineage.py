@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -103,11 +104,13 @@ def build_lineage(
     recipe: Mapping[str, Any],
     training: Training,
     parents: Sequence[str] = (),
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The record as plain JSON values.
 
     `recipe` is what was built rather than what was asked for (resolved target modules, trainable parameters); `parents`
-    are the URIs of the versions that this one was compared with or grew from.
+    are the URIs of the versions that this one grew from; `sources` the files and objects that were read, each with its
+    fingerprint.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -117,6 +120,7 @@ def build_lineage(
         "config_sha256": config.digest,
         "base": {"reference": base.reference, "identity": dict(base.identity)},
         "dataset": asdict(dataset),
+        "sources": dict(sources),
         "environment": asdict(environment),
         "recipe": {"method": config.method.name, **recipe},
         "training": asdict(training),

@@ -62,6 +62,18 @@ def read(store: Store, name: str) -> Consumed | None:
         return None
 
 
+def noted(store: Store, run_id: str) -> Consumed | None:
+    """What the run read, None where it noted nothing.
+
+    Raises:
+        IntegrityError: the note is not one of a format that this version knows.
+    """
+    try:
+        return _note(store, run_id)
+    except ObjectMissing:
+        return None
+
+
 def advance(store: Store, name: str, run_id: str) -> bool:
     """Move the adapter's mark to what the run read; False when a run that looked later has moved it already.
 

@@ -72,15 +72,24 @@ def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -
     if "commit" in recorded:
         config = config.model_copy(update={"revision": recorded["commit"]})
     base = _bring(config)
+    require_same(base, recorded)
+    return base
+
+
+def require_same(base: Base, recorded: Mapping[str, str]) -> None:
+    """Nothing where the base is the one whose identity a version's lineage gives.
+
+    Raises:
+        IntegrityError: it is another one.
+    """
     was, now = (
         {key: one.get(key) for key in ("kind", "commit", "sha256") if key in one} for one in (recorded, base.identity)
     )
     if was != now:
         raise IntegrityError(
-            f"the adapter was trained on {config.base} with {_told(was)}, and today that is {_told(now)}: put the "
+            f"the adapter was trained on {base.reference} with {_told(was)}, and today that is {_told(now)}: put the "
             "files that it was trained on back there, or train it again"
         )
-    return base
 
 
 def _told(identity: Mapping[str, str | None]) -> str:

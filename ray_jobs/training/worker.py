@@ -18,7 +18,7 @@ import torch
 from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from components.registry import lineage, runs
+from components.registry import lineage, runs, watermark
 from components.registry.records import TrainResult
 from components.registry.serving import serving
 from components.registry.store import Store
@@ -30,7 +30,7 @@ from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import base_config, base_model, chat_format, precision, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.streamed import streamed
-from ray_jobs.training import checkpoint, step_zero, train_loop, zero
+from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
 from ray_jobs.training.train_loop import Report, TrainedAdapter
@@ -58,6 +58,8 @@ class TrainJob:
     base: lineage.Base
     """The identity that the driver resolved; each worker finds the files on its own machine."""
     pad: int
+    start: Version | None = None
+    """The version that the training goes on from; None begins afresh."""
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -145,11 +147,18 @@ def fit(
     if not use_gpu:
         worker = replace(worker, matmul_dtype=on_cpu)
     probe = step_zero.probe(train_split, job.pad)
+    start = starting.weights(store, job.start) if job.start else None
     if config.train.zero_stage == 3 and worker.rank == 0:
-        plain_loss = _unsharded_loss(config, base, probe, on_cpu)
+        plain_loss = _unsharded_loss(config, base, probe, on_cpu, start)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = _adapted(
-            config, base, use_gpu=use_gpu, matmul_dtype=worker.matmul_dtype, dtype=worker.dtype, load=load
+            config,
+            base,
+            use_gpu=use_gpu,
+            matmul_dtype=worker.matmul_dtype,
+            dtype=worker.dtype,
+            load=load,
+            start=start,
         )
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
@@ -183,22 +192,27 @@ def fit(
 
 
 def _unsharded_loss(
-    config: RunConfig, base: base_model.Base, probe: dict[str, torch.Tensor], matmul_dtype: MatmulDtype
+    config: RunConfig,
+    base: base_model.Base,
+    probe: dict[str, torch.Tensor],
+    matmul_dtype: MatmulDtype,
+    start: Mapping[str, torch.Tensor] | None,
 ) -> float:
     """The loss of the model in one piece, on the CPU, of which memory holds a layer at a time where that is possible.
 
-    A fresh adapter changes nothing, so the base alone is read; what LoftQ begins with does, and its base is stored in
-    four bits: only then somebody holds the model whole.
+    A fresh adapter changes nothing, so the base alone is read; what LoftQ or an earlier version begins with does: only
+    then somebody holds the model whole.
     """
     cpu, base_format = torch.device("cpu"), config.method.row.base
-    if config.method.row.init == "default" and not base_model.is_quantised(base):
+    if start is None and config.method.row.init == "default" and not base_model.is_quantised(base):
         try:
             with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
                 return step_zero.probe_loss(model, probe, cpu)
         except NotImplementedError as exc:
             # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
             logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
-    return step_zero.probe_loss(_adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype), probe, cpu)
+    adapted = _adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype, start=start)
+    return step_zero.probe_loss(adapted, probe, cpu)
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
@@ -220,8 +234,9 @@ def _adapted(
     matmul_dtype: MatmulDtype = "bfloat16",
     dtype: torch.dtype = torch.bfloat16,
     load: LoadModel = base_model.load_model,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> "PeftModel":
-    """The base with a fresh adapter, ready to train in `dtype`. The same on every worker."""
+    """The base with a fresh adapter, or one with the weights `start`, to train in `dtype`. The same on every worker."""
     model = load(
         base,
         config.model,
@@ -237,6 +252,8 @@ def _adapted(
     own_base.begin(config, adapted, base)
     if config.train.dense_base:
         widened.widen(adapted, matmul_dtype)
+    if start is not None:
+        starting.begin(adapted, start)
     build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()
@@ -342,6 +359,8 @@ def _publish(
             revision=os.environ.get("FINELOOP_REVISION", ""),
         ),
         recipe=recipe,
+        parents=[job.start.uri] if job.start else [],
+        sources=read.sources if (read := watermark.noted(store, job.run_id)) else {},
         training=lineage.Training(
             steps=progress.step,
             tokens=progress.tokens,

@@ -14,6 +14,7 @@ def published(store: Store, number: int, *, parents: tuple[str, ...] = ()) -> Ve
         "run_id": f"r{number}",
         "dataset": {"dataset_id": f"d{number % 2}"},
         "config": {"data": {"source": ["s3://data/a/", f"s3://data/{number}/"]}},
+        "sources": {f"part-{number}.jsonl": "etag"},
         "base": {"reference": "org/base"},
         "environment": {"code": None},
         "parents": list(parents),
@@ -37,6 +38,7 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert made_of("dataset=d0") == ["r2", "r0"]
     assert made_of("source=s3://data/a/") == ["r2", "r1", "r0"]
     assert made_of("source=s3://data/a/", "dataset=d1") == ["r1"]
+    assert made_of("source=part-2.jsonl") == ["r2"]
     assert made_of(f"parent={zero.uri}") == ["r1"]
     assert made_of("base=org/b", "dataset=d") == ["r2", "r1", "r0"]
     assert made_of("commit=1234") == []

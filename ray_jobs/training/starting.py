@@ -1,0 +1,107 @@
+"""Where a training begins: at the base alone, or at a version of the same shape on the same base."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from components.config.schema import RunConfig
+from components.registry import folders, runs
+from components.registry.aliases import read_alias
+from components.registry.identity import WEIGHTS, require_identity
+from components.registry.names import version_key
+from components.registry.signing import require_signed
+from components.registry.store import JSON, Store, decode_json, encode_json
+from components.registry.versions import Version, resolve
+from components.shared.errors import ConfigError, IntegrityError
+from ray_jobs.adapters import recorded
+from ray_jobs.base import base_model
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+BASE, PRODUCTION = "base", "production"
+CHOSEN = "start.json"
+"""In the run's folder: what its first attempt began from, and so every later one, wherever the alias is by then."""
+
+
+def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
+    """The version that `train.start_from` means, None for the base alone.
+
+    Where nothing is in production yet, "production" means the base. `base` is what this run trains on.
+
+    Raises:
+        ConfigError: the version was trained with another method, rank or layers.
+        UserError: the reference is malformed, or fits several versions.
+        ObjectMissing: there is no such version.
+        IntegrityError: it stands on another base, or its lineage is damaged.
+    """
+    wanted = config.train.start_from
+    if wanted == BASE:
+        return None
+    if wanted == PRODUCTION:
+        pointer = read_alias(store, config.adapter.name, config.adapter.alias)
+        wanted = f"{config.adapter.name}@{pointer.version}" if pointer else ""
+    found = resolve(store, wanted) if wanted else None
+    first = encode_json({"version": f"{found.name}@{found.version}" if found else ""})
+    key = runs.run_key(run_id, CHOSEN)
+    chosen = decode_json(store.claim(key, first, content_type=JSON), store.uri(key))["version"]
+    if not chosen:
+        return None
+    version = resolve(store, chosen)
+    theirs = recorded.read(config, store, version)
+    base_model.require_same(base, theirs.base_identity)
+    _require_same_shape(config, theirs.config, version)
+    return version
+
+
+def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
+    """The adapter's weights, verified and signed as `pull_version` asks.
+
+    Raises:
+        IntegrityError: they are not what the version's manifest lists, or nobody trusted signed it.
+    """
+    from safetensors.torch import load
+
+    key = version_key(version.name, version.version)
+    manifest = require_identity(store, key, folders.read_manifest(store, key))
+    require_signed(store, version.name, version.version, manifest.sha256)
+    body = store.get(f"{key}/{WEIGHTS}")
+    if folders.digest_of(body) != manifest.files[WEIGHTS]:
+        raise IntegrityError(f"{store.uri(key)}/{WEIGHTS} is not the one that the manifest lists")
+    return dict(load(body))
+
+
+def begin(adapted: "PeftModel", start: Mapping[str, "torch.Tensor"]) -> None:
+    """Give a fresh adapter the weights of a version; DoRA's magnitudes and VeRA's matrices are among them.
+
+    Raises:
+        ConfigError: they are of other layers, or of other shapes.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in start.items()}
+    if differing := sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name)):
+        raise ConfigError(
+            f"train.start_from: the version adapts other layers than this run, such as {differing[0]} "
+            f"({theirs.get(differing[0])}, here {shapes.get(differing[0])}): set method.target_modules as it had them"
+        )
+    set_peft_model_state_dict(adapted, dict(start))
+
+
+def _require_same_shape(config: RunConfig, theirs: RunConfig, version: Version) -> None:
+    ours, other = _shape(config), _shape(theirs)
+    for field, value in ours.items():
+        if other[field] != value:
+            raise ConfigError(
+                f"train.start_from = {config.train.start_from!r}: {version.name} {version.version} was trained with "
+                f"method.{field} = {other[field]!r}, and this run has {value!r}: set it so, or start from the base"
+            )
+
+
+def _shape(config: RunConfig) -> dict[str, Any]:
+    """What a version's weights depend on, by the config's names."""
+    method = config.method
+    row = {axis: getattr(method.row, axis) for axis in ("adapter", "scaling", "init", "base")}
+    return {**row, "rank": method.r, "alpha": method.lora_alpha, "target_modules": method.target_modules}

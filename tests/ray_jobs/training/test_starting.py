@@ -1,0 +1,95 @@
+"""A training that goes on from a version: its first weights are that version's, to the bit, and nothing else fits."""
+
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from components.config import config_file
+from components.registry import lineage
+from components.registry.aliases import promote
+from components.registry.versions import Version, read_lineage
+from components.shared.errors import ConfigError, IntegrityError
+from ray_jobs.base import base_model
+from ray_jobs.training import starting, worker
+from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.group import Worker
+from ray_jobs.training.train_loop import TrainedAdapter
+from tests.models.tiny import build_base
+
+
+def changed(config, store, *overrides):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    return config_file.loads(config_file.dumps(config), [*place, *overrides])
+
+
+def chosen(config, store, run_id: str) -> Version | None:
+    return starting.choose(config, store, run_id, base_model.resolve(config.model))
+
+
+def published(config, store, *, moved: float = 1.0, start: Version | None = None) -> Version:
+    """A version whose every weight was moved."""
+    base = base_model.resolve(config.model)
+    adapted = worker._adapted(config, base, use_gpu=False)
+    worker.dora.settle(adapted)
+    with torch.no_grad():
+        for parameter in worker.checkpoint.trainable(adapted).values():
+            parameter.add_(moved)
+    one = Worker(0, 1, torch.device("cpu"))
+    job = worker.TrainJob(
+        config_toml=config_file.dumps(config),
+        run_id="earlier",
+        dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),
+        base=lineage.Base(config.model.base, base.identity),
+        pad=0,
+        start=start,
+    )
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
+    recipe = worker._recipe(config, adapted, base, base, one)
+    return worker._publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(config, store, method):
+    config = changed(config, store, f"method.name={method}", "train.start_from=production")
+    assert chosen(config, store, "run-0") is None  # nothing is in production: the base
+    version = published(config, store)
+    promote(store, "colours", version.version)
+    began = chosen(config, store, "run-1")
+    assert began.version == version.version
+    weights = starting.weights(store, began)
+    adapted = worker._adapted(config, base_model.resolve(config.model), use_gpu=False, start=weights)
+    worker.dora.settle(adapted)
+    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    # Whatever happens to the alias, a run that is started again begins where it began.
+    other = published(config, store, moved=2.0, start=began)
+    promote(store, "colours", other.version)
+    assert chosen(config, store, "run-1").version == version.version
+    assert chosen(config, store, "run-2").version == other.version
+    assert read_lineage(store, other)["parents"] == [version.uri]
+
+
+def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
+    version = published(changed(config, store), store)
+    from_it = f"train.start_from=colours@{version.version}"
+    for override, told in (
+        ("method.rank=4", f"{version.version} was trained with method.rank = 8, and this run has 4: set it so"),
+        ("method.name=rslora", "was trained with method.scaling = 'classic', and this run has 'rslora'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            chosen(changed(config, store, from_it, override), store, override)
+    other = build_base(tmp_path, seed=1)
+    with pytest.raises(IntegrityError, match=r"the adapter was trained on .* and today that is"):
+        chosen(changed(config, store, from_it, f"model.base={other}"), store, "another base")
+
+
+def test_weights_that_were_changed_are_not_begun_with(config, store):
+    version = published(changed(config, store), store)
+    key = f"adapters/colours/versions/{version.version}/adapter_model.safetensors"
+    store.put(key, store.get(key)[:-1] + b"\x01")
+    with pytest.raises(IntegrityError, match="is not the one that the manifest lists"):
+        starting.weights(store, version)
