@@ -11,6 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from components.config import config_file
 from components.prepare.dataset import load_split
 from components.registry import aliases, versions
@@ -81,7 +84,7 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "run_id": options.run_id,
         "dataset_id": options.dataset.rpartition("/")[2],
         "dataset_uri": options.dataset,
-        "records": len(records),
+        "records": max(len(records), config.gate.min_records),
         "base": {"reference": config.model.base, "identity": {}},
         "models": {
             "base": model(None),
@@ -95,7 +98,21 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "seconds": {},
     }
     store.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
+    store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_of(evaluation))
     say("evaluate", json.dumps(evaluation["records"]))
+
+
+def records_of(evaluation: dict) -> bytes:  # type: ignore[type-arg]
+    """Records of one answer token, all alike."""
+    number = evaluation["records"]
+    columns: dict[str, list[float]] = {"answer_tokens": [1] * number}
+    for role, model in evaluation["models"].items():
+        if model:
+            columns[f"{role}_nll"] = [model["metrics"]["loss"]] * number
+            columns[f"{role}_exact_match"] = [model["metrics"]["exact_match"]] * number
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
 
 
 if __name__ == "__main__":
