@@ -108,6 +108,7 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
     A method that does not go with the base has the reason under `refused`, in place of its figures.
     """
     rows = []
+    rehearsed: dict[tuple[str, int], Rehearsal] = {}
     names: list[MethodName] = list(METHODS)  # type: ignore[arg-type]
     for name in names:
         method = MethodConfig(name=name, dropout=config.method.dropout, target_modules=config.method.target_modules)
@@ -126,7 +127,11 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         except ConfigError as exc:
             rows.append({**row, "refused": str(exc)})
             continue
-        memory = chosen(other, rehearsal, worst_batch(other)).parts.as_json()
+        # What a step keeps depends on the adapter alone, and not on how the base is stored or the update is scaled.
+        alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
+        batch = worst_batch(other)
+        step = alike.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
+        memory = chosen(other, rehearsal, batch, step).parts.as_json()
         rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
     return rows
 

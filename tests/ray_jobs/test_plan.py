@@ -136,6 +136,17 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     assert rows["vera"]["learning_rate"] == pytest.approx(30 * rows["lora"]["learning_rate"])
 
 
+def test_methods_of_one_adapter_are_rehearsed_once_and_planned_as_each_by_itself(tmp_path, monkeypatch):
+    runs, original = [], Rehearsal._extrapolated
+    monkeypatch.setattr(Rehearsal, "_extrapolated", lambda self, *args: runs.append(args) or original(self, *args))
+    rows = {row["method"]: row for row in plan.compared(configured(tmp_path), small())}
+    assert len(runs) == 4  # LoRA's, DoRA's, VeRA's and DVoRA's
+    for name in ("loftq", "qdora"):
+        config = configured(tmp_path, f"method.name={name}")
+        own = chosen(config, Rehearsal.of(config, small()), plan.worst_batch(config))
+        assert rows[name]["memory_bytes"] == own.parts.as_json()
+
+
 def test_of_a_base_with_experts_each_method_that_does_not_go_with_it_says_why(tmp_path):
     rows = {row["method"]: row for row in plan.compared(configured(tmp_path), zoo.KINDS["Mixtral"].config())}
     assert {name for name, row in rows.items() if "refused" not in row} == {"lora", "rslora"}
