@@ -23,8 +23,9 @@ def stub_cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
     package = tmp_path / "cluster" / "ray_jobs"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    stub = ROOT / "tests" / "doubles" / "stub_jobs.py"
-    (package / "candidate.py").write_text(f"import runpy\nrunpy.run_path({str(stub)!r}, run_name='__main__')\n")
+    for name, stub in (("candidate", "stub_jobs.py"), ("sweep", "stub_sweep.py")):
+        path = str(ROOT / "tests" / "doubles" / stub)
+        (package / f"{name}.py").write_text(f"import runpy\nrunpy.run_path({path!r}, run_name='__main__')\n")
     environment = {
         **s3_server.environment(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

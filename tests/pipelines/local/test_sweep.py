@@ -2,17 +2,23 @@
 
 import io
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from components.config import config_file
-from components.registry.records import RateLoss, Tuned
+from components.config.schema import RunConfig
+from components.registry import runs
+from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
+from components.registry.store import Store
 from components.shared.errors import ConfigError
 from components.shared.protocol import Line
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.local.display import Display
-from pipelines.local.sweep import apply, changes, with_key
+from pipelines.local.run import Place, run
+from pipelines.local.sweep import apply, changes, sweep, told, with_key
+from tests.doubles.jobs_api import JobsApi
 
 BEST = Tuned(
     method="qlora", rank=16, batch_size=16, prior=1e-3, learning_rate=3.16e-3, loss=1.0, is_inside=True,
@@ -74,3 +80,32 @@ def test_trials_grow_as_aligned_rows_above_the_step_s_line() -> None:
     rows = [line.removeprefix("[tune] ") for line in stream.getvalue().splitlines()[1:]]
     assert len({row.index(word) for row, word in zip(rows, ("outcome", "finished", "diverged"), strict=True)}) == 1
     assert len({row.rindex(word) + len(word) for row, word in zip(rows, ("rate", "0.00316", " 0.1"), strict=True)}) == 1
+
+
+def test_a_sweep_here_is_told_as_it_goes_and_leaves_its_record_and_picture(
+    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    terminal = io.StringIO()
+    result = sweep(make_config(), Place(tmp_path / "home", terminal), run_id="s1")
+    prior = make_config().learning_rate
+    assert (result.best.learning_rate, result.best.is_inside) == (10 * prior, True)
+    assert "0.002     0    1.5000        4/4  finished in 3 s" in terminal.getvalue()
+    folder = tmp_path / "home" / "runs" / "s1"
+    assert SweepResult.from_json((folder / "sweep.json").read_bytes(), "sweep.json") == result
+    assert (folder / "sweep.svg").read_text().startswith("<svg")
+    lines = list(told(result))
+    assert lines[-1] == "a verdict"
+    assert [line.split()[0] for line in lines[1:4]] == [f"{prior:.3g}", "*", f"{100 * prior:.3g}"]
+
+
+def test_a_run_that_tunes_remembers_its_rate_for_the_next(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config("tune.when=no_prior_sweep")
+    for run_id in ("first", "second"):
+        terminal = io.StringIO()
+        run(config, Place(tmp_path / "home", terminal), what="train", run_id=run_id)
+        assert runs.read(store, run_id, TunedRate).learning_rate == 10 * config.learning_rate
+        assert "which the sweep of run first found" in terminal.getvalue()
+        assert [step.step for step in runs.steps(store, run_id)] == ["prepare", "tune", "finetune", "evaluate"]
+    assert runs.find(store, "second", SweepResult) is None
