@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 from components.config import config_file
 from components.prepare.dataset import load_split
 from components.registry import aliases, versions
+from components.registry.records import Evaluation
 from components.registry.store import Store, open_uri
 from components.shared.errors import DataError
 from components.shared.protocol import TRAINED, say, say_failure
+from tests.components.gate.evidenced import as_parquet, evidence
 
 BASE_LOSS = 2.0
 
@@ -97,6 +99,8 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "generation": {"max_new_tokens": config.evaluate.max_new_tokens},
         "seconds": {},
     }
+    records_behind = as_parquet(evidence(Evaluation.from_json(json.dumps(evaluation).encode(), "the stub's")))
+    store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_behind)
     store.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
     store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_of(evaluation))
     say("evaluate", json.dumps(evaluation["records"]))
