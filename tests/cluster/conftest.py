@@ -18,6 +18,7 @@ SHORT = (
     "gate.better_than_base_by=-100.0",
     "gate.worse_than_champion_by=100.0",
     "gate.limits=[]",
+    "gate.min_records=2",
 )
 """The example in a few steps, past a gate that lets everything through: the weights are not what is judged here."""
 

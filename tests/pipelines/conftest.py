@@ -66,6 +66,8 @@ source = {json.dumps(str(data_path))}
 eval_share = 0.3
 [train]
 weight_decay = 1.0
+[gate]
+min_records = 2
 [registry]
 bucket = "{store.bucket}"
 prefix = "{store.prefix}"
