@@ -176,6 +176,7 @@ data "aws_iam_policy_document" "bucket" {
 
     resources = [
       "${local.root}*/manifest.json",
+      "${local.root}adapters/*/signatures/*",
       "${local.root}adapters/*/events/*",
       "${local.root}datasets/*",
       "${local.root}bases/*",

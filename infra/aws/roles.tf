@@ -137,6 +137,9 @@ data "aws_iam_policy_document" "pipeline" {
       "${local.root}adapters/*/aliases/*",
       "${local.root}adapters/*/watermark.json",
       "${local.root}adapters/*/events/*",
+      "${local.root}adapters/*/signatures/*",
+      "${local.root}adapters/*/rates/*",
+      "${local.root}adapters/*/index/*",
       "${local.root}.check/*",
     ]
   }
@@ -161,6 +164,8 @@ data "aws_iam_policy_document" "admin" {
       "${local.root}adapters/*/aliases/*",
       "${local.root}adapters/*/watermark.json",
       "${local.root}adapters/*/events/*",
+      "${local.root}adapters/*/signatures/*",
+      "${local.root}adapters/*/index/*",
       "${local.root}.check/*",
     ]
   }

@@ -16,6 +16,8 @@ PLAIN = {
     runs.run_key("r1", runs.CONFIG): "trainer pipeline",
     "runs/r1/evaluation.json": "trainer pipeline",
     "runs/r1/checkpoints/7/rank-0/optimizer.safetensors": "trainer pipeline",
+    adapter_key("icd", "rates", "qlora.json"): "pipeline",
+    adapter_key("icd", "index", "events.json.gz"): "pipeline admin",
     ".check/probe": "trainer pipeline admin",
     "elsewhere/x": "",
     "adapters/icd": "",
@@ -29,6 +31,7 @@ CREATED = {
     f"{VERSION}/manifest.json": "trainer",
     "runs/r1/checkpoints/7/shared/manifest.json": "trainer pipeline",
     adapter_key("icd", "events", "2026-e1.json"): "trainer pipeline admin",
+    adapter_key("icd", "signatures", "v1", "k-s.dsse.json"): "pipeline admin",
 }
 SWAPPED = {
     adapter_key("icd", "aliases", "production.json"): "pipeline admin",
