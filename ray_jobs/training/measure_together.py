@@ -30,7 +30,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     entry.quiet_libraries()
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, arguments["matmul_dtype"])
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
     try:
         result = measure_together(contenders, arguments["records"], worker)
     except (UserError, JobError) as exc:
