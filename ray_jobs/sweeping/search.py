@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +16,15 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.config.tune import Scheduler
 from components.registry.records import Trial
-from components.shared.errors import FineloopError
 from ray_jobs.sweeping import points
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Point
+from ray_jobs.sweeping.told import cause
 from ray_jobs.training import train_loop
 
 logger = logging.getLogger(__name__)
 
 KEEP_HALF = 2
-_ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+))$")
 
 
 class PlanSearcher(Searcher):
@@ -212,12 +210,3 @@ def as_config(config: RunConfig, point: Point, num_records: int) -> dict[str, An
 
 def _record(values: Mapping[str, Any]) -> Trial:
     return Trial.model_validate_json(json.dumps(values))
-
-
-def cause(told: str) -> str:
-    """What failed, in a line, from what Ray tells of it: a traceback, or that a process is gone."""
-    _, *lines = [line for line in told.splitlines() if line.strip()] or [""]
-    errors = [found for line in lines if (found := _ERROR.match(line))]
-    if errors:
-        return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
-    return lines[0] if lines else "it said nothing"

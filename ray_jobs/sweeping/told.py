@@ -1,9 +1,13 @@
-"""A sweep's trials as the rows of a table, which a person sees grow; the command line aligns its columns."""
+"""What a person is told of a trial: a row of a table that grows, which the command line aligns, and why it failed."""
+
+import re
 
 from components.registry.records import Trial
 from components.shared.durations import duration
+from components.shared.errors import FineloopError
 
 COLUMNS = ("method", "rank", "batch", "rate", "seed", "loss", "steps", "outcome")
+_ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+))$")
 
 
 def header() -> str:
@@ -20,3 +24,12 @@ def row(trial: Trial) -> str:
         f"| {trial.method} {trial.rank} {trial.batch_size} {trial.learning_rate:.3g} {trial.seed} {loss} "
         f"{trial.steps}/{trial.num_steps} {trial.status}{took}{why}"
     )
+
+
+def cause(told: str) -> str:
+    """What failed, in a line, from what Ray tells of it: a traceback, or that a process is gone."""
+    _, *lines = [line for line in told.splitlines() if line.strip()] or [""]
+    errors = [found for line in lines if (found := _ERROR.match(line))]
+    if errors:
+        return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
+    return lines[0] if lines else "it said nothing"

@@ -1,31 +1,26 @@
-"""Ray Tune with trials that only pretend to train: who is tried, who is stopped, and what is kept of one that fails."""
+"""Ray Tune with trials that only pretend to train: who is tried, who is stopped, and what is kept of one that fails.
 
-from collections.abc import Iterator
+Ray is imported in a process of its own, as it settles a process's authentication for good.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-import ray
-from ray import tune
 
 from components.config import config_file
 from components.shared.errors import DataError
-from ray_jobs.sweeping import points, search
+from ray_jobs.sweeping import points, told
 from ray_jobs.sweeping.plan import Plan
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
 
 
-@pytest.fixture(scope="module")
-def one_worker() -> Iterator[None]:
-    """A Ray with room for one trial at a time, so that they come in order."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        yield
-        ray.shutdown()
-
-
 def pretend(given: dict) -> None:
-    """Report at a quarter, half and the end; fail or diverge where the config's rate says so."""
+    """Report at a quarter, half and the end; fail where the config's rate says so."""
+    from ray import tune
+
     trial = given["trial"]
     rate = trial["learning_rate"]
     if rate in given["failing"]:
@@ -36,17 +31,32 @@ def pretend(given: dict) -> None:
         tune.report({"loss": known["loss"], "step": step, "trial": known})
 
 
-def swept(config, tmp_path, *, failing=(), scheduler="none"):
+def swept(config_toml, storage_path, failing, scheduler):
+    """Sweep with room for one trial at a time, so that they come in order; the best rate, and the trials as kept."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+    from ray import tune
+
+    from ray_jobs.sweeping import search
+
+    config = config_file.loads(config_toml)
     plan = Plan(config, list(points.arms(config)))
     kept = []
 
     def as_config(point):
-        return {**search.as_config(config, point, 256), "failing": list(failing), "losses": LOSSES}
+        return {**search.as_config(config, point, 256), "failing": failing, "losses": LOSSES}
 
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     ledger = search.Ledger(plan, kept.append, lambda trial: None)
     how = search.scheduler(scheduler, 16)
-    search.run(tune.with_resources(pretend, {"CPU": 1}), plan, as_config, how, ledger, storage_path=str(tmp_path))
-    return plan, {trial.learning_rate: trial for trial in kept}
+    search.run(tune.with_resources(pretend, {"CPU": 1}), plan, as_config, how, ledger, storage_path=storage_path)
+    ray.shutdown()
+    return plan.found(*points.arms(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
+
+
+def swept_elsewhere(config, tmp_path, failing, scheduler):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(swept, config_file.dumps(config), str(tmp_path), failing, scheduler).result()
 
 
 @pytest.fixture
@@ -55,18 +65,18 @@ def five(config):
     return config_file.loads(config_file.dumps(config), settings)
 
 
-def test_a_trial_that_fails_is_kept_with_its_cause_and_the_others_go_on(five, tmp_path, one_worker):
-    plan, kept = swept(five, tmp_path, failing=[1e-2])
+def test_a_trial_that_fails_is_kept_with_its_cause_and_the_others_go_on(five, tmp_path):
+    best, kept = swept_elsewhere(five, tmp_path, failing=[1e-2], scheduler="none")
     assert {rate: trial.status for rate, trial in kept.items()} == {
         **dict.fromkeys([1e-4, 3.16e-4, 1e-3, 3.16e-3], "finished"),
         1e-2: "failed",
     }
     assert kept[1e-2].why == "these records cannot be read"
-    assert plan.found(*points.arms(five)).learning_rate == 1e-3
+    assert best == 1e-3
 
 
-def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path, one_worker):
-    _, kept = swept(five, tmp_path, scheduler="asha")
+def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
+    _, kept = swept_elsewhere(five, tmp_path, failing=[], scheduler="asha")
     # In this order: nobody to compare the first with; each of the next two is the best so far; then worse, and worst.
     assert [(trial.status, trial.steps) for trial in kept.values()] == [
         *[("finished", 16)] * 3,
@@ -76,7 +86,7 @@ def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path, one_wo
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("text", "why"),
     [
         ("Failure # 1\nTraceback:\n  File x\ncomponents.shared.errors.DataError: no answer\n", "no answer"),
         (
@@ -86,5 +96,5 @@ def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path, one_wo
         ("Failure # 1\nThe actor died unexpectedly.\n\tclass_name: ImplicitFunc\n", "The actor died unexpectedly."),
     ],
 )
-def test_of_what_ray_tells_of_a_failure_the_line_that_says_why_is_kept(told, why):
-    assert search.cause(told) == why
+def test_of_what_ray_tells_of_a_failure_the_line_that_says_why_is_kept(text, why):
+    assert told.cause(text) == why
