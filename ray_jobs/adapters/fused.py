@@ -40,7 +40,8 @@ class LoraProduct(torch.autograd.Function):
         blocks: Blocks,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        y_TO = x_TI.new_empty(len(x_TI), len(B_OR))
+        y = x_TI.new_empty(*x.shape[:-1], len(B_OR))  # and no view of another: Llama 4 adds to it in place
+        y_TO = y.view(-1, len(B_OR))
         for rows, weight_rows in blocks(weight):
             torch.mm(x_TI, weight_rows.T, out=y_TO[:, rows])
         if bias_O is not None:
@@ -49,7 +50,7 @@ class LoraProduct(torch.autograd.Function):
         y_TO.addmm_(h_TR, B_OR.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(x, A_RI, B_OR, h_TR)
         ctx.weight, ctx.scaling, ctx.blocks = weight, scaling, blocks
-        return y_TO.to(x.dtype).view(*x.shape[:-1], len(B_OR))
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
