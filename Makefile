@@ -55,7 +55,7 @@ test: $(READY)
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "e2e and slow"
+	@$(BIN)/python -m pytest -m "e2e and slow" --numprocesses 2 --dist loadfile
 
 full: $(READY)
 	@$(BIN)/python -m pytest -m full $(SIDE_BY_SIDE)

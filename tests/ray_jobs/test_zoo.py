@@ -1,6 +1,6 @@
 """Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
 
-LoRA on each is quick and runs always. Of the whole table, and of bases shared out by ZeRO, one in five is slow and the
+LoRA on each is quick and runs always. Of the whole table, and of bases shared out by ZeRO, one in ten is slow and the
 others are for `make full`.
 """
 
@@ -62,9 +62,9 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
 
 
 def in_turn(choices: Iterable[Any]) -> list[Any]:
-    """Every architecture with every choice: one in five slow, so that each has its turn, and the others full."""
+    """Every architecture with every choice: one in ten slow, so that each has its turn, and the others full."""
     pairs = [(name, choice) for choice in choices for name in zoo.KINDS]
-    marks = [pytest.mark.full if index % 5 else pytest.mark.slow for index in range(len(pairs))]
+    marks = [pytest.mark.full if index % 10 else pytest.mark.slow for index in range(len(pairs))]
     return [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
 
 

@@ -13,7 +13,10 @@ from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
 
 ROWS = colour_rows(80)
-METHODS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "rslora", "dora", "vera", "loftq"))]
+METHODS = [
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("lora", "rslora", "dora")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "loftq")),
+]
 METHODS += ["qlora", "qdora", "dvora"]  # between them every kind of layer that comes off again
 
 
