@@ -29,9 +29,9 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from components.registry.store import Store
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
-    from ray_jobs.finetune import _dataset
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.group import Worker
+    from ray_jobs.training.splits import of_dataset
     from tests.frozen.config_to_come import to_come
 
     started_at = datetime.now(UTC)
@@ -48,7 +48,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     job = jobs.TrainJob(
         config_toml=config_toml,
         run_id=run_id,
-        dataset=_dataset(store, dataset_uri),
+        dataset=of_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
     )
