@@ -30,7 +30,9 @@ def measure_in_rank(contenders, records):
 
 
 @pytest.mark.parametrize("name", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
-def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_it_whole(config, store, tmp_path, name):
+def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_it_whole(
+    config, store, tmp_path, name, monkeypatch
+):
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     config = changed(
         config, *place, f"method.name={name}", "train.zero_stage=3", "ray.num_workers=2", "evaluate.batch_size=3"
@@ -41,6 +43,8 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     contenders = _contenders(config, store, new)
     records = RECORDS[:11]  # no even share for two workers
     threads = torch.get_num_threads()
+    # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
+    monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
     expected = measure_shard(contenders, records, shard_index=1)
     torch.set_num_threads(threads)
     found, same = in_group(measure_in_rank, contenders, records, directory=tmp_path / "logs", num_workers=2)
