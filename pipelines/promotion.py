@@ -21,6 +21,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         person: str = "",
         bucket: str = "fineloop",
         prefix: str = "",
+        trusted_keys: list[str] = [],  # noqa: B006 - kfp reads it as the field's default
     ) -> None:
         """Move an alias by hand; the event log keeps who and why.
 
@@ -33,6 +34,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             person: who asked, for the event log.
             bucket: the registry's bucket.
             prefix: its folder in the bucket.
+            trusted_keys: public keys; where there are any, one of them must have signed the version.
         """
         moved = move_by_hand(
             adapter_name=adapter_name,
@@ -43,6 +45,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             person=person,
             bucket=bucket,
             prefix=prefix,
+            trusted_keys=trusted_keys,
             job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )
         moved.set_display_name("Move the alias")

@@ -49,6 +49,7 @@ def move_by_hand(
     person: str,
     bucket: str,
     prefix: str,
+    trusted_keys: list[str],
     job_id: str,
     summary: Output[Markdown],
 ) -> str:
@@ -60,7 +61,7 @@ def move_by_hand(
     from components.registry.store import Store
 
     request = Request(adapter_name, action, version, alias, reason, person, job_id)
-    store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix))
+    store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
     return event.uri

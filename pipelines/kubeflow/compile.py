@@ -64,6 +64,7 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
         "alias": adapter.alias,
         "bucket": registry.bucket,
         "prefix": registry.prefix,
+        "trusted_keys": registry.trusted_keys,
     }
     return _text(build(for_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
 

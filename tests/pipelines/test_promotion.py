@@ -1,14 +1,17 @@
 """The pipeline for people, compiled and run as the UI would."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
-from components.registry import aliases, event_log, versions
+from components.registry import aliases, event_log, signing, versions
 from components.registry.store import Store
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_promotion
@@ -16,11 +19,11 @@ from pipelines.local.seaweedfs import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
-import sys
+import json, sys
 from kfp import local
 from pipelines.promotion import promotion
 local.init(local.SubprocessRunner(use_venv=False), pipeline_root="out")
-promotion(**dict(argument.split("=", 1) for argument in sys.argv[1:]))
+promotion(**json.loads(sys.argv[1]))
 """
 
 
@@ -36,10 +39,14 @@ def test_a_person_moves_the_alias_and_back(
     for name, value in {**s3_server.environment(), "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
 
-    def start(**parameters: str) -> str:
+    def run(**parameters: Any) -> subprocess.CompletedProcess[str]:
         given = {"adapter_name": "sums", "bucket": store.bucket, "prefix": store.prefix, **parameters}
-        command = [sys.executable, "-W", "ignore", "-c", RUN, *[f"{name}={value}" for name, value in given.items()]]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(given)]
+        return subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+
+    def start(**parameters: str) -> str:
+        done = run(**parameters)
+        assert done.returncode == 0, done.stderr
         pointer = aliases.read_alias(store, "sums", "production")
         assert pointer is not None
         return pointer.version
@@ -47,6 +54,11 @@ def test_a_person_moves_the_alias_and_back(
     assert start(version=first) == first
     assert start(reason="newer", person="ada") == second
     assert start(action="roll back") == first
+    key = signing.public_text(Ed25519PrivateKey.generate())
+    refused = run(version=second, trusted_keys=[key])
+    assert refused.returncode != 0
+    assert "is signed by none of registry.trusted_keys" in refused.stdout + refused.stderr
+    assert aliases.read_alias(store, "sums", "production").version == first  # type: ignore[union-attr]
     assert [event.body.get("actor") for event in event_log.events(store, "sums") if event.kind == "promoted"] == [
         "Kubeflow UI",
         "ada",
@@ -60,7 +72,7 @@ def test_the_form_offers_what_there_is() -> None:
     config = config_file.load(DEFAULT_CONFIG, [f"{key}={value}" for key, value in mine.items()])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 8
+    assert len(parameters) == 9
     assert parameters["action"]["literals"] == ["promote", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
     assert [parameters[name]["defaultValue"] for name in ("alias", "bucket", "prefix")] == [*mine.values()]
