@@ -5,14 +5,11 @@ The picture is an SVG that stands by itself: in the report's page, and as a file
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from components.registry.records import RateLoss, SweepResult, Tuned
+from components.report.html import template
 from components.report.numbers import number
 
-TEMPLATES = Path(__file__).parent / "templates"
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 24, 48
 TICKS = 5
@@ -48,14 +45,13 @@ class Line:
 
 def picture(result: SweepResult) -> str:
     """The SVG, as text."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     rates = [rate.learning_rate for tuned in result.tuned for rate in tuned.rates]
     losses = [rate.loss for tuned in result.tuned for rate in tuned.rates if rate.loss is not None]
     low, high = min(losses), max(losses)
     margin = 0.08 * ((high - low) or 1.0)
     y_range = (low - margin, high + margin)
     x_range = (math.log10(min(rates)) - 0.1, math.log10(max(rates)) + 0.1)
-    return environment.get_template("rates.html").render(
+    return template("rates.html").render(
         width=WIDTH,
         height=HEIGHT,
         box=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from components.registry import event_log, runs, versions
 from components.registry.aliases import PRODUCTION, read_alias
 from components.registry.records import Evaluation, PairedDifference
+from components.report.html import template
 from components.report.numbers import moment, parse_moment
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import METRICS
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from components.registry.store import Store
     from components.registry.versions import Version
 
-TEMPLATES = Path(__file__).parent / "templates"
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
@@ -161,19 +158,12 @@ def dots(page: AdapterPage) -> list[Dot]:
 
 def build_pages(pages: Sequence[AdapterPage], *, generated_at: str, address: str) -> dict[str, str]:
     """File name to HTML: index.html, and one of each adapter. Every text that came from the registry is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("registry.html")
+    page_template = template("registry.html")
     common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when, "metrics": METRICS}
-    built = {"index.html": template.render(**common, pages=pages, page=None)}
+    built = {"index.html": page_template.render(**common, pages=pages, page=None)}
     for page in pages:
         told = {"sentence": sentence(page), "dots": dots(page), "zero": _zero(page)}
-        built[f"{page.name}.html"] = template.render(**common, **told, pages=pages, page=page)
+        built[f"{page.name}.html"] = page_template.render(**common, **told, pages=pages, page=page)
     return built
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from components.registry.records import RuleResult, StepRecord
-from components.report.page import TEMPLATES, build_report
+from components.report.html import TEMPLATES
+from components.report.page import build_report
 from components.report.run_files import RunFiles
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CHAMPION
