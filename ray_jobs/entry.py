@@ -35,6 +35,15 @@ def parser(module: str, description: str, example: str) -> argparse.ArgumentPars
     return result
 
 
+def takes_data(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser of a job that goes on under its run's name, and prepares its data itself where it is given none."""
+    parser.add_argument("--run-id", help="name of the run in the store; one that was cut off goes on under its name")
+    parser.add_argument(
+        "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
+    )
+    return parser
+
+
 def load_config(location: str, overrides: list[str]) -> RunConfig:
     """The config from a file or from the store.
 

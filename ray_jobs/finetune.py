@@ -29,11 +29,7 @@ def main() -> None:
         "Fine-tune one adapter and publish it as a version, without moving any alias.",
         "ray job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml",
     )
-    parser.add_argument("--run-id", help="name of the run in the store; a run that was cut off goes on under its name")
-    parser.add_argument(
-        "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
-    )
-    arguments = parser.parse_args()
+    arguments = entry.takes_data(parser).parse_args()
 
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)

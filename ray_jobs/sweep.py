@@ -44,11 +44,7 @@ def main() -> None:
         "Find the best learning rate, and with tune.methods whether another method is worth more than plain LoRA.",
         "python -m ray_jobs.sweep --config pipelines/configs/icd10.toml --set tune.max_steps=32",
     )
-    parser.add_argument("--run-id", help="name of the sweep in the store; one that was cut off goes on under its name")
-    parser.add_argument(
-        "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
-    )
-    arguments = parser.parse_args()
+    arguments = entry.takes_data(parser).parse_args()
 
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)

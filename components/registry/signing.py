@@ -160,13 +160,13 @@ def _statement(
 ) -> dict[str, Any]:
     key = version_key(name, version)
     looked_at = [{"uri": store.uri(f"{key}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
-    policy = {"uri": "urn:fineloop:a-person"}
+    policy: dict[str, Any] = {"uri": "urn:fineloop:a-person"}
     if decision is not None:
         evaluation = runs.run_key(decision.run_id, Evaluation.FILE)
         digest = hashlib.sha256(store.get(evaluation)).hexdigest()
         looked_at.append({"uri": store.uri(evaluation), "digest": {"sha256": digest}})
         decided = runs.run_key(decision.run_id, Decision.FILE)
-        policy |= {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}  # type: ignore[dict-item]
+        policy |= {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
     return {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": f"{name}/{version}", "digest": {"sha256": manifest.sha256}}],
