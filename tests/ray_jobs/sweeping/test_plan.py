@@ -5,8 +5,10 @@ import math
 import pytest
 
 from components.config import config_file
+from components.registry import runs
 from components.registry.records import Trial
 from components.shared.errors import ConfigError
+from ray_jobs import sweep
 from ray_jobs.sweeping import points, verdict
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.plan import Plan
@@ -159,3 +161,16 @@ def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_kn
     assert len(begun) == 3
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
     assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)
+
+
+def test_a_sweep_goes_on_from_the_stored_trials_of_its_own_config_alone(config, store):
+    (arm,) = arms = list(points.arms(config))
+    rates = [1e-3, 3.16e-3]
+    mine, older = (ended(points.Point(arm, rate, config.train.seed), config, 2.0) for rate in rates)
+    for trial in (mine, older.model_copy(update={"config_digest": "0" * 64})):
+        runs.write(store, "sweep", trial)
+    assert sweep._ended(config, arms, store, "sweep", 160) == [mine]
+    assert sweep._ended(changed(config, "train.weight_decay=0.3"), arms, store, "sweep", 160) == []
+    plan, begun = swept(config, bowl(1e-3), [mine])
+    assert mine.name in plan.trials
+    assert mine.name not in begun
