@@ -72,7 +72,8 @@ def submit_and_wait(
     job_id = backend.job_id(job, attempt)
     with _stopped_by_signals(backend, job_id):
         if exists:
-            logger.info("%s %s is there from an earlier attempt: following it", backend.noun, job_id)
+            found = "began with the step before" if after else "is there from an earlier attempt"
+            logger.info("%s %s %s: following it", backend.noun, job_id, found)
             backend.adopt(job_id)
         else:
             backend.start(job, attempt)

@@ -209,8 +209,9 @@ WAITING = (
 
 
 def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(
-    cluster: Cluster, run_id: str, tmp_path: Path
+    cluster: Cluster, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="components")
     both = job(run_id, f"print('[finetune] one'); print('[finetune] {TRAINED}')\n{WAITING}", str(tmp_path))
     first, second = io.StringIO(), io.StringIO()
 
@@ -225,6 +226,7 @@ def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(
     assert first.getvalue().endswith(f"[finetune] {TRAINED}\n")
     assert "one" not in second.getvalue()
     assert "[finetune] went\n" in second.getvalue()
+    assert any(line.endswith(f"{job_id} began with the step before: following it") for line in caplog.messages)
 
 
 MISTAKEN = (
