@@ -114,7 +114,7 @@ def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done
     assert same >= len(records) - 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, tmp_path: Path):
     rows = random.Random(0).sample(list(icd10.rows()), 600)
     answers = [row["messages"][-1]["content"] for row in rows]

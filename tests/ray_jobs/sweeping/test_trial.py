@@ -14,10 +14,10 @@ from tests.models.train_group import in_group
 
 ROWS = colour_rows(80)
 METHODS = [
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("lora", "rslora", "dora")),
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("lora", "rslora", "dora", "qdora")),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "loftq")),
 ]
-METHODS += ["qlora", "qdora", "dvora"]  # between them every kind of layer that comes off again
+METHODS += ["qlora", pytest.param("dvora", marks=pytest.mark.slow)]  # with VeRA, each kind of layer that comes off
 
 
 def trained_in_turn(configs: list[str]) -> list[dict[str, Any]]:

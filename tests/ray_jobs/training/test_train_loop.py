@@ -88,7 +88,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
     [
         # What a checkpoint could forget: magnitudes, dropout's chance, a base of its own, and weights that are
         # quantised, sharded or offloaded.
-        ["method.name=qdora", "method.dropout=0.1"],
+        pytest.param(["method.name=qdora", "method.dropout=0.1"], marks=pytest.mark.slow),
         ["method.name=dora", "method.dropout=0.1", "train.zero_stage=3"],
         pytest.param(
             ["method.name=qlora", "train.zero_stage=3", "train.cpu_offload=true", "train.micro_batch_size=4"],
@@ -96,7 +96,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
         ),
         pytest.param(["method.name=dvora", "method.base=nf4", "train.zero_stage=3"], marks=pytest.mark.slow),
         pytest.param(["method.name=loftq", "method.scaling=rslora"], marks=pytest.mark.slow),
-        ["method.name=dora", "train.optimizer=adamw_8bit"],
+        pytest.param(["method.name=dora", "train.optimizer=adamw_8bit"], marks=pytest.mark.slow),
         pytest.param(
             ["method.name=qlora", "train.optimizer=adamw_8bit", "train.zero_stage=3", "train.cpu_offload=true"],
             marks=pytest.mark.slow,
