@@ -6,20 +6,18 @@ field. Secrets are never in it: they come from the environment or from mounted f
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from components.config.gate import GateConfig
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
 from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
 from components.config.tune import TuneConfig
-from components.shared.metrics import COMPARED, METRICS
 
 StartFrom = Annotated[str, StringConstraints(pattern=r"^(base|production|[a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*)$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -28,20 +26,6 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 LossOn = Literal["last", "all"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-
-
-def _one_of(metrics: Sequence[str], metric: str) -> str:
-    if metric not in metrics:
-        raise ValueError(f"{metric!r} is none of {', '.join(metrics)}")
-    return metric
-
-
-ComparedMetric = Annotated[
-    str, AfterValidator(partial(_one_of, COMPARED)), Field(json_schema_extra={"enum": list(COMPARED)})
-]
-LimitedMetric = Annotated[
-    str, AfterValidator(partial(_one_of, [*METRICS])), Field(json_schema_extra={"enum": list(METRICS)})
-]
 
 
 class AdapterConfig(Section):
@@ -224,64 +208,6 @@ class EvaluateConfig(Section):
     """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
-
-
-class Limit(Section):
-    """An absolute bound on one of the candidate's metrics."""
-
-    metric: LimitedMetric
-    """The metric that is bounded."""
-    min: float | None = None
-    """Hold below this."""
-    max: float | None = None
-    """Hold above this."""
-
-    @model_validator(mode="after")
-    def _bounds_something(self) -> "Limit":
-        if self.min is None and self.max is None:
-            raise ValueError("a limit needs min, max or both")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}")
-        return self
-
-
-class Guard(Section):
-    """A metric beside the one that decides, on which the candidate must not fall behind the champion."""
-
-    metric: ComparedMetric
-    """The metric that is watched."""
-    worse_than_champion_by: Annotated[float, Field(ge=0)] | None = None
-    """The candidate must be shown to be worse by at most this much, as with gate.worse_than_champion_by. Absent, it is
-    held only when it is shown to be worse; where every record is right or wrong, by McNemar's exact test."""
-
-
-class GateConfig(Section):
-    """When a candidate may take the alias: when every rule passes. Where the records do not tell, it is held."""
-
-    metric: ComparedMetric = "loss"
-    """What base and champion are compared on."""
-    better_than_base_by: float = 0.05
-    """The candidate must be better than the base by at least this much, in the metric's own unit."""
-    worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
-    """The candidate may be worse than the champion by at most this much."""
-    worse_than_best_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """In total, the candidate may be worse than the best version so far by at most this much, so that small steps down
-    do not add up. Each further decision on one test set has to be surer of it. Absent means 2.5 times
-    worse_than_champion_by."""
-    confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
-    """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
-    min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
-    """Held-out records, or groups of them, without which nothing is decided."""
-    guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
-    """Metrics beside the one that decides, each watched against the champion."""
-    limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
-    """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
-    own prompt than from another record's; near zero means that the answers do not depend on the prompts."""
-
-    @property
-    def total_budget(self) -> float:
-        """`worse_than_best_by` in force."""
-        return 2.5 * self.worse_than_champion_by if self.worse_than_best_by is None else self.worse_than_best_by
 
 
 class RunConfig(Section):

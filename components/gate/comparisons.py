@@ -7,7 +7,7 @@ in between. Where a number is missing or not finite, it fails: nothing is promot
 from dataclasses import dataclass
 from typing import Any
 
-from components.config.schema import GateConfig, Guard
+from components.config.gate import GateConfig, Guard
 from components.gate.evidence import Evidence
 from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
 from components.shared.metrics import Metric

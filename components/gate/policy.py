@@ -8,7 +8,8 @@ rule is a function here or in `comparisons` that words itself, called in `decide
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from components.config.schema import AdapterConfig, GateConfig, Limit
+from components.config.gate import GateConfig, Limit
+from components.config.schema import AdapterConfig
 from components.gate import comparisons
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from components.config.schema import AdapterConfig, GateConfig
+from components.config.gate import GateConfig
+from components.config.schema import AdapterConfig
 from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config.schema import AdapterConfig, GateConfig
+from components.config.gate import GateConfig
+from components.config.schema import AdapterConfig
 from components.gate import policy as policy_of_the_gate
 from components.gate.evidence import Evidence
 from components.registry.records import Decision, Evaluation, Measured, RuleResult

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config.schema import GateConfig, Guard
+from components.config.gate import GateConfig, Guard
 from components.gate.evidence import Evidence
 from components.gate.past import confidence_at
 from components.registry.records import Decision, Evaluation

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from components.config.schema import GateConfig, RunConfig
+from components.config.gate import GateConfig
+from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.gate.replay import replay
 from components.registry import event_log, runs

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.config.schema import GateConfig, Limit
+from components.config.gate import GateConfig, Limit
 from components.shared.errors import DataError
 from tests.components.gate.evidenced import decide, evaluation, model, rule
 

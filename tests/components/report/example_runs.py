@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.config import config_file
-from components.config.schema import GateConfig
+from components.config.gate import GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
 from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from components.config.schema import GateConfig, Limit
+from components.config.gate import GateConfig, Limit
 from components.report.comparison import intervals, panels
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
