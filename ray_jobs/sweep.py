@@ -29,6 +29,7 @@ from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.sweeping import points, verdict
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Arm, Point
+from ray_jobs.sweeping.progress import Progress
 from ray_jobs.sweeping.told import header, row
 from ray_jobs.training import splits, train_loop
 
@@ -171,10 +172,7 @@ def _run_trials(
         runs.write(store, run_id, trial)
         say(STEP, row(trial))
 
-    def tell(trial: Trial) -> None:
-        loss = f": validation loss {trial.loss:.4f}" if trial.loss is not None else ""
-        say(STEP, f"{trial.name} step {trial.steps}/{trial.num_steps}{loss}")
-
+    progress = Progress(plan)
     say(STEP, header())
     search.run(
         trainable,
@@ -183,7 +181,7 @@ def _run_trials(
         search.scheduler(
             config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))
         ),
-        search.Ledger(plan, keep, tell),
+        search.Ledger(plan, keep, lambda trial: say(STEP, progress.told(trial))),
         storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
     )
 

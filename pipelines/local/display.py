@@ -112,9 +112,9 @@ class Display:
         return f"{self._step:<9} {seconds:7.1f} s  {self._note}".rstrip()
 
     def _rewrite(self, text: str) -> None:
+        """In the place of the line; what ends with a newline stays as it is, and only what does not is cut to fit."""
         width = shutil.get_terminal_size().columns - 1 + (len(text) - len(_without_codes(text)))
-        end = "\n" if text.endswith("\n") else ""
-        self._write("\r\x1b[2K" + text.rstrip("\n")[:width] + end)
+        self._write("\r\x1b[2K" + (text if text.endswith("\n") else text[:width]))
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

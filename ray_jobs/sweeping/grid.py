@@ -59,6 +59,11 @@ class Grid:
         beside = [best - 1, best + 1] if self.refine and best % HALF == 0 and math.isfinite(losses[best]) else []
         return [place for place in beside if place not in losses and min(losses) < place < max(losses)]
 
+    def num_refining(self, losses: Mapping[int, float]) -> int:
+        """How many quarter decades are to be expected beside a best rate that is not known yet."""
+        is_open = self.refine and not self.rates and bool(wanted := self.wanted(losses))
+        return 2 if is_open and all(place % HALF == 0 for place in (*losses, *wanted)) else 0
+
 
 def best_place(losses: Mapping[int, float]) -> int:
     """Where the loss is lowest; of equals, and where every training diverged, the lowest rate."""

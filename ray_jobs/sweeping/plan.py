@@ -45,6 +45,21 @@ class Plan:
         self._begun.add(trial.name)
         self.trials[trial.name] = trial
 
+    @property
+    def num_to_come(self) -> int:
+        """How many trials are to end yet, as far as can be told: a grid that widens has more, and a method of which
+        every training diverges is not compared."""
+        tune = self._config.tune
+        searching = sum(
+            len(self._searching(arm)) + each.num_refining(self.losses(arm)) * tune.seeds
+            for arm, each in self._grids.items()
+        )
+        if not self.compares:
+            return searching
+        num_methods = len({arm.method for arm in self._grids})
+        compared = sum(trial.compares for trial in self.trials.values())
+        return searching + num_methods * tune.compare_seeds - compared
+
     def _open(self) -> Iterable[Point]:
         """Every point that is wanted by now and has not ended."""
         searching = {arm: self._searching(arm) for arm in self._grids}

@@ -82,6 +82,19 @@ def test_trials_grow_as_aligned_rows_above_the_step_s_line() -> None:
     assert len({row.rindex(word) + len(word) for row, word in zip(rows, ("rate", "0.00316", " 0.1"), strict=True)}) == 1
 
 
+def test_on_a_terminal_a_row_says_whole_why_its_trial_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = io.StringIO()
+    display = Display(stream, live=True)
+    display.start("tune")
+    why = "after 2 steps the validation loss is 11.4, and 8.395 at its start"
+    display.line(Line("tune", f"| qlora 16 16 0.01 0 - 2/8 diverged in 6.3 s: {why}"))
+    display.line(Line("tune", f"1/5 trials, about 45 s left; {why}"))
+    *_, row, live = stream.getvalue().split("\n")
+    assert row.endswith(why)
+    assert len(live.rpartition("\r")[2]) < 60 + len("\x1b[2K\x1b[36m\x1b[0m")
+
+
 def test_a_sweep_here_is_told_as_it_goes_and_leaves_its_record_and_picture(
     stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

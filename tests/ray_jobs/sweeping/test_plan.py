@@ -12,6 +12,7 @@ from ray_jobs import sweep
 from ray_jobs.sweeping import points, verdict
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.plan import Plan
+from ray_jobs.sweeping.progress import Progress
 
 TOKENS = [2, 3, 1, 4]
 
@@ -140,6 +141,43 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
     assert verdict.verdict(tuned[vera], [found], "lora", 0.05).startswith(
         "Take vera: its gain over lora is at least 0.1"
     )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tune.seeds=2"],
+        ["tune.refine=false"],
+        ["tune.space.learning_rates=[1e-3, 1e-2]"],
+        ['tune.methods=["lora", "rslora"]', "tune.compare_seeds=2"],
+    ],
+)
+def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid_widens(config, overrides):
+    named = changed(config, *overrides)
+    centers = {arm.method: points.prior(named, arm) for arm in points.arms(named)}
+    _, begun = swept(named, lambda point: bowl(centers[point.arm.method])(point))
+    plan, told = Plan(named, list(points.arms(named))), []
+    while (point := plan.next()) != "done":
+        told.append(plan.num_to_come)
+        plan.add(ended(point, named, bowl(centers[point.arm.method])(point)))
+    assert told == list(range(len(begun), 0, -1))
+    assert plan.num_to_come == 0
+
+
+def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(config):
+    three = changed(config, "tune.space.learning_rates=[1e-3, 3e-3, 1e-2]")
+    clock = iter([100.0, 220.0])
+    plan = Plan(three, list(points.arms(three)))
+    progress = Progress(plan, clock=lambda: next(clock))
+    first, second = (ended(_at(three, rate), three, 1.5) for rate in (1e-3, 3e-3))
+    half = {"status": "running", "steps": 4, "num_steps": 8, "seconds": 70.0, "ready_s": 40.0}
+    # Half a training in the 30 s after its start-up.
+    assert progress.told(first.model_copy(update=half)) == (
+        "0/3 trials, about 2 min left; lora 0.001 step 4/8: loss 1.5000"
+    )
+    plan.add(first)
+    # One and a half in 150 s, and as much is to come.
+    assert progress.told(second.model_copy(update=half)).startswith("1/3 trials, about 2 min left; lora 0.003 ")
 
 
 def test_an_arm_that_is_no_legal_config_is_refused_by_its_method(config):
