@@ -29,6 +29,11 @@ class FoundRate(Record):
     """Of the sweep."""
     dataset_id: str
     """What it was found on."""
+    base: str = ""
+    """As the config names it; empty of a rate that release 0.1.0 found, as the three below are None."""
+    rank: int | None = None
+    batch_size: int | None = None
+    train_records: int | None = None
 
 
 def remember(store: Store, config: RunConfig, found: FoundRate) -> None:
@@ -45,6 +50,17 @@ def recall(store: Store, config: RunConfig) -> FoundRate | None:
     key = _key(config)
     found = store.read(key)
     return FoundRate.from_json(found[0], store.uri(key)) if found else None
+
+
+def similar(store: Store, config: RunConfig) -> list[FoundRate]:
+    """What sweeps found for the adapter's base and method at whatever rank, batch size and data.
+
+    Raises:
+        IntegrityError: a record is not what it should be.
+    """
+    keys = [entry.key for entry in store.list(adapter_key(config.adapter.name, "rates/"))]
+    found = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
+    return [each for each in found if (each.base, each.method) == (config.model.base, config.method.name)]
 
 
 def _key(config: RunConfig) -> str:

@@ -377,6 +377,8 @@ class TunedRate(Record):
     """The config's."""
     sweep_run_id: str | None = None
     """The run whose sweep found it: this one, or an earlier one; None where it is the config's own."""
+    advice: str = ""
+    """Where the rate may lie now, when rank, batch size or data are others than at an earlier sweep."""
 
 
 def finite(value: object) -> float | None:

@@ -8,6 +8,7 @@ from components.registry.rates import FoundRate
 from components.registry.records import SweepResult, TunedRate
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
+from components.tune import scaling
 
 
 def tune(step_run: StepRun, *, dataset_uri: str) -> float:
@@ -18,16 +19,23 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
         JobError: it ended without success and without saying why, or without a result.
     """
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
-    dataset_id = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about["dataset_id"]
+    dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
     found = rates.recall(store, config)
-    if is_due(config.tune.when, found, dataset_id):
-        found = _swept(step_run, dataset_uri) or found
+    advice = scaling.advice([found] if found else rates.similar(store, config), config, dataset["train_records"])
+    if advice:
+        step_run.say(advice)
+    if is_due(config.tune.when, found, dataset["dataset_id"]) and (
+        swept := _swept(step_run, dataset_uri, dataset["train_records"])
+    ):
+        found, advice = swept, ""
     if found is None:
-        step_run.say(f"tune.methods leaves {config.method.name} out: training at {config.learning_rate:g}")
-        rate = TunedRate(learning_rate=config.learning_rate, prior=config.learning_rate)
+        step_run.say(f"tune.methods leaves {config.method.name} out: the rate is {config.learning_rate:g}")
+        rate = TunedRate(learning_rate=config.learning_rate, prior=config.learning_rate, advice=advice)
     else:
-        step_run.say(f"training at {found.learning_rate:g}, which the sweep of run {found.run_id} found")
-        rate = TunedRate(learning_rate=found.learning_rate, prior=config.learning_rate, sweep_run_id=found.run_id)
+        step_run.say(f"the rate is {found.learning_rate:g}, which the sweep of run {found.run_id} found")
+        rate = TunedRate(
+            learning_rate=found.learning_rate, prior=config.learning_rate, sweep_run_id=found.run_id, advice=advice
+        )
     runs.write(store, run_id, rate)
     step_run.result.update(rate.model_dump(mode="json", exclude={"format"}))
     return rate.learning_rate
@@ -46,7 +54,7 @@ def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
             return found is None or found.dataset_id != dataset_id
 
 
-def _swept(step_run: StepRun, dataset_uri: str) -> FoundRate | None:
+def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
     """What the sweep found for the config's own method; None where it tried others alone. It is remembered."""
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)
@@ -54,13 +62,13 @@ def _swept(step_run: StepRun, dataset_uri: str) -> FoundRate | None:
         result = runs.read(store, run_id, SweepResult)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
-    own = _of_config(result, config)
+    own = _of_config(result, config, train_records)
     if own is not None:
         rates.remember(store, config, own)
     return own
 
 
-def _of_config(result: SweepResult, config: RunConfig) -> FoundRate | None:
+def _of_config(result: SweepResult, config: RunConfig, train_records: int) -> FoundRate | None:
     trained = (config.method.name, config.method.r, config.train.batch_size)
     for tuned in result.tuned:
         if (tuned.method, tuned.rank, tuned.batch_size) == trained:
@@ -71,5 +79,9 @@ def _of_config(result: SweepResult, config: RunConfig) -> FoundRate | None:
                 method=tuned.method,
                 run_id=result.run_id,
                 dataset_id=str(result.dataset["dataset_id"]),
+                base=config.model.base,
+                rank=tuned.rank,
+                batch_size=tuned.batch_size,
+                train_records=train_records,
             )
     return None

@@ -9,6 +9,7 @@ from components.registry.rates import FoundRate
 from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.step.step import StepRun
+from components.tune import scaling
 from components.tune import tune as step_file
 from components.tune.tune import is_due, tune
 
@@ -78,11 +79,13 @@ def swept(store, monkeypatch):
         return "job"
 
     monkeypatch.setattr(step_file, "submit_step", submit)
-    folders.publish(store, "datasets/d1", {"x": b"x"}, about={"dataset_id": "d1"})
+    for dataset_id, records in (("d1", 5_000), ("d2", 395_000)):
+        about = {"dataset_id": dataset_id, "train_records": records}
+        folders.publish(store, f"datasets/{dataset_id}", {"x": b"x"}, about=about)
 
-    def step(run_id, *overrides):
+    def step(run_id, *overrides, dataset="d1"):
         step_run = StepRun("tune", run_id, config(*overrides), store)
-        return tune(step_run, dataset_uri=store.uri("datasets/d1")), runs.read(store, run_id, TunedRate)
+        return tune(step_run, dataset_uri=store.uri(f"datasets/{dataset}")), runs.read(store, run_id, TunedRate)
 
     step.ran = ran
     return step
@@ -92,8 +95,49 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
     for run_id in ("first", "second"):
         rate, written = swept(run_id, "tune.when=no_prior_sweep")
         assert (rate, written.learning_rate, written.prior, written.sweep_run_id) == (3e-3, 3e-3, 1e-3, "first")
+        assert written.advice == ""
     assert len(swept.ran) == 1
     assert swept.ran[0][0] == "sweep"
+
+
+@pytest.mark.parametrize(
+    ("now", "records", "told"),
+    [
+        # What the paper measured: times 5.6, divided by 5.6, and by 3.1.
+        (
+            ["train.batch_size=128"],
+            5_000,
+            "batches of 16 to 128. By arXiv:2602.04998 LoRA's best rate is then 5.6 times",
+        ),
+        (["method.rank=1024"], 5_000, "rank 16 to 1,024. By arXiv:2602.04998 LoRA's best rate is then 0.18 times"),
+        ([], 395_000, "records 5,000 to 395,000. By arXiv:2602.04998 LoRA's best rate is then 0.32 times"),
+        (["train.batch_size=128", "method.rank=1024"], 5_000, ""),  # which undo each other
+        ([], 6_000, ""),
+    ],
+)
+def test_advice_after_a_change_is_what_the_paper_measured(now, records, told):
+    found = FOUND.model_copy(update={"base": "org/base", "rank": 16, "batch_size": 16, "train_records": 5_000})
+    far = found.model_copy(update={"rank": 4, "batch_size": 4, "run_id": "another"})
+    text = scaling.advice([far, found], config(*now), records)
+    assert told in text
+    assert bool(text) == bool(told)
+    assert "another" not in text
+
+
+def test_a_rate_that_was_found_on_far_fewer_records_is_kept_with_advice(swept):
+    swept("first", "tune.when=no_prior_sweep")
+    rate, written = swept("second", "tune.when=no_prior_sweep", dataset="d2")
+    assert (rate, len(swept.ran)) == (3e-3, 1)
+    assert written.advice.endswith("here about 0.00097")
+    swept("third", "tune.when=always", dataset="d2")
+    assert swept("fourth", "tune.when=no_prior_sweep", dataset="d2")[1].advice == ""
+
+
+def test_a_method_that_the_sweep_leaves_out_is_advised_from_another_rank_s_rate(swept):
+    swept("first", "tune.when=no_prior_sweep")
+    _, written = swept("second", "tune.when=always", "method.rank=1024", "tune.methods=['lora', 'dora']")
+    assert (written.learning_rate, written.sweep_run_id) == (1e-3, None)
+    assert "rank 16 to 1,024" in written.advice
 
 
 def test_a_sweep_of_other_methods_alone_leaves_the_rate_of_the_config(swept):
