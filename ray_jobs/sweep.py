@@ -204,7 +204,9 @@ def _result(
     reference = verdict.reference_of([arm.method for arm in contenders])
     (plain,) = (arm for arm in contenders if arm.method == reference)
     compared = [
-        verdict.compare(tuned[arm], plan.seeds_of(arm), tuned[plain], plan.seeds_of(plain))
+        verdict.compare(
+            tuned[arm], plan.seeds_of(arm), tuned[plain], plan.seeds_of(plain), points.servable_as(config, arm)
+        )
         for arm in contenders
         if plan.compares and arm != plain
     ]

@@ -333,6 +333,8 @@ class MethodComparison(Part):
     time_ratio: float | None = None
     """Of a step, to the reference's."""
     memory_ratio: float | None = None
+    servable_as: str = "lora"
+    """lora, lora-export or merged, as a version's lineage has it."""
 
 
 class SweepResult(Record):

@@ -8,6 +8,7 @@ from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig, RunConfig
 from components.config.tune import TuneConfig
+from components.registry.serving import ServableAs, serving
 from components.shared.errors import ConfigError
 from ray_jobs.training import train_loop
 
@@ -106,6 +107,11 @@ def trial_config(config: RunConfig, point: Point, num_records: int) -> RunConfig
             "tune": TuneConfig(),
         }
     )
+
+
+def servable_as(config: RunConfig, arm: Arm) -> ServableAs:
+    """How an arm's adapters can be served, as far as the method decides it."""
+    return serving(_method(config, arm.method).row, rank=arm.rank, target_modules=()).servable_as
 
 
 def _method(config: RunConfig, name: str) -> MethodConfig:

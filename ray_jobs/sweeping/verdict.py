@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from components.registry.records import MethodComparison, Trial, Tuned
+from components.registry.serving import ServableAs
 from ray_jobs.sweeping.intervals import paired_gain
 
 PLAIN = ("lora", "qlora")
@@ -14,7 +15,17 @@ def reference_of(methods: Sequence[str]) -> str:
     return next((name for name in PLAIN if name in methods), methods[0])
 
 
-def compare(tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial]) -> MethodComparison | None:
+SERVED = {
+    "lora": "",
+    "lora-export": "; servers load it after `adapters export --lora`",
+    "merged": "; servers load it merged into its base alone",
+}
+"""What a method costs who serves it, by how it is servable."""
+
+
+def compare(
+    tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial], servable_as: ServableAs = "lora"
+) -> MethodComparison | None:
     """A method against the reference on the seeds that ended well in both; None where fewer than two did."""
     by_seed = {trial.seed: trial for trial in theirs}
     pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
@@ -31,6 +42,7 @@ def compare(tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[
         records=len(tokens),
         time_ratio=tuned.step_s / plain.step_s if tuned.step_s and plain.step_s else None,
         memory_ratio=tuned.memory_bytes / plain.memory_bytes if tuned.memory_bytes and plain.memory_bytes else None,
+        servable_as=servable_as,
     )
 
 
@@ -66,6 +78,7 @@ def comparison_told(each: MethodComparison) -> str:
         f"{each.method} is {abs(each.gain):.4f} nats per answer token {direction} than {each.reference} "
         f"(95 % interval of the gain {low:+.4f} to {high:+.4f}, {each.seeds} seeds, {each.records} records), {certain}"
         + (f"; it takes {cost}" if cost else "")
+        + SERVED[each.servable_as]
     )
 
 

@@ -135,6 +135,10 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
     assert [trial.seed for trial in plan.seeds_of(vera)] == [1, 2, 3]
     found = verdict.compare(tuned[vera], plan.seeds_of(vera), tuned[lora], plan.seeds_of(lora))
     assert found.gain == pytest.approx(0.1)
+    assert {arm.method: points.servable_as(both, arm) for arm in tuned} == {"lora": "lora", "vera": "lora-export"}
+    assert verdict.comparison_told(found.model_copy(update={"servable_as": "merged"})).endswith(
+        "it takes 1.00 times the time of a step; servers load it merged into its base alone"
+    )
     assert verdict.advised([found], "lora", margin=0.05) == "vera"
     assert verdict.advised([found], "lora", margin=0.15) == "lora"
     assert verdict.verdict(tuned[lora], [found], "lora", 0.15).startswith("Keep lora")
