@@ -61,7 +61,11 @@ def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Map
     state = optimizer.state[master]
     if hasattr(optimizer, "init_state"):  # bitsandbytes', whose pages are its own to make
         if not state:
-            optimizer.init_state(optimizer.param_groups[0], master, 0, 0)
+            # It looks the parameter up in its group, where ZeRO-3 puts one for its own step alone.
+            group = optimizer.param_groups[0]
+            held, group["params"] = group["params"], [master]
+            optimizer.init_state(group, master, 0, 0)
+            group["params"] = held
         state["step"] = int(tensors["step"])
         for name in tensors.keys() - {"step"}:
             state[name].copy_(tensors[name])
