@@ -309,7 +309,7 @@ def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
     ("command", "number"),
     [
         ("run", signal.SIGINT),
-        ("train", signal.SIGTERM),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("run", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("train", signal.SIGINT, marks=pytest.mark.slow),
     ],

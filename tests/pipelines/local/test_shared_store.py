@@ -52,7 +52,10 @@ def test_two_users_share_one_server_which_survives_the_first_ones_exit_and_goes_
     machine.wait_gone(processes, within_s=WITHIN_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_the_server_goes_and_its_ports_close_when_its_user_is_killed(machine, number):
     user = machine.user()
     processes = machine.processes(store_service(machine.home))

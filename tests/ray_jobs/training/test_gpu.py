@@ -98,8 +98,8 @@ def test_every_way_of_sharing_a_training_out_takes_the_steps_of_a_plain_loop_on_
         np.testing.assert_allclose(found.eval_losses, trained["ZeRO 2"].eval_losses, atol=NOISE, err_msg=way)
 
 
-@pytest.mark.parametrize(("device", "base"), [*ON_GPUS, ("cpu", "nf4")])
-@pytest.mark.parametrize("way", ["ZeRO 3, offloaded", pytest.param("ZeRO 2", marks=SLOW)])
+@pytest.mark.parametrize(("device", "base"), [*ON_GPUS, pytest.param("cpu", "nf4", marks=SLOW)])
+@pytest.mark.parametrize("way", ["ZeRO 3, offloaded", "ZeRO 2"])
 def test_a_lost_group_resumes_to_the_steps_of_an_uninterrupted_one(group: Group, base: str, way: str, monkeypatch):
     changes = [f"method.base={base}", *WAYS[way], "train.checkpoint_every_steps=2", "train.max_steps=4"]
     (whole,) = group.train({"whole": changes}).values()
