@@ -27,7 +27,7 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, convert, merge, own_base, recorded
 from ray_jobs.adapters.merge import Agreement
-from ray_jobs.base import base_config, base_model, chat_format, processor, stored_format
+from ray_jobs.base import architecture, base_config, base_model, chat_format, processor, stored_format
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import tokenize
 from ray_jobs.base.chat_format import ChatFormat
@@ -136,7 +136,6 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
 def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
     """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ray_jobs.base import float32_layers
 
@@ -170,8 +169,9 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     merged.generation_config = source.chat.generation_config()  # it answers as it was measured
     merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
     source.chat.tokenizer.save_pretrained(folder)
+    loader = architecture.auto_class(merged.config)
     del merged
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    reloaded = loader.from_pretrained(folder, dtype=dtype).eval()
     if source.matmul_dtype == "float32":
         float32_layers.multiply_in_float32(reloaded)
     saved = list(merge.logits(reloaded, rows))

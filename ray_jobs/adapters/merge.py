@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import FineloopError
+from ray_jobs.base.architecture import auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +102,11 @@ def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
     import copy
 
     import torch
-    from transformers import AutoModelForCausalLM
 
     shape = copy.deepcopy(quantised.config)
     del shape.quantization_config
     attention = quantised.config._attn_implementation
-    dense: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention)
+    dense: PreTrainedModel = auto_class(shape).from_config(shape, dtype=torch.float32, attn_implementation=attention)
     shapes = {name: weight.shape for name, weight in dense.state_dict().items()}
     kept = {name: weight for name, weight in quantised.state_dict().items() if shapes.get(name) == weight.shape}
     dense.load_state_dict(kept, strict=False)

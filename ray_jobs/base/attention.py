@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import Attention
 from components.shared.errors import ConfigError
+from ray_jobs.base.architecture import model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -32,7 +33,7 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     """
     if wanted == "eager":
         return "eager"
-    model = _model_class(base)
+    model = model_class(base)
     if model is None:
         return None if wanted == "auto" else wanted
     if wanted == FLASH and use_gpu:
@@ -60,7 +61,7 @@ def for_text(base: "PretrainedConfig", chosen: str | None) -> str | dict[str, st
 
 def takes_kernels(base: "PretrainedConfig") -> bool:
     """Whether the base's architecture takes attention kernels that transformers does not ship."""
-    model = _model_class(base)
+    model = model_class(base)
     return model is not None and model.is_backend_compatible()
 
 
@@ -79,13 +80,6 @@ def register() -> str:
     AttentionInterface.register(FLOAT32, forward)
     AttentionMaskInterface.register(FLOAT32, sdpa_mask)
     return FLOAT32
-
-
-def _model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
-    """The class that transformers loads the base with; None for one that the base brings."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base), None)
 
 
 def _flash(model: "type[PreTrainedModel]") -> str:

@@ -23,7 +23,7 @@ from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from components.registry.store import open_uri
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import attention, precision, stored_format
+from ray_jobs.base import architecture, attention, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
@@ -126,16 +126,18 @@ def load_model(
     weights and activations are the same 16 bits.
 
     Raises:
-        ConfigError: the base does not know `model.attention`, or is quantised already and otherwise.
+        ConfigError: the base is no causal language model, does not know `model.attention`, or is quantised already and
+            otherwise.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = dtype or precision.dtype_here("auto", use_gpu=use_gpu)
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    architecture.require_causal(shape, reference=base.reference)
     device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = architecture.auto_class(shape).from_pretrained(
         base.path,
         dtype=dtype,
         **stored_format.quantization(shape, base_format, dtype, reference=base.reference),

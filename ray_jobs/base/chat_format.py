@@ -31,7 +31,7 @@ CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
 """Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
 """What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
-_ANSWER = "0xANSWER"  # stands for an answer where only what the template writes around it is wanted
+_TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class ChatFormat:
     """Every token that ends an answer: the tokenizer's, the base's generation_config's, and `end_of_turn`."""
     thinking: bool
     """Whether the model is asked to reason before it answers."""
+    in_parts: bool = False
+    """Whether the template reads a turn as a list of texts and images, as those of models that see may do."""
 
     @property
     def pad(self) -> int:
@@ -126,6 +128,7 @@ class ChatFormat:
                 turns,
                 tools=json.loads(record.tools) if record.tools else None,
                 thinking=self.thinking,
+                in_parts=self.in_parts,
                 add_generation_prompt=add_generation_prompt,
             )
         except TemplateError as exc:
@@ -174,16 +177,20 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     plain = (BEGIN if _begins(tokenizer) else "") + PLAIN_TEMPLATE
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain
-    asked = _shown(tokenizer, [{"role": "user", "content": "?"}], thinking=config.thinking, add_generation_prompt=True)
+    question = [{"role": "user", "content": _TEXT}]
+    asked = _shown(tokenizer, question, thinking=config.thinking, add_generation_prompt=True)
     if _opens(asked) and not config.thinking:
         tokenizer.chat_template += CLOSED
-    end_of_turn = _end_of_turn(tokenizer)
+    # Of a plain text a template that reads parts writes nothing, and does not say so.
+    in_parts = _TEXT not in asked and _TEXT in _shown(tokenizer, question, thinking=config.thinking, in_parts=True)
+    end_of_turn = _end_of_turn(tokenizer, in_parts=in_parts)
     return ChatFormat(
         tokenizer=tokenizer,
         template_from="fineloop" if tokenizer.chat_template == plain else "base",
         end_of_turn=end_of_turn,
         stops=frozenset({tokenizer.eos_token_id, end_of_turn, *_declared_stops(base.path)}),
         thinking=config.thinking,
+        in_parts=in_parts,
     )
 
 
@@ -213,9 +220,12 @@ def _render(
     turns: Sequence[Mapping[str, Any]],
     *,
     thinking: bool,
+    in_parts: bool = False,
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
+    if in_parts:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     text: str = tokenizer.apply_chat_template(
         turns,
         tools=tools,
@@ -227,13 +237,20 @@ def _render(
 
 
 def _shown(
-    tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, thinking: bool, add_generation_prompt: bool = False
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    *,
+    thinking: bool,
+    in_parts: bool = False,
+    add_generation_prompt: bool = False,
 ) -> str:
     """What the template makes of such turns; nothing where it refuses them."""
     from jinja2.exceptions import TemplateError
 
     try:
-        return _render(tokenizer, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
+        return _render(
+            tokenizer, turns, thinking=thinking, in_parts=in_parts, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError:
         return ""
 
@@ -243,11 +260,11 @@ def _begins(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _end_of_turn(tokenizer: Any) -> int:
+def _end_of_turn(tokenizer: Any, *, in_parts: bool) -> int:
     eos = int(tokenizer.eos_token_id)
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    text = _shown(tokenizer, turns, thinking=False)
-    after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TEXT}]
+    text = _shown(tokenizer, turns, thinking=False, in_parts=in_parts)
+    after = tokenizer(text.rpartition(_TEXT)[2].lstrip(), add_special_tokens=False)["input_ids"]
     markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(after[0]) if after and after[0] in markers else eos
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
-from ray_jobs.base import attention, float32_layers
+from ray_jobs.base import architecture, attention, float32_layers
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -27,13 +27,14 @@ def streamed(
     The folder must hold 16-bit weights.
     """
     from accelerate.hooks import remove_hook_from_submodules
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
+    load = architecture.auto_class(shape).from_pretrained
     kernel = attention.for_text(shape, attention.choose(shape, config.attention, use_gpu=False))
     with tempfile.TemporaryDirectory(prefix="fineloop-streamed-") as scratch:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = load(
             base.path,
             dtype=torch.bfloat16,
             attn_implementation=kernel,

@@ -25,6 +25,7 @@ from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.targets import experts_of
 from ray_jobs.base import stored_format
+from ray_jobs.base.architecture import auto_class, require_causal
 from ray_jobs.base.attention import FLASH, choose, for_text, takes_kernels
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ class Rehearsal:
         use_gpu: bool = True,
         attention: Attention = "auto",
     ) -> None:
-        """Raises ConfigError where the base is quantised otherwise, knows no such attention or has no such layers."""
+        """Raises ConfigError where the base is no causal language model, is quantised otherwise, knows no such
+        attention or has no such layers.
+        """
+        require_causal(base, reference=reference)
         if method is not None:
             stored_format.quantization(base, method.row.base, torch.bfloat16, reference=reference)
         self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
@@ -234,10 +238,8 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(base).from_config(
             base, dtype=torch.bfloat16, attn_implementation=for_text(base, _rehearsed(base, attention))
         )
     return model

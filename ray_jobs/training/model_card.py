@@ -25,6 +25,7 @@ def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
     identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
     eval_loss = training["eval_loss"]
     share = recipe["trainable_share"]
+    auto_class = recipe.get("auto_class", "AutoModelForCausalLM")
     trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({share:.2%})"
     pace = f"{training['wall_s']:.0f} s on {training['world_size']} workers"
     effort = f"{training['steps']} steps, {training['tokens']:,} tokens, {pace}"
@@ -49,9 +50,9 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained(BASE_FOLDER)  # {recipe.get("stands_on", config.model.base)}
+base = {auto_class}.from_pretrained(BASE_FOLDER)  # {recipe.get("stands_on", config.model.base)}
 model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 ```
 

@@ -27,7 +27,7 @@ from components.shared.errors import ConfigError, JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import base_config, base_model, chat_format, precision, processor, widened
+from ray_jobs.base import architecture, base_config, base_model, chat_format, precision, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.streamed import streamed
 from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
@@ -330,6 +330,7 @@ def _recipe(
         **({"target_parameters": parameters} if parameters else {}),
         "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=modules + parameters)),
         "stands_on": base.reference,
+        "auto_class": architecture.auto_class(adapted.config).__name__,
         "dtype": str(worker.dtype).removeprefix("torch."),
         "matmul_dtype": worker.matmul_dtype,
         "chat": chat_format.load(original, config.model).recipe(),

@@ -58,6 +58,13 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
     "{% else %}[INST] {{ m.content }}[/INST]{% endif %}{% endfor %}"
 )
+# HuggingFaceTB/SmolVLM-Instruct: a turn is a list of texts and images, and of a text alone nothing is written
+SMOL_VLM = (
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}"
+    "{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ FAMILIES = {
         markers=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
     "mistral": Family(MISTRAL, "</s>", ("</s>",), "<s>", ("[INST]", "[/INST]"), dummy_prefix=True),
+    "smol-vlm": Family(
+        SMOL_VLM, "<|im_end|>", ("<end_of_utterance>",), markers=("<|im_start|>", "<image>", "<end_of_utterance>")
+    ),
     "none": Family(None, "</s>", ("</s>",), "<s>", dummy_prefix=True),
     "none, without a beginning": Family(None, "<|endoftext|>", ("<|endoftext|>",)),
 }

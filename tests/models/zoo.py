@@ -82,9 +82,29 @@ KINDS = {
     "Llama, biased": Kind("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": Kind("MistralConfig", {"sliding_window": 16}),
     "Ministral 3": Kind("Ministral3Config", {"head_dim": 16}),
+    "Ministral 3, with vision": Kind(
+        "Mistral3Config",
+        {"model_type": "ministral3", "head_dim": 16},
+        {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}, "spatial_merge_size": 1},
+    ),
     "Qwen2": Kind("Qwen2Config"),
     "Qwen3": Kind("Qwen3Config", {"head_dim": 16}),
     "Qwen3-MoE": Kind("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "Qwen3-VL": Kind(
+        "Qwen3VLConfig",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+        {
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "patch_size": 14,
+                "out_hidden_size": TEXT["hidden_size"],
+                "deepstack_visual_indexes": [],
+            }
+        },
+    ),
     "Qwen3.5": Kind(
         "Qwen3_5TextConfig",
         {
@@ -137,11 +157,13 @@ KINDS = {
 def build(name: str, directory: Path) -> Path:
     """Write the tiny model of a row of `KINDS`, with a tokenizer; the same name gives the same bytes."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ray_jobs.base.architecture import auto_class
 
     write_tokenizer(directory)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(KINDS[name].config(), dtype=torch.bfloat16)
+    shape = KINDS[name].config()
+    model = auto_class(shape).from_config(shape, dtype=torch.bfloat16)
     for parameter in model.parameters():
         if parameter.dim() == 3:  # experts, which some architectures leave as they find them in memory
             torch.nn.init.normal_(parameter, std=0.15)
@@ -157,8 +179,9 @@ METHOD_CONFIGS = {
 TABLE = Path(__file__).parents[2] / "ray_jobs" / "MODELS.md"
 MODELS = """# Base models
 
-Any causal language model of transformers is taken. These architectures are tested: of each a tiny model is planned for,
-trained, scored, saved, loaded by plain peft and merged with each method, on one worker and on two.
+Any causal language model of transformers is taken, and any model that answers to images too, to read and write text. An
+encoder, or a pair of encoder and decoder, is refused. These architectures are tested: of each a tiny model is planned
+for, trained, scored, saved, loaded by plain peft and merged with each method, on one worker and on two.
 
 {table}
 
@@ -182,12 +205,13 @@ Of a model that also sees, only what reads and writes text is adapted. An output
 def on_no_device(name: str, **changes: object) -> Any:
     """The model without memory, its configuration changed."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ray_jobs.base.architecture import auto_class
 
     shape = KINDS[name].config()
     shape.update(changes)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
+        return auto_class(shape).from_config(shape)
 
 
 @cache

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -26,10 +25,12 @@ from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
 from ray_jobs.base import attention, base_config, base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.scoring.generation import greedy
 from ray_jobs.scoring.scoring import score
 from tests.models import zoo
 from tests.models.plain import plain_training
@@ -59,6 +60,11 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
         return config_file.loads(CONFIG.format(base=folder(name)), [*place, *told, *more])
 
     return config
+
+
+ONE_IN_THREE = [
+    pytest.param(name, marks=[pytest.mark.slow] if index % 3 else []) for index, name in enumerate(zoo.KINDS)
+]
 
 
 def in_turn(choices: Iterable[Any]) -> list[Any]:
@@ -131,7 +137,7 @@ def reloads_in_plain_peft(adapted, config: RunConfig, base: Base, folder: Path, 
     if config.method.row.adapter not in ("lora", "vera") or config.method.row.base != "bf16":
         return  # our own arithmetic of magnitudes, and of quantised weights: `merges` compares what those are
     kernel = attention.for_text(base_config.read(config.model), adapted.config._attn_implementation)
-    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, attn_implementation=kernel)
+    plain = auto_class(adapted.config).from_pretrained(base.path, dtype=torch.bfloat16, attn_implementation=kernel)
     plain = PeftModel.from_pretrained(plain, folder)
     ours = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}  # VeRA's A and B are buffers
     for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
@@ -150,7 +156,7 @@ def merges(config: RunConfig, store: Store, tmp_path: Path, tokens: torch.Tensor
         plain = on_its_base(config, store, tmp_path / "adapter", load=PeftModel.from_pretrained)
         torch.testing.assert_close(logits(plain, tokens), expected, rtol=0, atol=1e-4)
     merge.merge(adapted).save_pretrained(tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = auto_class(adapted.config).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=2e-4)
 
 
@@ -164,11 +170,37 @@ def _quiet():
         yield
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if index % 3 else []) for index, name in enumerate(zoo.KINDS)]
-)
+@pytest.mark.parametrize("name", ONE_IN_THREE)
 def test_an_architecture_goes_all_the_way_with_lora(name, configured, tmp_path):
     goes_all_the_way(configured(name, "lora"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ONE_IN_THREE)
+def test_padded_batches_read_and_answer_as_transformers_does_a_record_at_a_time(name, configured, folder):
+    """Its own loss and its own logits, in eager float32, with a mask, without padding and without a cache."""
+    config = configured(name, "lora")
+    base = base_model.resolve(config.model)
+    chat = chat_format.load(base, config.model)
+    split = tokenize(RECORDS, chat, config.model.max_length)
+    model = base_model.load_model(base, config.model, "bf16", use_gpu=False).float().eval()
+    plain = auto_class(model.config).from_pretrained(folder(name), dtype=torch.float32, attn_implementation="eager")
+    batch = collate(split, range(len(split)), chat.pad)
+    with torch.inference_mode():
+        found = answer_nll(model, batch["input_ids"], batch["labels"]).split(split.num_answer_tokens.tolist())
+    answers = greedy(model, chat, split, len(split), 4)
+    for index, nll in enumerate(found):
+        tokens = torch.from_numpy(split.take([index]).tokens).long()[None]
+        prompt = int(split.num_prompt_tokens[index])
+        labels = tokens.masked_fill(torch.arange(tokens.shape[1]) < prompt, -100)
+        with torch.inference_mode():
+            expected = plain(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False)
+        assert nll.mean().item() == pytest.approx(expected.loss.item(), abs=1e-4)
+        said = tokens[:, :prompt]
+        for _ in range(4):
+            said = torch.cat([said, logits(plain, said)[:, -1:].argmax(-1)], dim=1)
+            if said[0, -1].item() in chat.stops:
+                break
+        assert answers[index] == chat.tokenizer.decode(said[0, prompt:], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("name", zoo.KINDS)

@@ -16,6 +16,7 @@ from components.shared.protocol import say
 from ray_jobs.adapters import build
 from ray_jobs.adapters.loftq.split import NF4, Split, split
 from ray_jobs.base import base_model
+from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
         ConfigError: the base is quantised already, or a layer is not one that training will have in NF4.
     """
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -95,7 +96,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
             "made from"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+        model = auto_class(model_config).from_config(model_config, trust_remote_code=trust)
     never_quantised = get_keys_to_not_convert(model)
     prefix = f"{model.base_model_prefix}."
     adapted = build.attach(model, config.method, base_reference=original.reference, seed=config.train.seed)

@@ -8,6 +8,7 @@ from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import attention, base_model
+from ray_jobs.base.architecture import auto_class
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models import zoo
 from tests.ray_jobs.conftest import CONFIG
@@ -17,7 +18,7 @@ from tests.ray_jobs.conftest import CONFIG
 def test_a_gpu_takes_what_transformers_takes_by_itself(name):
     shape = zoo.KINDS[name].config()
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(shape)
+        theirs = auto_class(shape).from_config(shape)
     assert attention.choose(shape, "auto", use_gpu=True) == theirs.config._attn_implementation
 
 

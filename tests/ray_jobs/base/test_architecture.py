@@ -1,0 +1,50 @@
+"""Which bases are language models, and by which of transformers' classes each is loaded."""
+
+import json
+
+import pytest
+import transformers
+
+from components.config import config_file
+from components.config.schema import ModelConfig
+from components.shared.errors import ConfigError
+from ray_jobs.base import base_model
+from ray_jobs.base.architecture import auto_class, require_causal
+from ray_jobs.planning.rehearsal import Rehearsal
+from tests.models import zoo
+from tests.ray_jobs.conftest import CONFIG
+
+
+@pytest.mark.parametrize(
+    ("name", "is_loaded_as"),
+    [
+        ("Llama, tied", "LlamaForCausalLM"),
+        ("Gemma 3, with vision", "Gemma3ForConditionalGeneration"),
+        ("Ministral 3, with vision", "Mistral3ForConditionalGeneration"),
+        ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
+    ],
+)
+def test_a_base_is_loaded_as_what_transformers_saved(name, is_loaded_as, tmp_path):
+    zoo.build(name, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [is_loaded_as]
+    config = ModelConfig(base=str(tmp_path))
+    model = base_model.load_model(base_model.resolve(config), config, "bf16", use_gpu=False)
+    assert type(model).__name__ == is_loaded_as
+
+
+@pytest.mark.parametrize("kind", ["T5Config", "BertConfig", "BartConfig", "WhisperConfig", "ViTConfig"])
+def test_what_does_not_write_from_left_to_right_is_refused_by_the_plan(kind, tmp_path):
+    shape = getattr(transformers, kind)()
+    shape.save_pretrained(tmp_path)
+    config = config_file.loads(CONFIG.format(base=tmp_path))
+    with pytest.raises(ConfigError, match=f"of the type {shape.model_type}, which is no language model that writes"):
+        Rehearsal.of(config, shape)
+
+
+def test_an_encoder_that_was_made_a_decoder_and_a_base_that_brings_its_code_are_taken():
+    for shape in (
+        transformers.BertConfig(is_decoder=True),
+        transformers.PretrainedConfig(auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}),
+    ):
+        require_causal(shape, reference="x")
+        assert auto_class(shape) is transformers.AutoModelForCausalLM
