@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from components.config.gpus import PRICED, Gpu
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
-from components.config.schema import Dtype, MethodConfig, RunConfig
+from components.config.schema import MethodConfig, RunConfig
+from components.config.train import Dtype
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from ray_jobs import entry, estimate
@@ -88,6 +89,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "zero_stage": train.zero_stage,
         "micro_batch_size": train.micro_batch_size,
         "gradient_checkpointing": train.gradient_checkpointing,
+        "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
         "num_workers": config.ray.num_workers,
         "max_length": batch.length,
@@ -233,7 +235,7 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     return {
         "estimate": None,
         "tokens_per_s": expected.tokens_per_s,
-        "speed_is_rough": expected.is_rough,
+        "speed_is_rough": expected.is_rough or config.train.activation_offloading,
         "flops_per_token": expected.flops_per_token,
         "most_tokens": tokens,
         "time_s": time_s,

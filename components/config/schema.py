@@ -17,15 +17,13 @@ from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Me
 from components.config.ray import RayConfig
 from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
+from components.config.train import TrainConfig as TrainConfig
 from components.config.tune import TuneConfig
 
-StartFrom = Annotated[str, StringConstraints(pattern=r"^(base|production|[a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*)$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 LossOn = Literal["last", "all"]
-Dtype = Literal["auto", "bfloat16", "float16"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 class AdapterConfig(Section):
@@ -141,61 +139,6 @@ class MethodConfig(Section):
         return self.alpha if self.alpha is not None else self.row.alpha(self.r)
 
 
-class TrainConfig(Section):
-    """The optimisation."""
-
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak rate, reached after the warm-up, then a cosine to zero. The setting that matters most: tune it first.
-    Absent means the method's own: 2e-4 for LoRA, and for the others relative to it."""
-    epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over the training split."""
-    start_from: Annotated[StartFrom, Added("0.2.0")] = "base"
-    """base begins afresh. production goes on from the version that adapter.alias points at, and from the base where
-    there is none; NAME@VERSION from that one. It has to be of the same base, method, rank and layers."""
-    max_steps: Annotated[int, Field(ge=0)] = 0
-    """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    """Records in one optimizer step, over all workers. Independent of how many workers share it."""
-    micro_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Records in one forward pass of one worker. batch_size must be a multiple of it times ray.num_workers."""
-    group_by_length: bool = True
-    """Put records of like length in one batch, in random order of batches: less padding."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps over which the rate rises from zero."""
-    dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
-    """What weights, activations and gradients are in. auto is bfloat16, and on GPUs that do not know it (T4, V100)
-    float16, with the loss scaled so that small gradients are not lost."""
-    optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
-    """adamw is torch's; adamw_8bit keeps its two moments in 8 bits (bitsandbytes), half the optimizer's memory;
-    paged_adamw_8bit does so in memory that may leave the GPU while a step needs it for something else."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled decay of the adapter's weights, DoRA's magnitudes apart; 0 decays nothing."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this global norm."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Fixes the adapter's initial weights, the order of records and dropout."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients too, 3 also the base."""
-    cpu_offload: bool = False
-    """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
-    dense_base: Annotated[bool, Added("0.2.0")] = False
-    """On CPU workers, hold the base's weights dense in what products are taken in, instead of reading them out of their
-    few bits for each product: the same steps in less time, for two or four bytes of memory a weight."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    evals_per_epoch: Annotated[int, Field(ge=0)] = 4
-    """How often the loss on held-out records is measured; 0 means only at the end."""
-    eval_records: Annotated[int, Field(ge=1)] = 128
-    """Held-out records that this loss is measured on: the first of those that data.validation_share sets aside. The
-    weights to keep are chosen on them, and evaluation uses others."""
-    early_stopping_patience: Annotated[int, Field(ge=0)] = 3
-    """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps between resumable checkpoints; 0 writes none."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints to keep."""
-
-
 class EvaluateConfig(Section):
     """How base, champion and candidate are compared on held-out records."""
 
@@ -280,6 +223,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.dense_base is for CPU workers that hold a whole base each, not with {where}: "
                 "remove train.dense_base"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _activations_leave_a_gpu(self) -> "RunConfig":
+        if self.train.activation_offloading and not self.ray.use_gpu:
+            raise ValueError(
+                "train.activation_offloading moves activations from a GPU to its host, where they lie without "
+                "ray.use_gpu: remove train.activation_offloading"
             )
         return self
 

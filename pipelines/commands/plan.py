@@ -70,9 +70,11 @@ def _memory_told(body: dict[str, Any]) -> Iterator[str]:
     parts = {name: size / GIB for name, size in body["memory_bytes"].items()}
     total = parts.pop("total")
     largest = max(parts.values())
+    checkpointing = f"{'with' if body['gradient_checkpointing'] else 'no'} gradient checkpointing"
+    offloading = " and activations in host memory" if body["activation_offloading"] else ""
     yield (
         f"memory of one worker in GiB, {body['micro_batch_size']} records of {body['max_length']:,} tokens at once, "
-        f"{'with' if body['gradient_checkpointing'] else 'no'} gradient checkpointing, ZeRO stage {body['zero_stage']}"
+        f"{checkpointing}{offloading}, ZeRO stage {body['zero_stage']}"
     )
     for name, size in parts.items():
         yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()

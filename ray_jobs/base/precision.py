@@ -6,7 +6,7 @@ bfloat16 wherever there is a choice: it has float32's range, and needs no loss s
 
 from typing import TYPE_CHECKING
 
-from components.config.schema import Dtype
+from components.config.train import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -62,7 +62,13 @@ class WorstBatch:
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
 
 
-SETTINGS = ("method.base", "train.zero_stage", "train.micro_batch_size", "train.gradient_checkpointing")
+SETTINGS = (
+    "method.base",
+    "train.zero_stage",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.activation_offloading",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,13 @@ class Choice:
     def settings(self) -> dict[str, Any]:
         """What decides the memory, as keys of the config."""
         method, train = self.config.method, self.config.train
-        values = (method.row.base, train.zero_stage, train.micro_batch_size, train.gradient_checkpointing)
+        values = (
+            method.row.base,
+            train.zero_stage,
+            train.micro_batch_size,
+            train.gradient_checkpointing,
+            train.activation_offloading,
+        )
         return dict(zip(SETTINGS, values, strict=True))
 
     def changes(self, asked: "Choice") -> dict[str, Any]:
@@ -132,14 +144,14 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
         dense_base=train.dense_base,
+        activation_offloading=train.activation_offloading,
     )
     return Choice(config, parts)
 
 
 def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: int) -> Choice | None:
-    """The lowest ZeRO stage, then no recomputation, then the largest micro-batch that fits; else the same on NF4.
-
-    None where not even one record on an NF4 base does.
+    """The lowest ZeRO stage, then no recomputation, then the largest micro-batch that fits; else the same with
+    activations in host memory, and else on NF4. None where not even one record on an NF4 base does.
     """
     for rough in _legal_choices(config, rehearsal, batch):
         if rough.parts.total <= memory:
@@ -227,7 +239,10 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
     sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
     bases: dict[BaseFormat, None] = dict.fromkeys((config.method.row.base, "nf4"))
     for base in (each for each in bases if each in rehearsal.formats):
-        for zero_stage, checkpointing in product(range(3 if rehearsal.adapts_experts else 4), (False, True)):
+        stages = range(3 if rehearsal.adapts_experts else 4)
+        for offloading, zero_stage, checkpointing in product((False, True), stages, (False, True)):
+            if offloading and not (checkpointing and config.ray.use_gpu):
+                continue
             if any(
                 refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
             ):
@@ -238,6 +253,7 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
                     "zero_stage": zero_stage,
                     "micro_batch_size": size,
                     "gradient_checkpointing": checkpointing,
+                    "activation_offloading": offloading,
                 }
                 candidate = config.model_copy(
                     update={
@@ -255,4 +271,5 @@ def _between(first: StepMemory, last: StepMemory, *, share: float) -> StepMemory
         int(first.kept + share * (last.kept - first.kept)),
         int(first.workspace + share * (last.workspace - first.workspace)),
         first.is_estimate,
+        int(first.inputs + share * (last.inputs - first.inputs)),
     )

@@ -15,7 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from components.config.methods import BaseFormat
-from components.config.schema import Optimizer
+from components.config.train import Optimizer
 from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.planning.rehearsal import ModelStats, StepMemory
 from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
@@ -76,8 +76,8 @@ class Parts:
     logits: int
     overhead: int
     host: int = 0
-    """In host memory: the process, what train.cpu_offload keeps there and where a paged optimizer may leave its state;
-    not in the total."""
+    """In host memory: the process, what train.cpu_offload and train.activation_offloading keep there, and where a paged
+    optimizer may leave its state; not in the total."""
 
     @property
     def total(self) -> int:
@@ -108,11 +108,12 @@ def plan(
     trains_base: bool = False,
     in_chunks: bool = True,
     dense_base: bool = False,
+    activation_offloading: bool = False,
 ) -> Parts:
     """One worker's memory. `answers`: labelled tokens of a micro-batch; B x T for a trainer that scores every token.
 
     `trains_base` is full fine-tuning: what is trained are the weights themselves, the head's too. `in_chunks` is off
-    for a trainer that holds the logits of all answers at once. `dense_base` is train.dense_base.
+    for a trainer that holds the logits of all answers at once. `dense_base` and `activation_offloading` are train's.
     """
     weights = dense_bytes(stats) if dense_base else weight_bytes(stats, base, sharing)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
@@ -125,9 +126,13 @@ def plan(
     logits = logits_bytes(answers, stats, at_once)
     # The loss and the backward pass through the layers have their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)
+    offloaded = 0
+    if activation_offloading:  # but for the layer whose turn it is
+        offloaded = step.inputs - math.ceil(step.inputs / stats.num_layers)
+        activations -= offloaded
     overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
-    host = CUDA_PROCESS_BYTES if use_gpu else 0  # on a CPU it is the device
+    host = offloaded + (CUDA_PROCESS_BYTES if use_gpu else 0)  # on a CPU it is the device
     if optimizer == "paged_adamw_8bit":
         host, moments = host + moments, 0
     if sharing.cpu_offload:

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # arXiv:2205.05198, equation 2, without the attention matrix, which fused kernels never store: bytes that a transformer
 # layer keeps for each token and unit of its width. Only for an architecture that does not run on fake tensors.
 LAYER_BYTES = 34
+BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class StepMemory:
     """What the passes need beyond that, at their peak."""
     is_estimate: bool = False
     """The architecture does not run on fake tensors, and a formula stands in."""
+    inputs: int = 0
+    """Of what is kept, the inputs of the layers, which checkpointing recomputes the rest from; 0 without it."""
 
 
 class Rehearsal:
@@ -159,6 +162,9 @@ class Rehearsal:
             except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # whatever such a model stumbles over
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
                 self._steps[key] = _estimate(self.stats, *key)
+            if checkpointing:
+                inputs = self.stats.num_layers * BF16 * batch * length * self.stats.width
+                self._steps[key] = replace(self._steps[key], inputs=min(inputs, self._steps[key].kept))
         return self._steps[key]
 
     def reading(self, batch: int, length: int) -> int:

@@ -257,7 +257,9 @@ def _adapted(
     build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
         adapted.enable_input_require_grads()
-        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        adapted.get_base_model().activation_checkpointing_enable(
+            {"use_reentrant": False}, offload=config.train.activation_offloading
+        )
     return adapted.train()
 
 

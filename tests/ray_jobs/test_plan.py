@@ -192,6 +192,29 @@ def test_advice_is_the_lowest_stage_then_no_recomputation_then_the_largest_micro
     assert advised(config, lora_7b, batch, 2 * GIB) is None
 
 
+def test_activations_are_advised_into_host_memory_where_long_records_do_not_fit_otherwise(lora_7b):
+    config = configured("llama-2-7b", "train.batch_size=1", "train.micro_batch_size=1")
+    batch = WorstBatch(16384, 64)
+    kept = {"train.micro_batch_size": 1, "train.gradient_checkpointing": True, "train.zero_stage": 0}
+    here = advised(config, lora_7b, batch, 200 * GIB)
+    assert here is not None
+    assert not here.settings()["train.activation_offloading"]
+    offloaded = config.train.model_copy(update={"gradient_checkpointing": True, "zero_stage": 0})
+    least = chosen(config.model_copy(update={"train": offloaded}), lora_7b, batch).parts
+    choice = advised(config, lora_7b, batch, least.total - GIB)
+    assert choice is not None
+    assert choice.settings() == {**kept, "method.base": "bf16", "train.activation_offloading": True}
+    # 31 of 32 layers' inputs, each 16,384 x 4,096 x 2 bytes, are in host memory instead; a tenth more was for what the
+    # allocator keeps of them.
+    moved = 31 * 16384 * 4096 * 2
+    assert choice.parts.host - least.host == moved
+    assert least.total - choice.parts.total == pytest.approx(1.1 * moved, rel=1e-6)
+    on_cpus = config.model_copy(update={"ray": config.ray.model_copy(update={"use_gpu": False})})
+    on_nf4 = advised(on_cpus, lora_7b, batch, least.total - GIB)
+    assert on_nf4 is not None
+    assert not on_nf4.settings()["train.activation_offloading"]
+
+
 def test_what_is_advised_is_rehearsed_itself(lora_7b):
     batch = WorstBatch(512, 64)
     choice = advised(configured(), lora_7b, batch, int(22.5 * GIB))

@@ -334,15 +334,6 @@ def test_an_added_key_that_is_set_changes_the_digest():
     assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=auto"]).digest == EXAMPLE_IN_0_1_0
 
 
-def test_an_optimizer_that_pages_gpu_memory_needs_a_gpu_and_a_state_that_lies_on_it():
-    on_a_gpu = ["ray.use_gpu=true", "train.optimizer=paged_adamw_8bit"]
-    assert set_in(*on_a_gpu).train.optimizer == "paged_adamw_8bit"
-    for changes in (on_a_gpu[1:], [*on_a_gpu, "train.cpu_offload=true"]):
-        with pytest.raises(ConfigError, match=r"Nearest to it: train\.optimizer=adamw_8bit"):
-            set_in(*changes)
-    assert set_in("train.optimizer=adamw_8bit", "train.cpu_offload=true").train.optimizer == "adamw_8bit"
-
-
 def test_an_alpha_that_is_absent_does_not_depend_on_the_rank_where_its_root_divides_it():
     def alpha(name: str, rank: int, *more: str) -> float:
         return set_in(f"method.name={name}", f"method.rank={rank}", *more).method.lora_alpha
@@ -388,11 +379,3 @@ def test_only_the_callers_config_lets_a_stored_base_run_code():
 def test_a_stored_config_without_what_is_needed_is_refused_with_the_field(stored: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         config_file.with_stored(config_file.load(FROZEN), stored, origin="lineage")
-
-
-@pytest.mark.parametrize("where", ["ray.use_gpu=true", "train.zero_stage=3"])
-def test_a_dense_base_is_for_cpu_workers_that_hold_it_whole(where: str) -> None:
-    assert set_in("train.dense_base=true").train.dense_base
-    assert re.search(
-        r"train\.dense_base is for CPU workers.*remove train\.dense_base", message_of("train.dense_base=true", where)
-    )

@@ -1,0 +1,78 @@
+"""The config's `train` section: the optimisation, and what of it lies where."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from components.config.section import Added, Section
+
+StartFrom = Annotated[str, StringConstraints(pattern=r"^(base|production|[a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*)$")]
+Dtype = Literal["auto", "bfloat16", "float16"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak rate, reached after the warm-up, then a cosine to zero. The setting that matters most: tune it first.
+    Absent means the method's own: 2e-4 for LoRA, and for the others relative to it."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the training split."""
+    start_from: Annotated[StartFrom, Added("0.2.0")] = "base"
+    """base begins afresh. production goes on from the version that adapter.alias points at, and from the base where
+    there is none; NAME@VERSION from that one. It has to be of the same base, method, rank and layers."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Records in one optimizer step, over all workers. Independent of how many workers share it."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Records in one forward pass of one worker. batch_size must be a multiple of it times ray.num_workers."""
+    group_by_length: bool = True
+    """Put records of like length in one batch, in random order of batches: less padding."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
+    """What weights, activations and gradients are in. auto is bfloat16, and on GPUs that do not know it (T4, V100)
+    float16, with the loss scaled so that small gradients are not lost."""
+    optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
+    """adamw is torch's; adamw_8bit keeps its two moments in 8 bits (bitsandbytes), half the optimizer's memory;
+    paged_adamw_8bit does so in memory that may leave the GPU while a step needs it for something else."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay of the adapter's weights, DoRA's magnitudes apart; 0 decays nothing."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the adapter's initial weights, the order of records and dropout."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients too, 3 also the base."""
+    cpu_offload: bool = False
+    """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
+    dense_base: Annotated[bool, Added("0.2.0")] = False
+    """On CPU workers, hold the base's weights dense in what products are taken in, instead of reading them out of their
+    few bits for each product: the same steps in less time, for two or four bytes of memory a weight."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: Annotated[bool, Added("0.2.0")] = False
+    """Keep in host memory what gradient_checkpointing recomputes from, the input of every layer: less GPU memory where
+    records are long, for a copy of it there and back in each step."""
+    evals_per_epoch: Annotated[int, Field(ge=0)] = 4
+    """How often the loss on held-out records is measured; 0 means only at the end."""
+    eval_records: Annotated[int, Field(ge=1)] = 128
+    """Held-out records that this loss is measured on: the first of those that data.validation_share sets aside. The
+    weights to keep are chosen on them, and evaluation uses others."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 3
+    """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps between resumable checkpoints; 0 writes none."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_kept(self) -> "TrainConfig":
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offloading moves what gradient_checkpointing keeps: set train.gradient_checkpointing=true, "
+                "or remove train.activation_offloading"
+            )
+        return self
