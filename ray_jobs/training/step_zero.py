@@ -3,17 +3,27 @@
 A library that shards weights it does not understand trains on wrong ones without an error (bitsandbytes#1451: int8
 under ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records by a plain forward pass, before DeepSpeed
 has touched anything; then every worker computes it through its engine.
+
+So that nobody need hold the model whole, the plain pass of ZeRO-3 reads the base layer by layer and leaves out what the
+adapter begins with. Only a base that is stored in few bits is read whole.
 """
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.shared.errors import JobError
 from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.base_model import Base, load_model
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.base.streamed import streamed
 from ray_jobs.training.group import Worker
 
 logger = logging.getLogger(__name__)
@@ -31,13 +41,45 @@ def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def probe_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> float:
+def probe_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, *, with_adapter: bool = True
+) -> float:
     """Mean nats per answer token, without dropout. Under ZeRO-3 every worker must call it."""
     was_training = model.training
     model.eval()
-    loss = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().mean().item()
+    with nullcontext() if with_adapter else _adapter_off(model):
+        loss = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().mean().item()
     model.train(was_training)
     return loss
+
+
+def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], matmul_dtype: MatmulDtype) -> float:
+    """The base's loss, unsharded and on the CPU; memory holds a layer at a time where that is possible."""
+    cpu, base_format = torch.device("cpu"), config.method.row.base
+    try:
+        with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
+            return probe_loss(model, probe, cpu)
+    except NotImplementedError as exc:
+        # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
+        logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
+    model = load_model(base, config.model, base_format, use_gpu=False, matmul_dtype=matmul_dtype)
+    return probe_loss(model, probe, cpu)
+
+
+@contextmanager
+def _adapter_off(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the adapter adds nothing.
+
+    peft's own way would take its weights' gradients away as well, which DeepSpeed has hooks on by then.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def require_same_loss(found: float, expected: float, *, worker: Worker, zero_stage: int) -> None:

@@ -29,7 +29,6 @@ from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import architecture, base_config, base_model, chat_format, precision, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.base.streamed import streamed
 from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
@@ -148,8 +147,14 @@ def fit(
         worker = replace(worker, matmul_dtype=on_cpu)
     probe = step_zero.probe(train_split, job.pad)
     start = starting.weights(store, job.start) if job.start else None
+    is_read_alone = config.train.zero_stage == 3 and not base_model.is_quantised(base)
     if config.train.zero_stage == 3 and worker.rank == 0:
-        plain_loss = _unsharded_loss(config, base, probe, on_cpu, start)
+        if is_read_alone:
+            plain_loss = step_zero.base_loss(config, base, probe, on_cpu)
+        else:
+            whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu, start=start)
+            plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
+            del whole
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = _adapted(
             config,
@@ -165,7 +170,10 @@ def fit(
         recipe = _recipe(config, adapted, original, base, worker)
         engine = zero.initialize(adapted, config, worker.dtype)
         ends.callback(engine.destroy)
-        loss = step_zero.probe_loss(engine.module, probe, worker.device)
+        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
+        is_fresh = start is None and config.method.row.init == "default"
+        with_adapter = is_fresh or not is_read_alone
+        loss = step_zero.probe_loss(engine.module, probe, worker.device, with_adapter=with_adapter)
         zero.finish_forward(engine)
         expected = plain_loss if worker.rank == 0 else math.nan
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
@@ -189,30 +197,6 @@ def fit(
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
     return adapted, trained, recipe
-
-
-def _unsharded_loss(
-    config: RunConfig,
-    base: base_model.Base,
-    probe: dict[str, torch.Tensor],
-    matmul_dtype: MatmulDtype,
-    start: Mapping[str, torch.Tensor] | None,
-) -> float:
-    """The loss of the model in one piece, on the CPU, of which memory holds a layer at a time where that is possible.
-
-    A fresh adapter changes nothing, so the base alone is read; what LoftQ or an earlier version begins with does: only
-    then somebody holds the model whole.
-    """
-    cpu, base_format = torch.device("cpu"), config.method.row.base
-    if start is None and config.method.row.init == "default" and not base_model.is_quantised(base):
-        try:
-            with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
-                return step_zero.probe_loss(model, probe, cpu)
-        except NotImplementedError as exc:
-            # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
-            logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
-    adapted = _adapted(config, base, use_gpu=False, matmul_dtype=matmul_dtype, start=start)
-    return step_zero.probe_loss(adapted, probe, cpu)
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:

@@ -149,8 +149,8 @@ class Fitted:
     records: list[dict[str, Any]]
 
 
-def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitted:
-    """Train in this rank's group on `rows`, the last eighth held out."""
+def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str, start: Any = None) -> Fitted:
+    """Train in this rank's group on `rows`, the last eighth held out; `start` is a version to go on from."""
     import torch
     import torch.distributed as dist
 
@@ -176,6 +176,7 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str) -> Fitt
         dataset=lineage.Dataset("d0", "s3://none", "0", *map(len, splits)),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
+        start=start,
     )
     seen: list[dict[str, Any]] = []
     stop_after = int(os.environ.get("STOP_AFTER_STEP", "0"))

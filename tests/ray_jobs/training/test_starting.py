@@ -1,6 +1,9 @@
 """A training that goes on from a version: its first weights are that version's, to the bit, and nothing else fits."""
 
+import functools
 from datetime import UTC, datetime
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from components.registry.aliases import promote
 from components.registry.versions import Version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import base_model
-from ray_jobs.training import starting, worker
+from ray_jobs.training import starting, worker, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 from ray_jobs.training.train_loop import TrainedAdapter
-from tests.models.tiny import build_base
+from tests.models.tiny import build_base, colour_rows
+from tests.models.train_group import fit_in_rank, in_group
 
 
 def changed(config, store, *overrides):
@@ -71,6 +75,45 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
     assert chosen(config, store, "run-1").version == version.version
     assert chosen(config, store, "run-2").version == other.version
     assert read_lineage(store, other)["parents"] == [version.uri]
+
+
+def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
+    """This rank's losses, and how often it had base and adapter made."""
+    initialize, adapted = zero.initialize, worker._adapted
+
+    def break_one(model: Any, *arguments: Any) -> Any:
+        engine = initialize(model, *arguments)
+        weight = dict(engine.module.named_parameters())[
+            "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
+        ]
+        weight.ds_tensor.copy_(weight.ds_tensor.flip(0))
+        return engine
+
+    with (
+        mock.patch.object(zero, "initialize", break_one if breaks else initialize),
+        mock.patch.object(worker, "_adapted", side_effect=adapted) as made,
+    ):
+        fitted = fit_in_rank(config_file.loads(config_toml), colour_rows(36), run_id="on", start=version)
+    return [each["loss"] for each in fitted.records if each["kind"] == "train"], made.call_count
+
+
+@pytest.mark.parametrize("base", ["nf4", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_is_seen(config, store, tmp_path, base):
+    settings = [f"method.base={base}", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16"]
+    config = changed(config, store, *settings)
+    version = published(config, store, moved=0.02)
+    toml = config_file.dumps(changed(config, store, "train.zero_stage=3"))
+    (losses, made), *_ = in_group(
+        functools.partial(fit_from, breaks=False), toml, version, directory=tmp_path, num_workers=2
+    )
+    assert made == 1  # what is trained, in shards
+    whole = config_file.dumps(changed(config, store, "train.zero_stage=0"))
+    (expected, _), *_ = in_group(
+        functools.partial(fit_from, breaks=False), whole, version, directory=tmp_path, num_workers=2
+    )
+    assert losses == pytest.approx(expected, abs=0.02)
+    with pytest.raises(RuntimeError, match=r"the same model unsharded is .* the weights were not sharded right"):
+        in_group(functools.partial(fit_from, breaks=True), toml, version, directory=tmp_path, num_workers=2)
 
 
 def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
