@@ -16,6 +16,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor, widened
 from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.planning import placement
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -49,8 +50,6 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         ConfigError: its base comes with code that `config` does not allow to run.
         IntegrityError: its base is not there any more as it was trained on.
     """
-    import torch
-
     store = Store.open(config.registry)
     version = resolve(store, reference)
     its_run = recorded.read(config, store, version)
@@ -61,9 +60,10 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
     stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))
-    dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
-    model = _load(stands_on, own, dtype)
-    alone = model if stands_on == base else _load(base, own, dtype)
+    use_gpu = placement.on_gpus(own, base)
+    dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
+    model = _load(stands_on, own, dtype, use_gpu=use_gpu)
+    alone = model if stands_on == base else _load(base, own, dtype, use_gpu=use_gpu)
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
@@ -79,12 +79,10 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         _answer(version.name, adapted, chat_as, turns, own, longest)
 
 
-def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype) -> Any:
-    import torch
-
-    use_gpu = torch.cuda.is_available()
-    row = own.method.row
-    model = base_model.load_model(base, own.model, row.base, use_gpu=use_gpu, matmul_dtype=dtype).eval()
+def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype, *, use_gpu: bool) -> Any:
+    model = base_model.load_model(
+        base, own.model, own.method.row.base, use_gpu=use_gpu, across_gpus=True, matmul_dtype=dtype
+    ).eval()
     widened.widen_if_room(model, dtype)
     return model
 

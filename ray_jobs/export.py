@@ -31,6 +31,7 @@ from ray_jobs.base import architecture, base_config, base_model, chat_format, pr
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import tokenize
 from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.planning import placement
 from ray_jobs.training import model_card
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class ExportSource:
     compared_on: str
     matmul_dtype: MatmulDtype
     """What this machine multiplies bfloat16 in."""
+    use_gpu: bool
+    """Whether the base is read with its GPUs."""
 
 
 def main() -> None:
@@ -199,8 +202,6 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
 
 
 def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
-    import torch
-
     its_run = recorded.read(asked, store, version)
     config = its_run.config
     pull_version(store, version, folder)
@@ -209,9 +210,11 @@ def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> E
     chat = chat_format.load(original, config.model, folder)
     rows, compared_on = _rows(store, its_run.dataset_uri, chat, config.model.max_length)
     shape = processor.typical_shape(base_config.load(original.path, config.model))
-    dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=torch.cuda.is_available())
+    placement.require_float32(config, original)
+    use_gpu = placement.on_gpus(config, original)
+    dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
-    return ExportSource(version, config, folder, original, stands_on, chat, rows, compared_on, dtype)
+    return ExportSource(version, config, folder, original, stands_on, chat, rows, compared_on, dtype, use_gpu)
 
 
 def _rows(store: Store, dataset_uri: str, chat: ChatFormat, max_length: int) -> tuple[list["torch.Tensor"], str]:
@@ -233,14 +236,13 @@ def _rows(store: Store, dataset_uri: str, chat: ChatFormat, max_length: int) -> 
 
 def _loaded(source: ExportSource) -> "PreTrainedModel":
     """The base as it is trained on and evaluated."""
-    import torch
-
     method, model = source.config.method, source.config.model
     return base_model.load_model(
         source.stands_on,
         model,
         method.row.base,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=source.use_gpu,
+        across_gpus=True,
         matmul_dtype=source.matmul_dtype,
     )
 

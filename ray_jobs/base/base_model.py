@@ -115,12 +115,14 @@ def load_model(
     *,
     use_gpu: bool,
     in_host_memory: bool = False,
+    across_gpus: bool = False,
     matmul_dtype: MatmulDtype = "bfloat16",
     dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
     """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
-    `in_host_memory` leaves the model there for who will move it to the GPU. Within `deepspeed.sharding` a bfloat16 base
+    `in_host_memory` leaves the model there for who will move it to the GPU; `across_gpus` lets the machine's GPUs hold
+    some layers each, which answer one after the other. Within `deepspeed.sharding` a bfloat16 base
     is sharded as it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means
     bfloat16, or float16 on a GPU that does not know that. `matmul_dtype` is what a CPU multiplies in; whatever it is,
     weights and activations are the same 16 bits.
@@ -137,12 +139,13 @@ def load_model(
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     architecture.require_causal(shape, reference=base.reference)
     device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
+    place = "auto" if across_gpus and use_gpu and torch.cuda.device_count() > 1 else {"": device}
     model: PreTrainedModel = architecture.auto_class(shape).from_pretrained(
         base.path,
         dtype=dtype,
         **stored_format.quantization(shape, base_format, dtype, reference=base.reference),
         attn_implementation=attention.for_text(shape, attention.choose(shape, config.attention, use_gpu=use_gpu)),
-        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
+        device_map=None if is_deepspeed_zero3_enabled() else place,
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
     )
