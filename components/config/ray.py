@@ -116,7 +116,8 @@ class RayJobCluster(Section):
     env: dict[str, str] = {}
     """Plain variables for the Ray pods, such as NCCL_SOCKET_IFNAME. What is secret belongs in Secret fineloop-s3."""
     ttl_s: Annotated[int, Field(ge=60)] = 600
-    """How long the cluster stays after the job, for people to look at its dashboard."""
+    """How long the cluster of a job that failed stays, for people to look at its dashboard. After a success it goes at
+    once."""
     backoff_limit: Annotated[int, Field(ge=0, le=10)] = 1
     """How often KubeRay makes a new cluster when a job died without saying why: a lost head, no memory."""
     pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800

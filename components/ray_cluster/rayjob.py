@@ -94,7 +94,10 @@ class RayJobs:
             if log.is_done:
                 return JobEnd("SUCCEEDED")
             if ended:
-                return _ended(found, job, self._cluster)
+                end = _ended(found, job, self._cluster)
+                if end.status == "SUCCEEDED":
+                    self._release(job_id)
+                return end
             if status.get("jobDeploymentStatus") == "Retrying" and find_failure(log.text):
                 self.stop(job_id)  # it said why it failed, and would say so again
                 return JobEnd("FAILED")
@@ -124,6 +127,17 @@ class RayJobs:
         """Those with our label."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [_live(found) for found in items if state(found) == "live"]
+
+    def _release(self, job_id: str) -> None:
+        """Have the cluster of a job that succeeded go at once: Kueue has given its quota to the next one already.
+
+        KubeRay looks at the time to live again whenever the RayJob changes, and keeps the submitter with its log
+        (rayjob_controller.go, v1.7, JobDeploymentStatusComplete).
+        """
+        try:
+            self._api.patch(job_id, {"spec": {"ttlSecondsAfterFinished": 0}})
+        except JobError as exc:
+            logger.warning("the cluster of RayJob %s stays for ray.cluster.ttl_s: %s", job_id, exc)
 
     @cached_property
     def _workflow(self) -> Workflow | None:

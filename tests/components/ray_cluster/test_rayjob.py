@@ -1,72 +1,21 @@
 """What only a RayJob can meet: the queue, refusals of the API server, watches that break, and clusters that fail."""
 
+import contextlib
 import gc
 import io
 import os
 import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.config.ray import RayConfig
-from components.ray_cluster.backend import Job
-from components.ray_cluster.submit import connect, submit_and_wait
+from components.ray_cluster.submit import connect
 from components.shared.errors import JobError, UserError
-from tests.doubles.jobs_api import TOKEN
-from tests.doubles.kubernetes.api import KubernetesDouble, Refusal, Resource, merged
-from tests.doubles.kubernetes.operator import Operator
-
-
-@dataclass
-class Cluster:
-    """KubeRay on the API double."""
-
-    api: KubernetesDouble
-    operator: Operator
-    caplog: pytest.LogCaptureFixture
-
-    def submit(self, code: str, *, timeout_s: float = 60, output: io.StringIO | None = None, **cluster: Any) -> str:
-        job = Job("r", "finetune", ("python", "-u", "-c", code), timeout_s)
-        return submit_and_wait(job, config(**cluster), output=output or io.StringIO(), poll_s=0.05)
-
-    def when(self, holds: Callable[[Resource], bool], act: Callable[[str], None]) -> None:
-        """Act once, on the first RayJob that `holds` is true of."""
-
-        def wait() -> None:
-            with self.api.changed:
-                while not self.api.is_closed:
-                    found = next((name for name, each in self.api.rayjobs.items() if holds(each)), None)
-                    if found:
-                        break
-                    self.api.changed.wait(0.2)
-                else:
-                    return
-            act(found)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-
-def config(**cluster: Any) -> RayConfig:
-    return RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0, **cluster}})
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Cluster]:
-    api = KubernetesDouble()
-    operator = Operator(api, tmp_path, {})
-    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    caplog.set_level("INFO", logger="components")
-    yield Cluster(api, operator, caplog)
-    operator.close()
-    api.close()
+from tests.components.ray_cluster.conftest import Cluster, config
+from tests.doubles.kubernetes.api import Refusal, Resource, merged
 
 
 def deployment(found: Resource) -> str:
@@ -221,6 +170,23 @@ def test_a_failed_cluster_is_tried_again_and_its_last_log_counts(cluster: Cluste
     code = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); s = p.exists(); p.touch(); sys.exit(0 if s else 1)"
     cluster.submit(code, backoff_limit=1)
     assert [state for _, state in cluster.operator.history].count("Retrying") == 1
+
+
+@pytest.mark.parametrize(("code", "stays_s"), [("print('well')", 0), ("raise SystemExit(1)", 600)])
+def test_the_cluster_of_a_job_that_succeeded_goes_at_once_and_that_of_another_can_be_looked_at(
+    cluster: Cluster, code: str, stays_s: int
+) -> None:
+    with contextlib.suppress(JobError):
+        cluster.submit(code)
+    (found,) = cluster.api.rayjobs.values()
+    assert found["spec"]["ttlSecondsAfterFinished"] == stays_s
+
+
+def test_a_cluster_that_cannot_be_let_go_fails_no_job(cluster: Cluster) -> None:
+    cluster.api.denied.add(("patch", "rayjobs"))
+    cluster.submit("print('well')")
+    assert "stays for ray.cluster.ttl_s" in cluster.caplog.text
+    assert "fineloop-pipeline may not patch rayjobs" in cluster.caplog.text
 
 
 def test_a_job_that_somebody_deletes_was_stopped(cluster: Cluster) -> None:

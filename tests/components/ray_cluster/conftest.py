@@ -1,0 +1,63 @@
+"""KubeRay on a double of the Kubernetes API, for jobs that are RayJobs."""
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config.ray import RayConfig
+from components.ray_cluster.backend import Job
+from components.ray_cluster.submit import submit_and_wait
+from tests.doubles.jobs_api import TOKEN
+from tests.doubles.kubernetes.api import KubernetesDouble, Resource
+from tests.doubles.kubernetes.operator import Operator
+
+
+@dataclass
+class Cluster:
+    """KubeRay on the API double."""
+
+    api: KubernetesDouble
+    operator: Operator
+    caplog: pytest.LogCaptureFixture
+
+    def submit(self, code: str, *, timeout_s: float = 60, output: io.StringIO | None = None, **cluster: Any) -> str:
+        job = Job("r", "finetune", ("python", "-u", "-c", code), timeout_s)
+        return submit_and_wait(job, config(**cluster), output=output or io.StringIO(), poll_s=0.05)
+
+    def when(self, holds: Callable[[Resource], bool], act: Callable[[str], None]) -> None:
+        """Act once, on the first RayJob that `holds` is true of."""
+
+        def wait() -> None:
+            with self.api.changed:
+                while not self.api.is_closed:
+                    found = next((name for name, each in self.api.rayjobs.items() if holds(each)), None)
+                    if found:
+                        break
+                    self.api.changed.wait(0.2)
+                else:
+                    return
+            act(found)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def config(**cluster: Any) -> RayConfig:
+    return RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0, **cluster}})
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Cluster]:
+    api = KubernetesDouble()
+    operator = Operator(api, tmp_path, {})
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    caplog.set_level("INFO", logger="components")
+    yield Cluster(api, operator, caplog)
+    operator.close()
+    api.close()
