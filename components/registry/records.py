@@ -267,6 +267,8 @@ class Trial(Record):
     num_steps: int = 0
     seconds: float | None = None
     """From its beginning to its end."""
+    waited_s: float | None = None
+    """From the end of the trial before it in the same process to its beginning; None of a process's first."""
     ready_s: float | None = None
     """From its beginning to its first step: what loading and attaching took."""
     step_s: float | None = None

@@ -25,6 +25,8 @@ class HeldBase:
         self.num_loaded = 0
         self.start_loss: float | None = None
         """Of the model that is held, once somebody has measured it."""
+        self.free_since: float | None = None
+        """When whoever had it last was done with it, on the monotonic clock."""
         self._asked: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
 

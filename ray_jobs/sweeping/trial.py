@@ -47,6 +47,8 @@ class Course:
 
     trial: Trial
     began: float = field(default_factory=time.monotonic)
+    free_since: float | None = None
+    """When the trial before it in the same process had ended."""
     ended_step: float | None = None
     step_seconds: list[float] = field(default_factory=list)
 
@@ -79,6 +81,8 @@ class Course:
     def record(self, **changes: Any) -> Trial:
         """The record, as of now."""
         known = {"seconds": round(time.monotonic() - self.began, 3)}
+        if self.free_since is not None:
+            known["waited_s"] = round(self.began - self.free_since, 3)
         if self.step_seconds:
             known["step_s"] = round(statistics.median(self.step_seconds), 4)
         return self.trial.model_copy(update={**known, **changes})
@@ -98,10 +102,14 @@ def run_trial(
         loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
         tune.report({"loss": loss, "step": trial.steps, "trial": trial.model_dump(mode="json")})
 
-    course = Course(Trial.model_validate(given["trial"]))
-    trained = train_trial(
-        config, replace(job, config_toml=given["config"]), course, train_split, validation, _held(), report
-    )
+    held = _held()
+    course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
+    try:
+        trained = train_trial(
+            config, replace(job, config_toml=given["config"]), course, train_split, validation, held, report
+        )
+    finally:
+        held.free_since = time.monotonic()
     report(trained)
 
 

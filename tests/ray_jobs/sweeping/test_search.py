@@ -23,8 +23,10 @@ def pretend(given: dict) -> None:
 
     trial = given["trial"]
     rate = trial["learning_rate"]
-    if rate in given["failing"]:
+    if given["failing"].get(rate) == "raises":
         raise DataError("these records cannot be read")
+    if given["failing"].get(rate) == "dies":
+        os._exit(1)
     for step in (4, 8, 16):
         ended = {"status": "finished", "loss": given["losses"][rate]} if step == 16 else {}
         known = {**trial, "steps": step, "loss": given["losses"][rate], **ended}
@@ -65,18 +67,19 @@ def five(config):
     return config_file.loads(config_file.dumps(config), settings)
 
 
-def test_a_trial_that_fails_is_kept_with_its_cause_and_the_others_go_on(five, tmp_path):
-    best, kept = swept_elsewhere(five, tmp_path, failing=[1e-2], scheduler="none")
+def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, tmp_path):
+    best, kept = swept_elsewhere(five, tmp_path, failing={3.16e-4: "dies", 1e-2: "raises"}, scheduler="none")
     assert {rate: trial.status for rate, trial in kept.items()} == {
-        **dict.fromkeys([1e-4, 3.16e-4, 1e-3, 3.16e-3], "finished"),
-        1e-2: "failed",
+        **dict.fromkeys([1e-4, 1e-3, 3.16e-3], "finished"),
+        **dict.fromkeys([3.16e-4, 1e-2], "failed"),
     }
+    assert kept[3.16e-4].why == "The actor died unexpectedly before finishing this task."
     assert kept[1e-2].why == "these records cannot be read"
     assert best == 1e-3
 
 
 def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
-    _, kept = swept_elsewhere(five, tmp_path, failing=[], scheduler="asha")
+    _, kept = swept_elsewhere(five, tmp_path, failing={}, scheduler="asha")
     # In this order: nobody to compare the first with; each of the next two is the best so far; then worse, and worst.
     assert [(trial.status, trial.steps) for trial in kept.values()] == [
         *[("finished", 16)] * 3,
