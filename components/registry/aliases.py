@@ -15,7 +15,15 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from components.registry.event_log import ID_LENGTH, Event, append_event, event_sha256, events, read_event
+from components.registry.event_log import (
+    ID_LENGTH,
+    Event,
+    append_event,
+    event_sha256,
+    events,
+    read_event,
+    require_published,
+)
 from components.registry.folders import now
 from components.registry.history import is_chain, is_refused, moves, standing
 from components.registry.identity import verify_whole
@@ -185,13 +193,16 @@ def move_alias(
 
     Raises:
         ObjectMissing: there is no such version.
-        IntegrityError: the version is damaged, not the adapter that its id says, or signed by no trusted key.
+        IntegrityError: the version is damaged, not the adapter that its id says, not the one that was published or
+            held the alias before, or signed by no trusted key.
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
     """
     holder = read_alias(store, name, alias)
     if holder is not None and holder.version == version:
         return _record(store, name, holder)
-    manifest = verify_whole(store, version_key(name, version))
+    vouched = back_to.body["manifest_sha256"] if back_to else None
+    manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
+    require_published(store, name, version, manifest)
     require_signed(store, name, version, manifest.sha256)
     # The log must be whole before the pointer that could complete it is replaced.
     last = _record(store, name, expected).reference if expected else None

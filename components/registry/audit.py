@@ -75,8 +75,18 @@ def audit(store: Store, name: str) -> Audit:
 def _publications(
     store: Store, name: str, log: list[Event], whole: dict[str, Manifest], damaged: set[str]
 ) -> Iterator[Finding]:
-    told = {str(event.body.get("version")): event for event in log if event.kind == "published"}
-    collected = {str(event.body.get("version")) for event in log if event.kind == "collected"}
+    told: dict[str, Event] = {}
+    collected: set[str] = set()
+    for event in log:
+        version = str(event.body.get("version"))
+        if event.kind == "collected":
+            collected.add(version)
+        elif event.kind == "published":
+            first = told.get(version, event)
+            if version not in collected and first.body.get("manifest_sha256") != event.body.get("manifest_sha256"):
+                yield Finding(event.uri, f"says of {version} another manifest than {first.uri} does")
+            told[version] = event
+            collected.discard(version)  # the same training again publishes it anew
     for version, manifest in whole.items():
         uri = store.uri(version_key(name, version))
         if version not in told:

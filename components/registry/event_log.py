@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import TypeAdapter
 
-from components.registry.folders import now
+from components.registry.folders import Manifest, now
 from components.registry.history import MOVE_KINDS
 from components.registry.index import remembered
 from components.registry.names import adapter_key
@@ -86,6 +86,25 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
     return store.uri(key)
 
 
+def publication(version: str, manifest: Manifest) -> dict[str, Any]:
+    """The body of the event that a version was published with this manifest; it is filed at `manifest.created_at`."""
+    return {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
+
+
+def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
+    """Nothing where the log says that the version was published with this very manifest.
+
+    Raises:
+        IntegrityError: it does not.
+    """
+    sha256 = event_sha256("published", publication(version, manifest))
+    if not store.exists(_key(name, {"time": manifest.created_at, "sha256": sha256})):
+        raise IntegrityError(
+            f"no event says that {name} {version} was published with the manifest that it has: it was changed since, "
+            "or its publication did not end, which running its run again would do"
+        )
+
+
 def events(store: Store, name: str) -> list[Event]:
     """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out."""
     folder = adapter_key(name, "events/")
@@ -148,7 +167,7 @@ def _event(record: Any, uri: str) -> Event:
     if event.id != event.sha256[:ID_LENGTH]:
         raise ValueError("its id is not that of its content")
     if event.kind in MOVE_KINDS:
-        event.body["alias"], event.body["from"], event.body["to"]
+        event.body["alias"], event.body["from"], event.body["to"], event.body["manifest_sha256"]
     return event
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from components.registry import folders, runs
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases
-from components.registry.event_log import append_event
+from components.registry.event_log import append_event, publication
 from components.registry.folders import Manifest
 from components.registry.identity import (
     ID_DIGITS,
@@ -85,8 +85,7 @@ def publish_version(
                 raise
     if any(manifest.files.get(path) != digest for path, digest in digests.items()):
         raise Conflict(f"{store.uri(key)} exists with another content of the same id")
-    published = {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
-    append_event(store, name, "published", published, at=manifest.created_at)
+    append_event(store, name, "published", publication(version, manifest), at=manifest.created_at)
     return _version(store, name, version, manifest, list_aliases(store, name))
 
 

@@ -21,7 +21,7 @@ from components.shared.errors import StoreError
 from pipelines.local import guard, seaweedfs, server
 
 WRITES = ("put_object", "complete_multipart_upload", "delete_objects")
-KILLS = 30
+KILLS = 60
 
 
 class Died(BaseException):

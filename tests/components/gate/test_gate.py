@@ -159,8 +159,8 @@ def test_every_run_that_was_decided_by_a_test_set_is_a_look_at_it_however_it_end
         return run_gate(config(), store, run_id).look
 
     evidence = {"test_set": ["a", "b", "c", "d"]}
-    moved = {"alias": "production", "from": None, "to": "v1", "run_id": "run-0", "evidence": evidence}
-    event_log.append_event(store, "icd10", "promoted", moved)
+    moved = {"alias": "production", "from": None, "to": "v1", "manifest_sha256": "0", "run_id": "run-0"}
+    event_log.append_event(store, "icd10", "promoted", {**moved, "evidence": evidence})
     assert look("run-1", "a", "b", "c", "x") == 2
     assert look("run-1", "a", "b", "c", "x") == 2  # the step again
     assert look("run-2", "a", "b", "c", "d") == 3

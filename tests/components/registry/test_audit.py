@@ -9,11 +9,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from components.registry import runs, signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
-from components.registry.event_log import append_event, events
+from components.registry.event_log import append_event, events, publication
+from components.registry.folders import find_manifest
 from components.registry.records import Decision
 from components.registry.store import Store
 from components.registry.versions import publish_version
 
+GONE = object()
 ALIAS = "adapters/icd/aliases/production.json"
 
 
@@ -55,6 +57,29 @@ def forge(store: Store, ids: list[str]) -> None:
     append_event(store, "icd", "promoted", body, at="2999-01-01T00:00:00.000000Z")
 
 
+def refile(store: Store, key: str, **changed: object) -> None:
+    """As somebody would who knows how an event is named: the name fits what it says now."""
+    record = store.get_json(key)
+    body = {**record["body"], **changed}
+    store.delete([key])
+    append_event(store, "icd", record["kind"], {k: v for k, v in body.items() if v is not GONE}, at=record["time"])
+
+
+def remove_round_trip(store: Store, ids: list[str]) -> None:
+    """To the second version and back, before it came to stay: of what is left each begins where the last one ended."""
+    promote(store, "icd", ids[1])
+    store.delete([event_key(store, "promoted", 1), event_key(store, "rolled_back")])
+
+
+def republish(store: Store, ids: list[str]) -> None:
+    """Another manifest, and an event that says it was published so."""
+    key = f"adapters/icd/versions/{ids[2]}/manifest.json"
+    rewrite(store, key, '"run_id":"r2"', '"run_id":"r9"')
+    manifest = find_manifest(store, key.rpartition("/")[0])
+    assert manifest is not None
+    append_event(store, "icd", "published", publication(ids[2], manifest))
+
+
 def move_pointer(store: Store, ids: list[str]) -> None:
     pointer = store.get_json(ALIAS)
     other = store.get_json(event_key(store, "published", 1))["body"]
@@ -86,6 +111,32 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         "is not an event: its id is not that of its content",
     ),
     "promotion forged": (forge, "do not lead from one to the next"),
+    "promotion told otherwise": (
+        lambda store, _: refile(store, event_key(store, "promoted", 1), actor="eve"),
+        "do not lead from one to the next",
+    ),
+    "promotion without the hash of the one before": (
+        lambda store, _: refile(store, event_key(store, "promoted", 1), previous=GONE),
+        "do not lead from one to the next",
+    ),
+    "first promotion with a hash": (
+        lambda store, _: refile(store, event_key(store, "promoted"), previous={"time": "", "sha256": ""}),
+        "do not lead from one to the next",
+    ),
+    "last move told otherwise": (
+        lambda store, _: refile(store, event_key(store, "rolled_back"), reason="nothing"),
+        "points elsewhere than its last event says",
+    ),
+    "last move without the hash of the one before": (
+        lambda store, _: refile(store, event_key(store, "rolled_back"), previous=GONE),
+        "points elsewhere than its last event says",
+    ),
+    "moves removed that lead back to where they began": (remove_round_trip, "do not lead from one to the next"),
+    "published again as another": (republish, "another manifest than s3://.* does"),
+    "refusal rewritten": (
+        lambda store, _: rewrite(store, event_key(store, "refused"), "worse", "fine"),
+        "is not an event: its id is not that of its content",
+    ),
     "publication removed": (
         lambda store, _: store.delete([event_key(store, "published", 2)]),
         "no event that says it was",
