@@ -1,17 +1,20 @@
 """What every Ray job's entry point does alike: arguments, config, logging, and failing in words."""
 
 import argparse
+import json
 import logging
 import sys
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.registry.lineage import Started
 from components.registry.store import open_uri
+from components.shared.account import account
 from components.shared.errors import FineloopError
 from components.shared.protocol import say, say_failure
 
@@ -59,6 +62,21 @@ def load_config(location: str, overrides: list[str]) -> RunConfig:
 def new_run_id(adapter: str) -> str:
     """A run id that sorts by time and says what it is for."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{adapter}-{uuid.uuid4().hex[:4]}"
+
+
+def started(environment: Mapping[str, str], ray_job_id: str) -> Started:
+    """As what Ray runs this driver, and for whom.
+
+    Ray's Jobs API hands an entry point the metadata of its submission (ray/dashboard/modules/job/job_supervisor.py);
+    whoever runs the module by hand has none.
+    """
+    about = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return Started(
+        user=about.get("fineloop_user", "") or account(environment),
+        kfp_run_id=about.get("fineloop_kfp_run_id", ""),
+        submission_id=about.get("job_submission_id", ""),
+        ray_job_id=ray_job_id,
+    )
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 """
 
 import logging
+import os
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -77,6 +78,11 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     from ray_jobs.training.room import wait_for_room
     from ray_jobs.training.worker import TrainJob, train
 
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    # Before the memory is looked at: a cluster that grows from nothing has none.
+    wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
+    for line in before_training(config, base.path, train_split, ray.nodes()):
+        say(STEP, line)
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
@@ -84,12 +90,8 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         start=start,
+        started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
     )
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    # Before the memory is looked at: a cluster that grows from nothing has none.
-    wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
-    for line in before_training(config, base.path, train_split, ray.nodes()):
-        say(STEP, line)
     shared = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
     max_failures = config.ray.max_failures
     answer = trainer.run(

@@ -22,6 +22,7 @@ from components.ray_cluster.jobs_api import JobsApi
 from components.ray_cluster.rayjob import RayJobs
 from components.ray_cluster.workflow import own_workflow
 from components.registry import runs
+from components.shared.account import account
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
@@ -98,7 +99,11 @@ def submit_step(step_run: StepRun, task: str, *arguments: str, after: str = "", 
         task=task,
         command=("python", "-m", f"ray_jobs.{task}", "--config", config_uri, "--run-id", step_run.run_id, *arguments),
         timeout_s=config.ray.timeout_s,
-        metadata={"fineloop_adapter": config.adapter.name, "fineloop_config_digest": config.digest},
+        metadata={
+            "fineloop_adapter": config.adapter.name,
+            "fineloop_config_digest": config.digest,
+            "fineloop_user": account(os.environ),
+        },
         kfp_run_id=kubeflow_run(os.environ, step_run.run_id),
         patience_s=config.ray.patience_s,
     )

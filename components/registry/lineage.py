@@ -1,6 +1,6 @@
 """The lineage record of a version: enough to know what an adapter was made from, and to make it again.
 
-Everything but `code_of` and `environment` is pure. Secrets cannot get in: the config holds none, and of a git address
+What reads this machine says so; the rest is pure. Secrets cannot get in: the config holds none, and of a git address
 only what stands beside user and password is kept.
 """
 
@@ -18,20 +18,6 @@ from urllib.parse import urlsplit
 from components.config.schema import RunConfig
 
 SCHEMA_VERSION = 1
-PACKAGES = (
-    "fineloop",
-    "accelerate",
-    "bitsandbytes",
-    "boto3",
-    "deepspeed",
-    "kfp",
-    "peft",
-    "pyarrow",
-    "ray",
-    "safetensors",
-    "torch",
-    "transformers",
-)
 
 
 @dataclass(frozen=True)
@@ -74,8 +60,36 @@ class Environment:
     python: str
     platform: str
     packages: Mapping[str, str]
+    """Everything that is installed, by its name as PyPI spells it."""
     code: Code | None = None
     image: str = ""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the training computed on; workers are alike."""
+
+    cpu: str
+    """Model of the processor."""
+    cpus_per_worker: int
+    workers: int
+    gpu: str = ""
+    """Model of the worker's GPU; empty where it trained on processors."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """By whom, and as what, a training was started; empty where nobody said."""
+
+    user: str = ""
+    """Whose process submitted it: an account's name, never what proves it."""
+    kfp_run_id: str = ""
+    submission_id: str = ""
+    """Of the Ray job, or the RayJob's own; `ray_job_id` is the cluster's number for it."""
+    ray_job_id: str = ""
+
+
+NOBODY_SAID = Started()
 
 
 @dataclass(frozen=True)
@@ -101,8 +115,10 @@ def build_lineage(
     base: Base,
     dataset: Dataset,
     environment: Environment,
+    hardware: Hardware,
     recipe: Mapping[str, Any],
     training: Training,
+    started: Started = NOBODY_SAID,
     parents: Sequence[str] = (),
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
@@ -122,6 +138,8 @@ def build_lineage(
         "dataset": asdict(dataset),
         "sources": dict(sources),
         "environment": asdict(environment),
+        "hardware": asdict(hardware),
+        "started": asdict(started),
         "recipe": {"method": config.method.name, **recipe},
         "training": asdict(training),
         "parents": list(parents),
@@ -133,19 +151,33 @@ def environment(directory: Path, *, image: str = "", revision: str = "") -> Envi
 
     `revision` is what an image, which holds no checkout, was built from: a commit, then -dirty where files differed.
     """
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        packages=packages,
+        packages=installed_packages(),
         code=code_of(directory) or code_of_image(revision),
         image=image,
     )
+
+
+def installed_packages() -> dict[str, str]:
+    """Version of every installed distribution, by its normalised name (PEP 503); the first on the path counts."""
+    found: dict[str, str] = {}
+    for each in metadata.distributions():
+        name: str | None = each.metadata["Name"]  # None of a folder that an interrupted installation left
+        if name:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
+    return dict(sorted(found.items()))
+
+
+def cpu_model() -> str:
+    """The processor's model as Linux tells it, else its architecture."""
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        described = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
+    return named[1].strip() if named else platform.machine()
 
 
 def code_of(directory: Path) -> Code | None:

@@ -12,6 +12,8 @@ from components.report.run_files import RunFiles
 from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
+TOLD_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
+"""Of all that lineage.json names."""
 _MAX_ANSWERS = 10
 _DROPPED = {
     "duplicate": "exact duplicates",
@@ -175,6 +177,7 @@ def origin(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     dataset = {"dataset_id": run.dataset_id, "uri": evaluation.dataset_uri if evaluation else None}
     dataset |= lineage.pop("dataset", None) or {}
     environment = dict(lineage.pop("environment", None) or {})
+    packages = environment.pop("packages", None) or {}
     lineage.pop("config", None)  # shown whole below
     this_run = {
         "version": run.version,
@@ -190,7 +193,12 @@ def origin(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
         "Base model": base,
         "Recipe": lineage.pop("recipe", None),
         "Training": lineage.pop("training", None),
-        "Environment": environment,
+        "Started": lineage.pop("started", None),
+        "Hardware": lineage.pop("hardware", None),
+        "Environment": {
+            **environment,
+            "packages": {name: packages[name] for name in TOLD_PACKAGES if name in packages},
+        },
         "Also recorded": {key: value for key, value in lineage.items() if key not in ("schema_version", "adapter")},
     }
     told = [(title, list(_flat(value))) for title, value in groups.items()]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.shared.account import account
 from pipelines.commands import export
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home
 from pipelines.commands.opened_registry import opened_registry
@@ -148,7 +149,7 @@ def _promote(options: argparse.Namespace) -> Answer:
             options.reference,
             alias=options.alias,
             expected=_expected(options),
-            actor=_user(),
+            actor=account(os.environ),
             reason=options.reason,
         )
         return move_shown(options.reference.partition("@")[0], event)
@@ -159,7 +160,7 @@ def _rollback(options: argparse.Namespace) -> Answer:
     from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
-        cause = Cause(actor=_user(), reason=options.reason)
+        cause = Cause(actor=account(os.environ), reason=options.reason)
         expected = _expected(options)
         event = rollback(store, options.name, options.alias, options.to, expected=expected, cause=cause)
         return move_shown(options.name, event)
@@ -307,7 +308,3 @@ def _pull_base(store: "Store", version: "Version", target: Path) -> None:
             f"{stands_on or 'the base of its config'}: leave out --with-base"
         )
     folders.pull(store, store.key(stands_on), target)
-
-
-def _user() -> str:
-    return os.environ.get("USER") or os.environ.get("LOGNAME") or ""

@@ -59,6 +59,7 @@ class TrainJob:
     pad: int
     start: Version | None = None
     """The version that the training goes on from; None begins afresh."""
+    started: lineage.Started = lineage.NOBODY_SAID
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -345,6 +346,13 @@ def _publish(
             image=os.environ.get("FINELOOP_IMAGE", ""),
             revision=os.environ.get("FINELOOP_REVISION", ""),
         ),
+        hardware=lineage.Hardware(
+            lineage.cpu_model(),
+            cpus_per_worker=config.ray.cpus_per_worker,
+            workers=worker.num_workers,
+            gpu=torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "",
+        ),
+        started=job.started,
         recipe=recipe,
         parents=[job.start.uri] if job.start else [],
         sources=read.sources if (read := watermark.noted(store, job.run_id)) else {},

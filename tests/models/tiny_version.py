@@ -7,7 +7,7 @@ from typing import Any
 from components.config.schema import RunConfig
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
-from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
+from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from tests.models.tiny import colour_rows
@@ -48,6 +48,7 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
         base=Base(config.model.base, original.identity),
         dataset=Dataset("d0", data_uri, "0" * 64, 4, len(RECORDS) - 4),
         environment=Environment("3.11", "Linux", {}),
+        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
         recipe={"adapter": row.adapter, "base": row.base},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )

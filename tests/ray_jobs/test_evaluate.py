@@ -15,7 +15,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.aliases import Cause, promote, rollback
-from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
+from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError, IntegrityError
@@ -68,6 +68,7 @@ def published(config: RunConfig, store: Store, directory: Path, *, seed: int) ->
         base=Base(config.model.base, base.identity),
         dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),
         environment=Environment("3.11", "Linux", {}),
+        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
         recipe={"adapter": "lora", "base": "bf16"},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )

@@ -1,8 +1,13 @@
 import json
+import os
+import platform
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from components.config.schema import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from components.registry.lineage import (
@@ -10,9 +15,12 @@ from components.registry.lineage import (
     Code,
     Dataset,
     Environment,
+    Hardware,
+    Started,
     Training,
     build_lineage,
     code_of,
+    cpu_model,
     environment,
     without_credentials,
 )
@@ -35,6 +43,8 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
         base=Base("org/base", {"commit": "abc"}),
         dataset=Dataset("d1", "s3://b/datasets/d1", "0" * 64, 90, 10),
         environment=Environment("3.11.9", "Linux", {"torch": "2.13"}, Code("c0ffee", True)),
+        hardware=Hardware("EPYC 9R14", cpus_per_worker=4, workers=2, gpu="NVIDIA A10G"),
+        started=Started("ann", kfp_run_id="k1", submission_id="r1-candidate-1", ray_job_id="02000000"),
         recipe={"trainable_parameters": 1000},
         training=Training(10, 5000, 0.5, None, 12.5, 2),
         parents=["s3://b/adapters/icd/versions/v0"],
@@ -48,6 +58,13 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
     assert lineage["base"] == {"reference": "org/base", "identity": {"commit": "abc"}}
     assert lineage["dataset"]["manifest_sha256"] == "0" * 64
     assert lineage["environment"]["code"] == {"commit": "c0ffee", "dirty": True, "url": ""}
+    assert lineage["hardware"] == {"cpu": "EPYC 9R14", "cpus_per_worker": 4, "workers": 2, "gpu": "NVIDIA A10G"}
+    assert lineage["started"] == {
+        "user": "ann",
+        "kfp_run_id": "k1",
+        "submission_id": "r1-candidate-1",
+        "ray_job_id": "02000000",
+    }
     assert lineage["recipe"] == {"method": "qlora", "trainable_parameters": 1000}
     assert lineage["training"]["tokens"] == 5000
     assert lineage["training"]["eval_loss"] is None
@@ -88,6 +105,22 @@ def test_the_environment_names_what_is_installed(tmp_path: Path) -> None:
     assert found.python.startswith("3.")
     assert found.code is None
     assert found.image == "registry/fineloop@sha256:00"
+
+
+def test_every_package_is_named_as_pip_lists_it(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    listed = json.loads(subprocess.run(pip, check=True, capture_output=True, cwd=tmp_path).stdout)
+    assert environment(tmp_path).packages == {canonicalize_name(each["name"]): each["version"] for each in listed}
+
+
+def test_the_processor_is_named_as_lscpu_names_it() -> None:
+    told = subprocess.run(
+        ["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    ).stdout
+    named = re.search(r"^Model name:\s*(.+)$", told, re.MULTILINE)
+    assert named is not None
+    # lscpu knows ARM's processors by their numbers, which is all that Linux tells of them.
+    assert cpu_model() == (named[1] if platform.machine() == "x86_64" else platform.machine())
 
 
 COMMIT = "c0ffee42" * 5

@@ -9,7 +9,7 @@ from typing import Any
 from components.config import config_file
 from components.config.gate import GateConfig
 from components.gate.policy import decide
-from components.registry.lineage import Base, Code, Dataset, Environment, Training, build_lineage
+from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
 from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord
 from components.report.run_files import RunFiles
 from tests.components.gate.evidenced import evidence
@@ -195,6 +195,8 @@ LINEAGE = build_lineage(
         packages={"torch": "2.13.0", "peft": "0.21.0", "ray": "2.60.0"},
         code=Code("6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", False, "https://git.example.com/fineloop.git"),
     ),
+    hardware=Hardware("Intel(R) Xeon(R) Platinum 8488C", cpus_per_worker=1, workers=2),
+    started=Started("ann", submission_id="2026-11-24-0200-7f3a-candidate-1", ray_job_id="03000000"),
     recipe={"rank": 16, "lora_alpha": 32.0, "target_modules": ["q_proj", "v_proj"], "trainable_parameters": 4_884_480},
     training=Training(125, 58_750, 0.894, 0.977, 203.4, 2, "2026-11-24T02:00:12+00:00"),
     parents=[f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CHAMPION}"],

@@ -4,7 +4,7 @@ import yaml
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.lineage import Base, Dataset, Environment, Training, build_lineage
+from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
 from ray_jobs.training.model_card import model_card
 
 
@@ -15,6 +15,7 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) ->
         base=Base(config.model.base, {"kind": "folder", "sha256": "5" * 64}),
         dataset=Dataset("d0123", "s3://b/datasets/d0123", "0" * 64, 1200, 100),
         environment=Environment("3.11.0", "Linux", {}),
+        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
         recipe={
             "adapter": "lora",
             "base": "bf16",
