@@ -23,7 +23,8 @@ class Ancestor:
 
     kind: Kind
     name: str
-    """A dataset's id, a source's name, a base as the config names it, a commit, a config's sha256, a version's URI."""
+    """A dataset's id, a source's name, a base as the config names it or the URI of the adapter's own, a commit, a
+    config's sha256, a version's URI."""
 
 
 def asked(terms: Iterable[str]) -> dict[Kind, str]:
@@ -55,7 +56,7 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
     named: list[tuple[Kind, Any]] = [
         ("dataset", at("dataset", "dataset_id")),
         *[("source", source) for source in sources],
-        ("base", at("base", "reference")),
+        *[("base", base) for base in dict.fromkeys([at("base", "reference"), at("recipe", "stands_on")])],
         ("commit", at("environment", "code", "commit")),
         ("config", at("config_sha256")),
         *[("parent", parent) for parent in at("parents") or []],
@@ -89,14 +90,18 @@ def descendants(store: Store, name: str, asked: Mapping[Kind, str]) -> list[Vers
     A base, commit, config or dataset may be given by its beginning, a source and a parent whole.
     """
 
-    def names(entry: Any) -> bool:
-        made_from = [Ancestor(*each) for each in entry]
+    def names(made_from: Iterable[Ancestor]) -> bool:
         return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in asked.items())
 
-    known = remembered(
-        store, name, "lineage", versions.version_ids(store, name), lambda version: _entry(store, name, version)
-    )
+    known = made_from(store, name)
     return [version for version in versions.list_versions(store, name) if names(known.get(version.version, []))]
+
+
+def made_from(store: Store, name: str) -> dict[str, list[Ancestor]]:
+    """What each version of the adapter was made from, by its id; those whose lineage cannot be read are left out."""
+    ids = versions.version_ids(store, name)
+    known = remembered(store, name, "ancestors", ids, lambda version: _entry(store, name, version))
+    return {version: [Ancestor(*each) for each in entry] for version, entry in known.items()}
 
 
 def _fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:

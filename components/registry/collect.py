@@ -2,25 +2,32 @@
 
 Kept is every version that an alias points at or that ever held one (a decision put it there, and a rollback returns to
 it), the parents of what is kept, the newest ones, and all that is younger than an age: a run or a publication may be
-on its way to it. Of a run that has decided only its checkpoints go, which nothing resumes any more.
+on its way to it. Datasets and the bases of adapters' own stay for the versions that are kept and for the runs that are
+under way. Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is believed.
 """
 
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
-from components.registry import runs, versions
+from components.registry import folders, runs, versions
 from components.registry.aliases import list_aliases
-from components.registry.ancestry import of_record
-from components.registry.event_log import append_event, events
+from components.registry.ancestry import Ancestor, of_record
+from components.registry.event_log import append_event, read_log
 from components.registry.folders import MANIFEST
 from components.registry.history import MOVE_KINDS
+from components.registry.index import READS_AT_ONCE
 from components.registry.names import version_key
-from components.registry.records import Decision
-from components.registry.store import JSON, ObjectInfo, Store
-from components.registry.versions import LINEAGE, Version
-from components.shared.errors import ObjectMissing
+from components.registry.records import Decision, Evaluation, SweepResult
+from components.registry.store import JSON, ObjectInfo, Store, decode_json
+from components.registry.versions import LINEAGE
+from components.shared.errors import IntegrityError
+
+DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
 
 
 @dataclass(frozen=True)
@@ -34,44 +41,72 @@ class Rules:
 
 @dataclass(frozen=True)
 class Removal:
-    """A version, or the checkpoints of a run, and what goes with it."""
+    """Something that may go, and what goes with it."""
 
-    kind: str
+    kind: Literal["version", "checkpoints", "dataset", "base"]
     name: str
-    """NAME@VERSION of a version, the run's id of checkpoints."""
+    """NAME@VERSION of a version, the run's id of checkpoints, else the folder's name."""
     why: str
     keys: tuple[str, ...]
     size_bytes: int
     manifest_sha256: str = ""
     """Of a version."""
+    runs_seen: AbstractSet[str] = frozenset()
+    """Of a dataset or a base, the runs that there were: another one may have come to need it."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A version with what decides whether it is needed."""
+
+    name: str
+    version: str
+    created_at: str
+    manifest_sha256: str
+    made_from: tuple[Ancestor, ...]
 
 
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
-    """What may go of these adapters, and of the runs that decided about them; removes nothing."""
-    found: list[Removal] = []
-    for name in names:
-        found += [
-            _of_version(store, version)
-            for version in _unneeded(store, name, versions.list_versions(store, name), rules, now)
-        ]
+    """What may go of these adapters and of the runs that decided about them; removes nothing.
+
+    Where they are all that there are, also the datasets and bases that nothing of what stays was made from.
+
+    Raises:
+        IntegrityError: an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
+    """
     oldest = now - rules.older_than
-    for run_id in store.folders("runs/"):
-        checkpoints = list(store.list(runs.run_key(run_id, runs.CHECKPOINTS)))
-        if not checkpoints or any(info.last_modified > oldest for info in checkpoints):
+    published = {name: _published(store, name) for name in versions.list_adapters(store)}
+    unneeded = {name: _unneeded(store, name, published[name], rules, oldest) for name in names if name in published}
+    found = [_of_version(store, version) for each in unneeded.values() for version in each]
+    by_run = _grouped(store, RUNS)
+    for run_id, objects in by_run.items():
+        checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
+        if not checkpoints or _newest(checkpoints) > oldest:
             continue
         decision = runs.find(store, run_id, Decision)
         if decision is not None and decision.adapter in names:
             found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
+    if published.keys() <= set(names):
+        gone = {(version.name, version.version) for each in unneeded.values() for version in each}
+        kept = [each for all_of_it in published.values() for each in all_of_it if (each.name, each.version) not in gone]
+        found += _shared(store, kept, by_run, oldest)
     return found
 
 
 def remove(store: Store, removal: Removal) -> bool:
-    """Carry one out; False where an alias has come to need the version meanwhile.
+    """Carry one out; False where an alias, or a run that began meanwhile, may have come to need it.
 
-    Of a version the log is told first, and its manifest goes next: from then on no reader sees it.
+    Of a version the log is told first. What makes a folder exist goes next, and then the rest: no reader sees a part.
     """
     if removal.kind == "checkpoints":
         store.delete(removal.keys)
+        return True
+    if removal.kind != "version":
+        if set(store.folders(RUNS)) - removal.runs_seen:
+            return False
+        heads = [key for key in removal.keys if key.endswith((f"/{MANIFEST}", "/chosen.json"))]
+        store.delete(heads)
+        store.delete(key for key in removal.keys if key not in heads)
         return True
     name, _, version = removal.name.partition("@")
     manifest_key = f"{version_key(name, version)}/{MANIFEST}"
@@ -88,47 +123,137 @@ def remove(store: Store, removal: Removal) -> bool:
     return True
 
 
-def _unneeded(store: Store, name: str, published: Sequence[Version], rules: Rules, now: datetime) -> Iterable[Version]:
+def _published(store: Store, name: str) -> list[_Kept]:
+    """Every version, newest first."""
+
+    def read(version: str) -> _Kept | None:
+        key = version_key(name, version)
+        manifest = folders.find_manifest(store, key)
+        if manifest is None:  # a publication that has not ended
+            return None
+        body = store.read(f"{key}/{LINEAGE}")
+        if body is None or folders.digest_of(body[0]) != manifest.files.get(LINEAGE):
+            raise IntegrityError(
+                f"{store.uri(key)}/{LINEAGE} is not the one that was published, so that nobody knows what {version} "
+                f"needs: nothing is removed; `fineloop adapters audit {name}` tells what is damaged"
+            )
+        made_from = tuple(of_record(decode_json(body[0], store.uri(key))))
+        return _Kept(name, version, manifest.created_at, manifest.sha256, made_from)
+
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = [each for each in pool.map(read, versions.version_ids(store, name)) if each]
+    return sorted(found, key=lambda each: (each.created_at, each.version), reverse=True)
+
+
+def _unneeded(store: Store, name: str, published: Sequence[_Kept], rules: Rules, oldest: datetime) -> list[_Kept]:
     """Of the versions, newest first, those that nothing needs."""
-    held = {
-        version
-        for event in events(store, name)
-        if event.kind in MOVE_KINDS
-        for version in (event.body["from"], event.body["to"])
-    }
+    log, junk = read_log(store, name)
+    if junk:
+        key, why = next(iter(junk.items()))
+        raise IntegrityError(f"{store.uri(key)} is no event ({why}), so that nobody knows what held an alias")
+    held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
     held |= {pointer.version for pointer in list_aliases(store, name)}
-    oldest = now - rules.older_than
     kept = [
         version
         for position, version in enumerate(published)
         if version.version in held or position < rules.keep_last or datetime.fromisoformat(version.created_at) > oldest
     ]
-    by_uri = {version.uri: version for version in published}
-    needed = {version.uri for version in kept}
+    by_uri = {_uri(store, version): version for version in published}
+    needed = {_uri(store, version) for version in kept}
     while kept:
-        parents = {each for each in _parents(store, kept.pop()) if each in by_uri and each not in needed}
+        parents = {uri for uri in _names(kept.pop().made_from, "parent") if uri in by_uri and uri not in needed}
         needed |= parents
         kept += [by_uri[uri] for uri in parents]
-    return [version for version in published if version.uri not in needed]
+    return [version for version in published if _uri(store, version) not in needed]
 
 
-def _parents(store: Store, version: Version) -> list[str]:
-    try:
-        lineage: Any = store.get_json(f"{version_key(version.name, version.version)}/{LINEAGE}")
-    except ObjectMissing:
-        return []
-    return [each.name for each in of_record(lineage if isinstance(lineage, dict) else {}) if each.kind == "parent"]
+def _shared(
+    store: Store, kept: Iterable[_Kept], by_run: Mapping[str, Sequence[ObjectInfo]], oldest: datetime
+) -> list[Removal]:
+    """Datasets and bases that are old, that no version that is kept was made from, and no run is on its way with."""
+    made_from = [ancestor for version in kept for ancestor in version.made_from]
+    under_way = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > oldest]
+    datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way if run for dataset in run.datasets)}
+    bases = set(_names(made_from, "base"))
+    found: list[Removal] = []
+    if not any(run and run.may_need_any_dataset for run in under_way):
+        for dataset, objects in _grouped(store, DATASETS).items():
+            if dataset not in datasets and _newest(objects) <= oldest:
+                found.append(
+                    _removal("dataset", dataset, "no version or run needs it", objects, runs_seen=by_run.keys())
+                )
+    if not any(run and run.may_need_a_base for run in under_way):
+        for base, objects in _grouped(store, BASES).items():
+            uri = store.uri(f"{BASES}{base}")
+            is_needed = any(each == uri or each.startswith(f"{uri}/") for each in bases)
+            if not is_needed and _newest(objects) <= oldest:
+                found.append(_removal("base", base, "no version stands on it", objects, runs_seen=by_run.keys()))
+    return found
 
 
-def _of_version(store: Store, version: Version) -> Removal:
+@dataclass(frozen=True)
+class _UnderWay:
+    """What a run that has not ended may be on its way with."""
+
+    datasets: AbstractSet[str]
+    may_need_any_dataset: bool
+    may_need_a_base: bool
+
+
+def _under_way(store: Store, run_id: str) -> _UnderWay | None:
+    """None of a run that has ended: it was compared, decided, or swept."""
+    if any(runs.find(store, run_id, kind) for kind in (Decision, Evaluation, SweepResult)):
+        return None
+    prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
+    config = store.read(runs.run_key(run_id, runs.CONFIG))
+    return _UnderWay(prepared, not prepared, config is None or _has_own_base(config[0]))
+
+
+def _has_own_base(config_toml: bytes) -> bool:
+    """Whether a run's method makes a base; of a config that today's schema may not read any more."""
+    method: dict[str, Any] = tomllib.loads(config_toml.decode()).get("method", {})
+    return "loftq" in (method.get("name"), method.get("init"))
+
+
+def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
+    return [ancestor.name for ancestor in made_from if ancestor.kind == kind]
+
+
+def _uri(store: Store, version: _Kept) -> str:
+    return store.uri(version_key(version.name, version.version))
+
+
+def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
+    """The objects of each folder in this one."""
+    found: dict[str, list[ObjectInfo]] = {}
+    for info in store.list(folder):
+        name, slash, _ = info.key.removeprefix(folder).partition("/")
+        if slash:
+            found.setdefault(name, []).append(info)
+    return found
+
+
+def _newest(objects: Iterable[ObjectInfo]) -> datetime:
+    return max(info.last_modified for info in objects)
+
+
+def _of_version(store: Store, version: _Kept) -> Removal:
     objects = list(store.list(f"{version_key(version.name, version.version)}/"))
     why = f"published {version.created_at[:10]}, never held an alias"
     return _removal("version", f"{version.name}@{version.version}", why, objects, version.manifest_sha256)
 
 
-def _removal(kind: str, name: str, why: str, objects: Sequence[ObjectInfo], manifest_sha256: str = "") -> Removal:
+def _removal(
+    kind: Literal["version", "checkpoints", "dataset", "base"],
+    name: str,
+    why: str,
+    objects: Sequence[ObjectInfo],
+    manifest_sha256: str = "",
+    *,
+    runs_seen: AbstractSet[str] = frozenset(),
+) -> Removal:
     keys, size = tuple(info.key for info in objects), sum(info.size for info in objects)
-    return Removal(kind, name, why, keys, size, manifest_sha256)
+    return Removal(kind, name, why, keys, size, manifest_sha256, frozenset(runs_seen))
 
 
 def _points_at(store: Store, name: str, version: str) -> bool:

@@ -86,9 +86,11 @@ def add(commands: Any) -> None:
     audited = _add(verbs, "audit", _audit, audit, "fineloop adapters audit")
     audited.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
 
-    does = "Tell what nothing needs, versions and checkpoints of runs that have decided; --delete removes it."
+    does = "Tell what nothing needs: versions, checkpoints, datasets and bases; --delete removes it."
     collect = _add(verbs, "gc", _gc, does, "fineloop adapters gc icd10-chapters --keep-last 5")
-    collect.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
+    collect.add_argument(
+        "name", nargs="?", default="", metavar="NAME", help="default: every adapter, and what they share"
+    )
     collect.add_argument("--keep-last", type=int, default=10, metavar="N", help="newest of an adapter to keep (10)")
     collect.add_argument("--older-than-days", type=float, default=30, metavar="DAYS", help="leave younger alone (30)")
     act = collect.add_mutually_exclusive_group()

@@ -1,17 +1,20 @@
 """What may go of a registry: nothing that an alias, a decision, a parent or a run on its way needs."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from components.registry import collect, runs
+from components.registry import collect, folders, runs
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import events
-from components.registry.records import Decision
-from components.registry.store import Store
+from components.registry.records import Decision, Evaluation, StepRecord
+from components.registry.store import ObjectInfo, Store
 from components.registry.versions import Version, list_versions, publish_version
+from components.shared.errors import IntegrityError
 
 LATER = datetime.now(UTC) + timedelta(days=60)
 
@@ -75,3 +78,104 @@ def test_checkpoints_go_when_their_run_has_decided(store: Store) -> None:
     assert removed(store, Rules()) == []
     assert store.exists(runs.run_key("training", f"{runs.CHECKPOINTS}step-1/shared/state.json"))
     assert store.exists(runs.run_key("decided", runs.DECISION))
+
+
+class Aged(Store):
+    """The registry two months on, with what has been written since as new as it is."""
+
+    new: tuple[str, ...] = ()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for info in super().list(prefix):
+            is_new = info.key.startswith(self.new)
+            yield info if is_new else replace(info, last_modified=info.last_modified - timedelta(days=60))
+
+
+MADE_FROM = {
+    "run_id": "r",
+    "dataset": {"dataset_id": "used"},
+    "base": {"reference": "org/base"},
+}
+
+
+@pytest.fixture
+def aged(store: Store) -> Aged:
+    """A version that holds the alias; what it was made from, and as much that nothing was made from."""
+    aged = Aged(store._client, store.bucket, store.prefix)
+    lineage = {**MADE_FROM, "recipe": {"stands_on": store.uri("bases/used/content")}}
+    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+    promote(store, "icd", publish_version(store, "icd", files, lineage=lineage).version)
+    for dataset in ("used", "left"):
+        folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})
+    for base in ("used", "left"):
+        folders.publish(store, f"bases/{base}/content", {"model.safetensors": b"weights"})
+        store.put_json(f"bases/{base}/chosen.json", {"folder": "content"})
+    return aged
+
+
+def shared(store: Store) -> list[tuple[str, str]]:
+    found = collect.removals(store, ["icd"], Rules(), now=datetime.now(UTC))
+    return [(each.kind, each.name) for each in found]
+
+
+LEFT = [("dataset", "left"), ("base", "left")]
+
+
+def test_datasets_and_bases_that_no_version_was_made_from_go_whole(aged: Aged) -> None:
+    assert shared(aged) == LEFT
+    found = collect.removals(aged, ["icd"], Rules(), now=datetime.now(UTC))
+    assert all(collect.remove(aged, each) for each in found)
+    left = {info.key.rpartition("/")[0] for folder in ("datasets/", "bases/") for info in aged.list(folder)}
+    assert left == {"datasets/used", "datasets/used/train", "bases/used", "bases/used/content"}
+    folders.verify(aged, "datasets/used")
+    assert shared(aged) == []
+
+
+def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> None:
+    lineage = {**MADE_FROM, "dataset": {"dataset_id": "left"}}
+    files = {"adapter_model.safetensors": b"2", "adapter_config.json": b"{}"}
+    publish_version(aged, "other", files, lineage=lineage)
+    assert shared(aged) == []  # asked about one adapter alone
+    found = collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC))
+    assert [(each.kind, each.name) for each in found] == LEFT[1:]
+    aged.new = ("bases/left/",)
+    assert collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC)) == []
+
+
+PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", seconds=1, result={"dataset_id": "left"})
+
+
+@pytest.mark.parametrize(
+    ("method", "record", "goes"),
+    [
+        ("qlora", None, LEFT[1:]),  # nobody knows which dataset it is on its way with
+        ("qlora", PREPARED, LEFT[1:]),
+        ("loftq", PREPARED, []),
+        ("loftq", PREPARED.model_copy(update={"result": {"dataset_id": "another"}}), LEFT[:1]),
+        ("loftq", Evaluation(run_id="r1", records=1, models={}), LEFT),  # it has ended
+    ],
+)
+def test_a_run_that_is_under_way_keeps_what_it_may_need(
+    aged: Aged, method: str, record: StepRecord | Evaluation | None, goes: list[tuple[str, str]]
+) -> None:
+    aged.new = ("runs/r1/",)
+    aged.put(runs.run_key("r1", runs.CONFIG), f'[method]\nname = "{method}"\n'.encode())
+    if record:
+        runs.write(aged, "r1", record)
+    assert shared(aged) == goes
+
+
+def test_what_a_run_that_began_after_the_look_may_need_stays(aged: Aged) -> None:
+    found = collect.removals(aged, ["icd"], Rules(), now=datetime.now(UTC))
+    aged.put(runs.run_key("r9", runs.CONFIG), b"")
+    assert [collect.remove(aged, each) for each in found] == [False, False]
+    folders.verify(aged, "datasets/left")
+
+
+@pytest.mark.parametrize("what", ["lineage.json", "manifest.json", "event"])
+def test_nothing_goes_where_damage_hides_what_is_needed(aged: Aged, what: str) -> None:
+    (version,) = list_versions(aged, "icd")
+    moved = next(event for event in events(aged, "icd") if event.kind == "promoted")
+    aged.put(aged.key(moved.uri) if what == "event" else f"adapters/icd/versions/{version.version}/{what}", b"{}")
+    with pytest.raises(IntegrityError):
+        shared(aged)
