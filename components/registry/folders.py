@@ -141,7 +141,11 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
         _raise_faults(store, key, _map(lambda path: _download(store, key, manifest, path, folder), manifest.files))
         _raise_faults(store, key, _unlisted(manifest, _sizes(store, key)))
         (folder / MANIFEST).write_bytes(manifest.body)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not (target.is_dir() and _holds(target, manifest)):  # else another process was faster with the same
+                raise
     return manifest
 
 

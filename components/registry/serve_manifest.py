@@ -1,19 +1,20 @@
-"""What a server of LoRA adapters is told so that it serves a version: three servers, each in its own words.
+"""What a server of LoRA adapters is told so that it serves versions: three servers, each in its own words.
 
 A version is served under its own id and never an alias's: vLLM answers from the prefixes that it cached of an earlier
 adapter of the same name (vllm-project/vllm#42125), so that moving an alias is asking for another name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.registry import serving
 from components.registry.store import Store
 from components.registry.versions import Version, read_lineage
+from components.registry.vllm_resolver import FOLDER_VARIABLE
 from components.shared.errors import UserError
 
-Server = Literal["ray-serve", "kserve", "vllm"]
+Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
 KSERVE_MAX_RANK = 64
 """The --max-lora-rank that KServe's own runtime starts vLLM with; a larger one is set in the manifest."""
 MOST_ADAPTERS = 16
@@ -59,9 +60,7 @@ def served(store: Store, version: Version) -> Served:
 
 def manifest(facts: Served, server: Server) -> Any:
     """What to write for this server, as values of YAML; for vLLM its command line, a word each."""
-    if server == "ray-serve":
-        return _ray_serve(facts)
-    return _kserve(facts) if server == "kserve" else _vllm(facts)
+    return MANIFESTS[server](facts)
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:
@@ -116,8 +115,25 @@ def _kserve(facts: Served) -> dict[str, Any]:
 
 def _vllm(facts: Served) -> list[str]:
     """For a version that `fineloop adapters pull` has fetched to its default folder."""
+    return [*_vllm_with_lora(facts), "--lora-modules", f"{facts.version}=./{facts.name}-{facts.version}"]
+
+
+def _vllm_resolver(facts: Served) -> list[str]:
+    """For a vLLM that Fineloop is installed beside: any version or alias is asked for as model="NAME@VERSION"."""
+    environment = {FOLDER_VARIABLE: f"./{facts.name}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}
+    return ["env", *[f"{name}={value}" for name, value in environment.items()], *_vllm_with_lora(facts)]
+
+
+def _vllm_with_lora(facts: Served) -> list[str]:
     return [
         *("vllm", "serve", facts.base, *(["--revision", facts.revision] if facts.revision else [])),
         *("--enable-lora", "--max-lora-rank", str(facts.max_lora_rank)),
-        *("--lora-modules", f"{facts.version}=./{facts.name}-{facts.version}"),
     ]
+
+
+MANIFESTS: Mapping[Server, Callable[[Served], Any]] = {
+    "ray-serve": _ray_serve,
+    "kserve": _kserve,
+    "vllm": _vllm,
+    "vllm-resolver": _vllm_resolver,
+}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from components.registry.store import Store
     from components.registry.versions import Version
 
+SERVERS = ("ray-serve", "kserve", "vllm", "vllm-resolver")
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
 
 
@@ -105,7 +106,7 @@ def add(commands: Any) -> None:
     does = "Write what a server needs to serve a version: Ray Serve LLM, KServe or vLLM."
     served = _add(verbs, "serve-manifest", _serve_manifest, does, "fineloop adapters serve-manifest NAME --for kserve")
     _reference(served)
-    served.add_argument("--for", dest="server", required=True, choices=("ray-serve", "kserve", "vllm"))
+    served.add_argument("--for", dest="server", required=True, choices=SERVERS)
 
     does = "Write the registry as web pages: what is in production, since when and why, versions, scores, events."
     page = _add(verbs, "page", _page, does, "fineloop adapters page --to ./registry")
@@ -260,7 +261,7 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         facts = served(store, resolve(store, options.reference))
     found = manifest(facts, options.server)
-    text = shlex.join(found) if options.server == "vllm" else yaml.safe_dump(found, sort_keys=False).rstrip()
+    text = shlex.join(found) if options.server.startswith("vllm") else yaml.safe_dump(found, sort_keys=False).rstrip()
     return Answer({"server": options.server, "version": facts.version, "manifest": found}, text)
 
 

@@ -49,6 +49,12 @@ def test_kserve_and_vllm_name_the_version_and_the_rank_that_they_must_allow() ->
     command = " ".join(manifest(FACTS, "vllm"))
     assert command.startswith("vllm serve org/base --revision abc --enable-lora --max-lora-rank 16")
     assert command.endswith("--lora-modules v1=./icd-v1")
+    resolving = " ".join(manifest(FACTS, "vllm-resolver"))
+    # vLLM asks its resolvers only where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set
+    assert resolving == (
+        "env FINELOOP_LORA_FOLDER=./icd VLLM_ALLOW_RUNTIME_LORA_UPDATING=true "
+        "vllm serve org/base --revision abc --enable-lora --max-lora-rank 16"
+    )
 
 
 def test_what_cannot_be_served_as_it_is_is_refused_with_the_way_out(store: Store) -> None:
