@@ -33,7 +33,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
-    if key := signing.key_from(os.environ):
+    if key := signing.signer_from(os.environ):
         signing.sign(step_run.store, name, version, key, decision=decision)
     event = aliases.promote(
         step_run.store,

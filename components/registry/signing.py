@@ -3,15 +3,16 @@
 The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary): of the version, by the sha256 of
 its manifest, that it passed the policy of a decision, having looked at its lineage and evaluation. It names no time, so
 that signing again gives the same bytes, in adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the
-statement>.dsse.json. The private key comes from the environment of whoever signs, and goes nowhere.
+statement>.dsse.json. The private key comes from the environment of whoever signs, and goes nowhere; or a KMS keeps it.
 """
 
 import base64
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from components.registry import folders, runs
 from components.registry.identity import verify_whole
@@ -21,9 +22,10 @@ from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 KEY_VARIABLE, KEY_FILE_VARIABLE = "FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE"
+SIGNER_VARIABLE = "FINELOOP_SIGNER"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
@@ -32,18 +34,40 @@ SCHEME = "ed25519:"
 DIGITS = 12
 
 
+class Signer(Protocol):
+    """An Ed25519 key that signs: cryptography's `Ed25519PrivateKey`, or one that a KMS keeps, by the same methods."""
+
+    def sign(self, data: bytes, /) -> bytes:
+        """The signature, 64 bytes."""
+
+    def public_key(self) -> "Ed25519PublicKey":
+        """What verifies it."""
+
+
 def pre_authentication(payload_type: str, payload: bytes) -> bytes:
     """What is signed of an envelope: DSSE's PAE (github.com/secure-systems-lab/dsse, protocol.md, v1)."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def key_from(environment: Mapping[str, str]) -> "Ed25519PrivateKey | None":
-    """The key to sign with, PEM in FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names, or None.
+def signer_from(environment: Mapping[str, str]) -> Signer | None:
+    """What to sign with, or None: what the function that FINELOOP_SIGNER names as PACKAGE.MODULE:FUNCTION gives, else
+    the key, PEM in FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names.
 
     Raises:
-        UserError: it cannot be read, or is no unencrypted Ed25519 private key in PEM.
+        UserError: there is no such function, or the key cannot be read, or is no unencrypted Ed25519 private key.
     """
+    if named := environment.get(SIGNER_VARIABLE, ""):
+        module, _, function = named.partition(":")
+        try:
+            signer: Signer = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError, ValueError) as exc:
+            raise UserError(f"{SIGNER_VARIABLE} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION: {exc}") from exc
+        return signer
+    return _key_from(environment)
+
+
+def _key_from(environment: Mapping[str, str]) -> Signer | None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -60,7 +84,7 @@ def key_from(environment: Mapping[str, str]) -> "Ed25519PrivateKey | None":
     return key
 
 
-def public_text(key: "Ed25519PrivateKey") -> str:
+def public_text(key: Signer) -> str:
     """The public key as registry.trusted_keys takes it."""
     return SCHEME + base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
@@ -70,19 +94,25 @@ def key_id(public: str) -> str:
     return hashlib.sha256(base64.b64decode(public.removeprefix(SCHEME))).hexdigest()
 
 
-def sign(store: Store, name: str, version: str, key: "Ed25519PrivateKey", *, decision: Decision | None = None) -> str:
+def sign(store: Store, name: str, version: str, key: Signer, *, decision: Decision | None = None) -> str:
     """Read the version whole, sign it and return the signature's URI. Signing again changes nothing.
 
     `decision` is what it is signed for; None when a person vouches for it.
 
     Raises:
         ObjectMissing: there is no such version.
-        IntegrityError: it is damaged.
+        IntegrityError: it is damaged, or what the key signed is not what its public key verifies.
     """
+    from cryptography.exceptions import InvalidSignature
+
     manifest = verify_whole(store, version_key(name, version))
     payload = encode_json(_statement(store, name, version, manifest, decision))
     public = public_text(key)
     signature = key.sign(pre_authentication(PAYLOAD_TYPE, payload))
+    try:
+        key.public_key().verify(signature, pre_authentication(PAYLOAD_TYPE, payload))
+    except InvalidSignature as exc:
+        raise IntegrityError(f"the signer does not sign with the key that it names, {public}") from exc
     envelope = {
         "payloadType": PAYLOAD_TYPE,
         "payload": base64.b64encode(payload).decode(),

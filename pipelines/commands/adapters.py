@@ -213,7 +213,7 @@ def _sign(options: argparse.Namespace) -> Answer:
     from components.registry.versions import resolve
     from components.shared.errors import UserError
 
-    key = signing.key_from(os.environ)
+    key = signing.signer_from(os.environ)
     if key is None:
         raise UserError(f"no key to sign with: set {signing.KEY_FILE_VARIABLE} to a file with a private key in PEM")
     with opened_registry(options) as store:

@@ -21,7 +21,7 @@ def key(tmp_path: Path) -> Ed25519PrivateKey:
     """Made by OpenSSL, as the message of a missing one says."""
     made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(tmp_path / "key.pem")]
     subprocess.run(made, check=True, capture_output=True)
-    found = signing.key_from({signing.KEY_FILE_VARIABLE: str(tmp_path / "key.pem")})
+    found = signing.signer_from({signing.KEY_FILE_VARIABLE: str(tmp_path / "key.pem")})
     assert found is not None
     return found
 
@@ -112,5 +112,46 @@ def test_a_forged_signature_is_none(store: Store, key: Ed25519PrivateKey, damage
 @pytest.mark.parametrize("text", ["s3cret", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])
 def test_a_key_that_is_none_is_said_without_telling_it(text: str) -> None:
     with pytest.raises(UserError, match=r"FINELOOP_SIGNING_KEY gives no key .*openssl genpkey") as refused:
-        signing.key_from({signing.KEY_VARIABLE: text})
+        signing.signer_from({signing.KEY_VARIABLE: text})
     assert text not in str(refused.value)
+
+
+KEPT_BY_OPENSSL = """
+import subprocess, tempfile
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+class Kept:
+    def sign(self, data):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            command = ["openssl", "pkeyutl", "-sign", "-inkey", {key!r}, "-rawin", "-in", file.name]
+            return subprocess.run(command, check=True, capture_output=True).stdout
+
+    def public_key(self):
+        command = ["openssl", "pkey", "-in", {named!r}, "-pubout", "-outform", "DER"]
+        return load_der_public_key(subprocess.run(command, check=True, capture_output=True).stdout)
+"""
+
+
+def test_a_key_that_something_else_keeps_signs_and_has_to_be_the_one_that_it_names(
+    store: Store, key: Ed25519PrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(tmp_path / "other.pem")]
+    subprocess.run(made, check=True, capture_output=True)
+    for module, named in (("kept", "key.pem"), ("mistaken", "other.pem")):
+        text = KEPT_BY_OPENSSL.format(key=str(tmp_path / "key.pem"), named=str(tmp_path / named))
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    version = published(store)
+    kept = signing.signer_from({signing.SIGNER_VARIABLE: "kept:Kept"})
+    assert kept is not None
+    signing.sign(store, "icd", version, kept)
+    promote(trusting(store, key), "icd", version)
+    mistaken = signing.signer_from({signing.SIGNER_VARIABLE: "mistaken:Kept"})
+    assert mistaken is not None
+    with pytest.raises(IntegrityError, match="does not sign with the key that it names"):
+        signing.sign(store, "icd", published(store, b"two"), mistaken)
+    for named in ("nowhere:Kept", "kept:Lost", "kept", ":Kept"):
+        with pytest.raises(UserError, match=r"FINELOOP_SIGNER is .* has to be PACKAGE\.MODULE:FUNCTION"):
+            signing.signer_from({signing.SIGNER_VARIABLE: named})
