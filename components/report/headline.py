@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from components.registry.records import Role
+from components.report import continued
 from components.report.numbers import count
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
@@ -81,7 +82,7 @@ def _undecided(run: RunFiles) -> str:
 
 
 def _lead(run: RunFiles) -> str:
-    """What changed, candidate against champion and base, in at most two sentences."""
+    """What changed, candidate against champion and base, in at most two sentences; and where the training began."""
     if run.evaluation is None:
         return "There are no measurements of the candidate."
     sentences = []
@@ -97,7 +98,8 @@ def _lead(run: RunFiles) -> str:
         metric = METRICS[key]
         better = "lower" if metric.lower_is_better else "higher"
         sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
-    return " ".join(sentences) or "The candidate's metrics were not measured."
+    told = " ".join(sentences) or "The candidate's metrics were not measured."
+    return f"{told} {continued.sentence(run)}".strip()
 
 
 def _others(run: RunFiles, key: str) -> str:

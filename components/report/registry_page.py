@@ -1,6 +1,6 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from components.registry.store import Store
     from components.registry.versions import Version
 
+PAGES = "pages/"
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
@@ -66,6 +67,26 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Gains over time; heights in per cent of the picture, from its top."""
+
+    dots: tuple[Dot, ...]
+    zero: float
+    ticks: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the list of adapters tells of one."""
+
+    name: str
+    in_production: str
+    """The version, or what to say in its place."""
+    since: str
+    num_versions: int
+
+
+@dataclass(frozen=True)
 class AdapterPage:
     """What the page of one adapter tells, newest first."""
 
@@ -78,7 +99,37 @@ class AdapterPage:
     num_versions: int
     events: tuple["Event", ...]
     changes: tuple[tuple[str, str, str], ...]
-    """Path in the lineage, in the version before, in production."""
+    """Path in the lineage or what was measured on the same records, in the version before, in production."""
+
+
+def list_adapter(store: "Store", name: str) -> Listed:
+    """Read what the list tells of the adapter; a damaged alias is told as one."""
+    num_versions = len(versions.version_ids(store, name))
+    try:
+        pointer = read_alias(store, name, PRODUCTION)
+    except IntegrityError:
+        return Listed(name, "unknown: the alias is damaged", "", num_versions)
+    if pointer is None:
+        return Listed(name, "nothing", "", num_versions)
+    return Listed(name, pointer.version, _when(pointer.since), num_versions)
+
+
+def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
+    """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
+
+    Of another adapter a page is written only where there is none yet: its own runs write it.
+
+    Raises:
+        IntegrityError: the adapter's alias is damaged.
+    """
+    names = versions.list_adapters(store)
+    there = {info.key for info in store.list(PAGES)}
+    wanted = [each for each in names if each == name or f"{PAGES}{each}.html" not in there]
+    pages = [read_adapter(store, each) for each in wanted]
+    listed = [list_adapter(store, each) for each in names]
+    for file, page in build_pages(pages, listed, generated_at=generated_at, address=store.uri("")).items():
+        store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
+    return store.uri(f"{PAGES}index.html")
 
 
 def read_adapter(store: "Store", name: str) -> AdapterPage:
@@ -97,9 +148,10 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
         version = versions.resolve(store, f"{name}@{pointer.version}")
         held = Published(version, _evaluation(store, version))
     before: str | None = pointer.event["from"] if pointer else None
-    changes: Iterable[tuple[str, str, str]] = ()
-    if pointer is not None and before is not None:
-        changes = _changes(_lineage(store, name, before), _lineage(store, name, pointer.version))
+    changes: list[tuple[str, str, str]] = []
+    if pointer is not None and held is not None and before is not None:
+        changes += _measured(held.evaluation, before)
+        changes += _changes(_lineage(store, name, before), _lineage(store, name, pointer.version))
     return AdapterPage(
         name=name,
         pointer=pointer,
@@ -129,47 +181,60 @@ def sentence(page: AdapterPage) -> str:
         return f"{told}; no interval was measured."
     low, high = paired.ci95
     sure = "which leaves out no difference" if low > 0 or high < 0 else "so that it may be chance"
-    return f"{told}; the 95 % interval of the gain is {low:+.4g} to {high:+.4g}, {sure}."
+    gain = f"{metric.signed_text(low)} to {metric.signed_text(high)}"
+    return f"{told}; the 95 % interval of the gain is {gain}, {sure}."
 
 
-def dots(page: AdapterPage) -> list[Dot]:
-    """The paired differences over time, oldest left, on one axis that holds every interval and zero."""
+def picture(page: AdapterPage) -> Picture | None:
+    """The paired differences over time, oldest left, on one axis that holds every interval and zero; None without."""
     compared = [
-        (each, paired) for each in reversed(page.published) if (paired := each.against_champion) and paired.ci95
+        (each, paired, paired.ci95)
+        for each in reversed(page.published)
+        if (paired := each.against_champion) and paired.ci95
     ]
-    ends = [0.0, *(end for _, paired in compared if paired.ci95 for end in paired.ci95)]
+    if not compared:
+        return None
+    ends = [0.0, *(end for _, _, interval in compared for end in interval)]
     low, span = min(ends), (max(ends) - min(ends)) or 1.0
 
     def height(value: float) -> float:
         return round(95 - 90 * (value - low) / span, 2)
 
-    return [
+    dots = tuple(
         Dot(
             x=round(5 + 90 * position / max(len(compared) - 1, 1), 2),
             y=height(paired.difference),
-            low=height(paired.ci95[0]),
-            high=height(paired.ci95[1]),
+            low=height(interval[0]),
+            high=height(interval[1]),
             text=f"{each.version.version}, {each.published}: {paired.difference:+.4g}",
         )
-        for position, (each, paired) in enumerate(compared)
-        if paired.ci95
-    ]
+        for position, (each, paired, interval) in enumerate(compared)
+    )
+    ticks = tuple((height(end), f"{end:+.2g}" if end else "0") for end in sorted({0.0, low, max(ends)}))
+    return Picture(dots, height(0.0), ticks)
 
 
-def build_pages(pages: Sequence[AdapterPage], *, generated_at: str, address: str) -> dict[str, str]:
-    """File name to HTML: index.html, and one of each adapter. Every text that came from the registry is escaped."""
+def build_pages(
+    pages: Sequence[AdapterPage], listed: Sequence[Listed], *, generated_at: str, address: str
+) -> dict[str, str]:
+    """File name to HTML: index.html with what is listed, and each page. Every text from the registry is escaped."""
     page_template = template("registry.html")
     common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when, "metrics": METRICS}
-    built = {"index.html": page_template.render(**common, pages=pages, page=None)}
+    built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
-        told = {"sentence": sentence(page), "dots": dots(page), "zero": _zero(page)}
-        built[f"{page.name}.html"] = page_template.render(**common, **told, pages=pages, page=page)
+        told = {"sentence": sentence(page), "picture": picture(page)}
+        built[f"{page.name}.html"] = page_template.render(**common, **told, page=page)
     return built
 
 
-def _zero(page: AdapterPage) -> float:
-    ends = [0.0, *(end for each in page.published if (p := each.against_champion) and p.ci95 for end in p.ci95)]
-    return round(95 - 90 * (0.0 - min(ends)) / ((max(ends) - min(ends)) or 1.0), 2)
+def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str, str, str]]:
+    champion = evaluation.model("champion") if evaluation else None
+    if evaluation is None or champion is None or champion.version != before:
+        return
+    for key, metric in METRICS.items():
+        old, new = evaluation.metric("champion", key), evaluation.metric("candidate", key)
+        if old is not None and new is not None:
+            yield f"measured.{key}", metric.text(old), metric.text(new)
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
@@ -11,9 +12,12 @@ from components.registry import runs
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, SweepResult, TunedRate
 from components.registry.versions import LINEAGE
+from components.report.continued import find_afresh
+from components.report.numbers import moment
 from components.report.page import build_report
+from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles
-from components.shared.errors import IntegrityError, ObjectMissing
+from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -24,13 +28,21 @@ logger = logging.getLogger(__name__)
 def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
 
+    The registry's pages are written with it, where they can be: what is in production may have changed.
+
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
     """
-    page = build_report(read_run(config, store, run_id))
+    run = read_run(config, store, run_id)
+    page = build_report(run)
     key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
     logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
+    try:
+        pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)))
+        logger.info("the registry's pages at %s", pages)
+    except FineloopError as exc:  # a report that is there is no failure
+        logger.warning("the registry's pages are not written: %s", exc)
     return store.uri(key)
 
 
@@ -51,11 +63,12 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         steps=runs.steps(store, run_id),
     )
     dataset_id = run.dataset_id
-    return replace(
+    run = replace(
         run,
         profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
         lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
+    return replace(run, afresh=find_afresh(store, run))
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:

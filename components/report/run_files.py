@@ -9,6 +9,14 @@ from components.registry.records import Decision, Evaluation, Measured, Role, St
 
 
 @dataclass(frozen=True)
+class Afresh:
+    """A version like the candidate that was trained from the base, with its own run's comparison."""
+
+    version: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """Everything that a report is made of. Only the names are certain; the rest may be missing."""
 
@@ -28,6 +36,8 @@ class RunFiles:
     """In any order."""
     profile: Mapping[str, Any] | None = None
     lineage: Mapping[str, Any] | None = None
+    afresh: Afresh | None = None
+    """Of a run that went on from a version."""
     generated_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def step(self, name: str) -> StepRecord | None:

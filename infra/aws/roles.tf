@@ -140,6 +140,7 @@ data "aws_iam_policy_document" "pipeline" {
       "${local.root}adapters/*/signatures/*",
       "${local.root}adapters/*/rates/*",
       "${local.root}adapters/*/index/*",
+      "${local.root}pages/*",
       "${local.root}.check/*",
     ]
   }

@@ -269,17 +269,19 @@ def _page(options: argparse.Namespace) -> Answer:
     from components.registry.client import disk_errors
     from components.registry.versions import list_adapters
     from components.report.numbers import moment
-    from components.report.registry_page import build_pages, read_adapter
+    from components.report.registry_page import build_pages, list_adapter, read_adapter
 
     with opened_registry(options) as store:
-        pages = [read_adapter(store, name) for name in ([options.name] if options.name else list_adapters(store))]
-        built = build_pages(pages, generated_at=moment(datetime.now(UTC)), address=store.uri(""))
+        names = [options.name] if options.name else list_adapters(store)
+        pages = [read_adapter(store, name) for name in names]
+        listed = [list_adapter(store, name) for name in names]
+        built = build_pages(pages, listed, generated_at=moment(datetime.now(UTC)), address=store.uri(""))
     with disk_errors(options.to):
         options.to.mkdir(parents=True, exist_ok=True)
         for name, page in built.items():
             (options.to / name).write_text(page, encoding="utf-8")
     index = str((options.to / "index.html").absolute())
-    return Answer({"path": index, "adapters": [page.name for page in pages]}, f"the registry is at {index}")
+    return Answer({"path": index, "adapters": names}, f"the registry is at {index}")
 
 
 def _pull(options: argparse.Namespace) -> Answer:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,33 @@ def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: T
     assert message in done.told
     assert "Traceback" not in done.told
     assert tiny.home.fineloop("adapters", "list").answer["adapters"].count("wrong") == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(tiny: Tiny, up):
+    def done(command: str, *changes: str) -> dict[str, Any]:
+        settings = [*tiny.settings, "--set", "adapter.name=further", *changes]
+        finished = tiny.home.fineloop(command, *settings, environment={"FINELOOP_USER": "ann"})
+        assert finished.exit_code == 0, finished.told
+        return finished.answer
+
+    def lineage_of(version: str) -> dict[str, Any]:
+        lineage: dict[str, Any] = tiny.home.fineloop("adapters", "lineage", f"further@{version}").answer
+        return lineage
+
+    first = done("train")
+    began = lineage_of(first["version"])
+    again = done("run", "--set", f"train.start_from=further@{first['version']}", "--set", "train.seed=1")
+    went_on = lineage_of(again["version"])
+    assert went_on["parents"] == [first["version_uri"]]
+    assert began["parents"] == []
+    # Of the same records in another order: the base begins at the loss of guessing, the other at about the first's end.
+    losses = [each["training"]["more"]["first_loss"] for each in (began, went_on)]
+    assert losses[1] < began["training"]["eval_loss"] + 0.5 < losses[0]
+    assert went_on["started"]["user"] == "ann"
+    assert again["run_id"] in went_on["started"]["submission_id"]
+    assert went_on["hardware"]["workers"] == 2
+    assert f"It went on from {first['version']}." in Path(again["report"]).read_text()
 
 
 def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: Tiny, up, tmp_path: Path):

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 import pytest
 
 from components.registry import runs
-from components.registry.aliases import Cause, promote
+from components.registry.aliases import Cause, promote, rollback
 from components.registry.records import Evaluation, Measured, PairedDifference
 from components.registry.store import Store
 from components.registry.versions import publish_version
-from components.report.registry_page import build_pages, dots, read_adapter, sentence
+from components.report.registry_page import build_pages, list_adapter, picture, read_adapter, sentence, write_pages
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 
@@ -41,7 +41,10 @@ def ids(store: Store) -> list[str]:
         lineage = {"run_id": f"r{number}", "config": {"train": {"learning_rate": 1e-4 * (1 + number)}, "x": HOSTILE}}
         made.append(publish_version(store, "icd", files, lineage=lineage).version)
     paired = PairedDifference(metric="loss", difference=0.05, ci95=(0.01, 0.09), records=250)
-    models = {"candidate": Measured(version=made[1], metrics={"loss": 0.25}), "champion": None}
+    models = {
+        "candidate": Measured(version=made[1], metrics={"loss": 0.25}),
+        "champion": Measured(version=made[0], metrics={"loss": 0.3}),
+    }
     runs.write(store, "r1", Evaluation(run_id="r1", records=250, models=models, paired={"champion": paired}))
     promote(store, "icd", made[0], cause=Cause("r0", "ann", "first"))
     promote(store, "icd", made[1], cause=Cause("r1", HOSTILE, HOSTILE))
@@ -53,28 +56,39 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
 ) -> None:
     page = read_adapter(store, "icd")
     assert "On 250 held-out records its loss was better" in sentence(page)
-    assert "interval of the gain is +0.01 to +0.09, which leaves out no difference" in sentence(page)
-    (dot,) = dots(page)
+    assert "interval of the gain is +0.010 to +0.090, which leaves out no difference" in sentence(page)
+    drawn = picture(page)
+    assert drawn is not None
+    (dot,) = drawn.dots
     # The axis runs from 0 (95 % down) to 0.09 (5 % down); numbers by hand.
     assert (dot.low, dot.y, dot.high) == (85.0, 45.0, 5.0)
-    built = build_pages([page], generated_at="now", address="s3://bucket/")
+    assert (drawn.zero, drawn.ticks) == (95.0, ((95.0, "0"), (5.0, "+0.09")))
+    built = build_pages([page], [list_adapter(store, "icd")], generated_at="now", address="s3://bucket/")
     assert set(built) == {"index.html", "icd.html"}
     text = " ".join(Read(built["icd.html"]).text.split())
-    assert f"fineloop adapters rollback icd --expect {ids[1]}" in text
+    assert f"fineloop adapters rollback icd --to {ids[0]} --expect {ids[1]}" in text
     assert f"What changed from {ids[0]}" in text
     assert "config.train.learning_rate 0.0001 0.0002" in text
+    assert "measured.loss 0.300 0.250" in text
+    assert "In run r1" in text
     assert f"{ids[0]} promoted by its run or by a person ann first" in text
     assert ids[1] in Read(built["index.html"]).text
 
 
+def pages_of(store: Store) -> dict[str, str]:
+    return build_pages(
+        [read_adapter(store, "icd")], [list_adapter(store, "icd")], generated_at="now", address="s3://b/"
+    )
+
+
 def test_nothing_that_came_from_the_registry_becomes_markup(store: Store, ids: list[str]) -> None:
-    for page in build_pages([read_adapter(store, "icd")], generated_at="now", address="s3://bucket/").values():
+    for page in pages_of(store).values():
         read = Read(page)
         assert not {"script", "img", "iframe"} & set(read.tags)
         assert [name for name, _ in read.attributes if name.startswith("on")] == []
         (policy,) = [value for name, value in read.attributes if name == "content" and "default-src" in str(value)]
         assert str(policy).startswith("default-src 'none'; style-src 'unsafe-inline';")
-    assert HOSTILE in Read(build_pages([read_adapter(store, "icd")], generated_at="", address="")["icd.html"]).text
+    assert HOSTILE in Read(pages_of(store)["icd.html"]).text
 
 
 def test_an_adapter_that_nothing_was_promoted_of_says_so(store: Store) -> None:
@@ -83,4 +97,21 @@ def test_an_adapter_that_nothing_was_promoted_of_says_so(store: Store) -> None:
     )
     page = read_adapter(store, "icd")
     assert sentence(page) == "Nothing is in production."
-    assert "Nothing in production" in build_pages([page], generated_at="now", address="")["icd.html"]
+    assert "Nothing in production" in pages_of(store)["icd.html"]
+
+
+def test_pages_in_the_store_are_the_adapter_s_own_the_list_and_of_others_what_was_missing(
+    store: Store, ids: list[str]
+) -> None:
+    for name in ("other", "broken"):
+        files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+        promote(store, name, publish_version(store, name, files, lineage={"run_id": "r"}).version)
+    assert write_pages(store, "icd", generated_at="a week ago") == store.uri("pages/index.html")
+    store.put("adapters/broken/aliases/production.json", b"{}")
+    rollback(store, "icd")
+    write_pages(store, "icd", generated_at="this morning")
+    found = {info.key: Read(store.get(info.key).decode()).text for info in store.list("pages/")}
+    assert {key for key, text in found.items() if "this morning" in text} == {"pages/icd.html", "pages/index.html"}
+    assert {key for key, text in found.items() if "a week ago" in text} == {"pages/other.html", "pages/broken.html"}
+    assert f"{ids[0]} gone back to" in " ".join(found["pages/icd.html"].split())
+    assert "unknown: the alias is damaged" in found["pages/index.html"]

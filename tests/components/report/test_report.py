@@ -52,6 +52,19 @@ def test_the_report_lies_with_its_run(store: Store) -> None:
     assert run_report(CONFIG, store, run.run_id) == uri
 
 
+def test_with_the_report_the_registry_s_pages_are_written_and_a_report_does_not_fail_for_them(store: Store) -> None:
+    run = example_runs.held_run()
+    put(store, run)
+    name = CONFIG.adapter.name
+    run_report(CONFIG, store, run.run_id)
+    assert store.exists(f"pages/{name}.html")
+    assert name in store.get("pages/index.html").decode()
+    store.delete(["pages/index.html"])
+    store.put(f"adapters/{name}/aliases/production.json", b"junk")
+    assert store.exists(store.key(run_report(CONFIG, store, run.run_id)))
+    assert not store.exists("pages/index.html")
+
+
 def test_a_run_that_left_nothing_still_gets_a_report(store: Store) -> None:
     page = store.get(store.key(run_report(CONFIG, store, "nothing"))).decode()
     assert "no decision was made" in page

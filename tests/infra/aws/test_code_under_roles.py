@@ -15,6 +15,7 @@ from components.prepare.dataset import Message, Record
 from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.store import Store
 from components.registry.versions import Version, list_versions, publish_version
+from components.report.registry_page import write_pages
 from components.shared.errors import StoreError
 from tests.infra.aws.iam import Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration, source
@@ -109,6 +110,7 @@ def test_the_pipeline_promotes_and_people_roll_back(store: Store) -> None:
         store.put_json("runs/r1/decision.json", {})
         promote(store, "icd", first.version)
         promote(store, "icd", second.version, expected=first.version)
+        write_pages(store, "icd", generated_at="now")
     with acting_as("admin", store):
         rollback(store, "icd", cause=Cause(reason="wrong"))
         store.delete([f"adapters/icd/versions/{second.version}/manifest.json"])
