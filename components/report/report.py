@@ -12,6 +12,7 @@ from components.registry import runs
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, SweepResult, TunedRate
 from components.registry.versions import LINEAGE
+from components.report import open_lineage
 from components.report.continued import find_afresh
 from components.report.numbers import moment
 from components.report.page import build_report
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
 
-    The registry's pages are written with it, where they can be: what is in production may have changed.
+    The registry's pages are written with it, where they can be: what is in production may have changed. OpenLineage is
+    told of the run.
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
@@ -43,6 +45,7 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
         logger.info("the registry's pages at %s", pages)
     except FineloopError as exc:  # a report that is there is no failure
         logger.warning("the registry's pages are not written: %s", exc)
+    open_lineage.tell(config, store, run)
     return store.uri(key)
 
 
