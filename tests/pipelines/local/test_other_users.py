@@ -4,11 +4,12 @@ The gRPC services are called as SeaweedFS's own administration shell calls them 
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import grpc
 
-from pipelines.local import seaweedfs
+from pipelines.local import ray_head, seaweedfs
 from pipelines.local.private import CERTIFICATE, KEY, private_folder, write_certificate
 from pipelines.local.service import Service
 
@@ -16,10 +17,12 @@ ANSWERS_IN_S = 10
 CONFIGURATION = "/filer_pb.SeaweedFiler/GetFilerConfiguration"
 
 
-def test_nobody_else_reads_or_writes_anything_below_a_home(open_folder, reached_by_nobody):
+def test_nobody_else_reads_or_writes_anything_below_a_home_or_of_ray(open_folder, reached_by_nobody, monkeypatch):
     """Were it not for the folders: every file in them is open to all."""
     home = open_folder / "home"
-    for folder in (Service("store", "", home, 1.0).path("x").parent, private_folder(home / "runs")):
+    monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
+    ray = ray_head._short_temp_dir()  # below it Ray opens its own folder to everybody
+    for folder in (Service("store", "", home, 1.0).path("x").parent, private_folder(home / "runs"), ray):
         (folder / "inside").mkdir(mode=0o777)
         (folder / "inside" / "records.dat").write_bytes(b"training data")
         (folder / "inside" / "records.dat").chmod(0o666)
