@@ -97,6 +97,28 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     assert fire(5) == "skipped"
 
 
+@pytest.mark.slow
+def test_a_run_that_tunes_shows_its_rate_on_its_page_and_in_its_report(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
+) -> None:
+    answered = fineloop("submit", *options, "--set", "tune.when=always")
+    assert answered.exit_code == 0, answered.told
+    assert answered.body["steps"]["Tune the learning rate"] == "SUCCEEDED"
+    run_id = answered.body["run_id"]
+    rate = store.get_json(f"runs/{run_id}/rate.json")["learning_rate"]
+    outputs = [json.loads(path.read_text()) for path in kubeflow.run(run_id).folder.rglob("executor_output.json")]
+    logged = [
+        artifact["metadata"]["learning_rate"]
+        for output in outputs
+        for listed in output.get("artifacts", {}).values()
+        for artifact in listed["artifacts"]
+        if "learning_rate" in artifact.get("metadata", {})
+    ]
+    assert logged == [rate]
+    page = store.get(f"runs/{run_id}/report.html").decode()
+    assert f"This run trained at {rate:.3g}, which the sweep of this run found" in page
+
+
 def test_stopping_a_run_stops_its_ray_job(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:
