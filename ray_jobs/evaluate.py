@@ -102,6 +102,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": dtype,
+            "first_scored_at": min(result.first_scored_at for result in results),
             "seconds": {"total": round(time.monotonic() - started, 3)},
         }
     )

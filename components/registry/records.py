@@ -106,6 +106,8 @@ class TrainResult(Record):
     """Held-out loss of what was published, on the records that training looks at."""
     stopped_early: bool = False
     resumed_from_step: int | None = None
+    trained_at: str = ""
+    """When the last step had been taken, before anything was published; ISO 8601, with its zone."""
 
 
 class Measured(Part):
@@ -154,6 +156,8 @@ class Evaluation(Record):
     """Prompt, reference and each role's answer."""
     generation: dict[str, Any] = {}
     matmul_dtype: str | None = None
+    first_scored_at: str = ""
+    """When the first records had been scored; ISO 8601, with its zone."""
     seconds: dict[str, float] = {}
 
     def model(self, role: Role) -> Measured | None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord, SweepResult, TunedRate
+from components.report.numbers import parse_moment
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class RunFiles:
     def dataset_id(self) -> str | None:
         """The dataset, from the evaluation or from what the prepare step said."""
         return (self.evaluation and self.evaluation.dataset_id) or self._result("prepare").get("dataset_id")
+
+    @property
+    def until_compared_s(self) -> float | None:
+        """Seconds from the training's last step to the first records that were compared; None where neither says."""
+        trained = parse_moment(self._result("finetune").get("trained_at"))
+        compared = parse_moment(self.evaluation.first_scored_at) if self.evaluation else None
+        return (compared - trained).total_seconds() if trained and compared else None
 
     def _result(self, step: str) -> Mapping[str, Any]:
         record = self.step(step)

@@ -166,6 +166,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("Started", moment(min(starts))))
     if seconds:
         facts.append(("Time", duration(seconds)))
+    if run.until_compared_s is not None:
+        facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return facts
 
 

@@ -5,7 +5,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ class ShardResult:
     tokens: dict[str, int]
     """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
     scores: dict[Role, list[Score]]
+    first_scored_at: str = field(compare=False)
+    """When the first batch was done; ISO 8601, in UTC."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,7 @@ class Asked:
             dtype=self.dtype,
         )
 
-    def scores(
-        self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress | None"
-    ) -> list[Score]:
+    def scores(self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress") -> list[Score]:
         """Of the records at `rows`, by a model that has this contender's adapter on it, if it has one."""
         from ray_jobs.scoring.scoring import other_prompts, score
 
@@ -98,7 +99,7 @@ class Asked:
             with_other_prompts=others.take(rows) if others else None,
             batch_size=self.config.evaluate.batch_size,
             max_new_tokens=self.config.evaluate.max_new_tokens or NEW_TOKENS[-1],
-            advance=progress.advance if progress else lambda _: None,
+            advance=progress.advance,
         )
 
 
@@ -138,7 +139,7 @@ def measure_shard(
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
     with asking(contenders, records) as (kept, all_asked):
-        progress = Progress(2 * len(kept) * len(contenders)) if shard_index == 0 else None
+        progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
         loaded: tuple[Any, Any] | None = None
         scores: dict[Role, list[Score]] = {}
         for each in all_asked:
@@ -148,15 +149,14 @@ def measure_shard(
                 gc.collect()  # where 4-bit weights and their layers hold each other
                 loaded = (key, each.load_base(matmul_dtype))
                 widened.widen_if_room(loaded[1], matmul_dtype, sharers=candidate.ray.num_workers)
-            if progress:
-                progress.role = each.role
+            progress.role = each.role
             model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
-        return ShardResult(answer_tokens(all_asked), scores)
+        return ShardResult(answer_tokens(all_asked), scores, progress.first_scored_at)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:
@@ -182,10 +182,12 @@ def _only(asked: Asked, ids: set[str]) -> Asked:
 
 
 class Progress:
-    """Tells a person how far the first shard is; the others keep pace with it."""
+    """How far a worker is. One tells it to a person; the others keep pace with that one."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, tells: bool) -> None:
         self.role = ""
+        self.first_scored_at = ""
+        self._tells = tells
         self._total = total
         self._done = 0
         self._said_at = 0.0
@@ -193,7 +195,8 @@ class Progress:
     def advance(self, count: int) -> None:
         """Count what a batch has done."""
         self._done += count
+        self.first_scored_at = self.first_scored_at or datetime.now(UTC).isoformat(timespec="microseconds")
         now = time.monotonic()
-        if now - self._said_at >= PROGRESS_EVERY_S:
+        if self._tells and now - self._said_at >= PROGRESS_EVERY_S:
             self._said_at = now
             say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")

@@ -53,11 +53,10 @@ def measure_together(contenders: Sequence[Contender], records: Sequence[Record],
         # As many for each, beginning again where there are not enough: all take part in every batch.
         dealt = np.resize(np.arange(len(kept)), -(-len(kept) // worker.num_workers) * worker.num_workers)
         mine = dealt[worker.rank :: worker.num_workers].tolist()
-        progress = Progress(2 * len(mine) * len(contenders)) if worker.rank == 0 else None
+        progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
         for each in all_asked:
-            if progress:
-                progress.role = each.role
+            progress.role = each.role
             with zero.sharding(each.config, each.dtype):
                 model = each.load_base(worker.matmul_dtype, in_host_memory=True)
                 if each.adapter:
@@ -68,4 +67,4 @@ def measure_together(contenders: Sequence[Contender], records: Sequence[Record],
             dist.all_gather_object(parts, found)
             together = {row: score for part in parts for row, score in part.items()}
             scores[each.role] = [together[row] for row in range(len(kept))]
-        return ShardResult(answer_tokens(all_asked), scores)
+        return ShardResult(answer_tokens(all_asked), scores, progress.first_scored_at)

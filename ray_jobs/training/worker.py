@@ -95,6 +95,7 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
     adapted, trained, recipe = fit(
         config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore
     )
+    trained_at = datetime.now(UTC)
     if metrics is None:
         return {}
     metrics.upload()
@@ -109,6 +110,7 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
         eval_loss=trained.eval_loss,
         stopped_early=trained.stopped_early,
         resumed_from_step=trained.resumed_from,
+        trained_at=trained_at.isoformat(),
     ).model_dump()
 
 

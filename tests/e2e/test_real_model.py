@@ -84,6 +84,7 @@ def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
 def test_the_report_is_one_file_that_tells_of_the_run(first: Done):
     page = Path(first.answer["report"]).read_text()
     assert first.answer["version"] in page
+    assert "after training" in page  # how long it took from the last step to the first record that was compared
     assert f"{first.answer['metrics']['candidate']['exact_match']:.1%}".replace("%", "") in page
 
 

@@ -174,6 +174,22 @@ def test_data_origin_and_times_are_told() -> None:
         assert words in text
 
 
+def test_the_time_from_the_training_to_the_comparison_is_told_where_both_were_recorded() -> None:
+    run = example_runs.promoted_run()
+    assert "after training" not in Page(build_report(run)).text
+    assert run.evaluation is not None
+    steps = [
+        step.model_copy(update={"result": {**step.result, "trained_at": "2026-11-24T02:03:00+00:00"}})
+        if step.step == "finetune"
+        else step
+        for step in run.steps
+    ]
+    evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
+    text = Page(build_report(replace(run, steps=steps, evaluation=evaluation))).text
+    assert "First record compared" in text
+    assert "9.2 s after training" in text
+
+
 @pytest.mark.parametrize("role", ["prompt", "reference", "base", "champion", "candidate"])
 def test_sample_text_is_escaped(role: str) -> None:
     run = example_runs.promoted_run()
