@@ -1,7 +1,10 @@
 """The runbook's way to Kubeflow from an empty cluster: everything that it applies finds its namespace."""
 
+import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -135,6 +138,44 @@ def test_a_namespace_is_there_before_anything_goes_into_it() -> None:
             assert wanted <= there, command
             applied += 1
     assert applied > 5
+
+
+RENDERED: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "kubeflow_objects.yaml").read_text(encoding="utf-8"))
+KINDS = {"crd", "deployment", "svc", "configmap"}
+
+
+def named(command: Command) -> Iterator[tuple[str, str]]:
+    """The objects that a command of kubectl names, as KIND/NAME or KIND NAME."""
+    for word, following in zip(command.words, [*command.words[1:], ""], strict=True):
+        kind, _, name = word.partition("/")
+        if kind in KINDS and "create" not in command.words:
+            yield kind, name or following
+
+
+@pytest.mark.parametrize("release", RENDERED)
+def test_what_the_runbook_names_of_kubeflow_is_in_its_manifests(release: str) -> None:
+    there = RENDERED[release]
+    kinds = {"Deployment": "deployment", "Service": "svc", "ConfigMap": "configmap", "RayCluster": "svc"}
+    ours = {
+        (kinds[each["kind"]], each["metadata"]["name"] + ("-head-svc" if each["kind"] == "RayCluster" else ""))
+        for folder in ("overlays/kind", "overlays/kind/raycluster")
+        for each in render(f"infra/{folder}")
+        if each["kind"] in kinds
+    }
+    asked = {each for command in COMMANDS if command.program == "kubectl" for each in named(command)}
+    of_kubeflow = asked - ours
+    assert {name for _, name in of_kubeflow} >= {"ml-pipeline", "ml-pipeline-ui", "kfp-launcher", "workflow-controller"}
+    assert [(kind, name) for kind, name in of_kubeflow if name not in there[kind]] == []
+
+
+@pytest.mark.parametrize("release", RENDERED)
+def test_what_the_runbook_sets_in_a_config_map_of_kubeflow_is_read_from_there(release: str) -> None:
+    """Where KFP keeps such a key itself: a key that no release had would be written and read by nobody."""
+    patches = [command for command in COMMANDS if "patch" in command.words and "-p" in command.words]
+    assert patches
+    for patch in patches:
+        (config_map,) = [name for kind, name in named(patch) if kind == "configmap"]
+        assert json.loads(after(patch, "-p"))["data"].keys() <= set(RENDERED[release]["configmap"][config_map])
 
 
 def after(command: Command, flag: str) -> str:
