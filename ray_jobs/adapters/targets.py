@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
+from ray_jobs.base.architecture import read_by_the_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +51,7 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     layers = {name: module for name, module in model.named_modules() if name}
     text = {name: module for name, module in layers.items() if id(module) in reading_text}
     linear = {name: module for name, module in text.items() if _is_linear(module) and module is not head}
+    linear = {name: module for name, module in linear.items() if not name.endswith(read_by_the_model(model.config))}
     routers = {name for name in text if experts and not ROUTERS.isdisjoint(name.split("."))}
     wanted = method.target_modules
     if wanted == ALL_LINEAR:

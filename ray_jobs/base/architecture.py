@@ -27,6 +27,16 @@ def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
     return mapping.get(type(base), None)
 
 
+def read_by_the_model(base: "PretrainedConfig") -> tuple[str, ...]:
+    """Linear layers, by the last part of their names, whose weights the model itself reads and clamps while it trains.
+
+    An adapter around one would take no part in that, and packed into few bits its weight would be damaged
+    (transformers 5.24, modeling_gemma3n.py, Gemma3nTextAltUp).
+    """
+    is_gemma_3n = base.get_text_config().model_type == "gemma3n_text"
+    return ("correction_coefs", "prediction_coefs") if is_gemma_3n else ()
+
+
 def require_causal(base: "PretrainedConfig", *, reference: str) -> None:
     """Raises ConfigError for a base that writes no text, or sees what it is to write."""
     brings_its_own = "AutoModelForCausalLM" in (getattr(base, "auto_map", None) or {})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
 from components.shared.errors import ConfigError
+from ray_jobs.base.architecture import read_by_the_model
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def quantization(
             "the unquantised model that they were made from"
         )
     if not stored:
-        return {"quantization_config": _config_of(base_format, dtype)}
+        return {"quantization_config": _config_of(base_format, dtype, never=read_by_the_model(shape))}
     if base_format == "bf16":
         return {"quantization_config": getattr(transformers, WIDENED[stored["quant_method"]])(dequantize=True)}
     return {}  # passed as None, a configuration would make the folder forget its own
@@ -74,9 +75,10 @@ def _told(stored: dict[str, Any]) -> str:
     return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
 
 
-def _config_of(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
+def _config_of(base_format: BaseFormat, dtype: "torch.dtype", *, never: tuple[str, ...]) -> Any:
     from transformers import BitsAndBytesConfig
 
+    skipped = ["lm_head", *never] if never else None  # by itself transformers leaves out the head alone
     if base_format == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -84,5 +86,6 @@ def _config_of(base_format: BaseFormat, dtype: "torch.dtype") -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
+            llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if base_format == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if base_format == "int8" else None

@@ -93,13 +93,17 @@ class Rehearsal:
         use_gpu: bool = True,
         attention: Attention = "auto",
     ) -> None:
-        """Raises ConfigError where the base is no causal language model, is quantised otherwise, knows no such
-        attention or has no such layers.
+        """Raises ConfigError where the base is no causal language model, wants a package that is not there, is
+        quantised otherwise, knows no such attention or has no such layers.
         """
         require_causal(base, reference=reference)
         if method is not None:
             stored_format.quantization(base, method.row.base, torch.bfloat16, reference=reference)
-        self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
+        try:
+            self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
+        except ImportError as exc:
+            told = " ".join(str(exc).split())
+            raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {told}") from exc
         self.formats = tuple(
             each for each in stored_format.formats(base) if each == "bf16" or not experts_of(self._model)
         )

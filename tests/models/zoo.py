@@ -121,6 +121,21 @@ KINDS = {
         {"head_dim": 16, "tie_word_embeddings": True, **WINDOWED},
         {"vision_config": VISION, "mm_tokens_per_image": 1},
     ),
+    "Gemma 3n": Kind(
+        "Gemma3nTextConfig",
+        {
+            "head_dim": 16,
+            "intermediate_size": [128, 128],
+            "tie_word_embeddings": True,
+            "vocab_size_per_layer_input": TEXT["vocab_size"],
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.5, 0.0],
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            **WINDOWED,
+        },
+    ),
     "Gemma 4": Kind("Gemma4TextConfig", GEMMA_4),
     "Gemma 4, with vision and sound": Kind(
         "Gemma4Config",
@@ -164,8 +179,9 @@ def build(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
     shape = KINDS[name].config()
     model = auto_class(shape).from_config(shape, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() == 3:  # experts, which some architectures leave as they find them in memory
+    for name, parameter in model.named_parameters():
+        # Experts, which some architectures leave as they find them in memory, and what would let nothing through.
+        if parameter.dim() == 3 or name.endswith("correct_output_scale"):
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(directory)
     return directory

@@ -115,7 +115,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
         if not isinstance(layer, torch.nn.Linear) or not should_convert_module(name, never_quantised):
             raise ConfigError(
                 f"method.init loftq: {name} of {original.reference} is not quantised, so there is nothing to make up "
-                "for: leave it out of method.target_modules"
+                'for: leave it out of method.target_modules, or set method.init="default"'
             )
         tensor = f"{name}.weight"
         if tensor not in files:  # a checkpoint of the model without its head

@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from components.config.schema import MethodConfig
+from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.targets import find
+from ray_jobs.base import base_model
 from tests.models import zoo
 from tests.models.zoo import on_no_device
 
@@ -75,6 +76,19 @@ def test_experts_take_no_adapter_but_lora_and_the_other_layers_take_all(adapter)
         attached("gpt-oss", adapter=adapter)
     others = ["k_proj", "o_proj", "q_proj", "v_proj"]  # what the message says
     assert len(attached("gpt-oss", adapter=adapter, target_modules=others).targeted_module_names) == 2 * 4
+
+
+def test_what_gemma_3n_reads_by_itself_while_it_trains_is_neither_adapted_nor_quantised(tmp_path):
+    model = zoo.on_no_device("Gemma 3n")
+    wanted = find(model, MethodConfig(name="lora"), base_reference="x").modules
+    assert any(name.endswith("altup.modality_router") for name in wanted)
+    assert not any("_coefs" in name for name in wanted)
+    zoo.build("Gemma 3n", tmp_path)
+    config = ModelConfig(base=str(tmp_path))
+    loaded = base_model.load_model(base_model.resolve(config), config, "nf4", use_gpu=False)
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in loaded.named_modules()}
+    assert (kinds["correction_coefs"], kinds["prediction_coefs"], kinds["lm_head"]) == ("Linear",) * 3
+    assert kinds["modality_router"] == kinds["q_proj"] == "Linear4bit"
 
 
 def test_experts_take_no_dropout():

@@ -1,6 +1,7 @@
 """Which bases are language models, and by which of transformers' classes each is loaded."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import transformers
@@ -38,6 +39,14 @@ def test_what_does_not_write_from_left_to_right_is_refused_by_the_plan(kind, tmp
     shape.save_pretrained(tmp_path)
     config = config_file.loads(CONFIG.format(base=tmp_path))
     with pytest.raises(ConfigError, match=f"of the type {shape.model_type}, which is no language model that writes"):
+        Rehearsal.of(config, shape)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_a_base_that_wants_a_package_which_is_not_there_is_refused_with_its_name(tmp_path):
+    shape = transformers.Gemma3nConfig()  # whose tower for sight is timm's
+    config = config_file.loads(CONFIG.format(base=tmp_path))
+    with pytest.raises(ConfigError, match=r"wants what is not installed where this runs: .* requires the timm library"):
         Rehearsal.of(config, shape)
 
 
