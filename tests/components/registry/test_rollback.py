@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from components.registry.aliases import Cause, promote, read_alias, rollback
-from components.registry.event_log import append_event, events
+from components.registry.event_log import append_event, events, publication
+from components.registry.folders import find_manifest
 from components.registry.history import is_chain
 from components.registry.store import Store
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing
@@ -101,6 +102,22 @@ def test_each_rollback_reads_the_move_that_it_returns_to_and_no_other(
         rollback(store, "icd")
     assert holder(store) == two
     assert rollback(store, "icd", to=one).body["to"] == one
+
+
+def test_a_rollback_returns_to_the_very_manifest_that_held_the_alias(store: Store, versions: list[str]) -> None:
+    """Not to one that somebody put there since, with an event that says it was published so."""
+    one, two, _ = versions
+    promote(store, "icd", one)
+    promote(store, "icd", two)
+    key = f"adapters/icd/versions/{one}"
+    store.put(f"{key}/manifest.json", store.get(f"{key}/manifest.json").replace(b'"run_id":"r0"', b'"run_id":"r9"'))
+    manifest = find_manifest(store, key)
+    assert manifest is not None
+    append_event(store, "icd", "published", publication(one, manifest), at=manifest.created_at)
+    for to in (None, one):
+        with pytest.raises(IntegrityError, match="vouched for"):
+            rollback(store, "icd", to=to)
+    assert holder(store) == two
 
 
 def test_moves_name_the_one_before_them_by_sha256(store: Store, versions: list[str]) -> None:
