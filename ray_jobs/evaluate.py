@@ -236,7 +236,7 @@ def compared(
 ) -> Evaluation:
     """What follows from the scores; pure."""
     versions = {c.role: c.version.version if c.version else None for c in contenders}
-    shown = range(min(config.evaluate.samples, len(records)))
+    shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
     return Evaluation(
         run_id=run_id,
         records=len(records),
@@ -247,7 +247,7 @@ def compared(
             },
         },
         paired={
-            role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric)
+            role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)
             if role in scores
             else None
             for role in ROLES
@@ -305,6 +305,7 @@ def _write_records(
         "prompt": [json.dumps([turn.as_json() for turn in record.prompt], ensure_ascii=False) for record in records],
         "reference": [record.told for record in records],
         "answer_tokens": list(tokens),
+        **({"group": [record.group for record in records]} if any(record.group for record in records) else {}),
     }
     for role, values in scores.items():
         columns.update(as_columns(role, values))

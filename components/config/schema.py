@@ -66,6 +66,9 @@ class DataConfig(Section):
     validation_share: Annotated[float, Field(gt=0, lt=1), Added("0.2.0")] = 0.2
     """Share of the held-out records on which a training chooses its weights and when to stop, by a hash of their ids.
     The gate decides on the others, which nothing before it has looked at."""
+    group: Annotated[str, Added("0.2.0")] = ""
+    """Column that names what a row belongs to, such as a patient or a document. Records of one group are held out
+    together, and the gate counts them as one. Empty: each record stands for itself."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""

@@ -22,6 +22,8 @@ SplitName = Literal["train", "eval"]
 
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
+_WHERE_ANY = ("calls", "tools", "group")
+"""What a split has a column for where any of its records has it."""
 
 
 class Message(NamedTuple):
@@ -50,6 +52,8 @@ class Record:
     """The tool calls that the answer makes, as JSON of a list."""
     tools: str = ""
     """The tools that may be called, as JSON of a list."""
+    group: str = ""
+    """What the record belongs to, with others of the same; empty where it stands for itself."""
 
     @property
     def told(self) -> str:
@@ -93,7 +97,9 @@ def dataset_id(train: Iterable[Record], evaluation: Iterable[Record]) -> str:
 def _identity(record: Record) -> list[Any]:
     """What tells records apart."""
     turns = [turn.as_json() for turn in record.prompt]
-    return [record.id, turns, record.answer, *([record.calls, record.tools] if record.calls or record.tools else [])]
+    # A dataset without any of them is named as by a release that knew nothing of them.
+    tools = [record.calls, record.tools] if record.calls or record.tools or record.group else []
+    return [record.id, turns, record.answer, *tools, *([record.group] if record.group else [])]
 
 
 def publish(
@@ -168,7 +174,7 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
 
 def _record(row: Mapping[str, Any]) -> Record:
     turns = [Message(turn["role"], turn["content"], turn.get("more", "")) for turn in row["prompt"]]
-    return Record(row["id"], turns, row["answer"], row.get("calls", ""), row.get("tools", ""))
+    return Record(row["id"], turns, row["answer"], *(row.get(name, "") for name in _WHERE_ANY))
 
 
 def _write_records(records: Sequence[Record], path: Path) -> Path:
@@ -182,7 +188,7 @@ def _write_records(records: Sequence[Record], path: Path) -> Path:
     messages = pa.StructArray.from_arrays(
         [pa.array([getattr(turn, field) for turn in turns], pa.string()) for field in fields], names=fields
     )
-    columns = ["id", "answer", *(name for name in ("calls", "tools") if any(getattr(each, name) for each in records))]
+    columns = ["id", "answer", *(name for name in _WHERE_ANY if any(getattr(each, name) for each in records))]
     table = pa.table(
         {name: pa.array([getattr(record, name) for record in records], pa.string()) for name in columns}
     ).add_column(1, "prompt", pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages))

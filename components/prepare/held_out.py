@@ -10,8 +10,8 @@ from components.prepare.split import position
 def validation_and_test(records: Sequence[Record], *, validation_share: float) -> tuple[list[Record], list[Record]]:
     """Records to choose a checkpoint on, and those that the gate decides on; each stays where it is for good.
 
-    Decided by a hash of the record's id, so that no refresh moves one. Of so few records that either side would be
-    empty, both hold all.
+    Decided by a hash of the record's id, or its group's name, so that no refresh moves one. Of so few records that
+    either side would be empty, both hold all.
     """
     validation = [each for each in records if _position(each) < validation_share]
     test = [each for each in records if _position(each) >= validation_share]
@@ -19,4 +19,5 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
 
 
 def _position(record: Record) -> float:
-    return position(hashlib.sha256(f"validation:{record.id}".encode()).digest())
+    belongs_to = f"group:{record.group}" if record.group else record.id
+    return position(hashlib.sha256(f"validation:{belongs_to}".encode()).digest())

@@ -4,7 +4,7 @@ ICD-10-CM is the list of codes with which hospitals in the United States record 
 neoplasms, the eye, or injuries. Under many codes it lists inclusion terms: other names of the condition, often in words
 that a general model cannot place ("Mpox", "Shiga-Kruse dysentery"). The task: given a term, name its chapter.
 
-    {"id": "icd10cm/Mpox",
+    {"id": "icd10cm/Mpox", "code": "B04",
      "messages": [{"role": "system", "content": "Name the ICD-10 chapter."},
                   {"role": "user", "content": "Mpox"},
                   {"role": "assistant", "content": "Infections"}]}
@@ -64,14 +64,16 @@ def rows() -> Iterator[dict[str, Any]]:
         DataError: simple-icd-10-cm is not installed.
     """
     chapters_of: dict[str, set[str]] = {}
-    for term, chapter in _terms():
+    codes: dict[str, str] = {}
+    for term, chapter, code in _terms():
         chapters_of.setdefault(term, set()).add(chapter)
+        codes.setdefault(term, code)
     for term, chapters in chapters_of.items():
         if len(chapters) == 1:
             # The term is its own id: it keeps its split when a later release moves it to another code.
             turns = {"system": TASK, "user": term, "assistant": CHAPTERS[min(chapters)]}
             messages = [{"role": role, "content": content} for role, content in turns.items()]
-            yield {"id": f"icd10cm/{term}", "messages": messages}
+            yield {"id": f"icd10cm/{term}", "code": codes[term], "messages": messages}
 
 
 def release() -> str:
@@ -86,8 +88,8 @@ def release() -> str:
         raise DataError(_MISSING) from exc
 
 
-def _terms() -> Iterator[tuple[str, str]]:
-    """Every inclusion term with the number of the chapter it stands under."""
+def _terms() -> Iterator[tuple[str, str, str]]:
+    """Every inclusion term with the number of the chapter it stands under, and with its code."""
     try:
         with warnings.catch_warnings():
             # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
@@ -100,4 +102,4 @@ def _terms() -> Iterator[tuple[str, str]]:
         if icd.is_chapter(code):
             chapter = code
         for term in icd.get_inclusion_term(code):
-            yield term, chapter
+            yield term, chapter, code

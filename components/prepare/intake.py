@@ -74,8 +74,8 @@ class Intake:
         ]
 
 
-def read(sources: Iterable[Source]) -> Intake:
-    """Validate every row of every source.
+def read(sources: Iterable[Source], *, group: str = "") -> Intake:
+    """Validate every row of every source; `group` is data.group.
 
     Raises:
         DataError: a source cannot be opened.
@@ -85,13 +85,13 @@ def read(sources: Iterable[Source]) -> Intake:
     shapes: Counter[tuple[str, ...]] = Counter()
     for source in sources:
         rows_before, rejected_before = intake.num_rows, len(intake.rejects)
-        for row in read_rows(source):
+        for row in read_rows(source, group=group):
             if isinstance(row.value, dict):
                 shapes[tuple(row.value) + row.unread_columns] += 1
             try:
                 if isinstance(row.value, Unreadable):
                     raise DataError(row.value.reason)
-                intake.accepted.append(validate(row.value))
+                intake.accepted.append(validate(row.value, group=group))
             except DataError as exc:
                 intake.rejects.append(Reject(source.name, row.line, str(exc), _row_text(row)))
         counted = SourceCount(source, intake.num_rows - rows_before, len(intake.rejects) - rejected_before)

@@ -96,7 +96,7 @@ def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
 
 
 def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, Deduplicated]:
-    read = intake.read(sources)
+    read = intake.read(sources, group=config.data.group)
     intake.require_usable(read, max_reject_share=config.data.max_reject_share)
     return read, deduplicate(read.accepted)
 
@@ -119,7 +119,7 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
         train=parts.train,
         evaluation=parts.evaluation,
         rejects=read.rejects,
-        profile=build_profile(read, unique, parts),
+        profile=build_profile(read, unique, parts, group=config.data.group),
     )
     logger.info(
         "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d before the window, "

@@ -14,8 +14,11 @@ _SAMPLES = 3
 _MAX_SAMPLE_CHARS = 2000
 
 
-def build_profile(intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
-    """Account for every row: rows read = rejected + dropped + the records of both splits."""
+def build_profile(
+    intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, group: str = ""
+) -> dict[str, Any]:
+    """Account for every row: rows read = rejected + dropped + the records of both splits. `group` is data.group."""
+    used = {*KNOWN_COLUMNS, group}
     return {
         "format": FORMAT,
         "rows": {
@@ -37,7 +40,7 @@ def build_profile(intake: Intake, deduplicated: Deduplicated, split: TrainEvalSp
         },
         "system_message": _shared_system_message([*split.train, *split.evaluation]),
         "columns": dict(intake.columns.most_common()),
-        "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in KNOWN_COLUMNS},
+        "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
         "replayed": split.replayed,
         "splits": {"train": _describe(split.train), "eval": _describe(split.evaluation)},
         "sources": [
@@ -60,8 +63,10 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
         {"answer": _cut(answer), "records": count, "share": round(count / len(records), 6)}
         for answer, count in answers.most_common(_TOP_ANSWERS)
     ]
+    groups = {record.group for record in records}
     return {
         "records": len(records),
+        "groups": len(groups) if groups != {""} else None,
         "prompt_chars": percentiles([sum(len(turn.content) for turn in record.prompt) for record in records]),
         "answer_chars": percentiles([len(record.told) for record in records]),
         "distinct_answers": len(answers),

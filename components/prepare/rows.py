@@ -33,8 +33,8 @@ class SourceRow(NamedTuple):
     """Columns that the row has and `value` leaves out, because no record needs them."""
 
 
-def read_rows(source: Source) -> Iterator[SourceRow]:
-    """Stream the source's rows; blank lines are skipped.
+def read_rows(source: Source, *, group: str = "") -> Iterator[SourceRow]:
+    """Stream the source's rows; blank lines are skipped. `group` is a column to read beside those of a record.
 
     Raises:
         DataError: the file cannot be opened or is not Parquet.
@@ -51,14 +51,14 @@ def read_rows(source: Source) -> Iterator[SourceRow]:
         with tempfile.TemporaryDirectory(prefix="fineloop-source-") as scratch:
             path = Path(scratch, Path(key).name)
             store.download(key, path)
-            yield from _read_file(path, source.name)
+            yield from _read_file(path, source.name, group)
     else:
-        yield from _read_file(Path(source.name), source.name)
+        yield from _read_file(Path(source.name), source.name, group)
 
 
-def _read_file(path: Path, name: str) -> Iterator[SourceRow]:
+def _read_file(path: Path, name: str, group: str) -> Iterator[SourceRow]:
     if path.suffix.lower() in PARQUET:
-        return _read_parquet(path, name)
+        return _read_parquet(path, name, (*KNOWN_COLUMNS, group))
     return _read_json_lines(path, name)
 
 
@@ -93,15 +93,15 @@ def _parse(raw: bytes) -> object:
     return value
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
+def _read_parquet(path: Path, name: str, wanted: tuple[str, ...]) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            known = [column for column in KNOWN_COLUMNS if column in names]
-            unread = tuple(column for column in names if column not in KNOWN_COLUMNS)
+            known = [column for column in wanted if column in names]
+            unread = tuple(column for column in names if column not in wanted)
             line = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known):
                 for value in _values(batch):

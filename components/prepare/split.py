@@ -26,7 +26,7 @@ class Deduplicated:
 
 @dataclass(frozen=True)
 class TrainEvalSplit:
-    """Both splits, each in the order of its records' key hash, and how many records are in neither."""
+    """Both splits, each in the order of its records' places, and how many records are in neither."""
 
     train: list[Record]
     evaluation: list[Record]
@@ -43,8 +43,8 @@ class TrainEvalSplit:
 def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
     """Keep the last row of each id, then one record of each content.
 
-    Of records with the same content the one with the smallest key hash stays. A new duplicate can thus move the content
-    towards eval, whose keys are the small ones, and never away from it.
+    Of records with the same content the one with the smallest place stays. A new duplicate can thus move the content
+    towards eval, whose places are the small ones, and never away from it.
     """
     latest: dict[bytes, KeyedRecord] = {}
     chosen: dict[bytes, KeyedRecord] = {}
@@ -63,7 +63,7 @@ def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
         rival = chosen.get(row.content)
         if rival is not None:
             duplicates += 1
-            if rival.key < row.key:
+            if (rival.place, rival.key) < (row.place, row.key):
                 continue
         chosen[row.content] = row
     return Deduplicated(_named_apart(chosen.values()), duplicates, superseded)
@@ -93,11 +93,11 @@ def split(
     window: Set[bytes] | None = None,
     replay_share: float = 0.0,
 ) -> TrainEvalSplit:
-    """Divide distinct records by their key's hash.
+    """Divide distinct records by the hash of what they belong to, which is their group's name or else their own key.
 
     Args:
         records: Distinct records in any order.
-        eval_share: Keys whose hash, as a fraction of all hashes, is below this are held out.
+        eval_share: Records whose hash, as a fraction of all hashes, is below this are held out.
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
         window: Contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
@@ -105,8 +105,8 @@ def split(
     Raises:
         DataError: a split is empty.
     """
-    ordered = sorted(records, key=lambda each: (each.key, each.content))
-    evaluation = [each for each in ordered if position(each.key) < eval_share]
+    ordered = sorted(records, key=lambda each: (each.place, each.key, each.content))
+    evaluation = [each for each in ordered if position(each.place) < eval_share]
     held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
     rest = ordered[len(evaluation) :]
     trainable = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
@@ -132,9 +132,9 @@ def split(
     )
 
 
-def position(key: bytes) -> float:
-    """The key's place among all hashes, in [0, 1]."""
-    return int.from_bytes(key[:8]) / 2**64
+def position(place: bytes) -> float:
+    """Where a hash lies among all hashes, in [0, 1]."""
+    return int.from_bytes(place[:8]) / 2**64
 
 
 def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> tuple[int, int]:

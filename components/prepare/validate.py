@@ -36,6 +36,8 @@ class KeyedRecord:
     record: Record
     key: bytes
     """sha256 of what identifies the record: its id when the row gave one, else its prompt."""
+    place: bytes
+    """sha256 of what decides its split: its group where it has one, else its key."""
     content: bytes
     """sha256 of prompt and answer."""
     named: bool
@@ -47,8 +49,8 @@ def has_known_form(columns: tuple[str, ...]) -> bool:
     return "messages" in columns or ("prompt" in columns and "completion" in columns)
 
 
-def validate(row: object) -> KeyedRecord:
-    """Turn one row into a record in NFC without trailing whitespace.
+def validate(row: object, *, group: str = "") -> KeyedRecord:
+    """Turn one row into a record in NFC without trailing whitespace; `group` is the column that names its group.
 
     Raises:
         DataError: the row is unusable; the message is the reason alone, without file and line.
@@ -69,7 +71,8 @@ def validate(row: object) -> KeyedRecord:
     else:
         turns = _prompt(prompt)
         answer = _completion(completion)
-    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")))
+    belongs_to = _name(row.get(group), group) if group else ""
+    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")), belongs_to)
 
 
 def canonical_prompt(turns: list[Message]) -> str:
@@ -79,22 +82,30 @@ def canonical_prompt(turns: list[Message]) -> str:
     )
 
 
-def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str) -> KeyedRecord:
+def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str) -> KeyedRecord:
     prompt = canonical_prompt(turns) + (f"tools:{len(tools)}:{tools}" if tools else "")
     calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
     named = row_id is not None
-    if named and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
-        raise DataError(f"id is {_kind(row_id)}: expected text or a whole number")
     if row_id == "":
         raise DataError("id is empty: give it a value or leave it out")
+    record_id = _name(row_id, "id") if named else ""
     try:
         said = f"{prompt}answer:{answer.content}" + (f"calls:{calls}" if calls else "")
         content = hashlib.sha256(said.encode()).digest()
-        key = hashlib.sha256((f"id:{row_id}" if named else f"prompt:{prompt}").encode()).digest()
+        key = hashlib.sha256((f"id:{record_id}" if named else f"prompt:{prompt}").encode()).digest()
+        place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
-    record_id = str(row_id) if named else content.hex()[:16]
-    return KeyedRecord(Record(record_id, turns, answer.content, calls, tools), key, content, named)
+    record = Record(record_id or content.hex()[:16], turns, answer.content, calls, tools, group)
+    return KeyedRecord(record, key, place, content, named)
+
+
+def _name(value: object, field: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{field} is {_kind(value)}{': expected text or a whole number' if value is not None else ''}")
+    if value == "":
+        raise DataError(f"{field} is empty")
+    return str(value)
 
 
 def _prompt(prompt: object) -> list[Message]:

@@ -101,8 +101,11 @@ def data_profile(run: RunFiles) -> dict[str, Any] | None:
     return {
         "facts": [
             ("Rows read", count(rows.get("read"))),
-            ("Training records", count(splits["train"].get("records"))),
-            ("Held-out records", _with_share(splits["eval"].get("records", 0), num_records)),
+            ("Training records", _in_groups(count(splits["train"].get("records")), splits["train"])),
+            (
+                "Held-out records",
+                _in_groups(_with_share(splits["eval"].get("records", 0), num_records), splits["eval"]),
+            ),
             ("Rejected rows", _with_share(rows.get("rejected", 0), rows.get("read", 0))),
         ],
         "rejected": [
@@ -244,6 +247,10 @@ def _change(answers: Sequence[Answer]) -> str:
 
 def _with_share(part: int, whole: int) -> str:
     return f"{count(part)} ({part / whole:.1%})".replace("%", " %") if whole else count(part)
+
+
+def _in_groups(counted: str, split: Mapping[str, Any]) -> str:
+    return f"{counted} in {count(split['groups'])} groups" if split.get("groups") else counted
 
 
 def _lengths(percentiles: Mapping[str, int]) -> list[str]:

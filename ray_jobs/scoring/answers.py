@@ -98,7 +98,11 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
 
 
 def paired_difference(
-    candidate: Sequence[Score], other: Sequence[Score], num_answer_tokens: Sequence[int], metric: str
+    candidate: Sequence[Score],
+    other: Sequence[Score],
+    num_answer_tokens: Sequence[int],
+    metric: str,
+    groups: Sequence[str] = (),
 ) -> PairedDifference | None:
     """How much better the candidate is than another model on the same records, with a 95 % interval.
 
@@ -107,7 +111,8 @@ def paired_difference(
     row = METRICS[metric]
     ours, theirs = (np.array([_of_record(each, row) for each in scores]) for scores in (candidate, other))
     weights = np.array(num_answer_tokens, dtype=np.float64) if row.per_token else np.ones(len(ours))
-    pairs = Pairs(ours, theirs, weights, None, row.lower_is_better, row.exponential)
+    numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
+    pairs = Pairs(ours, theirs, weights, numbered, row.lower_is_better, row.exponential)
     found = bounds(pairs, confidence=0.975)
     if found is None:
         return None
@@ -132,8 +137,10 @@ def _words(text: str) -> list[str]:
 
 def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]:
     """Per-record results as columns of a table."""
+    others = [score.other_prompt_nll for score in scores]
     return {
         f"{role}_answer": [score.text for score in scores],
         f"{role}_nll": [score.nll for score in scores],
+        **({} if None in others else {f"{role}_other_prompt_nll": [*others]}),
         **{f"{role}_{key}": [score.marks[key] for score in scores] for key in MARKS},
     }

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.gate import evidence
 from components.prepare.dataset import Message, Record
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
@@ -22,8 +23,8 @@ from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
 from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import Contender, _contenders, compared, measure_shard, with_room_for_answers
-from ray_jobs.scoring.answers import Score
+from ray_jobs.evaluate import Contender, _contenders, _write_records, compared, measure_shard, with_room_for_answers
+from ray_jobs.scoring.answers import MARKS, Score
 from tests.models.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
@@ -263,6 +264,22 @@ def test_a_version_whose_files_were_tampered_with_is_not_measured(config, store,
     store.put(store.key(f"{version.uri}/adapter_model.safetensors"), path)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
         measure_shard(_contenders(config, store, version), RECORDS, shard_index=0)
+
+
+def test_what_is_kept_of_each_record_is_what_the_gate_reads(store):
+    records = [dataclasses.replace(record, group=f"g{row % 4}") for row, record in enumerate(RECORDS)]
+    scores = {
+        role: [Score(float(row), other, "", dict.fromkeys(MARKS, 0.5)) for row in range(12)]
+        for role, other in (("base", None), ("candidate", 9.0))
+    }
+    _write_records(store, "run-1", records, [2] * 12, scores)
+    found = evidence.parse(store.get("runs/run-1/evaluation_records.parquet"), "it")
+    assert found.num_independent == 4
+    pairs = found.pairs(METRICS["loss"], "base")
+    assert pairs.ours.tolist() == list(range(12))
+    assert pairs.groups.tolist() == [0, 1, 2, 3] * 3
+    assert found.columns["candidate_other_prompt_nll"].tolist() == [9.0] * 12
+    assert "base_other_prompt_nll" not in found.columns
 
 
 @pytest.fixture

@@ -80,9 +80,7 @@ def test_a_key_of_another_section_is_sent_there(override: str, meant: str) -> No
 
 
 def test_a_key_like_no_other_lists_those_that_are_known() -> None:
-    assert "unknown key data.zzz: known here: source, eval_share, validation_share, max_reject_share" in message_of(
-        "data.zzz=1"
-    )
+    assert "unknown key data.zzz: known here: source, eval_share, validation_share, group" in message_of("data.zzz=1")
     assert "unknown key zzz: known here: adapter, model, data" in message_of("zzz.yyy=1")
 
 

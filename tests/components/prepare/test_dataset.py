@@ -19,15 +19,17 @@ def test_the_id_changes_with_anything_that_training_or_evaluation_sees() -> None
         ([Record("a", [Message("user", "q")], "x")], [B]),
         ([Record("a", [Message("system", "p")], "x")], [B]),
         ([Record("c", [Message("user", "p")], "x")], [B]),
+        ([Record("a", [Message("user", "p")], "x", group="g")], [B]),
     ]
     assert len({dataset_id(train, evaluation) for train, evaluation in variants}) == len(variants)
 
 
-def test_tools_and_calls_survive_the_store(store) -> None:
+def test_tools_calls_and_groups_survive_the_store(store) -> None:
     called = Message("assistant", "", '{"tool_calls":[{"type":"function","function":{"name":"f","arguments":{}}}]}')
     result = Message("tool", "rain", '{"tool_call_id":"call12345"}')
     talk = Record("c", [Message("user", "p"), called, result], "x", tools='[{"name":"f"}]')
     asks = Record("d", [Message("user", "p")], "", calls='[{"function":{"name":"f","arguments":{}}}]')
-    uri = dataset.publish(store, train=[A, talk], evaluation=[asks, B], rejects=[], profile={}).uri
+    grouped = Record("e", [Message("user", "p")], "x", group="g")
+    uri = dataset.publish(store, train=[A, talk], evaluation=[asks, grouped, B], rejects=[], profile={}).uri
     assert load_split(store, uri, "train") == [A, talk]
-    assert load_split(store, uri, "eval") == [asks, B]
+    assert load_split(store, uri, "eval") == [asks, grouped, B]

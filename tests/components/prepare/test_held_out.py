@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,12 @@ def test_no_record_moves_when_others_come_or_go():
     assert {each.id for each in after if int(each.id[1:]) < 300} == {
         each.id for each in before if int(each.id[1:]) in some
     }
+
+
+def test_records_of_a_group_choose_or_judge_together():
+    grouped = [replace(each, group=f"g{number // 3}") for number, each in enumerate(records(*range(300)))]
+    validation, test = ({each.group for each in part} for part in validation_and_test(grouped, validation_share=0.4))
+    assert len(validation) + len(test) == len(validation | test) == 100
 
 
 def test_of_a_single_record_both_hold_it():

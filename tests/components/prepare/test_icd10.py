@@ -47,7 +47,7 @@ def test_ids_and_prompts_are_unique(rows: list[dict[str, str]]) -> None:
 
 def test_a_term_under_two_chapters_is_left_out(rows: list[dict[str, str]]) -> None:
     chapters_of: dict[str, set[str]] = {}
-    for term, chapter in icd10._terms():
+    for term, chapter, _ in icd10._terms():
         chapters_of.setdefault(term, set()).add(chapter)
     ambiguous = {term for term, chapters in chapters_of.items() if len(chapters) > 1}
     assert len(ambiguous) == 5

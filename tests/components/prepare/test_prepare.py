@@ -92,6 +92,18 @@ def test_the_profile_accounts_for_every_row(store: Store, write_rows: Write, run
     assert profile["rejected"][0]["reason"] == "prompt is missing"
 
 
+def test_rows_without_the_group_that_the_config_names_are_rejects(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    grouped = [{**row, "topic": row["id"] // 4} for row in rows(200)]
+    config = run_config(write_rows([*grouped, *rows(1)]), group="topic", eval_share=0.3)
+    profile = json.loads(store.get(f"datasets/{prepare(config, store).dataset_id}/profile.json"))
+    assert sum(split["groups"] for split in profile["splits"].values()) == 51
+    assert profile["extra_columns"] == {}
+    with pytest.raises(DataError, match=r"no usable row among 200:\n  200 x site is missing"):
+        prepare(run_config(write_rows(grouped), group="site"), store)
+
+
 def test_the_profile_describes_each_split(store: Store, write_rows: Write, run_config: Config) -> None:
     prepared = prepare(run_config(write_rows(rows(200)), eval_share=0.3), store)
     profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))

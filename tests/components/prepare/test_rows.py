@@ -63,6 +63,7 @@ def test_parquet_gives_the_same_rows_as_jsonl_without_nulls(tmp_path: Path) -> N
     assert (first.line, first.value) == (1, {"id": "1", "messages": [{"role": "user", "content": "a"}]})
     assert (second.line, second.value) == (2, {"prompt": "b"})
     assert first.unread_columns == ("embedding",)
+    assert next(read_rows(source, group="embedding")).value == {**first.value, "embedding": [0.5]}
 
 
 def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:

@@ -117,6 +117,22 @@ def test_a_train_record_whose_prompt_stands_in_eval_is_dropped() -> None:
     assert result.prompt_in_eval == 1
 
 
+def test_a_group_stands_on_one_side_and_stays_there_when_it_grows() -> None:
+    def rows(of_each: range) -> list[KeyedRecord]:
+        given = [
+            {"id": f"{g}-{i}", "code": g, "prompt": f"{g} {i}", "completion": "a"} for g in range(80) for i in of_each
+        ]
+        return [validate(row, group="code") for row in given]
+
+    first, second = (split(rows(range(size)), eval_share=0.3, max_records=0) for size in (3, 6))
+    for result in (first, second):
+        held_out, trained = ({record.group for record in part} for part in (result.evaluation, result.train))
+        assert held_out | trained == {str(group) for group in range(80)}
+        assert not held_out & trained
+    assert ids(first.evaluation) <= ids(second.evaluation)
+    assert len(first.evaluation) == pytest.approx(72, abs=30)
+
+
 def test_max_records_keeps_the_smallest_hashes_in_the_share_asked_for() -> None:
     records = many(5000)
     everything = split(records, eval_share=0.13, max_records=0)
