@@ -69,6 +69,9 @@ class DataConfig(Section):
     group: Annotated[str, Added("0.2.0")] = ""
     """Column that names what a row belongs to, such as a patient or a document. Records of one group are held out
     together, and the gate counts them as one. Empty: each record stands for itself."""
+    near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
+    """Train on no record whose prompt is so similar to one that is held out: Jaccard similarity of what they say, five
+    characters at a time, where 1 is the same but for case, punctuation and what all prompts say. 0 trains on all."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""

@@ -107,6 +107,7 @@ def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Trai
         unique.records,
         eval_share=data.eval_share,
         max_records=data.max_records,
+        near_duplicates=data.near_duplicates,
         window=news.in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
     )
@@ -122,14 +123,15 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
         profile=build_profile(read, unique, parts, group=config.data.group),
     )
     logger.info(
-        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d before the window, "
-        "%d beyond data.max_records",
+        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d near what is held out, "
+        "%d before the window, %d beyond data.max_records",
         "published" if folder.created else "already there:",
         folder.uri,
         len(parts.train),
         len(parts.evaluation),
         unique.duplicates,
         unique.superseded,
+        parts.near_duplicate_of_eval,
         parts.before_window,
         parts.over_max_records,
     )

@@ -35,6 +35,7 @@ def build_profile(
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
             "prompt_in_eval": split.prompt_in_eval,
+            "near_duplicate_of_eval": split.near_duplicate_of_eval,
             "before_window": split.before_window,
             "over_max_records": split.over_max_records,
         },

@@ -4,7 +4,7 @@ All of it is decided by hashes of the records themselves, so that the order of f
 that adds rows never moves a record from eval to train.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from components.prepare.dataset import Record
@@ -32,6 +32,8 @@ class TrainEvalSplit:
     evaluation: list[Record]
     prompt_in_eval: int
     """Left out of train because the same prompt stands in eval."""
+    near_duplicate_of_eval: int
+    """Left out of train because a prompt much like it stands in eval."""
     before_window: int
     """Left out of train by data.window_days."""
     replayed: int
@@ -90,6 +92,7 @@ def split(
     *,
     eval_share: float,
     max_records: int,
+    near_duplicates: float = 0.0,
     window: Set[bytes] | None = None,
     replay_share: float = 0.0,
 ) -> TrainEvalSplit:
@@ -99,6 +102,7 @@ def split(
         records: Distinct records in any order.
         eval_share: Records whose hash, as a fraction of all hashes, is below this are held out.
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
+        near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out.
         window: Contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
 
@@ -109,7 +113,8 @@ def split(
     evaluation = [each for each in ordered if position(each.place) < eval_share]
     held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
     rest = ordered[len(evaluation) :]
-    trainable = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
+    others = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
+    trainable = _unlike(others, evaluation, similarity=near_duplicates) if near_duplicates and evaluation else others
     narrowed = narrow(trainable, window, replay_share=replay_share)
     train = narrowed.records
     num_distinct = len(train) + len(evaluation)
@@ -125,11 +130,25 @@ def split(
     return TrainEvalSplit(
         train=[each.record for each in train[:num_train]],
         evaluation=[each.record for each in evaluation[:num_eval]],
-        prompt_in_eval=len(rest) - len(trainable),
+        prompt_in_eval=len(rest) - len(others),
+        near_duplicate_of_eval=len(others) - len(trainable),
         before_window=narrowed.before_window,
         replayed=narrowed.replayed,
         over_max_records=num_distinct - num_train - num_eval,
     )
+
+
+def _unlike(
+    records: Sequence[KeyedRecord], evaluation: Sequence[KeyedRecord], *, similarity: float
+) -> list[KeyedRecord]:
+    from components.prepare.near_duplicates import near_duplicates
+
+    asked, held_out = (
+        ["\n".join(turn.content for turn in each.record.prompt if turn.role != "system") for each in part]
+        for part in (records, evaluation)
+    )
+    are_near = near_duplicates(asked, held_out, similarity=similarity)
+    return [each for each, is_near in zip(records, are_near, strict=True) if not is_near]
 
 
 def position(place: bytes) -> float:

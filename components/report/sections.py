@@ -19,6 +19,7 @@ _DROPPED = {
     "duplicate": "exact duplicates",
     "superseded_by_same_id": "older rows with the same id",
     "prompt_in_eval": "training rows whose prompt is held out",
+    "near_duplicate_of_eval": "training rows that hardly differ from a held-out prompt",
     "before_window": "training rows from before data.window_days",
     "over_max_records": "beyond data.max_records",
 }

@@ -117,6 +117,15 @@ def test_a_train_record_whose_prompt_stands_in_eval_is_dropped() -> None:
     assert result.prompt_in_eval == 1
 
 
+def test_a_train_record_whose_prompt_is_much_like_one_in_eval_is_dropped() -> None:
+    held_out, near, other = name_in(0, 0.5), name_in(0.5, 1), name_in(0.5, 1, "s")
+    rows = [named(held_out, "Fracture of left femur"), named(near, "FRACTURE of left femur."), named(other, "Mpox")]
+    result = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8)
+    assert (ids(result.train), ids(result.evaluation)) == ({other}, {held_out})
+    assert (result.prompt_in_eval, result.near_duplicate_of_eval) == (0, 1)
+    assert ids(split(rows, eval_share=0.5, max_records=0).train) == {near, other}
+
+
 def test_a_group_stands_on_one_side_and_stays_there_when_it_grows() -> None:
     def rows(of_each: range) -> list[KeyedRecord]:
         given = [

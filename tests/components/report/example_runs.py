@@ -159,7 +159,10 @@ PROFILE: dict[str, Any] = {
         {"reason": "completion is empty", "rows": 5, "example": "s3://intake/2026-11-23.jsonl:118"},
         {"reason": "row is not JSON: Expecting value at column N", "rows": 2, "example": "2026-11-23.jsonl:740"},
     ],
-    "dropped": {"duplicate": 11, "superseded_by_same_id": 0, "prompt_in_eval": 4, "over_max_records": 0},
+    "dropped": {
+        "duplicate": 11, "superseded_by_same_id": 0, "prompt_in_eval": 4, "near_duplicate_of_eval": 9,
+        "over_max_records": 0,
+    },
     "columns": {"prompt": 2246, "completion": 2246, "source": 1200},
     "extra_columns": {"source": 1200},
     "splits": {
