@@ -305,8 +305,10 @@ def _write_records(
         "prompt": [json.dumps([turn.as_json() for turn in record.prompt], ensure_ascii=False) for record in records],
         "reference": [record.told for record in records],
         "answer_tokens": list(tokens),
-        **({"group": [record.group for record in records]} if any(record.group for record in records) else {}),
     }
+    for name in ("group", "source"):
+        if any(named := [getattr(record, name) for record in records]):
+            columns[name] = named
     for role, values in scores.items():
         columns.update(as_columns(role, values))
     sink = pa.BufferOutputStream()

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from components.config.section import Added, Section
 from components.shared.metrics import COMPARED, METRICS
+
+SliceKind = Literal["label", "source", "length"]
 
 
 def _one_of(metrics: Sequence[str], metric: str) -> str:
@@ -72,9 +74,20 @@ class GateConfig(Section):
     """Held-out records, or groups of them, without which nothing is decided."""
     guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
     """Metrics beside the one that decides, each watched against the champion."""
+    slices: Annotated[list[SliceKind], Added("0.2.0")] = ["label", "source", "length"]
+    """Kinds of records that are each watched by themselves against the champion: by their reference where those are
+    classes, by the entry of data.source that they come from, by the length of prompt and reference in thirds."""
+    slice_worse_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
+    """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than this;
+    the more slices there are, the surer each must be (Holm). Absent means the same as for worse_than_best_by."""
     limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
     """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
     own prompt than from another record's; near zero means that the answers do not depend on the prompts."""
+
+    @property
+    def slice_budget(self) -> float:
+        """`slice_worse_by` in force."""
+        return self.total_budget if self.slice_worse_by is None else self.slice_worse_by
 
     @property
     def total_budget(self) -> float:

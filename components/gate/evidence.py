@@ -1,8 +1,8 @@
 """What the gate decides on: each held-out record's part in each model's metrics, from evaluation_records.parquet."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,11 @@ from components.shared.paired import Array, Pairs
 if TYPE_CHECKING:
     from components.registry.store import Store
 
-TOKENS, GROUP = "answer_tokens", "group"
+Names = npt.NDArray[np.str_]
+
+TOKENS, GROUP, SOURCE = "answer_tokens", "group", "source"
+MOST_LABELS = 30
+"""Of more distinct references, and of ones that are hardly said twice, none is a label."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Evidence:
     """By `<role>_<what is kept of a record>`; NaN where it was not measured."""
     groups: npt.NDArray[np.int64] | None = None
     """Which records go together, counted from 0; None where each stands for itself."""
+    slices: Mapping[str, Names] = field(default_factory=dict)
+    """By kind, the name of the slice that each record belongs to."""
 
     @property
     def num_independent(self) -> int:
@@ -91,7 +97,31 @@ def parse(body: bytes, uri: str) -> Evidence:
     groups = None
     if GROUP in table.schema.names:
         _, groups = np.unique(table.column(GROUP).to_pylist(), return_inverse=True)
-    return Evidence(tokens, columns, groups)
+    return Evidence(tokens, columns, groups, dict(_slices(table)))
+
+
+def _slices(table: Any) -> Iterator[tuple[str, Names]]:
+    texts = {
+        name: [str(value) for value in table.column(name).to_pylist()]
+        for name in ("prompt", "reference", SOURCE)
+        if name in table.schema.names
+    }
+    if (references := texts.get("reference")) and 2 <= len(set(references)) <= min(MOST_LABELS, len(references) // 2):
+        yield "label", np.array(references)
+    if SOURCE in texts:
+        yield "source", np.array(texts[SOURCE])
+    if "prompt" in texts and references:
+        yield "length", _thirds(np.array([len(a) + len(b) for a, b in zip(texts["prompt"], references, strict=True)]))
+
+
+def _thirds(lengths: npt.NDArray[np.int64]) -> Names:
+    """Of prompt and reference together, in characters."""
+    short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
+    return np.select(
+        [lengths <= short, lengths <= long],
+        [f"up to {short} characters", f"{short + 1} to {long} characters"],
+        f"more than {long} characters",
+    )
 
 
 def _numbers(column: Any) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from components.config.gate import GateConfig, Limit
 from components.config.schema import AdapterConfig
-from components.gate import comparisons
+from components.gate import comparisons, slices
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
 from components.gate.past import confidence_at
@@ -57,6 +57,8 @@ def decide(
             for index, guard in enumerate(policy.guards)
             if guard.metric != policy.metric
         )
+        if (sliced := slices.no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
+            rules.append(sliced)
     for index, limit in enumerate(policy.limits):
         rules.extend(_within(limit, index, candidate))
     rules.extend(_broken_numbers(candidate, {rule.metric for rule in rules}))

@@ -22,7 +22,7 @@ SplitName = Literal["train", "eval"]
 
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
-_WHERE_ANY = ("calls", "tools", "group")
+_WHERE_ANY = ("calls", "tools", "group", "source")
 """What a split has a column for where any of its records has it."""
 
 
@@ -54,6 +54,8 @@ class Record:
     """The tools that may be called, as JSON of a list."""
     group: str = ""
     """What the record belongs to, with others of the same; empty where it stands for itself."""
+    source: str = ""
+    """The entry of data.source that it came from, where there are several; no part of what the record is."""
 
     @property
     def told(self) -> str:

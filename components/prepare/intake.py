@@ -91,7 +91,7 @@ def read(sources: Iterable[Source], *, group: str = "") -> Intake:
             try:
                 if isinstance(row.value, Unreadable):
                     raise DataError(row.value.reason)
-                intake.accepted.append(validate(row.value, group=group))
+                intake.accepted.append(validate(row.value, group=group, source=source.entry))
             except DataError as exc:
                 intake.rejects.append(Reject(source.name, row.line, str(exc), _row_text(row)))
         counted = SourceCount(source, intake.num_rows - rows_before, len(intake.rejects) - rejected_before)

@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ class Source:
     """Changes with the content: an object's ETag, a file's size and time, the version of the example's package."""
     modified_at: datetime | None
     """None for the example."""
+    entry: str = ""
+    """The entry of data.source that names it, where there are several."""
 
 
 def find_sources(source: str | list[str]) -> list[Source]:
@@ -47,7 +49,7 @@ def find_sources(source: str | list[str]) -> list[Source]:
     found: dict[str, Source] = {}
     for entry in entries:
         for each in _find(entry):
-            found.setdefault(each.name, each)
+            found.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
     return list(found.values())
 
 

@@ -49,7 +49,7 @@ def has_known_form(columns: tuple[str, ...]) -> bool:
     return "messages" in columns or ("prompt" in columns and "completion" in columns)
 
 
-def validate(row: object, *, group: str = "") -> KeyedRecord:
+def validate(row: object, *, group: str = "", source: str = "") -> KeyedRecord:
     """Turn one row into a record in NFC without trailing whitespace; `group` is the column that names its group.
 
     Raises:
@@ -72,7 +72,7 @@ def validate(row: object, *, group: str = "") -> KeyedRecord:
         turns = _prompt(prompt)
         answer = _completion(completion)
     belongs_to = _name(row.get(group), group) if group else ""
-    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")), belongs_to)
+    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")), belongs_to, source)
 
 
 def canonical_prompt(turns: list[Message]) -> str:
@@ -82,7 +82,7 @@ def canonical_prompt(turns: list[Message]) -> str:
     )
 
 
-def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str) -> KeyedRecord:
+def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str, source: str) -> KeyedRecord:
     prompt = canonical_prompt(turns) + (f"tools:{len(tools)}:{tools}" if tools else "")
     calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
     named = row_id is not None
@@ -96,7 +96,7 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
         place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
-    record = Record(record_id or content.hex()[:16], turns, answer.content, calls, tools, group)
+    record = Record(record_id or content.hex()[:16], turns, answer.content, calls, tools, group, source)
     return KeyedRecord(record, key, place, content, named)
 
 

@@ -170,6 +170,20 @@ class Evaluation(Record):
         return finite(measured.metrics.get(key)) if measured else None
 
 
+class SliceResult(Part):
+    """How much better the candidate is than another model on one kind of record."""
+
+    kind: str
+    name: str
+    records: int
+    gain: float
+    lower: float
+    """The gain is at least this, at the rule's confidence."""
+    upper: float
+    worse: bool
+    """Shown to be worse by more than is allowed."""
+
+
 class RuleResult(Part):
     """One rule of the gate as it was applied, with the words that tell of it."""
 
@@ -202,6 +216,8 @@ class RuleResult(Part):
     """Neither passed nor failed: the records do not tell."""
     records_needed: int | None = None
     """Of an undecided rule, how many records would tell; None where no number is worth naming."""
+    slices: tuple[SliceResult, ...] = ()
+    """Of the rule that judges them, those that were judged, the worst first."""
     text: str
     """A few sentences for people."""
 

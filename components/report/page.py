@@ -8,6 +8,7 @@ from components.report.headline import headline
 from components.report.html import template
 from components.report.numbers import count, moment
 from components.report.run_files import RunFiles
+from components.report.slices import slices
 from components.shared.durations import duration
 
 
@@ -25,6 +26,7 @@ def build_report(run: RunFiles) -> str:
         panels=comparison.panels(run),
         table=comparison.table(run),
         intervals=comparison.intervals(run),
+        slices=slices(run),
         rules=comparison.rules(run),
         samples=shown,
         right_counts=sections.right_counts(shown),

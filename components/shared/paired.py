@@ -5,7 +5,7 @@ those of a bootstrap over groups of records, studentised, which allows for few g
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -37,6 +37,16 @@ class Pairs:
     lower_is_better: bool = False
     exponential: bool = False
     """Whether the metric is the exponential of that mean, as perplexity is of the loss."""
+
+    @property
+    def num_independent(self) -> int:
+        """Groups, or else records."""
+        return len(self.ours) if self.groups is None else int(self.groups.max(initial=-1)) + 1
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> "Pairs":
+        """Some of the records."""
+        groups = None if self.groups is None else np.unique(self.groups[kept], return_inverse=True)[1]
+        return replace(self, ours=self.ours[kept], theirs=self.theirs[kept], weights=self.weights[kept], groups=groups)
 
     @property
     def are_binary(self) -> bool:

@@ -104,6 +104,18 @@ def test_rows_without_the_group_that_the_config_names_are_rejects(
         prepare(run_config(write_rows(grouped), group="site"), store)
 
 
+def test_records_of_several_sources_say_which_they_came_from(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    parts = [write_rows(rows(100)[:50], "a.jsonl"), write_rows(rows(100)[50:], "b.jsonl")]
+    prepared = prepare(run_config(parts, eval_share=0.3), store)
+    for split in ("train", "eval"):
+        for record in load_split(store, prepared.uri, split):
+            assert record.source == parts[int(record.id) >= 50]
+    alone = prepare(run_config(write_rows(rows(60)), eval_share=0.3), store)
+    assert {record.source for record in load_split(store, alone.uri, "train")} == {""}
+
+
 def test_the_profile_describes_each_split(store: Store, write_rows: Write, run_config: Config) -> None:
     prepared = prepare(run_config(write_rows(rows(200)), eval_share=0.3), store)
     profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))

@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 
 from components.config.gate import GateConfig, Limit
+from components.registry.records import RuleResult, SliceResult
 from components.report.comparison import intervals, panels
 from components.report.run_files import RunFiles
+from components.report.slices import slices
 from components.shared.metrics import METRICS
 from tests.components.report import example_runs
 
@@ -56,6 +58,31 @@ def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
     policy = GateConfig(limits=[Limit(metric="perplexity", max=5.0)])
     run = replace(run, decision=example_runs.decision(run.evaluation, policy))
     assert "perplexity" in [panel.metric.key for panel in panels(run)]
+
+
+def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
+    run = example_runs.held_run()
+    assert run.decision is not None
+    parts = [
+        SliceResult(kind="label", name=name, records=60, gain=gain, lower=gain - 0.1, upper=gain + 0.1, worse=gain < 0)
+        for name, gain in (("Eye", -0.3), ("Skin", 0.1))
+    ]
+    rule = RuleResult(
+        name="slices", field="gate.slices", metric="loss", bound=0.05, slices=tuple(parts), passed=False, text="it"
+    )
+    assert slices(run) is None
+    shown = slices(replace(run, decision=run.decision.model_copy(update={"rules": (rule,)})))
+    assert shown is not None
+    assert [(row.name, row.worse, row.records) for row in shown.rows] == [
+        ("label: Eye", True, "60"),
+        ("label: Skin", False, "60"),
+    ]
+    eye, skin = shown.rows
+    per_nat = (skin.position - eye.position) / 0.4
+    assert eye.high - eye.low == pytest.approx(0.2 * per_nat)
+    assert (shown.zero - shown.bound) / per_nat == pytest.approx(0.05)
+    assert 0 < eye.low < eye.high < shown.bound < shown.zero < skin.high < 100
+    assert eye.text == "\N{MINUS SIGN}0.300 (\N{MINUS SIGN}0.400 to \N{MINUS SIGN}0.200)"
 
 
 def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_its_line() -> None:

@@ -1,0 +1,120 @@
+"""The held-out records part by part: a mean that is kept may hide that one kind of record got worse; pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from components.config.gate import GateConfig
+from components.gate.comparisons import ROUNDING, Compared, unmeasured
+from components.registry.records import RuleResult, SliceResult
+from components.shared.paired import Bounds, Pairs, bounds
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the records."""
+
+    kind: str
+    name: str
+    pairs: Pairs
+
+
+def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
+    """In no slice is the candidate shown to be worse than the champion by more than allowed; None without slices.
+
+    A slice of fewer records than `gate.min_records` is not judged. All of them together are mistaken no more often than
+    one may be, by Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the surer each.
+    """
+    found = list(_slices(policy, compared))
+    if not found:
+        return None
+    margin, metric = policy.slice_budget, compared.metric
+    level = _level(policy.confidence, len(found))
+    at_once = [bounds(each.pairs, level) for each in found]
+    worse = _shown_worse(found, at_once, margin, policy.confidence)
+    results = [
+        _result(part, between, worse=index in worse)
+        for index, (part, between) in enumerate(zip(found, at_once, strict=True))
+        if between is not None
+    ]
+    results.sort(key=lambda each: each.gain)
+    measured = len(results) == len(found)
+    return RuleResult(
+        name="slices",
+        field="gate.slices",
+        title="No kind of record gets worse",
+        metric=metric.key,
+        against=compared.against,
+        bound=margin,
+        bound_text=f"in no slice shown to be worse by more than {metric.margin_text(margin)}",
+        confidence=level,
+        slices=tuple(results),
+        passed=measured and not worse,
+        text=_text(results, compared, margin) if measured else unmeasured(compared),
+    )
+
+
+def _slices(policy: GateConfig, compared: Compared) -> Iterator[Slice]:
+    pairs = compared.pairs
+    if pairs is None:
+        return
+    for kind in policy.slices:
+        of_records = compared.evidence.slices.get(kind)
+        names = () if of_records is None else np.unique(of_records)
+        for name in names if len(names) > 1 else ():
+            part = pairs.where(of_records == name)
+            if part.num_independent >= policy.min_records:
+                yield Slice(kind, str(name), part)
+
+
+def _level(confidence: float, slices: int) -> float:
+    return 1 - (1 - confidence) / slices
+
+
+def _shown_worse(
+    parts: Sequence[Slice], at_once: Sequence[Bounds | None], margin: float, confidence: float
+) -> set[int]:
+    """Holm's steps: first all slices share the chance of a mistake, then those that no earlier step has found."""
+
+    def found(between: Bounds | None) -> bool:
+        return between is not None and between.upper < -margin - ROUNDING
+
+    worse = more = {index for index, between in enumerate(at_once) if found(between)}
+    while more and len(worse) < len(parts):
+        level = _level(confidence, len(parts) - len(worse))
+        left = [index for index in range(len(parts)) if index not in worse]
+        more = {index for index in left if found(bounds(parts[index].pairs, level))}
+        worse = worse | more
+    return worse
+
+
+def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
+    return SliceResult(
+        kind=part.kind,
+        name=part.name,
+        records=found.records,
+        gain=found.gain,
+        lower=found.lower,
+        upper=found.upper,
+        worse=worse,
+    )
+
+
+def _text(results: Sequence[SliceResult], compared: Compared, margin: float) -> str:
+    metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
+    allowed = metric.margin_text(margin)
+
+    def told(each: SliceResult) -> str:
+        ends = " and ".join(metric.signed_text(end) for end in (each.lower, each.upper))
+        return f"{each.kind} {each.name!r} ({each.records} records, gain between {ends})"
+
+    if worse:
+        return (
+            f"The candidate's {metric.label} is worse than {called}'s by more than {allowed} in {len(worse)} of "
+            f"{len(results)} slices of the records: {'; '.join(map(told, worse))}."
+        )
+    return (
+        f"In none of {len(results)} slices of the records is the candidate's {metric.label} shown to be worse than "
+        f"{called}'s by more than {allowed}; lowest is {told(results[0])}."
+    )
