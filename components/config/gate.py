@@ -60,8 +60,11 @@ class GateConfig(Section):
 
     metric: ComparedMetric = "loss"
     """What base and champion are compared on."""
+    margins: Annotated[Literal["absolute", "relative"], Added("0.2.0")] = "absolute"
+    """What margins on this metric are in: its own unit, or a share of the other model's number, where 0.05 is 5 % of
+    it. A loss per token allows long answers more than short ones; relative margins and answer_loss do not."""
     better_than_base_by: float = 0.05
-    """The candidate must be better than the base by at least this much, in the metric's own unit."""
+    """The candidate must be better than the base by at least this much."""
     worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
     """The candidate may be worse than the champion by at most this much."""
     worse_than_best_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
@@ -80,9 +83,20 @@ class GateConfig(Section):
     slice_worse_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than this;
     the more slices there are, the surer each must be (Holm). Absent means the same as for worse_than_best_by."""
-    limits: list[Limit] = [Limit(metric="prompt_gain", min=0.1)]
-    """Absolute bounds. prompt_gain (nats per answer token) is how much better the candidate predicts an answer from its
-    own prompt than from another record's; near zero means that the answers do not depend on the prompts."""
+    limits: list[Limit] = [Limit(metric="answer_prompt_gain", min=0.3)]
+    """Absolute bounds. answer_prompt_gain (nats per answer) is how much better the candidate predicts an answer from
+    its own prompt than from another record's; near zero means that the answers do not depend on the prompts, whatever
+    their length. It has to be as large for sure."""
+
+    @model_validator(mode="after")
+    def _relative_to_a_loss(self) -> "GateConfig":
+        if self.margins == "relative" and not METRICS[self.metric].lower_is_better:
+            losses = ", ".join(key for key in COMPARED if METRICS[key].lower_is_better)
+            raise ValueError(
+                f"margins relative to {self.metric} mean nothing where the base has none of it: set gate.metric to "
+                f"{losses}, or gate.margins=absolute"
+            )
+        return self
 
     @property
     def slice_budget(self) -> float:

@@ -275,9 +275,12 @@ class RunConfig(Section):
         """sha256 of the resolved config as canonical JSON, in hex; a new release's keys leave it as it was.
 
         A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it, unless what the
-        config means has changed: in release 0.1.0 an absent alpha was twice the rank with every scaling.
+        config means has changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate
+        asks for by default has no part in a training.
         """
         values = identity(self)
+        if self.gate.limits == GateConfig().limits:
+            values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # release 0.1.0's default
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 from components.config.gate import GateConfig, Guard
 from components.gate.evidence import Evidence
 from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
-from components.shared.metrics import Metric
+from components.shared.metrics import RELATIVE, Metric
 from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
 
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
@@ -28,6 +28,18 @@ class Compared:
     called: str
     """What people call the other model."""
     confidence: float
+    relative: bool = False
+    """Whether the gain is asked for as a share of the other model's metric."""
+
+    @property
+    def amounts(self) -> Metric:
+        """What differences are told in."""
+        return RELATIVE if self.relative else self.metric
+
+    @property
+    def of_theirs(self) -> str:
+        """What relative differences are a share of."""
+        return f" of {self.called}'s" if self.relative else ""
 
     @property
     def ours(self) -> float | None:
@@ -42,7 +54,7 @@ class Compared:
         """Record by record; None where a number is missing."""
         if self.ours is None or self.theirs is None:
             return None
-        return self.evidence.pairs(self.metric, self.against)
+        return self.evidence.pairs(self.metric, self.against, relative=self.relative)
 
     @property
     def bounds(self) -> Bounds | None:
@@ -53,15 +65,16 @@ class Compared:
 def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
     """The candidate is sure to be better than the base by the policy's minimum."""
     metric, margin = compared.metric, policy.better_than_base_by
+    at_least = f"better by at least {compared.amounts.margin_text(margin)}{compared.of_theirs}"
     return _required(
         compared,
         margin,
-        demand=f"it has to be better by at least {metric.margin_text(margin)}",
+        demand=f"it has to be {at_least}",
         name="better_than_base",
         field="gate.better_than_base_by",
         title=f"{metric.title} better than the base model's",
         bound=margin,
-        bound_text=f"better by at least {metric.margin_text(margin)}",
+        bound_text=at_least,
         line_words=", to beat the base",
     )
 
@@ -79,7 +92,7 @@ def not_worse_than_champion(policy: GateConfig, champion: Measured | None, compa
             f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
             "than."
         )
-        parts = {**words, **_numbers(compared), "bound": tolerance, "bound_text": _at_most(compared.metric, tolerance)}
+        parts = {**words, **_numbers(compared), "bound": tolerance, "bound_text": _at_most(compared, tolerance)}
         return RuleResult(**parts, passed=True, text=text)
     return _not_worse(compared, tolerance, **words, line_words=f", not to fall behind {compared.called}")
 
@@ -134,6 +147,47 @@ def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
     return RuleResult(**parts, **_bounds(compared, found), passed=passed, text=text)
 
 
+def depends_on_prompts(
+    minimum: float, index: int, metric: Metric, candidate: Measured, prompts: Pairs, confidence: float
+) -> RuleResult:
+    """The candidate is sure to predict an answer that much better from its own prompt than from another record's."""
+    ours, found = number(candidate, metric), bounds(prompts, confidence)
+    parts: dict[str, Any] = {
+        "name": "limit_min",
+        "field": f"gate.limits[{index}].min",
+        "title": "Answers depend on their prompts",
+        "metric": metric.key,
+        "candidate": ours,
+        "bound": minimum,
+        "bound_text": f"at least {metric.bound_text(minimum)}",
+        "line": minimum,
+        "line_text": f"limit: at least {metric.text(minimum)}",
+    }
+    if ours is None or found is None:
+        return RuleResult(**parts, passed=False, text=unmeasured_number(metric, candidate, "candidate"))
+    passed = found.lower >= minimum - ROUNDING
+    undecided = not passed and found.upper >= minimum - ROUNDING
+    text = (
+        f"Answers {'' if passed else 'may not ' if undecided else 'do not '}depend on their prompts: seeing its own "
+        f"prompt instead of another record's helps by {metric.with_unit(found.gain, minimum)}, between "
+        f"{metric.text(found.lower)} and {metric.text(found.upper)}, each with {confidence * 100:.6g} % confidence; "
+        f"at least {metric.bound_text(minimum)} is required."
+    )
+    if not passed:
+        text += " Are prompts and answers shuffled or mislabelled in the data?"
+    return RuleResult(
+        **parts,
+        gain=found.gain,
+        lower=found.lower,
+        upper=found.upper,
+        confidence=confidence,
+        passed=passed,
+        undecided=undecided,
+        records_needed=records_to_decide(found, minimum, confidence) if undecided else None,
+        text=text,
+    )
+
+
 def unmeasured(compared: Compared) -> str:
     """What to say of a comparison for which a number is missing."""
     model, metric = compared.evaluation.model, compared.metric
@@ -158,7 +212,7 @@ def number(measured: Measured | None, metric: Metric) -> float | None:
 
 
 def _not_worse(compared: Compared, tolerance: float, **words: Any) -> RuleResult:
-    allowed = _at_most(compared.metric, tolerance)
+    allowed = _at_most(compared, tolerance)
     return _required(
         compared,
         -tolerance,
@@ -169,8 +223,8 @@ def _not_worse(compared: Compared, tolerance: float, **words: Any) -> RuleResult
     )
 
 
-def _at_most(metric: Metric, tolerance: float) -> str:
-    return f"worse by at most {metric.margin_text(tolerance)}"
+def _at_most(compared: Compared, tolerance: float) -> str:
+    return f"worse by at most {compared.amounts.margin_text(tolerance)}{compared.of_theirs}"
 
 
 def _required(compared: Compared, required: float, *, demand: str, line_words: str, **words: Any) -> RuleResult:
@@ -178,7 +232,9 @@ def _required(compared: Compared, required: float, *, demand: str, line_words: s
     metric, found = compared.metric, compared.bounds
     parts = {**words, **_numbers(compared)}
     if compared.theirs is not None and compared.ours is not None:
-        parts["line"] = line = metric.better_by(compared.theirs, required)
+        parts["line"] = line = metric.better_by(
+            compared.theirs, required * abs(compared.theirs) if compared.relative else required
+        )
         parts["line_text"] = f"{'at most' if metric.lower_is_better else 'at least'} {metric.text(line)}{line_words}"
     if found is None:
         return RuleResult(**parts, passed=False, text=unmeasured(compared))
@@ -207,7 +263,8 @@ def _numbers(compared: Compared) -> dict[str, Any]:
 
 
 def _bounds(compared: Compared, found: Bounds) -> dict[str, Any]:
-    return {"gain": found.gain, "lower": found.lower, "upper": found.upper, "confidence": compared.confidence}
+    ends = {"gain": found.gain, "lower": found.lower, "upper": found.upper}
+    return {**ends, "confidence": compared.confidence, "relative": compared.relative}
 
 
 def _how(compared: Compared, gain: float, *beside: float) -> str:
@@ -217,7 +274,7 @@ def _how(compared: Compared, gain: float, *beside: float) -> str:
     if abs(gain) < ROUNDING:
         how = f"the same as {compared.called}'s"
     else:
-        amount = metric.amount_text(gain, *beside)
+        amount = compared.amounts.amount_text(gain, *beside)
         how = f"{'better' if gain > 0 else 'worse'} than {compared.called}'s {metric.text(theirs, ours)} by {amount}"
     return f"The candidate's {metric.label} of {metric.with_unit(ours, theirs)} is {how}"
 
@@ -226,7 +283,7 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     records = (
         f"{found.records} of them" if found.groups == found.records else f"{found.records} in {found.groups} groups"
     )
-    low, high = (compared.metric.signed_text(end, *beside) for end in (found.lower, found.upper))
+    low, high = (compared.amounts.signed_text(end, *beside) for end in (found.lower, found.upper))
     confidence = f"{compared.confidence * 100:.6g} % confidence"
     return f"Record by record ({records}), the gain lies between {low} and {high}, each with {confidence}"
 

@@ -41,13 +41,24 @@ class Evidence:
         """Groups, or else records."""
         return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
 
-    def pairs(self, metric: Metric, against: Role) -> Pairs | None:
+    def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
         """Candidate and another model on every record; None where either was not measured so."""
         ours, theirs = (self.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
         if ours is None or theirs is None:
             return None
-        weights = self.tokens if metric.per_token else np.ones(len(ours))
-        return Pairs(ours, theirs, weights, self.groups, metric.lower_is_better, metric.exponential)
+        return Pairs(
+            ours, theirs, self._weights(metric), self.groups, metric.lower_is_better, metric.exponential, relative
+        )
+
+    def prompts(self, metric: Metric) -> Pairs | None:
+        """The candidate behind each record's own prompt and behind another's; None where it was not measured so."""
+        ours, others = (self.columns.get(f"candidate_{name}") for name in ("nll", "other_prompt_nll"))
+        if ours is None or others is None:
+            return None
+        return Pairs(ours, others, self._weights(metric), self.groups, lower_is_better=True)
+
+    def _weights(self, metric: Metric) -> Array:
+        return self.tokens if metric.per_token else np.ones(len(self.tokens))
 
 
 def read(store: "Store", evaluation: Evaluation) -> Evidence:

@@ -37,7 +37,8 @@ def decide(
 
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
         called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
-        return Compared(evaluation, evidence, METRICS[metric], role, called, confidence)
+        relative = policy.margins == "relative" and metric == policy.metric
+        return Compared(evaluation, evidence, METRICS[metric], role, called, confidence, relative)
 
     rules: list[RuleResult] = []
     if champion is not None and champion.version is not None:
@@ -60,7 +61,14 @@ def decide(
         if (sliced := slices.no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
             rules.append(sliced)
     for index, limit in enumerate(policy.limits):
-        rules.extend(_within(limit, index, candidate))
+        metric = METRICS[limit.metric]
+        prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
+        if limit.min is not None and prompts is not None:
+            rules.append(
+                comparisons.depends_on_prompts(limit.min, index, metric, candidate, prompts, policy.confidence)
+            )
+        else:
+            rules.extend(_within(limit, index, candidate))
     rules.extend(_broken_numbers(candidate, {rule.metric for rule in rules}))
 
     verdict, telling = verdict_of(rules)
@@ -166,7 +174,7 @@ def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResul
         yield RuleResult(
             name=f"limit_{side}",
             field=f"gate.limits[{index}].{side}",
-            title="Answers depend on their prompts" if metric.key == "prompt_gain" and side == "min" else enough,
+            title="Answers depend on their prompts" if metric.of_prompts and side == "min" else enough,
             metric=metric.key,
             candidate=ours,
             bound=bound,
@@ -196,7 +204,7 @@ def _broken_numbers(candidate: Measured, compared: set[str | None]) -> Iterator[
 def _limit_text(metric: Metric, side: str, ours: float, bound: float, *, passed: bool) -> str:
     shown = metric.with_unit(ours, bound)
     demand = f"{'at least' if side == 'min' else 'at most'} {metric.bound_text(bound)} is required"
-    if metric.key != "prompt_gain" or side != "min":
+    if not metric.of_prompts or side != "min":
         direction = "within" if passed else "below" if side == "min" else "above"
         return f"The candidate's {metric.label} of {shown} is {direction} the limit: {demand}."
     if passed:

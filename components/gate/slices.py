@@ -30,6 +30,7 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
     if not found:
         return None
     margin, metric = policy.slice_budget, compared.metric
+    allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
     level = _level(policy.confidence, len(found))
     at_once = [bounds(each.pairs, level) for each in found]
     worse = _shown_worse(found, at_once, margin, policy.confidence)
@@ -47,11 +48,12 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
         metric=metric.key,
         against=compared.against,
         bound=margin,
-        bound_text=f"in no slice shown to be worse by more than {metric.margin_text(margin)}",
+        bound_text=f"in no slice shown to be worse by more than {allowed}",
         confidence=level,
+        relative=compared.relative,
         slices=tuple(results),
         passed=measured and not worse,
-        text=_text(results, compared, margin) if measured else unmeasured(compared),
+        text=_text(results, compared, allowed) if measured else unmeasured(compared),
     )
 
 
@@ -101,12 +103,11 @@ def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
     )
 
 
-def _text(results: Sequence[SliceResult], compared: Compared, margin: float) -> str:
+def _text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
     metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
-    allowed = metric.margin_text(margin)
 
     def told(each: SliceResult) -> str:
-        ends = " and ".join(metric.signed_text(end) for end in (each.lower, each.upper))
+        ends = " and ".join(compared.amounts.signed_text(end) for end in (each.lower, each.upper))
         return f"{each.kind} {each.name!r} ({each.records} records, gain between {ends})"
 
     if worse:

@@ -210,6 +210,8 @@ class RuleResult(Part):
     """The gain is at least this, at `confidence`."""
     upper: float | None = None
     """The gain is at most this, at `confidence`."""
+    relative: bool = False
+    """Whether gain and bounds are shares of the other model's number."""
     confidence: float | None = None
     passed: bool
     undecided: bool = False

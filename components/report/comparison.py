@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from components.registry.records import ROLES, Role, RuleResult
 from components.report.numbers import count
 from components.report.run_files import RunFiles
-from components.shared.metrics import METRICS, Metric
+from components.shared.metrics import METRICS, RELATIVE, Metric
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
 """What the candidate is compared with, what matters more first."""
@@ -121,13 +121,17 @@ def intervals(run: RunFiles) -> list[Interval]:
 
 def _of_rule(rule: RuleResult) -> Interval:
     metric = METRICS[rule.metric or ""]
+    amounts = RELATIVE if rule.relative else metric
     assert rule.gain is not None
     assert rule.lower is not None
     assert rule.upper is not None
-    low, high = metric.signed_text(rule.lower), metric.signed_text(rule.upper)
+    low, high = amounts.signed_text(rule.lower), amounts.signed_text(rule.upper)
     words = f"between {low} and {high}, each with {(rule.confidence or 0) * 100:.6g} % confidence"
     bound = None if rule.line is None or rule.other is None else metric.gain(rule.line, rule.other)
-    return _interval(rule.title, metric, rule.gain, (rule.lower, rule.upper), words, bound)
+    if bound is not None and rule.relative:
+        bound /= abs(rule.other or 1.0)
+    said = f"{metric.title}: {amounts.gain_text(rule.gain)}, {words}"
+    return _interval(rule.title, said, amounts, rule.gain, (rule.lower, rule.upper), bound)
 
 
 def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
@@ -142,24 +146,25 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
         name = f"Candidate against {called[role].lower() if role == 'base' else run.alias}"
         # Decided on by an earlier release, which compared the gain itself.
         bound = _required_gain(run, role, metric)
-        yield _interval(name, metric, found.difference, found.ci95, words, bound)
+        said = f"{metric.title}: {metric.gain_text(found.difference)}, {words}"
+        yield _interval(name, said, metric, found.difference, found.ci95, bound)
 
 
 def _interval(
-    name: str, metric: Metric, gain: float, ends: tuple[float, float], words: str, bound: float | None
+    name: str, text: str, amounts: Metric, gain: float, ends: tuple[float, float], bound: float | None
 ) -> Interval:
     marks = [0.0, *ends, gain, *([bound] if bound is not None else [])]
     pad = (max(marks) - min(marks)) * 0.06 or 1.0
     start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
     return Interval(
         name=name,
-        text=f"{metric.title}: {metric.gain_text(gain)}, {words}",
+        text=text,
         position=(gain - start) / span * 100,
         low=(ends[0] - start) / span * 100,
         high=(ends[1] - start) / span * 100,
         zero=-start / span * 100,
         bound=None if bound is None else (bound - start) / span * 100,
-        bound_text="" if bound is None else f"required: {metric.signed_text(bound)} or more",
+        bound_text="" if bound is None else f"required: {amounts.signed_text(bound)} or more",
     )
 
 

@@ -6,7 +6,7 @@ from components.registry.records import RuleResult
 from components.report.numbers import count
 from components.report.run_files import RunFiles
 from components.report.sections import clipped
-from components.shared.metrics import METRICS
+from components.shared.metrics import METRICS, RELATIVE
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def slices(run: RunFiles) -> Picture | None:
 
 def _picture(rule: RuleResult) -> Picture:
     metric, bound = METRICS[rule.metric or ""], -(rule.bound or 0.0)
+    amounts = RELATIVE if rule.relative else metric
     marks = [0.0, bound, *(end for each in rule.slices for end in (each.lower, each.upper))]
     pad = (max(marks) - min(marks)) * 0.03 or 1.0
     start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
@@ -54,7 +55,7 @@ def _picture(rule: RuleResult) -> Picture:
             position=place(each.gain),
             low=place(each.lower),
             high=place(each.upper),
-            text="{} ({} to {})".format(*map(metric.signed_text, (each.gain, each.lower, each.upper))),
+            text="{} ({} to {})".format(*map(amounts.signed_text, (each.gain, each.lower, each.upper))),
             worse=each.worse,
         )
         for each in rule.slices
@@ -62,6 +63,6 @@ def _picture(rule: RuleResult) -> Picture:
     note = (
         f"{metric.title}, candidate against champion on each kind of record, each bound with "
         f"{(rule.confidence or 0) * 100:.4g} % confidence, so that all of them hold together. Solid: no difference. "
-        f"Dashed: {metric.signed_text(bound)}, below which a slice must not be shown to lie."
+        f"Dashed: {amounts.signed_text(bound)}, below which a slice must not be shown to lie."
     )
     return Picture(rows, place(0.0), place(bound), note)

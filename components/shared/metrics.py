@@ -31,6 +31,10 @@ class Metric:
     """Whether the metric is a mean over answer tokens, and not over records."""
     exponential: bool = False
     """Whether it is the exponential of that mean."""
+    of_prompts: bool = False
+    """Whether it says how much answers depend on their prompts."""
+    differs_in_points: bool = True
+    """Whether differences of a share are told in points, and not in per cent."""
 
     @property
     def title(self) -> str:
@@ -48,7 +52,7 @@ class Metric:
 
     def amount_text(self, amount: float, *beside: float) -> str:
         """A difference without its sign: like a value, but of a share in points."""
-        return self.text(abs(amount), *beside).replace(" %", " points")
+        return self._difference(self.text(abs(amount), *beside))
 
     def with_unit(self, value: float, *beside: float) -> str:
         """The number and what it counts."""
@@ -60,7 +64,7 @@ class Metric:
 
     def margin_text(self, margin: float) -> str:
         """A margin as the config states it, shares in points."""
-        return self.bound_text(margin).replace(" %", " points")
+        return self._difference(self.bound_text(margin))
 
     def gain(self, ours: float, theirs: float) -> float:
         """How much better ours is: positive when better, whichever way the metric runs."""
@@ -80,6 +84,9 @@ class Metric:
     def signed_text(self, gain: float, *beside: float) -> str:
         """A difference with its sign."""
         return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
+
+    def _difference(self, text: str) -> str:
+        return text.replace(" %", " points") if self.differs_in_points else text
 
     def _digits(self, value: float, decimals: int) -> str:
         return f"{value * 100 if self.is_share else value:,.{decimals}f}"
@@ -115,14 +122,44 @@ METRICS: dict[str, Metric] = {
             exponential=True,
         ),
         Metric(
+            "answer_loss",
+            "answer loss",
+            "the same surprise, at a whole answer",
+            lower_is_better=True,
+            unit="nats per answer",
+            repeats="loss",
+            column="nll",
+        ),
+        Metric(
             "prompt_gain",
             "prompt gain",
             "how much the answer depends on its prompt",
             lower_is_better=False,
             unit="nats per answer token",
             may_compare=False,
+            per_token=True,
+            of_prompts=True,
+        ),
+        Metric(
+            "answer_prompt_gain",
+            "prompt gain of an answer",
+            "the same, of a whole answer",
+            lower_is_better=False,
+            unit="nats per answer",
+            may_compare=False,
+            repeats="prompt_gain",
+            of_prompts=True,
         ),
     )
 }
+RELATIVE = Metric(
+    "relative",
+    "relative difference",
+    "a difference as a share of the other model's number",
+    lower_is_better=True,
+    is_share=True,
+    differs_in_points=False,
+)
+"""What differences are told in where margins are relative."""
 COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare)
 """The metrics that base and champion can be compared on."""

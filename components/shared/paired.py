@@ -37,6 +37,8 @@ class Pairs:
     lower_is_better: bool = False
     exponential: bool = False
     """Whether the metric is the exponential of that mean, as perplexity is of the loss."""
+    relative: bool = False
+    """Whether the gain is a share of the other model's metric."""
 
     @property
     def num_independent(self) -> int:
@@ -52,12 +54,19 @@ class Pairs:
     def are_binary(self) -> bool:
         """Whether every record is right or wrong, and stands for itself."""
         values = np.concatenate([self.ours, self.theirs])
-        return self.groups is None and bool(np.isin(values, (0.0, 1.0)).all() and (self.weights == 1.0).all())
+        return (
+            not self.relative
+            and self.groups is None
+            and bool(np.isin(values, (0.0, 1.0)).all() and (self.weights == 1.0).all())
+        )
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much better the candidate is; positive is better, whichever way the metric points."""
+    """How much better the candidate is; positive is better, whichever way the metric points.
+
+    In the metric's own unit, or, where pairs are relative, as a share of the other model's.
+    """
 
     gain: float
     lower: float
@@ -72,10 +81,12 @@ class Bounds:
 
 
 def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
-    """The gain with a bound on either side, each kept with `confidence`; None where a number is not finite."""
+    """The gain with a bound on either side, each kept with `confidence`; None where it is no finite number."""
     numbers = np.stack([pairs.ours, pairs.theirs, pairs.weights], axis=1)
     if not len(numbers) or not np.isfinite(numbers).all():
         return None
+    if pairs.relative and not pairs.theirs.any():
+        return None  # a share of nothing
     sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
     once = np.ones((1, len(sums)))
     gain, error = (float(value[0]) for value in _gain_and_error(pairs, sums, once))
@@ -183,11 +194,16 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: Array) -> tuple[Array, Ar
     totals, squares = moments[:, :3], moments[:, 3:].reshape(-1, 3, 3)
     means = totals[:, :2] / totals[:, 2:]
     values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
-    slopes = (values if pairs.exponential else np.ones_like(means)) * [1.0, -1.0]
+    gains, outer = values[:, 0] - values[:, 1], np.broadcast_to([1.0, -1.0], values.shape)
+    if pairs.relative:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = values[:, 0] / values[:, 1]
+            gains, outer = ratios - 1, np.stack([1 / values[:, 1], -ratios / values[:, 1]], axis=1)
+    slopes = (values if pairs.exponential else np.ones_like(means)) * outer
     residual = np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)
     variance = np.einsum("ri,rij,rj->r", residual, squares, residual) * len(sums) / max(len(sums) - 1, 1)
     sign = -1.0 if pairs.lower_is_better else 1.0
     # Below what rounding leaves of equal numbers there is no variance.
     scale = np.einsum("ri,rii,ri->r", residual, squares, residual)
     variance = np.where(variance > 1e-12 * scale, variance, 0.0)
-    return sign * (values[:, 0] - values[:, 1]), np.sqrt(variance) / totals[:, 2]
+    return sign * gains, np.sqrt(variance) / totals[:, 2]

@@ -72,11 +72,15 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
     tokens = sum(num_answer_tokens)
     loss = sum(score.nll for score in scores) / tokens
     others = [score.other_prompt_nll for score in scores if score.other_prompt_nll is not None]
+    prompt_gain = sum(others) / tokens - loss if len(others) == len(scores) else None
+    tokens_per_answer = tokens / len(scores)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
+        "answer_loss": loss * tokens_per_answer,
         **{key: sum(score.marks[key] for score in scores) / len(scores) for key in MARKS},
-        "prompt_gain": sum(others) / tokens - loss if len(others) == len(scores) else None,
+        "prompt_gain": prompt_gain,
+        "answer_prompt_gain": None if prompt_gain is None else prompt_gain * tokens_per_answer,
     }
 
 

@@ -79,7 +79,8 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         if version is not None:
             loss = float(store.get(f"adapters/{name}/versions/{version}/adapter_model.safetensors"))
         gain = None if version is None else 1.0
-        metrics = {"loss": loss, "perplexity": 2.7**loss, "exact_match": 0.5, "token_f1": 0.5, "prompt_gain": gain}
+        metrics = {"loss": loss, "perplexity": 2.7**loss, "exact_match": 0.5, "token_f1": 0.5}
+        metrics |= {"prompt_gain": gain, "answer_prompt_gain": gain}
         return {"version": version, "metrics": metrics}
 
     evaluation = {

@@ -15,7 +15,7 @@ from components.registry.records import Decision, Evaluation, Measured, RuleResu
 from components.shared.metrics import METRICS
 
 TOKENS = 4.0
-GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "prompt_gain": 1.2}
+GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "answer_prompt_gain": 4.8}
 
 
 def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:

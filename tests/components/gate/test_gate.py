@@ -31,7 +31,7 @@ def config(**gate: Any) -> RunConfig:
 def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
     def model(version: str | None, loss: float, prompt_gain: float | None) -> dict[str, Any]:
         metrics = {"loss": loss, "perplexity": math.exp(loss), "exact_match": 0.7, "token_f1": 0.7}
-        return {"version": version, "metrics": {**metrics, "prompt_gain": prompt_gain}}
+        return {"version": version, "metrics": {**metrics, "answer_prompt_gain": prompt_gain}}
 
     return {
         "run_id": RUN,

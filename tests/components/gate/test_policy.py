@@ -91,7 +91,7 @@ def test_limits_include_their_bound(metric: Any, bounds: dict[str, float], candi
 
 def test_each_bound_of_each_limit_is_a_rule_that_names_its_field() -> None:
     policy = GateConfig(
-        limits=[Limit(metric="prompt_gain", min=0.1), Limit(metric="exact_match", min=0.5, max=0.9)],
+        limits=[Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", min=0.5, max=0.9)],
     )
     decision = decide(evaluation(model("v2", exact_match=0.4), model(loss=2.0)), policy)
     assert [(each.field, each.bound, each.passed) for each in decision.rules[2:]] == [
@@ -117,7 +117,7 @@ def test_a_number_that_is_missing_or_not_finite_holds(name: str, value: Any) -> 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_an_unmeasured_limit_holds(value: Any) -> None:
-    decision = decide(evaluation(model("v2", prompt_gain=value), model(loss=2.0)), GateConfig())
+    decision = decide(evaluation(model("v2", answer_prompt_gain=value), model(loss=2.0)), GateConfig())
     assert decision.decision == "hold"
     assert rule(decision, "limit_min").passed is False
 
@@ -160,10 +160,10 @@ def test_reasons_are_every_rule_when_promoted_and_the_failed_ones_when_held() ->
 
 
 def test_a_low_prompt_gain_is_explained() -> None:
-    decision = decide(evaluation(model("v2", prompt_gain=0.01), model(loss=2.0)), GateConfig())
+    decision = decide(evaluation(model("v2", answer_prompt_gain=0.01), model(loss=2.0)), GateConfig())
     assert decision.reasons == (
         "Answers do not depend on their prompts: seeing its own prompt instead of another record's helps by 0.010 nats "
-        "per answer token; at least 0.1 is required. Are prompts and answers shuffled or mislabelled in the data?",
+        "per answer; at least 0.3 is required. Are prompts and answers shuffled or mislabelled in the data?",
     )
 
 
@@ -190,7 +190,7 @@ def test_an_evaluation_without_a_model_is_refused(absent: str) -> None:
 
 
 def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
-    policy = GateConfig(limits=[Limit(metric="prompt_gain", min=0.1), Limit(metric="exact_match", max=0.9)])
+    policy = GateConfig(limits=[Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", max=0.9)])
     decision = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=1.1)), policy)
     assert [(each.title, each.bound_text, each.against, each.line, each.line_text) for each in decision.rules] == [
         ("Is a new version", "", None, None, ""),

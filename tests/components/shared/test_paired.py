@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -41,12 +42,13 @@ def test_a_mean_over_tokens_has_the_error_of_the_jackknife():
     random = np.random.default_rng(2)
     tokens = random.integers(1, 12, 300).astype(float)
     ours, theirs = tokens * random.exponential(0.3, 300), tokens * random.exponential(0.35, 300)
-    for exponential in (False, True):
-        pairs = Pairs(ours, theirs, tokens, lower_is_better=True, exponential=exponential)
+    for exponential, relative in itertools.product((False, True), repeat=2):
+        pairs = Pairs(ours, theirs, tokens, None, lower_is_better=True, exponential=exponential, relative=relative)
 
-        def gain(kept, exponential=exponential):
-            means = [values[kept].sum() / tokens[kept].sum() for values in (theirs, ours)]
-            return -np.diff(np.exp(means) if exponential else means)[0]
+        def gain(kept, exponential=exponential, relative=relative):
+            means = np.array([values[kept].sum() / tokens[kept].sum() for values in (theirs, ours)])
+            of_theirs, of_ours = np.exp(means) if exponential else means
+            return 1 - of_ours / of_theirs if relative else of_theirs - of_ours
 
         without = np.array([gain(np.arange(300) != row) for row in range(300)])
         found = bounds(pairs, 0.95)

@@ -74,6 +74,8 @@ def test_losses_are_per_answer_token_and_not_per_record():
     assert found["exact_match"] == 0.5
     assert found["token_f1"] == 0.5
     assert found["prompt_gain"] == pytest.approx(1.0)
+    assert found["answer_loss"] == pytest.approx(3.0)
+    assert found["answer_prompt_gain"] == pytest.approx(3.0)
 
 
 def test_prompt_gain_is_absent_where_it_was_not_measured():
