@@ -11,8 +11,9 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
 from components.registry import lineage, runs
-from components.registry.records import TrainResult, TunedRate
+from components.registry.records import TrainResult
 from components.registry.store import Store
+from components.registry.sweep_records import TunedRate
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format

@@ -17,8 +17,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
 from components.registry import lineage, runs
-from components.registry.records import SweepResult, Trial, Tuned
 from components.registry.store import Store
+from components.registry.sweep_records import SweepResult, Trial, Tuned
 from components.shared.errors import JobError
 from components.shared.protocol import say
 from ray_jobs import entry

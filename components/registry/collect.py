@@ -22,8 +22,9 @@ from components.registry.folders import MANIFEST
 from components.registry.history import MOVE_KINDS
 from components.registry.index import READS_AT_ONCE
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation, SweepResult
+from components.registry.records import Decision, Evaluation
 from components.registry.store import JSON, ObjectInfo, Store, decode_json
+from components.registry.sweep_records import SweepResult
 from components.registry.versions import LINEAGE
 from components.shared.errors import IntegrityError
 

@@ -18,8 +18,9 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
 import hashlib
 from typing import TypeVar
 
-from components.registry.records import Decision, Evaluation, Record, StepRecord, SweepResult, TrainResult, Trial
+from components.registry.records import Decision, Evaluation, Record, StepRecord, TrainResult
 from components.registry.store import JSON, Store
+from components.registry.sweep_records import SweepResult, Trial
 from components.shared.errors import IntegrityError
 
 CONFIG = "config.toml"

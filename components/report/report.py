@@ -10,7 +10,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation, SweepResult, TunedRate
+from components.registry.records import Decision, Evaluation
+from components.registry.sweep_records import SweepResult, TunedRate
 from components.registry.versions import LINEAGE
 from components.report import open_lineage
 from components.report.continued import find_afresh

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord, SweepResult, TunedRate
+from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord
+from components.registry.sweep_records import SweepResult, TunedRate
 from components.report.numbers import parse_moment
 
 

@@ -5,7 +5,7 @@ from components.config.tune import When
 from components.ray_cluster.submit import submit_step
 from components.registry import folders, rates, runs
 from components.registry.rates import FoundRate
-from components.registry.records import SweepResult, TunedRate
+from components.registry.sweep_records import SweepResult, TunedRate
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 from components.tune import scaling

@@ -9,7 +9,7 @@ from components.config import config_file
 from components.config.legality import setting
 from components.config.schema import RunConfig
 from components.registry import runs
-from components.registry.records import SweepResult, Tuned
+from components.registry.sweep_records import SweepResult, Tuned
 from components.report.rates import picture
 from components.shared.errors import ConfigError
 from pipelines.local.run import Place, run_and_read

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from components.config.schema import RunConfig
-from components.registry.records import RateLoss, Trial, Tuned
+from components.registry.sweep_records import RateLoss, Trial, Tuned
 from ray_jobs.sweeping import grid, points
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.intervals import interval

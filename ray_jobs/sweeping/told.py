@@ -2,7 +2,7 @@
 
 import re
 
-from components.registry.records import Trial
+from components.registry.sweep_records import Trial
 from components.shared.durations import duration
 from components.shared.errors import FineloopError
 

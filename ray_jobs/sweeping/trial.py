@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.records import Trial
 from components.registry.store import Store
+from components.registry.sweep_records import Trial
 from components.shared.errors import ConfigError
 from ray_jobs import entry
 from ray_jobs.adapters import own_base

@@ -4,8 +4,8 @@ import argparse
 
 from components.config import config_file
 from components.registry import folders, runs
-from components.registry.records import RateLoss, SweepResult, Tuned
 from components.registry.store import Store, open_uri
+from components.registry.sweep_records import RateLoss, SweepResult, Tuned
 from components.shared.protocol import say
 
 

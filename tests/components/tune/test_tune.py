@@ -6,7 +6,7 @@ from components.config import config_file
 from components.finetune.finetune import finetune
 from components.registry import folders, rates, runs
 from components.registry.rates import FoundRate
-from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
+from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.step.step import StepRun
 from components.tune import scaling

@@ -10,8 +10,8 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
-from components.registry.records import RateLoss, SweepResult, Tuned, TunedRate
 from components.registry.store import Store
+from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.shared.protocol import Line
 from pipelines.commands.arguments import DEFAULT_CONFIG

@@ -6,7 +6,7 @@ import pytest
 
 from components.config import config_file
 from components.registry import runs
-from components.registry.records import Trial
+from components.registry.sweep_records import Trial
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import points, verdict

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from components.config import config_file
-from components.registry.records import Trial
+from components.registry.sweep_records import Trial
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
 
