@@ -18,7 +18,7 @@ from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import validation_and_test
 from components.registry import runs
 from components.registry.aliases import read_alias
-from components.registry.records import ROLES, Evaluation, Measured, Role
+from components.registry.records import ROLES, Evaluation, GeneralText, Measured, Role
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.errors import FineloopError, JobError, ObjectMissing
@@ -27,8 +27,10 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
-from ray_jobs.base.chat_format import without_reasoning
+from ray_jobs.base.chat_format import ChatFormat, without_reasoning
+from ray_jobs.scoring import general_text
 from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
+from ray_jobs.scoring.general_text import Passages
 from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
 
 logger = logging.getLogger(__name__)
@@ -72,28 +74,31 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     records = held_out[: config.evaluate.records]
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
-    config = with_room_for_answers(config, base, records)
+    chat = chat_format.load(base, config.model)
+    config = with_room_for_answers(config, chat, records)
     contenders = _contenders(config, store, candidate)
+    passages = general_text.to_read(store, chat, config, contenders)
     # After a training in the same job it is connected already.
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
     if _must_be_shared(config, base, ray.nodes()):
         workers = f"{config.ray.num_workers} workers that hold the base together"
         say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
-        dtype, results = _measured_together(config, base, contenders, records, store, run_id)
+        dtype, results = _measured_together(config, base, contenders, records, passages, store, run_id)
         shards = [records]
     else:
         # Two records at least in each: an answer is also read behind another record's prompt.
         num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
         say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
         shards = [records[start::num_shards] for start in range(num_shards)]
-        dtype, results = _measured_apart(config, base, contenders, shards)
+        dtype, results = _measured_apart(config, base, contenders, shards, passages)
 
     kept = [
         record for shard, result in zip(shards, results, strict=True) for record in shard if record.id in result.tokens
     ]
     tokens = [count for result in results for count in result.tokens.values()]
     scores = {c.role: [s for result in results for s in result.scores[c.role]] for c in contenders}
-    evaluation = compared(config, contenders, kept, tokens, scores, run_id=run_id).model_copy(
+    general = passages.measured([result.general_nll for result in results])
+    evaluation = compared(config, contenders, kept, tokens, scores, general=general, run_id=run_id).model_copy(
         update={
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
@@ -128,9 +133,13 @@ def _names(contenders: Sequence[Contender]) -> str:
 
 
 def _measured_apart(
-    config: RunConfig, base: base_model.Base, contenders: Sequence[Contender], shards: Sequence[Sequence[Record]]
+    config: RunConfig,
+    base: base_model.Base,
+    contenders: Sequence[Contender],
+    shards: Sequence[Sequence[Record]],
+    passages: Passages,
 ) -> tuple[MatmulDtype, list[ShardResult]]:
-    """Each shard by a Ray task, which holds the base by itself."""
+    """Each shard, and its share of the passages, by a Ray task, which holds the base by itself."""
     import ray
 
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
@@ -138,7 +147,10 @@ def _measured_apart(
     try:
         dtype = _matmul_dtype(config, base, len(shards), resources)
         return dtype, ray.get(
-            [task.remote(contenders, shard, shard_index=i, matmul_dtype=dtype) for i, shard in enumerate(shards)]
+            [
+                task.remote(contenders, shard, passages.share(i, len(shards)), shard_index=i, matmul_dtype=dtype)
+                for i, shard in enumerate(shards)
+            ]
         )
     except ray.exceptions.RayTaskError as exc:
         raise (
@@ -151,6 +163,7 @@ def _measured_together(
     base: base_model.Base,
     contenders: Sequence[Contender],
     records: Sequence[Record],
+    passages: Passages,
     store: Store,
     run_id: str,
 ) -> tuple[MatmulDtype, list[ShardResult]]:
@@ -159,7 +172,7 @@ def _measured_together(
 
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     dtype = _matmul_dtype(config, base, config.ray.num_workers, resources)
-    arguments = {"contenders": contenders, "records": records, "matmul_dtype": dtype}
+    arguments = {"contenders": contenders, "records": records, "passages": passages, "matmul_dtype": dtype}
     answer = trainer.run(
         measure_together.run, arguments, config, store, run_id=run_id, name="ray-evaluate", max_failures=0
     )
@@ -213,13 +226,13 @@ def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
     return processor.measure(shape)
 
 
-def with_room_for_answers(config: RunConfig, base: base_model.Base, records: Sequence[Record]) -> RunConfig:
+def with_room_for_answers(config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> RunConfig:
     """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
     from ray_jobs.base.batching import tokenize
 
     if config.evaluate.max_new_tokens is not None:
         return config
-    split = tokenize(records, chat_format.load(base, config.model), config.model.max_length)
+    split = tokenize(records, chat, config.model.max_length)
     longest = int(split.num_answer_tokens.max(initial=NEW_TOKENS[0]))
     settled = config.evaluate.model_copy(update={"max_new_tokens": min(longest, NEW_TOKENS[-1])})
     return config.model_copy(update={"evaluate": settled})
@@ -232,9 +245,10 @@ def compared(
     tokens: Sequence[int],
     scores: Mapping[Role, Sequence[Score]],
     *,
+    general: GeneralText | None = None,
     run_id: str,
 ) -> Evaluation:
-    """What follows from the scores; pure."""
+    """What follows from the scores and from what was made of the general text; pure."""
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
     return Evaluation(
@@ -243,9 +257,14 @@ def compared(
         models={
             **dict.fromkeys(ROLES),
             **{
-                role: Measured(version=versions[role], metrics=metrics(found, tokens)) for role, found in scores.items()
+                role: Measured(
+                    version=versions[role],
+                    metrics={**metrics(found, tokens), "general_loss": general.loss(role) if general else None},
+                )
+                for role, found in scores.items()
             },
         },
+        general_text=general,
         paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)
             if role in scores

@@ -157,6 +157,9 @@ class EvaluateConfig(Section):
     """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
+    general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 64
+    """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets
+    what its base knows (general_loss); 0 measures none."""
 
 
 class RunConfig(Section):

@@ -113,6 +113,18 @@ def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str,
     )
 
 
+def remembers(policy: GateConfig, compared: Compared) -> RuleResult:
+    """On general text, the candidate is sure to be worse than the base by no more than the policy allows."""
+    return _not_worse(
+        compared,
+        policy.worse_on_general_text_by,
+        name="remembers",
+        field="gate.worse_on_general_text_by",
+        title="Remembers what the base knows",
+        line_words=", not to forget what the base knows",
+    )
+
+
 def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
     """The candidate does not fall behind the champion on a metric that does not decide by itself."""
     metric, called = compared.metric, compared.called
@@ -285,13 +297,18 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     )
     low, high = (compared.amounts.signed_text(end, *beside) for end in (found.lower, found.upper))
     confidence = f"{compared.confidence * 100:.6g} % confidence"
-    return f"Record by record ({records}), the gain lies between {low} and {high}, each with {confidence}"
+    each = "Passage by passage" if compared.metric.on_general_text else "Record by record"
+    return f"{each} ({records}), the gain lies between {low} and {high}, each with {confidence}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:
     evaluation = compared.evaluation
-    there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
-    used = f"evaluate.records gave {evaluation.records}{there}"
+    if compared.metric.on_general_text:
+        read = len(evaluation.general_text.tokens) if evaluation.general_text else 0
+        what, used = "passages", f"evaluate.general_passages gave {read}"
+    else:
+        there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
+        what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"
     if needed is None:
-        return f"That is too near the line to tell, with any number of records ({used})."
-    return f"That does not tell: about {needed} held-out records would ({used})."
+        return f"That is too near the line to tell, with any number of {what} ({used})."
+    return f"That does not tell: about {needed} {what} would ({used})."

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Evidence:
     """Which records go together, counted from 0; None where each stands for itself."""
     slices: Mapping[str, Names] = field(default_factory=dict)
     """By kind, the name of the slice that each record belongs to."""
+    general_text: "Evidence | None" = None
+    """The same of the passages of general text; None where they were not read."""
 
     @property
     def num_independent(self) -> int:
@@ -42,13 +44,14 @@ class Evidence:
         return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
 
     def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
-        """Candidate and another model on every record; None where either was not measured so."""
-        ours, theirs = (self.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
+        """Candidate and another model on every record, or passage; None where either was not measured so."""
+        of = self.general_text if metric.on_general_text else self
+        if of is None:
+            return None
+        ours, theirs = (of.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
         if ours is None or theirs is None:
             return None
-        return Pairs(
-            ours, theirs, self._weights(metric), self.groups, metric.lower_is_better, metric.exponential, relative
-        )
+        return Pairs(ours, theirs, of._weights(metric), of.groups, metric.lower_is_better, metric.exponential, relative)
 
     def prompts(self, metric: Metric) -> Pairs | None:
         """The candidate behind each record's own prompt and behind another's; None where it was not measured so."""
@@ -83,7 +86,17 @@ def read(store: "Store", evaluation: Evaluation) -> Evidence:
             f"{uri} has {len(evidence.tokens)} records, and the evaluation is of {evaluation.records}: evaluate "
             f"{evaluation.run_id} again"
         )
-    return evidence
+    return replace(evidence, general_text=of_general_text(evaluation))
+
+
+def of_general_text(evaluation: Evaluation) -> Evidence | None:
+    """What the evaluation says of each passage of general text."""
+    found = evaluation.general_text
+    if found is None:
+        return None
+    return Evidence(
+        np.array(found.tokens, dtype=float), {f"{role}_nll": np.array(nll) for role, nll in found.nll.items()}
+    )
 
 
 def parse(body: bytes, uri: str) -> Evidence:

@@ -60,6 +60,8 @@ def decide(
         )
         if (sliced := slices.no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
             rules.append(sliced)
+    if evaluation.general_text is not None:
+        rules.append(comparisons.remembers(policy, against("base", "general_loss")))
     for index, limit in enumerate(policy.limits):
         metric = METRICS[limit.metric]
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
@@ -114,6 +116,7 @@ def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
         "base": evaluation.base,
+        **evaluation.model_dump(mode="json", include={"general_text"}, exclude_none=True),
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
         "rules": [[rule.name, rule.field, rule.passed, rule.undecided] for rule in decision.rules],
         "verdict": decision.verdict,

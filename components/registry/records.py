@@ -118,6 +118,23 @@ class Measured(Part):
     """By the keys of `METRICS`; None where it was not measured."""
 
 
+class GeneralText(Part):
+    """What each model makes of every passage of the general text."""
+
+    text_sha256: str
+    """Of the passages, as the base's tokenizer reads them."""
+    base_format: str = ""
+    """What the base was in: bf16, nf4 or int8."""
+    tokens: list[int]
+    """Of each passage."""
+    nll: dict[Role, list[float]]
+    """Of each passage, in nats; roles on another base than the candidate's are left out."""
+
+    def loss(self, role: Role) -> float | None:
+        """Per token; None where it was not measured."""
+        return sum(self.nll[role]) / sum(self.tokens) if role in self.nll and self.tokens else None
+
+
 class PairedDifference(Part):
     """How much better the candidate is than another model on the same records; positive is better."""
 
@@ -147,6 +164,8 @@ class Evaluation(Record):
     """Reference and identity of the base model."""
     models: dict[str, Measured | None]
     """By role."""
+    general_text: GeneralText | None = None
+    """None where it was not measured."""
     paired: dict[str, PairedDifference | None] = {}
     """The candidate against each other role."""
     confusion: dict[str, Any] | None = None

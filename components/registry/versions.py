@@ -160,11 +160,20 @@ def evaluated(store: Store, version: Version) -> Version:
 
     A version is published before it is compared, and never rewritten: the comparison lies with the run.
     """
-    evaluation = runs.find(store, version.run_id, Evaluation) if version.run_id else None
-    candidate = evaluation.model("candidate") if evaluation else None
-    if candidate is None or candidate.version != version.version:
-        return version
-    return replace(version, metrics=candidate.metrics)
+    found = evaluation(store, version)
+    candidate = found.model("candidate") if found else None
+    return replace(version, metrics=candidate.metrics) if candidate else version
+
+
+def evaluation(store: Store, version: Version) -> Evaluation | None:
+    """What the version's run measured of it; None where it did not, or the evaluation is gone.
+
+    Raises:
+        IntegrityError: the evaluation is not what it should be.
+    """
+    found = runs.find(store, version.run_id, Evaluation) if version.run_id else None
+    candidate = found.model("candidate") if found else None
+    return found if candidate and candidate.version == version.version else None
 
 
 def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:

@@ -35,6 +35,8 @@ class Metric:
     """Whether it says how much answers depend on their prompts."""
     differs_in_points: bool = True
     """Whether differences of a share are told in points, and not in per cent."""
+    on_general_text: bool = False
+    """Whether it is measured on text of no domain, and not on the held-out records."""
 
     @property
     def title(self) -> str:
@@ -149,6 +151,16 @@ METRICS: dict[str, Metric] = {
             may_compare=False,
             repeats="prompt_gain",
             of_prompts=True,
+        ),
+        Metric(
+            "general_loss",
+            "loss on general text",
+            "surprise at text of no domain: what the base knows, and may forget",
+            lower_is_better=True,
+            unit="nats per token",
+            column="nll",
+            per_token=True,
+            on_general_text=True,
         ),
     )
 }

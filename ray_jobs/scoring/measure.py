@@ -25,6 +25,7 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
+from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,8 @@ class ShardResult:
     tokens: dict[str, int]
     """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
     scores: dict[Role, list[Score]]
+    general_nll: dict[Role, list[float]]
+    """Of the passages of general text, in order; of the roles that had to read them."""
     first_scored_at: str = field(compare=False)
     """When the first batch was done; ISO 8601, in UTC."""
 
@@ -102,6 +105,12 @@ class Asked:
             advance=progress.advance,
         )
 
+    def general_nll(self, model: Any, passages: TokenizedSplit) -> list[float]:
+        """Of general text, by the same model; in nats."""
+        from ray_jobs.scoring.scoring import label_nll
+
+        return label_nll(model.eval(), passages, self.config.evaluate.batch_size, self.chat.pad)
+
 
 @contextmanager
 def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterator[tuple[list[Record], list[Asked]]]:
@@ -123,11 +132,12 @@ def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterat
 def measure_shard(
     contenders: Sequence[Contender],
     records: Sequence[Record],
+    passages: Passages = NO_PASSAGES,
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
 ) -> ShardResult:
-    """Measure every contender on some records, one after the other; runs as a Ray task.
+    """Measure every contender on some records and passages, one after the other; runs as a Ray task.
 
     Raises:
         DataError: no record fits the context.
@@ -142,6 +152,7 @@ def measure_shard(
         progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
         loaded: tuple[Any, Any] | None = None
         scores: dict[Role, list[Score]] = {}
+        general_nll: dict[Role, list[float]] = {}
         for each in all_asked:
             key = (each.base.identity, each.config.method.row.base)
             if loaded is None or loaded[0] != key:
@@ -153,10 +164,12 @@ def measure_shard(
             model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
+                if each.role in passages.roles:
+                    general_nll[each.role] = each.general_nll(model, passages.split)
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
-        return ShardResult(answer_tokens(all_asked), scores, progress.first_scored_at)
+        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:

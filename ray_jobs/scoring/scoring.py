@@ -32,10 +32,10 @@ def score(
 
     `advance` is told how many records each finished batch held, twice over: once for its loss, once for its answers.
     """
-    nll = _answer_nll(model, split, batch_size, chat.pad, advance)
+    nll = label_nll(model, split, batch_size, chat.pad, advance)
     other = None
     if with_other_prompts is not None:
-        other = _answer_nll(model, with_other_prompts, batch_size, chat.pad, lambda _: None)
+        other = label_nll(model, with_other_prompts, batch_size, chat.pad)
     answers = [without_reasoning(text) for text in greedy(model, chat, split, batch_size, max_new_tokens, advance)]
     references = [_reference(chat, record, split, row) for row, record in enumerate(records)]
     return [
@@ -80,7 +80,11 @@ def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
     )
 
 
-def _answer_nll(model: Any, split: TokenizedSplit, batch_size: int, pad: int, advance: Advance) -> list[float]:
+@torch.inference_mode()
+def label_nll(
+    model: Any, split: TokenizedSplit, batch_size: int, pad: int, advance: Advance = lambda _: None
+) -> list[float]:
+    """-log p in nats of what is labelled in each row of `split`, given what stands before it."""
     result = [0.0] * len(split)
 
     def measure(indices: npt.NDArray[np.int64]) -> None:

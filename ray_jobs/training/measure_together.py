@@ -4,7 +4,7 @@ All workers take the same steps: under ZeRO-3 every pass through a layer is ever
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from components.shared.errors import JobError, UserError
 from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
+from ray_jobs.scoring.general_text import Passages
 from ray_jobs.scoring.measure import Contender, Progress, ShardResult, answer_tokens, asking
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
+
+T = TypeVar("T")
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -32,14 +35,18 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
     try:
-        result = measure_together(contenders, arguments["records"], worker)
+        result = measure_together(contenders, arguments["records"], arguments["passages"], worker)
     except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
     return {"result": result} if worker.rank == 0 else {}
 
 
-def measure_together(contenders: Sequence[Contender], records: Sequence[Record], worker: Worker) -> ShardResult:
-    """Measure every contender on all records, which the workers of a process group share out; the same on all of them.
+def measure_together(
+    contenders: Sequence[Contender], records: Sequence[Record], passages: Passages, worker: Worker
+) -> ShardResult:
+    """Measure every contender on all records and passages; the same on every worker of a process group.
+
+    They share them out.
 
     Raises:
         DataError: no record fits the context.
@@ -50,11 +57,10 @@ def measure_together(contenders: Sequence[Contender], records: Sequence[Record],
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
     with asking(contenders, records) as (kept, all_asked):
-        # As many for each, beginning again where there are not enough: all take part in every batch.
-        dealt = np.resize(np.arange(len(kept)), -(-len(kept) // worker.num_workers) * worker.num_workers)
-        mine = dealt[worker.rank :: worker.num_workers].tolist()
+        mine, mine_to_read = _dealt(len(kept), worker), _dealt(len(passages.split), worker)
         progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
+        general_nll: dict[Role, list[float]] = {}
         for each in all_asked:
             progress.role = each.role
             with zero.sharding(each.config, each.dtype):
@@ -62,9 +68,24 @@ def measure_together(contenders: Sequence[Contender], records: Sequence[Record],
                 if each.adapter:
                     model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
-                    found = dict(zip(mine, each.scores(sharded, kept, mine, progress), strict=True))
-            parts: list[dict[int, Score]] = [{} for _ in range(worker.num_workers)]
-            dist.all_gather_object(parts, found)
-            together = {row: score for part in parts for row, score in part.items()}
-            scores[each.role] = [together[row] for row in range(len(kept))]
-        return ShardResult(answer_tokens(all_asked), scores, progress.first_scored_at)
+                    found = each.scores(sharded, kept, mine, progress)
+                    if each.role in passages.roles:
+                        read = each.general_nll(sharded, passages.split.take(mine_to_read))
+                        general_nll[each.role] = _gathered(mine_to_read, read, worker)
+            scores[each.role] = _gathered(mine, found, worker)
+        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at)
+
+
+def _dealt(count: int, worker: Worker) -> list[int]:
+    """A worker's rows: as many for each, beginning again where there are too few, as all take part in every batch."""
+    dealt = np.resize(np.arange(count), -(-count // worker.num_workers) * worker.num_workers)
+    rows: list[int] = dealt[worker.rank :: worker.num_workers].tolist()
+    return rows
+
+
+def _gathered(rows: Sequence[int], found: Sequence[T], worker: Worker) -> list[T]:
+    """What all workers have found, in the order of the rows."""
+    parts: list[dict[int, T]] = [{} for _ in range(worker.num_workers)]
+    dist.all_gather_object(parts, dict(zip(rows, found, strict=True)))
+    together = {row: value for part in parts for row, value in part.items()}
+    return [together[row] for row in sorted(together)]

@@ -140,6 +140,21 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     assert kinds.count("refused") == 1
 
 
+@pytest.mark.full
+def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that(home: Home, first: Done):
+    fast = {"adapter.name": "forgetful", "train.learning_rate": 2e-2, "train.max_steps": 24, "data.max_records": 600}
+    short = {"evaluate.records": 40, "evaluate.max_new_tokens": 4}
+    settings = [part for key, value in {**fast, **short}.items() for part in ("--set", f"{key}={value}")]
+    held = home.fineloop("run", *settings)
+    assert held.exit_code == 0, held.told
+    assert held.answer["decision"] == "hold"
+    assert any("loss on general text" in reason for reason in held.answer["reasons"])
+    base, candidate = held.answer["metrics"]["base"], held.answer["metrics"]["candidate"]
+    assert candidate["general_loss"] > base["general_loss"] + 0.5
+    assert candidate["loss"] < base["loss"] - 0.05  # on its task it has learned
+    assert first.answer["metrics"]["candidate"]["general_loss"] < base["general_loss"] + 0.5
+
+
 def _turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in json.loads(prompt)]
 

@@ -22,7 +22,7 @@ from components.registry.versions import Version, publish_version, pull_version,
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
 from ray_jobs.adapters import build, recorded
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import Contender, _contenders, _write_records, compared, measure_shard, with_room_for_answers
 from ray_jobs.scoring.answers import MARKS, Score
 from tests.models.tiny import build_base, colour_rows
@@ -353,8 +353,8 @@ def test_an_unset_answer_length_is_the_longest_references_within_bounds(config, 
     unset = changed(config, "model.max_length=512")
     unset = unset.model_copy(update={"evaluate": unset.evaluate.model_copy(update={"max_new_tokens": None})})
     records = [*RECORDS[:2], Record("long", [Message("user", "sky")], answer)]
-    base = base_model.resolve(unset.model)
-    assert with_room_for_answers(unset, base, records).evaluate.max_new_tokens == expected
+    chat = chat_format.load(base_model.resolve(unset.model), unset.model)
+    assert with_room_for_answers(unset, chat, records).evaluate.max_new_tokens == expected
     assert (
-        with_room_for_answers(changed(config, "evaluate.max_new_tokens=3"), base, records).evaluate.max_new_tokens == 3
+        with_room_for_answers(changed(config, "evaluate.max_new_tokens=3"), chat, records).evaluate.max_new_tokens == 3
     )

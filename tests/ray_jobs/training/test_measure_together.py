@@ -5,9 +5,11 @@ import torch
 
 from components.config import config_file
 from components.registry.aliases import promote
+from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import _contenders
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.scoring.general_text import to_read
 from ray_jobs.scoring.measure import measure_shard
 from tests.models.shapes import small
 from tests.models.tiny_version import RECORDS, publish
@@ -18,7 +20,7 @@ def changed(config, *overrides):
     return config_file.loads(config_file.dumps(config), overrides)
 
 
-def measure_in_rank(contenders, records):
+def measure_in_rank(contenders, records, passages):
     """What one rank does: its result."""
     import torch
     import torch.distributed as dist
@@ -26,7 +28,8 @@ def measure_in_rank(contenders, records):
     from ray_jobs.training.group import Worker
     from ray_jobs.training.measure_together import measure_together
 
-    return measure_together(contenders, records, Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    return measure_together(contenders, records, passages, worker)
 
 
 @pytest.mark.parametrize("name", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
@@ -41,13 +44,15 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     new = publish(config, store, tmp_path / "new")
     promote(store, config.adapter.name, old.version)
     contenders = _contenders(config, store, new)
-    records = RECORDS[:11]  # no even share for two workers
+    records = RECORDS[:11]  # no even share for two workers, and of the passages neither
+    three = changed(config, "evaluate.general_passages=3")
+    passages = to_read(store, chat_format.load(base_model.resolve(config.model), config.model), three, contenders)
     threads = torch.get_num_threads()
     # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
     monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
-    expected = measure_shard(contenders, records, shard_index=1)
+    expected = measure_shard(contenders, records, passages, shard_index=1)
     torch.set_num_threads(threads)
-    found, same = in_group(measure_in_rank, contenders, records, directory=tmp_path / "logs", num_workers=2)
+    found, same = in_group(measure_in_rank, contenders, records, passages, directory=tmp_path / "logs", num_workers=2)
     assert found == same
     assert found.tokens == expected.tokens
     assert found.scores.keys() == {"base", "champion", "candidate"}
@@ -56,6 +61,8 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
             assert ours.text == theirs.text
             assert ours.nll == pytest.approx(theirs.nll, rel=0.01)
             assert (ours.other_prompt_nll is None) == (role == "base")
+        assert found.general_nll[role] == pytest.approx(expected.general_nll[role], rel=0.01)
+        assert len(found.general_nll[role]) == 3
 
 
 @pytest.mark.parametrize(

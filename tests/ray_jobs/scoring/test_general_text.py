@@ -1,0 +1,144 @@
+"""What models make of general text, against transformers' own loss, and what is not read twice."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from importlib import resources
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record
+from components.registry import runs
+from components.registry.records import Evaluation, GeneralText, Measured
+from components.registry.store import Store
+from components.registry.versions import Version, resolve
+from ray_jobs.base import base_model, chat_format
+from ray_jobs.evaluate import compared
+from ray_jobs.scoring.general_text import Passages, to_read
+from ray_jobs.scoring.measure import Contender, measure_shard
+from tests.models.tiny import colour_rows
+from tests.models.tiny_version import publish
+
+RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
+SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("general_text.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def config(config: RunConfig, store: Store) -> RunConfig:
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "evaluate.general_passages=5"]
+    return config_file.loads(config_file.dumps(config), [*place, "model.max_length=40"])
+
+
+@pytest.fixture
+def version(config: RunConfig, store: Store, tmp_path) -> Version:
+    return publish(config, store, tmp_path, with_data=False)
+
+
+def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
+    identity = base_model.resolve(config.model).identity
+    roles = ["base", *["champion", "candidate"][-len(versions) :]]
+    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
+
+
+def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    return to_read(store, chat, config, contenders(config, *versions))
+
+
+def remember(store: Store, config: RunConfig, version: Version, found: GeneralText) -> None:
+    measured = Evaluation(
+        run_id=version.run_id,
+        records=1,
+        base={"identity": base_model.resolve(config.model).identity},
+        models={"candidate": Measured(version=version.version, metrics={})},
+        general_text=found,
+    )
+    runs.write(store, version.run_id, measured)
+
+
+def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() -> None:
+    kinds = [passage["source"] for passage in SHIPPED["passages"]]
+    assert len({passage["text"] for passage in SHIPPED["passages"]}) == len(kinds) == 240
+    assert set(kinds) == SHIPPED["sources"].keys()
+    assert all("public domain" in told or "copyright has expired" in told for told in SHIPPED["sources"].values())
+    for end in range(4, 241, 4):
+        counted = Counter("classics" if kind in ("pride", "opticks") else kind for kind in kinds[:end])
+        assert set(counted.values()) == {end // 4}
+
+
+def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> None:
+    passages = asked(config, store, version)
+    assert passages.roles == {"base", "candidate"}
+    found = measure_shard(contenders(config, version), RECORDS, passages, shard_index=0).general_nll
+    tokenizer = AutoTokenizer.from_pretrained(config.model.base)
+    model = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
+    for passage, nll in zip(SHIPPED["passages"][:5], found["base"], strict=True):
+        ids = tokenizer(passage["text"], return_tensors="pt").input_ids[:, :40]
+        with torch.inference_mode():
+            mean = model(input_ids=ids, labels=ids).loss.item()
+        assert nll == pytest.approx(mean * (ids.shape[1] - 1), rel=0.01)
+    assert sum(found["candidate"]) > 1.05 * sum(found["base"])  # an update drawn at random knows less
+
+
+def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
+    whole = asked(config, store, version)
+    parts = [
+        measure_shard(contenders(config, version), RECORDS, whole.share(index, 2), shard_index=1).general_nll
+        for index in range(2)
+    ]
+    alone = measure_shard(contenders(config, version), RECORDS, whole, shard_index=1).general_nll
+    together = whole.measured(parts)
+    assert together.nll.keys() == {"base", "candidate"}
+    for role, nll in together.nll.items():
+        assert nll == pytest.approx(alone[role], rel=1e-3)
+    assert together.loss("base") == pytest.approx(sum(alone["base"]) / (5 * 39), rel=1e-3)
+
+
+def test_the_comparison_tells_every_models_loss_per_token(config, store, version) -> None:
+    passages, models = asked(config, store, version), contenders(config, version)
+    found = measure_shard(models, RECORDS, passages, shard_index=1)
+    general = passages.measured([found.general_nll])
+    told = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
+    evaluation = told(general=general)
+    for role in ("base", "candidate"):
+        assert evaluation.metric(role, "general_loss") == pytest.approx(sum(found.general_nll[role]) / (5 * 39))
+    assert evaluation.general_text == general
+    assert told().metric("candidate", "general_loss") is None
+
+
+def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, tmp_path) -> None:
+    champion = replace(version, run_id="earlier")
+    text = asked(config, store, champion).known
+    known = text.model_copy(update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}})
+    remember(store, config, champion, known)
+    candidate = replace(version, version="0" * 12, run_id="later")
+    passages = asked(config, store, champion, candidate)
+    assert passages.roles == {"candidate"}
+    assert passages.known.nll == {"base": [1.0] * 5, "champion": [2.0] * 5}
+
+    store.put(f"runs/{champion.run_id}/evaluation.json", b"{")
+    assert asked(config, store, champion, candidate).roles == {"base", "champion", "candidate"}
+    remember(store, config, champion, known)
+    fewer = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=4"])
+    assert asked(fewer, store, champion, candidate).roles == {"base", "champion", "candidate"}
+    dense = config_file.loads(config_file.dumps(config), ["method.base=nf4"])
+    assert asked(dense, store, champion, candidate).roles == {"base", "candidate"}
+
+
+def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
+    ours = contenders(config, version, replace(version, version="0" * 12))
+    other = [ours[0], replace(ours[1], base_identity={"kind": "folder", "sha256": "0"}), ours[2]]
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    assert to_read(store, chat, config, other).roles == {"base", "candidate"}
+
+
+def test_no_passages_are_nothing_to_read(config, store, version) -> None:
+    none = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=0"])
+    passages = asked(none, store, resolve(store, f"{config.adapter.name}@{version.version}"))
+    assert passages.roles == frozenset()
+    assert passages.measured([{}]) is None
