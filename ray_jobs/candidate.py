@@ -12,6 +12,7 @@ from components.shared.protocol import TRAINED, say
 from ray_jobs import entry
 from ray_jobs import evaluate as comparing
 from ray_jobs import finetune as training
+from ray_jobs.scoring import marks
 from ray_jobs.scoring.measure import STEP as COMPARING
 
 
@@ -29,7 +30,9 @@ def main() -> None:
     run_id, dataset_uri = arguments.run_id, arguments.dataset
 
     def train() -> None:
-        result = trained(entry.load_config(arguments.config, arguments.set), run_id=run_id, dataset_uri=dataset_uri)
+        config = entry.load_config(arguments.config, arguments.set)
+        marks.named(config.metrics)  # what cannot be measured is better said before the training
+        result = trained(config, run_id=run_id, dataset_uri=dataset_uri)
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:

@@ -22,7 +22,7 @@ from components.registry.records import ROLES, Evaluation, GeneralText, Measured
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.errors import FineloopError, JobError, ObjectMissing
-from components.shared.metrics import METRICS
+from components.shared.metrics import metrics_of
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
@@ -195,7 +195,8 @@ def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Ma
 
 
 def _told(evaluation: Evaluation, role: Role) -> Iterator[str]:
-    for metric in METRICS.values():
+    measured = evaluation.model(role)
+    for metric in metrics_of(measured.metrics if measured else ()):
         value = evaluation.metric(role, metric.key)
         if value is not None:
             yield f"{metric.label} {metric.text(value)}"

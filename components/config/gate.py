@@ -1,28 +1,35 @@
 """When a candidate may take the alias."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from components.config.section import Added, Section
-from components.shared.metrics import COMPARED, METRICS
+from components.shared.metrics import COMPARED, METRICS, OWN, metric_of
 
 SliceKind = Literal["label", "source", "length"]
 
 
-def _one_of(metrics: Sequence[str], metric: str) -> str:
-    if metric not in metrics:
-        raise ValueError(f"{metric!r} is none of {', '.join(metrics)}")
+def _known(metrics: Sequence[str], metric: str) -> str:
+    if metric not in metrics and not re.fullmatch(OWN, metric):
+        raise ValueError(f"{metric!r} is none of {', '.join(metrics)}, nor a function of your own as module:function")
     return metric
 
 
-ComparedMetric = Annotated[
-    str, AfterValidator(partial(_one_of, COMPARED)), Field(json_schema_extra={"enum": list(COMPARED)})
-]
+def _choices(metrics: Sequence[str]) -> dict[str, Any]:
+    return {"anyOf": [{"enum": list(metrics)}, {"pattern": f"^{OWN}$"}]}
+
+
+_ON_REQUEST = [key for key, metric in METRICS.items() if metric.on_request]
+ComparedMetric = Annotated[str, AfterValidator(partial(_known, COMPARED)), Field(json_schema_extra=_choices(COMPARED))]
 LimitedMetric = Annotated[
-    str, AfterValidator(partial(_one_of, [*METRICS])), Field(json_schema_extra={"enum": list(METRICS)})
+    str, AfterValidator(partial(_known, [*METRICS])), Field(json_schema_extra=_choices([*METRICS]))
+]
+RequestedMetric = Annotated[
+    str, AfterValidator(partial(_known, _ON_REQUEST)), Field(json_schema_extra=_choices(_ON_REQUEST))
 ]
 
 
@@ -93,7 +100,7 @@ class GateConfig(Section):
 
     @model_validator(mode="after")
     def _relative_to_a_loss(self) -> "GateConfig":
-        if self.margins == "relative" and not METRICS[self.metric].lower_is_better:
+        if self.margins == "relative" and not metric_of(self.metric).lower_is_better:
             losses = ", ".join(key for key in COMPARED if METRICS[key].lower_is_better)
             raise ValueError(
                 f"margins relative to {self.metric} mean nothing where the base has none of it: set gate.metric to "

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from components.config.gate import GateConfig
+from components.config.gate import GateConfig, RequestedMetric
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import RayConfig
@@ -19,6 +19,7 @@ from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
 from components.config.train import TrainConfig as TrainConfig
 from components.config.tune import TuneConfig
+from components.shared.metrics import METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -157,6 +158,10 @@ class EvaluateConfig(Section):
     """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
+    metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
+    """What to measure beside loss, exact match and token F1, as far as the gate does not name it already: rouge_l,
+    json_valid, label_accuracy, or a function of yours as module:function, which is imported and run where evaluation
+    runs. It is given an answer and its reference, both text, and gives a number in 0..1, more being better."""
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 64
     """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets
     what its base knows (general_loss); 0 measures none."""
@@ -267,6 +272,14 @@ class RunConfig(Section):
             train.cpu_offload,
             train.gradient_checkpointing,
         )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The keys of all that is measured or asked for: those of every run, and what evaluate and gate name."""
+        always = [key for key, metric in METRICS.items() if not metric.on_request]
+        gate = self.gate
+        named = [gate.metric, *(guard.metric for guard in gate.guards), *(limit.metric for limit in gate.limits)]
+        return list(dict.fromkeys([*always, *self.evaluate.metrics, *named]))
 
     @property
     def learning_rate(self) -> float:

@@ -17,7 +17,7 @@ from components.gate.past import confidence_at
 from components.registry.records import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
 from components.registry.store import decode_json, encode_json
 from components.shared.errors import DataError
-from components.shared.metrics import METRICS, Metric
+from components.shared.metrics import Metric, metric_of, metrics_of
 
 
 def decide(
@@ -38,7 +38,7 @@ def decide(
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
         called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
         relative = policy.margins == "relative" and metric == policy.metric
-        return Compared(evaluation, evidence, METRICS[metric], role, called, confidence, relative)
+        return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative)
 
     rules: list[RuleResult] = []
     if champion is not None and champion.version is not None:
@@ -63,7 +63,7 @@ def decide(
     if evaluation.general_text is not None:
         rules.append(comparisons.remembers(policy, against("base", "general_loss")))
     for index, limit in enumerate(policy.limits):
-        metric = METRICS[limit.metric]
+        metric = metric_of(limit.metric)
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
         if limit.min is not None and prompts is not None:
             rules.append(
@@ -162,7 +162,7 @@ def _too_few_records(evidence: Evidence, minimum: int) -> Iterator[RuleResult]:
 
 
 def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResult]:
-    metric = METRICS[limit.metric]
+    metric = metric_of(limit.metric)
     ours = number(candidate, metric)
     for side, bound, words in (("min", limit.min, "at least"), ("max", limit.max, "at most")):
         if bound is None:
@@ -191,9 +191,9 @@ def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResul
 
 def _broken_numbers(candidate: Measured, compared: set[str | None]) -> Iterator[RuleResult]:
     """A NaN or an infinity in a metric that no rule compares still means that the evaluation cannot be trusted."""
-    for key, value in candidate.metrics.items():
-        if key in METRICS and key not in compared and value is not None and finite(value) is None:
-            metric = METRICS[key]
+    for metric in metrics_of(candidate.metrics):
+        key, value = metric.key, candidate.metrics[metric.key]
+        if key not in compared and value is not None and finite(value) is None:
             yield RuleResult(
                 name="finite_numbers",
                 field="evaluate",

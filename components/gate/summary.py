@@ -1,7 +1,7 @@
 """The decision as Markdown, which the Kubeflow UI shows with the step; pure."""
 
 from components.registry.records import Decision, RuleResult
-from components.shared.metrics import METRICS
+from components.shared.metrics import metric_of
 
 
 def as_markdown(decision: Decision) -> str:
@@ -35,7 +35,7 @@ def _row(rule: RuleResult) -> str:
 
 
 def _number(rule: RuleResult, value: float | None) -> str:
-    return "" if value is None or rule.metric is None else METRICS[rule.metric].text(value)
+    return "" if value is None or rule.metric is None else metric_of(rule.metric).text(value)
 
 
 def _cell(text: str) -> str:

@@ -8,7 +8,7 @@ from components.registry import aliases, event_log, versions
 from components.registry.history import is_refused
 from components.registry.records import finite
 from components.shared.errors import UserError
-from components.shared.metrics import METRICS, Metric
+from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.event_log import Event
@@ -112,7 +112,7 @@ def as_markdown(store: "Store", request: Request, event: "Event") -> str:
         f"|---|{'---|' * len(measured)}",
         *[
             f"| {metric.label} | {' | '.join(_shown(metric, metrics) for metrics in measured.values())} |"
-            for metric in METRICS.values()
+            for metric in metrics_of({key for metrics in measured.values() for key in metrics})
         ],
     ]
     return "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from components.registry.records import ROLES, Role, RuleResult
 from components.report.numbers import count
 from components.report.run_files import RunFiles
-from components.shared.metrics import METRICS, RELATIVE, Metric
+from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
 """What the candidate is compared with, what matters more first."""
@@ -90,7 +90,7 @@ def panels(run: RunFiles) -> list[Panel]:
     """One panel for each metric that was measured."""
     called = names(run)
     result = []
-    for metric in METRICS.values():
+    for metric in metrics_of(_measured(run)):
         values = {role: value for role in ROLES if (value := run.metric(role, metric.key)) is not None}
         bounds = _bounds(run, metric)
         if not values or (metric.repeats and not bounds):  # without a bound of its own the same picture twice
@@ -115,12 +115,12 @@ def panels(run: RunFiles) -> list[Panel]:
 
 def intervals(run: RunFiles) -> list[Interval]:
     """The gain between its bounds, for each comparison that the gate made; without a gate, those of the evaluation."""
-    decided = [rule for rule in _rules(run) if rule.against and rule.metric in METRICS and rule.lower is not None]
+    decided = [rule for rule in _rules(run) if rule.against and is_metric(rule.metric) and rule.lower is not None]
     return [_of_rule(rule) for rule in decided] if decided else list(_of_evaluation(run))
 
 
 def _of_rule(rule: RuleResult) -> Interval:
-    metric = METRICS[rule.metric or ""]
+    metric = metric_of(rule.metric or "")
     amounts = RELATIVE if rule.relative else metric
     assert rule.gain is not None
     assert rule.lower is not None
@@ -138,9 +138,9 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
     called = names(run)
     for role in ROLES:
         found = run.evaluation.paired.get(role) if run.evaluation else None
-        if found is None or found.ci95 is None or found.metric not in METRICS:
+        if found is None or found.ci95 is None or not is_metric(found.metric):
             continue
-        metric = METRICS[found.metric]
+        metric = metric_of(found.metric)
         low, high = (metric.signed_text(end) for end in found.ci95)
         words = f"95 % interval {low} to {high}, {count(found.records)} records"
         name = f"Candidate against {called[role].lower() if role == 'base' else run.alias}"
@@ -171,7 +171,7 @@ def _interval(
 def table(run: RunFiles) -> list[MetricRow]:
     """Every metric of the three models with the candidate's differences."""
     rows = []
-    for metric in METRICS.values():
+    for metric in metrics_of(_measured(run)):
         values = {role: run.metric(role, metric.key) for role in ROLES}
         if all(value is None for value in values.values()):
             continue
@@ -195,11 +195,16 @@ def rules(run: RunFiles) -> list[RuleRow]:
 
 
 def _rule_row(rule: RuleResult) -> RuleRow:
-    metric = METRICS.get(rule.metric or "")
+    metric = metric_of(rule.metric) if is_metric(rule.metric) else None
     candidate, other = (
         metric.text(value) if metric and value is not None else "" for value in (rule.candidate, rule.other)
     )
     return RuleRow(rule, rule.title or rule.name.replace("_", " "), candidate, other, rule.bound_text)
+
+
+def _measured(run: RunFiles) -> set[str]:
+    """Keys of all that was measured of any model."""
+    return {key for role in ROLES if (model := run.model(role)) for key in model.metrics}
 
 
 def _rules(run: RunFiles) -> tuple[RuleResult, ...]:

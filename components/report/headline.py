@@ -7,7 +7,7 @@ from components.registry.records import Role
 from components.report import continued
 from components.report.numbers import count
 from components.report.run_files import RunFiles
-from components.shared.metrics import METRICS
+from components.shared.metrics import is_metric, metric_of
 
 Verdict = Literal["promote", "hold", "skipped", "failed", "open"]
 
@@ -90,12 +90,12 @@ def _lead(run: RunFiles) -> str:
     if ours is not None:
         sentences.append(
             f"On {count(run.evaluation.records)} held-out records the candidate gives the exact answer "
-            f"{METRICS['exact_match'].text(ours)} of the time{_others(run, 'exact_match')}."
+            f"{metric_of('exact_match').text(ours)} of the time{_others(run, 'exact_match')}."
         )
     key = (run.decision.policy if run.decision else {}).get("metric", "loss")
     value = run.metric("candidate", key)
-    if value is not None and key in METRICS and key != "exact_match":
-        metric = METRICS[key]
+    if value is not None and is_metric(key) and key != "exact_match":
+        metric = metric_of(key)
         better = "lower" if metric.lower_is_better else "higher"
         sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
     told = " ".join(sentences) or "The candidate's metrics were not measured."
@@ -105,5 +105,5 @@ def _lead(run: RunFiles) -> str:
 def _others(run: RunFiles, key: str) -> str:
     called: dict[Role, str] = {"champion": f"{run.alias}'s version so far", "base": "the base model"}
     values = {name: run.metric(role, key) for role, name in called.items()}
-    told = [f"{METRICS[key].text(value)} for {name}" for name, value in values.items() if value is not None]
+    told = [f"{metric_of(key).text(value)} for {name}" for name, value in values.items() if value is not None]
     return f", against {' and '.join(told)}" if told else ""

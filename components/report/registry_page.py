@@ -10,7 +10,7 @@ from components.registry.records import Evaluation, PairedDifference
 from components.report.html import template
 from components.report.numbers import moment, parse_moment
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import METRICS
+from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
@@ -47,7 +47,7 @@ class Published:
     def metric(self, key: str) -> str:
         """As people read it; a dash where it was not measured."""
         value = self.evaluation.metric("candidate", key) if self.evaluation else None
-        return "-" if value is None else METRICS[key].text(value)
+        return "-" if value is None else metric_of(key).text(value)
 
     @property
     def against_champion(self) -> PairedDifference | None:
@@ -100,6 +100,12 @@ class AdapterPage:
     events: tuple["Event", ...]
     changes: tuple[tuple[str, str, str], ...]
     """Path in the lineage or what was measured on the same records, in the version before, in production."""
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """All that was measured of any version."""
+        measured = [each.evaluation.model("candidate") for each in self.published if each.evaluation]
+        return metrics_of(key for model in measured if model for key in model.metrics)
 
 
 def list_adapter(store: "Store", name: str) -> Listed:
@@ -170,9 +176,9 @@ def sentence(page: AdapterPage) -> str:
     if page.held is None:
         return "Nothing is in production."
     paired = page.held.against_champion
-    if paired is None or paired.metric not in METRICS:
+    if paired is None or not is_metric(paired.metric):
         return "It was compared with no version in production before it."
-    metric = METRICS[paired.metric]
+    metric = metric_of(paired.metric)
     better = "better" if paired.difference > 0 else "worse" if paired.difference < 0 else "neither better nor worse"
     told = f"On {paired.records} held-out records its {metric.label} was {better} than the champion's of that day"
     if paired.difference:
@@ -219,10 +225,10 @@ def build_pages(
 ) -> dict[str, str]:
     """File name to HTML: index.html with what is listed, and each page. Every text from the registry is escaped."""
     page_template = template("registry.html")
-    common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when, "metrics": METRICS}
+    common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
-        told = {"sentence": sentence(page), "picture": picture(page)}
+        told = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}
         built[f"{page.name}.html"] = page_template.render(**common, **told, page=page)
     return built
 
@@ -231,10 +237,10 @@ def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str,
     champion = evaluation.model("champion") if evaluation else None
     if evaluation is None or champion is None or champion.version != before:
         return
-    for key, metric in METRICS.items():
-        old, new = evaluation.metric("champion", key), evaluation.metric("candidate", key)
+    for metric in metrics_of(champion.metrics):
+        old, new = evaluation.metric("champion", metric.key), evaluation.metric("candidate", metric.key)
         if old is not None and new is not None:
-            yield f"measured.{key}", metric.text(old), metric.text(new)
+            yield f"measured.{metric.key}", metric.text(old), metric.text(new)
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ from components.registry.records import RuleResult
 from components.report.numbers import count
 from components.report.run_files import RunFiles
 from components.report.sections import clipped
-from components.shared.metrics import METRICS, RELATIVE
+from components.shared.metrics import RELATIVE, metric_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def slices(run: RunFiles) -> Picture | None:
 
 
 def _picture(rule: RuleResult) -> Picture:
-    metric, bound = METRICS[rule.metric or ""], -(rule.bound or 0.0)
+    metric, bound = metric_of(rule.metric or ""), -(rule.bound or 0.0)
     amounts = RELATIVE if rule.relative else metric
     marks = [0.0, bound, *(end for each in rule.slices for end in (each.lower, each.upper))]
     pad = (max(marks) - min(marks)) * 0.03 or 1.0

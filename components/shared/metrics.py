@@ -1,9 +1,13 @@
 """The metrics of an evaluation: the one table that config, evaluation, gate, report and command line read.
 
-A new metric is a row here and its computation in `ray_jobs/scoring/answers.py`.
+A new metric is a row here and its computation in `ray_jobs/scoring/`. A config may name a function of its own as
+`module:function`, which is a row like the others.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 SAME = 1e-9  # two numbers closer than this are the same: 0.30 - 0.25 is not 0.05 in binary floating point
 LARGE = ((10, 3), (100, 2), (10_000, 1))  # below this size, so many decimals
@@ -35,6 +39,8 @@ class Metric:
     """Whether it says how much answers depend on their prompts."""
     differs_in_points: bool = True
     """Whether differences of a share are told in points, and not in per cent."""
+    on_request: bool = False
+    """Whether it is measured only where the config names it."""
     on_general_text: bool = False
     """Whether it is measured on text of no domain, and not on the held-out records."""
 
@@ -105,6 +111,25 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", "exact match", "answers that equal the reference", lower_is_better=False, is_share=True),
         Metric("token_f1", "token F1", "words shared with the reference", lower_is_better=False, is_share=True),
         Metric(
+            "rouge_l",
+            "ROUGE-L",
+            "words shared with the reference in the same order",
+            lower_is_better=False,
+            is_share=True,
+            on_request=True,
+        ),
+        Metric(
+            "json_valid", "valid JSON", "answers that are JSON", lower_is_better=False, is_share=True, on_request=True
+        ),
+        Metric(
+            "label_accuracy",
+            "label accuracy",
+            "answers with the reference's label, however they are written",
+            lower_is_better=False,
+            is_share=True,
+            on_request=True,
+        ),
+        Metric(
             "loss",
             "loss",
             "surprise at the reference answer",
@@ -173,5 +198,33 @@ RELATIVE = Metric(
     differs_in_points=False,
 )
 """What differences are told in where margins are relative."""
-COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare)
+OWN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""How a config names a metric of its own: the function's import path."""
+
+
+def is_metric(key: str | None) -> TypeGuard[str]:
+    """Whether it is in the table, or the import path of a function."""
+    return key is not None and (key in METRICS or re.fullmatch(OWN, key) is not None)
+
+
+def metric_of(key: str) -> Metric:
+    """The metric of this key.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if key in METRICS or not is_metric(key):
+        return METRICS[key]
+    name = key.rpartition(":")[2].replace("_", " ")
+    return Metric(key, name, f"what {key} gives", lower_is_better=False, is_share=True)
+
+
+def metrics_of(keys: Iterable[str]) -> list[Metric]:
+    """The metrics of these keys, as the table has them, then a config's own; what is no metric is left out."""
+    asked = set(keys)
+    own = sorted(key for key in asked - METRICS.keys() if is_metric(key))
+    return [metric for key, metric in METRICS.items() if key in asked] + [metric_of(key) for key in own]
+
+
+COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare and not metric.on_general_text)
 """The metrics that base and champion can be compared on."""

@@ -13,7 +13,7 @@ from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.errors import ObjectMissing
-from components.shared.metrics import METRICS
+from components.shared.metrics import metrics_of
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table
 
@@ -69,7 +69,7 @@ def version_shown(store: Store, version: Version) -> Answer:
     body = {**_described(version), "servable_as": served.servable_as, "serving": served.notes}
     metrics = ", ".join(
         f"{metric.label} {metric.text(value)}"
-        for metric in METRICS.values()
+        for metric in metrics_of(version.metrics)
         if (value := finite(version.metrics.get(metric.key))) is not None
     )
     rows = [

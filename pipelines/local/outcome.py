@@ -11,7 +11,7 @@ from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.shared.errors import FineloopError
-from components.shared.metrics import METRICS
+from components.shared.metrics import metrics_of
 from pipelines.local.local_services import store_configured
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
 
 def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
     roles = [role for role in ROLES if metrics.get(role)]
-    rows = [["", *roles]]
-    for metric in METRICS.values():
+    lines = [["", *roles]]
+    for metric in metrics_of({key for role in roles for key in metrics[role] or ()}):
         values = [(metrics[role] or {}).get(metric.key) for role in roles]
         if any(value is not None for value in values):
-            rows.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
-    return [f"  {row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
+            lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
+    return [f"  {line[0]:<20}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
 
 
 def _metrics(store: "Store", run_id: str) -> dict[Role, dict[str, float | None] | None]:

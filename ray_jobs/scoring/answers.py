@@ -1,51 +1,22 @@
-"""What an answer is worth: pure functions over texts and log-likelihoods."""
+"""What a model's answers are worth together: pure functions over marks and log-likelihoods."""
 
 import math
-import re
-import string
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from components.registry.records import PairedDifference
-from components.shared.metrics import METRICS, Metric
+from components.shared.metrics import Metric, metric_of
 from components.shared.paired import Pairs, bounds
+from ray_jobs.scoring.marks import label, normal
 
 MAX_CLASSES = 30
-PUNCTUATION = str.maketrans("", "", string.punctuation)
 OTHER = "(another answer)"
 NEW_TOKENS = range(8, 257)
 """What the longest answer may be where the config leaves it to the references."""
-
-
-def exact_match(answer: str, reference: str) -> bool:
-    """Equal up to Unicode form and white space."""
-    return _normal(answer) == _normal(reference)
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over a bag of words, in 0..1, as SQuAD's evaluate-v1.1.py counts it
-    (arXiv:1606.05250, section 6.1): in lower case, ASCII punctuation taken out, English articles left out.
-
-    Of two texts without any such word, as A and A, that script makes 0 and its successor for SQuAD 2.0 makes 1: here it
-    is whether they are equal.
-    """
-    ours, theirs = Counter(_words(answer)), Counter(_words(reference))
-    if not ours and not theirs:
-        return float(exact_match(answer, reference))
-    common = (ours & theirs).total()
-    if not common:
-        return 0.0
-    precision, recall = common / ours.total(), common / theirs.total()
-    return 2 * precision * recall / (precision + recall)
-
-
-MARKS: Mapping[str, Callable[[str, str], float]] = {"exact_match": exact_match, "token_f1": token_f1}
-"""What an answer may be worth against its reference, in 0..1; the metric is the mean over all records."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +30,7 @@ class Score:
     text: str
     """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
-    """What the answer is worth against the reference, by the keys of MARKS."""
-
-
-def marks(answer: str, reference: str) -> dict[str, float]:
-    """Every mark of one answer."""
-    return {key: float(mark(answer, reference)) for key, mark in MARKS.items()}
+    """What the answer is worth against the reference, by the keys of the metrics that are means of marks."""
 
 
 def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[str, float | None]:
@@ -78,27 +44,28 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "answer_loss": loss * tokens_per_answer,
-        **{key: sum(score.marks[key] for score in scores) / len(scores) for key in MARKS},
+        **{key: sum(score.marks[key] for score in scores) / len(scores) for key in scores[0].marks},
         "prompt_gain": prompt_gain,
         "answer_prompt_gain": None if prompt_gain is None else prompt_gain * tokens_per_answer,
     }
 
 
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
-    """How often each reference was answered by which: labels, and counts[reference][answer].
+    """How often each label was answered by which: labels, and counts[reference][answer].
 
-    None where the answers are no classes: more than MAX_CLASSES distinct references, or hardly any said twice.
+    A label is told as the references write it most often. None where the answers are no classes: more than
+    MAX_CLASSES distinct references, or hardly any said twice.
     """
-    expected, given = [_normal(each) for each in references], [_normal(each) for each in answers]
-    classes = [label for label, _ in Counter(expected).most_common()]
+    expected, given = [label(each) for each in references], [label(each) for each in answers]
+    classes = [name for name, _ in Counter(expected).most_common()]
     if not 2 <= len(classes) <= min(MAX_CLASSES, len(expected) // 2):
         return None
-    labels = [*classes, OTHER]
-    index = {label: row for row, label in enumerate(labels)}
-    counts = [[0] * len(labels) for _ in labels]
+    index = {name: place for place, name in enumerate(classes)}
+    counts = [[0] * (len(classes) + 1) for _ in range(len(classes) + 1)]
     for reference, answer in zip(expected, given, strict=True):
         counts[index[reference]][index.get(answer, len(classes))] += 1
-    return {"labels": labels, "counts": counts}
+    written = {label(text): text for text, _ in reversed(Counter(normal(each) for each in references).most_common())}
+    return {"labels": [*(written[name] for name in classes), OTHER], "counts": counts}
 
 
 def paired_difference(
@@ -112,11 +79,11 @@ def paired_difference(
 
     Positive means that the candidate is better, whichever way the metric points. None where a number is not finite.
     """
-    row = METRICS[metric]
-    ours, theirs = (np.array([_of_record(each, row) for each in scores]) for scores in (candidate, other))
-    weights = np.array(num_answer_tokens, dtype=np.float64) if row.per_token else np.ones(len(ours))
+    asked = metric_of(metric)
+    ours, theirs = (np.array([_of_record(each, asked) for each in scores]) for scores in (candidate, other))
+    weights = np.array(num_answer_tokens, dtype=np.float64) if asked.per_token else np.ones(len(ours))
     numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
-    pairs = Pairs(ours, theirs, weights, numbered, row.lower_is_better, row.exponential)
+    pairs = Pairs(ours, theirs, weights, numbered, asked.lower_is_better, asked.exponential)
     found = bounds(pairs, confidence=0.975)
     if found is None:
         return None
@@ -130,15 +97,6 @@ def _of_record(score: Score, metric: Metric) -> float:
     return score.nll if metric.column == "nll" else score.marks[metric.key]
 
 
-def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _words(text: str) -> list[str]:
-    without_punctuation = _normal(text).lower().translate(PUNCTUATION)
-    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
-
-
 def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]:
     """Per-record results as columns of a table."""
     others = [score.other_prompt_nll for score in scores]
@@ -146,5 +104,5 @@ def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]
         f"{role}_answer": [score.text for score in scores],
         f"{role}_nll": [score.nll for score in scores],
         **({} if None in others else {f"{role}_other_prompt_nll": [*others]}),
-        **{f"{role}_{key}": [score.marks[key] for score in scores] for key in MARKS},
+        **{f"{role}_{key}": [score.marks[key] for score in scores] for key in scores[0].marks},
     }

@@ -24,6 +24,7 @@ from ray_jobs.base import base_model, chat_format, precision, widened
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.scoring import marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
 
@@ -100,6 +101,7 @@ class Asked:
             [records[row] for row in rows],
             self.split.take(rows),
             with_other_prompts=others.take(rows) if others else None,
+            marks=marks.named(self.config.metrics),
             batch_size=self.config.evaluate.batch_size,
             max_new_tokens=self.config.evaluate.max_new_tokens or NEW_TOKENS[-1],
             advance=progress.advance,

@@ -1,6 +1,6 @@
 """Scoring one model on records: log-likelihood of the reference answer, and the greedy answer itself, both batched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ from components.prepare.dataset import Record
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring.answers import Score, marks
+from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.batches import in_batches, is_shared
 from ray_jobs.scoring.generation import Advance, greedy
+from ray_jobs.scoring.marks import Mark
 
 
 @torch.inference_mode()
@@ -24,6 +25,7 @@ def score(
     split: TokenizedSplit,
     *,
     with_other_prompts: TokenizedSplit | None,
+    marks: Mapping[str, Mark],
     batch_size: int,
     max_new_tokens: int,
     advance: Advance,
@@ -43,7 +45,7 @@ def score(
             nll=nll[row],
             other_prompt_nll=other[row] if other is not None else None,
             text=answer,
-            marks=marks(answer, reference),
+            marks={key: mark(answer, reference) for key, mark in marks.items()},
         )
         for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
     ]

@@ -24,7 +24,8 @@ from components.shared.metrics import METRICS
 from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import Contender, _contenders, _write_records, compared, measure_shard, with_room_for_answers
-from ray_jobs.scoring.answers import MARKS, Score
+from ray_jobs.scoring.answers import Score
+from ray_jobs.scoring.marks import MARKS
 from tests.models.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
@@ -286,7 +287,7 @@ def test_what_is_kept_of_each_record_is_what_the_gate_reads(store):
 def summary(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     promote(store, config.adapter.name, old.version)
-    config = changed(config, "evaluate.samples=2", "gate.metric=exact_match")
+    config = changed(config, "evaluate.samples=2", "gate.metric=exact_match", 'evaluate.metrics=["operator:eq"]')
     contenders = _contenders(config, store, new)
     asked = [dataclasses.replace(r, prompt=[Message("system", "Be brief."), *r.prompt]) for r in RECORDS]
     found = measure_shard(contenders, asked, shard_index=0)
@@ -302,7 +303,9 @@ def test_the_comparison_holds_what_gate_and_report_read(summary):
         "candidate": new.version,
     }
     for model in found.models.values():
-        assert model.metrics.keys() == METRICS.keys()
+        always = {key for key, metric in METRICS.items() if not metric.on_request}
+        assert model.metrics.keys() == {*always, "operator:eq"}
+        assert model.metrics["operator:eq"] == model.metrics["exact_match"]
     assert found.paired.keys() == {"base", "champion"}
     for pair in found.paired.values():
         assert pair.metric == "exact_match"

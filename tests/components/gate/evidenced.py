@@ -12,7 +12,7 @@ from components.config.schema import AdapterConfig
 from components.gate import policy as policy_of_the_gate
 from components.gate.evidence import Evidence
 from components.registry.records import Decision, Evaluation, Measured, RuleResult
-from components.shared.metrics import METRICS
+from components.shared.metrics import metric_of
 
 TOKENS = 4.0
 GOOD = {"loss": 1.0, "perplexity": 2.72, "exact_match": 0.70, "token_f1": 0.75, "answer_prompt_gain": 4.8}
@@ -26,7 +26,7 @@ def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
     columns = {}
     for role, model in evaluation.models.items():
         for key, value in (model.metrics if model else {}).items():
-            metric = METRICS[key]
+            metric = metric_of(key)
             if (
                 metric.may_compare
                 and not metric.on_general_text

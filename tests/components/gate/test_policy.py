@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.config.gate import GateConfig, Limit
+from components.config.gate import GateConfig, Guard, Limit
 from components.shared.errors import DataError
 from tests.components.gate.evidenced import decide, evaluation, model, rule
 
@@ -219,3 +219,18 @@ def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
         ("Answers depend on their prompts", "at least 0.1", None, 0.1, "limit: at least 0.100"),
         ("Exact match low enough", "at most 90 %", None, 0.9, "limit: at most 90.0 %"),
     ]
+
+
+def test_a_function_of_the_configs_own_decides_guards_and_limits_like_any_metric() -> None:
+    key = "acme.scores:house_style"
+    policy = GateConfig(metric=key, guards=[Guard(metric=key)], limits=[Limit(metric=key, min=0.5)])
+    better = decide(evaluation(model("v2", **{key: 0.8}), model(**{key: 0.2}), model("v1", **{key: 0.79})), policy)
+    assert better.promoted
+    assert (
+        "The candidate's house style of 80.0 % is better than the base model's 20.0 % by 60.0 points"
+        in better.reasons[1]
+    )
+    worse = decide(evaluation(model("v2", **{key: 0.7}), model(**{key: 0.2}), model("v1", **{key: 0.8})), policy)
+    assert worse.verdict == "hold"
+    low = decide(evaluation(model("v2", **{key: 0.4}), model(**{key: 0.2}), model("v1", **{key: 0.4})), policy)
+    assert low.reasons == ("The candidate's house style of 40.0 % is below the limit: at least 50 % is required.",)

@@ -7,64 +7,16 @@ from ray_jobs.scoring.answers import (
     MAX_CLASSES,
     OTHER,
     Score,
+    as_columns,
     confusion,
-    exact_match,
     metrics,
     paired_difference,
-    token_f1,
 )
+from ray_jobs.scoring.marks import MARKS, label_accuracy
 
 
 def score(nll: float, other: float | None = None, match: bool = False, f1: float = 0.0) -> Score:
     return Score(nll, other, text="", marks={"exact_match": float(match), "token_f1": f1})
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("Skin", "Skin", True),
-        (" Skin\n", "Skin", True),
-        ("External  causes", "External causes", True),
-        ("e\u0301", "\u00e9", True),
-        ("skin", "Skin", False),
-        ("Skin and hair", "Skin", False),
-        ("", "Skin", False),
-    ],
-)
-def test_exact_match_ignores_white_space_and_unicode_form_alone(answer, reference, expected):
-    assert exact_match(answer, reference) is expected
-
-
-# What torchmetrics 1.9.0 computes (functional/text/squad.py, _compute_f1_score), whose words are the official script's.
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("The cat, sat!", "the cat sat", 1.0),
-        ("the cat", "the cat sat", 2 / 3),
-        ("a a b", "a c", 0.0),
-        ("dog", "cat", 0.0),
-        ("", "cat", 0.0),
-        ("don't", "dont", 1.0),
-        ("1,000", "1000", 1.0),
-        ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}", 0.0),
-        ("an answer", "the answer", 1.0),
-        ("Denver Broncos", "The Denver Broncos", 1.0),
-        ("in the  year 1976.", "1976", 0.5),
-        ("state-of-the-art", "state of the art", 0.0),
-        ("ÉCOLE", "école", 1.0),
-        ("24\N{EN DASH}10", "2410", 0.0),
-    ],
-)
-def test_token_f1_is_squads(answer, reference, expected):
-    assert token_f1(answer, reference) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [("A", "A", 1.0), ("+", "+", 1.0), ("+", "-", 0.0), ("...", "!", 0.0), ("a", "the", 0.0), ("A", "B", 0.0)],
-)
-def test_of_texts_without_words_only_the_same_are_worth_something(answer, reference, expected):
-    assert token_f1(answer, reference) == expected
 
 
 def test_losses_are_per_answer_token_and_not_per_record():
@@ -117,7 +69,21 @@ def test_there_is_no_difference_where_a_number_is_not_finite():
 
 def test_every_metric_of_the_table_is_measured():
     on_answers = {key for key, metric in METRICS.items() if not metric.on_general_text}
-    assert metrics([score(1.0, 5.0)], [1]).keys() == on_answers
+    every = Score(1.0, 5.0, "", dict.fromkeys(MARKS, 1.0))
+    assert metrics([every], [1]).keys() == on_answers
+    columns = as_columns("base", [every]).keys()
+    assert columns == {"base_answer", "base_nll", "base_other_prompt_nll", *(f"base_{key}" for key in MARKS)}
+
+
+def test_the_confusion_of_labels_sums_to_their_accuracy() -> None:
+    references = ["Skin", "skin", "Skin", "Blood", "Blood.", "Ear"] * 2
+    answers = ["skin.", "Skin", "Ear", "BLOOD", "bones", '"Ear"'] * 2
+    found = confusion(references, answers)
+    assert found is not None
+    assert found["labels"] == ["Skin", "Blood", "Ear", OTHER]
+    right = sum(row[place] for place, row in enumerate(found["counts"][:-1]))
+    marks = [label_accuracy(*each) for each in zip(answers, references, strict=True)]
+    assert right == sum(marks) == 8
 
 
 def test_answers_are_counted_by_what_was_expected() -> None:

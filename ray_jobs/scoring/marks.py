@@ -1,0 +1,133 @@
+"""What one answer is worth against its reference, in 0..1; a metric is the mean of its marks over all records."""
+
+import importlib
+import json
+import math
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from components.shared.errors import ConfigError, DataError
+
+Mark = Callable[[str, str], float]
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Equal up to Unicode form and white space."""
+    return float(normal(answer) == normal(reference))
+
+
+def label_accuracy(answer: str, reference: str) -> float:
+    """Whether both are the same label."""
+    return float(label(answer) == label(reference))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over a bag of words, as SQuAD's evaluate-v2.0.py counts it
+    (arXiv:1806.03822): in lower case, ASCII punctuation taken out, English articles left out.
+
+    Where either has no such word it is 1 if neither has, else 0.
+    """
+    ours, theirs = _squad_words(answer), _squad_words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return _f1((Counter(ours) & Counter(theirs)).total(), len(ours), len(theirs))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, section 3.1), as rouge-score counts it without stemming.
+
+    Words are runs of letters and digits in lower case: of every alphabet, where rouge-score knows a to z alone.
+    """
+    ours, theirs = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, reference))
+    return _f1(_common_subsequence(ours, theirs), len(ours), len(theirs))
+
+
+def json_valid(answer: str, reference: str) -> float:
+    """Whether the answer is JSON by RFC 8259, and nothing beside it, whatever the reference is."""
+    try:
+        json.loads(answer, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+MARKS: Mapping[str, Mark] = {
+    mark.__name__: mark for mark in (exact_match, token_f1, rouge_l, json_valid, label_accuracy)
+}
+
+
+def named(keys: Iterable[str]) -> dict[str, Mark]:
+    """The marks by their keys; `module:function` is imported, which runs its code.
+
+    Raises:
+        ConfigError: there is no such function here.
+    """
+    return {key: MARKS.get(key) or _own(key) for key in keys if key in MARKS or ":" in key}
+
+
+def normal(text: str) -> str:
+    """One Unicode form, single spaces, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def label(text: str) -> str:
+    """What makes an answer the same class as another: neither case, nor punctuation and white space around it."""
+    return normal(text).strip(string.punctuation + " ").casefold()
+
+
+def _own(key: str) -> Mark:
+    module, _, function = key.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise AttributeError(f"{found!r} is no function")
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(
+            f"the config names the metric {key}, which is not there: {exc}. Put {module} on the PYTHONPATH of the "
+            "workers that evaluate, or into their image"
+        ) from exc
+
+    def mark(answer: str, reference: str) -> float:
+        try:
+            value = float(found(answer, reference))
+        except Exception as exc:  # somebody else's code, which may raise anything
+            raise DataError(f"{key}({answer!r}, {reference!r}) failed: {type(exc).__name__}: {exc}") from exc
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise DataError(f"{key}({answer!r}, {reference!r}) is {value}: a metric's function gives a number in 0..1")
+        return value
+
+    return mark
+
+
+def _f1(common: int, ours: int, theirs: int) -> float:
+    if not common:
+        return 0.0
+    precision, recall = common / ours, common / theirs
+    return 2 * precision * recall / (precision + recall)
+
+
+def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """Length of the longest one, a word of `theirs` at a time with all of `ours` in the bits of one number (Hyyrö 2004,
+    "Bit-parallel LCS-length computation revisited")."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(ours):
+        places[word] = places.get(word, 0) | 1 << place
+    whole = (1 << len(ours)) - 1
+    unmatched = whole
+    for word in theirs:
+        matched = unmatched & places.get(word, 0)
+        unmatched = ((unmatched + matched) | (unmatched - matched)) & whole
+    return len(ours) - unmatched.bit_count()
+
+
+def _squad_words(text: str) -> list[str]:
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")

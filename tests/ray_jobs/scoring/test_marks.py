@@ -1,0 +1,181 @@
+"""What an answer is worth, against what the field's own programs say."""
+
+import random
+
+import pytest
+
+from components.shared.errors import ConfigError, DataError
+from ray_jobs.scoring import marks
+from ray_jobs.scoring.marks import exact_match, json_valid, label_accuracy, rouge_l, token_f1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("Skin", "Skin", 1),
+        (" Skin\n", "Skin", 1),
+        ("External  causes", "External causes", 1),
+        ("e\u0301", "\u00e9", 1),
+        ("skin", "Skin", 0),
+        ("Skin and hair", "Skin", 0),
+        ("", "Skin", 0),
+    ],
+)
+def test_exact_match_ignores_white_space_and_unicode_form_alone(answer, reference, expected):
+    assert exact_match(answer, reference) == expected
+
+
+# What torchmetrics 1.9.0 computes (functional/text/squad.py, _compute_f1_score), whose words are the official scripts'.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The cat, sat!", "the cat sat", 1.0),
+        ("the cat", "the cat sat", 2 / 3),
+        ("a a b", "a c", 0.0),
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("don't", "dont", 1.0),
+        ("1,000", "1000", 1.0),
+        ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}", 0.0),
+        ("an answer", "the answer", 1.0),
+        ("Denver Broncos", "The Denver Broncos", 1.0),
+        ("in the  year 1976.", "1976", 0.5),
+        ("state-of-the-art", "state of the art", 0.0),
+        ("ÉCOLE", "école", 1.0),
+        ("24\N{EN DASH}10", "2410", 0.0),
+    ],
+)
+def test_token_f1_is_squads(answer, reference, expected):
+    assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+# compute_f1 of evaluate-v2.0.py: "If either is no-answer, then F1 is 1 if they agree, 0 otherwise", after its words
+# have lost punctuation and articles.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [("", "", 1.0), ("A", "A", 1.0), ("...", "!", 1.0), ("a", "the", 1.0), ("the", "cat", 0.0), ("cat", "+", 0.0)],
+)
+def test_without_words_token_f1_is_whether_the_other_has_none_either(answer, reference, expected):
+    assert token_f1(answer, reference) == expected
+
+
+# What rouge-score 0.1.2 gives as rougeL's fmeasure, without stemming; the first pair is its README's.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog", 0.588235),
+        ("the cat the cat sat", "the cat sat on the cat", 0.727273),
+        ("", "a b", 0.0),
+        ("a b c d", "d c b a", 0.25),
+        ("state-of-the-art", "state of the art", 1.0),
+        ("Neoplasms", "neoplasms.", 1.0),
+        ("x", "y", 0.0),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 0.5),
+        ("police killed the gunman", "police kill the gunman", 0.75),
+        ("the gunman kill police", "police killed the gunman", 0.5),
+    ],
+)
+def test_rouge_l_is_rouge_scores(answer, reference, expected):
+    assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_l_of_long_texts_is_rouge_scores_too():
+    """200 pairs of up to 89 words drawn from six, whose sum rouge-score 0.1.2 gives."""
+    rng = random.Random(0)
+    total = 0.0
+    for _ in range(200):
+        answer, reference = (" ".join(rng.choices("abcdef", k=rng.randrange(1, 90))) for _ in range(2))
+        total += rouge_l(answer, reference)
+    assert total == pytest.approx(83.61908485986208, abs=1e-9)
+
+
+def test_rouge_l_reads_every_alphabet():
+    assert rouge_l("Новообразования кожи", "новообразования крови") == 0.5
+
+
+# RFC 8259, which knows no NaN, no comments, no single quotes and no trailing comma.
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('{"a": [1, 2.5e3, null]}', 1),
+        (' ["x"] ', 1),
+        ("3", 1),
+        ("", 0),
+        ("{'a': 1}", 0),
+        ('{"a": 1,}', 0),
+        ('{"a": NaN}', 0),
+        ("-Infinity", 0),
+        ('```json\n{"a": 1}\n```', 0),
+        ('{"a": 1} as you asked', 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_json_is_what_its_standard_says(answer, expected):
+    assert json_valid(answer, "whatever") == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("skin.", "Skin", 1),
+        (' "Skin"', "Skin", 1),
+        ("STRASSE", "straße", 1),
+        ("Skin and hair", "Skin", 0),
+        ("", "Skin", 0),
+    ],
+)
+def test_a_label_is_the_same_however_it_is_written(answer, reference, expected):
+    assert label_accuracy(answer, reference) == expected
+
+
+OWN = """
+def brevity(answer, reference):
+    return len(answer) <= len(reference)
+
+def too_much(answer, reference):
+    return 7
+
+def broken(answer, reference):
+    return answer.missing
+
+CONSTANT = 1
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_own_marks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
+    found = marks.named(["loss", "exact_match", "my_own_marks:brevity"])
+    assert found.keys() == {"exact_match", "my_own_marks:brevity"}
+    assert found["my_own_marks:brevity"]("ab", "abc") == 1.0
+    assert found["my_own_marks:brevity"]("abcd", "abc") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("my_own_marks:nobody", "has no attribute 'nobody'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("my_own_marks:CONSTANT", "is no function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_said_by_its_name(own, key, told):
+    with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{told}"):
+        marks.named([key])
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("my_own_marks:too_much", r"is 7\.0: a metric's function gives a number in 0\.\.1"),
+        ("my_own_marks:broken", "failed: AttributeError: 'str' object has no attribute 'missing'"),
+    ],
+)
+def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, told):
+    mark = marks.named([key])[key]
+    with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {told}"):
+        mark("ab", "abc")
