@@ -11,7 +11,7 @@ NAME = "fineloop-promotion"
 def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
     """The pipeline; `configure` as for `retrain.build`."""
 
-    @dsl.pipeline(name=NAME, description="Promote a published version of an adapter by hand, or roll back.")
+    @dsl.pipeline(name=NAME, description="Promote or approve a published version of an adapter by hand, or roll back.")
     def promotion(
         adapter_name: str,
         action: str = "promote",
@@ -27,11 +27,11 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
 
         Args:
             adapter_name: adapter to move the alias of.
-            action: promote, or roll back.
+            action: promote; approve, where the gate left it to a person; or roll back.
             version: the version to point at; empty takes the newest one, or when rolling back the one before.
             alias: the pointer to move.
-            reason: why, for the event log.
-            person: who asked, for the event log.
+            reason: why, for the event log; needed to approve, and to override the gate.
+            person: who asked, for the event log; needed likewise.
             bucket: the registry's bucket.
             prefix: its folder in the bucket.
             trusted_keys: public keys; where there are any, one of them must have signed the version.

@@ -29,7 +29,15 @@ from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring import general_text
-from ray_jobs.scoring.answers import NEW_TOKENS, Score, as_columns, confusion, metrics, paired_difference
+from ray_jobs.scoring.answers import (
+    NEW_TOKENS,
+    Score,
+    as_columns,
+    changed_share,
+    confusion,
+    metrics,
+    paired_difference,
+)
 from ray_jobs.scoring.general_text import Passages
 from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
 
@@ -266,6 +274,7 @@ def compared(
             },
         },
         general_text=general,
+        changed_answers=changed_share(scores["champion"], scores["candidate"]) if "champion" in scores else None,
         paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)
             if role in scores

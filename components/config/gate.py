@@ -62,6 +62,16 @@ class Guard(Section):
     held only when it is shown to be worse; where every record is right or wrong, by McNemar's exact test."""
 
 
+class ApprovalConfig(Section):
+    """When a person has to approve what every rule lets pass: `fineloop adapters approve`."""
+
+    always: bool = False
+    """Ask for each version of this adapter."""
+    changed_answers_above: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Ask where more than this share of the answers to held-out records is another than the champion's. A first
+    version changes everything. Absent asks nothing."""
+
+
 class GateConfig(Section):
     """When a candidate may take the alias: when every rule passes. Where the records do not tell, it is held."""
 
@@ -93,6 +103,8 @@ class GateConfig(Section):
     slice_worse_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than this;
     the more slices there are, the surer each must be (Holm). Absent means the same as for worse_than_best_by."""
+    approval: Annotated[ApprovalConfig, Added("0.2.0")] = ApprovalConfig()
+    """When a person has the last word."""
     limits: list[Limit] = [Limit(metric="answer_prompt_gain", min=0.3)]
     """Absolute bounds. answer_prompt_gain (nats per answer) is how much better the candidate predicts an answer from
     its own prompt than from another record's; near zero means that the answers do not depend on the prompts, whatever

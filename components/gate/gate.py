@@ -1,4 +1,4 @@
-"""The gate step: evaluation.json in, decision.json and, when the candidate is held, an event out."""
+"""The gate step: evaluation.json in, decision.json and, unless the candidate is promoted, an event out."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ from components.config.schema import RunConfig
 from components.gate import evidence, past
 from components.gate.policy import decide
 from components.registry import runs
-from components.registry.event_log import append_event, events
+from components.registry.event_log import EventKind, append_event, events
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
-    """Decide by the config's policy, write runs/<run_id>/decision.json, record a refusal in the adapter's event log.
+    """Decide by the config's policy, write runs/<run_id>/decision.json, and tell the adapter's event log who is held.
 
     `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
     same decision and no second event.
@@ -46,21 +46,26 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
     runs.write(store, run_id, decision)
     if not decision.promoted:
-        _record_refusal(store, decision)
+        _record(store, decision)
     return decision
 
 
-def _record_refusal(store: "Store", decision: Decision) -> None:
+def _record(store: "Store", decision: Decision) -> None:
+    """What was refused, or waits for a person, who will name this very decision."""
+    kind: EventKind = "proposed" if decision.waits else "refused"
     about = {"version", "champion", "alias", "run_id"}
     body = decision.model_dump(mode="json", include={*about, "verdict", "test_set", "reasons", "rules"})
+    if decision.waits:
+        body["decision_sha256"] = decision.sha256
+        about |= {"decision_sha256"}
     # Known by what it is about: a step that is repeated after an upgrade may word its reasons in another way.
     for event in events(store, decision.adapter):
-        if event.kind == "refused" and all(event.body.get(key) == body[key] for key in about):
+        if event.kind == kind and all(event.body.get(key) == body[key] for key in about):
             return
-    append_event(store, decision.adapter, "refused", body)
-    logger.info("recorded that %s %s was refused in run %s", decision.adapter, decision.version, decision.run_id)
+    append_event(store, decision.adapter, kind, body)
+    logger.info("recorded that %s %s was %s in run %s", decision.adapter, decision.version, kind, decision.run_id)
 
 
 def _log(rule: RuleResult) -> None:
-    result = "passed" if rule.passed else "CANNOT TELL" if rule.undecided else "FAILED"
+    result = rule.short if rule.passed else rule.short.upper()
     logger.info("%s %s = %s: %s", result, rule.field, "-" if rule.bound is None else rule.bound, rule.text)

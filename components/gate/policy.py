@@ -1,14 +1,15 @@
 """The gate's rules: an evaluation and its records in, a decision with its reasons out. No I/O.
 
 A rule passes, fails, or, where it compares models, is undecided. A candidate is promoted when all pass; one that fails
-any is held; where none fails and some are undecided, the gate cannot tell, and the candidate is held as well. A new
-rule is a function here or in `comparisons` that words itself, called in `decide`; its bound is a key of `GateConfig`.
+any is held; where none fails and some are undecided, the gate cannot tell, and the candidate is held as well. What no
+other rule holds may still need a person's approval. A new rule is a function here or in `comparisons` that words
+itself, called in `decide`; its bound is a key of `GateConfig`.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from components.config.gate import GateConfig, Limit
+from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
 from components.gate import comparisons, slices
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
@@ -73,6 +74,8 @@ def decide(
             rules.extend(_within(limit, index, candidate))
     rules.extend(_broken_numbers(candidate, {rule.metric for rule in rules}))
 
+    rules.extend(_approval(policy.approval, evaluation, adapter.alias))
+
     verdict, telling = verdict_of(rules)
     decision = Decision(
         decision="promote" if verdict == "promote" else "hold",
@@ -94,11 +97,14 @@ def decide(
 
 def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResult]]:
     """What follows from the rules, and from which of them."""
-    failed = [rule for rule in rules if not rule.passed and not rule.undecided]
+    failed = [rule for rule in rules if not (rule.passed or rule.undecided or rule.needs_approval)]
     undecided = [rule for rule in rules if rule.undecided]
+    waiting = [rule for rule in rules if rule.needs_approval]
     if failed:
         return "hold", failed
-    return ("cannot tell", undecided) if undecided else ("promote", rules)
+    if undecided:
+        return "cannot tell", undecided
+    return ("needs approval", waiting) if waiting else ("promote", rules)
 
 
 def _anchor(rules: Sequence[RuleResult], candidate: str, best: Measured | None) -> str | None:
@@ -116,7 +122,7 @@ def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
         "base": evaluation.base,
-        **evaluation.model_dump(mode="json", include={"general_text"}, exclude_none=True),
+        **evaluation.model_dump(mode="json", include={"general_text", "changed_answers"}, exclude_none=True),
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
         "rules": [[rule.name, rule.field, rule.passed, rule.undecided] for rule in decision.rules],
         "verdict": decision.verdict,
@@ -187,6 +193,38 @@ def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResul
             passed=passed,
             text=text,
         )
+
+
+def _approval(policy: ApprovalConfig, evaluation: Evaluation, alias: str) -> Iterator[RuleResult]:
+    if policy.always:
+        yield RuleResult(
+            name="approval",
+            field="gate.approval.always",
+            title="Approved by a person",
+            passed=False,
+            needs_approval=True,
+            text="A person has to approve every version of this adapter.",
+        )
+    bound, changed = policy.changed_answers_above, evaluation.changed_answers
+    if bound is None:
+        return
+    passed = changed is not None and changed <= bound + ROUNDING
+    if evaluation.model("champion") is None:
+        how = f"The alias {alias} points to no version yet, so everything changes"
+    elif changed is None:
+        how = f"How many of {alias}'s answers change was not measured"
+    else:
+        how = f"{changed * 100:.1f} % of the answers are other ones than {alias}'s"
+    yield RuleResult(
+        name="approval",
+        field="gate.approval.changed_answers_above",
+        title="Changes few enough answers to need no approval",
+        bound=bound,
+        bound_text=f"at most {bound * 100:.10g} % changed",
+        passed=passed,
+        needs_approval=not passed,
+        text=f"{how}; above {bound * 100:.10g} % a person has to approve that.",
+    )
 
 
 def _broken_numbers(candidate: Measured, compared: set[str | None]) -> Iterator[RuleResult]:

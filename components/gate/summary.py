@@ -24,7 +24,7 @@ def as_markdown(decision: Decision) -> str:
 
 def _row(rule: RuleResult) -> str:
     cells = [
-        "passed" if rule.passed else "**cannot tell**" if rule.undecided else "**failed**",
+        rule.short if rule.passed else f"**{rule.short}**",
         rule.title,
         _number(rule, rule.candidate),
         _number(rule, rule.other),

@@ -1,13 +1,14 @@
-"""A promotion or a rollback that a person asks for."""
+"""A promotion, an approval or a rollback that a person asks for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from components.registry import aliases, event_log, versions
-from components.registry.history import is_refused
-from components.registry.records import finite
-from components.shared.errors import UserError
+from components.promote.promote import take_alias
+from components.registry import aliases, event_log, runs, versions
+from components.registry.history import is_held, is_override
+from components.registry.records import Decision, finite
+from components.shared.errors import IntegrityError, UserError
 from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
@@ -15,41 +16,124 @@ if TYPE_CHECKING:
     from components.registry.store import Store
 
 
+@dataclass(frozen=True)
+class Person:
+    """Who moves an alias, and why."""
+
+    by: str = ""
+    """The name that they gave."""
+    reason: str = ""
+    otherwise: str = ""
+    """What the log calls one who gave no name."""
+
+    def cause(self, run_id: str) -> aliases.Cause:
+        """For the log."""
+        return aliases.Cause(run_id, self.by or self.otherwise, self.reason)
+
+    def require_name_and_reason(self, what: str) -> None:
+        """Nothing where both are given.
+
+        Raises:
+            UserError: one of them is missing.
+        """
+        if not (self.by.strip() and self.reason.strip()):
+            raise UserError(
+                f"{what}: say who answers for it and why (--by and --reason; person and reason in the form)"
+            )
+
+
 def promote_by_hand(
     store: "Store",
     reference: str,
+    person: Person,
     *,
     alias: str = aliases.PRODUCTION,
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
-    actor: str = "",
-    reason: str = "",
 ) -> "Event":
     """Point the alias at the version that the reference means, whatever the gate said.
 
-    The event is "overridden" when a gate refused the version for this alias, else "promoted". `run_id` is the run that
-    the person started for it, if any, not the one that made the version: what that promoted once and somebody rolled
-    back, a person may promote again.
+    The event is "overridden" when a gate holds the version back from this alias, which takes a name and a reason; else
+    it is "promoted". `run_id` is the run that the person started for it, if any, not the one that made the version:
+    what that promoted once and somebody rolled back, a person may promote again.
 
     Raises:
-        UserError: the reference is malformed or ambiguous.
+        UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
         ObjectMissing: there is no such version.
         AliasConflict: the alias is not at `expected`, or moved meanwhile.
     """
     version = versions.resolve(store, reference)
-    refused = is_refused(event_log.events(store, version.name), version.version, alias)
+    held = is_held(event_log.events(store, version.name), version.version, alias)
+    if held:
+        person.require_name_and_reason(f"the gate holds {version.name} {version.version}, and this overrides it")
     return aliases.promote(
         store,
         version.name,
         version.version,
         alias,
         expected=expected,
-        kind="overridden" if refused else "promoted",
-        cause=aliases.Cause(run_id, actor, reason),
+        kind="overridden" if held else "promoted",
+        cause=person.cause(run_id),
     )
 
 
-PROMOTE, ROLL_BACK = "promote", "roll back"
+def approve(store: "Store", reference: str, person: Person, *, alias: str = aliases.PRODUCTION) -> "Event":
+    """Carry out the decision that left the version to a person. Doing it again changes nothing.
+
+    Raises:
+        UserError: name or reason is missing, or the version waits for nobody's approval.
+        ObjectMissing: there is no such version, or its run's decision is gone.
+        IntegrityError: the decision is another than the gate made, or the version is damaged.
+        AliasConflict: another version took the alias after this one was compared with its holder.
+    """
+    person.require_name_and_reason("an approval is a person's")
+    version = versions.resolve(store, reference)
+    about = {"version": version.version, "alias": alias}.items()
+    log = event_log.events(store, version.name)
+    proposals = [event.body for event in log if event.kind == "proposed" and about <= event.body.items()]
+    if not proposals:
+        raise UserError(
+            f"{version.name} {version.version} does not wait for an approval to take {alias}: see `fineloop adapters "
+            f"history {version.name}`; `fineloop adapters promote` points an alias at any version"
+        )
+    run_id, sha256 = (str(proposals[-1][key]) for key in ("run_id", "decision_sha256"))
+    decision = runs.read(store, run_id, Decision, sha256=sha256)
+    if not decision.waits or (decision.adapter, decision.version, decision.alias) != (
+        version.name,
+        version.version,
+        alias,
+    ):
+        raise IntegrityError(
+            f"the log names a decision of run {run_id} that leaves {version.name} {version.version} and {alias} to a "
+            f"person, and that one is to {decision.verdict or decision.decision} {decision.adapter} {decision.version} "
+            f"at {decision.alias}"
+        )
+    return take_alias(store, decision, sha256, actor=person.by, reason=person.reason)
+
+
+def roll_back_by_hand(
+    store: "Store",
+    name: str,
+    person: Person,
+    *,
+    alias: str = aliases.PRODUCTION,
+    to: str | None = None,
+    expected: str | None = aliases.ANYONE,
+    run_id: str = "",
+) -> "Event":
+    """`aliases.rollback` by a person, who gives a name and a reason where that overrides a gate.
+
+    Raises:
+        UserError: `to` is held back by a gate and never held the alias, and name or reason is missing.
+        ObjectMissing, IntegrityError, AliasConflict: as `aliases.rollback`.
+    """
+    if to is not None and is_override(event_log.events(store, name), to, alias):
+        person.require_name_and_reason(f"the gate holds {name} {to}, and this overrides it")
+    return aliases.rollback(store, name, alias, to, expected=expected, cause=person.cause(run_id))
+
+
+PROMOTE, APPROVE, ROLL_BACK = "promote", "approve", "roll back"
+ACTIONS = (PROMOTE, APPROVE, ROLL_BACK)
 
 
 @dataclass(frozen=True)
@@ -68,30 +152,24 @@ class Request:
 
 
 def carry_out(store: "Store", request: Request) -> "Event":
-    """Promote or roll back.
+    """Promote, approve or roll back.
 
     Raises:
-        UserError: the action is neither, or the reference fits no version.
+        UserError: the action is none of them, the reference fits no version, or a name or reason is missing.
         ObjectMissing: there is no such version, or nothing to go back to.
         AliasConflict: somebody moved the alias meanwhile.
     """
-    actor = request.person or "Kubeflow UI"
+    name, alias, run_id = request.name, request.alias, request.job_id
+    person = Person(request.person, request.reason, otherwise="Kubeflow UI")
     if request.action == ROLL_BACK:
-        to = versions.resolve(store, f"{request.name}@{request.version}").version if request.version else None
-        return aliases.rollback(
-            store, request.name, request.alias, to, cause=aliases.Cause(request.job_id, actor, request.reason)
-        )
-    if request.action != PROMOTE:
-        raise UserError(f"action is {request.action!r}: expected {PROMOTE!r} or {ROLL_BACK!r}")
-    version = request.version or _newest(store, request.name)
-    return promote_by_hand(
-        store,
-        f"{request.name}@{version}",
-        alias=request.alias,
-        run_id=request.job_id,
-        actor=actor,
-        reason=request.reason,
-    )
+        to = versions.resolve(store, f"{name}@{request.version}").version if request.version else None
+        return roll_back_by_hand(store, name, person, alias=alias, to=to, run_id=run_id)
+    if request.action not in ACTIONS:
+        raise UserError(f"action is {request.action!r}: expected {PROMOTE!r}, {APPROVE!r} or {ROLL_BACK!r}")
+    reference = f"{name}@{request.version or _newest(store, name)}"
+    if request.action == APPROVE:
+        return approve(store, reference, person, alias=alias)
+    return promote_by_hand(store, reference, person, alias=alias, run_id=run_id)
 
 
 def as_markdown(store: "Store", request: Request, event: "Event") -> str:

@@ -6,7 +6,9 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 import os
 
 from components.registry import aliases, runs, signing, watermark
+from components.registry.event_log import Event
 from components.registry.records import Decision
+from components.registry.store import Store
 from components.shared.errors import DataError
 from components.step.step import StepRun
 
@@ -33,30 +35,39 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
-    if key := signing.signer_from(os.environ):
-        signing.sign(step_run.store, name, version, key, decision=decision)
-    event = aliases.promote(
-        step_run.store,
-        name,
-        version,
-        alias,
-        expected=decision.champion,
-        cause=aliases.Cause(
-            run_id,
-            "fineloop pipeline",
-            "; ".join(decision.reasons),
-            {
-                "decision": _decision_uri(step_run),
-                "sha256": decision_sha256,
-                "anchor": decision.anchor,
-                "test_set": list(decision.test_set),
-            },
-        ),
-    )
+    cause = "; ".join(decision.reasons)
+    event = take_alias(step_run.store, decision, decision_sha256, actor="fineloop pipeline", reason=cause)
     step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved
     step_run.say(f"{name}@{alias} is now {version}")
     watermark.advance(step_run.store, name, run_id)
     return event.uri
+
+
+def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor: str, reason: str) -> Event:
+    """Carry a decision out: sign its version for it where the environment holds a key, and point its alias at it.
+
+    Raises:
+        AliasConflict: another version took the alias after the candidate was compared with its holder.
+        ObjectMissing: the candidate is gone.
+        IntegrityError: the candidate's files are not those of its manifest.
+    """
+    assert decision.version is not None
+    if key := signing.signer_from(os.environ):
+        signing.sign(store, decision.adapter, decision.version, key, decision=decision)
+    evidence = {
+        "decision": store.uri(runs.run_key(decision.run_id, runs.DECISION)),
+        "sha256": decision_sha256,
+        "anchor": decision.anchor,
+        "test_set": list(decision.test_set),
+    }
+    return aliases.promote(
+        store,
+        decision.adapter,
+        decision.version,
+        decision.alias,
+        expected=decision.champion,
+        cause=aliases.Cause(decision.run_id, actor, reason, evidence),
+    )
 
 
 def hold(step_run: StepRun) -> str:

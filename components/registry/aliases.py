@@ -25,7 +25,7 @@ from components.registry.event_log import (
     require_published,
 )
 from components.registry.folders import now
-from components.registry.history import is_chain, is_refused, moves, standing
+from components.registry.history import is_chain, is_override, moves, standing
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.signing import require_signed
@@ -144,7 +144,7 @@ def rollback(
 
     A second rollback goes one further back, not forward again. With a `cause.run_id`, or with
     the version that is `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden"
-    when a gate refused `to` for this alias and it never held it.
+    when a gate holds `to` back from this alias and it never held it.
 
     Raises:
         ObjectMissing: the alias does not exist, or nothing held it before.
@@ -169,7 +169,7 @@ def rollback(
         to = str(back_to.body["to"])
     else:
         log = events(store, name)
-        if is_refused(log, to, alias) and all(event.body["to"] != to for event in moves(log, alias)):
+        if is_override(log, to, alias):
             kind = "overridden"
         back_to = _way_back_to(store, name, _record(store, name, holder), to, log)
     return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to)

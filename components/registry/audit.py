@@ -100,7 +100,8 @@ def _publications(
 
 
 def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manifest]) -> Iterator[Finding]:
-    refused = {(event.body.get("version"), event.body.get("run_id")) for event in log if event.kind == "refused"}
+    held = [event.body for event in log if event.kind in ("refused", "proposed")]
+    refused = {(body.get("version"), body.get("run_id")) for body in held}
     for version, manifest in whole.items():
         run_id = str(manifest.about.get("run_id", ""))
         try:

@@ -17,7 +17,7 @@ from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 
 logger = logging.getLogger(__name__)
 
-EventKind = Literal["published", "promoted", "refused", "overridden", "rolled_back", "collected"]
+EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected"]
 FORMAT = 1
 ID_LENGTH = 12
 

@@ -10,12 +10,18 @@ if TYPE_CHECKING:
 MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 
 
-def is_refused(log: Sequence["Event"], version: str, alias: str) -> bool:
-    """Whether a gate refused the version for this alias."""
-    return any(
-        event.kind == "refused" and event.body.get("version") == version and event.body.get("alias") == alias
-        for event in log
-    )
+def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
+    """Whether a gate refused the version for this alias, or left it to a person and nobody has approved it."""
+    about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
+    if any(event.kind == "refused" for event in about):
+        return True
+    approved = any(event.kind == "promoted" and event.body["to"] == version for event in moves(log, alias))
+    return not approved and any(event.kind == "proposed" for event in about)
+
+
+def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
+    """Whether going back to the version overrides a gate: it holds it, and it never held the alias."""
+    return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
 
 
 def moves(log: Sequence["Event"], alias: str) -> list["Event"]:

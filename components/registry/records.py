@@ -17,7 +17,7 @@ Role = Literal["base", "champion", "candidate", "anchor"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
 """The models of every comparison. The anchor, the best version so far, is measured where the champion is another."""
 Outcome = Literal["promote", "hold", "skipped"]
-Verdict = Literal["promote", "hold", "cannot tell"]
+Verdict = Literal["promote", "hold", "cannot tell", "needs approval"]
 Status = Literal["succeeded", "failed"]
 
 
@@ -166,6 +166,8 @@ class Evaluation(Record):
     """By role."""
     general_text: GeneralText | None = None
     """None where it was not measured."""
+    changed_answers: float | None = None
+    """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
     paired: dict[str, PairedDifference | None] = {}
     """The candidate against each other role."""
     confusion: dict[str, Any] | None = None
@@ -234,12 +236,21 @@ class RuleResult(Part):
     passed: bool
     undecided: bool = False
     """Neither passed nor failed: the records do not tell."""
+    needs_approval: bool = False
+    """Whether it is a person who lets it pass."""
     records_needed: int | None = None
     """Of an undecided rule, how many records would tell; None where no number is worth naming."""
     slices: tuple[SliceResult, ...] = ()
     """Of the rule that judges them, those that were judged, the worst first."""
     text: str
     """A few sentences for people."""
+
+    @property
+    def short(self) -> str:
+        """How it went, in a word or two."""
+        if self.passed:
+            return "passed"
+        return "cannot tell" if self.undecided else "needs approval" if self.needs_approval else "failed"
 
 
 class Decision(Record):
@@ -249,7 +260,8 @@ class Decision(Record):
 
     decision: Outcome
     verdict: Verdict | None = None
-    """What the gate could say. Where it cannot tell, the candidate is held. None of a skipped run."""
+    """What the gate could say. Where it cannot tell, or a person has to approve, the candidate is held. None of a
+    skipped run."""
     adapter: str
     alias: str
     run_id: str
@@ -278,6 +290,11 @@ class Decision(Record):
     @property
     def promoted(self) -> bool:
         return self.decision == "promote"
+
+    @property
+    def waits(self) -> bool:
+        """Whether a person's approval is all that it lacks."""
+        return self.verdict == "needs approval"
 
 
 def finite(value: object) -> float | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from components.registry.aliases import PRODUCTION
 from components.registry.records import Role
 from components.report import continued
 from components.report.numbers import count
@@ -71,7 +72,13 @@ def headline(run: RunFiles) -> Headline:
     ) + f"The candidate {version} stays in the registry without an alias, so that it can be looked at."
     if champion and champion == version:
         consequence = f"This run made the same version again, so there was nothing to move {run.alias} to."
-    badge = "Held: cannot tell" if decision.verdict == "cannot tell" else "Held"
+    if decision.waits:
+        consequence = (
+            f"{run.alias.capitalize()} {f'keeps {champion}' if champion else 'stays empty'} until a person approves "
+            f"{version}: fineloop adapters approve {run.adapter}@{version} --by NAME --reason TEXT"
+            f"{'' if run.alias == PRODUCTION else f' --alias {run.alias}'}"
+        )
+    badge = "Held" if decision.verdict in (None, "hold") else f"Held: {decision.verdict}"
     return Headline("hold", badge, title, _lead(run), consequence, decision.reasons)
 
 

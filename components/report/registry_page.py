@@ -29,6 +29,7 @@ HAPPENED = {
     "overridden": "promoted by a person although the gate refused it",
     "rolled_back": "gone back to",
     "refused": "refused by the gate",
+    "proposed": "left to a person by the gate",
     "collected": "removed, since nothing needed it",
 }
 

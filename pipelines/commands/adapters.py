@@ -14,6 +14,7 @@ from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_comman
 from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
+    from components.promote.by_hand import Person
     from components.registry.store import Store
     from components.registry.versions import Version
 
@@ -46,6 +47,14 @@ def add(commands: Any) -> None:
         "fineloop adapters promote icd10-chapters@v3f2 --reason 'checked by hand'",
     )
     _reference(promote)
+    approve = _add(
+        verbs,
+        "approve",
+        _approve,
+        "Point an alias at a version that the gate left to a person.",
+        "fineloop adapters approve icd10-chapters@v3f2 --by ada --reason 'read fifty answers'",
+    )
+    _reference(approve)
     rollback = _add(
         verbs,
         "rollback",
@@ -59,8 +68,12 @@ def add(commands: Any) -> None:
         parser.add_argument(
             "--expect", default=None, metavar="VERSION", help="only when this version holds the alias now"
         )
+        parser.add_argument("--by", default="", metavar="NAME", help="who answers for it, needed to override the gate")
+        parser.add_argument("--reason", default="", metavar="TEXT", help="kept in the event log, needed likewise")
+    approve.add_argument("--by", required=True, metavar="NAME", help="who answers for it")
+    approve.add_argument("--reason", required=True, metavar="TEXT", help="kept in the event log")
+    for parser in (promote, approve, rollback):
         parser.add_argument("--alias", default="production", metavar="ALIAS", help="default: production")
-        parser.add_argument("--reason", default="", metavar="TEXT", help="kept in the event log")
 
     history = _add(verbs, "history", _history, "Tell what happened to an adapter.", "fineloop adapters history NAME")
     history.add_argument("name", metavar="NAME", help="adapter")
@@ -148,24 +161,33 @@ def _promote(options: argparse.Namespace) -> Answer:
 
     with opened_registry(options) as store:
         event = promote_by_hand(
-            store,
-            options.reference,
-            alias=options.alias,
-            expected=_expected(options),
-            actor=account(os.environ),
-            reason=options.reason,
+            store, options.reference, _person(options), alias=options.alias, expected=_expected(options)
         )
         return move_shown(options.reference.partition("@")[0], event)
 
 
-def _rollback(options: argparse.Namespace) -> Answer:
-    from components.registry.aliases import Cause, rollback
+def _approve(options: argparse.Namespace) -> Answer:
+    from components.promote.by_hand import approve
     from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
-        cause = Cause(actor=account(os.environ), reason=options.reason)
-        expected = _expected(options)
-        event = rollback(store, options.name, options.alias, options.to, expected=expected, cause=cause)
+        event = approve(store, options.reference, _person(options), alias=options.alias)
+        return move_shown(options.reference.partition("@")[0], event)
+
+
+def _rollback(options: argparse.Namespace) -> Answer:
+    from components.promote.by_hand import roll_back_by_hand
+    from pipelines.commands.registry_answers import move_shown
+
+    with opened_registry(options) as store:
+        event = roll_back_by_hand(
+            store,
+            options.name,
+            _person(options),
+            alias=options.alias,
+            to=options.to,
+            expected=_expected(options),
+        )
         return move_shown(options.name, event)
 
 
@@ -313,3 +335,9 @@ def _pull_base(store: "Store", version: "Version", target: Path) -> None:
             f"{stands_on or 'the base of its config'}: leave out --with-base"
         )
     folders.pull(store, store.key(stands_on), target)
+
+
+def _person(options: argparse.Namespace) -> "Person":
+    from components.promote.by_hand import Person
+
+    return Person(options.by, options.reason, otherwise=account(os.environ))

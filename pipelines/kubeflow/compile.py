@@ -11,7 +11,7 @@ import yaml
 from components.config import config_file
 from components.config.methods import MethodName
 from components.config.schema import RunConfig
-from components.promote.by_hand import PROMOTE, ROLL_BACK
+from components.promote.by_hand import ACTIONS
 from components.shared.errors import UserError
 
 METHOD_NAMES = ["", *get_args(MethodName)]
@@ -66,7 +66,7 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
         "prefix": registry.prefix,
         "trusted_keys": registry.trusted_keys,
     }
-    return _text(build(for_cluster(config)), defaults, {"action": [PROMOTE, ROLL_BACK]}, image)
+    return _text(build(for_cluster(config)), defaults, {"action": [*ACTIONS]}, image)
 
 
 PIPELINES: dict[str, Callable[..., str]] = {"retrain": compile_pipeline, "promotion": compile_promotion}

@@ -105,6 +105,8 @@ def _decision_lines(decision: Decision) -> list[str]:
         "hold": f"held: {decision.version} is published, and {alias} stays where it was",
         "skipped": f"skipped: nothing was trained, and {alias} stays where it was",
     }[decision.decision]
+    if decision.waits:
+        headline = f"{decision.version} waits for a person's approval, and {alias} stays where it is until then"
     return [headline, *(f"  {reason}" for reason in decision.reasons)]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.registry import runs
+from components.registry.aliases import PRODUCTION
 from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.shared.errors import FineloopError
 from components.shared.metrics import metrics_of
@@ -28,6 +29,7 @@ class Outcome:
     version: str | None
     version_uri: str | None
     decision: str | None
+    verdict: str | None
     promoted: bool
     reasons: list[str]
     metrics: dict[Role, dict[str, float | None] | None]
@@ -40,7 +42,7 @@ class Outcome:
         fields = dict(vars(self))
         del fields["alias"]
         if self.decision is None:
-            for key in ("decision", "promoted", "reasons", "report"):
+            for key in ("decision", "verdict", "promoted", "reasons", "report"):
                 del fields[key]
         return fields
 
@@ -65,6 +67,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         version=decision.version,
         version_uri=decision.version_uri,
         decision=decision.decision,
+        verdict=decision.verdict,
         promoted=promoted,
         reasons=list(decision.reasons),
         metrics=_metrics(store, run_id) if decision.version else dict.fromkeys(ROLES),
@@ -88,6 +91,7 @@ def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: fl
         version=result.version,
         version_uri=result.version_uri,
         decision=None,
+        verdict=None,
         promoted=False,
         reasons=[],
         metrics=_metrics(store, run_id),
@@ -113,6 +117,9 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
         None: f"published {outcome.adapter} {outcome.version}, without an alias",
     }[outcome.decision]
+    waits = outcome.verdict == "needs approval"
+    if waits:
+        headline = f"waits for approval: {outcome.version}, and {outcome.adapter}@{outcome.alias} stays where it was"
     reasons = [
         textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
     ]
@@ -128,6 +135,10 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
     if outcome.promoted and outcome.metrics["champion"]:
         commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+    elif waits:
+        on_alias = "" if outcome.alias == PRODUCTION else f" --alias {outcome.alias}"
+        approve = f"{program} adapters approve {shlex.quote(reference)} --by NAME --reason TEXT{on_alias}{home_option}"
+        commands[approve] = "put it into production"
     elif outcome.decision == "skipped":
         commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
     elif outcome.decision is None:

@@ -50,6 +50,11 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
     }
 
 
+def changed_share(before: Sequence[Score], after: Sequence[Score]) -> float:
+    """Share of the records that are answered in other words, in 0..1."""
+    return float(np.mean([normal(a.text) != normal(b.text) for a, b in zip(before, after, strict=True)]))
+
+
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
     """How often each label was answered by which: labels, and counts[reference][answer].
 

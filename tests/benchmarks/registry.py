@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.promote.by_hand import promote_by_hand
+from components.promote.by_hand import Person, promote_by_hand
 from components.registry import ancestry
 from components.registry.aliases import promote, rollback
 from components.registry.event_log import append_event, events
@@ -68,7 +68,7 @@ def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
         "list NAME": lambda: list_versions(store, NAME),
         "show NAME@first digits": lambda: resolve(store, f"{NAME}@{made[1][:8]}"),
         "history": lambda: events(store, NAME),
-        "promote": lambda: promote_by_hand(store, f"{NAME}@{made[1]}"),
+        "promote": lambda: promote_by_hand(store, f"{NAME}@{made[1]}", Person()),
         "rollback": lambda: rollback(store, NAME),
         "lineage NAME": lambda: ancestry.ancestors(store, resolve(store, f"{NAME}@{made[0]}")),
         "lineage --of dataset": lambda: ancestry.descendants(store, NAME, {"dataset": "d7"}),

@@ -82,7 +82,7 @@ def test_production_goes_back_to_the_release_s_version(frozen, adapters):
 
 
 def test_the_version_that_was_held_can_be_promoted_by_hand_which_overrides_its_gate(frozen, adapters):
-    moved = adapters("promote", f"{ADAPTER}@{frozen.version('held')}")
+    moved = adapters("promote", f"{ADAPTER}@{frozen.version('held')}", "--by", "ada", "--reason", "checked")
     assert moved["from"] == frozen.version("promoted")
     assert adapters("history", ADAPTER)["events"][-1]["kind"] == "overridden"
 

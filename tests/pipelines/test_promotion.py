@@ -73,6 +73,6 @@ def test_the_form_offers_what_there_is() -> None:
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert len(parameters) == 9
-    assert parameters["action"]["literals"] == ["promote", "roll back"]
+    assert parameters["action"]["literals"] == ["promote", "approve", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
     assert [parameters[name]["defaultValue"] for name in ("alias", "bucket", "prefix")] == [*mine.values()]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from typing import Any
@@ -91,6 +92,20 @@ def test_a_refusal_is_an_event_with_the_numbers_and_only_once(store: Store) -> N
     assert event.body["reasons"] == list(decision.reasons)
     failed = next(rule for rule in event.body["rules"] if not rule["passed"])
     assert (failed["candidate"], failed["other"], failed["bound"]) == (1.5, 1.0, 0.02)
+
+
+def test_what_waits_for_a_person_is_an_event_that_names_the_decision_and_only_once(store: Store) -> None:
+    put(store, evaluation(0.9))
+    asks = config(approval={"always": True})
+    decision = run_gate(asks, store, RUN)
+    assert run_gate(asks, store, RUN) == decision
+    (event,) = event_log.events(store, "icd10")
+    assert (event.kind, event.body["version"], event.body["verdict"]) == ("proposed", "v2", "needs approval")
+    written = hashlib.sha256(store.get(f"runs/{RUN}/decision.json")).hexdigest()
+    assert event.body["decision_sha256"] == written
+    replayed = replay(store, RUN)
+    assert replayed.is_same
+    assert (replayed.found.verdict, replayed.found.basis_sha256) == ("needs approval", decision.basis_sha256)
 
 
 def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another_is(store: Store) -> None:

@@ -1,10 +1,19 @@
 import pytest
 
-from components.promote.by_hand import Request, as_markdown, carry_out, promote_by_hand
-from components.registry import aliases, runs, versions
-from components.registry.records import Evaluation, Measured
+from components.promote.by_hand import (
+    Person,
+    Request,
+    approve,
+    as_markdown,
+    carry_out,
+    promote_by_hand,
+    roll_back_by_hand,
+)
+from components.registry import aliases, event_log, runs, versions
+from components.registry.event_log import EventKind
+from components.registry.records import Decision, Evaluation, Measured
 from components.registry.store import Store
-from components.shared.errors import ObjectMissing, UserError
+from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ def test_what_its_own_run_promoted_and_a_person_rolled_back_can_be_promoted_agai
     aliases.promote(store, "sums", published[0], cause=aliases.Cause("run-1"))
     aliases.promote(store, "sums", published[1], cause=aliases.Cause("run-2"))
     carry_out(store, request("roll back"))
-    promote_by_hand(store, f"sums@{published[1]}")
+    promote_by_hand(store, f"sums@{published[1]}", Person())
     assert holder(store) == published[1]
     carry_out(store, request("roll back", job_id="job-2"))
     carry_out(store, request("promote", published[1], job_id="job-3"))
@@ -80,7 +89,7 @@ def test_a_first_promotion_says_that_the_alias_was_empty(store: Store, published
 
 
 def test_what_cannot_be_done_is_said(store: Store, published: list[str]) -> None:
-    with pytest.raises(UserError, match="expected 'promote' or 'roll back'"):
+    with pytest.raises(UserError, match="expected 'promote', 'approve' or 'roll back'"):
         carry_out(store, request("demote"))
     with pytest.raises(ObjectMissing, match="promote a version first"):
         carry_out(store, request("roll back"))
@@ -89,3 +98,126 @@ def test_what_cannot_be_done_is_said(store: Store, published: list[str]) -> None
     with pytest.raises(UserError, match="which has no version"):
         carry_out(store, Request("none", "promote", "", "production", "", "", "job-1"))
     assert holder(store) is None
+
+
+def proposed(store: Store, version: str, *, champion: str | None = None, alias: str = "production") -> Decision:
+    """As the gate leaves a version to a person."""
+    decision = Decision(
+        decision="hold",
+        verdict="needs approval",
+        adapter="sums",
+        alias=alias,
+        run_id="run-9",
+        reasons=("A person has to approve it.",),
+        version=version,
+        champion=champion,
+        anchor=version,
+        test_set=("a", "b"),
+    )
+    runs.write(store, "run-9", decision)
+    body = {"version": version, "alias": alias, "run_id": "run-9", "decision_sha256": decision.sha256}
+    event_log.append_event(store, "sums", "proposed", body)
+    return decision
+
+
+ADA = Person("ada", "read fifty answers")
+
+
+def test_an_approval_carries_out_the_decision_and_names_the_person(store: Store, published: list[str]) -> None:
+    decision = proposed(store, published[1])
+    event = approve(store, f"sums@{published[1]}", ADA)
+    assert holder(store) == published[1]
+    assert (event.kind, event.body["actor"], event.body["reason"]) == ("promoted", "ada", "read fifty answers")
+    assert event.body["run_id"] == "run-9"
+    assert event.body["evidence"] == {
+        "decision": store.uri("runs/run-9/decision.json"),
+        "sha256": decision.sha256,
+        "anchor": published[1],
+        "test_set": ["a", "b"],
+    }
+    assert approve(store, f"sums@{published[1]}", ADA) == event
+
+
+def test_an_approval_from_the_form_is_the_same(store: Store, published: list[str]) -> None:
+    proposed(store, published[2], alias="staging")
+    asked = Request("sums", "approve", "", "staging", "read fifty answers", "ada", "job-1")
+    event = carry_out(store, asked)
+    assert (event.kind, event.body["actor"], event.body["to"]) == ("promoted", "ada", published[2])
+    pointer = aliases.read_alias(store, "sums", "staging")
+    assert pointer is not None
+    assert pointer.version == published[2]
+    assert holder(store) is None
+
+
+@pytest.mark.parametrize("person", [Person("ada"), Person("", "why"), Person(" ", "why"), Person("", "", "root")])
+def test_an_approval_takes_a_name_and_a_reason(store: Store, published: list[str], person: Person) -> None:
+    proposed(store, published[1])
+    with pytest.raises(UserError, match="say who answers for it and why"):
+        approve(store, f"sums@{published[1]}", person)
+    assert holder(store) is None
+
+
+def test_only_what_waits_for_this_alias_can_be_approved(store: Store, published: list[str]) -> None:
+    proposed(store, published[1], alias="staging")
+    for version in published:
+        with pytest.raises(UserError, match=f"sums {version} does not wait for an approval to take production"):
+            approve(store, f"sums@{version}", ADA)
+
+
+def test_an_approval_that_comes_too_late_is_a_conflict(store: Store, published: list[str]) -> None:
+    promote_by_hand(store, f"sums@{published[0]}", Person())
+    proposed(store, published[1], champion=published[0])
+    promote_by_hand(store, f"sums@{published[2]}", Person())
+    with pytest.raises(AliasConflict, match=f"held by {published[2]}"):
+        approve(store, f"sums@{published[1]}", ADA)
+
+
+def test_another_decision_than_the_gates_is_not_carried_out(store: Store, published: list[str]) -> None:
+    decision = proposed(store, published[1])
+    runs.write(store, "run-9", decision.model_copy(update={"alias": "staging"}))
+    with pytest.raises(IntegrityError, match="it was changed since"):
+        approve(store, f"sums@{published[1]}", ADA)
+    assert holder(store) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": "v0000000000000000"}, {"alias": "staging"}, {"adapter": "other"}, {"verdict": "hold"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_proposal_that_names_a_decision_about_something_else_moves_nothing(
+    store: Store, published: list[str], changes: dict[str, str]
+) -> None:
+    decision = proposed(store, published[0]).model_copy(update={"version": published[1], **changes})
+    runs.write(store, "run-9", decision)
+    body = {"version": published[1], "alias": "production", "run_id": "run-9", "decision_sha256": decision.sha256}
+    event_log.append_event(store, "sums", "proposed", body)
+    with pytest.raises(IntegrityError, match=f"leaves sums {published[1]} and production to a person, and that one is"):
+        approve(store, f"sums@{published[1]}", ADA)
+    assert aliases.list_aliases(store, "sums") == []
+
+
+@pytest.mark.parametrize("kind", ["refused", "proposed"])
+def test_overriding_a_gate_takes_a_name_and_a_reason_and_the_log_keeps_both(
+    store: Store, published: list[str], kind: EventKind
+) -> None:
+    body = {"version": published[1], "alias": "production", "run_id": "run-9"}
+    event_log.append_event(store, "sums", kind, body)
+    for person in (Person(), Person(otherwise="root", reason="why"), Person("ada")):
+        with pytest.raises(UserError, match=f"the gate holds sums {published[1]}, and this overrides it: say who"):
+            promote_by_hand(store, f"sums@{published[1]}", person)
+        with pytest.raises(UserError, match="overrides it"):
+            roll_back_by_hand(store, "sums", person, to=published[1])
+    assert holder(store) is None
+    event = promote_by_hand(store, f"sums@{published[1]}", ADA)
+    assert (event.kind, event.body["actor"], event.body["reason"]) == ("overridden", "ada", "read fifty answers")
+    assert promote_by_hand(store, f"sums@{published[1]}", Person(otherwise="root"), alias="staging").kind == "promoted"
+
+
+def test_what_was_approved_once_is_no_override_later(store: Store, published: list[str]) -> None:
+    promote_by_hand(store, f"sums@{published[0]}", Person())
+    proposed(store, published[1], champion=published[0])
+    approve(store, f"sums@{published[1]}", ADA)
+    roll_back_by_hand(store, "sums", Person())
+    assert holder(store) == published[0]
+    assert promote_by_hand(store, f"sums@{published[1]}", Person()).kind == "promoted"

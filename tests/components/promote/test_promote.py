@@ -25,12 +25,12 @@ def published(store: Store) -> list[str]:
 
 @pytest.fixture
 def decided(store: Store) -> Decide:
-    def decide(version: str, champion: str | None, decision: str = "promote") -> StepRun:
-        record = {"adapter": "sums", "alias": "production", "version": version, "champion": champion, "run_id": "r"}
+    def decide(version: str, champion: str | None, decision: str = "promote", *, alias: str = "production") -> StepRun:
+        record = {"adapter": "sums", "alias": alias, "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
         watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
         config = RunConfig.model_validate(
-            {"adapter": {"name": "sums"}, "model": {"base": "x"}, "data": {"source": "x"}}
+            {"adapter": {"name": "sums", "alias": alias}, "model": {"base": "x"}, "data": {"source": "x"}}
         )
         return StepRun("promote", "r", config, store)
 
@@ -71,6 +71,16 @@ def test_what_fails_after_the_alias_moved_leaves_the_move_in_the_steps_result(
     with pytest.raises(ObjectMissing):
         promoted(run)
     assert holder(store) == run.result["to"] == published[0]
+
+
+def test_a_run_whose_config_says_staging_moves_that_alias_alone(
+    store: Store, published: list[str], decided: Decide
+) -> None:
+    promoted(decided(published[0], None))
+    promoted(decided(published[1], None, alias="staging"))
+    staging = aliases.read_alias(store, "sums", "staging")
+    assert staging is not None
+    assert (staging.version, holder(store)) == (published[1], published[0])
 
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:

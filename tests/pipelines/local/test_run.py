@@ -22,6 +22,7 @@ RUN_KEYS = {
     "version",
     "version_uri",
     "decision",
+    "verdict",
     "promoted",
     "reasons",
     "metrics",
@@ -104,7 +105,7 @@ def test_training_alone_publishes_and_leaves_the_alias(
 
     assert aliases.read_alias(store, "sums", "production") is None
     assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
-    assert outcome.as_json().keys() == RUN_KEYS - {"decision", "promoted", "reasons", "report"}
+    assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
     assert outcome.metrics["candidate"] is not None
     assert "adapters promote sums@" in summary(outcome, home_option="")
 

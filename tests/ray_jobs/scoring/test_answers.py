@@ -8,6 +8,7 @@ from ray_jobs.scoring.answers import (
     OTHER,
     Score,
     as_columns,
+    changed_share,
     confusion,
     metrics,
     paired_difference,
@@ -96,3 +97,10 @@ def test_answers_are_counted_by_what_was_expected() -> None:
 )
 def test_answers_that_are_no_classes_have_no_confusion(references: list[str]) -> None:
     assert confusion(references, references) is None
+
+
+def test_an_answer_has_changed_where_its_words_have() -> None:
+    before, after = (
+        [Score(1.0, None, text, {}) for text in texts] for texts in (["a", "b ", "c", "d"], ["a", "b", "C", "e"])
+    )
+    assert changed_share(before, after) == 0.5
