@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import policy as policy_of_the_gate
-from components.gate.evidence import Evidence
+from components.gate.evidence import Evidence, of_general_text
 from components.registry.records import Decision, Evaluation, Measured, RuleResult
 from components.shared.metrics import metric_of
 
@@ -36,7 +36,7 @@ def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
                 mean = math.log(value) if metric.exponential and value > 0 else value
                 total = mean * TOKENS if metric.per_token else mean
                 columns[f"{role}_{metric.column or key}"] = np.full(evaluation.records, total)
-    return Evidence(np.full(evaluation.records, TOKENS), columns)
+    return Evidence(np.full(evaluation.records, TOKENS), columns, general_text=of_general_text(evaluation))
 
 
 def as_parquet(found: Evidence) -> bytes:

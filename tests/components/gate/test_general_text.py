@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.gate.evidence import Evidence, of_general_text
-from components.registry.records import Decision, Evaluation, GeneralText
+from components.registry.records import Decision, GeneralText
 from components.shared.metrics import METRICS
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 
@@ -25,12 +24,7 @@ def decided(text: GeneralText | None, policy: GateConfig | None = None) -> Decis
     measured = evaluation(
         model("v2", general_loss=losses["candidate"]), model(loss=9.0, general_loss=losses["base"]), model("v1")
     ).model_copy(update={"general_text": text})
-    return decide(measured, policy or GateConfig(), with_text(measured))
-
-
-def with_text(measured: Evaluation) -> Evidence:
-    found = evidence(measured)
-    return Evidence(found.tokens, found.columns, general_text=of_general_text(measured))
+    return decide(measured, policy or GateConfig())
 
 
 def around(mean: float, error: float) -> np.ndarray:

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.config import config_file
-from components.config.gate import GateConfig
+from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
-from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord
+from components.registry.records import Decision, Evaluation, GeneralText, Measured, PairedDifference, StepRecord
 from components.report.run_files import RunFiles
 from tests.components.gate.evidenced import evidence
 
@@ -223,6 +223,32 @@ def promoted_run() -> RunFiles:
         lineage=LINEAGE,
         generated_at=datetime(2026, 11, 24, 2, 6, tzinfo=UTC),
     )
+
+
+def forgetful_run() -> RunFiles:
+    """As good on its task as the promoted one, and no longer what its base was outside of it."""
+    measured = promoted_run().evaluation
+    assert measured is not None
+    text = GeneralText(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [455.0] * 64})
+    models = {
+        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
+        for role, model in measured.models.items()
+    }
+    measured = measured.model_copy(update={"models": models, "general_text": text})
+    return replace(
+        promoted_run(),
+        evaluation=measured,
+        decision=decision(measured),
+        steps=steps("prepare", "finetune", "evaluate", "gate"),
+    )
+
+
+def waiting_run() -> RunFiles:
+    """Every rule is kept, and the policy asks for a person."""
+    run = promoted_run()
+    assert run.evaluation is not None
+    decided = decision(run.evaluation, GateConfig(approval=ApprovalConfig(always=True)))
+    return replace(run, decision=decided, steps=steps("prepare", "finetune", "evaluate", "gate"))
 
 
 def held_run() -> RunFiles:

@@ -31,6 +31,19 @@ def test_the_gates_bounds_are_drawn_where_they_bind() -> None:
     assert to_keep_up.text == "at most 0.971, not to fall behind production"
 
 
+def test_what_was_forgotten_is_drawn_against_the_base_and_its_margin() -> None:
+    run = example_runs.forgetful_run()
+    panel = next(panel for panel in panels(run) if panel.metric.key == "general_loss")
+    assert panel.text == "Loss on general text: Base model 3.400; Candidate 4.550"
+    (mark,) = panel.marks
+    assert (mark.text, mark.passed) == ("at most 3.900, not to forget what the base knows", False)
+    assert mark.position == pytest.approx(3.9 / 4.55 * 100)
+    drawn = next(interval for interval in intervals(run) if interval.name == "Remembers what the base knows")
+    assert drawn.text.startswith("Loss on general text: 1.150 worse, between")
+    assert drawn.bound is not None
+    assert drawn.position < drawn.bound < drawn.zero
+
+
 def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> None:
     run = example_runs.promoted_run()
     assert run.evaluation is not None

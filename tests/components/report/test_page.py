@@ -20,6 +20,8 @@ VARIANTS = (
     example_runs.undecided_run,
     example_runs.failed_run,
     example_runs.skipped_run,
+    example_runs.forgetful_run,
+    example_runs.waiting_run,
     lambda: RunFiles(run_id="empty", adapter="icd10-chapters"),
 )
 EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;"
@@ -141,6 +143,14 @@ def test_held_run_says_what_stands_in_the_way() -> None:
     assert page.text.count("✕ failed") == sum(not rule.passed for rule in run.decision.rules) == 4
     assert page.text.count("✓ passed") == 2
     assert "1.237 worse" in page.text
+
+
+def test_a_run_that_waits_for_a_person_says_how_to_approve_it() -> None:
+    text = Page(build_report(example_runs.waiting_run())).text
+    assert "Held: needs approval" in text
+    assert "A person has to approve every version of this adapter." in text
+    assert f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve" in text
+    assert "? needs approval" in text
 
 
 def test_first_run_has_no_column_for_a_champion() -> None:
