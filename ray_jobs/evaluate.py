@@ -14,8 +14,7 @@ from typing import Any
 
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from components.prepare.dataset import Record, load_split
-from components.prepare.held_out import validation_and_test
+from components.prepare.dataset import Record
 from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, GeneralText, Measured, Role
@@ -28,7 +27,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import general_text
+from ray_jobs.scoring import general_text, judges
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -42,9 +41,6 @@ from ray_jobs.scoring.general_text import Passages
 from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = 16
-"""Records of a test set by which it is known again."""
 
 
 def main() -> None:
@@ -78,8 +74,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
 
     started = time.monotonic()
     store = Store.open(config.registry)
-    held_out = held_out_for_the_gate(store, dataset_uri, config)
-    records = held_out[: config.evaluate.records]
+    judging = judges.judges(store, dataset_uri, config, run_id=run_id)
+    records = judging.records[: config.evaluate.records]
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     chat = chat_format.load(base, config.model)
@@ -110,8 +106,10 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
         update={
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
-            "held_out": len(held_out),
-            "test_set": sample_of(kept),
+            "held_out": len(judging.records),
+            "test_set": judging.sample,
+            "fold": judging.fold,
+            "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": dtype,
@@ -123,17 +121,6 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
     return evaluation
-
-
-def held_out_for_the_gate(store: Store, dataset_uri: str, config: RunConfig) -> list[Record]:
-    """Held-out records of the dataset that no training has looked at, in the order of their key's hash."""
-    records = load_split(store, dataset_uri, "eval")
-    return validation_and_test(records, validation_share=config.data.validation_share)[1]
-
-
-def sample_of(records: Sequence[Record]) -> tuple[str, ...]:
-    """The smallest of short hashes of the records' ids: a refresh changes few of them."""
-    return tuple(sorted(hashlib.sha256(record.id.encode()).hexdigest()[:12] for record in records)[:SAMPLED])
 
 
 def _names(contenders: Sequence[Contender]) -> str:

@@ -152,6 +152,10 @@ class EvaluateConfig(Section):
     records: Annotated[int, Field(ge=1)] = 300
     """Held-out records to use, the same for all three, in order of their key's hash; those of data.validation_share are
     none of them."""
+    folds: Annotated[int, Field(ge=1), Added("0.2.0")] = 1
+    """Parts of these records, by a hash of their ids, of which one judges at a time and the others lie in reserve."""
+    decisions_per_fold: Annotated[int, Field(ge=1), Added("0.2.0")] = 20
+    """Decisions after which a part is worn out and the next one judges; after the last, the one that was used least."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
     batch_size: Annotated[int, Field(ge=1)] = 32

@@ -4,10 +4,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.gate import evidence, past
+from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
 from components.registry.event_log import EventKind, append_event, events
+from components.registry.looks import looks
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
@@ -35,7 +36,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
     adapter = config.adapter
-    look = past.looks(events(store, adapter.name), adapter.alias, evaluation.test_set, run_id=run_id)
+    look = looks(events(store, adapter.name), adapter.alias, evaluation.test_set, run_id=run_id)
     decided = decide(evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look)
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))

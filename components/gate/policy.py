@@ -14,7 +14,7 @@ from components.config.schema import AdapterConfig
 from components.gate import comparisons, slices
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
-from components.gate.past import confidence_at
+from components.registry.looks import confidence_at
 from components.registry.records import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
 from components.registry.store import decode_json, encode_json
 from components.shared.errors import DataError

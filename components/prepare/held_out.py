@@ -13,11 +13,19 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
     Decided by a hash of the record's id, or its group's name, so that no refresh moves one. Of so few records that
     either side would be empty, both hold all.
     """
-    validation = [each for each in records if _position(each) < validation_share]
-    test = [each for each in records if _position(each) >= validation_share]
+    validation = [each for each in records if _position(each, "validation") < validation_share]
+    test = [each for each in records if _position(each, "validation") >= validation_share]
     return (validation, test) if validation and test else (list(records), list(records))
 
 
-def _position(record: Record) -> float:
+def folds(records: Sequence[Record], *, number: int) -> list[list[Record]]:
+    """Records that judge, in as many parts; each stays in its part for good, by another hash of what it belongs to."""
+    parts: list[list[Record]] = [[] for _ in range(number)]
+    for record in records:
+        parts[int(number * _position(record, "fold"))].append(record)
+    return parts
+
+
+def _position(record: Record, purpose: str) -> float:
     belongs_to = f"group:{record.group}" if record.group else record.id
-    return position(hashlib.sha256(f"validation:{belongs_to}".encode()).digest())
+    return position(hashlib.sha256(f"{purpose}:{belongs_to}".encode()).digest())

@@ -158,6 +158,9 @@ class Evaluation(Record):
     """How many records the dataset holds out to decide on; `records` of them were used."""
     test_set: tuple[str, ...] = ()
     """Short hashes of some of the records, by which a test set is known again after a refresh."""
+    fold: int | None = None
+    """Which part of the held-out records this is, counted from 1; None where they are not divided."""
+    folds: int = 1
     records_sha256: str = ""
     """Of evaluation_records.parquet, which says record by record what this one says in sum."""
     base: dict[str, Any] = {}

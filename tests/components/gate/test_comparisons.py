@@ -9,7 +9,7 @@ import pytest
 
 from components.config.gate import GateConfig, Guard
 from components.gate.evidence import Evidence
-from components.gate.past import confidence_at
+from components.registry.looks import confidence_at
 from components.registry.records import Decision, Evaluation
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 

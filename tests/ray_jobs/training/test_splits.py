@@ -7,7 +7,7 @@ from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
 from ray_jobs.base import base_model, chat_format
-from ray_jobs.evaluate import held_out_for_the_gate
+from ray_jobs.scoring.judges import judges
 from ray_jobs.training import splits
 
 
@@ -34,6 +34,6 @@ def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, sto
     held_out = records(*[20] * 60)
     folder = dataset.publish(store, train=records(10, 10), evaluation=held_out, rejects=[], profile={})
     _, chosen_on = splits.read(store, folder.uri, chat, config, print)
-    decided_on = {record.id for record in held_out_for_the_gate(store, folder.uri, config)}
+    decided_on = {record.id for record in judges(store, folder.uri, config, run_id="r").records}
     assert decided_on.isdisjoint(chosen_on.ids)
     assert decided_on | set(chosen_on.ids) == {record.id for record in held_out}

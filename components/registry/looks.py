@@ -1,4 +1,4 @@
-"""What earlier decisions mean for this one: how often its test set was looked at, and how sure it has to be; pure."""
+"""How often a test set was decided by, and what that means: how sure the next decision is, which part is next; pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,12 @@ def looks(log: Sequence["Event"], alias: str, test_set: Sequence[str], *, run_id
         if event.body.get("alias") == alias and ours and len(ours & _sample(event.body)) >= SAME * len(ours)
     }
     return len(seen - {run_id}) + 1
+
+
+def next_part(decided: Sequence[int], *, enough: int) -> int:
+    """Which of the parts of a test set is used, by how often each was decided by: the first not seen `enough`, so that
+    those after it lie in reserve, or else the one seen least."""
+    return min(range(len(decided)), key=lambda part: (max(decided[part], enough - 1), part))
 
 
 def confidence_at(look: int, confidence: float) -> float:

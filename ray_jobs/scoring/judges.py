@@ -1,0 +1,52 @@
+"""The held-out records that a run is judged by: those that no training looks at, or the part whose turn it is."""
+
+import hashlib
+from dataclasses import dataclass
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record, load_split
+from components.prepare.held_out import folds, validation_and_test
+from components.registry.event_log import events
+from components.registry.looks import looks, next_part
+from components.registry.store import Store
+from components.shared.errors import DataError
+
+SAMPLED = 16
+"""Records of a test set by which it is known again."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """In the order of their key's hash."""
+
+    records: list[Record]
+    fold: int | None = None
+    """Which part they are, counted from 1; None where there is one alone."""
+
+    @property
+    def sample(self) -> tuple[str, ...]:
+        """The smallest of short hashes of the records' ids: a refresh, or another number used, changes few of them."""
+        hashes = (hashlib.sha256(record.id.encode()).hexdigest()[:12] for record in self.records)
+        return tuple(sorted(hashes)[:SAMPLED])
+
+
+def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> Judges:
+    """Who judges this run, by the decisions so far.
+
+    Raises:
+        DataError: a part is empty.
+    """
+    held_out = load_split(store, dataset_uri, "eval")
+    _, records = validation_and_test(held_out, validation_share=config.data.validation_share)
+    number = config.evaluate.folds
+    if number == 1:
+        return Judges(records)
+    parts = [Judges(part, fold) for fold, part in enumerate(folds(records, number=number), start=1)]
+    if not all(part.records for part in parts):
+        raise DataError(
+            f"{len(records)} held-out records are too few for evaluate.folds {number}: lower it, raise data.eval_share "
+            "or add records"
+        )
+    log, adapter = events(store, config.adapter.name), config.adapter
+    decided = [looks(log, adapter.alias, part.sample, run_id=run_id) - 1 for part in parts]
+    return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
