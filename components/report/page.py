@@ -7,6 +7,7 @@ from components.report.curve import loss_curve
 from components.report.headline import headline
 from components.report.html import template
 from components.report.numbers import count, moment
+from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
 from components.report.slices import slices
 from components.shared.durations import duration
@@ -27,6 +28,7 @@ def build_report(run: RunFiles) -> str:
         table=comparison.table(run),
         intervals=comparison.intervals(run),
         slices=slices(run),
+        past_decisions=past_decisions(run),
         rules=comparison.rules(run),
         samples=shown,
         right_counts=sections.right_counts(shown),

@@ -4,11 +4,13 @@ import json
 import logging
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry import runs
+from components.registry.event_log import events
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation
 from components.registry.sweep_records import SweepResult, TunedRate
@@ -23,6 +25,8 @@ from components.shared.errors import FineloopError, IntegrityError, ObjectMissin
 
 if TYPE_CHECKING:
     from components.registry.store import Store
+
+MOST_DECISIONS = 20
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         sweep=runs.find(store, run_id, SweepResult),
         rate=runs.find(store, run_id, TunedRate),
         steps=runs.steps(store, run_id),
+        decided_before=decided_before(config, store, run_id),
     )
     dataset_id = run.dataset_id
     run = replace(
@@ -73,6 +78,16 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
     return replace(run, afresh=find_afresh(store, run))
+
+
+def decided_before(config: RunConfig, store: "Store", run_id: str) -> list[Decision]:
+    """What the gate decided on the alias in earlier runs, as far as they are kept, the newest first."""
+    adapter = config.adapter
+    log = [event.body for event in reversed(events(store, adapter.name)) if event.body.get("alias") == adapter.alias]
+    known = dict.fromkeys(body.get("run_id") for body in log)
+    known.pop(run_id, None)
+    found = (runs.find(store, each, Decision) for each in known if each)
+    return list(islice((each for each in found if each is not None), MOST_DECISIONS))
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:

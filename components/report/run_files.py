@@ -31,6 +31,8 @@ class RunFiles:
     """Records of metrics.jsonl."""
     evaluation: Evaluation | None = None
     decision: Decision | None = None
+    decided_before: Sequence[Decision] = ()
+    """By earlier runs on the same alias, the newest first."""
     sweep: SweepResult | None = None
     """Of this run; None where its rate was not swept for, or by an earlier run."""
     rate: TunedRate | None = None

@@ -86,9 +86,9 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
     assert slices(run) is None
     shown = slices(replace(run, decision=run.decision.model_copy(update={"rules": (rule,)})))
     assert shown is not None
-    assert [(row.name, row.worse, row.records) for row in shown.rows] == [
-        ("label: Eye", True, "60"),
-        ("label: Skin", False, "60"),
+    assert [(row.name, row.bad, row.about) for row in shown.rows] == [
+        ("label: Eye", True, "60 records"),
+        ("label: Skin", False, "60 records"),
     ]
     eye, skin = shown.rows
     per_nat = (skin.position - eye.position) / 0.4

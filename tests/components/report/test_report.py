@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 
 from components.registry import runs
+from components.registry.event_log import append_event
 from components.registry.store import Store
+from components.report.page import build_report
+from components.report.past_decisions import past_decisions
 from components.report.report import parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
 from components.shared.errors import IntegrityError
@@ -40,6 +43,31 @@ def test_a_run_is_read_whole(store: Store) -> None:
     assert found.lineage == run.lineage
     assert found.config_toml == run.config_toml
     assert found.steps == run.steps
+
+
+def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store: Store) -> None:
+    run = example_runs.held_run()
+    put(store, run)
+    assert run.decision is not None
+    for number, alias in enumerate(["production", "staging", "production"]):
+        decision = run.decision.model_copy(update={"run_id": f"before-{number}", "alias": alias})
+        runs.write(store, decision.run_id, decision)
+        append_event(store, CONFIG.adapter.name, "refused", {"alias": alias, "run_id": decision.run_id})
+    append_event(store, CONFIG.adapter.name, "refused", {"alias": "production", "run_id": "removed-since"})
+    append_event(store, CONFIG.adapter.name, "refused", {"alias": "production", "run_id": run.run_id})
+    found = read_run(CONFIG, store, run.run_id)
+    assert [each.run_id for each in found.decided_before] == ["before-2", "before-0"]
+    drawn = past_decisions(found)
+    assert drawn is not None
+    assert [(row.name, row.about, row.bad) for row in drawn.rows] == [
+        (run.run_id, "hold", True),
+        ("before-2", "hold", True),
+        ("before-0", "hold", True),
+    ]
+    assert len({row.position for row in drawn.rows}) == 1
+    assert drawn.rows[0].position < drawn.bound < drawn.zero
+    assert "Decisions so far" in build_report(found)
+    assert past_decisions(run) is None
 
 
 def test_the_report_lies_with_its_run(store: Store) -> None:

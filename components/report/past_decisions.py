@@ -1,0 +1,39 @@
+"""What the gate decided on this alias before, each time on the gain over the champion of that day."""
+
+from components.registry.records import Decision, RuleResult
+from components.report import forest
+from components.report.run_files import RunFiles
+from components.shared.metrics import RELATIVE, metric_of
+
+
+def past_decisions(run: RunFiles) -> forest.Picture | None:
+    """Decisions that compared by the same metric as this run's, the newest first; None where this is the only one."""
+    rule = _compared(run.decision) if run.decision else None
+    if run.decision is None or rule is None or not rule.metric:
+        return None
+    amounts = RELATIVE if rule.relative else metric_of(rule.metric)
+    gains = [
+        forest.Gain(
+            each.run_id,
+            each.verdict or each.decision,
+            found.gain or 0.0,
+            found.lower or 0.0,
+            found.upper or 0.0,
+            bad=not each.promoted,
+        )
+        for each in (run.decision, *run.decided_before)
+        if (found := _compared(each)) and (found.metric, found.relative) == (rule.metric, rule.relative)
+    ]
+    if len(gains) < 2:
+        return None
+    bound = -(rule.bound or 0.0)
+    note = (
+        f"{metric_of(rule.metric).title}, each run's candidate against the champion of its day, between its bounds. "
+        f"Solid: no difference. Dashed: {amounts.signed_text(bound)}, what this run's candidate had to stay above."
+    )
+    return forest.draw(gains, bound=bound, amounts=amounts, note=note)
+
+
+def _compared(decision: Decision) -> RuleResult | None:
+    rules = (rule for rule in decision.rules if rule.name == "not_worse_than_champion" and rule.lower is not None)
+    return next(rules, None)
