@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from components.config.ray import MatmulDtype
@@ -27,7 +28,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import general_text, judges
+from ray_jobs.scoring import drawing, general_text, judges
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -37,8 +38,9 @@ from ray_jobs.scoring.answers import (
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.general_text import Passages
-from ray_jobs.scoring.measure import STEP, Contender, ShardResult, measure_shard
+from ray_jobs.scoring.drawing import Found
+from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
+from ray_jobs.scoring.measure import STEP, Contender, measure_shard
 
 logger = logging.getLogger(__name__)
 
@@ -85,23 +87,15 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     # After a training in the same job it is connected already.
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
     if _must_be_shared(config, base, ray.nodes()):
-        workers = f"{config.ray.num_workers} workers that hold the base together"
-        say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
-        dtype, results = _measured_together(config, base, contenders, records, passages, store, run_id)
-        shards = [records]
+        measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
-        # Two records at least in each: an answer is also read behind another record's prompt.
-        num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
-        say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
-        shards = [records[start::num_shards] for start in range(num_shards)]
-        dtype, results = _measured_apart(config, base, contenders, shards, passages)
-
-    kept = [
-        record for shard, result in zip(shards, results, strict=True) for record in shard if record.id in result.tokens
-    ]
-    tokens = [count for result in results for count in result.tokens.values()]
-    scores = {c.role: [s for result in results for s in result.scores[c.role]] for c in contenders}
-    general = passages.measured([result.general_nll for result in results])
+        measured = partial(_measured_apart, config, base, contenders)
+    found = measured(records, passages=passages)
+    general = passages.measured(found.general_nll)
+    if further := drawing.further(config, judging.records[len(records) :], found):
+        say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
+        found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
+    kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, general=general, run_id=run_id).model_copy(
         update={
             "dataset_uri": dataset_uri,
@@ -112,8 +106,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
-            "matmul_dtype": dtype,
-            "first_scored_at": min(result.first_scored_at for result in results),
+            "matmul_dtype": found.matmul_dtype,
+            "first_scored_at": found.first_scored_at,
             "seconds": {"total": round(time.monotonic() - started, 3)},
         }
     )
@@ -131,17 +125,23 @@ def _measured_apart(
     config: RunConfig,
     base: base_model.Base,
     contenders: Sequence[Contender],
-    shards: Sequence[Sequence[Record]],
-    passages: Passages,
-) -> tuple[MatmulDtype, list[ShardResult]]:
-    """Each shard, and its share of the passages, by a Ray task, which holds the base by itself."""
+    records: Sequence[Record],
+    *,
+    passages: Passages = NO_PASSAGES,
+    matmul_dtype: MatmulDtype | None = None,
+) -> Found:
+    """A share of records and passages by each of several Ray tasks, which hold the base by themselves."""
     import ray
 
+    # Two records at least in each: an answer is also read behind another record's prompt.
+    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
+    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
+    shards = [records[start::num_shards] for start in range(num_shards)]
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
     try:
-        dtype = _matmul_dtype(config, base, len(shards), resources)
-        return dtype, ray.get(
+        dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
+        results = ray.get(
             [
                 task.remote(contenders, shard, passages.share(i, len(shards)), shard_index=i, matmul_dtype=dtype)
                 for i, shard in enumerate(shards)
@@ -151,6 +151,7 @@ def _measured_apart(
         raise (
             exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
         ) from exc
+    return Found.of(dtype, shards, results)
 
 
 def _measured_together(
@@ -158,20 +159,23 @@ def _measured_together(
     base: base_model.Base,
     contenders: Sequence[Contender],
     records: Sequence[Record],
-    passages: Passages,
+    *,
     store: Store,
     run_id: str,
-) -> tuple[MatmulDtype, list[ShardResult]]:
+    passages: Passages = NO_PASSAGES,
+    matmul_dtype: MatmulDtype | None = None,
+) -> Found:
     """All records by a group of workers, which share the base out as they do to train on it."""
     from ray_jobs.training import measure_together, trainer
 
+    workers = f"{config.ray.num_workers} workers that hold the base together"
+    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    dtype = _matmul_dtype(config, base, config.ray.num_workers, resources)
+    dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
+    name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
     arguments = {"contenders": contenders, "records": records, "passages": passages, "matmul_dtype": dtype}
-    answer = trainer.run(
-        measure_together.run, arguments, config, store, run_id=run_id, name="ray-evaluate", max_failures=0
-    )
-    return dtype, [answer["result"]]
+    answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
+    return Found.of(dtype, [records], [answer["result"]])
 
 
 def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:

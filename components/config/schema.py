@@ -152,6 +152,9 @@ class EvaluateConfig(Section):
     records: Annotated[int, Field(ge=1)] = 300
     """Held-out records to use, the same for all three, in order of their key's hash; those of data.validation_share are
     none of them."""
+    max_records: Annotated[int, Field(ge=0), Added("0.2.0")] = 1000
+    """Where that many do not tell whether the candidate is as good as the champion, as many more are drawn from what is
+    held out as do, up to this many in all. 0 draws none."""
     folds: Annotated[int, Field(ge=1), Added("0.2.0")] = 1
     """Parts of these records, by a hash of their ids, of which one judges at a time and the others lie in reserve."""
     decisions_per_fold: Annotated[int, Field(ge=1), Added("0.2.0")] = 20

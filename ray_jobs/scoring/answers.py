@@ -73,6 +73,23 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
     return {"labels": [*(written[name] for name in classes), OTHER], "counts": counts}
 
 
+def pairs_of(
+    candidate: Sequence[Score],
+    other: Sequence[Score],
+    num_answer_tokens: Sequence[int],
+    metric: str,
+    groups: Sequence[str] = (),
+    *,
+    relative: bool = False,
+) -> Pairs:
+    """Two models on the same records, by one metric; `groups` names each record's, where they have one."""
+    asked = metric_of(metric)
+    ours, theirs = (np.array([_of_record(each, asked) for each in scores]) for scores in (candidate, other))
+    weights = np.array(num_answer_tokens, dtype=np.float64) if asked.per_token else np.ones(len(ours))
+    numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
+    return Pairs(ours, theirs, weights, numbered, asked.lower_is_better, asked.exponential, relative)
+
+
 def paired_difference(
     candidate: Sequence[Score],
     other: Sequence[Score],
@@ -84,12 +101,7 @@ def paired_difference(
 
     Positive means that the candidate is better, whichever way the metric points. None where a number is not finite.
     """
-    asked = metric_of(metric)
-    ours, theirs = (np.array([_of_record(each, asked) for each in scores]) for scores in (candidate, other))
-    weights = np.array(num_answer_tokens, dtype=np.float64) if asked.per_token else np.ones(len(ours))
-    numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
-    pairs = Pairs(ours, theirs, weights, numbered, asked.lower_is_better, asked.exponential)
-    found = bounds(pairs, confidence=0.975)
+    found = bounds(pairs_of(candidate, other, num_answer_tokens, metric, groups), confidence=0.975)
     if found is None:
         return None
     return PairedDifference(

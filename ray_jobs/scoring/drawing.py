@@ -1,0 +1,92 @@
+"""What was measured of held-out records, and how many more it takes to tell; pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from components.config.gate import GateConfig
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record
+from components.registry.records import Role
+from components.shared.paired import Pairs, bounds, records_to_decide
+from ray_jobs.scoring.answers import Score, pairs_of
+from ray_jobs.scoring.measure import ShardResult
+
+CLEAR = 0.999
+"""What lies on one side as surely as this needs no more records: to look once for so much hardly ever errs (the
+boundary of Haybittle and Peto, British Journal of Cancer 34, 1976)."""
+
+
+def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
+    """So many that a candidate as good as champion and best version is seen to be, in four cases of five; 0 where the
+    records at hand tell.
+
+    What decides is how much the models differ from record to record and not which is ahead, so that to look before
+    drawing more makes no verdict likelier (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
+    """
+    margins: dict[Role, float] = {"champion": policy.worse_than_champion_by, "anchor": policy.total_budget}
+    wanted = 0
+    for role, margin in margins.items():
+        pairs = compared.get(role)
+        found = bounds(pairs, CLEAR) if pairs and margin else None
+        if found is None or found.lower >= -margin or found.upper < -margin:
+            continue
+        wanted = max(wanted, records_to_decide(replace(found, gain=0.0), -margin, policy.confidence) or 0)
+    return wanted
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of the records that fit every contender's context."""
+
+    matmul_dtype: MatmulDtype
+    records: list[Record]
+    tokens: list[int]
+    scores: dict[Role, list[Score]]
+    general_nll: list[dict[Role, list[float]]]
+    """Of the passages of general text, by who read them."""
+    first_scored_at: str
+    """When the first batch was done; ISO 8601, in UTC."""
+
+    @classmethod
+    def of(
+        cls, matmul_dtype: MatmulDtype, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]
+    ) -> "Found":
+        """What the workers have measured, each of its shard."""
+        return cls(
+            matmul_dtype,
+            [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
+            [count for result in results for count in result.tokens.values()],
+            {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
+            [result.general_nll for result in results],
+            min(result.first_scored_at for result in results),
+        )
+
+    def and_then(self, more: "Found") -> "Found":
+        """With the scores of further records."""
+        return replace(
+            self,
+            records=self.records + more.records,
+            tokens=self.tokens + more.tokens,
+            scores={role: scores + more.scores[role] for role, scores in self.scores.items()},
+        )
+
+
+def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
+    """Records to measure as well, of those that are left: as many as tell, and no more than `evaluate.max_records`."""
+    policy, groups = config.gate, [record.group for record in found.records]
+    compared = {
+        role: pairs_of(
+            found.scores["candidate"],
+            found.scores[role],
+            found.tokens,
+            policy.metric,
+            groups,
+            relative=policy.margins == "relative",
+        )
+        for role in found.scores
+        if role not in ("candidate", "base")
+    }
+    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
+    # One alone has no other's prompt to be read behind.
+    return left[:wanted] if min(wanted, len(left)) > 1 else ()
