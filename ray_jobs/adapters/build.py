@@ -67,7 +67,7 @@ def attach(
     import torch
     from peft import get_peft_model
 
-    from ray_jobs.adapters import dora, dvora, fused
+    from ray_jobs.adapters import dora, dvora, fused, fused_layer
 
     targets = find(model, method, base_reference=base_reference)
     torch.manual_seed(seed)
@@ -85,6 +85,7 @@ def attach(
     adapted.peft_config["default"].base_model_name_or_path = base_reference
     _multiply_in(matmul_dtype, adapted)
     fused.adopt(adapted)
+    fused_layer.adopt(adapted)
     return adapted
 
 
@@ -109,7 +110,7 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from ray_jobs.adapters import dora, dvora, fused  # dvora makes its method known to peft
+    from ray_jobs.adapters import dora, dvora, fused, fused_layer  # dvora makes its method known to peft
 
     with _either_way_round():
         adapted = PeftModel.from_pretrained(base, folder)
@@ -121,6 +122,7 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
     dvora.unify_dtype(adapted, base.dtype)
     _multiply_in(matmul_dtype, adapted)
     fused.adopt(adapted)
+    fused_layer.adopt(adapted)
     return adapted
 
 

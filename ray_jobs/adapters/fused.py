@@ -9,6 +9,7 @@ Shapes: I input, O output, R rank, T tokens.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes
@@ -96,6 +97,20 @@ class Linear8bitLt(peft.tuners.lora.bnb.Linear8bitLt):
         return super().forward(x, *args, **kwargs) if found is None else found
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen layer and the factors on it, as the product above takes them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    blocks: Blocks
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dtype: torch.dtype
+    """What its products are taken in."""
+
+
 LAYERS: dict[type, type] = {
     peft.tuners.lora.layer.Linear: Linear,
     peft.tuners.lora.bnb.Linear4bit: Linear4bit,
@@ -111,6 +126,17 @@ def adopt(model: nn.Module) -> None:
 
 def fused(layer: Any, x: Tensor) -> Tensor | None:
     """What a layer of peft's gives, in one product; None where it must go peft's way."""
+    found = adapted(layer, x)
+    if found is None:
+        return None
+    product: Tensor = LoraProduct.apply(
+        x, found.A, found.B, found.weight, found.bias, found.scaling, found.dtype, found.blocks
+    )
+    return product
+
+
+def adapted(layer: Any, x: Tensor) -> Adapted | None:
+    """What a layer's product with such an input is taken of; None where it must go peft's way."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or x.dtype not in HALF:
         return None
     (name,) = layer.active_adapters
@@ -126,8 +152,7 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # somebody counts on its being called
         return None
-    product: Tensor = LoraProduct.apply(x, A_RI, B_OR, base.weight, base.bias, layer.scaling[name], dtype, blocks)
-    return product
+    return Adapted(base.weight, base.bias, blocks, A_RI, B_OR, layer.scaling[name], dtype)
 
 
 def _reader(base: Any) -> Blocks | None:

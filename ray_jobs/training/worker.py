@@ -29,7 +29,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import architecture, base_config, base_model, chat_format, precision, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
+from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
 from ray_jobs.training.train_loop import Report, TrainedAdapter
@@ -133,6 +133,7 @@ def fit(
     zero.prepare_environment(use_gpu=use_gpu)
     if not use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
+        allocator.keep_freed_memory()
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
     original = base_model.resolve(config.model)

@@ -1,0 +1,322 @@
+"""A decoder layer of Llama's form, with LoRA on all its products, as one autograd function on CPUs.
+
+    n = norm(x)     q, k, v = products of n            y = x + product of attention(q, k, v)
+    m = norm(y)     gate, up = products of m           z = y + product of (silu(gate) up)
+
+Of a small base's step most is not multiplying: activations are written and read again, and every operation is made
+known to autograd. Here sums are taken within products, attention and rotary positions stay in float32, and the factors
+cost no product of their own: the layers that read one input have their W, A and B in one matrix M,
+
+    y = [x, x s A^T] [W, B]^T          gradient of x: [g, g B] [W; s A]          M = [W, B; s A, 0]
+
+What is trained, stored and published is peft's own, and a layer that this does not cover goes its own way: see `_form`.
+To the same function in float64 it is nearer than transformers' and peft's modules, which round after each operation.
+
+Shapes: N records of S tokens, T = N S, H hidden, I input, O output, R ranks, K heads of D. A + stands for the columns
+of the factors, R rounded up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from ray_jobs.adapters import fused
+from ray_jobs.adapters.fused import Adapted
+from ray_jobs.base import attention
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+"""Whose forward is the formula above."""
+STEP = 32
+"""oneDNN's, through a bfloat16 product's inner dimension: 16 columns more cost a third of the product, 32 cost 3 %."""
+TOKENS = 64
+"""Rows of products are filled up to so many: oneDNN compiles for each shape anew, which takes longer than a product."""
+
+attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+silu_backward = torch.ops.aten.silu_backward
+
+
+class Joined:
+    """M of layers that read one input, and the parts of it that products take."""
+
+    def __init__(self, layers: Sequence[Adapted]) -> None:
+        """Dense weights move into it for good, so that memory holds them once."""
+        outputs, inputs = sum(len(layer.B) for layer in layers), layers[0].A.shape[1]
+        more = -(-sum(len(layer.A) for layer in layers) // STEP) * STEP
+        M = layers[0].A.new_zeros(outputs + more, inputs + more, dtype=layers[0].dtype)
+        self.forth, self.back = M[:outputs].T, M[:, :inputs]
+        """[W, B]^T (I+, O) and [W; s A] (O+, I)."""
+        self.A_IR, self.B_OR = M[outputs:, :inputs].T, M[:outputs, inputs:]
+        self.rows, self.ranks = _slices(layers, "B"), _slices(layers, "A")
+        """Of each layer: its outputs and its ranks."""
+        self.A = [self.A_IR.T[ranks] for ranks in self.ranks]
+        self.B = [self.B_OR[rows, ranks] for rows, ranks in zip(self.rows, self.ranks, strict=True)]
+        self.weights = [M[rows, :inputs] for rows in self.rows]
+        # By shape too: ZeRO-3 has four bits stored as if they were bfloat16.
+        self.is_kept = all(
+            layer.weight.dtype is M.dtype and layer.weight.shape == own.shape
+            for layer, own in zip(layers, self.weights, strict=True)
+        )
+        for layer, place in zip(layers, self.weights, strict=True):
+            for block, weight in layer.blocks(layer.weight):
+                place[block] = weight
+            if self.is_kept:
+                layer.weight.data = place
+
+    def holds(self, layers: Sequence[Adapted]) -> bool:
+        """Whether it holds these layers' weights, and not what they were before somebody changed them."""
+        return all(layer.weight.data_ptr() == own.data_ptr() for layer, own in zip(layers, self.weights, strict=True))
+
+
+class Products:
+    """The products of layers that read one input. B is zero between a layer's outputs and another's ranks."""
+
+    def __init__(self, layers: Sequence[Adapted], kept: dict[str, Joined], name: str) -> None:
+        """`kept`: where M stays, by `name`; for weights that are stored in few bits it is made for each product."""
+        self.layers, self.dtype, self.scaling = layers, layers[0].dtype, layers[0].scaling
+        self.inputs, self.outputs = layers[0].A.shape[1], sum(len(layer.B) for layer in layers)
+        self.more = -(-sum(len(layer.A) for layer in layers) // STEP) * STEP
+        self._kept, self._name = kept, name
+
+    def weights(self) -> list[Tensor]:
+        """What is trained, in the order in which `backward` gives gradients."""
+        return [factor for layer in self.layers for factor in (layer.A, layer.B)]
+
+    def room(self, num_tokens: int, width: int) -> Tensor:
+        """For an operand (T, width+), its factors' columns zero: oneDNN reads past the end of another operand, times
+        zero, and zero times NaN is NaN."""
+        found = self.layers[0].A.new_empty(num_tokens, width + self.more, dtype=self.dtype)
+        found[:, width:] = 0
+        return found
+
+    def joined(self) -> Joined:
+        """M, with the factors as they are now."""
+        found = self._kept.get(self._name)
+        if found is None or not found.holds(self.layers):
+            found = Joined(self.layers)
+            if found.is_kept:
+                self._kept[self._name] = found
+        for layer, A_RI, B_OR in zip(self.layers, found.A, found.B, strict=True):
+            A_RI.copy_(layer.A)
+            B_OR.copy_(layer.B)
+        found.A_IR *= self.scaling
+        return found
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """From x (T, I+), whose last columns it fills, to (T, O)."""
+        M = self.joined()
+        torch.mm(x[:, : self.inputs], M.A_IR, out=x[:, self.inputs :])
+        y = torch.mm(x, M.forth) if onto is None else torch.addmm(onto, x, M.forth)
+        for layer, rows in zip(self.layers, M.rows, strict=True):
+            if layer.bias is not None:
+                y[:, rows] += layer.bias
+        return y
+
+    def backward(self, g: Tensor, x: Tensor, *, down: bool = True) -> tuple[Tensor | None, list[Tensor]]:
+        """From g (T, O+), whose last columns it fills, and `forward`'s x, to gradients of the input and of the factors.
+
+        The former only where it is asked to go `down`.
+        """
+        M, g_TO, g_TR = self.joined(), g[:, : self.outputs], g[:, self.outputs :]
+        torch.mm(g_TO, M.B_OR, out=g_TR)
+        A_RI = (g_TR.T @ x[:, : self.inputs]).mul_(self.scaling)
+        B_OR = g_TO.T @ x[:, self.inputs :]
+        gradients = []
+        for layer, rows, ranks in zip(self.layers, M.rows, M.ranks, strict=True):
+            gradients += [A_RI[ranks].to(layer.A.dtype), B_OR[rows, ranks].to(layer.B.dtype)]
+        return torch.mm(g, M.back) if down else None, gradients
+
+
+def _slices(layers: Sequence[Adapted], factor: str) -> list[slice]:
+    """Of each layer, where its rows of A or B are among all layers'."""
+    ends = list(accumulate(len(getattr(layer, factor)) for layer in layers))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What sets a layer apart."""
+
+    qkv: Products
+    out: Products
+    gate_up: Products
+    down: Products
+    norm_before_attention: Any
+    norm_before_mlp: Any
+    heads: int
+    kv_heads: int
+    scaling: float
+
+
+class Layer(torch.autograd.Function):
+    """The formula above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NSH: Tensor, cos: Tensor, sin: Tensor, form: Form, *weights: Tensor) -> Tensor:
+        N, S, H = hidden_NSH.shape
+        K, G, T = form.heads, form.kv_heads, -(-N * S // TOKENS) * TOKENS
+        cos, sin = cos.float().unsqueeze(2), sin.float().unsqueeze(2)
+        x = _filled_up(hidden_NSH, T, form.qkv.dtype)
+        n, inverse_n = _norm(x, form.norm_before_attention, form.qkv)
+        qkv_NSKD = form.qkv.forward(n)[: N * S].view(N, S, K + 2 * G, -1).float()
+        qk = _rotated(qkv_NSKD[:, :, : K + G], cos, sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (qk[:, :, :K], qk[:, :, K:], qkv_NSKD[:, :, K + G :]))
+        attended, lse = attend(q, k, v, 0.0, True, scale=form.scaling)
+        a = form.out.room(T, form.out.inputs)
+        a[: N * S, : form.out.inputs] = attended.transpose(1, 2).reshape(N * S, -1)
+        a[N * S :] = 0
+        y = form.out.forward(a, onto=x)
+        m, inverse_m = _norm(y, form.norm_before_mlp, form.gate_up)
+        gate, up = form.gate_up.forward(m).chunk(2, dim=1)
+        i = form.down.room(T, form.down.inputs)
+        torch.mul(F.silu(gate), up, out=i[:, : form.down.inputs])
+        z = form.down.forward(i, onto=y)
+        ctx.form = form
+        ctx.save_for_backward(
+            cos, sin, x, n, inverse_n, q, k, v, attended, lse, a, y, m, inverse_m, gate, up, i, *weights
+        )
+        return z[: N * S].view(N, S, H).to(hidden_NSH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NSH,), form = gradients, ctx.form
+        cos, sin, x, n, inverse_n, q, k, v, attended, lse, a, y, m, inverse_m, gate, up, i, *_ = ctx.saved_tensors
+        N, S, H = gradient_NSH.shape
+        T, K, G, inner = len(x), form.heads, form.kv_heads, form.down.inputs
+        g = form.down.room(T, H)
+        g[: N * S, :H] = gradient_NSH.reshape(N * S, H)
+        g[N * S :] = 0
+        g_i, down_factors = form.down.backward(g, i)
+        g_gate_up = form.gate_up.room(T, 2 * inner)
+        torch.mul(g_i, F.silu(gate), out=g_gate_up[:, inner : 2 * inner])
+        silu_backward.grad_input(g_i.mul_(up), gate, grad_input=g_gate_up[:, :inner])
+        g_m, gate_up_factors = form.gate_up.backward(g_gate_up, m)
+        _add_norm_gradient(g[:, :H], g_m, y, inverse_m, form.norm_before_mlp)
+        g_a, out_factors = form.out.backward(g, a)
+        g_attended = g_a[: N * S].float().view(N, S, K, -1).transpose(1, 2)
+        g_q, g_k, g_v = attend_backward(g_attended, q, k, v, attended, lse, 0.0, True, scale=form.scaling)
+        g_qkv = form.qkv.room(T, form.qkv.outputs)
+        g_qkv[N * S :] = 0
+        g_NSKD = g_qkv[: N * S].view(N, S, -1)[..., : form.qkv.outputs].unflatten(-1, (K + 2 * G, -1))
+        g_NSKD[:, :, :K] = _rotated(g_q.transpose(1, 2), cos, -sin)
+        g_NSKD[:, :, K : K + G] = _rotated(g_k.transpose(1, 2), cos, -sin)
+        g_NSKD[:, :, K + G :] = g_v.transpose(1, 2)
+        goes_down = ctx.needs_input_grad[0]  # not below the first trained layer
+        g_n, qkv_factors = form.qkv.backward(g_qkv, n, down=goes_down)
+        x_gradient = None
+        if goes_down:
+            _add_norm_gradient(g[:, :H], g_n, x, inverse_n, form.norm_before_attention)
+            x_gradient = g[: N * S, :H].reshape(N, S, H).to(gradient_NSH.dtype)
+        return x_gradient, None, None, None, *qkv_factors, *out_factors, *gate_up_factors, *down_factors
+
+
+def adopt(model: nn.Module) -> None:
+    """Let a model's layers of this form go this way where they can; what is one already stays."""
+    for module in model.modules():
+        module.__class__ = ADOPTED.get(type(module), type(module))
+
+
+def _adopted(layer_class: Any) -> type:
+    """A layer of that class which goes this way where it can, and otherwise its own."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        form = None if args else _form(self, hidden_states, **kwargs)
+        if form is None:
+            plain: Tensor = layer_class.forward(self, hidden_states, *args, **kwargs)
+            return plain
+        products = (form.qkv, form.out, form.gate_up, form.down)
+        weights = [weight for each in products for weight in each.weights()]
+        found: Tensor = Layer.apply(hidden_states, *kwargs["position_embeddings"], form, *weights)
+        return found
+
+    return type(layer_class.__name__, (layer_class,), {"forward": forward, "__module__": __name__})
+
+
+ADOPTED = {layer_class: _adopted(layer_class) for layer_class in LAYERS}
+
+
+def _form(
+    layer: Any,
+    hidden_states: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    use_cache: bool | None = None,
+    **_: Any,
+) -> Form | None:
+    """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
+    goes by `fused`, a mask, a cache, dropout or another kernel is asked for, or somebody counts on a module's being
+    called."""
+    attn, mlp = layer.self_attn, layer.mlp
+    if not torch.is_grad_enabled() or attention_mask is not None or cache is not None or use_cache:
+        return None
+    if position_embeddings is None or position_embeddings[0].shape[-1] != attn.head_dim:
+        return None
+    if attn.config._attn_implementation != attention.FLOAT32 or attn.config.hidden_act not in ("silu", "swish"):
+        return None
+    if (attn.training and attn.attention_dropout) or any(map(_is_watched, layer.modules())):
+        return None
+    modules = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if any(type(module) not in fused.LAYERS.values() for module in modules):
+        return None
+    found = [fused.adapted(module, hidden_states) for module in modules]
+    adapted = [each for each in found if each is not None]
+    if len(adapted) < len(modules) or len({each.dtype for each in adapted}) > 1:
+        return None
+    kept = layer.__dict__.setdefault("_joined", {})
+    return Form(
+        qkv=Products(adapted[:3], kept, "qkv"),
+        out=Products(adapted[3:4], kept, "out"),
+        gate_up=Products(adapted[4:6], kept, "gate_up"),
+        down=Products(adapted[6:], kept, "down"),
+        norm_before_attention=layer.input_layernorm,
+        norm_before_mlp=layer.post_attention_layernorm,
+        heads=attn.config.num_attention_heads,
+        kv_heads=attn.config.num_key_value_heads,
+        scaling=attn.scaling,
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _norm(x: Tensor, norm: Any, reader: Products) -> tuple[Tensor, Tensor]:
+    """norm(x) as an operand (T, I+), and 1 / rms of each token, float32 (T, 1)."""
+    wide = x.float()
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    inverse = squares.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    n = reader.room(len(x), reader.inputs)
+    torch.mul((wide * inverse).to(x.dtype), norm.weight.to(x.dtype), out=n[:, : reader.inputs])
+    return n, inverse
+
+
+def _add_norm_gradient(g: Tensor, g_n: Tensor, x: Tensor, inverse: Tensor, norm: Any) -> None:
+    """Add to `g` what comes back through a norm: r (w g_n) - x r^3 mean(x w g_n), r being `inverse`."""
+    wide_x, wide = x.float(), g_n.float().mul_(norm.weight)
+    back = torch.linalg.vecdot(wide, wide_x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+    g += wide.mul_(inverse).addcmul_(wide_x, back, value=-1).to(g.dtype)  # adding two dtypes takes four times as long
+
+
+def _filled_up(x_NSH: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """(T, H), with rows of zeros after those of `x`."""
+    x = x_NSH.reshape(-1, x_NSH.shape[-1]).to(dtype)
+    return F.pad(x, (0, 0, 0, num_tokens - len(x))) if num_tokens > len(x) else x
+
+
+def _rotated(x_NSKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Llama's rotary positions, whose halves turn together; those of -sin are the way back."""
+    half = x_NSKD.shape[-1] // 2
+    y = x_NSKD * cos
+    y[..., :half].addcmul_(x_NSKD[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x_NSKD[..., :half], sin[..., half:])
+    return y

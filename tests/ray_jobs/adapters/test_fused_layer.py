@@ -1,0 +1,189 @@
+"""Fused decoder layers against transformers' and peft's own, in float64; and a training against theirs."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from ray_jobs.adapters import fused, fused_layer
+from ray_jobs.base import attention, float32_layers
+from ray_jobs.base.answer_loss import answer_nll
+
+KINDS = {
+    "Llama, biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "Mistral": (MistralConfig, {"sliding_window": 64}),
+    "Qwen2": (Qwen2Config, {}),
+}
+IDS = torch.randint(200, (3, 21), generator=torch.Generator().manual_seed(1))
+OF_ONE = 1.5
+"""Times the error that peft's layers make in the same dtype: which of few roundings fall well is chance."""
+
+
+def adapted(kind, dtype, *, base="bf16", matmul_dtype="bfloat16", dropout=0.0, use_dora=False):
+    """A model of two layers with an adapter on every product; the same numbers in whatever they are held."""
+    config_class, own = KINDS[kind]
+    config = config_class(
+        vocab_size=200,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        **own,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data = (float("norm" in name) + 0.1 * torch.randn(parameter.shape, generator=draw)).bfloat16()
+    if base == "nf4":
+        quantise(model, keep=dtype is torch.bfloat16)
+    model.to(dtype)
+    lora = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_dropout=dropout, use_dora=use_dora)
+    found = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for name, parameter in found.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = (0.1 * torch.randn(parameter.shape, generator=draw)).bfloat16().to(dtype)
+    if matmul_dtype == "float32":
+        float32_layers.multiply_in_float32(found)
+    return found.train()
+
+
+def quantise(model, *, keep):
+    """Every product of the layers in NF4, or dense in what that reads as."""
+    import bitsandbytes
+
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    few = bitsandbytes.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=linear.bias is not None,
+                        quant_type="nf4",
+                        compute_dtype=torch.bfloat16,
+                        quant_storage=torch.bfloat16,  # as under ZeRO-3
+                    )
+                    few.load_state_dict(linear.state_dict())
+                    few.to("cpu")
+                    if keep:
+                        setattr(part, name, few.requires_grad_(False))
+                    else:
+                        linear.weight.data = dequantize_4bit(few.weight.data, few.weight.quant_state)
+
+
+def adopt(model):
+    fused.adopt(model)
+    fused_layer.adopt(model)
+    return model
+
+
+def gradients(model):
+    """The loss of every token, and the gradients of everything trained, in float64."""
+    answer_nll(model, IDS, IDS).mean().backward()
+    return {name: each.grad.double() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def goes_fused(model, **inputs) -> bool:
+    """Whether each of the two layers goes by the one function."""
+    taken = []
+
+    def count(*arguments):
+        taken.append(1)
+        return apply(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        apply = fused_layer.Layer.apply
+        patch.setattr(fused_layer.Layer, "apply", count)
+        model(IDS, **{"use_cache": False, **inputs})
+    assert len(taken) in (0, 2)
+    return bool(taken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32")])
+def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
+    exact = gradients(adapted(kind, torch.float64, base=base))
+    pefts = gradients(adapted(kind, torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
+    model = adopt(adapted(kind, torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
+    assert goes_fused(model)
+    ours = gradients(model)
+    assert ours.keys() == exact.keys()
+    errors = {
+        name: [(found[name] - each).norm() / each.norm() for found in (ours, pefts)] for name, each in exact.items()
+    }
+    assert all(error < OF_ONE * theirs < 0.1 for error, theirs in errors.values())
+    assert sum(error**2 for error, _ in errors.values()) < sum(theirs**2 for _, theirs in errors.values())
+
+
+def test_dense_weights_are_held_once_and_are_what_they_were():
+    model, before = adopt(adapted("Qwen2", torch.bfloat16)), adapted("Qwen2", torch.bfloat16).state_dict()
+    gradients(model)
+    layer = model.get_base_model().model.layers[0]
+    attn = layer.self_attn
+    assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first = answer_nll(model, IDS, IDS)
+    attn.q_proj.base_layer.weight = torch.nn.Parameter(torch.zeros_like(attn.q_proj.weight), requires_grad=False)
+    assert not torch.equal(answer_nll(model, IDS, IDS), first)  # what somebody puts in its place is seen
+
+
+@pytest.mark.parametrize(
+    ("set_up", "inputs"),
+    [
+        ({"dropout": 0.1}, {}),
+        ({"use_dora": True}, {}),
+        ({}, {"use_cache": True}),
+        ({}, {"attention_mask": torch.tensor([[1] * 21, [1] * 21, [0] * 5 + [1] * 16])}),
+    ],
+)
+def test_what_it_does_not_cover_goes_the_layers_own_way(set_up, inputs):
+    assert goes_fused(adopt(adapted("Mistral", torch.bfloat16)))
+    assert not goes_fused(adopt(adapted("Mistral", torch.bfloat16, **set_up)), **inputs)
+
+
+def test_what_wants_no_gradients_goes_the_layers_own_way():
+    model = adopt(adapted("Qwen2", torch.bfloat16))
+    with torch.no_grad():
+        assert not goes_fused(model)
+
+
+@pytest.mark.parametrize("how", ["disabled", "hooked", "merged", "another kernel", "partly adapted"])
+def test_a_layer_that_is_more_than_its_products_goes_its_own_way(how):
+    model = adopt(adapted("Llama, biased", torch.bfloat16))
+    base = model.get_base_model()
+    if how == "hooked":
+        for layer in base.model.layers:
+            layer.mlp.register_forward_hook(lambda *_: None)
+    if how == "merged":
+        model.merge_adapter()
+    if how == "another kernel":
+        base.set_attn_implementation("sdpa")
+    if how == "partly adapted":
+        for layer in base.model.layers:
+            layer.mlp.up_proj = layer.mlp.up_proj.base_layer
+    with model.disable_adapter() if how == "disabled" else nullcontext():
+        assert not goes_fused(model)
+
+
+def test_with_activations_recomputed_gradients_are_the_same():
+    plain, recomputed = (adopt(adapted("Mistral", torch.bfloat16)) for _ in range(2))
+    recomputed.enable_input_require_grads()
+    recomputed.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    expected = gradients(plain)
+    assert all(torch.equal(found, expected[name]) for name, found in gradients(recomputed).items())
+
+
+def test_a_base_in_few_bits_is_read_as_it_is_stored():
+    model = adopt(adapted("Mistral", torch.bfloat16, base="nf4"))
+    gradients(model)
+    with model.disable_adapter():
+        plain = answer_nll(model, IDS, IDS)
+    untouched = adapted("Mistral", torch.bfloat16, base="nf4")
+    with untouched.disable_adapter():
+        assert torch.equal(plain, answer_nll(untouched, IDS, IDS))
