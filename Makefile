@@ -21,7 +21,7 @@ help:
 	@echo "make slow    what takes longer: every method on the real model, more of the matrix and of the zoo"
 	@echo "make full    every architecture with every method, and every cell of the matrix"
 	@echo "make lint    formatting, types and import contracts"
-	@echo "make bench   speed and memory against peers, as ratios"
+	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   checkov on the images, on infra/aws and on the pods of infra/overlays"

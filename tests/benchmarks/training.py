@@ -3,6 +3,10 @@
 Both sides run in turn, each in a process of its own with the same threads: QLoRA of rank 16 on every linear layer of
 the example's base, the same records, batches of 16 grouped by length, AdamW. Padding does not count as tokens.
 
+What was tried and lost, on two cores with AMX: weights packed for oneDNN (a tenth of a product, for as much memory
+again); attention as batched products (slower than the fused kernel at 35, 60 and 1,024 tokens) or in bfloat16 (its way
+back takes four to eight times as long on short records); factors as columns of a product that are no multiple of 32.
+
 --processor takes instructions away from PyTorch and oneDNN, so that an older processor's speed can be seen on any that
 has more: avx2 (most laptops; Zen 2 and 3) or avx512 (Cascade Lake). bitsandbytes' own kernels keep what they find, and
 PyTorch's product of two bfloat16 matrices in rows and columns stays up to thirty times as fast as a true AVX2's.
@@ -19,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks import baselines
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
     parser.add_argument("--base", choices=("nf4", "int8", "bf16"), default="nf4", help="how the base is stored")
+    parser.add_argument("--dense-base", action="store_true", help="our train.dense_base")
     parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
     parser.add_argument(
         "--matmul-dtype",
@@ -48,6 +55,7 @@ def main() -> None:
         default="auto",
         help="what both sides multiply in; auto as ray.cpu_matmul_dtype",
     )
+    parser.add_argument("--record", action="store_true", help="make the ratio the baseline of this kind of processor")
     parser.add_argument("--side", choices=SIDES, help="run one side here and print its figures as JSON")
     options = parser.parse_args()
     if options.side:
@@ -66,12 +74,22 @@ def main() -> None:
     ratio = best["fineloop"]["tokens_per_s"] / best["trainer"]["tokens_per_s"]
     memory = best["fineloop"]["peak_rss_mb"] / best["trainer"]["peak_rss_mb"]
     print(f"    ratio  {ratio:.2f} x the tokens/s, {memory:.2f} x the memory of transformers' Trainer with peft")
+    print(baselines.compared(_name(options), ratio, record=options.record))
+
+
+def _name(options: argparse.Namespace) -> str:
+    """What was measured, as the baselines know it."""
+    parts = ["training", options.base, "dense" if options.dense_base else "", f"as {options.processor}"]
+    if options.matmul_dtype != "auto":
+        parts.append(options.matmul_dtype)
+    return " ".join(part for part in parts if part and part != "as here")
 
 
 def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
     command += ["--records", str(options.records), "--threads", str(options.threads)]
     command += ["--matmul-dtype", options.matmul_dtype, "--base", options.base]
+    command += ["--dense-base"] if options.dense_base else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **PROCESSORS[options.processor]}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
@@ -117,13 +135,14 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     import torch.distributed as dist
 
     from ray_jobs.adapters import build
-    from ray_jobs.base import base_model
+    from ray_jobs.base import base_model, widened
     from ray_jobs.base.batching import plan_epoch
-    from ray_jobs.training import train_loop, zero
+    from ray_jobs.training import allocator, train_loop, zero
     from ray_jobs.training.group import Worker
 
     config, base, chat, split, dtype = _parts(options)
     zero.prepare_environment(use_gpu=False)
+    allocator.keep_freed_memory()
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
@@ -131,6 +150,8 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
     adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
+    if options.dense_base:
+        widened.widen(adapted, dtype)
     engine = zero.initialize(adapted.train(), config)
     worker = Worker(0, 1, torch.device("cpu"))
     plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
