@@ -22,6 +22,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         bucket: str = "fineloop",
         prefix: str = "",
         trusted_keys: list[str] = [],  # noqa: B006 - kfp reads it as the field's default
+        announce: dict[str, str] = {},  # noqa: B006
     ) -> None:
         """Move an alias by hand; the event log keeps who and why.
 
@@ -35,6 +36,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             bucket: the registry's bucket.
             prefix: its folder in the bucket.
             trusted_keys: public keys; where there are any, one of them must have signed the version.
+            announce: the config's section announce: whom the move is told to.
         """
         moved = move_by_hand(
             adapter_name=adapter_name,
@@ -46,6 +48,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             bucket=bucket,
             prefix=prefix,
             trusted_keys=trusted_keys,
+            announce=announce,
             job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )
         moved.set_display_name("Move the alias")

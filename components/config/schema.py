@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from components.config.announce import AnnounceConfig as AnnounceConfig
 from components.config.gate import GateConfig, RequestedMetric
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
@@ -187,6 +188,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
+    announce: Annotated[AnnounceConfig, Added("0.2.0")] = AnnounceConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -50,18 +50,23 @@ def move_by_hand(
     bucket: str,
     prefix: str,
     trusted_keys: list[str],
+    announce: dict[str, str],
     job_id: str,
     summary: Output[Markdown],
 ) -> str:
     """Promote or roll back because a person asked for it, and return the event's URI."""
+    import os
     from pathlib import Path
 
-    from components.config.schema import RegistryConfig
+    from components.config.schema import AnnounceConfig, RegistryConfig
+    from components.promote.announce import announce as tell_others
     from components.promote.by_hand import Request, as_markdown, carry_out
     from components.registry.store import Store
 
+    others = AnnounceConfig.model_validate(announce)
     request = Request(adapter_name, action, version, alias, reason, person, job_id)
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
+    tell_others(others, store, adapter_name, event, os.environ)
     return event.uri

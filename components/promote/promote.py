@@ -5,6 +5,7 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 
 import os
 
+from components.promote.announce import announce
 from components.registry import aliases, runs, signing, watermark
 from components.registry.event_log import Event
 from components.registry.records import Decision
@@ -17,7 +18,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
 
     `decision_sha256` is that of the record that the gate wrote; no other is obeyed. The version is signed for it where
-    the environment holds a key.
+    the environment holds a key. Then the move is announced to whom the config names.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
@@ -40,6 +41,8 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
     step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved
     step_run.say(f"{name}@{alias} is now {version}")
     watermark.advance(step_run.store, name, run_id)
+    if outcomes := announce(step_run.config.announce, step_run.store, name, event, os.environ):
+        step_run.result["announced"] = outcomes
     return event.uri
 
 

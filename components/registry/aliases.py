@@ -99,6 +99,18 @@ def list_aliases(store: Store, name: str) -> list[Pointer]:
     return [pointer for alias in aliases if (pointer := read_alias(store, name, alias))]
 
 
+def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
+    """The event that moved the alias to where it points; written when the log lacks it.
+
+    Raises:
+        ObjectMissing: the alias does not exist.
+    """
+    pointer = read_alias(store, name, alias)
+    if pointer is None:
+        raise ObjectMissing(f"{name} has no alias {alias!r}: promote a version first")
+    return _record(store, name, pointer)
+
+
 def promote(
     store: Store,
     name: str,

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.account import account
 from pipelines.commands import export
-from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home
+from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home, load_config
 from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
+    from components.registry.event_log import Event
     from components.registry.store import Store
     from components.registry.versions import Version
 
@@ -74,6 +75,10 @@ def add(commands: Any) -> None:
     approve.add_argument("--reason", required=True, metavar="TEXT", help="kept in the event log")
     for parser in (promote, approve, rollback):
         parser.add_argument("--alias", default="production", metavar="ALIAS", help="default: production")
+
+    does = "Tell Model Registry, MLflow and webhook, as far as the config names them, where an alias points."
+    announced = _add(verbs, "announce", _announce, does, "fineloop adapters announce icd10-chapters@production")
+    announced.add_argument("alias", metavar="NAME[@ALIAS]", help="adapter, and alias if it is not production")
 
     history = _add(verbs, "history", _history, "Tell what happened to an adapter.", "fineloop adapters history NAME")
     history.add_argument("name", metavar="NAME", help="adapter")
@@ -157,27 +162,24 @@ def _show(options: argparse.Namespace) -> Answer:
 
 def _promote(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import promote_by_hand
-    from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
         event = promote_by_hand(
             store, options.reference, _person(options), alias=options.alias, expected=_expected(options)
         )
-        return move_shown(options.reference.partition("@")[0], event)
+        return _moved(options, store, options.reference.partition("@")[0], event)
 
 
 def _approve(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import approve
-    from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
         event = approve(store, options.reference, _person(options), alias=options.alias)
-        return move_shown(options.reference.partition("@")[0], event)
+        return _moved(options, store, options.reference.partition("@")[0], event)
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import roll_back_by_hand
-    from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
         event = roll_back_by_hand(
@@ -188,7 +190,32 @@ def _rollback(options: argparse.Namespace) -> Answer:
             to=options.to,
             expected=_expected(options),
         )
-        return move_shown(options.name, event)
+        return _moved(options, store, options.name, event)
+
+
+def _moved(options: argparse.Namespace, store: "Store", name: str, event: "Event") -> Answer:
+    """The move, told to whom the config names."""
+    from components.promote.announce import announce
+    from pipelines.commands.registry_answers import move_shown
+
+    return move_shown(name, event, announce(load_config(options).announce, store, name, event, os.environ))
+
+
+def _announce(options: argparse.Namespace) -> Answer:
+    from components.promote.announce import announce
+    from components.registry.aliases import last_move
+    from components.shared.errors import UserError
+    from pipelines.commands.registry_answers import announced_shown
+
+    config = load_config(options).announce
+    if not any(dict(config).values()):
+        raise UserError(
+            "the config names nobody to tell: set announce.model_registry, announce.mlflow or announce.webhook"
+        )
+    name, _, alias = options.alias.partition("@")
+    with opened_registry(options) as store:
+        event = last_move(store, name, alias or "production")
+        return announced_shown(name, event, announce(config, store, name, event, os.environ))
 
 
 def _expected(options: argparse.Namespace) -> str | None:

@@ -1,9 +1,10 @@
 """The registry for people and for scripts: what `fineloop adapters` answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from components.promote.announce import TOLD
 from components.registry import aliases, event_log, serving, versions
 from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
@@ -87,10 +88,20 @@ def version_shown(store: Store, version: Version) -> Answer:
     return Answer(body, table(rows))
 
 
-def move_shown(name: str, event: Event) -> Answer:
-    """A promotion or a rollback."""
+def move_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
+    """A promotion or a rollback, and what became of telling others."""
     move = event.move()
-    return Answer(move, f"{name}@{move['alias']}: {move['from'] or 'nobody'} -> {move['to']}")
+    told = f"{name}@{move['alias']}: {move['from'] or 'nobody'} -> {move['to']}"
+    return Answer({**move, **({"announced": dict(announced)} if announced else {})}, told)
+
+
+def announced_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
+    """Who was told of an alias; exit code 1 where somebody could not be."""
+    alias, version = event.body["alias"], event.body["to"]
+    rows = [(f"announce.{key}", outcome) for key, outcome in announced.items()]
+    failed = any(outcome != TOLD for outcome in announced.values())
+    body = {"name": name, "alias": alias, "version": version, "announced": dict(announced)}
+    return Answer(body, f"{name}@{alias} is {version}\n{table(rows)}", exit_code=1 if failed else 0)
 
 
 def history_shown(store: Store, name: str) -> Answer:

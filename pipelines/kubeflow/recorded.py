@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from components.config.schema import RegistryConfig
+from components.promote.announce import untold, warning
 from components.registry import runs
 from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord
 from components.registry.store import Store
@@ -35,6 +36,11 @@ class Recorded:
         nothing: list[StepRecord] = []
         failed = [step for step in self._read(runs.steps, nothing) if not step.succeeded]
         return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
+
+    def untold(self) -> dict[str, str]:
+        """Whom a promotion could not be announced to, and why."""
+        nothing: list[StepRecord] = []
+        return untold(self._read(runs.steps, nothing))
 
     def progress(self) -> str:
         """How far the training is; empty before its first steps are recorded."""
@@ -94,6 +100,8 @@ def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
         return [progress] if (progress := recorded.progress()) else []
     decision = recorded.decision()
     lines = [*(_decision_lines(decision) if decision else []), *failures(run, recorded)]
+    if decision and decision.promoted:
+        lines += [warning(key, decision.adapter, decision.alias, why) for key, why in recorded.untold().items()]
     refused = f"what it recorded cannot be read from here: {recorded.refused}" if recorded.refused else ""
     return [*lines, *([refused] if refused else [])]
 

@@ -9,7 +9,16 @@ from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STAYS
 
 ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+PROMOTE_SECRET = "fineloop-promote"
+PROMOTE_KEYS = (
+    *("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER"),
+    "FINELOOP_MODEL_REGISTRY_TOKEN",
+    "FINELOOP_WEBHOOK_SECRET",
+    *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+)
 
+PROMOTING = frozenset({"promote", "move-by-hand"})
+"""Steps that move an alias, which sign and announce: the secrets for that are theirs alone."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600
@@ -42,5 +51,7 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
+        if name in PROMOTING:
+            kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in PROMOTE_KEYS}, optional=True)
 
     return configure

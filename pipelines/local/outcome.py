@@ -3,11 +3,12 @@
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
+from components.promote.announce import untold, warning
 from components.registry import runs
 from components.registry.aliases import PRODUCTION
 from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
@@ -36,11 +37,15 @@ class Outcome:
     report: str | None
     store: dict[str, str]
     timings_s: dict[str, float]
+    untold: dict[str, str] = field(default_factory=dict)
+    """Whom a promotion could not be announced to, and why."""
 
     def as_json(self) -> dict[str, Any]:
         """The object, with the keys that scripts rely on."""
         fields = dict(vars(self))
         del fields["alias"]
+        if not self.untold:
+            del fields["untold"]
         if self.decision is None:
             for key in ("decision", "verdict", "promoted", "reasons", "report"):
                 del fields[key]
@@ -74,6 +79,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         report=str(report_path),
         store=_where(store),
         timings_s={"ground": ground_s, **_seconds(steps), "total": total_s},
+        untold=untold(steps),
     )
 
 
@@ -124,7 +130,8 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
     ]
     table = [*_table(outcome.metrics), ""] if outcome.version else []
-    lines = ["", headline, *reasons, "", *table]
+    warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
+    lines = ["", headline, *reasons, *warnings, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
     lines += [f"  {what:<9} {place}" for what, place in where.items() if place]

@@ -13,6 +13,7 @@ from components.registry.aliases import promote
 from components.registry.store import Store
 from components.registry.versions import publish_version
 from pipelines.cli import main
+from tests.doubles.http_server import serving
 
 Adapters = Callable[..., dict[str, Any]]
 
@@ -27,6 +28,30 @@ def adapters(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Adapters:
         return answer
 
     return run
+
+
+def test_a_move_is_announced_and_told_again_on_request(
+    store: Store, adapters: Adapters, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"adapter_model.safetensors": b"one", "adapter_config.json": b"{}"}
+    version = publish_version(store, "sums", files, lineage={}).version
+    heard: list[dict[str, Any]] = []
+
+    def handle(_verb: str, _path: str, _query: Any, body: bytes, _headers: Any) -> tuple[int, Any]:
+        heard.append(json.loads(body))
+        return 200, {}
+
+    away = ["--set", "announce.webhook=http://127.0.0.1:9/"]
+    assert adapters("promote", f"sums@{version}", *away)["to"] == version
+    assert "`fineloop adapters announce sums@production` tells it again" in caplog.text
+    assert adapters("announce", "sums@production", *away, exit_code=1)["announced"]["webhook"] != "told"
+    with serving(handle) as url:
+        here = ["--set", f"announce.webhook={url}"]
+        again = adapters("announce", "sums", *here)
+        assert again == {"name": "sums", "alias": "production", "version": version, "announced": {"webhook": "told"}}
+        assert adapters("promote", f"sums@{version}", "--alias", "staging", *here)["announced"] == {"webhook": "told"}
+    assert [(each["alias"], each["version"]) for each in heard] == [("production", version), ("staging", version)]
+    assert "names nobody to tell" in adapters("announce", "sums", exit_code=2)["error"]["message"]
 
 
 def test_a_registry_is_audited_signed_asked_and_collected(

@@ -40,7 +40,9 @@ def test_a_person_moves_the_alias_and_back(
         monkeypatch.setenv(name, value)
 
     def run(**parameters: Any) -> subprocess.CompletedProcess[str]:
-        given = {"adapter_name": "sums", "bucket": store.bucket, "prefix": store.prefix, **parameters}
+        others = {"webhook": "http://127.0.0.1:9/"}  # who cannot be told stops nothing
+        where = {"bucket": store.bucket, "prefix": store.prefix, "announce": others}
+        given = {"adapter_name": "sums", **where, **parameters}
         command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(given)]
         return subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
 
@@ -69,10 +71,12 @@ def test_a_person_moves_the_alias_and_back(
 
 def test_the_form_offers_what_there_is() -> None:
     mine = {"adapter.alias": "staging", "registry.bucket": "mine", "registry.prefix": "team/a"}
-    config = config_file.load(DEFAULT_CONFIG, [f"{key}={value}" for key, value in mine.items()])
+    told = ["announce.mlflow=https://mlflow.example"]
+    config = config_file.load(DEFAULT_CONFIG, [*told, *(f"{key}={value}" for key, value in mine.items())])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 9
+    assert len(parameters) == 10
     assert parameters["action"]["literals"] == ["promote", "approve", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
+    assert parameters["announce"]["defaultValue"] == {"mlflow": "https://mlflow.example"}
     assert [parameters[name]["defaultValue"] for name in ("alias", "bucket", "prefix")] == [*mine.values()]

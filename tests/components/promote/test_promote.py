@@ -1,5 +1,6 @@
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,15 @@ def published(store: Store) -> list[str]:
 
 @pytest.fixture
 def decided(store: Store) -> Decide:
-    def decide(version: str, champion: str | None, decision: str = "promote", *, alias: str = "production") -> StepRun:
+    def decide(
+        version: str, champion: str | None, decision: str = "promote", *, alias: str = "production", **sections: Any
+    ) -> StepRun:
         record = {"adapter": "sums", "alias": alias, "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
         watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
+        adapter = {"name": "sums", "alias": alias}
         config = RunConfig.model_validate(
-            {"adapter": {"name": "sums", "alias": alias}, "model": {"base": "x"}, "data": {"source": "x"}}
+            {"adapter": adapter, "model": {"base": "x"}, "data": {"source": "x"}, **sections}
         )
         return StepRun("promote", "r", config, store)
 
@@ -81,6 +85,16 @@ def test_a_run_whose_config_says_staging_moves_that_alias_alone(
     staging = aliases.read_alias(store, "sums", "staging")
     assert staging is not None
     assert (staging.version, holder(store)) == (published[1], published[0])
+
+
+def test_a_promotion_stands_whether_others_can_be_told_or_not(
+    store: Store, published: list[str], decided: Decide, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = decided(published[0], None, announce={"webhook": "http://127.0.0.1:9/hook"})
+    promoted(run)
+    assert holder(store) == published[0]
+    assert "Connection refused" in run.result["announced"]["webhook"]
+    assert "`fineloop adapters announce sums@production` tells it again" in caplog.text
 
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:

@@ -200,6 +200,9 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
     plain = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
+    others = (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", "FINELOOP_WEBHOOK_SECRET", *mlflow)
     for name, each in settings.items():
         assert taken(each["configMapAsEnv"], "configMapName", "configMapKey") == {
             "fineloop-env": {variable: variable for variable in plain}
@@ -208,6 +211,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
         assert taken(each["secretAsEnv"], "secretName", "secretKey") == {
             "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
             "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
+            **({"fineloop-promote": {key: key for key in others}} if name == "promote" else {}),
         }, name
 
 
@@ -267,7 +271,8 @@ def test_secrets_are_references_and_every_step_is_unprivileged(
 ) -> None:
     for name, each in settings.items():
         secrets = {entry["secretName"]: entry["optional"] for entry in each["secretAsEnv"]}
-        assert secrets == {"fineloop-s3": True, "fineloop-ray": True}, name
+        of_its_own = {"fineloop-promote": True} if name == "promote" else {}
+        assert secrets == {"fineloop-s3": True, "fineloop-ray": True, **of_its_own}, name
         assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-compile-me")
     assert compile_pipeline(config_file.load(DEFAULT_CONFIG)) == text

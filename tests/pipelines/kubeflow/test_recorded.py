@@ -71,6 +71,21 @@ def test_a_step_that_was_killed_before_it_could_say_why_is_found_by_its_log(star
     assert line.endswith(f"kubectl -n fineloop logs -l pipeline/runid={run.run_id} -c main --tail 50")
 
 
+def test_whoever_a_promotion_could_not_be_announced_to_is_told_with_it(start: Start, store: Store) -> None:
+    run = submit.follow(start(), lambda _: None)
+    about = {"adapter": "sums", "alias": "production", "run_id": run.run_id, "version": "v1"}
+    store.put_json(f"runs/{run.run_id}/decision.json", {**about, "decision": "promote", "reasons": ["better"]})
+    step = {"step": "promote", "status": "succeeded", "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.0}
+    outcomes = {"mlflow": "told", "webhook": "it answered 403"}
+    store.put_json(f"runs/{run.run_id}/steps/promote.json", {**step, "result": {"announced": outcomes}})
+    assert outcome_lines(run, Recorded(run)) == [
+        "promoted: sums@production is now v1",
+        "  better",
+        "announce.webhook was not told of sums@production: it answered 403; "
+        "`fineloop adapters announce sums@production` tells it again",
+    ]
+
+
 def test_a_store_that_cannot_be_read_from_here_is_said_and_asked_once(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,77 @@
+"""A move of an alias, with what others want to know of the version that it went to."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from components.registry import versions
+from components.registry.records import finite
+
+if TYPE_CHECKING:
+    from components.registry.event_log import Event, EventKind
+    from components.registry.store import Store
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What is told. Text that nobody recorded is empty."""
+
+    event_id: str
+    """The same whenever the move is told again."""
+    kind: "EventKind"
+    time: str
+    """ISO 8601, in UTC."""
+    adapter: str
+    alias: str
+    version: str
+    previous: str | None
+    """Who held the alias before; None when nobody did."""
+    actor: str
+    reason: str
+    run_id: str
+    """The run that moved the alias; empty for a person."""
+    version_uri: str
+    manifest_sha256: str
+    event_uri: str
+    trained_by: str
+    """The run that published the version."""
+    method: str
+    base: str
+    dataset_uri: str
+    metrics: Mapping[str, float]
+    """What its run measured of the version, without what is not finite."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def announcement(store: "Store", name: str, event: "Event") -> Announcement:
+    """What there is to tell of a move of one of the adapter's aliases.
+
+    Raises:
+        StoreError: the version cannot be read.
+    """
+    body = event.body
+    version = versions.evaluated(store, versions.resolve(store, f"{name}@{body['to']}"))
+    lineage = versions.read_lineage(store, version)
+    return Announcement(
+        event_id=event.id,
+        kind=event.kind,
+        time=event.time,
+        adapter=name,
+        alias=body["alias"],
+        version=version.version,
+        previous=body["from"],
+        actor=body.get("actor", ""),
+        reason=body.get("reason", ""),
+        run_id=body.get("run_id", ""),
+        version_uri=version.uri,
+        manifest_sha256=version.manifest_sha256,
+        event_uri=event.uri,
+        trained_by=version.run_id,
+        method=lineage.get("recipe", {}).get("method", ""),
+        base=lineage.get("base", {}).get("reference", ""),
+        dataset_uri=lineage.get("dataset", {}).get("uri", ""),
+        metrics={key: number for key, value in version.metrics.items() if (number := finite(value)) is not None},
+    )

@@ -1,0 +1,69 @@
+"""A move of an alias, told to a Kubeflow Model Registry over its REST API (kubeflow/hub, api/openapi).
+
+Its Python client configures logging and patches asyncio for the whole process, and waits without an end. The registry
+knows no aliases: each is a property of the registered model, whose value is the version.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from components.promote.announcement import Announcement
+from components.promote.http_api import HttpApi
+
+TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
+API = "/api/model_registry/{version}"
+NEWEST, OLDER = "v1", "v1alpha3"
+"""Servers of before 2026 know only the older one, which is to end with April 2027; what is asked is alike in both."""
+AUTHOR = "fineloop"
+
+
+def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
+    """Register adapter, version and where it lies, each once, and let the alias name the version.
+
+    Raises:
+        Refused: the registry is away, or refuses.
+    """
+    api = _newest_api(url.rstrip("/"), environment.get(TOKEN, ""))
+    model = api.find("/registered_model", name=told.adapter) or api.send(
+        "POST", "/registered_models", {"name": told.adapter, "owner": AUTHOR}
+    )
+    version = api.find("/model_version", name=told.version, parentResourceId=model["id"]) or api.send(
+        "POST",
+        "/model_versions",
+        {
+            "name": told.version,
+            "registeredModelId": model["id"],
+            "author": AUTHOR,
+            "customProperties": _properties(told),
+        },
+    )
+    artifacts = f"/model_versions/{version['id']}/artifacts"
+    if not api.get(artifacts).get("items"):
+        # Named as the model, for its own client looks for it so: get_model_artifact.
+        artifact = {"artifactType": "model-artifact", "name": told.adapter, "uri": told.version_uri, "state": "LIVE"}
+        api.send("POST", artifacts, {**artifact, "modelFormatName": "peft", "modelFormatVersion": "1"})
+    properties = {**model.get("customProperties", {}), told.alias: _text(told.version)}
+    api.send("PATCH", f"/registered_models/{model['id']}", {"customProperties": properties})
+
+
+def _newest_api(url: str, token: str) -> HttpApi:
+    newest, older = (HttpApi(url + API.format(version=version), token=token) for version in (NEWEST, OLDER))
+    return older if newest.find("/registered_models", pageSize="1") is None else newest
+
+
+def _properties(told: Announcement) -> dict[str, Any]:
+    texts = {
+        "manifest_sha256": told.manifest_sha256,
+        "run_id": told.trained_by,
+        "method": told.method,
+        "base": told.base,
+        "dataset_uri": told.dataset_uri,
+    }
+    numbers = {
+        key: {"metadataType": "MetadataDoubleValue", "double_value": value} for key, value in told.metrics.items()
+    }
+    return {**{key: _text(value) for key, value in texts.items()}, **numbers}
+
+
+def _text(value: str) -> dict[str, str]:
+    return {"metadataType": "MetadataStringValue", "string_value": value}

@@ -1,0 +1,36 @@
+"""A move of an alias, posted as JSON and signed as GitHub signs its webhooks, so that their receivers know how.
+
+https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
+"""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+
+from components.promote.announcement import Announcement
+from components.promote.http_api import HttpApi
+
+SECRET = "FINELOOP_WEBHOOK_SECRET"
+
+
+def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
+    """Post it. A receiver that is told twice knows it by X-Fineloop-Delivery, the event's id.
+
+    Raises:
+        Refused: the receiver is away, or did not take it.
+    """
+    body = json.dumps(told.as_json(), sort_keys=True).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "X-Fineloop-Event": told.kind,
+        "X-Fineloop-Delivery": told.event_id,
+    }
+    if secret := environment.get(SECRET):
+        headers["X-Hub-Signature-256"] = signature(body, secret)
+    HttpApi(url).deliver(body, headers)
+
+
+def signature(body: bytes, secret: str) -> str:
+    """HMAC of the body, as the header has it; an absent secret means no header."""
+    return f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"

@@ -1,0 +1,42 @@
+"""An HTTP server on loopback for doubles that answer JSON."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+Answer = tuple[int, Any]
+Handle = Callable[[str, str, Mapping[str, str], bytes, Mapping[str, str]], Answer]
+"""From verb, path, query, body and headers to status and JSON value."""
+
+
+@contextmanager
+def serving(handle: Handle) -> Iterator[str]:
+    """The server's address, while it runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _do(self) -> None:
+            parts = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, value = handle(self.command, parts.path, dict(parse_qsl(parts.query)), body, self.headers)
+            text = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = do_PATCH = _do
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing is printed."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
