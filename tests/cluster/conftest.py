@@ -29,10 +29,13 @@ def live(request: pytest.FixtureRequest) -> Iterator[Live]:
     name = f"acceptance-{uuid.uuid4().hex[:8]}"
     prefix = f"registry.prefix=acceptance/{name}"
     given = Live(
-        option("--host"), option("--namespace"), option("--step-image"), [*SHORT, prefix, *option("--set")], name
+        option("--host"), option("--namespace"), option("--step-image"), [*SHORT, *option("--set"), prefix], name
     )
     yield given
-    given.clean_up()
-    bucket = next((key.partition("=")[2] for key in option("--set") if key.startswith("registry.bucket=")), "fineloop")
-    store = Store.open(RegistryConfig(bucket=bucket, prefix=f"acceptance/{name}"))
-    store.delete([entry.key for entry in store.list("")])
+    try:
+        given.clean_up()
+    finally:
+        keys = dict(each.split("=", 1) for each in option("--set"))
+        bucket = keys.get("registry.bucket", "fineloop")
+        store = Store.open(RegistryConfig(bucket=bucket, prefix=f"acceptance/{name}"))
+        store.delete([entry.key for entry in store.list("")])

@@ -1,6 +1,7 @@
-"""A live cluster as its users see it: the public command line, the Kubernetes API and the registry; nothing of ours."""
+"""A live cluster as its users see it: by the public command line, the Kubernetes API and the registry."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ RUN_S = 3600.0
 """How long a short run may take on a cluster whose nodes and images have to come first."""
 SOON_S = 900.0
 """How long one thing of it may."""
+OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 T = TypeVar("T")
 
 
@@ -38,6 +40,8 @@ class Live:
     adapter: str
     started: list[str] = field(default_factory=list)
     schedules: list[str] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)
+    """Of Kubernetes."""
 
     def fineloop(self, *arguments: str) -> Answered:
         """Run a command against the server."""
@@ -81,9 +85,8 @@ class Live:
 
     def ended(self, run_id: str) -> dict[str, Any]:
         """The run, once it is over."""
-        over = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
         return self.until(
-            lambda: run if (run := self.run(run_id))["state"] in over else None, f"{run_id} is over", RUN_S
+            lambda: run if (run := self.run(run_id))["state"] in OVER else None, f"{run_id} is over", RUN_S
         )
 
     def production(self) -> str | None:
@@ -105,7 +108,13 @@ class Live:
 
     def training(self, run_id: str) -> dict[str, Any]:
         """The run's RayJob, once the training has recorded a step."""
-        self.until(lambda: "step " in self._told(run_id), f"{run_id} trains", RUN_S)
+
+        def trains() -> bool:
+            run = self.fineloop("runs", "show", run_id, "--host", self.host)
+            assert run.body["state"] not in OVER, f"{run_id} is over before it has trained:\n{run.told}"
+            return "step " in run.told
+
+        self.until(trains, f"{run_id} trains", RUN_S)
         (rayjob,) = self.rayjobs(run_id)
         return rayjob
 
@@ -138,6 +147,7 @@ class Live:
         """The cluster's own CronJob, now."""
         template = self._batch.read_namespaced_cron_job("fineloop-reap", self.namespace).spec.job_template
         body = {"metadata": {"name": name}, "spec": self._batch.api_client.sanitize_for_serialization(template.spec)}
+        self.jobs.append(name)
         self._batch.create_namespaced_job(self.namespace, body)
 
     def until(self, look: Callable[[], T | None], what: str, timeout_s: float = SOON_S) -> T:
@@ -149,18 +159,20 @@ class Live:
         return seen
 
     def clean_up(self) -> None:
-        """End what a test has left: schedules first, for they start runs."""
+        """Leave nothing of a test: schedules go first, for they start runs."""
+        from pipelines.kubeflow.client import connect
+
+        kubeflow = connect(os.environ, host=self.host).client
         for name in self.schedules:
             self.fineloop("schedule", "delete", name, "--host", self.host)
         for run_id in {*self.started, *(run["run_id"] for run in self.runs())}:
             self.fineloop("runs", "stop", run_id, "--host", self.host)
             for rayjob in self.rayjobs(run_id):
-                self._custom.delete_namespaced_custom_object(
-                    "ray.io", "v1", self.namespace, "rayjobs", rayjob["metadata"]["name"]
-                )
-
-    def _told(self, run_id: str) -> str:
-        return self.fineloop("runs", "show", run_id, "--host", self.host).told
+                where = ("ray.io", "v1", self.namespace, "rayjobs", rayjob["metadata"]["name"])
+                _delete(self._custom.delete_namespaced_custom_object, *where)
+            kubeflow.delete_run(run_id)
+        for name in self.jobs:
+            _delete(self._batch.delete_namespaced_job, name, self.namespace, propagation_policy="Background")
 
     def _what(self, settings: Sequence[str]) -> list[str]:
         keys = (f"adapter.name={self.adapter}", *self.settings, *settings)
@@ -190,3 +202,14 @@ class Live:
         from kubernetes import client
 
         return client.CustomObjectsApi(self._client)
+
+
+def _delete(delete: Callable[..., Any], *arguments: str, **options: str) -> None:
+    """Delete something that may go by itself meanwhile."""
+    from kubernetes.client import ApiException
+
+    try:
+        delete(*arguments, **options)
+    except ApiException as exc:
+        if exc.status != 404:
+            raise

@@ -4,6 +4,7 @@ The cluster is one that infra/README.md has set up. `--set` fits the example to 
 for each run. AWS_ENDPOINT_URL and credentials in the environment lead to its store, and the kubeconfig to its API.
 """
 
+import time
 import uuid
 from typing import Any
 
@@ -13,8 +14,8 @@ from tests.cluster.live import RUN_S, Live
 
 pytestmark = pytest.mark.cluster
 
-MINUTES = ("train.max_steps=240",)
-"""So long that something can happen to it."""
+MINUTES = ("train.max_steps=240", "train.epochs=100", "train.early_stopping_patience=0")
+"""So long that something can happen to it: ten minutes on two small CPU workers."""
 
 
 def states(run: dict[str, Any]) -> set[str]:
@@ -79,7 +80,8 @@ def test_a_run_that_loses_a_pod_goes_on_with_its_job(live: Live, lost: str) -> N
 def test_a_schedule_starts_runs_one_at_a_time_and_is_updated_and_paused(live: Live) -> None:
     live.schedule("create", "--cron", "* * * * *", settings=MINUTES)
     (first,) = live.until(live.runs, "the schedule has fired", 300)
-    live.training(first["run_id"])  # which takes longer than until its next time
+    live.training(first["run_id"])
+    time.sleep(90)  # a time of the schedule falls into the run
     assert [run["run_id"] for run in live.runs()] == [first["run_id"]]
 
     updated = live.schedule("update", "--set", "data.min_new_records=1", "--set", "train.max_steps=6")

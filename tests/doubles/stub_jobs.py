@@ -1,7 +1,8 @@
 """A Ray job that keeps the real one's contract and trains nothing: an adapter is one number, its held-out loss.
 
 `python stub_jobs.py ...` takes the arguments of `python -m ray_jobs.candidate`. The loss is train.weight_decay of the
-config; method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
+config; each of train.max_steps takes half a second, and the first is recorded; method.dropout says what goes
+wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from components.shared.protocol import TRAINED, say, say_failure
 from tests.components.gate.evidenced import as_parquet, evidence
 
 BASE_LOSS = 2.0
+STEP_S = 0.5
 
 
 def main() -> None:
@@ -51,6 +53,10 @@ def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
     if config.method.dropout == 0.3:
         Path("hanging").write_text(str(os.getpid()))
         time.sleep(600)
+    if steps := config.train.max_steps:
+        step = {"kind": "train", "step": 1, "num_steps": steps, "loss": 1.0, "elapsed_s": STEP_S}
+        store.put(f"runs/{options.run_id}/metrics.jsonl", json.dumps(step).encode() + b"\n")
+        time.sleep(STEP_S * steps)
     files = {
         "adapter_model.safetensors": str(config.train.weight_decay).encode(),
         "adapter_config.json": b"{}",

@@ -148,6 +148,10 @@ class KfpServer:
             case "POST", [run_id, "terminate"]:
                 state.find(state.runs, "Run", run_id).terminate()
                 return {}
+            case "DELETE", [run_id]:
+                state.find(state.runs, "Run", run_id).kill()
+                del state.runs[run_id]
+                return {}
         raise missing("Page", "/".join(["runs", *rest]))
 
     def _schedules(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
