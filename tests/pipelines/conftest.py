@@ -10,6 +10,7 @@ import pytest
 
 from components.config.config_file import loads
 from components.config.schema import RunConfig
+from components.registry import aliases, versions
 from components.registry.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.jobs_api import TOKEN, JobsApi
@@ -80,3 +81,16 @@ prefix = "{store.prefix}"
 def make_config(config_path: Path) -> Callable[..., RunConfig]:
     """The config with some keys replaced."""
     return lambda *overrides: loads(config_path.read_text(), overrides)
+
+
+@pytest.fixture
+def published(store: Store) -> list[str]:
+    """Two versions of one adapter, older first; the first is in production."""
+    made = []
+    for weights in (b"one", b"two"):
+        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+        recipe = {"adapter": "lora", "serving": {"servable_as": "lora", "notes": ["a setting"]}}
+        lineage = {"run_id": f"run-{weights.decode()}", "config": {"method": {"name": "qlora"}}, "recipe": recipe}
+        made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
+    aliases.promote(store, "sums", made[0])
+    return made
