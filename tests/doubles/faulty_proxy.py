@@ -6,7 +6,7 @@ It passes the Host header on as it was signed, so that the server behind it acce
 import http.client
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -22,6 +22,8 @@ class FaultyProxy:
     url: str = ""
     about: str = ""
     faults: list[Fault] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of every request, in the order in which they came."""
     released: threading.Event = field(default_factory=threading.Event)
 
     def take(self, method: str, path: str) -> Fault | None:
@@ -44,19 +46,30 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
                 self.close_connection = True
 
         def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-            connection = http.client.HTTPConnection(host, timeout=30)
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in ("expect", "connection"):
-                    connection.putheader(name, value)
-            connection.endheaders(body or None)
-            answer = connection.getresponse()
-            found = answer.status, answer.getheaders(), answer.read()
-            connection.close()
-            return found
+            with closing(http.client.HTTPConnection(host, timeout=30)) as connection:
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() not in ("expect", "connection"):
+                        connection.putheader(name, value)
+                connection.endheaders(body or None)
+                with connection.getresponse() as answer:
+                    return answer.status, answer.getheaders(), answer.read()
+
+        def _body(self) -> bytes:
+            """As it came, the marks of its chunks included."""
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int((line := self.rfile.readline()).partition(b";")[0], 16):
+                parts += [line, self.rfile.read(size + len(b"\r\n"))]
+            parts.append(line)
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                parts.append(line)
+            return b"".join([*parts, line])
 
         def _any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self._body()
+            proxy.asked.append((self.command, self.path))
             fault = proxy.take(self.command, self.path)
             if fault == "busy":
                 status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"

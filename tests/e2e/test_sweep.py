@@ -1,0 +1,101 @@
+"""`fineloop sweep` on a tiny base and a real Ray head: its job is killed, and it goes on from where it was."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from components.config.schema import RegistryConfig
+from components.registry import runs
+from components.registry.records import SweepResult, Trial
+from components.registry.store import Store
+from tests.e2e.conftest import Done, Tiny
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+RUN = f"cut-{uuid.uuid4().hex[:8]}"
+RATES = [1e-3, 3e-3, 3e-2]
+SWEEP = ["--set", f"tune.space.learning_rates={RATES}", "--set", "tune.max_steps=20"]
+SWEEP += ["--set", "tune.scheduler=none", "--set", f"ray.cpus_per_worker={os.cpu_count()}", "--run-id", RUN]
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Tiny) -> Iterator[Store]:
+    """The home's, which stays up with its Ray head between the commands."""
+    started = tiny.home.fineloop("ray", "up")
+    assert started.exit_code == 0, started.told
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in tiny.home.store_environment().items():
+            environment.setenv(name, value)
+        yield Store.open(RegistryConfig())
+    assert tiny.home.fineloop("ray", "down").exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def killed(tiny: Tiny, store: Store) -> tuple[Done, dict[str, Trial]]:
+    """A sweep whose job was killed when its first trial had ended, and the trials that had ended by then."""
+    process = subprocess.Popen(
+        tiny.home.command("sweep", *tiny.settings, *SWEEP),
+        env=tiny.home.environment,
+        cwd=tiny.home.path.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "20/20  finished in" in line:
+            os.killpg(os.getpgid(_driver()), signal.SIGKILL)
+            break
+    told += process.communicate(timeout=300)[1]
+    return Done(process.returncode, {}, told), {trial.name: trial for trial in runs.trials(store, RUN)}
+
+
+def _driver() -> int:
+    """The sweep's process on the Ray head."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # no process, or one that has ended meanwhile
+            if {b"ray_jobs.sweep", RUN.encode()} <= set((entry / "cmdline").read_bytes().split(b"\0")):
+                return int(entry.name)
+    raise AssertionError("no sweep is running")
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny: Tiny, killed: object) -> Done:
+    """The same command once more."""
+    return tiny.home.fineloop("sweep", *tiny.settings, *SWEEP)
+
+
+def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial]]):
+    done, ended = killed
+    assert done.exit_code == 1
+    assert f"fineloop-{RUN}-sweep" in done.told
+    assert "Traceback" not in done.told
+    assert 1 <= len(ended) < len(RATES)
+
+
+def test_it_goes_on_without_the_trials_that_have_ended(
+    killed: tuple[Done, dict[str, Trial]], resumed: Done, store: Store
+):
+    assert resumed.exit_code == 0, resumed.told
+    before, after = killed[1], {trial.name: trial for trial in runs.trials(store, RUN)}
+    assert len(after) == len(RATES)
+    assert {name: after[name] for name in before} == before  # with the seconds that they took
+    rows = [line for line in resumed.told.splitlines() if line.startswith("[tune]") and "/20  " in line]
+    assert len(rows) == len(RATES) - len(before)
+    assert f"going on after {len(before)} trials that have ended" in resumed.told
+
+
+def test_it_ends_with_the_rate_whose_loss_is_lowest(resumed: Done, store: Store):
+    result = runs.read(store, RUN, SweepResult)
+    assert [(trial.learning_rate, trial.status) for trial in result.trials] == [(rate, "finished") for rate in RATES]
+    losses = {trial.learning_rate: trial.loss for trial in result.trials}
+    assert resumed.answer["best"]["learning_rate"] == min(losses, key=losses.__getitem__)
+    assert Path(resumed.answer["picture"]).read_text().startswith("<svg")
