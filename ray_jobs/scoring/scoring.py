@@ -14,7 +14,7 @@ from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.batches import in_batches, is_shared
 from ray_jobs.scoring.generation import Advance, greedy
-from ray_jobs.scoring.marks import Mark
+from ray_jobs.scoring.marks import MARKS, Mark
 
 
 @torch.inference_mode()
@@ -25,10 +25,10 @@ def score(
     split: TokenizedSplit,
     *,
     with_other_prompts: TokenizedSplit | None,
-    marks: Mapping[str, Mark],
     batch_size: int,
     max_new_tokens: int,
     advance: Advance,
+    marks: Mapping[str, Mark] = MARKS,
 ) -> list[Score]:
     """Score `model`, in evaluation mode, on every record; `split` and `with_other_prompts` hold the same ones in order.
 

@@ -82,7 +82,7 @@ def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> N
         with torch.inference_mode():
             mean = model(input_ids=ids, labels=ids).loss.item()
         assert nll == pytest.approx(mean * (ids.shape[1] - 1), rel=0.01)
-    assert sum(found["candidate"]) > 1.05 * sum(found["base"])  # an update drawn at random knows less
+    assert sum(found["candidate"]) > sum(found["base"]) + 1  # an update drawn at random knows less
 
 
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
