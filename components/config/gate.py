@@ -88,9 +88,9 @@ class GateConfig(Section):
     """In total, the candidate may be worse than the best version so far by at most this much, so that small steps down
     do not add up. Each further decision on one test set has to be surer of it. Absent means 2.5 times
     worse_than_champion_by."""
-    worse_on_general_text_by: Annotated[float, Field(ge=0), Added("0.2.0")] = 0.5
-    """On general text, where evaluate.general_passages measures it, the candidate's loss may be above the base's by at
-    most this, in nats per token: what the base knows must not be forgotten."""
+    worse_on_general_text_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
+    """On general text, which evaluate.general_passages measures, the candidate's loss may be above the base's by at
+    most this, in nats per token: what the base knows must not be forgotten. Absent asks nothing."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30

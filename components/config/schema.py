@@ -170,7 +170,7 @@ class EvaluateConfig(Section):
     """What to measure beside loss, exact match and token F1, as far as the gate does not name it already: rouge_l,
     json_valid, label_accuracy, or a function of yours as module:function, which is imported and run where evaluation
     runs. It is given an answer and its reference, both text, and gives a number in 0..1, more being better."""
-    general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 64
+    general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
     """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets
     what its base knows (general_loss); 0 measures none."""
 
@@ -211,6 +211,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"evaluate.max_new_tokens {self.evaluate.max_new_tokens} leaves no room for a prompt in "
                 f"model.max_length {self.model.max_length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _general_text_is_read_where_it_decides(self) -> "RunConfig":
+        if self.gate.worse_on_general_text_by is not None and self.evaluate.general_passages < 2:
+            raise ValueError(
+                "gate.worse_on_general_text_by asks for what evaluate.general_passages "
+                f"{self.evaluate.general_passages} does not measure: raise that to 16 or more, or remove it"
             )
         return self
 

@@ -113,11 +113,11 @@ def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str,
     )
 
 
-def remembers(policy: GateConfig, compared: Compared) -> RuleResult:
-    """On general text, the candidate is sure to be worse than the base by no more than the policy allows."""
+def remembers(tolerance: float, compared: Compared) -> RuleResult:
+    """On general text, the candidate is sure to be worse than the base by no more than is allowed."""
     return _not_worse(
         compared,
-        policy.worse_on_general_text_by,
+        tolerance,
         name="remembers",
         field="gate.worse_on_general_text_by",
         title="Remembers what the base knows",

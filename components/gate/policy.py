@@ -61,8 +61,8 @@ def decide(
         )
         if (sliced := slices.no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
             rules.append(sliced)
-    if evaluation.general_text is not None:
-        rules.append(comparisons.remembers(policy, against("base", "general_loss")))
+    if policy.worse_on_general_text_by is not None:
+        rules.append(comparisons.remembers(policy.worse_on_general_text_by, against("base", "general_loss")))
     for index, limit in enumerate(policy.limits):
         metric = metric_of(limit.metric)
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None

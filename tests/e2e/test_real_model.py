@@ -141,9 +141,9 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
 
 
 @pytest.mark.full
-def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that(home: Home, first: Done):
+def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that(home: Home):
     fast = {"adapter.name": "forgetful", "train.learning_rate": 2e-2, "train.max_steps": 24, "data.max_records": 600}
-    short = {"evaluate.records": 40, "evaluate.max_new_tokens": 4}
+    short = {"evaluate.records": 40, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
     settings = [part for key, value in {**fast, **short}.items() for part in ("--set", f"{key}={value}")]
     held = home.fineloop("run", *settings)
     assert held.exit_code == 0, held.told
@@ -152,7 +152,6 @@ def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that(home: Home, 
     base, candidate = held.answer["metrics"]["base"], held.answer["metrics"]["candidate"]
     assert candidate["general_loss"] > base["general_loss"] + 0.5
     assert candidate["loss"] < base["loss"] - 0.05  # on its task it has learned
-    assert first.answer["metrics"]["candidate"]["general_loss"] < base["general_loss"] + 0.5
 
 
 def _turns(prompt: str) -> list[dict[str, str]]:

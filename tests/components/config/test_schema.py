@@ -394,3 +394,10 @@ def test_what_is_no_metric_is_refused_where_the_config_is_read(metric: str) -> N
         config_file.loads(GOOD, [f"evaluate.metrics=['{metric}']"])
     with pytest.raises(ConfigError, match=r"gate\.metric.*nor a function of your own as module:function"):
         config_file.loads(GOOD, [f"gate.metric='{metric}'"])
+
+
+def test_general_text_that_decides_has_to_be_read() -> None:
+    asked = ["gate.worse_on_general_text_by=0.5"]
+    assert config_file.loads(GOOD, asked).gate.worse_on_general_text_by == 0.5
+    with pytest.raises(ConfigError, match=r"gate\.worse_on_general_text_by asks for what evaluate\.general_passages 0"):
+        config_file.loads(GOOD, [*asked, "evaluate.general_passages=0"])

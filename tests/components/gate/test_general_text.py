@@ -24,7 +24,7 @@ def decided(text: GeneralText | None, policy: GateConfig | None = None) -> Decis
     measured = evaluation(
         model("v2", general_loss=losses["candidate"]), model(loss=9.0, general_loss=losses["base"]), model("v1")
     ).model_copy(update={"general_text": text})
-    return decide(measured, policy or GateConfig())
+    return decide(measured, policy or GateConfig(worse_on_general_text_by=0.5))
 
 
 def around(mean: float, error: float) -> np.ndarray:
@@ -74,10 +74,16 @@ def test_the_margin_is_the_configs() -> None:
     assert not decided(read([3.1] * PASSAGES), GateConfig(worse_on_general_text_by=0)).promoted
 
 
-def test_nothing_is_asked_where_no_general_text_was_read() -> None:
-    decision = decided(None)
+def test_nothing_is_asked_by_default() -> None:
+    decision = decided(read([9.0] * PASSAGES), GateConfig())
     assert decision.promoted
     assert "remembers" not in {each.name for each in decision.rules}
+
+
+def test_what_was_not_read_is_not_taken_for_granted() -> None:
+    decision = decided(None)
+    assert decision.verdict == "hold"
+    assert "loss on general text was not measured" in decision.reasons[0]
 
 
 def test_an_unread_candidate_fails_and_held_out_records_never_stand_in_for_passages() -> None:

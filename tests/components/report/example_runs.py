@@ -238,7 +238,7 @@ def forgetful_run() -> RunFiles:
     return replace(
         promoted_run(),
         evaluation=measured,
-        decision=decision(measured),
+        decision=decision(measured, CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5})),
         steps=steps("prepare", "finetune", "evaluate", "gate"),
     )
 
@@ -247,7 +247,7 @@ def waiting_run() -> RunFiles:
     """Every rule is kept, and the policy asks for a person."""
     run = promoted_run()
     assert run.evaluation is not None
-    decided = decision(run.evaluation, GateConfig(approval=ApprovalConfig(always=True)))
+    decided = decision(run.evaluation, CONFIG.gate.model_copy(update={"approval": ApprovalConfig(always=True)}))
     return replace(run, decision=decided, steps=steps("prepare", "finetune", "evaluate", "gate"))
 
 
