@@ -119,6 +119,7 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
         RECORDS,
         split,
         with_other_prompts=None,
+        marks={},
         batch_size=4,
         max_new_tokens=4,
         advance=lambda _: None,
