@@ -47,7 +47,9 @@ run: $(READY)
 
 # What needs no GPU, root or Kubernetes; then what has a Ray of its own: two at a time, as each waits for processes to start.
 HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
-SIDE_BY_SIDE = --numprocesses auto --maxprocesses 4 --dist loadfile
+# One more than there are processors, as many tests wait for what they have started.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow and not e2e" $(SIDE_BY_SIDE)
