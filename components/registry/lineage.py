@@ -7,6 +7,7 @@ only what stands beside user and password is kept.
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -162,8 +163,10 @@ def environment(directory: Path, *, image: str = "", revision: str = "") -> Envi
 
 def installed_packages() -> dict[str, str]:
     """Version of every installed distribution, by its normalised name (PEP 503); the first on the path counts."""
+    # What a package carries for itself is not installed: importing Ray puts a folder of such on the path.
+    where = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
     found: dict[str, str] = {}
-    for each in metadata.distributions():
+    for each in metadata.distributions(path=where):
         name: str | None = each.metadata["Name"]  # None of a folder that an interrupted installation left
         if name:
             found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)

@@ -23,11 +23,11 @@ def jaccard(one: str, other: str, common: set[str]) -> float:
     return len(sets[0] & sets[1]) / len(union) if union else 0.0
 
 
-@pytest.mark.parametrize("similarity", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("similarity", [0.8, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 1.0))])
 def test_every_pair_that_is_as_similar_is_found_and_no_other(similarity: float) -> None:
-    some = [term for term in terms(1500) if term.isascii() and "_" not in term and len(term) >= 5]
+    some = [term for term in terms(700) if term.isascii() and "_" not in term and len(term) >= 5]
     random.Random(0).shuffle(some)
-    held_out, prompts = some[:300], some[300:]
+    held_out, prompts = some[:140], some[140:]
     shingles = [{said[i : i + 5] for i in range(len(said) - 4)} for said in map(_said, held_out)]
     counts = {each: sum(each in one for one in shingles) for each in set().union(*shingles)}
     common = {each for each, count in counts.items() if count > COMMON * len(held_out)}

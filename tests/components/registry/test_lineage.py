@@ -107,7 +107,11 @@ def test_the_environment_names_what_is_installed(tmp_path: Path) -> None:
     assert found.image == "registry/fineloop@sha256:00"
 
 
-def test_every_package_is_named_as_pip_lists_it(tmp_path: Path) -> None:
+def test_every_package_is_named_as_pip_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    carried = tmp_path / "thirdparty_files" / "carried-1.0.dist-info"  # as importing Ray puts on the path
+    carried.mkdir(parents=True)
+    (carried / "METADATA").write_text("Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(carried.parent))
     pip = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(pip, check=True, capture_output=True, cwd=tmp_path).stdout)
     assert environment(tmp_path).packages == {canonicalize_name(each["name"]): each["version"] for each in listed}
