@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from components.registry import aliases, event_log, runs
 from components.registry.records import Decision
 from components.registry.store import Store
@@ -24,6 +26,7 @@ def test_a_refused_version_promoted_by_hand_is_overridden(
     assert (event.kind, event.body["actor"], event.body["reason"]) == ("overridden", "ada", "the test set is wrong")
 
 
+@pytest.mark.slow
 def test_what_stands_in_staging_goes_to_production(
     store: Store, published: list[str], config_path: Path, tmp_path: Path
 ) -> None:

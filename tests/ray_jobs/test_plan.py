@@ -135,6 +135,7 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     assert rows["vera"]["learning_rate"] == pytest.approx(30 * rows["lora"]["learning_rate"])
 
 
+@pytest.mark.slow
 def test_methods_of_one_adapter_are_rehearsed_once_and_planned_as_each_by_itself(tmp_path, monkeypatch):
     runs, original = [], Rehearsal._extrapolated
     monkeypatch.setattr(Rehearsal, "_extrapolated", lambda self, *args: runs.append(args) or original(self, *args))

@@ -111,6 +111,7 @@ def test_a_sweep_here_is_told_as_it_goes_and_leaves_its_record_and_picture(
     assert [line.split()[0] for line in lines[1:4]] == [f"{prior:.3g}", "*", f"{100 * prior:.3g}"]
 
 
+@pytest.mark.slow
 def test_a_run_that_tunes_remembers_its_rate_for_the_next(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

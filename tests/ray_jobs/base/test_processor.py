@@ -73,6 +73,7 @@ def agreed(groups: list[list[Rates]]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_workers_on_unlike_processors_agree(tmp_path: Path):
     groups = [[FAST, FAST], [FAST, SLOW], [SLOW, FAST]]
     both = in_group(agreed, groups, directory=tmp_path, num_workers=2)
