@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.shared.errors import FineloopError
+from components.shared.errors import AnnounceError
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, Response  # type: ignore[import-untyped]
@@ -45,7 +45,7 @@ class HttpApi:
         """The answer, as an object.
 
         Raises:
-            Refused: it is no success, or no object.
+            AnnounceError: it is no success, or no object.
         """
         return self._object(self._send("GET", path, query=query))
 
@@ -62,7 +62,7 @@ class HttpApi:
         """Post bytes to the address itself; nobody reads the answer.
 
         Raises:
-            Refused: it is no success.
+            AnnounceError: it is no success.
         """
         self._successful(self._send("POST", "", data=body, headers=headers))
 
@@ -84,7 +84,7 @@ class HttpApi:
                 verb, url, params=query, json=body, data=data, headers=headers, timeout=TIMEOUT_S, allow_redirects=False
             )
         except RequestException as exc:
-            raise Refused(f"{verb} {url}: {exc}") from exc
+            raise AnnounceError(f"{verb} {url}: {exc}") from exc
 
     def _object(self, response: "Response") -> dict[str, Any]:
         try:
@@ -92,18 +92,16 @@ class HttpApi:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise Refused(f"{response.request.method} {response.url} answered no JSON object: {response.text[:SHOWN]}")
+            raise AnnounceError(
+                f"{response.request.method} {response.url} answered no JSON object: {response.text[:SHOWN]}"
+            )
         return value
 
     def _successful(self, response: "Response") -> "Response":
         if not 200 <= response.status_code < 300:
             told = " ".join(response.text.split())[:SHOWN]
-            raise Refused(f"{response.request.method} {response.url} answered {response.status_code}: {told}")
+            raise AnnounceError(f"{response.request.method} {response.url} answered {response.status_code}: {told}")
         return response
-
-
-class Refused(FineloopError):
-    """A server was away, or answered otherwise than with success."""
 
 
 def _bearer(token: str) -> Any:

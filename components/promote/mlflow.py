@@ -19,7 +19,7 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     """Record the version's run and the version, each once, and set the alias.
 
     Raises:
-        Refused: the server is away, or refuses.
+        AnnounceError: the server is away, or refuses.
     """
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")

@@ -21,7 +21,7 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     """Register adapter, version and where it lies, each once, and let the alias name the version.
 
     Raises:
-        Refused: the registry is away, or refuses.
+        AnnounceError: the registry is away, or refuses.
     """
     api = _newest_api(url.rstrip("/"), environment.get(TOKEN, ""))
     model = api.find("/registered_model", name=told.adapter) or api.send(

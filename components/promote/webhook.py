@@ -18,7 +18,7 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     """Post it. A receiver that is told twice knows it by X-Fineloop-Delivery, the event's id.
 
     Raises:
-        Refused: the receiver is away, or did not take it.
+        AnnounceError: the receiver is away, or did not take it.
     """
     body = json.dumps(told.as_json(), sort_keys=True).encode()
     headers = {

@@ -12,6 +12,7 @@ FineloopError                    exit 1: something failed that the user's input 
 ├── JobError                     a Ray job ended without success (RuntimeError)
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
 │   └── KubeflowAway             it could not be reached just now; asking again may help
+├── AnnounceError                whom a move of an alias is told to is away, or refuses (RuntimeError)
 └── GroundError                  the local store or Ray head could not be started (RuntimeError)
 
 To add one: subclass the branch that sets its exit code, keep `__init__` to one message so that it survives pickling
@@ -83,6 +84,10 @@ class KubeflowError(FineloopError, RuntimeError):
 
 class KubeflowAway(KubeflowError):
     """The server, or what stands before it, did not answer; asking again may help."""
+
+
+class AnnounceError(FineloopError, RuntimeError):
+    """A server that is told of a move of an alias was away, or answered otherwise than with success."""
 
 
 class GroundError(FineloopError, RuntimeError):

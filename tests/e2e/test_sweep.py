@@ -12,8 +12,8 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry import runs
-from components.registry.records import SweepResult, Trial
 from components.registry.store import Store
+from components.registry.sweep_records import SweepResult, Trial
 from tests.e2e.conftest import Done, Tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

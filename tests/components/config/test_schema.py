@@ -377,27 +377,3 @@ def test_only_the_callers_config_lets_a_stored_base_run_code():
 def test_a_stored_config_without_what_is_needed_is_refused_with_the_field(stored: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         config_file.with_stored(config_file.load(FROZEN), stored, origin="lineage")
-
-
-@pytest.mark.parametrize(
-    "where", ["gate.metric='{}'", "gate.limits=[{{metric='{}',min=0.1}}]", "evaluate.metrics=['{}']"]
-)
-@pytest.mark.parametrize("metric", ["rouge_l", "json_valid", "acme.scores:house_style"])
-def test_what_the_gate_or_the_evaluation_names_is_measured(where: str, metric: str) -> None:
-    assert metric not in config_file.loads(GOOD).metrics
-    assert metric in config_file.loads(GOOD, [where.format(metric)]).metrics
-
-
-@pytest.mark.parametrize("metric", ["rouge", "acme.scores", "acme:a.b", "os; x:y", "general_loss"])
-def test_what_is_no_metric_is_refused_where_the_config_is_read(metric: str) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.metrics.*nor a function of your own as module:function"):
-        config_file.loads(GOOD, [f"evaluate.metrics=['{metric}']"])
-    with pytest.raises(ConfigError, match=r"gate\.metric.*nor a function of your own as module:function"):
-        config_file.loads(GOOD, [f"gate.metric='{metric}'"])
-
-
-def test_general_text_that_decides_has_to_be_read() -> None:
-    asked = ["gate.worse_on_general_text_by=0.5"]
-    assert config_file.loads(GOOD, asked).gate.worse_on_general_text_by == 0.5
-    with pytest.raises(ConfigError, match=r"gate\.worse_on_general_text_by asks for what evaluate\.general_passages 0"):
-        config_file.loads(GOOD, [*asked, "evaluate.general_passages=0"])

@@ -12,8 +12,8 @@ import pytest
 
 from components.config import config_file
 from components.registry import runs
-from components.registry.records import SweepResult
 from components.registry.store import Store, open_uri
+from components.registry.sweep_records import SweepResult
 from tests.doubles.faulty_proxy import faulty_proxy
 from tests.models.tiny import build_base, colour_rows
 
