@@ -53,11 +53,11 @@ SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "e2e and not slow" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "$(HERE) and not slow and e2e" --numprocesses 2 --dist loadfile
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "e2e and slow" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "$(HERE) and slow and e2e" --numprocesses 2 --dist loadfile
 
 full: $(READY)
 	@$(BIN)/python -m pytest -m full $(SIDE_BY_SIDE)
