@@ -134,6 +134,7 @@ def test_stopping_a_run_stops_its_ray_job(
     assert production(store) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_has_its_report(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_the_processor_is_named_and_how_long_a_run_takes_on_it(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(80)))

@@ -32,7 +32,8 @@ def measure_in_rank(contenders, records, passages):
     return measure_together(contenders, records, passages, worker)
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_it_whole(
     config, store, tmp_path, name, monkeypatch
 ):
