@@ -254,8 +254,8 @@ def _form(
     **_: Any,
 ) -> Form | None:
     """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
-    goes by `fused`, a mask, a cache, dropout or another kernel is asked for, or somebody counts on a module's being
-    called."""
+    goes by `fused`, a mask, a cache, dropout or another kernel is asked for, somebody counts on a module's being
+    called, or it is computed again on the way back: memory is short then, and here a layer's is held all at once."""
     attn, mlp = layer.self_attn, layer.mlp
     if not torch.is_grad_enabled() or attention_mask is not None or cache is not None or use_cache:
         return None
@@ -264,6 +264,8 @@ def _form(
     if attn.config._attn_implementation != attention.FLOAT32 or attn.config.hidden_act not in ("silu", "swish"):
         return None
     if (attn.training and attn.attention_dropout) or any(map(_is_watched, layer.modules())):
+        return None
+    if layer.gradient_checkpointing:
         return None
     modules = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if any(type(module) not in fused.LAYERS.values() for module in modules):
