@@ -106,7 +106,13 @@ def ways(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     given.put("colours.jsonl", tiny.data)
     for path in tiny.base.iterdir():
         given.put(f"base/{path.name}", path)
-    short = {"data.max_records": 120, "train.max_steps": 4, "evaluate.records": 20, "gate.limits": "[]"}
+    short = {
+        "data.max_records": 120,
+        "train.max_steps": 4,
+        "evaluate.records": 20,
+        "gate.limits": "[]",
+        "gate.min_records": 2,
+    }
     short |= {"data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
     settings = [*tiny.settings, *[part for key, value in short.items() for part in ("--set", f"{key}={value}")]]
     with serving(environment) as kubeflow:

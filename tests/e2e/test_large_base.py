@@ -37,8 +37,9 @@ def test_a_base_that_no_worker_holds_is_trained_evaluated_and_promoted(small_clu
         "train.evals_per_epoch": 0,
         "evaluate.records": 6,
         "evaluate.max_new_tokens": 3,
-        # What is learned in six steps is not the matter.
+        # What is learned in six steps is not the matter, nor how surely.
         "gate.better_than_base_by": -100,
+        "gate.min_records": 2,
         "gate.limits": [],
     }
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
