@@ -126,6 +126,7 @@ def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are
     assert body["fits"] is True
 
 
+@pytest.mark.slow
 def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     rows = {row["method"]: row for row in plan.compared(configured(tmp_path, "train.learning_rate=0.5"), small())}
     assert len(rows) == 8

@@ -116,6 +116,7 @@ def test_a_left_file_that_is_not_what_the_id_says_is_not_adopted(store: Store) -
     assert list_versions(store, "icd") == []
 
 
+@pytest.mark.slow
 def test_two_runs_that_publish_one_adapter_at_once_are_told_of_one_whole_version(store: Store) -> None:
     stores = [store, Store.open(RegistryConfig(bucket=store.bucket, prefix=store.prefix))]
     barrier = threading.Barrier(2)

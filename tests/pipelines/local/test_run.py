@@ -112,6 +112,7 @@ def test_training_alone_publishes_and_leaves_the_alias(
     assert "adapters promote sums@" in summary(outcome, home_option="")
 
 
+@pytest.mark.slow
 def test_an_explicit_address_wins_over_the_environments(
     stub_cluster: JobsApi,
     make_config: Callable[..., RunConfig],

@@ -95,6 +95,7 @@ def test_a_rank_above_a_layers_own_is_filled_with_zeros():
     assert not found.left_MR[:, 32:].any()
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_of_a_real_model_loses_less():
     import gguf
 

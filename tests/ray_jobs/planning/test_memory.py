@@ -146,7 +146,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         ({"name": "lora", "base": "int8"}, True),
         pytest.param({"name": "qdora"}, True, marks=pytest.mark.slow),
         ({"name": "vera", "base": "nf4", "rank": 16}, False),
-        ({"name": "dvora", "rank": 16}, False),
+        pytest.param({"name": "dvora", "rank": 16}, False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
