@@ -7,7 +7,10 @@ from kfp import dsl, kubernetes
 from components.config.schema import RunConfig
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STAYS, STORE_SECRET
 
-ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+ENVIRONMENT = (
+    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
+    *("FINELOOP_USER", "OPENLINEAGE_URL"),
+)
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 PROMOTE_SECRET = "fineloop-promote"
 PROMOTE_KEYS = (

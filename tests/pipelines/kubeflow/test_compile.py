@@ -199,7 +199,8 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
     def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
-    plain = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    store_and_ray = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL")
     mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
     others = (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", "FINELOOP_WEBHOOK_SECRET", *mlflow)
