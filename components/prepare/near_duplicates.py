@@ -15,6 +15,7 @@ Shingles = npt.NDArray[np.uint64]
 """Hashes of all that stands in a text, a few characters at a time, each once."""
 
 CHARS = 5
+ROUNDING = 1e-9
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """What stands in more than this share of the held-out prompts, and in more than so many, tells none from another."""
 FACTORS: Shingles = np.array(
@@ -41,8 +42,8 @@ def near_duplicates(prompts: Iterable[str], held_out: Sequence[str], *, similari
         return shingles[order][: np.count_nonzero(often <= most)]
 
     def prefix(shingles: Shingles) -> list[int]:
-        # Two sets that are as similar have one of these in common.
-        first: list[int] = shingles[: len(shingles) - math.ceil(similarity * len(shingles)) + 1].tolist()
+        # Two sets that are as similar have one of these in common. A product that is whole may come out above itself.
+        first: list[int] = shingles[: len(shingles) - math.ceil(similarity * len(shingles) - ROUNDING) + 1].tolist()
         return first
 
     known = [rarest_first(each) for each in in_held_out]
@@ -54,7 +55,7 @@ def near_duplicates(prompts: Iterable[str], held_out: Sequence[str], *, similari
     def is_near(text: str) -> bool:
         ours = rarest_first(_shingles(text))
         rows = {row for shingle in prefix(ours) for row in rows_with.get(shingle, ())}
-        return any(_jaccard(ours, known[row]) >= similarity for row in rows)
+        return any(_jaccard(ours, known[row]) >= similarity - ROUNDING for row in rows)
 
     return [is_near(text) for text in prompts]
 

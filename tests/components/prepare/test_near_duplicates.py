@@ -56,3 +56,10 @@ def test_what_every_prompt_says_makes_none_like_another() -> None:
 
 def test_texts_too_short_to_compare_are_like_their_equals_alone() -> None:
     assert near_duplicates(["a", "A", "b", ""], ["a", "abc"], similarity=0.8) == [True, True, False, False]
+
+
+def test_a_share_that_is_just_the_one_asked_for_is_as_similar() -> None:
+    """Of 100 shingles 55 are held out, and 0.55 times 100 is 55.00000000000001."""
+    text = "".join(chr(0x4E00 + place) for place in range(104))
+    assert near_duplicates([text], [text[:59]], similarity=0.55) == [True]
+    assert near_duplicates([text], [text[:58]], similarity=0.55) == [False]
