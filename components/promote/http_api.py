@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from components.shared.errors import AnnounceError
 
 if TYPE_CHECKING:
-    from requests import PreparedRequest, Response  # type: ignore[import-untyped]
+    from requests import PreparedRequest, Response
 
 TRIES = 3
 PAUSE_S = 1
@@ -22,7 +22,7 @@ class HttpApi:
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
         """`token` is a bearer's, `login` a user's name and password."""
         from requests import Session
-        from requests.adapters import HTTPAdapter  # type: ignore[import-untyped]
+        from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
 
         # The server's own Retry-After might be hours.

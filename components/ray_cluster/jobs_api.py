@@ -47,7 +47,7 @@ class JobsApi:
 
     def start(self, job: Job, attempt: int) -> None:
         """Submit it; a head answers before it can take jobs, and a busy one drops a connection now and then."""
-        import requests  # type: ignore[import-untyped]
+        import requests
 
         submission_id = self.job_id(job, attempt)
         entrypoint = shlex.join(job.command)

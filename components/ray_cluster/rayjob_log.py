@@ -59,7 +59,7 @@ class JobLog:
         self._copy.restart()
 
     def _dashboard(self, status: dict[str, Any]) -> str | None:
-        import requests  # type: ignore[import-untyped]
+        import requests
 
         address = status["dashboardURL"]
         url = address if "://" in address else f"http://{address}"  # KubeRay writes HOST:PORT
