@@ -22,7 +22,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         bucket: str = "fineloop",
         prefix: str = "",
         trusted_keys: list[str] = [],  # noqa: B006 - kfp reads it as the field's default
-        announce: dict[str, str] = {},  # noqa: B006
+        announce: dict[str, str] = {},  # noqa: B006 - likewise
     ) -> None:
         """Move an alias by hand; the event log keeps who and why.
 

@@ -15,7 +15,9 @@ SECRET = "FINELOOP_WEBHOOK_SECRET"
 
 
 def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
-    """Post it. A receiver that is told twice knows it by X-Fineloop-Delivery, the event's id.
+    """Post it, signed where the environment holds a secret.
+
+    A receiver that is told twice knows it by X-Fineloop-Delivery, the event's id.
 
     Raises:
         AnnounceError: the receiver is away, or did not take it.
@@ -32,5 +34,5 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
 
 
 def signature(body: bytes, secret: str) -> str:
-    """HMAC of the body, as the header has it; an absent secret means no header."""
+    """HMAC-SHA256 of the body in hex, as the header has it."""
     return f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"
