@@ -6,6 +6,7 @@ A record becomes `prompt tokens + answer tokens`, both from the base's own chat 
 Rows are padded on the right, so a causal model needs no attention mask: no real token ever looks at padding.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,13 @@ class TokenizedSplit:
         """Labelled tokens of each row."""
         counted = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
         return np.diff(counted[self.offsets])
+
+    @property
+    def digest(self) -> str:
+        """Of its tokens, and which of them are to be learned."""
+        return hashlib.sha256(
+            b"".join(each.tobytes() for each in (self.offsets, self.tokens, self.labelled))
+        ).hexdigest()
 
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
         """The rows at `indices`, in that order."""

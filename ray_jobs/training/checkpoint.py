@@ -49,6 +49,8 @@ class TrainingProgress:
     """Of a training in float16."""
     magnitudes: str = "whole"
     """What is held of magnitudes, where there are any; a checkpoint that does not say holds them, not their change."""
+    held_out: str = ""
+    """Names the records that `best_loss` was measured on; a checkpoint that does not say measured on others."""
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -116,6 +118,9 @@ def resume(
 ) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
     """Put an engine into the state that the checkpoint holds; gives the progress and the best weights.
 
+    A release may hold out other records of a dataset than the one that wrote the checkpoint: then what comes competes
+    only with what comes.
+
     Raises:
         ConfigError: the checkpoint belongs to another config, another number of workers, or a release that trained
             magnitudes otherwise.
@@ -136,6 +141,10 @@ def resume(
         _restore_optimizer(engine, load_file(Path(scratch) / "rank" / "optimizer.safetensors"))
         zero.set_loss_scale(engine, progress.loss_scale)
         best = load_file(shared / "best.safetensors")
+    if progress.held_out != expected.held_out:
+        logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
+        progress.best_loss, progress.evals_without_gain = float("inf"), 0
+        progress.held_out = expected.held_out
     return progress, best
 
 

@@ -90,7 +90,11 @@ def run(
     total = num_steps(train, len(train_split))
     measured = eval_steps(train, len(train_split))
     progress = TrainingProgress(
-        config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype, magnitudes="change"
+        config.digest,
+        worker.num_workers,
+        matmul_dtype=worker.matmul_dtype,
+        magnitudes="change",
+        held_out=eval_split.digest,
     )
     best = checkpoint.weights(engine.module)
     resumed_from = _agreed(checkpoint.newest(store, run_id) if worker.rank == 0 else 0, worker)
