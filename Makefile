@@ -45,19 +45,17 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	@$(BIN)/fineloop run
 
-# What needs no GPU, root or Kubernetes; then what has a Ray of its own: two at a time, as each waits for processes to start.
+# What needs no GPU, root or Kubernetes. A process more than there are processors, as many tests wait for what they have
+# started; those with a Ray of their own first, as they take longest (tests/conftest.py).
 HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
-# One more than there are processors, as many tests wait for what they have started.
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "$(HERE) and not slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "$(HERE) and not slow and e2e" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "$(HERE) and not slow" $(SIDE_BY_SIDE)
 
 slow: $(READY)
-	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m "$(HERE) and slow and e2e" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "$(HERE) and slow" $(SIDE_BY_SIDE)
 
 full: $(READY)
 	@$(BIN)/python -m pytest -m full $(SIDE_BY_SIDE)

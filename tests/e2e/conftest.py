@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":
     data = directory / "colours.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(400)))
     return Tiny(Home(directory / "home"), base, data)
+
+
+@pytest.fixture(scope="session")
+def up(tiny: "Tiny") -> Iterator[dict[str, str]]:
+    """Its store and Ray head, up for every test that does not stop them; what a client needs to use them."""
+    started = tiny.home.fineloop("ray", "up")
+    assert started.exit_code == 0, started.told
+    yield {**tiny.home.store_environment(), **tiny.home.fineloop("ray", "env").answer}
+    assert tiny.home.fineloop("ray", "down").exit_code == 0
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,10 @@ class Ways:
 
 
 @pytest.fixture
-def ways(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
-    home = Home(tmp_path / "home")
-    assert home.fineloop("ray", "up").exit_code == 0
-    found = {**home.store_environment(), **home.fineloop("ray", "env").answer}
-    for name, value in found.items():
+def ways(tiny: Tiny, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
+    for name, value in up.items():
         monkeypatch.setenv(name, value)
-    environment = {**home.environment, **found}
+    environment = {**tiny.home.environment, **up}
     given = Store.open(RegistryConfig(prefix="given"))  # where every way can read it
     given.put("colours.jsonl", tiny.data)
     for path in tiny.base.iterdir():
@@ -116,8 +113,7 @@ def ways(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     short |= {"data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
     settings = [*tiny.settings, *[part for key, value in short.items() for part in ("--set", f"{key}={value}")]]
     with serving(environment) as kubeflow:
-        yield Ways(home, settings, environment, kubeflow)
-    assert home.fineloop("ray", "down").exit_code == 0
+        yield Ways(tiny.home, settings, environment, kubeflow)
 
 
 def test_every_way_makes_the_same_dataset_version_and_decision(ways: Ways) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from tests.e2e.conftest import Tiny
 from tests.models.tiny import colour_rows
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def up(tiny: Tiny) -> Iterator[dict[str, str]]:
-    """Store and Ray head stay up between the commands of these tests; what a client needs to use them."""
-    started = tiny.home.fineloop("ray", "up")
-    assert started.exit_code == 0, started.told
-    yield tiny.home.fineloop("ray", "env").answer
-    assert tiny.home.fineloop("ray", "down").exit_code == 0
 
 
 @pytest.mark.slow

@@ -25,15 +25,12 @@ SWEEP += ["--set", "tune.scheduler=none", "--set", f"ray.cpus_per_worker={os.cpu
 
 
 @pytest.fixture(scope="module")
-def store(tiny: Tiny) -> Iterator[Store]:
-    """The home's, which stays up with its Ray head between the commands."""
-    started = tiny.home.fineloop("ray", "up")
-    assert started.exit_code == 0, started.told
+def store(up: dict[str, str]) -> Iterator[Store]:
+    """The home's."""
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in tiny.home.store_environment().items():
+        for name, value in up.items():
             environment.setenv(name, value)
         yield Store.open(RegistryConfig())
-    assert tiny.home.fineloop("ray", "down").exit_code == 0
 
 
 @pytest.fixture(scope="module")
