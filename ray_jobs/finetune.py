@@ -82,7 +82,8 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Before the memory is looked at: a cluster that grows from nothing has none.
     wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
-    for line in before_training(config, base.path, train_split, ray.nodes()):
+    outlook = before_training(config, base.path, train_split, ray.nodes())
+    for line in outlook.told:
         say(STEP, line)
     job = TrainJob(
         config_toml=config_file.dumps(config),
@@ -90,6 +91,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         dataset=splits.of_dataset(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
+        dense_base=outlook.dense_base,
         start=start,
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
     )

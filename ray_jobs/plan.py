@@ -28,6 +28,7 @@ from ray_jobs.planning.capacity import (
     named_device,
     pod_memory,
     records_to_evaluate,
+    settled,
 )
 from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
@@ -68,7 +69,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
     rehearsal = Rehearsal.of(config, base)
     batch = worst_batch(config)
-    choice = chosen(config, rehearsal, batch)
+    choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
     step = rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
@@ -91,6 +92,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "gradient_checkpointing": train.gradient_checkpointing,
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
+        "dense_base": choice.config.train.dense_base,
         "num_workers": config.ray.num_workers,
         "max_length": batch.length,
         "answer_tokens": batch.answers,
@@ -100,12 +102,12 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "margin": MARGIN if device.gpu else 0.0,
         "advice": _advice(choice, better),
         "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
-        **(_progress(config, stats, batch, device) if config.ray.use_gpu else _estimated(config, base)),
+        **(_progress(config, stats, batch, device) if config.ray.use_gpu else _estimated(choice.config, base)),
     }
 
 
 def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
-    """Every method of the table with its default rank, everything else as the config has it.
+    """Every method of the table with its default rank, everything else as the config has it, and the base as stored.
 
     A method that does not go with the base has the reason under `refused`, in place of its figures.
     """

@@ -48,9 +48,10 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients too, 3 also the base."""
     cpu_offload: bool = False
     """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
-    dense_base: Annotated[bool, Added("0.2.0")] = False
+    dense_base: Annotated[bool | None, Added("0.2.0")] = None
     """On CPU workers, hold the base's weights dense in what products are taken in, instead of reading them out of their
-    few bits for each product: the same steps in less time, for two or four bytes of memory a weight."""
+    few bits for each product: the same steps in less time, for two or four bytes of memory a weight. Absent means where
+    memory allows, by the plan and by what is free when a worker starts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: Annotated[bool, Added("0.2.0")] = False

@@ -79,6 +79,8 @@ def _memory_told(body: dict[str, Any]) -> Iterator[str]:
     for name, size in parts.items():
         yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
+    if body["dense_base"]:
+        yield "  the weights are held dense, for speed: train.dense_base=false leaves them as they are stored"
     if body["expert_bytes"] and body["base"] != "bf16":
         yield f"  of the weights, {body['expert_bytes'] / GIB:.2f} are experts, which bitsandbytes leaves in 16 bits"
     if body["host_memory_bytes"]:

@@ -25,7 +25,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype) -> None:
-    """Turn the frozen layers of a model on the CPU into dense ones, in place.
+    """Turn the frozen layers of a model on the CPU into dense ones, in place; an adapter's that are trained stay.
 
     `matmul_dtype` is what the base was loaded with. The layers answer as before, but for the order of sums. An int8
     base that is multiplied in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
@@ -38,19 +38,19 @@ def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype) -> None:
 
 
 def widen_if_room(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
-    """The same where memory allows, which `sharers` processes of this machine share; gives whether it did.
-
-    No adapter may be on the base yet.
-    """
+    """The same where memory allows, which `sharers` processes of this machine share; gives whether it did."""
     dtype = _dtype(matmul_dtype)
-    layers = list(_layers(model, dtype))
-    needed = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
-    limit = int(MEMORY_SHARE * available_bytes() / sharers)
-    if needed > limit:
-        logger.info("the base is read as it is stored: dense it would take %d bytes more, of %d", needed, limit)
+    num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
+    if not has_room(num_weights, matmul_dtype, sharers=sharers):
+        logger.info("the base is read as it is stored: free memory has no room for %d dense weights", num_weights)
         return False
     widen(model, matmul_dtype)
-    return bool(layers)
+    return num_weights > 0
+
+
+def has_room(num_weights: int, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
+    """Whether so many weights may be held dense by each of `sharers` processes of this machine."""
+    return num_weights * _dtype(matmul_dtype).itemsize <= MEMORY_SHARE * available_bytes() / sharers
 
 
 def available_bytes() -> int:

@@ -1,6 +1,7 @@
 """The last look before workers are started: the plan for the real records, against what the cluster has."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ from ray_jobs.planning.memory import GIB, parts_told
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What the plan says of a training that may begin."""
+
+    told: list[str]
+    """For a person."""
+    dense_base: bool = False
+    """Whether workers hold the base dense, where memory is free for it when they start."""
+
+
 def before_training(
     config: RunConfig, base_folder: Path, split: TokenizedSplit, nodes: Iterable[Mapping[str, Any]]
-) -> list[str]:
-    """What to tell a person before any worker is started; `nodes` as `ray.nodes()` gives them.
+) -> Outlook:
+    """The outlook before any worker is started; `nodes` as `ray.nodes()` gives them.
 
     Raises:
         ConfigError: the training cannot fit, the adapter does not fit the base, or the base is none to begin with.
@@ -39,22 +50,26 @@ def before_training(
     except ConfigError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
-        return [f"this base cannot be planned for, so its memory is unknown: {exc}"]
+        return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
     batch = WorstBatch.of(split, config.train.micro_batch_size)
-    parts = require_fit(config, rehearsal, batch, device).parts
+    choice = require_fit(config, rehearsal, batch, device)
+    parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
     counted = counts(rehearsal.stats)
     needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
+    if is_dense:
+        needs += ", the base held dense,"
     if device.memory is None:
         fits = "; nobody knows how much it has: name the GPU with ray.gpu"
     else:
         verdict = "fits" if device.holds(parts.total) else "may not fit"
         fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
-    return [
+    told = [
         f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
         f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
         needs + fits,
         *_evaluation_told(config, rehearsal, batch, device),
     ]
+    return Outlook(told, is_dense)
 
 
 def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -> int | None:

@@ -132,8 +132,25 @@ def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
     return Device(name, memory // num_workers if memory else None, whole=memory)
 
 
+def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> RunConfig:
+    """The config with what it leaves to the plan: whether workers hold the base dense.
+
+    CPU workers do that hold it whole, where the plan leaves the margin that it leaves on GPUs.
+    """
+    if config.train.dense_base is not None:
+        return config
+    stored, dense = (
+        config.model_copy(update={"train": config.train.model_copy(update={"dense_base": each})})
+        for each in (False, True)
+    )
+    if config.ray.use_gpu or config.train.zero_stage == 3 or device.memory is None:
+        return stored
+    fits = chosen(dense, rehearsal, batch).parts.total * (1 + MARGIN) <= device.memory
+    return dense if fits else stored
+
+
 def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:
-    """What a config takes; `step` where it is known already."""
+    """What a config takes, its base dense where train.dense_base is true; `step` where it is known already."""
     train = config.train
     parts = plan(
         rehearsal.stats,
@@ -143,7 +160,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
-        dense_base=train.dense_base,
+        dense_base=bool(train.dense_base),
         activation_offloading=train.activation_offloading,
     )
     return Choice(config, parts)
@@ -171,7 +188,7 @@ def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> b
 
 
 def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:
-    """The plan of a training that may begin.
+    """The plan of a training that may begin, its config settled.
 
     Refused is only what cannot run: on a GPU, tensors that are larger than its memory with nothing else on it; on CPUs,
     whose memory can be swapped and mapped from files, one worker's state larger than all the memory there is.
@@ -179,7 +196,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     Raises:
         ConfigError: it cannot fit; the message names the parts and the settings that would.
     """
-    choice = chosen(config, rehearsal, batch)
+    choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     parts = choice.parts
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
     if limit is None or needed <= limit:

@@ -16,7 +16,7 @@ import torch
 
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from ray_jobs.base import processor
+from ray_jobs.base import processor, widened
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base, load_model
 
@@ -71,7 +71,10 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
     text = base.get_text_config()
     with tempfile.TemporaryDirectory(prefix="fineloop-pace-") as scratch:
         adapted, num_layers = _few_layers(config, base, Path(scratch), dtype)
+    times = text.num_hidden_layers / num_layers
     weights = sum(layer.in_features * layer.out_features for layer in _linear_layers(adapted))
+    if _holds_dense(config, round(times * weights), dtype):
+        widened.widen(adapted, dtype)
     affordable = int(SECONDS * rate / (4 * weights))
     length = max(FEWEST_TOKENS, min(batch.length, affordable))
     records = max(1, min(batch.records, affordable // length))
@@ -98,13 +101,19 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
     # The head alone is not among the few layers' own: two operations for each weight forward, and as many backward.
     head_s = 2 * text.vocab_size * text.hidden_size / rate
     share = batch.answers / batch.length
-    times = text.num_hidden_layers / num_layers
     return Pace(
         train_s=times * train_s / tokens.numel() + 2 * share * head_s,
         read_s=times * read_s / tokens.numel() + share * head_s,
         write_s=times * write_s + batch.generated * head_s,
         matmul_dtype=dtype,
     )
+
+
+def _holds_dense(config: RunConfig, num_weights: int, dtype: MatmulDtype) -> bool:
+    """Whether a training here would hold so many weights dense; its evaluation does where memory allows."""
+    if config.train.dense_base is not None:
+        return config.train.dense_base
+    return config.train.zero_stage < 3 and widened.has_room(num_weights, dtype, sharers=config.ray.num_workers)
 
 
 def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtype: MatmulDtype) -> tuple[Any, int]:

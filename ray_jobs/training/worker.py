@@ -57,6 +57,8 @@ class TrainJob:
     base: lineage.Base
     """The identity that the driver resolved; each worker finds the files on its own machine."""
     pad: int
+    dense_base: bool = False
+    """The plan has workers hold the base dense, where memory is free for it when they start."""
     start: Version | None = None
     """The version that the training goes on from; None begins afresh."""
     started: lineage.Started = lineage.NOBODY_SAID
@@ -174,6 +176,11 @@ def fit(
         recipe = _recipe(config, adapted, original, base, worker)
         engine = zero.initialize(adapted, config, worker.dtype)
         ends.callback(engine.destroy)
+        # DeepSpeed has by now brought what was wider than 16 bits into as many, and the recipe has counted the base.
+        if config.train.dense_base:
+            widened.widen(adapted, worker.matmul_dtype)
+        elif job.dense_base:
+            widened.widen_if_room(adapted, worker.matmul_dtype, sharers=worker.num_workers)
         # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
         is_fresh = start is None and config.method.row.init == "default"
         with_adapter = is_fresh or not is_read_alone
@@ -238,8 +245,6 @@ def _adapted(
         model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
     )
     own_base.begin(config, adapted, base)
-    if config.train.dense_base:
-        widened.widen(adapted, matmul_dtype)
     if start is not None:
         starting.begin(adapted, start)
     build.to_training(adapted, dtype)

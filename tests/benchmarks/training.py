@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
     parser.add_argument("--base", choices=("nf4", "int8", "bf16"), default="nf4", help="how the base is stored")
-    parser.add_argument("--dense-base", action="store_true", help="our train.dense_base")
+    parser.add_argument(
+        "--dense-base", action=argparse.BooleanOptionalAction, default=True, help="our train.dense_base"
+    )
     parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
     parser.add_argument(
         "--matmul-dtype",
@@ -79,7 +81,7 @@ def main() -> None:
 
 def _name(options: argparse.Namespace) -> str:
     """What was measured, as the baselines know it."""
-    parts = ["training", options.base, "dense" if options.dense_base else "", f"as {options.processor}"]
+    parts = ["training", options.base, "" if options.dense_base else "stored", f"as {options.processor}"]
     if options.matmul_dtype != "auto":
         parts.append(options.matmul_dtype)
     return " ".join(part for part in parts if part and part != "as here")
@@ -89,7 +91,7 @@ def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
     command += ["--records", str(options.records), "--threads", str(options.threads)]
     command += ["--matmul-dtype", options.matmul_dtype, "--base", options.base]
-    command += ["--dense-base"] if options.dense_base else []
+    command += ["--dense-base" if options.dense_base else "--no-dense-base"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **PROCESSORS[options.processor]}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
@@ -150,9 +152,9 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
     adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
+    engine = zero.initialize(adapted.train(), config)
     if options.dense_base:
         widened.widen(adapted, dtype)
-    engine = zero.initialize(adapted.train(), config)
     worker = Worker(0, 1, torch.device("cpu"))
     plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []

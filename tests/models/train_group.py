@@ -149,8 +149,13 @@ class Fitted:
     records: list[dict[str, Any]]
 
 
-def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str, start: Any = None) -> Fitted:
-    """Train in this rank's group on `rows`, the last eighth held out; `start` is a version to go on from."""
+def fit_in_rank(
+    config: Any, rows: list[dict[str, str]], *, run_id: str, start: Any = None, dense_base: bool = False
+) -> Fitted:
+    """Train in this rank's group on `rows`, the last eighth held out; `start` is a version to go on from.
+
+    `dense_base` is what the plan says of that, where the config leaves it to the plan.
+    """
     import torch
     import torch.distributed as dist
 
@@ -176,6 +181,7 @@ def fit_in_rank(config: Any, rows: list[dict[str, str]], *, run_id: str, start: 
         dataset=lineage.Dataset("d0", "s3://none", "0", *map(len, splits)),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
+        dense_base=dense_base,
         start=start,
     )
     seen: list[dict[str, Any]] = []

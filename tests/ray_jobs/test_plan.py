@@ -302,12 +302,43 @@ def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
     small().save_pretrained(tmp_path)
     config = configured(tmp_path, "ray.use_gpu=false")
     records = split([40, 90, 20], [3, 5, 10])
-    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)])
+    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)]).told
     assert trained.startswith("lora trains ")
     assert "each worker needs about 0.6 GiB" in needed
     assert needed.endswith("of 7.5 on this cluster: fits")
     gpu = before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
-    assert gpu[1].endswith("on A10G: fits")
+    assert gpu.told[1].endswith("on A10G: fits")
+
+
+def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_path):
+    small().save_pretrained(tmp_path)
+    records = split([40, 90, 20], [3, 5, 10])
+
+    def outlook(*changes: str, memory: int = 8 * GIB):
+        config = configured(tmp_path, "ray.use_gpu=false", "method.name=qlora", *changes)
+        return config, before_training(config, tmp_path, records, [node(CPU=2, memory=memory)])
+
+    config, found = outlook()
+    assert found.dense_base
+    assert ", the base held dense, of 8.0 on this cluster: fits" in found.told[1]
+    dense = config.model_copy(update={"train": config.train.model_copy(update={"dense_base": True})})
+    needed = chosen(dense, Rehearsal.of(config, small()), WorstBatch.of(records, 8)).parts.total * (1 + MARGIN)
+    assert outlook(memory=int(needed) + 1)[1].dense_base
+    tight = outlook(memory=int(needed) - 1)[1]
+    assert not tight.dense_base
+    assert tight.told[1].endswith(": fits")
+    assert "dense" not in tight.told[1]
+    assert outlook("train.dense_base=true", memory=int(needed) - 1)[1].dense_base
+    assert not outlook("train.dense_base=false")[1].dense_base
+    assert not outlook("train.zero_stage=3", "ray.num_workers=2")[1].dense_base
+    assert not before_training(configured(tmp_path), tmp_path, records, []).dense_base  # on a GPU
+
+
+def test_the_plan_counts_a_base_that_is_held_dense(tmp_path):
+    config = configured(tmp_path, "ray.use_gpu=false", "method.name=qlora", "data.max_records=10")
+    bodies = [plan.planned(config, small(), cpu_device("this machine", memory, 1)) for memory in (8 * GIB, GIB // 2)]
+    assert [body["dense_base"] for body in bodies] == [True, False]
+    assert bodies[0]["memory_bytes"]["weights"] > 2 * bodies[1]["memory_bytes"]["weights"]
 
 
 def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tmp_path):
@@ -320,5 +351,5 @@ def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tm
 def test_a_base_that_cannot_be_planned_for_is_trained_all_the_same(tmp_path):
     shape = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2}  # without heads of attention
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    (told,) = before_training(configured(tmp_path), tmp_path, split([10], [2]), [])
+    (told,) = before_training(configured(tmp_path), tmp_path, split([10], [2]), []).told
     assert "cannot be planned for" in told

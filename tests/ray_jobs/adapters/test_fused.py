@@ -10,7 +10,7 @@ from peft import LoraConfig
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.adapters import fused
-from ray_jobs.base import base_model, float32_layers
+from ray_jobs.base import base_model, float32_layers, widened
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.training import worker
 
@@ -79,9 +79,11 @@ def test_value_and_gradients_are_the_formulas(kind, wide):
 def fresh(folder, base_format, matmul_dtype, *, dense_base=False):
     """A base with its adapter, as a worker trains it."""
     toml = f'[adapter]\nname = "a"\n[model]\nbase = "{folder}"\n[data]\nsource = "none"\n[method]\nname = "lora"\n'
-    overrides = ["method.rank=4", f"method.base={base_format}", f"train.dense_base={str(dense_base).lower()}"]
-    config: RunConfig = config_file.loads(toml, overrides)
-    return worker._adapted(config, base_model.resolve(config.model), use_gpu=False, matmul_dtype=matmul_dtype)
+    config: RunConfig = config_file.loads(toml, ["method.rank=4", f"method.base={base_format}"])
+    adapted = worker._adapted(config, base_model.resolve(config.model), use_gpu=False, matmul_dtype=matmul_dtype)
+    if dense_base:
+        widened.widen(adapted, matmul_dtype)
+    return adapted
 
 
 def trained(adapted, *, is_fused=True) -> list[float]:

@@ -1,0 +1,85 @@
+"""A training whose workers hold the base dense, where memory allows, against the same one on its few bits."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import pytest
+import torch
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from ray_jobs.adapters import build
+from ray_jobs.base import widened
+from tests.models.tiny import colour_rows
+from tests.models.train_group import fit_in_rank, in_group
+
+QUANTISED = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
+STEPS = 4
+
+
+def train_and_save(config_toml: str, folder: str, dense_base: bool, free_bytes: int | None) -> dict[str, Any]:
+    """Train with what the plan says and with so much free memory, and save the adapter as it is published."""
+    config = config_file.loads(config_toml)
+    free = widened.available_bytes() if free_bytes is None else free_bytes
+    with mock.patch.object(widened, "available_bytes", return_value=free):
+        fitted = fit_in_rank(config, colour_rows(80), run_id=Path(folder).name, dense_base=dense_base)
+    if fitted.worker.rank == 0:
+        build.save(fitted.adapted, Path(folder))
+    return {
+        "losses": [record["loss"] for record in fitted.records],
+        "recipe": fitted.recipe,
+        "is_quantised": any(isinstance(module, QUANTISED) for module in fitted.adapted.modules()),
+        "dtype": next(module.weight.dtype for name, module in fitted.adapted.named_modules() if is_base(name)),
+    }
+
+
+def is_base(name: str) -> bool:
+    return name.endswith("q_proj.base_layer")
+
+
+@pytest.fixture
+def trained(config: RunConfig, store, tmp_path):
+    """Two workers' training by two names for it: what rank 0 has, and the files of the adapter."""
+
+    def run(name: str, *overrides: str, dense_base: bool = False, free_bytes: int | None = None) -> dict[str, Any]:
+        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}/{name}"]
+        steps = [f"train.max_steps={STEPS}", "method.rank=4"]
+        changed = config_file.loads(config_file.dumps(config), [*place, *steps, *overrides])
+        folder = tmp_path / name
+        arguments = (config_file.dumps(changed), str(folder), dense_base, free_bytes)
+        found: dict[str, Any] = in_group(train_and_save, *arguments, directory=tmp_path / "logs", num_workers=2)[0]
+        return {**found, "files": {path.name: path.read_bytes() for path in folder.iterdir()}}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "dtype"),
+    [
+        ("lora", "int8", "float32"),
+        ("dora", "nf4", "float32"),
+        pytest.param("lora", "nf4", "float32", marks=pytest.mark.slow),
+        pytest.param("lora", "nf4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("dora", "nf4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("dora", "int8", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, base, dtype):
+    method = [f"method.adapter={adapter}", f"method.base={base}", f"ray.cpu_matmul_dtype={dtype}"]
+    stored, dense = trained("stored", *method), trained("dense", *method, dense_base=True)
+    assert (stored.pop("is_quantised"), dense.pop("is_quantised")) == (True, False)
+    del stored["dtype"]  # of what bits are packed in
+    assert dense.pop("dtype") == getattr(torch, dtype)
+    assert len(stored["losses"]) > STEPS
+    assert stored["losses"][0] != stored["losses"][STEPS - 1]
+    assert dense == stored  # the recipe too, which the lineage has
+
+
+def test_a_worker_whose_memory_is_taken_by_others_reads_the_base_as_it_is_stored(trained):
+    assert trained("short", "method.base=nf4", dense_base=True, free_bytes=1000)["is_quantised"]
+
+
+def test_a_config_that_asks_for_it_has_it_whatever_is_free(trained):
+    assert not trained("asked", "method.base=nf4", "train.dense_base=true", free_bytes=1000)["is_quantised"]
