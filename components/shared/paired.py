@@ -20,6 +20,8 @@ PER_TAIL = 40
 MOST_READ = 0.995
 """Beyond this, a bound is not read from resamples, but is as much farther off as a normal one would be."""
 COUNTS_AT_ONCE = 4_000_000
+COUNTS_IN_CACHE = 2**16
+"""As floats, half a megabyte: no more are converted before they are multiplied."""
 MAX_LOG = 700.0
 POWER = 0.8
 MANY_RECORDS = 1_000_000
@@ -88,7 +90,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
     if pairs.relative and not pairs.theirs.any():
         return None  # a share of nothing
     sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
-    once = np.ones((1, len(sums)))
+    once = np.ones((1, len(sums)), np.uint8)
     gain, error = (float(value[0]) for value in _gain_and_error(pairs, sums, once))
     if pairs.are_binary:
         lower, upper = score_bounds(*wins_and_losses(pairs), len(numbers), confidence)
@@ -174,24 +176,29 @@ def _resampled(pairs: Pairs, sums: Array, confidence: float) -> tuple[Array, Arr
     return gains, errors
 
 
-@lru_cache(maxsize=1)
-def _counts(num_groups: int, rows: int, seed: int) -> Array:
-    """How often each resample takes each group: rows of as many draws as there are groups."""
+@lru_cache(maxsize=32)
+def _counts(num_groups: int, rows: int, seed: int) -> npt.NDArray[np.uint8]:
+    """How often each resample takes each group: rows of as many draws as there are groups. All comparisons of a
+    decision, and of its slices, take their resamples from here, and to draw them is nearly all of what a bound costs.
+    """
     # Of numpy's streams of random numbers, this one stays as it is in every release (NEP 19).
     drawn = np.random.RandomState(seed).randint(0, num_groups, size=(rows, num_groups))
     drawn += np.arange(rows)[:, None] * num_groups
-    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+    # A byte is enough: of more groups than it counts, none is drawn as often as that.
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.uint8)
 
 
-def _gain_and_error(pairs: Pairs, sums: Array, counts: Array) -> tuple[Array, Array]:
+def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
     """Of each row of `counts`, how often every group is taken, the gain and its standard error.
 
     A mean over tokens is a ratio of two sums, whose error is that of the residuals (Cochran, Sampling Techniques, 3rd
     edition, equation 6.13).
     """
-    products = (sums[:, :, None] * sums[:, None, :]).reshape(len(sums), 9)
-    moments = counts @ np.concatenate([sums, products], axis=1)
-    totals, squares = moments[:, :3], moments[:, 3:].reshape(-1, 3, 3)
+    first, second = np.triu_indices(3)
+    columns = np.concatenate([sums, sums[:, first] * sums[:, second]], axis=1)
+    blocks = np.array_split(counts, -(-counts.size // COUNTS_IN_CACHE))
+    moments = np.concatenate([block.astype(np.float64) @ columns for block in blocks])
+    totals, squares = moments[:, :3], moments[:, 3:]
     means = totals[:, :2] / totals[:, 2:]
     values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
     gains, outer = values[:, 0] - values[:, 1], np.broadcast_to([1.0, -1.0], values.shape)
@@ -201,9 +208,10 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: Array) -> tuple[Array, Ar
             gains, outer = ratios - 1, np.stack([1 / values[:, 1], -ratios / values[:, 1]], axis=1)
     slopes = (values if pairs.exponential else np.ones_like(means)) * outer
     residual = np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)
-    variance = np.einsum("ri,rij,rj->r", residual, squares, residual) * len(sums) / max(len(sums) - 1, 1)
-    sign = -1.0 if pairs.lower_is_better else 1.0
+    parts = residual[:, first] * residual[:, second] * squares
+    scale = parts[:, first == second].sum(axis=1)
     # Below what rounding leaves of equal numbers there is no variance.
-    scale = np.einsum("ri,rii,ri->r", residual, squares, residual)
-    variance = np.where(variance > 1e-12 * scale, variance, 0.0)
+    variance = scale + 2 * parts[:, first != second].sum(axis=1)
+    variance = np.where(variance > 1e-12 * scale, variance, 0.0) * len(sums) / max(len(sums) - 1, 1)
+    sign = -1.0 if pairs.lower_is_better else 1.0
     return sign * gains, np.sqrt(variance) / totals[:, 2]

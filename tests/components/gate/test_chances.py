@@ -1,38 +1,29 @@
 """How often the gate's bound errs, and how often it tells, on losses that were measured on the real model.
 
-`measured/icd10.parquet` holds what a trained model of the example loses on each of 1,000 held-out records (`python -m
-tests.benchmarks.gate`). Another model loses the same, times a factor of its own for each record: drawn so that two of
-them differ by 0.2 nats per token from record to record, as two seeds of the example were seen to (0.18 to 0.23).
+`measured/icd10.parquet` holds what two trainings of the example, which differ in their seed alone, lose on each of
+1,000 held-out records (`python -m tests.benchmarks.gate`). From record to record they lie 0.22 nats per token apart.
+The second is the candidate and the first the champion, the candidate shifted so that it is as good as the test says.
 """
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
-from components.shared.paired import Array, Pairs, bounds, records_to_decide
+from components.shared.paired import Pairs, bounds, records_to_decide
 from tests.components.gate.measured_losses import read
 
 MEASURED = read("icd10")
+TOKENS = MEASURED.tokens
 MARGIN, ALPHA = 0.02, 0.05
-NEEDED = 580
-
-
-TOKENS, NLL = MEASURED.tokens, MEASURED.columns["seed0_nll"]
-SPREAD = 0.2
-
-
-def another(random: np.random.Generator) -> Array:
-    """What another model, as good on all of the records, loses on each."""
-    noise = NLL * random.standard_normal(len(NLL))
-    noise -= TOKENS * noise.sum() / TOKENS.sum()
-    return NLL + noise * SPREAD / math.sqrt(2 * np.mean((noise / TOKENS.mean()) ** 2))
+NEEDED = 780
 
 
 def pairs(rows: np.ndarray, gain: float) -> Pairs:
     """A candidate whose gain over the champion, on all the records that samples are drawn from, is so many nats."""
-    random = np.random.default_rng(0)
-    theirs, ours = another(random), another(random) - TOKENS * gain
+    theirs, ours = (MEASURED.columns[f"{seed}_nll"] for seed in ("seed0", "seed1"))
+    ours = ours + TOKENS * ((theirs - ours).sum() / TOKENS.sum() - gain)
     return Pairs(ours[rows], theirs[rows], TOKENS[rows], lower_is_better=True)
 
 
@@ -45,17 +36,20 @@ def passing(records: int, draws: int, gain: float) -> float:
 
 @pytest.mark.slow
 def test_a_candidate_that_is_worse_by_the_margin_itself_seldom_passes() -> None:
-    """On as many records as the example has; on 60 of them, whose losses are skewed, one in fifteen does."""
+    """6.1 % of 1,000 do on as many records as the example has, 5.4 % on 300 and 4.6 % on 780; on 60, whose losses are
+    skewed, 8.2 %."""
     draws = 1000
     assert passing(240, draws, -MARGIN) <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / draws)
 
 
 @pytest.mark.slow
-def test_as_many_records_as_the_gate_names_tell_in_four_cases_of_five() -> None:
-    """Of a candidate that is as good as the champion."""
+@pytest.mark.parametrize(("records", "gain"), [(NEEDED, 0.0), (240, 0.02)])
+def test_a_candidate_that_is_good_enough_passes_as_often_as_a_normal_mean_would(records: int, gain: float) -> None:
+    """As good as the champion, on as many records as the gate names, in 81 % of 1,000 cases (it promises 80 %); better
+    by 0.02, on as many as the example has, in 87 %. By the usual formula, of the distance and of its error."""
     everything = bounds(pairs(np.arange(len(TOKENS)), 0.0), 1 - ALPHA)
     assert everything is not None
-    needed = records_to_decide(everything, -MARGIN, 1 - ALPHA)
-    assert needed == NEEDED
-    draws = 400
-    assert passing(needed, draws, 0.0) == pytest.approx(0.8, abs=2.5 * math.sqrt(0.8 * 0.2 / draws))
+    assert records_to_decide(everything, -MARGIN, 1 - ALPHA) == NEEDED
+    error, normal, draws = everything.error * math.sqrt(len(TOKENS) / records), NormalDist(), 400
+    power = normal.cdf((gain + MARGIN) / error - normal.inv_cdf(1 - ALPHA))
+    assert passing(records, draws, gain) == pytest.approx(power, abs=2.5 * math.sqrt(power * (1 - power) / draws))
