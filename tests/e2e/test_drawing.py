@@ -1,0 +1,57 @@
+"""Two runs on a tiny base and a real Ray head: what the first records do not tell of the second, more of them do."""
+
+import io
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+import pytest
+
+from components.config.schema import RegistryConfig
+from components.registry import runs
+from components.registry.records import Decision, Evaluation
+from components.registry.store import Store
+from tests.e2e.conftest import Tiny
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+FIRST, MOST = 30, 80
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Tiny) -> Iterator[Store]:
+    """The home's, which stays up with its Ray head between the commands."""
+    started = tiny.home.fineloop("ray", "up")
+    assert started.exit_code == 0, started.told
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in tiny.home.store_environment().items():
+            environment.setenv(name, value)
+        yield Store.open(RegistryConfig())
+    assert tiny.home.fineloop("ray", "down").exit_code == 0
+
+
+def test_where_the_first_records_do_not_tell_the_verdict_is_on_more_of_them(tiny: Tiny, store: Store) -> None:
+    # Two seeds differ by more, from record to record, than so narrow a margin lets a hundred records see.
+    few = {"data.eval_share": 0.5, "evaluate.records": FIRST, "evaluate.max_records": MOST}
+    keys = {**few, "adapter.name": "drawn", "gate.worse_than_champion_by": 0.001, "train.max_steps": 30}
+    settings = [*tiny.settings, *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
+    first = tiny.home.fineloop("run", *settings)
+    assert first.exit_code == 0, first.told
+    assert first.answer["promoted"], first.told
+    assert runs.read(store, first.answer["run_id"], Evaluation).records == FIRST  # there was no champion yet
+
+    second = tiny.home.fineloop("run", *settings, "--set", "train.seed=1")
+    assert second.exit_code == 0, second.told
+    assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.told
+    run_id = second.answer["run_id"]
+    evaluation, decision = runs.read(store, run_id, Evaluation), runs.read(store, run_id, Decision)
+    assert evaluation.records == MOST < (evaluation.held_out or 0)
+    assert evaluation.paired["champion"] is not None
+    assert evaluation.paired["champion"].records == MOST
+    table = pq.read_table(io.BytesIO(store.get(runs.run_key(run_id, runs.EVALUATION_RECORDS))))
+    assert len(set(table["id"].to_pylist())) == MOST
+    # The passages of general text were read once, with the first records.
+    assert evaluation.general_text is not None
+    assert {len(nll) for nll in evaluation.general_text.nll.values()} == {len(evaluation.general_text.tokens)}
+    compared = next(rule for rule in decision.rules if rule.name == "not_worse_than_champion")
+    assert f"({MOST} of them)" in compared.text
+    assert tiny.home.fineloop("replay", run_id).answer["same"] is True
