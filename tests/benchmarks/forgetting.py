@@ -1,0 +1,91 @@
+"""What adapters forget, and what it costs to see it: `python -m tests.benchmarks.forgetting`.
+
+Trains the example's real model in one process at each rate, reads the general text as an evaluation does, with its base
+and with each adapter on it, and prints the seconds that took and by how much the loss rose, between bounds that each
+hold with 95 % confidence. Five minutes.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.config import config_file
+from components.prepare import icd10
+from components.shared.paired import Array, Pairs, bounds
+from ray_jobs import entry
+from ray_jobs.adapters import build
+from ray_jobs.base import base_config, base_model, chat_format, processor, widened
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.scoring import general_text
+from ray_jobs.scoring.scoring import label_nll
+from ray_jobs.training import zero
+from tests.models.plain import plain_training
+
+CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
+BATCH = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.forgetting", description=__doc__)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 2e-2])
+    parser.add_argument("--steps", type=int, default=24, help=f"optimizer steps of {BATCH} records")
+    parser.add_argument("--passages", type=int, help="of general text; evaluate.general_passages otherwise")
+    options = parser.parse_args()
+    entry.quiet_libraries()
+    zero.prepare_environment(use_gpu=False)
+    settings = {"train.max_steps": options.steps, "train.batch_size": BATCH, "ray.num_workers": 1}
+    settings |= {"evaluate.general_passages": options.passages} if options.passages else {}
+    chosen = [f"{key}={value}" for key, value in settings.items()]
+    config = config_file.load(CONFIG, chosen)
+    base = base_model.resolve(config.model)
+    chat = chat_format.load(base, config.model)
+    passages = general_text.read(chat, config)
+    dtype = processor.choose(
+        config.ray.cpu_matmul_dtype, processor.typical_shape(base_config.load(base.path, config.model))
+    )
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
+    widened.widen_if_room(model, dtype)
+    tokens = passages.num_answer_tokens.astype(float)
+    before, seconds = read(model, passages, chat.pad)
+    print(
+        f"{len(tokens)} passages of {tokens.sum():.0f} tokens; base: loss {loss(before, tokens):.3f}, {seconds:.1f} s"
+    )
+
+    rows = random.Random(0).sample(list(icd10.rows()), options.steps * BATCH * 8 // 7 + BATCH)
+    for rate in options.rates:
+        trained = plain_training(
+            config_file.dumps(config_file.load(CONFIG, [*chosen, f"train.learning_rate={rate}"])), rows
+        )
+        with tempfile.TemporaryDirectory(prefix="fineloop-forgetting-") as folder:
+            build.save(trained.model, Path(folder))
+            adapted = build.load(model, Path(folder), matmul_dtype=dtype)
+        after, seconds = read(adapted, passages, chat.pad)
+        adapted.unload()
+        rise = bounds(Pairs(after, before, tokens), 0.95)
+        assert rise is not None
+        print(
+            f"rate {rate:.0e}: loss {loss(after, tokens):.3f}, {rise.gain:+.3f} (between {rise.lower:+.3f} and "
+            f"{rise.upper:+.3f}), {seconds:.1f} s",
+            flush=True,
+        )
+
+
+def read(model: Any, passages: TokenizedSplit, pad: int) -> tuple[Array, float]:
+    """Nats of each passage, and how many seconds it took."""
+    started = time.perf_counter()
+    nll = label_nll(model.eval(), passages, BATCH, pad)
+    return np.array(nll), time.perf_counter() - started
+
+
+def loss(nll: Array, tokens: Array) -> float:
+    """In nats per token."""
+    return float(nll.sum() / tokens.sum())
+
+
+if __name__ == "__main__":
+    main()
