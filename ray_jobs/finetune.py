@@ -18,6 +18,7 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.training import splits, starting
+from ray_jobs.training.job import Stopwatch, TrainJob, train
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     """
     import ray
 
+    watch = Stopwatch()
     store = Store.open(config.registry)
     store.check()
     if dataset_uri is None:
@@ -74,10 +76,11 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
     )
 
+    watch.lap("data")
+
     from ray_jobs.planning.before_training import before_training
     from ray_jobs.training import trainer
     from ray_jobs.training.room import wait_for_room
-    from ray_jobs.training.worker import TrainJob, train
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     # Before the memory is looked at: a cluster that grows from nothing has none.
@@ -85,6 +88,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in outlook.told:
         say(STEP, line)
+    watch.lap("plan")
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
@@ -94,6 +98,7 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         dense_base=outlook.dense_base,
         start=start,
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
+        watch=watch,
     )
     shared = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
     max_failures = config.ray.max_failures

@@ -160,7 +160,7 @@ def _run_trials(
     from ray_jobs.sweeping import search
     from ray_jobs.sweeping.trial import run_trial
     from ray_jobs.training import trainer
-    from ray_jobs.training.worker import TrainJob
+    from ray_jobs.training.job import TrainJob
 
     job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=base, pad=pad)
     trainable = tune.with_resources(

@@ -90,6 +90,13 @@ class StepRecord(Record):
         return self.step == "promote" and (self.succeeded or "event_uri" in self.result)
 
 
+class Took(Part):
+    """A part of what was waited for."""
+
+    part: str
+    seconds: float
+
+
 class TrainResult(Record):
     """What the training published."""
 
@@ -107,6 +114,10 @@ class TrainResult(Record):
     resumed_from_step: int | None = None
     trained_at: str = ""
     """When the last step had been taken, before anything was published; ISO 8601, with its zone."""
+    began_at: str = ""
+    """When the job began, as `trained_at`."""
+    until_first_step: list[Took] = []
+    """What passed from then to the first step, one part after the other."""
 
 
 class Measured(Part):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord
+from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.registry.sweep_records import SweepResult, TunedRate
 from components.report.numbers import parse_moment
 
@@ -74,6 +74,16 @@ class RunFiles:
         trained = parse_moment(self._result("finetune").get("trained_at"))
         compared = parse_moment(self.evaluation.first_scored_at) if self.evaluation else None
         return (compared - trained).total_seconds() if trained and compared else None
+
+    @property
+    def until_first_step(self) -> list[Took]:
+        """What passed from the finetune step's start to the first step of the training; empty where it does not say."""
+        step, told = self.step("finetune"), self._result("finetune")
+        began, submitted = parse_moment(told.get("began_at")), parse_moment(step.started_at) if step else None
+        if began is None or submitted is None:
+            return []
+        first = Took(part="Ray job", seconds=(began - submitted).total_seconds())
+        return [first, *(Took.model_validate(each) for each in told.get("until_first_step", []))]
 
     def _result(self, step: str) -> Mapping[str, Any]:
         record = self.step(step)

@@ -174,6 +174,9 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("Started", moment(min(starts))))
     if seconds:
         facts.append(("Time", duration(seconds)))
+    if parts := run.until_first_step:
+        told = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
+        facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {told}"))
     if run.until_compared_s is not None:
         facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return facts

@@ -31,7 +31,8 @@ from ray_jobs.base.batching import TokenizedSplit, by_length, collate
 from ray_jobs.sweeping.held_base import HeldBase
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
-from ray_jobs.training.worker import TrainJob, fit
+from ray_jobs.training.job import TrainJob
+from ray_jobs.training.worker import fit
 
 ENDING_S = 60
 """How long a trial that is stopped may take to let go of what it holds, before its process is given up for another."""

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from ray_jobs.base import architecture, base_config, base_model, chat_format, pr
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
+from ray_jobs.training.job import TrainJob
 from ray_jobs.training.model_card import model_card
 from ray_jobs.training.train_loop import Report, TrainedAdapter
 
@@ -47,35 +48,12 @@ LoadModel = Callable[..., "PreTrainedModel"]
 """As `base_model.load_model`."""
 
 
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs, small enough to travel to each of them."""
-
-    config_toml: str
-    run_id: str
-    dataset: lineage.Dataset
-    base: lineage.Base
-    """The identity that the driver resolved; each worker finds the files on its own machine."""
-    pad: int
-    dense_base: bool = False
-    """The plan has workers hold the base dense, where memory is free for it when they start."""
-    start: Version | None = None
-    """The version that the training goes on from; None begins afresh."""
-    started: lineage.Started = lineage.NOBODY_SAID
-
-
-def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The training function of Ray Train. Returns, on rank 0, the published version, or the user's mistake.
+def train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit) -> dict[str, Any]:
+    """Gives, on rank 0, the published version, or the user's mistake.
 
     A `UserError` or `JobError` is returned instead of raised: starting the workers again could not mend it.
     """
-    import ray
-
     entry.quiet_libraries()
-    job: TrainJob = arguments["job"]
-    train_split: TokenizedSplit
-    eval_split: TokenizedSplit
-    train_split, eval_split = ray.get([arguments["train_split"], arguments["eval_split"]])
     try:
         return _train(job, train_split, eval_split)
     except (UserError, JobError) as exc:
@@ -113,6 +91,8 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
         stopped_early=trained.stopped_early,
         resumed_from_step=trained.resumed_from,
         trained_at=trained_at.isoformat(),
+        began_at=job.watch.began_at,
+        until_first_step=job.watch.parts,
     ).model_dump()
 
 
@@ -171,6 +151,7 @@ def fit(
             load=load,
             start=start,
         )
+        job.watch.lap("base and adapter")
         if config.train.zero_stage < 3:
             plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
         recipe = _recipe(config, adapted, original, base, worker)
@@ -192,6 +173,7 @@ def fit(
             products = ", products in float32" if worker.matmul_dtype == "float32" else ""
             products += ", in float16" if worker.dtype is torch.float16 else ""
             say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
+        job.watch.lap("optimizer and first check")
         trained = train_loop.run(
             engine,
             config=config,

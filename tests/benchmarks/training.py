@@ -28,6 +28,7 @@ from tests.benchmarks import baselines
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
+BATCH_SIZE = 16
 SIDES = ("fineloop", "trainer")
 # What oneDNN and PyTorch read to use fewer instructions than there are.
 PROCESSORS = {
@@ -57,6 +58,13 @@ def main() -> None:
         default="auto",
         help="what both sides multiply in; auto as ray.cpu_matmul_dtype",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="our loop alone, its threads shared out over so many processes; each against the first, such as 1 2",
+    )
     parser.add_argument("--record", action="store_true", help="make the ratio the baseline of this kind of processor")
     parser.add_argument("--side", choices=SIDES, help="run one side here and print its figures as JSON")
     options = parser.parse_args()
@@ -67,16 +75,37 @@ def main() -> None:
         f"processor {options.processor}, {options.threads} threads, {options.base}, products in {options.matmul_dtype}",
         flush=True,
     )
+    if options.workers:
+        _compare_workers(options)
+    else:
+        _compare_sides(options)
+
+
+def _compare_sides(options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
-            found[side].append(_in_a_process(side, options))
+            found[side].append(_in_processes(side, options))
             print(f"{side:>9}  {_line(found[side][-1])}", flush=True)
     best = {side: max(runs, key=lambda run: run["tokens_per_s"]) for side, runs in found.items()}
     ratio = best["fineloop"]["tokens_per_s"] / best["trainer"]["tokens_per_s"]
     memory = best["fineloop"]["peak_rss_mb"] / best["trainer"]["peak_rss_mb"]
     print(f"    ratio  {ratio:.2f} x the tokens/s, {memory:.2f} x the memory of transformers' Trainer with peft")
     print(baselines.compared(_name(options), ratio, record=options.record))
+
+
+def _compare_workers(options: argparse.Namespace) -> None:
+    best: dict[int, float] = {}
+    for _ in range(options.rounds):
+        for num_workers in options.workers:
+            run = _in_processes("fineloop", options, num_workers)
+            best[num_workers] = max(run["tokens_per_s"], best.get(num_workers, 0.0))
+            print(f"{num_workers:>3} workers  {_line(run)}", flush=True)
+    first, *others = options.workers
+    for num_workers in others:
+        ratio, name = best[num_workers] / best[first], f"{_name(options)}, {num_workers} workers for {first}"
+        print(f"    ratio  {ratio:.2f} x the tokens/s with {num_workers} workers for {first}, as many threads in all")
+        print(baselines.compared(name, ratio, record=options.record))
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -87,17 +116,39 @@ def _name(options: argparse.Namespace) -> str:
     return " ".join(part for part in parts if part and part != "as here")
 
 
-def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
+def _in_processes(side: str, options: argparse.Namespace, num_workers: int = 1) -> dict[str, float]:
+    """What the first of so many processes found, which share out the threads."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.training", "--side", side]
-    command += ["--records", str(options.records), "--threads", str(options.threads)]
+    threads = str(max(1, options.threads // num_workers))
+    command += ["--records", str(options.records), "--threads", threads]
     command += ["--matmul-dtype", options.matmul_dtype, "--base", options.base]
     command += ["--dense-base" if options.dense_base else "--no-dense-base"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **PROCESSORS[options.processor]}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, **PROCESSORS[options.processor]}
+    ranks = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**environment, **group},
+            text=True,
+        )
+        for rank, group in enumerate(_groups(num_workers))
+    ]
+    told, _ = ranks[0].communicate()
+    if any([rank.wait() for rank in ranks]):
+        raise SystemExit(f"{side} failed: run it by itself with --side {side}")
+    figures: dict[str, float] = json.loads(told.splitlines()[-1])
     return figures
+
+
+def _groups(num_workers: int) -> list[dict[str, str]]:
+    """What each of several processes needs to find the others; one by itself needs nothing."""
+    if num_workers == 1:
+        return [{}]
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "WORLD_SIZE": str(num_workers)}
+    return [{**at, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_workers)]
 
 
 def _line(run: dict[str, float]) -> str:
@@ -117,8 +168,10 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
 
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
-    one_worker = ["ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={options.threads}"]
-    config = config_file.load(CONFIG, [*one_worker, f"method.base={options.base}"])
+    num_workers = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = [f"ray.num_workers={num_workers}", f"train.micro_batch_size={BATCH_SIZE // num_workers}"]
+    workers.append(f"ray.cpus_per_worker={options.threads}")
+    config = config_file.load(CONFIG, [*workers, f"method.base={options.base}"])
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
@@ -145,18 +198,18 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     config, base, chat, split, dtype = _parts(options)
     zero.prepare_environment(use_gpu=False)
     allocator.keep_freed_memory()
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
     adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
     engine = zero.initialize(adapted.train(), config)
     if options.dense_base:
         widened.widen(adapted, dtype)
-    worker = Worker(0, 1, torch.device("cpu"))
-    plan = plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
+    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    plan = plan_epoch(split.lengths, batch_size=BATCH_SIZE, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
     for step, batch in enumerate(plan):
         if step == WARM_UP_STEPS:
@@ -222,7 +275,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=BATCH_SIZE,
             num_train_epochs=1,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",

@@ -31,6 +31,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.group import Worker
+    from ray_jobs.training.job import TrainJob
     from ray_jobs.training.splits import of_dataset
     from tests.frozen.config_to_come import to_come
 
@@ -45,7 +46,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     ]
     splits[1] = splits[1].take(range(min(config.train.eval_records, len(splits[1]))))
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    job = jobs.TrainJob(
+    job = TrainJob(
         config_toml=config_toml,
         run_id=run_id,
         dataset=of_dataset(store, dataset_uri),

@@ -166,7 +166,8 @@ def fit_in_rank(
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training.group import Worker
-    from ray_jobs.training.worker import TrainJob, fit
+    from ray_jobs.training.job import TrainJob
+    from ray_jobs.training.worker import fit
 
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)

@@ -1,6 +1,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from typing import Any
 
@@ -198,6 +199,22 @@ def test_the_time_from_the_training_to_the_comparison_is_told_where_both_were_re
     text = Page(build_report(replace(run, steps=steps, evaluation=evaluation))).text
     assert "First record compared" in text
     assert "9.2 s after training" in text
+
+
+def test_what_passed_before_the_first_step_is_told_by_part_where_it_was_recorded() -> None:
+    run = example_runs.promoted_run()
+    assert "First training step" not in Page(build_report(run)).text
+    finetune = run.step("finetune")
+    assert finetune is not None
+    began = datetime.fromisoformat(finetune.started_at)
+    told = {
+        "began_at": (began + timedelta(seconds=3)).isoformat(),
+        "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
+    }
+    steps = [finetune.model_copy(update={"result": {**finetune.result, **told}})]
+    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in " ".join(
+        Page(build_report(replace(run, steps=steps))).text.split()
+    )
 
 
 @pytest.mark.parametrize("role", ["prompt", "reference", "base", "champion", "candidate"])

@@ -28,7 +28,7 @@ def trained_in_turn(configs: list[str]) -> list[dict[str, Any]]:
     from ray_jobs.base.batching import tokenize
     from ray_jobs.sweeping.held_base import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
-    from ray_jobs.training.worker import TrainJob
+    from ray_jobs.training.job import TrainJob
 
     first = config_file.loads(configs[0])
     base = base_model.resolve(first.model)

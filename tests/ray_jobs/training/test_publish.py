@@ -14,6 +14,7 @@ from ray_jobs.base import base_model
 from ray_jobs.training import worker
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
+from ray_jobs.training.job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
@@ -23,7 +24,7 @@ def published(config, store, base):
     adapted = worker._adapted(config, base, use_gpu=False)
     one = Worker(0, 1, torch.device("cpu"))
     recipe = worker._recipe(config, adapted, base, base, one)
-    job = worker.TrainJob(
+    job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id="",
         dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),

@@ -18,6 +18,7 @@ from ray_jobs.base import base_model
 from ray_jobs.training import starting, worker, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
+from ray_jobs.training.job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
@@ -41,7 +42,7 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
         for parameter in worker.checkpoint.trainable(adapted).values():
             parameter.add_(moved)
     one = Worker(0, 1, torch.device("cpu"))
-    job = worker.TrainJob(
+    job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id="earlier",
         dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),
