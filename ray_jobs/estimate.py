@@ -19,6 +19,7 @@ from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.planning import pace
+from ray_jobs.planning.capacity import records_at_once
 from ray_jobs.planning.pace import Pace
 from ray_jobs.scoring.answers import NEW_TOKENS
 
@@ -166,7 +167,8 @@ def _at_once(config: RunConfig, cpu: Cpu) -> float:
 def _mean_batch(config: RunConfig, work: Work | None) -> pace.MeanBatch:
     """What is read at once; without the records, as long ones as there may be."""
     length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
-    return pace.MeanBatch(config.train.micro_batch_size, round(length), math.ceil(answers), config.evaluate.batch_size)
+    records = records_at_once(config, round(length))
+    return pace.MeanBatch(records, round(length), math.ceil(answers), config.evaluate.batch_size)
 
 
 def _new_tokens(config: RunConfig, held_out: TokenizedSplit) -> int:

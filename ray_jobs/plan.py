@@ -27,6 +27,7 @@ from ray_jobs.planning.capacity import (
     evaluated,
     named_device,
     pod_memory,
+    records_at_once,
     records_to_evaluate,
     settled,
 )
@@ -72,7 +73,8 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
-    step = rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
+    records = records_at_once(config, batch.length)
+    step = rehearsal.step(records, batch.length, checkpointing=train.gradient_checkpointing)
     return {
         "method": config.method.name,
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
@@ -88,7 +90,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "evaluation": _evaluation(config, rehearsal, batch, device),
         "activations_are_rough": step.is_estimate,
         "zero_stage": train.zero_stage,
-        "micro_batch_size": train.micro_batch_size,
+        "micro_batch_size": records,
         "gradient_checkpointing": train.gradient_checkpointing,
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
@@ -134,7 +136,8 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         # What a step keeps depends on the adapter alone, and not on how the base is stored or the update is scaled.
         alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
         batch = worst_batch(other)
-        step = alike.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing)
+        records = records_at_once(other, batch.length)
+        step = alike.step(records, batch.length, checkpointing=train.gradient_checkpointing)
         memory = chosen(other, rehearsal, batch, step).parts.as_json()
         rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
     return rows
@@ -170,15 +173,15 @@ def _full_fine_tuning(
     config: RunConfig, base: "PretrainedConfig", batch: WorstBatch, adapter_parts: Parts
 ) -> dict[str, Any]:
     """The same training with every weight of the base trained, in bfloat16 with float32 masters."""
-    train = config.train
+    train, records = config.train, records_at_once(config, batch.length)
     whole = Rehearsal(
         base, None, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
     )
     parts = plan(
         whole.stats,
-        whole.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing),
+        whole.step(records, batch.length, checkpointing=train.gradient_checkpointing),
         base="bf16",
-        answers=batch.answers * train.micro_batch_size,
+        answers=batch.answers * records,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,

@@ -192,12 +192,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        step = self.train.micro_batch_size * self.ray.num_workers
-        if self.train.batch_size % step:
+        train, factors = self.train, f"ray.num_workers {self.ray.num_workers}"
+        step = self.ray.num_workers
+        if not train.max_tokens:
+            step *= train.micro_batch_size
+            factors = f"train.micro_batch_size {train.micro_batch_size} x {factors}"
+        if train.batch_size % step:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of train.micro_batch_size "
-                f"{self.train.micro_batch_size} x ray.num_workers {self.ray.num_workers}: "
-                f"try train.batch_size={max(step, self.train.batch_size // step * step)}"
+                f"train.batch_size {train.batch_size} is not a multiple of {factors}: "
+                f"try train.batch_size={max(step, train.batch_size // step * step)}"
             )
         if self.model.revision and "://" in self.model.base:
             raise ValueError(

@@ -28,6 +28,10 @@ class TrainConfig(Section):
     """Records in one optimizer step, over all workers. Independent of how many workers share it."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 8
     """Records in one forward pass of one worker. batch_size must be a multiple of it times ray.num_workers."""
+    max_tokens: Annotated[Annotated[int, Field(ge=0)], Added("0.2.0")] = 0
+    """Tokens in one forward pass of one worker, padding included: in a step as many records at once as stay within it,
+    and one at least, instead of micro_batch_size. So short records fill the machine where long ones are all that its
+    memory holds. 0 takes micro_batch_size."""
     group_by_length: bool = True
     """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05

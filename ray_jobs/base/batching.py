@@ -154,13 +154,29 @@ def plan_epoch(
     return batches
 
 
-def share(batch: npt.NDArray[np.int64], *, micro_batch_size: int, num_workers: int) -> npt.NDArray[np.int64]:
-    """Deal a batch out: shape (accumulation, num_workers, micro_batch_size).
+def share(
+    batch: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    *,
+    micro_batch_size: int,
+    max_tokens: int = 0,
+    num_workers: int,
+) -> list[npt.NDArray[np.int64]]:
+    """Deal a batch out: for each round the records of each worker, shape (num_workers, B).
 
-    Neighbours in length go to different workers, so that all do equal work in each round.
+    Neighbours in length go to different workers, so that all do equal work in each round. With `max_tokens` a round is
+    of as many records of like length as stay within it on each worker, padding included, and of one at least; `lengths`
+    are those of all records.
     """
-    rounds = batch.reshape(-1, micro_batch_size, num_workers)
-    return np.ascontiguousarray(rounds.transpose(0, 2, 1))
+    if not max_tokens:
+        return list(batch.reshape(-1, micro_batch_size, num_workers).transpose(0, 2, 1))
+    longest_first = batch[np.argsort(-lengths[batch], kind="stable")].reshape(-1, num_workers)
+    rounds, start = [], 0
+    while start < len(longest_first):
+        end = start + max(1, max_tokens // int(lengths[longest_first[start, 0]]))
+        rounds.append(longest_first[start:end].T)
+        start = end
+    return rounds
 
 
 def collate(

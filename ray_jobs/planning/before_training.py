@@ -17,6 +17,7 @@ from ray_jobs.planning.capacity import (
     chosen,
     cluster_device,
     evaluated,
+    records_at_once,
     records_to_evaluate,
     require_fit,
 )
@@ -51,7 +52,7 @@ def before_training(
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
-    batch = WorstBatch.of(split, config.train.micro_batch_size)
+    batch = _worst_batch(config, split)
     choice = require_fit(config, rehearsal, batch, device)
     parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
     counted = counts(rehearsal.stats)
@@ -78,7 +79,11 @@ def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -
         rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
-    return round(chosen(config, rehearsal, WorstBatch.of(split, config.train.micro_batch_size)).parts.total)
+    return round(chosen(config, rehearsal, _worst_batch(config, split)).parts.total)
+
+
+def _worst_batch(config: RunConfig, split: TokenizedSplit) -> WorstBatch:
+    return WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
 
 
 def _evaluation_told(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:

@@ -65,6 +65,7 @@ class WorstBatch:
 SETTINGS = (
     "method.base",
     "train.zero_stage",
+    "train.max_tokens",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.activation_offloading",
@@ -84,6 +85,7 @@ class Choice:
         values = (
             method.row.base,
             train.zero_stage,
+            train.max_tokens,
             train.micro_batch_size,
             train.gradient_checkpointing,
             train.activation_offloading,
@@ -94,6 +96,17 @@ class Choice:
         """Where it differs."""
         before = asked.settings()
         return {key: value for key, value in self.settings().items() if value != before[key]}
+
+
+def records_at_once(config: RunConfig, length: int) -> int:
+    """Records in the largest forward pass of a training whose longest have so many tokens.
+
+    With train.max_tokens as many of them as have that many tokens: shorter ones are more, and come nearer to it.
+    """
+    train = config.train
+    if not train.max_tokens:
+        return train.micro_batch_size
+    return min(-(-train.max_tokens // length), train.batch_size // config.ray.num_workers)
 
 
 def named_device(config: RunConfig) -> Device:
@@ -151,12 +164,12 @@ def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: 
 
 def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:
     """What a config takes, its base dense where train.dense_base is true; `step` where it is known already."""
-    train = config.train
+    train, records = config.train, records_at_once(config, batch.length)
     parts = plan(
         rehearsal.stats,
-        step or rehearsal.step(train.micro_batch_size, batch.length, checkpointing=train.gradient_checkpointing),
+        step or rehearsal.step(records, batch.length, checkpointing=train.gradient_checkpointing),
         base=config.method.row.base,
-        answers=batch.answers * train.micro_batch_size,
+        answers=batch.answers * records,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
@@ -268,6 +281,7 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
             for size in sizes:
                 settings = {
                     "zero_stage": zero_stage,
+                    "max_tokens": 0,
                     "micro_batch_size": size,
                     "gradient_checkpointing": checkpointing,
                     "activation_offloading": offloading,

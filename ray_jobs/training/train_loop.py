@@ -214,12 +214,20 @@ def take_step(
     )
     torch.manual_seed(hash((train.seed, step, worker.rank)))
     answer_tokens = int(split.num_answer_tokens[batch].sum())
-    rounds = share(batch, micro_batch_size=train.micro_batch_size, num_workers=worker.num_workers)
+    rounds = share(
+        batch,
+        split.lengths,
+        micro_batch_size=train.micro_batch_size,
+        max_tokens=train.max_tokens,
+        num_workers=worker.num_workers,
+    )
     # DeepSpeed averages over rounds and workers; the loss is a mean over tokens, which they do not hold in equal parts.
-    scale = len(rounds) * worker.num_workers / answer_tokens
+    scale = zero.accumulation(config) * worker.num_workers / answer_tokens
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
-    for indices in rounds[:, worker.rank]:
-        micro = collate(split, indices, pad)
+    for number, indices in enumerate(rounds, start=1):
+        if train.max_tokens:
+            engine.set_gradient_accumulation_boundary(number == len(rounds))
+        micro = collate(split, indices[worker.rank], pad)
         nll = answer_nll(engine, micro["input_ids"].to(worker.device), micro["labels"].to(worker.device)).sum()
         engine.backward(nll * scale)
         engine.step()

@@ -50,8 +50,13 @@ def prepare_environment(*, use_gpu: bool) -> None:
 
 
 def accumulation(config: RunConfig) -> int:
-    """Forward passes of each worker in one optimizer step."""
-    return config.train.batch_size // (config.train.micro_batch_size * config.ray.num_workers)
+    """Forward passes of each worker in one optimizer step; with train.max_tokens the most that there can be."""
+    return config.train.batch_size // (_micro_batch_size(config) * config.ray.num_workers)
+
+
+def _micro_batch_size(config: RunConfig) -> int:
+    """Records in each of them, as DeepSpeed is to know."""
+    return 1 if config.train.max_tokens else config.train.micro_batch_size
 
 
 def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
             zero["offload_param"] = host
     return {
         "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": _micro_batch_size(config),
         "gradient_accumulation_steps": accumulation(config),
         "gradient_clipping": train.max_grad_norm,
         **({"fp16": LOSS_SCALING} if dtype is torch.float16 else {"bf16": {"enabled": True}}),

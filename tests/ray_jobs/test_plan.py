@@ -310,6 +310,20 @@ def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
     assert gpu.told[1].endswith("on A10G: fits")
 
 
+def test_micro_batches_by_tokens_are_planned_for_as_many_as_their_longest_records_fill(lora_7b):
+    def parts(*changes: str, length: int = 512):
+        return chosen(configured("llama-2-7b", *changes), lora_7b, WorstBatch(length, 64)).parts
+
+    assert parts("train.max_tokens=2048") == parts("train.micro_batch_size=4")
+    assert parts("train.max_tokens=1600") == parts("train.micro_batch_size=4")  # of shorter ones there are more
+    assert parts("train.max_tokens=100") == parts("train.micro_batch_size=1")
+    assert parts("train.max_tokens=100000") == parts("train.micro_batch_size=16")  # a worker's part of a batch
+    asked = chosen(configured("llama-2-7b", "train.max_tokens=8192"), lora_7b, WorstBatch(512, 64))
+    better = advised(asked.config, lora_7b, WorstBatch(512, 64), gpu_device("A10G").safe)
+    assert better is not None
+    assert better.changes(asked)["train.max_tokens"] == 0
+
+
 def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_path):
     small().save_pretrained(tmp_path)
     records = split([40, 90, 20], [3, 5, 10])

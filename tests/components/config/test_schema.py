@@ -126,6 +126,10 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
             "try train.batch_size=16",
         ),
         (["train.batch_size=4"], "try train.batch_size=8"),
+        (
+            ["train.batch_size=15", "train.max_tokens=512", "ray.num_workers=2"],
+            "train.batch_size 15 is not a multiple of ray.num_workers 2: try train.batch_size=14",
+        ),
         (["model.base=s3://b/f", "model.revision=main"], "remove model.revision"),
         (["model.base=pkg://p/f.gguf", "model.revision=main"], "model.base is pkg://p/f.gguf"),
         (["gate.limits=[{metric='loss',min=2,max=1}]"], "gate.limits.0: min 2.0 is above max 1.0"),
@@ -135,6 +139,11 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
 )
 def test_what_cannot_go_together_is_refused(overrides: list[str], message: str) -> None:
     assert message in message_of(*overrides)
+
+
+def test_micro_batches_by_tokens_share_a_batch_out_over_workers_alone() -> None:
+    config = set_in("train.batch_size=10", "train.max_tokens=512", "train.micro_batch_size=8", "ray.num_workers=2")
+    assert config.train.max_tokens == 512
 
 
 def test_what_only_just_goes_together_is_taken() -> None:

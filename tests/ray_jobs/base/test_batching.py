@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -119,11 +120,30 @@ def test_grouping_by_length_leaves_less_padding():
 
 def test_a_batch_is_dealt_out_whole_and_evenly():
     batch = np.arange(100, 132)
-    rounds = share(batch, micro_batch_size=4, num_workers=2)
+    rounds = np.stack(share(batch, np.arange(200), micro_batch_size=4, num_workers=2))
     assert rounds.shape == (4, 2, 4)
     assert sorted(rounds.ravel()) == list(batch)
     # neighbours in length go to different workers
     assert set(rounds[0, 0]) == {100, 102, 104, 106}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [1, 100, 250, 10_000])
+def test_a_batch_is_dealt_out_by_tokens_to_all_workers_alike(max_tokens, num_workers):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 200, 1000)
+    batch = rng.permutation(1000)[:32]
+    rounds = share(batch, lengths, micro_batch_size=1, max_tokens=max_tokens, num_workers=num_workers)
+    assert sorted(np.concatenate([each.ravel() for each in rounds])) == sorted(batch)
+    assert all(each.shape[0] == num_workers for each in rounds)  # so that ZeRO-3 gathers for everybody at once
+    for each in rounds:
+        padded = [each.shape[1] * lengths[records].max() for records in each]
+        assert max(padded) <= max_tokens or each.shape[1] == 1
+    for now, then in itertools.pairwise(rounds):  # and none has room for a record more
+        assert (now.shape[1] + 1) * lengths[now].max() > max_tokens
+        assert lengths[then].max() <= lengths[now].min()
+    if max_tokens == 10_000:
+        assert len(rounds) == 1
 
 
 def test_length_order_starts_with_the_longest():

@@ -70,6 +70,13 @@ def test_accumulating_does_not_change_the_steps(run, config):
     )
 
 
+@pytest.mark.parametrize("stage", [NONE, pytest.param(1, marks=pytest.mark.slow), TWO, 3])
+def test_micro_batches_by_tokens_do_not_change_the_steps(run, config, stage):
+    # Of this data a step of two or of three rounds; the curve is of the plain mean over a batch's tokens.
+    found = run("train.max_tokens=72", f"train.zero_stage={stage}")
+    np.testing.assert_allclose(found.losses, plain_losses(config_file.dumps(config)), atol=NOISE)
+
+
 def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):
     first, second = run("method.name=qlora", "method.dropout=0.1"), run("method.name=qlora", "method.dropout=0.1")
     assert first.losses == second.losses
@@ -88,7 +95,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
 # sharded or offloaded. The first in `make test`.
 RESUMED = [
     "method.name=dora method.dropout=0.1 train.zero_stage=3",
-    "method.name=qdora method.dropout=0.1",
+    "method.name=qdora method.dropout=0.1 train.max_tokens=72",
     "method.name=qlora train.zero_stage=3 train.cpu_offload=true train.micro_batch_size=4",
     "method.name=dvora method.base=nf4 train.zero_stage=3",
     "method.name=loftq method.scaling=rslora",
