@@ -26,12 +26,15 @@ from ray_jobs.adapters import own_base
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.scoring import general_text
+from ray_jobs.scoring.general_text import Passages
 from ray_jobs.sweeping import points, verdict
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Arm, Point
 from ray_jobs.sweeping.progress import Progress
 from ray_jobs.sweeping.told import header, row
 from ray_jobs.training import splits, train_loop
+from ray_jobs.training.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +87,20 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         f"sweeping {', '.join(dict.fromkeys(arm.method for arm in arms))} on {len(train_split):,} records, judged on "
         f"{len(validation)} that no trial trains on",
     )
+    passages = general_text.unread(chat, config)
+    if plan.compares and len(passages.split):
+        say(
+            STEP,
+            f"each training that compares methods also reads {len(passages.split)} passages of general text, for what "
+            "the method forgets (evaluate.general_passages; 0 reads none and saves the time)",
+        )
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     memory = _planned(config, arms, base, train_split)
     _make_own_bases(config, arms, len(train_split))
     dataset = splits.of_dataset(store, dataset_uri)
     identity = lineage.Base(config.model.base, base.identity)
-    _run_trials(config, plan, store, run_id, dataset, identity, chat.pad, train_split, validation)
+    job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
+    _run_trials(config, plan, store, job, train_split, validation, passages)
     result = _result(config, plan, arms, memory, run_id, dataset, identity, len(validation), time.monotonic() - began)
     runs.write(store, run_id, result)
     return result
@@ -148,28 +159,22 @@ def _run_trials(
     config: RunConfig,
     plan: Plan,
     store: Store,
-    run_id: str,
-    dataset: lineage.Dataset,
-    base: lineage.Base,
-    pad: int,
+    job: TrainJob,
     train_split: TokenizedSplit,
     validation: TokenizedSplit,
+    passages: Passages,
 ) -> None:
     from ray import tune
 
     from ray_jobs.sweeping import search
     from ray_jobs.sweeping.trial import run_trial
     from ray_jobs.training import trainer
-    from ray_jobs.training.job import TrainJob
 
-    job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=base, pad=pad)
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, job=job, train_split=train_split, validation=validation),
-        trainer.per_worker(config),
-    )
+    given = {"job": job, "train_split": train_split, "validation": validation, "passages": passages}
+    trainable = tune.with_resources(tune.with_parameters(run_trial, **given), trainer.per_worker(config))
 
     def keep(trial: Trial) -> None:
-        runs.write(store, run_id, trial)
+        runs.write(store, job.run_id, trial)
         say(STEP, row(trial))
 
     progress = Progress(plan)
@@ -182,7 +187,7 @@ def _run_trials(
             config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))
         ),
         search.Ledger(plan, keep, lambda trial: say(STEP, progress.told(trial))),
-        storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
+        storage_path=store.uri(runs.run_key(job.run_id).rstrip("/")),
     )
 
 
@@ -226,7 +231,7 @@ def _result(
         best=best,
         tuned=list(tuned.values()),
         comparisons=comparisons,
-        verdict=verdict.verdict(best, comparisons, reference, config.tune.margin),
+        verdict=verdict.verdict(best, list(tuned.values()), comparisons, reference, config.tune.margin),
         advised_method=best.method,
         trials=[trial.model_copy(update={"record_nll": [], "record_tokens": []}) for trial in trials],
         seconds=round(seconds, 1),

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from components.registry.records import Part, Record
+from components.registry.records import GeneralText, Part, Record
 
 TrialStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 
@@ -47,6 +47,11 @@ class Trial(Record):
     record_nll: list[float] = []
     """Of each validation record, the nats of its answer; of a finished trial alone."""
     record_tokens: list[int] = []
+    general_text: GeneralText | None = None
+    """Read after the training as `candidate`, of one that compares methods; and before it as `base`, unless the method
+    has a base of its own, which is only half of what its adapter begins as."""
+    general_s: float | None = None
+    """Seconds that reading it took."""
 
     @property
     def is_outcome(self) -> bool:
@@ -63,6 +68,21 @@ class RateLoss(Part):
     statuses: list[TrialStatus]
     ci95: tuple[float, float] | None = None
     """Over the validation records, of one seed; over the seeds too where there are several."""
+
+
+class Forgotten(Part):
+    """What a method's trainings cost on general text, in nats per token."""
+
+    base_format: str
+    """Of the base that is compared with: the method's own, where a training of the sweep has read as that."""
+    base_loss: float
+    losses: list[float]
+    """After each training that compares methods, in the order of their seeds."""
+    rise: float
+    """How far their mean is above the base's."""
+    ci95: tuple[float, float]
+    """Of the rise, over passages and seeds."""
+    passages: int
 
 
 class Tuned(Part):
@@ -87,6 +107,8 @@ class Tuned(Part):
     step_s: float | None = None
     memory_bytes: int | None = None
     """Of one worker, as planned."""
+    forgotten: Forgotten | None = None
+    """None where it was not measured, as where no methods are compared."""
 
 
 class MethodComparison(Part):

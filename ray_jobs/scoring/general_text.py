@@ -65,22 +65,29 @@ def to_read(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     Of the versions of earlier runs, and of the base, it is known what those runs have measured on the same text.
     Whoever stands on another base than the first one is left out: other tokens, and another thing to remember.
     """
-    split = read(chat, config)
-    sha256 = hashlib.sha256(split.tokens.tobytes() + split.offsets.tobytes()).hexdigest()
+    passages = unread(chat, config)
     base_format, identity = config.method.row.base, contenders[0].base_identity
     ours = [each for each in contenders if each.base_identity == identity]
     nll: dict[Role, list[float]] = {}
     for contender in ours:
         before = _measured_before(store, contender.version) if contender.version else None
         known = before.general_text if before else None
-        if before is None or known is None or known.text_sha256 != sha256:
+        if before is None or known is None or known.text_sha256 != passages.known.text_sha256:
             continue
         if "candidate" in known.nll:
             nll[contender.role] = known.nll["candidate"]
         if "base" in known.nll and (known.base_format, before.base.get("identity")) == (base_format, identity):
             nll["base"] = known.nll["base"]
-    text = GeneralText(text_sha256=sha256, base_format=base_format, tokens=split.num_answer_tokens.tolist(), nll=nll)
-    return Passages(split, frozenset({each.role for each in ours} - nll.keys() if len(split) else ()), text)
+    roles = frozenset({each.role for each in ours} - nll.keys() if len(passages.split) else ())
+    return replace(passages, roles=roles, known=passages.known.model_copy(update={"nll": nll}))
+
+
+def unread(chat: ChatFormat, config: RunConfig) -> Passages:
+    """The passages, which nobody has read."""
+    split = read(chat, config)
+    sha256 = hashlib.sha256(split.tokens.tobytes() + split.offsets.tobytes()).hexdigest()
+    tokens, base_format = split.num_answer_tokens.tolist(), config.method.row.base
+    return Passages(split, frozenset(), GeneralText(text_sha256=sha256, base_format=base_format, tokens=tokens, nll={}))
 
 
 def _measured_before(store: Store, version: Version) -> Evaluation | None:

@@ -25,6 +25,8 @@ class HeldBase:
         self.num_loaded = 0
         self.start_loss: float | None = None
         """Of the model that is held, once somebody has measured it."""
+        self.general_nll: list[float] | None = None
+        """What it makes of each passage of general text, likewise."""
         self.free_since: float | None = None
         """When whoever had it last was done with it, on the monotonic clock."""
         self._asked: tuple[Any, ...] = ()
@@ -34,7 +36,7 @@ class HeldBase:
         """The base without any adapter; whoever had it before must be done with it."""
         asked = (base, config, base_format, how)
         if self._model is None or asked != self._asked:
-            self._model = self.start_loss = None
+            self._model = self.start_loss = self.general_nll = None
             gc.collect()  # an adapted model and its engine hold each other in circles
             self._model = base_model.load_model(base, config, base_format, **how)
             self._asked = asked

@@ -10,6 +10,7 @@ from typing import Literal
 from components.config.schema import RunConfig
 from components.registry.sweep_records import RateLoss, Trial, Tuned
 from ray_jobs.sweeping import grid, points
+from ray_jobs.sweeping.forgetting import forgotten
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.intervals import interval
 from ray_jobs.sweeping.points import Arm, Point
@@ -140,6 +141,7 @@ class Plan:
             rates=list(rates.values()),
             step_s=min(steps, default=None),
             memory_bytes=memory_bytes,
+            forgotten=forgotten(self.seeds_of(arm), self.trials.values()),
         )
 
     def _rate_loss(self, arm: Arm, place: int, loss: float) -> RateLoss:

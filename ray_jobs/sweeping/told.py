@@ -20,6 +20,10 @@ def row(trial: Trial) -> str:
     loss = f"{trial.loss:.4f}" if trial.loss is not None else "-"
     took = f" in {duration(trial.seconds)}" if trial.seconds is not None else ""
     why = f": {trial.why}" if trial.why else ""
+    text = trial.general_text
+    if text and (after := text.loss("candidate")) is not None:
+        before = text.loss("base")
+        why += f", general text {after:.4f}" + (f" (its base {before:.4f})" if before is not None else "")
     return (
         f"| {trial.method} {trial.rank} {trial.batch_size} {trial.learning_rate:.3g} {trial.seed} {loss} "
         f"{trial.steps}/{trial.num_steps} {trial.status}{took}{why}"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.registry.records import GeneralText, Role
 from components.registry.store import Store
 from components.registry.sweep_records import Trial
 from components.shared.errors import ConfigError
@@ -28,6 +29,7 @@ from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.scoring.general_text import Passages
 from ray_jobs.sweeping.held_base import HeldBase
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
@@ -79,6 +81,16 @@ class Course:
         if not loss <= start:  # as no number is
             raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
 
+    def read(self, role: Role, nll: list[float], *, text: GeneralText, seconds: float) -> None:
+        """Note what the base, before the training, or the candidate after it makes of each passage of general text."""
+        known = self.trial.general_text or text
+        self.trial = self.trial.model_copy(
+            update={
+                "general_text": known.model_copy(update={"nll": {**known.nll, role: nll}}),
+                "general_s": round((self.trial.general_s or 0.0) + seconds, 3),
+            }
+        )
+
     def record(self, **changes: Any) -> Trial:
         """The record, as of now."""
         known = {"seconds": round(time.monotonic() - self.began, 3)}
@@ -90,7 +102,12 @@ class Course:
 
 
 def run_trial(
-    given: Mapping[str, Any], *, job: TrainJob, train_split: TokenizedSplit, validation: TokenizedSplit
+    given: Mapping[str, Any],
+    *,
+    job: TrainJob,
+    train_split: TokenizedSplit,
+    validation: TokenizedSplit,
+    passages: Passages,
 ) -> None:
     """The function of Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
     from ray import tune
@@ -107,7 +124,7 @@ def run_trial(
     course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
     try:
         trained = train_trial(
-            config, replace(job, config_toml=given["config"]), course, train_split, validation, held, report
+            config, replace(job, config_toml=given["config"]), course, train_split, validation, passages, held, report
         )
     finally:
         held.free_since = time.monotonic()
@@ -126,19 +143,33 @@ def train_trial(
     course: Course,
     train_split: TokenizedSplit,
     validation: TokenizedSplit,
+    passages: Passages,
     held: HeldBase,
     report: Callable[[Trial], None],
 ) -> Trial:
-    """Train to the end, or until it diverges; `report` gets the record at each measurement but the last."""
+    """Train to the end, or until it diverges; `report` gets the record at each measurement but the last.
+
+    The passages are read where the trial compares methods.
+    """
     worker = alone(config)
     measure = functools.partial(
         record_nll, split=validation, batch_size=config.train.micro_batch_size, pad=job.pad, device=worker.device
     )
+    reads = course.trial.compares and len(passages.split) > 0
+
+    def read(model: Any, role: Role, known: list[float] | None = None) -> list[float]:
+        began = time.monotonic()
+        nll = known or [round(float(each), 5) for each in measure(model, split=passages.split)]
+        text = passages.known.model_copy(update={"base_format": config.method.row.base})
+        course.read(role, nll, text=text, seconds=time.monotonic() - began)
+        return nll
 
     def load(*asked: Any, **how: Any) -> Any:
         model = held.load(*asked, **how)
         if held.start_loss is None:
             held.start_loss = float(measure(model).sum() / validation.num_answer_tokens.sum())
+        if reads and not own_base.is_needed(config.method):
+            held.general_nll = read(model, "base", held.general_nll)
         known = {"start_loss": held.start_loss, "bases_loaded": held.num_loaded}
         course.trial = course.trial.model_copy(update=known)
         return model
@@ -161,6 +192,8 @@ def train_trial(
             raise
         return course.record(status="diverged", loss=None, why=str(exc))
     nll = measure(adapted)
+    if reads:
+        read(adapted, "candidate")
     return course.record(
         status="finished",
         loss=float(nll.sum() / validation.num_answer_tokens.sum()),

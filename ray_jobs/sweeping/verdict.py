@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from components.registry.serving import ServableAs
-from components.registry.sweep_records import MethodComparison, Trial, Tuned
+from components.registry.sweep_records import Forgotten, MethodComparison, Trial, Tuned
 from ray_jobs.sweeping.intervals import paired_gain
 
 PLAIN = ("lora", "qlora")
@@ -82,17 +82,34 @@ def comparison_told(each: MethodComparison) -> str:
     )
 
 
-def verdict(best: Tuned, comparisons: Sequence[MethodComparison], reference: str, margin: float) -> str:
+def forgotten_told(tuned: Sequence[Tuned]) -> str:
+    """One sentence on what the methods forget; nothing where that was not measured."""
+    known = [(each.method, each.forgotten) for each in tuned if each.forgotten]
+    if not known:
+        return ""
+    (_, first), *_ = known
+    each_told = ", ".join(_rise_told(method, forgotten) for method, forgotten in known)
+    return f" What is forgotten: on {first.passages} passages of general text, the loss less the base's is {each_told}."
+
+
+def _rise_told(method: str, forgotten: Forgotten) -> str:
+    low, high = forgotten.ci95
+    return f"{forgotten.rise:+.4f} with {method} (95 % interval {low:+.4f} to {high:+.4f})"
+
+
+def verdict(
+    best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodComparison], reference: str, margin: float
+) -> str:
     """The whole answer."""
     if not comparisons:
         return f"{rate_told(best)}."
     chosen = advised(comparisons, reference, margin)
-    others = ". ".join(comparison_told(each) for each in comparisons)
+    others = ". ".join(comparison_told(each) for each in comparisons) + f".{forgotten_told(tuned)}"
     if chosen == reference:
         least = f"no method's interval lies above the margin of {margin:g} (tune.margin)"
-        return f"Keep {reference}: tuned alike, {least}. {others}."
+        return f"Keep {reference}: tuned alike, {least}. {others}"
     (gained,) = (each for each in comparisons if each.method == chosen)
     return (
         f"Take {chosen}: its gain over {reference} is at least {gained.ci95[0]:.4f} nats per answer token, more than "
-        f"the margin of {margin:g} (tune.margin). {others}."
+        f"the margin of {margin:g} (tune.margin). {others}"
     )

@@ -1,4 +1,4 @@
-"""Rates and methods on the example, swept for real: `python -m tests.benchmarks.sweeps`, an hour on one core.
+"""Rates and methods on the example, swept for real: `python -m tests.benchmarks.sweeps`, two trainings at a time.
 
 Each sweep is a `fineloop sweep`, and its record is kept in `tests/benchmarks/swept/`. What all of them say is
 `ray_jobs/METHODS.md`, which is written anew; `--write` does nothing else.
@@ -23,7 +23,7 @@ SWEEPS = {
     "methods": [
         *("--methods", "lora,qlora,rslora,dora,qdora,vera,dvora,loftq"),
         *("--set", "tune.max_steps=20", "--set", "train.batch_size=4", "--set", "train.micro_batch_size=4"),
-        *("--set", "ray.num_workers=1", "--set", "train.eval_records=48"),
+        *("--set", "ray.num_workers=1", "--set", "train.eval_records=32", "--set", "tune.compare_seeds=4"),
         *("--set", "tune.points=3", "--set", "tune.widen=1", "--set", "tune.refine=false"),
     ],
 }
@@ -87,6 +87,7 @@ def _methods(result: SweepResult) -> list[str]:
         f"Gain is over {_reference(result)}, seed by seed and record by record. Memory is planned, of one worker.",
         "Of rates half a decade apart, those marked * had a worse one on either side.",
         "",
+        *_forgotten(result),
         result.verdict,
     ]
 
@@ -138,6 +139,29 @@ def _method_row(tuned: Tuned, comparison: MethodComparison | None, trials: Seque
     gain = f"{comparison.gain:+.3f} | {_interval(comparison.ci95, sign='+')}" if comparison else " | "
     ratio = f"{comparison.time_ratio:.2f}" if comparison and comparison.time_ratio else "1"
     return f"| `{tuned.method}` | {rate} | {losses} | {gain} | {ratio} | {memory} |"
+
+
+def _forgotten(result: SweepResult) -> Iterator[str]:
+    known = [(each.method, each.forgotten) for each in result.tuned if each.forgotten]
+    if not known:
+        return
+    (_, first), *_ = known
+    yield f"What each forgets: the loss on {first.passages} passages of general text, in nats per token, of the base"
+    yield f"alone and after each of these trainings. Reading them took {_reading(result)} of a training."
+    yield ""
+    yield "| method | base | loss of each seed | over the base | 95 % interval |"
+    yield "|---|---|---|---|---|"
+    for method, found in sorted(known, key=lambda each: each[0] != _reference(result)):
+        base = f"{_number(found.base_loss)} in {found.base_format}"
+        losses = ", ".join(map(_number, found.losses))
+        yield f"| `{method}` | {base} | {losses} | {found.rise:+.3f} | {_interval(found.ci95, sign='+')} |"
+    yield ""
+
+
+def _reading(result: SweepResult) -> str:
+    """The part of a training that compares methods that went to general text, at least and at most."""
+    parts = [trial.general_s / trial.seconds for trial in result.trials if trial.general_s and trial.seconds]
+    return f"{min(parts):.0%} to {max(parts):.0%}"
 
 
 def _compared(result: SweepResult, method: str) -> list[Trial]:

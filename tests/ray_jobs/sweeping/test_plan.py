@@ -3,13 +3,16 @@
 import math
 
 import pytest
+from scipy import stats
 
 from components.config import config_file
 from components.registry import runs
-from components.registry.sweep_records import Trial
+from components.registry.records import GeneralText
+from components.registry.sweep_records import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
-from ray_jobs.sweeping import points, verdict
+from ray_jobs.sweeping import points, told, verdict
+from ray_jobs.sweeping.forgetting import forgotten
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.progress import Progress
@@ -141,10 +144,63 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
     )
     assert verdict.advised([found], "lora", margin=0.05) == "vera"
     assert verdict.advised([found], "lora", margin=0.15) == "lora"
-    assert verdict.verdict(tuned[lora], [found], "lora", 0.15).startswith("Keep lora")
-    assert verdict.verdict(tuned[vera], [found], "lora", 0.05).startswith(
+    both_tuned = list(tuned.values())
+    assert verdict.verdict(tuned[lora], both_tuned, [found], "lora", 0.15).startswith("Keep lora")
+    assert verdict.verdict(tuned[vera], both_tuned, [found], "lora", 0.05).startswith(
         "Take vera: its gain over lora is at least 0.1"
     )
+
+
+def read(base_format, seeds_NLL, base=(20.0, 60.0)):
+    """The trials of a method's seeds, each with what it makes of two passages of 10 and 30 tokens."""
+    known = {"config_digest": "", "method": "m", "learning_rate": 0.1, "rank": 1, "batch_size": 1, "status": "finished"}
+    nll = {"base": list(base)} if base else {}
+    return [
+        Trial(
+            name=f"{base_format}-{seed}", seed=seed, **known,
+            general_text=GeneralText(
+                text_sha256="0", base_format=base_format, tokens=[10, 30], nll={**nll, "candidate": list(candidate)}
+            ),
+        )
+        for seed, candidate in enumerate(seeds_NLL)
+    ]  # fmt: skip
+
+
+def test_what_a_method_forgets_is_the_rise_of_its_seeds_losses_on_general_text_above_the_base():
+    trials = read("bf16", [(25.0, 75.0), (27.0, 81.0), (29.0, 87.0)])
+    found = forgotten(trials, trials)
+    assert (found.base_loss, found.losses, found.passages) == (2.0, pytest.approx([2.5, 2.7, 2.9]), 2)
+    assert found.rise == pytest.approx(0.7)
+    # Both passages rise alike by token, so that all of the interval is the seeds': a t-test of their three rises.
+    reference = stats.ttest_1samp([0.5, 0.7, 0.9], 0).confidence_interval(0.95)
+    assert found.ci95 == pytest.approx((reference.low, reference.high))
+
+
+def test_a_base_of_the_method_s_own_is_no_model_to_forget_of():
+    """The original in the same format is, where the sweep has read as that."""
+    loftq = read("nf4", [(30.0, 90.0), (31.0, 92.0)], base=None)
+    lora, qlora = read("bf16", [(25.0, 75.0)]), read("nf4", [(26.0, 80.0)], base=(22.0, 66.0))
+    alike, other = forgotten(loftq, [*lora, *loftq, *qlora]), forgotten(loftq, [*lora, *loftq])
+    assert (alike.base_format, alike.base_loss) == ("nf4", 2.2)
+    assert (other.base_format, other.base_loss) == ("bf16", 2.0)
+    assert forgotten(loftq, loftq) is None
+    assert forgotten([], lora) is None
+
+
+def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
+    trials = read("bf16", [(25.0, 75.0), (27.0, 81.0)])
+    plain = Tuned(
+        method="lora", rank=8, batch_size=16, prior=1e-3, learning_rate=1e-3, loss=1.0, is_inside=True, rates=[],
+        forgotten=forgotten(trials, trials),
+    )  # fmt: skip
+    other = plain.model_copy(update={"method": "vera", "forgotten": None})
+    compared = MethodComparison(method="vera", reference="lora", gain=0.1, ci95=(-0.1, 0.3), seeds=2, records=4)
+    low, high = plain.forgotten.ci95
+    assert verdict.verdict(plain, [plain, other], [compared], "lora", 0.05).endswith(
+        ". What is forgotten: on 2 passages of general text, the loss less the base's is +0.6000 with lora "
+        f"(95 % interval {low:+.4f} to {high:+.4f})."
+    )
+    assert told.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
 
 
 @pytest.mark.parametrize(

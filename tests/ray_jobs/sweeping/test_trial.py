@@ -1,11 +1,15 @@
 """Trials on a base that stays in memory: each must be the training that a process of its own would do."""
 
+import json
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.registry.sweep_records import Trial
@@ -20,12 +24,13 @@ METHODS = [
 METHODS += ["qlora", pytest.param("dvora", marks=pytest.mark.slow)]  # with VeRA, each kind of layer that comes off
 
 
-def trained_in_turn(configs: list[str]) -> list[dict[str, Any]]:
+def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str, Any]]:
     """What a worker does with one trial after the other, in its only process."""
     from components.prepare.validate import validate
     from components.registry import lineage
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
+    from ray_jobs.scoring import general_text
     from ray_jobs.sweeping.held_base import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.training.job import TrainJob
@@ -44,10 +49,11 @@ def trained_in_turn(configs: list[str]) -> list[dict[str, Any]]:
         )  # fmt: skip
         trial = Trial(
             name=str(number), config_digest="", method=config.method.name, learning_rate=config.learning_rate,
-            rank=config.method.r, batch_size=16, seed=0, status="running",
+            rank=config.method.r, batch_size=16, seed=0, status="running", compares=compares,
         )  # fmt: skip
         reports: list[Trial] = []
-        trial = train_trial(config, job, Course(trial), train_split, validation, held, reports.append)
+        passages = general_text.unread(chat, config)
+        trial = train_trial(config, job, Course(trial), train_split, validation, passages, held, reports.append)
         found.append({**trial.model_dump(), "reports": [each.steps for each in reports]})
     return found
 
@@ -70,6 +76,33 @@ def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_proc
     np.testing.assert_array_equal(again["record_nll"], fresh["record_nll"])
     assert again["curve"] == fresh["curve"]
     assert (fresh["bases_loaded"], again["bases_loaded"]) == (1, 1)
+
+
+def passage_losses(base: Path, max_length: int, count: int) -> list[float]:
+    """Of the base, with transformers alone: its own loss of each passage, times the tokens it predicts."""
+    source = json.loads(resources.files("ray_jobs.scoring").joinpath("general_text.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = []
+    for passage in source["passages"][:count]:
+        ids = torch.tensor([tokenizer(passage["text"])["input_ids"][:max_length]])
+        with torch.no_grad():
+            found.append(float(model(ids, labels=ids).loss) * (ids.shape[1] - 1))
+    return found
+
+
+def test_a_trial_that_compares_methods_reads_general_text_before_and_after(toml, tiny_base, tmp_path: Path):
+    """The base's losses are those of transformers; those after a training at no rate to speak of are the base's."""
+    settings = ["evaluate.general_passages=3", "train.max_steps=4"]
+    configs = [toml(*settings, f"train.learning_rate={rate}") for rate in (1e-9, 1e-2)]
+    still, moved = in_group(trained_in_turn, configs, True, directory=tmp_path, num_workers=1)[0]
+    text = still["general_text"]
+    max_length = config_file.loads(configs[0]).model.max_length
+    assert text["nll"]["base"] == pytest.approx(passage_losses(tiny_base, max_length, 3), rel=2e-3)
+    assert text["nll"]["candidate"] == pytest.approx(text["nll"]["base"], rel=1e-3)
+    assert moved["general_text"]["nll"]["base"] == text["nll"]["base"]
+    assert moved["general_text"]["nll"]["candidate"] != pytest.approx(text["nll"]["base"], rel=1e-3)
+    assert 0 < moved["general_s"] < still["general_s"] < still["seconds"]  # the base is read once
 
 
 def test_a_trial_that_is_worse_than_its_start_ends_at_that_measurement(toml, tmp_path: Path):

@@ -1,0 +1,33 @@
+"""What a method forgets: how far its trainings raise the loss on general text above the base's."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from components.registry.sweep_records import Forgotten, Trial
+from ray_jobs.sweeping.intervals import interval
+
+
+def forgotten(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
+    """Of one method's trainings, passage by passage and seed by seed; None where they read fewer than two passages.
+
+    What the base makes of it is known from any of the sweep's `trials`. A base of the method's own (LoftQ's) is no
+    model to have forgotten something of, and the original in the same format is taken; where no trial stands on that,
+    the original in another.
+    """
+    after = [trial.general_text for trial in ours if trial.general_text]
+    before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
+    if not after or not before or len(after[0].tokens) < 2:
+        return None
+    base = min(before, key=lambda each: each.base_format != after[0].base_format)
+    tokens, base_nll_N = base.tokens, np.asarray(base.nll["base"])
+    nll_KN = np.asarray([each.nll["candidate"] for each in after])
+    rise, *ends = interval(nll_KN - base_nll_N, tokens)
+    return Forgotten(
+        base_format=base.base_format,
+        base_loss=float(base_nll_N.sum() / sum(tokens)),
+        losses=(nll_KN.sum(axis=1) / sum(tokens)).tolist(),
+        rise=rise,
+        ci95=(ends[0], ends[1]),
+        passages=len(tokens),
+    )
