@@ -16,6 +16,7 @@ from pipelines.kubeflow import probe
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.cluster import Cluster, NotSeen, Resource
 from pipelines.kubeflow.quota import demand, lacking
+from pipelines.kubeflow.task_settings import REPORT_SECRET
 
 RIGHTS = {
     ("ray.io", "rayjobs"): ("create", "get", "list", "watch", "patch", "delete"),
@@ -69,6 +70,7 @@ def cluster_checks(
         *((f"account {account}", _account(cluster, account)) for account in accounts if account),
         ("rights of the steps", _rights(cluster, service_account)),
         *((name, _environment(cluster, name, key)) for name, key in ENVIRONMENTS.items()),
+        ("openlineage", _open_lineage(cluster)),
         *_ray(cluster, config),
         ("a step's pod", _dry_pod(cluster, service_account, image)),
     ):
@@ -137,6 +139,17 @@ def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:
     detail = f"has {key}" if has_key else f"has no key {key}" if found else f"{cluster.namespace} has none"
     fix = f"make the {kind[:-1]} {object_name} as infra/README.md says"
     yield check(name, has_key, detail, fix)
+
+
+def _open_lineage(cluster: Cluster) -> Iterator[Check]:
+    """Whether a server is told of runs, and with which key; one in plain text would be anybody's."""
+    found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
+    url = (found.get("data") or {}).get("OPENLINEAGE_URL", "")
+    secret = (cluster.get(_in(cluster, f"secrets/{REPORT_SECRET}")) or {}) if url else {}
+    has_key = "OPENLINEAGE_API_KEY" in (secret.get("data") or {})
+    detail = f"{url}, {'with' if has_key else 'without'} the key of secret {REPORT_SECRET}" if url else "nobody is told"
+    fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
+    yield check("openlineage", not (has_key and url.startswith("http://")), detail, fix)
 
 
 def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Check]]]:

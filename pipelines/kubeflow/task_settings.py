@@ -20,8 +20,16 @@ PROMOTE_KEYS = (
     *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 )
 
-PROMOTING = frozenset({"promote", "move-by-hand"})
-"""Steps that move an alias, which sign and announce: the secrets for that are theirs alone."""
+REPORT_SECRET = "fineloop-report"
+REPORT_KEYS = ("OPENLINEAGE_API_KEY",)
+
+OF_ITS_OWN = {
+    "promote": (PROMOTE_SECRET, PROMOTE_KEYS),
+    "move-by-hand": (PROMOTE_SECRET, PROMOTE_KEYS),
+    "report": (REPORT_SECRET, REPORT_KEYS),
+}
+"""By a step's name, the secret that it alone is given, and its keys: who moves an alias signs and announces it, and who
+reports tells an OpenLineage server."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600
@@ -54,7 +62,8 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
-        if name in PROMOTING:
-            kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in PROMOTE_KEYS}, optional=True)
+        if name in OF_ITS_OWN:
+            secret, keys = OF_ITS_OWN[name]
+            kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
 
     return configure

@@ -213,6 +213,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
             "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
             "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
             **({"fineloop-promote": {key: key for key in others}} if name == "promote" else {}),
+            **({"fineloop-report": {"OPENLINEAGE_API_KEY": "OPENLINEAGE_API_KEY"}} if name == "report" else {}),
         }, name
 
 
@@ -272,10 +273,11 @@ def test_secrets_are_references_and_every_step_is_unprivileged(
 ) -> None:
     for name, each in settings.items():
         secrets = {entry["secretName"]: entry["optional"] for entry in each["secretAsEnv"]}
-        of_its_own = {"fineloop-promote": True} if name == "promote" else {}
+        of_its_own = {f"fineloop-{name}": True} if name in ("promote", "report") else {}
         assert secrets == {"fineloop-s3": True, "fineloop-ray": True, **of_its_own}, name
         assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-compile-me")
+    for variable in ("AWS_SECRET_ACCESS_KEY", "OPENLINEAGE_API_KEY"):
+        monkeypatch.setenv(variable, "do-not-compile-me")
     assert compile_pipeline(config_file.load(DEFAULT_CONFIG)) == text
 
 

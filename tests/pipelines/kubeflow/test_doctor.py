@@ -147,6 +147,22 @@ def test_a_static_key_may_be_absent(ask: Callable[..., dict[str, Any]], cluster:
     assert "role gives access" in ask()["secrets/fineloop-s3"]["detail"]
 
 
+def test_an_openlineage_server_is_told_with_a_key_that_nobody_else_can_read(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    assert ask()["openlineage"]["detail"] == "nobody is told"
+    environment = cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]
+    environment["OPENLINEAGE_URL"] = "http://marquez:5000"
+    assert ask()["openlineage"]["ok"]
+    assert ask()["openlineage"]["detail"] == "http://marquez:5000, without the key of secret fineloop-report"
+    cluster.put(f"{CORE}/secrets/fineloop-report", {"data": {"OPENLINEAGE_API_KEY": "eA=="}})
+    assert not ask()["openlineage"]["ok"]
+    assert "https://" in ask()["openlineage"]["fix"]
+    environment["OPENLINEAGE_URL"] = "https://lineage.example"
+    assert ask()["openlineage"]["ok"]
+    assert ask()["openlineage"]["detail"] == "https://lineage.example, with the key of secret fineloop-report"
+
+
 def test_what_we_may_not_see_is_said_and_is_no_fault(
     ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
 ) -> None:
