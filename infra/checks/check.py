@@ -14,6 +14,7 @@ Policy = Callable[[list[Manifest]], Iterable[str]]
 
 POLICIES: tuple[Policy, ...] = (
     pods.volumes_spare_the_node,
+    pods.no_pod_takes_a_sidecar,
     pods.memory_volumes_fit_in_memory,
     pods.ray_asks_for_what_it_takes,
     pods.nothing_secret_is_written_down,
@@ -40,6 +41,7 @@ PLACEHOLDERS = {
     "registry.invalid": "the registry of your images, in images/kustomization.yaml",
     "0" * 64: "the digest of an image that you pushed, in images/kustomization.yaml",
     "s3.invalid": "the URL of your store, in kustomization.yaml",
+    "owner@users.invalid": "the user whose profile this is, in kubeflow/profile/kustomization.yaml",
     "203.0.113.10": "the address of your store, in s3.yaml",
     "000000000000": "your AWS account, in account/kustomization.yaml",
 }

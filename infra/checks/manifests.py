@@ -22,6 +22,8 @@ PARTS = ("", "rayjob", "raycluster")
 """An overlay is applied once; its two others are created by people who want a run or a cluster of their own."""
 OBSERVABILITY = "- ../../observability"
 """A line of each overlay, as a comment until somebody has the Prometheus Operator."""
+PROFILE = "- ../../kubeflow/profile"
+"""A line of the overlays of real clusters, as a comment unless their Kubeflow serves several namespaces."""
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times faster, where PyYAML was built with libyaml
 
 
@@ -44,17 +46,17 @@ def render_overlay(overlay: str) -> list[Manifest]:
     return [manifest for part in PARTS for manifest in render(f"infra/overlays/{overlay}/{part}".rstrip("/"))]
 
 
-def render_watched(overlay: str) -> list[Manifest]:
-    """The objects of an overlay whose line for infra/observability has been taken in."""
-    return copy.deepcopy(_rendered_watched(overlay))
+def render_with(overlay: str, line: str) -> list[Manifest]:
+    """The objects of an overlay in which a line is no comment any more."""
+    return copy.deepcopy(_rendered_with(overlay, line))
 
 
 @cache
-def _rendered_watched(overlay: str) -> list[Manifest]:
+def _rendered_with(overlay: str, line: str) -> list[Manifest]:
     with tempfile.TemporaryDirectory() as scratch:
         infra = shutil.copytree(INFRA, Path(scratch) / "infra")
         path = infra / "overlays" / overlay / "kustomization.yaml"
-        taken_in = path.read_text(encoding="utf-8").replace(f"# {OBSERVABILITY}", OBSERVABILITY)
+        taken_in = path.read_text(encoding="utf-8").replace(f"# {line}", line)
         path.write_text(taken_in, encoding="utf-8")
         return _rendered(str(path.parent))
 

@@ -4,7 +4,7 @@ import secrets
 import time
 
 from components.config.schema import RegistryConfig
-from components.ray_cluster.rayjob_manifest import CONFIG_MAP, PART_OF, STORE_SECRET
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, STORE_SECRET
 from pipelines.check import Check
 from pipelines.kubeflow.cluster import Cluster, Resource
 
@@ -24,7 +24,11 @@ def pod(namespace: str, account: str, image: str, script: str, name: str = "fine
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace, "labels": {PART_OF: "fineloop", STEP_LABEL: "true"}},
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": {PART_OF: "fineloop", STEP_LABEL: "true", **NO_MESH},
+        },
         "spec": {
             "restartPolicy": "Never",
             "activeDeadlineSeconds": int(PATIENCE_S),

@@ -11,6 +11,8 @@ from infra.checks.manifests import INFRA, OVERLAYS, Loader, Manifest, overlay_fo
 from pipelines.kubeflow.task_settings import CONFIG_MAP, ENVIRONMENT
 from tests.infra.definitions import CRDS, DEFINITIONS
 
+PROFILED = "kubeflow/profile/kustomization.yaml"
+"""Applied by who takes a line of an overlay in: see `test_profile.py`."""
 FIELDS_TO_BREAK = [
     ("RayJob", ("spec", "submitionMode"), "HTTPMode"),
     ("RayJob", ("spec", "backoffLimit"), "1"),
@@ -96,7 +98,7 @@ def test_every_folder_of_infra_is_part_of_an_overlay() -> None:
                 pending.append(path)
             else:
                 used.add(path)
-    apart = {INFRA / name for name in ("kueue/helm-values.yaml", "kubeflow/artifact-store.yaml")}
+    apart = {INFRA / name for name in ("kueue/helm-values.yaml", "kubeflow/artifact-store.yaml", PROFILED)}
     apart.add(INFRA / "overlays/kind/kind-config.yaml")
     ours = ("namespace", "rbac", "network", "kueue", "kubeflow", "kuberay", "overlays")
     assert {path for name in ours for path in (INFRA / name).rglob("*.yaml")} == used | apart

@@ -33,6 +33,14 @@ def volumes_spare_the_node(manifests: list[Manifest]) -> Iterator[str]:
                 yield f"{pod.where}: volume {volume['name']} has no sizeLimit"
 
 
+def no_pod_takes_a_sidecar(manifests: list[Manifest]) -> Iterator[str]:
+    """Where Kubeflow serves several namespaces it labels them istio-injection=enabled. A pod with a sidecar that stays
+    never ends, Ray talks on ports of its own, and what sets a sidecar up asks for more than the namespace admits."""
+    for pod in pods(manifests):
+        if pod.template.get("metadata", {}).get("labels", {}).get("sidecar.istio.io/inject") != "false":
+            yield f'{pod.where}: no label sidecar.istio.io/inject: "false"'
+
+
 def ray_asks_for_what_it_takes(manifests: list[Manifest]) -> Iterator[str]:
     """Ray counts limits, and a GPU cannot be shared: requests below the limits would promise more than there is."""
     for where, container in containers(manifests):

@@ -156,6 +156,18 @@ def a_secret_is_in_a_config_map(m: list[Manifest]) -> None:
     the(m, "ConfigMap")["data"]["AWS_SECRET_ACCESS_KEY"] = "anything"
 
 
+@breaks(pods.no_pod_takes_a_sidecar)
+def a_head_gets_a_sidecar(m: list[Manifest]) -> None:
+    del cluster(m)["headGroupSpec"]["template"]["metadata"]["labels"]["sidecar.istio.io/inject"]
+
+
+@breaks(pods.no_pod_takes_a_sidecar)
+def the_reaper_gets_a_sidecar(m: list[Manifest]) -> None:
+    the(m, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]["sidecar.istio.io/inject"] = (
+        "true"
+    )
+
+
 @breaks(pods.what_pods_refer_to_exists)
 def a_config_map_is_misspelt(m: list[Manifest]) -> None:
     container(m)["envFrom"][0]["configMapRef"]["name"] = "fineloop-environment"

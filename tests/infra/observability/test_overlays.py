@@ -17,7 +17,7 @@ from infra.checks.manifests import (
     of_kind,
     render,
     render_overlay,
-    render_watched,
+    render_with,
 )
 from infra.checks.policies.access import everything_is_in_the_namespace
 from tests.infra.definitions import DEFINITIONS
@@ -29,7 +29,7 @@ KINDS = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
 def watched(overlay: str) -> list[Manifest]:
     """All that policies hold for."""
     parts = [manifest for part in PARTS if part for manifest in render(f"infra/overlays/{overlay}/{part}")]
-    return [*render_watched(overlay), *parts]
+    return [*render_with(overlay, OBSERVABILITY), *parts]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -41,7 +41,7 @@ def test_nobody_without_the_operator_is_asked_for_its_kinds(overlay: str) -> Non
 def test_the_line_takes_in_all_of_it_and_changes_nothing_else(overlay: str) -> None:
     lines = (ROOT / "infra" / "overlays" / overlay / "kustomization.yaml").read_text(encoding="utf-8").splitlines()
     assert [line.partition("  # with")[0] for line in lines if OBSERVABILITY in line] == [f"  # {OBSERVABILITY}"]
-    plain, found = render(f"infra/overlays/{overlay}"), render_watched(overlay)
+    plain, found = render(f"infra/overlays/{overlay}"), render_with(overlay, OBSERVABILITY)
     added = [manifest for manifest in found if manifest not in plain]
     assert len(found) == len(plain) + len(added)
     assert sorted(map(repr, added)) == sorted(map(repr, render("infra/observability")))
@@ -50,7 +50,7 @@ def test_the_line_takes_in_all_of_it_and_changes_nothing_else(overlay: str) -> N
 @pytest.mark.parametrize("crds", DEFINITIONS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_of_a_watched_overlay_is_valid(overlay: str, crds: Path | None) -> None:
-    found = {manifest["kind"]: schemas.errors(manifest, crds) for manifest in render_watched(overlay)}
+    found = {manifest["kind"]: schemas.errors(manifest, crds) for manifest in render_with(overlay, OBSERVABILITY)}
     assert set(KINDS) <= found.keys()
     assert {kind: errors for kind, errors in found.items() if errors} == {}
 
@@ -75,7 +75,7 @@ def test_every_object_of_a_watched_overlay_is_valid(overlay: str, crds: Path | N
 def test_a_wrong_field_of_the_operators_is_found(
     kind: str, path: tuple[str | int, ...], value: object, crds: Path | None
 ) -> None:
-    manifest = next(of_kind(render_watched("aws"), kind))
+    manifest = next(of_kind(render_with("aws", OBSERVABILITY), kind))
     place: Any = manifest
     for step in path[:-1]:
         place = place[step]
