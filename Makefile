@@ -69,6 +69,7 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.training
 	@$(BIN)/python -m tests.benchmarks.training --processor avx2
+	@$(BIN)/python -m tests.benchmarks.training --workers 1 2
 	@$(BIN)/python -m tests.benchmarks.inference
 	@$(BIN)/python -m tests.benchmarks.loftq
 	@$(BIN)/python -m tests.benchmarks.memory
