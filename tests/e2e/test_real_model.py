@@ -40,14 +40,15 @@ json.dump(answers, sys.stdout)
 @pytest.fixture(scope="module")
 def first(home: Home) -> Done:
     """The first run in a fresh home."""
-    assert home.fineloop("store", "up").exit_code == 0
     fewer = {"data.max_records": NUM_RECORDS, "evaluate.records": NUM_EVALUATED}
     return home.fineloop("run", *[part for key, value in fewer.items() for part in ("--set", f"{key}={value}")])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _down(home: Home):
+def _store(home: Home):
+    assert home.fineloop("store", "up").exit_code == 0
     yield
+    assert home.fineloop("ray", "down").exit_code == 0  # the last run's, which uses the store until it has ended
     assert home.fineloop("store", "down").exit_code == 0
 
 
@@ -140,18 +141,19 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     assert kinds.count("refused") == 1
 
 
-@pytest.mark.full
-def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that(home: Home):
-    fast = {"adapter.name": "forgetful", "train.learning_rate": 2e-2, "train.max_steps": 24, "data.max_records": 600}
-    short = {"evaluate.records": 40, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
+@pytest.mark.slow
+def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that_alone(home: Home):
+    fast = {"adapter.name": "forgetful", "train.learning_rate": 5e-3, "train.max_steps": 24, "data.max_records": 600}
+    short = {"evaluate.records": 60, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
     settings = [part for key, value in {**fast, **short}.items() for part in ("--set", f"{key}={value}")]
     held = home.fineloop("run", *settings)
     assert held.exit_code == 0, held.told
     assert held.answer["decision"] == "hold"
-    assert any("loss on general text" in reason for reason in held.answer["reasons"])
+    (reason,) = held.answer["reasons"]
+    assert "loss on general text" in reason
     base, candidate = held.answer["metrics"]["base"], held.answer["metrics"]["candidate"]
     assert candidate["general_loss"] > base["general_loss"] + 0.5
-    assert candidate["loss"] < base["loss"] - 0.05  # on its task it has learned
+    assert candidate["loss"] < 0.5 * base["loss"]  # on its task it has learned
 
 
 def _turns(prompt: str) -> list[dict[str, str]]:
