@@ -5,8 +5,10 @@ out, and whoever deletes it loses a minute. Nothing that moves an alias, verifie
 """
 
 import gzip
+import io
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 READS_AT_ONCE = 16
 WORTH_AN_INDEX = 100
 """So many objects are read faster one by one than an index of them is kept."""
+MAX_BYTES = 256 * 2**20
+"""Of an index, unpacked; an entry has some hundreds."""
 
 
 def remembered(
@@ -46,13 +50,25 @@ def _known(store: Store, name: str, what: str) -> dict[str, Any]:
     if found is None:
         return {}
     try:
-        known = json.loads(gzip.decompress(found[0]))
+        known = json.loads(_unpacked(found[0]))
         if not isinstance(known, dict):
             raise ValueError("no JSON object")
-    except (OSError, EOFError, ValueError) as exc:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
         logger.warning("%s cannot be read, and is made anew: %s", store.uri(key), exc)
         return {}
     return known
+
+
+def _unpacked(body: bytes) -> bytes:
+    """What was packed, unless it is more than any index: a few bytes may unpack to more than memory holds.
+
+    Raises:
+        ValueError: it is.
+    """
+    unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(MAX_BYTES + 1)
+    if len(unpacked) > MAX_BYTES:
+        raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
+    return unpacked
 
 
 def _keep(store: Store, name: str, what: str, known: dict[str, Any]) -> None:

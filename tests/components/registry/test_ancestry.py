@@ -1,5 +1,7 @@
 """What a version was made of, and which versions were made of something."""
 
+import gzip
+
 import pytest
 
 from components.registry import ancestry, index
@@ -66,3 +68,6 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
     store.put("adapters/icd/index/tests.json.gz", b"junk")
     assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])
     assert remembered("a", "b")[1] == []
+    monkeypatch.setattr(index, "MAX_BYTES", 1000)
+    store.put("adapters/icd/index/tests.json.gz", gzip.compress(b'{"a": "' + b"x" * 1000 + b'"}'))
+    assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])
