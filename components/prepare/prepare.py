@@ -1,7 +1,8 @@
 """The prepare step: `data.source` in, `datasets/<dataset_id>/` out, unless there is too little new to train on."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
 from components.registry import runs
 from components.registry.records import Decision
+from components.shared import memory
+from components.shared.errors import DataError
 from components.step.step import StepRun
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from components.registry.watermark import Consumed
 
 logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.8
+"""Of what is free: records are all held at once, and small files may unpack to more than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,25 @@ class PreparedDataset:
         return f"{self.train_records} records to train on, {self.eval_records} held out"
 
 
+@contextlib.contextmanager
+def _in_memory() -> Iterator[None]:
+    """What is done here stays within the memory that is free.
+
+    Raises:
+        DataError: it needs more.
+    """
+    room = int(MEMORY_SHARE * memory.available_bytes())
+    try:
+        with memory.at_most(room):
+            yield
+    except MemoryError as exc:
+        raise DataError(
+            f"the records of data.source do not fit into the {room / 2**30:.1f} GiB of memory that are free for them: "
+            "name fewer or smaller files, or prepare them where there is more memory"
+        ) from exc
+
+
+@_in_memory()
 def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
 
@@ -50,6 +75,7 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     return _publish(config, store, *_read(config, find_sources(config.data.source)))
 
 
+@_in_memory()
 def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
     """The records that a run would train on and hold out; nothing is written.
 
@@ -59,6 +85,7 @@ def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
     return _split(config, *_read(config, sources))
 
 
+@_in_memory()
 def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 

@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from components.prepare.sources import EXAMPLES, PARQUET, Source
 from components.prepare.validate import KNOWN_COLUMNS
@@ -12,6 +12,8 @@ from components.shared.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 4096
+MAX_LINE_BYTES = 16 * 2**20
+"""Of a JSONL file, its end included: several times the longest context that any model has."""
 
 
 class Unreadable(NamedTuple):
@@ -68,14 +70,25 @@ def _read_json_lines(path: Path, name: str) -> Iterator[SourceRow]:
     except OSError as exc:
         raise DataError(f"data.source {name} cannot be read: {exc.strerror}") from exc
     with file:
-        for line, raw in enumerate(file, start=1):
+        for line, raw in enumerate(_lines(file), start=1):
             if line == 1:
                 raw = raw.removeprefix(_BOM)
             if not raw.isspace() and raw:
                 yield SourceRow(line, _parse(raw), raw)
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Line by line; of one that is too long its beginning, by a byte longer than may be."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        rest = line
+        while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
+        yield line
+
+
 def _parse(raw: bytes) -> object:
+    if len(raw) > MAX_LINE_BYTES:
+        return Unreadable(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         value = json.loads(raw.rstrip(b"\r\n").decode())
         if isinstance(value, dict):
@@ -107,6 +120,8 @@ def _read_parquet(path: Path, name: str, wanted: tuple[str, ...]) -> Iterator[So
                 for value in _values(batch):
                     line += 1
                     yield SourceRow(line, value, None, unread)
+    except MemoryError:  # Arrow's is one of its exceptions too
+        raise
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
 

@@ -74,33 +74,57 @@ def _find_local(entry: str) -> Iterator[Source]:
         raise DataError(f"data.source is empty: expected {_FORMS}")
     path = Path(entry).expanduser()
     if path.is_dir():
-        names = [str(each) for each in path.rglob("*") if each.is_file() and _is_visible(each.relative_to(path).parts)]
-        return _select(entry, names)
+        files = [each for each in path.rglob("*") if each.is_file() and _is_visible(each.relative_to(path).parts)]
+        return _select(entry, path, files)
     if path.exists():
         if not is_data_file(path.name):
             raise DataError(f"data.source is {entry!r}: expected {_ENDINGS}")
-        return iter([_local(str(path))])
+        if not path.is_file():
+            raise DataError(f"data.source is {entry!r}, which is no file: expected {_FORMS}")
+        return iter([_local(path)])
     if glob.has_magic(entry):
-        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        return _select(entry, [name for name in names if Path(name).is_file()])
+        root, pattern = _split_glob(path)
+        try:
+            # Unlike glob.glob this follows no links below `**`, of which two may lead on for ever.
+            files = [each for each in root.glob(str(pattern)) if each.is_file()]
+        except ValueError as exc:
+            raise DataError(f"data.source is {entry!r}, which is no glob: {exc}") from exc
+        if not any(part.startswith(".") for part in pattern.parts):  # as shells have it, a name with a dot is asked for
+            files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(root).parts)]
+        return _select(entry, root, files)
     raise DataError(f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()}): expected {_FORMS}")
 
 
-def _select(entry: str, names: list[str]) -> Iterator[Source]:
-    chosen = sorted(name for name in names if is_data_file(name))
+def _split_glob(path: Path) -> tuple[Path, Path]:
+    """The folder that a glob begins in, and the rest."""
+    first = next(place for place, part in enumerate(path.parts) if glob.has_magic(part))
+    return Path(*path.parts[:first]), Path(*path.parts[first:])
+
+
+def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
+    chosen = sorted((each for each in files if is_data_file(each.name)), key=str)
     if not chosen:
-        others = f", only {len(names)} other files such as {min(names)}" if names else ""
+        others = f", only {len(files)} other files such as {min(files)}" if files else ""
         raise DataError(f"data.source is {entry!r}, which holds no data files{others}: expected {_ENDINGS}")
-    return (_local(name) for name in chosen)
+    within = root.resolve()
+    for each in chosen:
+        # Whoever can put a link there would have any file of this machine read, and its lines shown as rejects.
+        if not (leads_to := each.resolve()).is_relative_to(within):
+            raise DataError(
+                f"data.source is {entry!r}, where {each} is a link to {leads_to}: one must not lead out of {root}; "
+                "copy the file, or name it in data.source itself"
+            )
+    return (_local(each) for each in chosen)
 
 
-def _local(name: str) -> Source:
+def _local(path: Path) -> Source:
+    name = str(path)
     try:
         name.encode()
     except UnicodeEncodeError as exc:
         shown = name.encode(errors="backslashreplace").decode()
         raise DataError(f"data.source holds the file {shown}, whose name is not UTF-8: rename it") from exc
-    found = Path(name).stat()
+    found = path.stat()
     modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
     return Source(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", modified_at)
 

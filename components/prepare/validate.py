@@ -11,6 +11,7 @@ may have tool_calls, and a tool's message a result, as chat templates read them.
 """
 
 import hashlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Mapping
@@ -27,6 +28,13 @@ _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "ass
 # What a tool's message says beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40
+MAX_TEXT_CHARS = 16 * 2**20
+"""Of one text, as of a whole line of JSONL: a cell of Parquet may unpack to far more than its file holds."""
+MAX_NAME_CHARS = 4096
+"""Of an id or a group."""
+MAX_MARKS = 30
+"""Combining characters in a row, as Unicode's Stream-Safe Text Format has it (UAX #15, section 13): to put them in
+order takes time by the square of how many there are, and no language has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,10 @@ def _name(value: object, field: str) -> str:
         raise DataError(f"{field} is {_kind(value)}{': expected text or a whole number' if value is not None else ''}")
     if value == "":
         raise DataError(f"{field} is empty")
-    return str(value)
+    name = str(value)
+    if len(name) > MAX_NAME_CHARS:
+        raise DataError(f"{field} has {len(name)} characters: expected at most {MAX_NAME_CHARS}")
+    return name
 
 
 def _prompt(prompt: object) -> list[Message]:
@@ -195,14 +206,14 @@ def _parsed(value: object, field: str) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{field} is text that is not JSON: {exc}") from exc
 
 
 def _json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, RecursionError) as exc:
         raise DataError(f"tools and their calls must be JSON: {exc}") from exc
 
 
@@ -214,10 +225,24 @@ def _require_user(turns: list[Message], field: str) -> None:
 def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{field} is {_kind(value)}{': expected text' if value is not None else ''}")
+    _require_bounded(value, field)
     text = unicodedata.normalize("NFC", value).rstrip()
     if not text:
         raise DataError(f"{field} is empty")
     return text
+
+
+def _require_bounded(text: str, field: str) -> None:
+    if len(text) > MAX_TEXT_CHARS:
+        raise DataError(f"{field} has {len(text)} characters: expected at most {MAX_TEXT_CHARS}")
+    if not unicodedata.is_normalized("NFC", text) and _most_marks(text) > MAX_MARKS:
+        raise DataError(f"{field} has more than {MAX_MARKS} combining characters in a row")
+
+
+def _most_marks(text: str) -> int:
+    """Combining characters in a row, at most."""
+    runs = itertools.groupby(text, key=lambda each: unicodedata.combining(each) > 0)
+    return max((sum(1 for _ in run) for is_mark, run in runs if is_mark), default=0)
 
 
 def _value(value: object) -> str:

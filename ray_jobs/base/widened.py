@@ -6,7 +6,6 @@ weights out of four bits; of a training step it is a fifth. They are the very we
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -14,14 +13,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from components.config.ray import MatmulDtype
-from components.shared.memory import machine_bytes
+from components.shared.memory import available_bytes
 from ray_jobs.base import float32_layers
 
 logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.5
 """Of the memory that is free: keys, values and activations want the rest."""
-MEMINFO = Path("/proc/meminfo")
 
 
 def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype) -> None:
@@ -51,15 +49,6 @@ def widen_if_room(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers:
 def has_room(num_weights: int, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
     """Whether so many weights may be held dense by each of `sharers` processes of this machine."""
     return num_weights * _dtype(matmul_dtype).itemsize <= MEMORY_SHARE * available_bytes() / sharers
-
-
-def available_bytes() -> int:
-    """Memory that this process may still take: what the machine has free, at most what the container may hold."""
-    if MEMINFO.is_file():
-        for line in MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, machine_bytes())
-    return machine_bytes()
 
 
 def _dtype(matmul_dtype: MatmulDtype) -> torch.dtype:

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.prepare import rows
 from components.prepare.rows import Unreadable, read_rows
 from components.prepare.sources import find_sources
 from components.registry.store import Store
@@ -49,6 +50,17 @@ def test_a_line_that_cannot_be_parsed_carries_its_reason(
     assert isinstance(first, Unreadable)
     assert first.reason.startswith(reason)
     assert second == (2, {"a": 2})
+
+
+def test_a_line_that_is_too_long_spoils_only_itself(
+    write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    long, longest = ('{"a": "' + "x" * size + '"}' for size in (990, 991))
+    found = read(write_rows([longest, {"a": 2}, "y" * 5000, long, {"a": 3}]))
+    assert [line for line, _ in found] == [1, 2, 3, 4, 5]
+    too_long = Unreadable("the line is longer than 0 MiB")
+    assert [value for _, value in found] == [too_long, {"a": 2}, too_long, {"a": "x" * 990}, {"a": 3}]
 
 
 def test_parquet_gives_the_same_rows_as_jsonl_without_nulls(tmp_path: Path) -> None:

@@ -109,3 +109,40 @@ def test_an_unreachable_s3_source_is_a_store_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
         find_sources("s3://bucket/incoming/")
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused_and_one_within_is_read(folder: Path) -> None:
+    inner = folder / "deep"
+    (inner / "within.jsonl").symlink_to(inner / "c.parquet")
+    assert names(str(inner), folder) == ["deep/c.parquet", "deep/within.jsonl"]
+    (inner / "out.jsonl").symlink_to("../a.jsonl")
+    for source in (inner, inner / "*.jsonl", inner / "**" / "*.jsonl"):
+        with pytest.raises(
+            DataError, match=r"out\.jsonl is a link to .*/a\.jsonl: one must not lead out of .*/deep; copy"
+        ):
+            find_sources(str(source))
+    assert names(str(inner / "out.jsonl"), folder) == ["deep/out.jsonl"]  # whoever names it means it
+    assert "deep/out.jsonl" in names(str(folder), folder)  # from above it leads nowhere else
+
+
+def test_folders_that_are_links_lead_on_nowhere(folder: Path) -> None:
+    """Two links of a folder to itself are 2^40 ways through it, before the kernel stops following them."""
+    for name in ("one", "two"):
+        (folder / "deep" / name).symlink_to(".", target_is_directory=True)
+    assert names(str(folder / "deep"), folder) == ["deep/c.parquet"]
+    assert names(str(folder / "deep" / "**" / "*.parquet"), folder) == ["deep/c.parquet"]
+
+
+def test_what_is_no_file_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "deep" / "pipe.jsonl")
+    assert names(str(folder / "deep"), folder) == ["deep/c.parquet"]
+    with pytest.raises(DataError, match=r"pipe\.jsonl', which is no file: expected a path"):
+        find_sources(str(folder / "deep" / "pipe.jsonl"))
+
+
+def test_a_glob_takes_hidden_files_only_where_it_says_so(folder: Path) -> None:
+    (folder / ".hidden.jsonl").write_text("{}\n")
+    assert names(str(folder / "**" / "*.jsonl"), folder) == ["a.jsonl", "b.jsonl"]
+    assert names(str(folder / ".h*.jsonl"), folder) == [".hidden.jsonl"]
+    with pytest.raises(DataError, match=r"which is no glob: "):
+        find_sources(str(folder / "a**.jsonl"))

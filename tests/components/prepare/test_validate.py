@@ -1,14 +1,22 @@
 import json
+import unicodedata
 
 import pytest
 
 from components.prepare.dataset import Message, dataset_id
-from components.prepare.validate import canonical_prompt, validate
+from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, validate
 from components.shared.errors import DataError
 
 USER = {"role": "user", "content": "Which chapter?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "Eye"}
+
+
+def nested(depth: int) -> object:
+    value: object = 0
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def test_prompt_and_completion_become_one_user_message_and_the_answer() -> None:
@@ -150,6 +158,41 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
 CALL = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 ASKS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call12345", "content": "rain"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"prompt": "a", "completion": "x" * (MAX_TEXT_CHARS + 1)},
+            "completion has 16777217 characters: expected at most",
+        ),
+        (
+            {"id": "i" * (MAX_NAME_CHARS + 1), "prompt": "a", "completion": "b"},
+            "id has 4097 characters: expected at most",
+        ),
+        # NFC would take hours to put these in order.
+        (
+            {"prompt": "a" + "\u0301\u0316" * 1_000_000, "completion": "b"},
+            "prompt has more than 30 combining characters",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": "[" * 200_000}, "tools is text that is not JSON"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{"name": "f", "x": nested(100_000)}]},
+            "tools and their calls must",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_row_that_would_take_all_time_or_memory_is_refused(row: object, reason: str) -> None:
+    with pytest.raises(DataError) as refusal:
+        validate(row)
+    assert str(refusal.value).startswith(reason)
+
+
+def test_marks_as_languages_have_them_are_kept() -> None:
+    text = "a" + "\u0316\u0301" * 15
+    assert validate({"prompt": text, "completion": "b"}).record.prompt[0].content == unicodedata.normalize("NFC", text)
 
 
 def test_tools_their_calls_and_results_are_kept() -> None:

@@ -1,6 +1,7 @@
 """A container's limit, as the kernel writes it: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,18 @@ def test_a_containers_limit_counts_in_either_version(
     if written:
         places[of_version].write_text(f"{written}\n", encoding="ascii")
     assert memory.machine_bytes() == expected
+
+
+def test_more_than_what_is_left_is_a_memory_error_and_afterwards_there_is_no_limit() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with memory.at_most(256 * 2**20):
+        assert len(bytearray(64 * 2**20)) == 64 * 2**20
+        with pytest.raises(MemoryError):
+            bytearray(512 * 2**20)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert len(bytearray(512 * 2**20)) == 512 * 2**20
+
+
+def test_a_limit_within_a_limit_does_not_raise_it() -> None:
+    with memory.at_most(128 * 2**20), memory.at_most(1024 * 2**20), pytest.raises(MemoryError):
+        bytearray(512 * 2**20)
