@@ -6,6 +6,7 @@ field. Secrets are never in it: they come from the environment or from mounted f
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -126,9 +127,18 @@ class MethodConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Names of the layers to adapt, or all-linear for every linear layer but the output head."""
+    """Names of the layers to adapt, a regular expression of whole names, or all-linear for every linear layer but the
+    output head."""
     loftq_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """LoftQ only: alternating steps T. With 1 the base stays plain NF4; with more the adapter has a base of its own."""
+
+    @model_validator(mode="after")
+    def _pattern_is_one(self) -> "MethodConfig":
+        try:
+            re.compile(self.target_modules if isinstance(self.target_modules, str) else "")
+        except (re.error, RecursionError, OverflowError) as exc:
+            raise ValueError(f"target_modules {self.target_modules!r} is no regular expression: {exc}") from exc
+        return self
 
     @property
     def row(self) -> Method:

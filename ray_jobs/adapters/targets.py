@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
+from ray_jobs.base.bounded import SECONDS, bounded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,13 +58,13 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     if wanted == ALL_LINEAR:
         targets = Targets([name for name in linear if name not in routers], _short(experts))
     else:
-        matched = [name for name in layers if _is_named(name, wanted)]
+        matched = _named(layers, wanted)
         adapted = [name for name in matched if name in text]
         _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
         _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
         # As the config has them, unless that would reach layers that never run.
         modules = adapted if adapted != matched else wanted
-        parameters = _short(name for name in experts if _is_named(name, wanted))
+        parameters = _short(_named(experts, wanted))
         targets = Targets(modules if matched or not parameters else [], parameters)
     if targets.parameters:
         _require_lora(method, sorted({name.rpartition(".")[2] for name in linear.keys() - routers}), base_reference)
@@ -86,11 +87,23 @@ def _is_linear(module: "nn.Module") -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _is_named(name: str, wanted: str | list[str]) -> bool:
-    """As peft matches target_modules: a string is a pattern of the whole name, a list holds last parts of it."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
+def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
+    """As peft matches target_modules: a string is a pattern of the whole name, a list holds last parts of it.
+
+    Raises:
+        ConfigError: the pattern goes back and forth over a name without end.
+    """
+    if not isinstance(wanted, str):
+        return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
+    pattern = re.compile(wanted)
+    try:
+        with bounded():
+            return [name for name in names if pattern.fullmatch(name)]
+    except (TimeoutError, MemoryError, RecursionError) as exc:
+        raise ConfigError(
+            f"method.target_modules {wanted!r} does not come to an end in {SECONDS:.0f} s: write it without a "
+            "repetition within a repetition"
+        ) from exc
 
 
 def _short(names: Iterable[str]) -> list[str]:

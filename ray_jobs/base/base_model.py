@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
@@ -240,10 +240,10 @@ def _from_s3(reference: str) -> Base:
 
     def download(target: Path) -> None:
         for item in objects:
-            local_path = target / item.key.removeprefix(prefix)
-            if ".." in local_path.parts:
+            name = item.key.removeprefix(prefix)
+            if not _is_inside(name):
                 raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
-            store.download(item.key, local_path)
+            store.download(item.key, target / name)
 
     once(path, download)
     return Base(reference, _require_model(path, reference), _folder_identity("s3", path))
@@ -308,10 +308,24 @@ def _require_model(path: Path, reference: str) -> Path:
         raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
     if not list(path.glob("*.safetensors")):
         raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
+    for index in path.glob("*.safetensors.index.json"):
+        # transformers joins what it finds there to the folder, and the base's identity is that of files in the folder.
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        if outside := sorted({name for name in shards if not _is_inside(name)}):
+            raise ConfigError(
+                f"model.base {reference}: {index.name} names {outside[0]!r}, which lies outside the folder"
+            )
     return path
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name in a folder is that of a file in it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def _folder_identity(kind: str, path: Path) -> dict[str, str]:
+    """Of all bytes that may be read there, those behind links too: the hub's caches are made of links."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     known = cache_dir().with_name("digests")
     digests = {file.relative_to(path).as_posix(): remembered(file, known) for file in files}

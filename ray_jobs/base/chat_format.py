@@ -15,6 +15,7 @@ from components.config.schema import LossOn, ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
+from ray_jobs.base.bounded import MORE_BYTES, SECONDS, bounded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -31,6 +32,12 @@ CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
 """Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
 """What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
+
+
+class _Refused(Exception):
+    """A template makes nothing of such turns, or does not come to an end."""
+
+
 _TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
 
 
@@ -120,8 +127,6 @@ class ChatFormat:
     def _rendered(
         self, record: Record, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
-        from jinja2.exceptions import TemplateError
-
         try:
             return _render(
                 self.tokenizer,
@@ -131,7 +136,7 @@ class ChatFormat:
                 in_parts=self.in_parts,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as exc:
+        except _Refused as exc:
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
                 f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {exc}; change "
@@ -224,15 +229,33 @@ def _render(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
+    """What the template makes of the turns.
+
+    The template is a program that comes with the base. transformers runs it in jinja's sandbox, which keeps it from the
+    machine and lets it take all the time and memory that there is.
+
+    Raises:
+        _Refused: it makes nothing of them.
+        ConfigError: it takes more time or memory than a template needs.
+    """
     if in_parts:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    text: str = tokenizer.apply_chat_template(
-        turns,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        **dict.fromkeys(SWITCHES, thinking),
-    )
+    try:
+        with bounded():
+            text: str = tokenizer.apply_chat_template(
+                turns,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **dict.fromkeys(SWITCHES, thinking),
+            )
+    except (TimeoutError, MemoryError, RecursionError) as exc:
+        raise ConfigError(
+            f"the chat template of model.base does not come to an end in {SECONDS:.0f} s and {MORE_BYTES >> 20} MiB "
+            f"({type(exc).__name__}): take a base with a sound one"
+        ) from exc
+    except Exception as exc:  # jinja's own, and whatever the template's expressions raise
+        raise _Refused(str(exc)) from exc
     return text
 
 
@@ -245,13 +268,11 @@ def _shown(
     add_generation_prompt: bool = False,
 ) -> str:
     """What the template makes of such turns; nothing where it refuses them."""
-    from jinja2.exceptions import TemplateError
-
     try:
         return _render(
             tokenizer, turns, thinking=thinking, in_parts=in_parts, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError:
+    except _Refused:
         return ""
 
 

@@ -101,6 +101,7 @@ def test_a_key_like_no_other_lists_those_that_are_known() -> None:
             "method.name=loraa",
             "method.name = 'loraa': should be 'lora', 'qlora', 'rslora', 'dora', 'qdora', 'vera', 'dvora' or 'loftq'",
         ),
+        ("method.target_modules='('", "target_modules '(' is no regular expression: missing )"),
         ("adapter.name=Foo", "adapter.name = 'Foo': expected ^[a-z0-9]"),
         ("adapter.name=Foo", "lower-case letters, digits, '.', '_' and '-', at most 63 characters"),
         ("registry.prefix=/x/", "without slashes at either end"),

@@ -1,5 +1,6 @@
 """Which layers get an adapter, on tiny models of transformers' own architectures."""
 
+import functools
 import json
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.adapters import build
+from ray_jobs.adapters import build, targets
 from ray_jobs.adapters.targets import find
 from ray_jobs.base import base_model
+from ray_jobs.base.bounded import bounded
 from tests.models import zoo
 from tests.models.zoo import on_no_device
 
@@ -42,6 +44,14 @@ def test_layers_are_written_as_the_config_has_them_where_that_reaches_no_other()
     assert attached("Llama, tied", target_modules=["q_proj"]).peft_config["default"].target_modules == {"q_proj"}
     pattern = r".*\.q_proj"
     assert attached("Llama, tied", target_modules=pattern).peft_config["default"].target_modules == pattern
+
+
+def test_a_pattern_that_goes_back_and_forth_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(targets, "bounded", functools.partial(bounded, 0.5))
+    with pytest.raises(
+        ConfigError, match=r"method\.target_modules '\(\[a-z_0-9\.\]\+\)\+!' does not come to an end in 10 s"
+    ):
+        attached("Llama, tied", target_modules="([a-z_0-9.]+)+!")
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "gpt-oss", "Llama 4, text"])

@@ -1,6 +1,7 @@
 """From a reference to a model in memory. Nothing is faked but the size: see `tests.models.tiny` and `tiny_gguf`."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from components.config.schema import ModelConfig
+from components.registry.store import ObjectInfo, Store
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import base_model, chat_format
 from tests.doubles import hub
@@ -126,6 +129,18 @@ def test_a_recorded_package_may_have_another_version_of_the_same_weights(package
         base_model.resolve(config, recorded={**base.identity, "sha256": "0"})
 
 
+def test_a_base_whose_index_names_weights_elsewhere_is_refused(tiny_base, tmp_path):
+    """transformers would read them from there, and the base's identity would not say so."""
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    index = folder / "model.safetensors.index.json"
+    for shard in ("../tiny/model.safetensors", "/etc/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard, "lm_head.weight": "a.safetensors"}}))
+        with pytest.raises(ConfigError, match=rf"index\.json names '{shard}', which lies outside the folder"):
+            resolve(folder)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    assert resolve(folder).path == folder
+
+
 # s3:// folders
 
 
@@ -159,6 +174,19 @@ def test_an_s3_folder_is_downloaded_once_and_again_when_it_changes(uploaded, sto
 def test_a_folder_beside_it_with_a_longer_name_is_not_part_of_it(uploaded, store):
     store.put("bases/tiny-other/stray.txt", b"x")
     assert not (resolve(uploaded).path / "stray.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json"])
+def test_an_s3_folder_whose_objects_would_lie_elsewhere_is_refused(name, store, cache, monkeypatch):
+    """Servers that keep such keys as they are exist; ours here makes paths of them."""
+
+    def listed(_, prefix):
+        return iter([ObjectInfo(key=f"{prefix}{name}", size=1, etag="0", last_modified=datetime.now(UTC))])
+
+    monkeypatch.setattr(Store, "list", listed)
+    monkeypatch.setattr(Store, "download", lambda *_: pytest.fail("it was written"))
+    with pytest.raises(ConfigError, match=rf"the object '.*/bases/odd/{name}' would leave the folder: rename it"):
+        resolve(store.uri("bases/odd"))
 
 
 def test_an_empty_s3_folder_says_so_and_leaves_nothing_in_the_cache(store, cache):

@@ -1,8 +1,10 @@
 """How conversations read to a base, and where its answers end."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import resource
 import shutil
 
 import pytest
@@ -13,6 +15,7 @@ from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base import chat_format
 from ray_jobs.base.base_model import Base
+from ray_jobs.base.bounded import MORE_BYTES, bounded
 from tests.models import chat_families
 from tests.models.chat_families import CHATML, FAMILIES
 
@@ -237,3 +240,46 @@ def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
     chat = chat_of(chat_families.build(tmp_path, family))
     [[prompt, _]] = chat.rows(Record("r", [Message("system", "Be brief."), Message("user", "sky")], "blue"))
     assert prompt.endswith("<|im_start|>assistant\n")
+
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = b %}{% endfor %}{% endfor %}",
+    "writes": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+    "repeats": "{{ 'a' * 10**10 }}",
+    "doubles": "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "squares": "{% set n = namespace(x=10) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "pads": "{{ '%0999999999d'|format(1) }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_does_not_come_to_an_end_is_an_error_in_bounded_time_and_memory(
+    tiny_base, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(chat_format, "bounded", functools.partial(bounded, 1.0))
+    folder = shutil.copytree(tiny_base, tmp_path / "hostile")
+    (folder / "chat_template.jinja").write_text(HOSTILE[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=r"chat template of model\.base does not come to an end in 10 s and 128 MiB"):
+        chat_of(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * MORE_BYTES / 1024
+
+
+def test_a_template_that_is_hostile_to_one_record_alone_names_the_base(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "patient")
+    now = "{% if messages[0].content == 'now' %}{{ 'a' * 10**10 }}{% endif %}"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}" + now)
+    chat = chat_of(folder)
+    assert chat.rows(Record("r1", [Message("user", "then")], "x")) == [["then", "x"]]
+    with pytest.raises(ConfigError, match="does not come to an end"):
+        chat.rows(Record("r2", [Message("user", "now")], "x"))
+
+
+@pytest.mark.parametrize("template", ["{% for a in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}", "{{ messages + 1 }}"])
+def test_what_goes_wrong_in_a_template_is_told_of_the_record(tiny_base, tmp_path, template):
+    folder = shutil.copytree(tiny_base, tmp_path / "wrong")
+    (folder / "chat_template.jinja").write_text(template)
+    chat = chat_of(folder)
+    with pytest.raises(DataError, match=r"refuses record 'r1', with turns of user: "):
+        chat.rows(Record("r1", [Message("user", "a")], "x"))
