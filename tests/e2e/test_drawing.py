@@ -1,7 +1,6 @@
 """Two runs on a tiny base and a real Ray head: what the first records do not tell of the second, more of them do."""
 
 import io
-from collections.abc import Iterator
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,16 +16,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 FIRST, MOST = 30, 80
 
 
-@pytest.fixture(scope="module")
-def store(tiny: Tiny) -> Iterator[Store]:
-    """The home's, which stays up with its Ray head between the commands."""
-    started = tiny.home.fineloop("ray", "up")
-    assert started.exit_code == 0, started.told
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in tiny.home.store_environment().items():
-            environment.setenv(name, value)
-        yield Store.open(RegistryConfig())
-    assert tiny.home.fineloop("ray", "down").exit_code == 0
+@pytest.fixture
+def store(up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Store:
+    for name, value in up.items():
+        monkeypatch.setenv(name, value)
+    return Store.open(RegistryConfig())
 
 
 def test_where_the_first_records_do_not_tell_the_verdict_is_on_more_of_them(tiny: Tiny, store: Store) -> None:
