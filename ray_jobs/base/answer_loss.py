@@ -34,19 +34,27 @@ def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tor
 
     `model` may be a transformers model, a peft model or a DeepSpeed engine; its rows are padded on the right.
     """
+    nothing = labels.new_full((len(labels), 1), IGNORED)
+    return next_token_nll(model, input_ids, torch.cat([labels[:, 1:], nothing], dim=1), use_cache=False)
+
+
+def next_token_nll(model: Any, input_ids: torch.Tensor, targets: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The same of `targets`: what follows each token of `input_ids`, or IGNORED. The model is `given` the rest too.
+
+    No mask is needed where rows are padded on the right and nothing stands before them: see `batching`.
+    """
     module = getattr(model, "module", model)  # a DeepSpeed engine wraps what it trains
     head: torch.nn.Module = module.get_output_embeddings()
-    targets = labels[:, 1:]
     wanted = targets != IGNORED
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
     if len(targets) > positions and _may_be_chunked(head):
         if head not in _after_head and not _is_shared(head):  # a pass more would be everybody's
             with torch.no_grad():
-                _logits(model, module, head, input_ids[:1, :2], wanted.new_ones(1, 1))
+                _logits(model, module, head, input_ids[:1, :1], wanted.new_ones(1, 1), use_cache=False)
         if (after := _after_head.get(head)) is not None:
-            return _in_chunks(model, head, after, input_ids, wanted, targets, positions)
-    return F.cross_entropy(_logits(model, module, head, input_ids, wanted).float(), targets, reduction="none")
+            return _in_chunks(model, head, after, input_ids, wanted, targets, positions, **given)
+    return F.cross_entropy(_logits(model, module, head, input_ids, wanted, **given).float(), targets, reduction="none")
 
 
 def _may_be_chunked(head: torch.nn.Module) -> bool:
@@ -62,21 +70,20 @@ def _is_shared(head: torch.nn.Module) -> bool:
 
 
 def _logits(
-    model: Any, module: Any, head: torch.nn.Module, input_ids: torch.Tensor, wanted: torch.Tensor
+    model: Any, module: Any, head: torch.nn.Module, input_ids: torch.Tensor, wanted: torch.Tensor, **given: Any
 ) -> torch.Tensor:
     """The logits at `wanted`, shape (A, V), as the model's own forward gives them."""
     raw: list[torch.Tensor] = []
 
     def select(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (arguments[0][:, :-1][wanted],)
+        return (arguments[0][wanted],)
 
     def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
         raw.append(output[:1].detach())
 
     handles = [head.register_forward_pre_hook(select), head.register_forward_hook(keep)]
     try:
-        # use_cache=False: no keys and values are kept. No mask: see `batching`.
-        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=input_ids, **given).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -110,18 +117,19 @@ def _in_chunks(
     wanted: torch.Tensor,
     targets: torch.Tensor,
     positions: int,
+    **given: Any,
 ) -> torch.Tensor:
     """The same in one pass through the model, whose head computes the losses instead of handing out logits."""
     found: list[torch.Tensor] = []
     forward = head.forward
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
-        rows = hidden[:, :-1][wanted]
+        rows = hidden[wanted]
         found.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
         return forward(rows[:1].detach())  # the model goes on with something of the right shape
 
     with _forward_is(head, loss):
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, **given)
     return found[0]
 
 

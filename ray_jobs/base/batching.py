@@ -70,6 +70,14 @@ class TokenizedSplit:
             b"".join(each.tobytes() for each in (self.offsets, self.tokens, self.labelled))
         ).hexdigest()
 
+    def prompt(self, row: int) -> npt.NDArray[np.int32]:
+        """The tokens before the row's last answer."""
+        return self.tokens[self.offsets[row] : self.offsets[row] + self.num_prompt_tokens[row]]
+
+    def answer(self, row: int) -> npt.NDArray[np.int32]:
+        """The tokens of the row's last answer, its end included."""
+        return self.tokens[self.offsets[row] + self.num_prompt_tokens[row] : self.offsets[row + 1]]
+
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
         """The rows at `indices`, in that order."""
         chosen = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]

@@ -1,6 +1,6 @@
 """What a model answers: greedy decoding in batches, the same for evaluation and chat."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from ray_jobs.base import base_config
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.batches import agreed, free_bytes, in_batches, is_shared, with_room
+from ray_jobs.scoring.reading import Read, Reader, Tokens
 
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
@@ -35,35 +36,74 @@ def greedy(
     word by word as it comes: the pieces joined are the answer.
     """
     result = [""] * len(split)
-    reach = base_config.positions(model.config)
     together = is_shared(model)
-    lengths = split.num_prompt_tokens.astype(np.int64)
+    prompts = [split.prompt(row) for row in range(len(split))]
+    reader = Reader(model, prompts, chat.pad) if prompts and Reader.takes(model) else None
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
-        rows = [split.tokens[split.offsets[i] : split.offsets[i] + split.num_prompt_tokens[i]] for i in indices]
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), chat.pad, dtype=torch.long)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for row, tokens in enumerate(rows):  # padded on the left, so that every answer starts at the same place
-            input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
-            attention_mask[row, width - len(tokens) :] = 1
-        generated = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - width)),
-            synced_gpus=together,
-            streamer=None if tell is None else _Words(chat.tokenizer, tell),
-        )
-        texts = chat.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        for index, text in zip(indices, texts, strict=True):
-            result[index] = text.strip()
+        asked = [prompts[index] for index in indices]
+        words = None if tell is None else _Words(chat.tokenizer, tell)
+        if reader is None:
+            found = _generated(model, chat, asked, max_new_tokens, words)
+        else:
+            found = answers_to(reader, reader.read(asked), asked, chat, max_new_tokens, words)
+        for index, text in zip(indices, found, strict=True):
+            result[index] = text
         advance(len(indices))
 
+    lengths = split.num_prompt_tokens.astype(np.int64)
     longest = int(lengths.max(initial=1)) + max_new_tokens
     at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
     with _decoding(model, chat):
         in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
     return result
+
+
+def answers_to(
+    reader: Reader,
+    read: Read,
+    prompts: Sequence[Tokens],
+    chat: ChatFormat,
+    max_new_tokens: int,
+    words: "_Words | None" = None,
+) -> list[str]:
+    """The same to prompts that were read."""
+    reach = base_config.positions(reader.model.config)
+    most = [_most(max_new_tokens, reach, len(prompt)) for prompt in prompts]
+    if words is not None:
+        words.put(torch.zeros(1))  # it passes over the first, which it takes for the prompt
+    found = reader.greedy(read, chat.stops, most, put=words.put if words is not None else lambda _: None)
+    if words is not None:
+        words.end()
+    return _texts(chat, found)
+
+
+def _generated(
+    model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, words: "_Words | None"
+) -> list[str]:
+    """The same by transformers' own `generate`."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, tokens in enumerate(prompts):  # padded on the left, so that every answer starts at the same place
+        input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
+        attention_mask[row, width - len(tokens) :] = 1
+    generated = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        max_new_tokens=_most(max_new_tokens, base_config.positions(model.config), width),
+        synced_gpus=is_shared(model),
+        streamer=words,
+    )
+    return _texts(chat, generated[:, width:])
+
+
+def _most(max_new_tokens: int, reach: int | None, num_prompt_tokens: int) -> int:
+    return max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - num_prompt_tokens))
+
+
+def _texts(chat: ChatFormat, answers: Any) -> list[str]:
+    return [text.strip() for text in chat.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, collate
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.batches import in_batches, is_shared
-from ray_jobs.scoring.generation import Advance, greedy
+from ray_jobs.scoring.batches import free_bytes, in_batches, is_shared, with_room
+from ray_jobs.scoring.generation import Advance, answers_to, greedy
 from ray_jobs.scoring.marks import MARKS, Mark
+from ray_jobs.scoring.reading import Reader
 
 
 @torch.inference_mode()
@@ -34,16 +35,21 @@ def score(
 
     `advance` is told how many records each finished batch held, twice over: once for its loss, once for its answers.
     """
-    nll = label_nll(model, split, batch_size, chat.pad, advance)
-    other = None
-    if with_other_prompts is not None:
-        other = label_nll(model, with_other_prompts, batch_size, chat.pad)
-    answers = [without_reasoning(text) for text in greedy(model, chat, split, batch_size, max_new_tokens, advance)]
+    nll: list[list[float]]
+    if len(split) and Reader.takes(model):
+        parts = [part for part in (split, with_other_prompts) if part is not None]
+        nll, texts = _reading_once(model, chat, parts, batch_size, max_new_tokens, advance)
+    else:
+        nll = [label_nll(model, split, batch_size, chat.pad, advance)]
+        if with_other_prompts is not None:
+            nll.append(label_nll(model, with_other_prompts, batch_size, chat.pad))
+        texts = greedy(model, chat, split, batch_size, max_new_tokens, advance)
+    answers = [without_reasoning(text) for text in texts]
     references = [_reference(chat, record, split, row) for row, record in enumerate(records)]
     return [
         Score(
-            nll=nll[row],
-            other_prompt_nll=other[row] if other is not None else None,
+            nll=nll[0][row],
+            other_prompt_nll=nll[1][row] if with_other_prompts is not None else None,
             text=answer,
             marks={key: mark(answer, reference) for key, mark in marks.items()},
         )
@@ -51,12 +57,55 @@ def score(
     ]
 
 
+def _reading_once(
+    model: Any,
+    chat: ChatFormat,
+    parts: Sequence[TokenizedSplit],
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Advance,
+) -> tuple[list[list[float]], list[str]]:
+    """-log p of each part's answers, and the greedy answers to the first one's prompts, each prompt read once."""
+    of_key = {parts[0].prompt(row).tobytes(): parts[0].prompt(row) for row in range(len(parts[0]))}
+    numbers, prompts = {key: number for number, key in enumerate(of_key)}, list(of_key.values())
+    asked = [[numbers.get(part.prompt(row).tobytes()) for row in range(len(part))] for part in parts]
+    reader = Reader(model, prompts, chat.pad)
+    nll = [[0.0] * len(part) for part in parts]
+    texts = [""] * len(parts[0])
+
+    def measure(indices: npt.NDArray[np.int64]) -> None:
+        these = [prompts[index] for index in indices]
+        places: dict[int | None, int] = {int(index): place for place, index in enumerate(indices)}
+        read = reader.read(these)
+        for part, numbers_of, found in zip(parts, asked, nll, strict=True):
+            rows = [row for row, number in enumerate(numbers_of) if number in places]
+            for some in (rows[start : start + len(these)] for start in range(0, len(rows), len(these))):
+                behind = read.take([places[numbers_of[row]] for row in some])
+                for row, loss in zip(some, reader.nll(behind, [part.answer(row) for row in some]), strict=True):
+                    found[row] = loss
+        answers = answers_to(reader, read, these, chat, max_new_tokens)
+        own = [row for row, number in enumerate(asked[0]) if number in places]
+        for row in own:
+            texts[row] = answers[places[asked[0][row]]]
+        advance(2 * len(own))
+
+    lengths = np.array([len(prompt) for prompt in prompts])
+    # Twice: losses are taken behind a copy of what was read.
+    longest = int(lengths.max()) + max(max_new_tokens, int(max(part.num_answer_tokens.max() for part in parts)))
+    at_once = with_room(batch_size, model.config, 2 * longest, free_bytes(model.device))
+    in_batches(lengths, at_once, measure)
+    for part, numbers_of, found in zip(parts, asked, nll, strict=True):
+        cut = [row for row, number in enumerate(numbers_of) if number is None]  # to make room for another's answer
+        for row, loss in zip(cut, label_nll(model, part.take(cut), batch_size, chat.pad), strict=True):
+            found[row] = loss
+    return nll, texts
+
+
 def _reference(chat: ChatFormat, record: Record, split: TokenizedSplit, row: int) -> str:
     """The text that the answer is compared with; of tool calls, what the chat template writes for them."""
     if not record.calls:
         return without_reasoning(record.answer)
-    answer = split.tokens[split.offsets[row] + split.num_prompt_tokens[row] : split.offsets[row + 1]]
-    text: str = chat.tokenizer.decode(answer, skip_special_tokens=True)
+    text: str = chat.tokenizer.decode(split.answer(row), skip_special_tokens=True)
     return without_reasoning(text.strip())
 
 
@@ -64,10 +113,8 @@ def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
     """Each answer behind the next record's prompt: a random one, as records lie in the order of a hash."""
     rows, labels, num_prompt_tokens = [], [], []
     for index in range(len(split)):
-        other = (index + 1) % len(split)
-        answer = split.tokens[split.offsets[index] + split.num_prompt_tokens[index] : split.offsets[index + 1]]
-        prompt = split.tokens[split.offsets[other] : split.offsets[other] + split.num_prompt_tokens[other]]
-        prompt = prompt[-max(1, max_length - len(answer)) :]
+        answer = split.answer(index)
+        prompt = split.prompt((index + 1) % len(split))[-max(1, max_length - len(answer)) :]
         rows.append(np.concatenate([prompt, answer]))
         labels.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
         num_prompt_tokens.append(len(prompt))

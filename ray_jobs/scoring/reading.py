@@ -1,0 +1,152 @@
+"""Prompts that are read once, for whatever is asked behind them: the losses of answers, and the greedy answer.
+
+What all of them begin with, such as a system message and an instruction, is read once for all. That takes a model which
+keeps keys and values of every token and nothing else: one with windows, chunks or recurrent states goes its own way.
+
+Shapes: B prompts, T places in the cache of each, S tokens that are read at once.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ray_jobs.base.answer_loss import next_token_nll
+from ray_jobs.base.attention import FLOAT32, takes_kernels
+from ray_jobs.base.batching import IGNORED
+from ray_jobs.scoring.batches import is_shared
+
+ATTENTION = (FLOAT32, "sdpa", "eager")
+"""Kernels that take a mask with holes."""
+
+Tokens = npt.NDArray[np.int32]
+Put = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Prompts but for their last tokens, as a model has read them."""
+
+    cache: DynamicCache
+    is_token_BT: torch.Tensor
+    """0 where there is padding: before what is a shorter prompt's own, so that all go on at the same place."""
+    last_B: torch.Tensor
+    """What is still to be read."""
+
+    def take(self, rows: Sequence[int]) -> "Read":
+        """The prompts at `rows`, in that order; one may stand there several times."""
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.last_B.device)
+        cache = _to_grow(self.cache)
+        cache.batch_select_indices(chosen)
+        return Read(cache, self.is_token_BT[chosen], self.last_B[chosen])
+
+
+class Reader:
+    """A model, in evaluation mode, that has read what all prompts begin with."""
+
+    @staticmethod
+    def takes(model: Any) -> bool:
+        """Whether this model goes on behind what it has read."""
+        base = model.config
+        if is_shared(model) or base.get_text_config() is not base or not takes_kernels(base):
+            return False
+        if base._attn_implementation not in ATTENTION or _turns_by_length(base):
+            return False
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base).layers)
+
+    def __init__(self, model: Any, prompts: Sequence[Tokens], pad: int) -> None:
+        self.model, self._pad = model, pad
+        self._body = getattr(model, "get_base_model", lambda: model)().get_decoder()  # reading takes no logits
+        self._num_common = _common(prompts)
+        nothing = torch.zeros(1, 0, dtype=torch.long, device=model.device)
+        begun = Read(DynamicCache(config=model.config), nothing, nothing.new_zeros(1))
+        self._begun = self._read(begun, [prompts[0][: self._num_common]])
+
+    def read(self, prompts: Sequence[Tokens]) -> Read:
+        """Some of the prompts, but for their last tokens."""
+        last_B = torch.tensor([int(prompt[-1]) for prompt in prompts], device=self.model.device)
+        begun = self._begun.take([0] * len(prompts))
+        return replace(self._read(begun, [prompt[self._num_common : -1] for prompt in prompts]), last_B=last_B)
+
+    def nll(self, read: Read, answers: Sequence[Tokens]) -> list[float]:
+        """-log p in nats of each answer behind its prompt."""
+        width = max(map(len, answers))
+        inputs = np.full((len(answers), width), self._pad, dtype=np.int64)
+        targets = np.full((len(answers), width), IGNORED, dtype=np.int64)
+        for row, answer in enumerate(answers):
+            inputs[row, 1 : len(answer)] = answer[:-1]
+            targets[row, : len(answer)] = answer
+        inputs[:, 0] = read.last_B.cpu()
+        device = self.model.device
+        behind = _behind(read, torch.from_numpy(targets != IGNORED).long().to(device))
+        nll = next_token_nll(
+            self.model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), **behind
+        )
+        return [values.double().sum().item() for values in nll.cpu().split([len(answer) for answer in answers])]
+
+    def greedy(self, read: Read, stops: Collection[int], most: Sequence[int], put: Put) -> list[list[int]]:
+        """The likeliest tokens behind each prompt, until a stop, which is one of them, or as many as `most` says.
+
+        `put` is given each token of all that still go on.
+        """
+        found: list[list[int]] = [[] for _ in most]
+        rows = list(range(len(most)))
+        while rows:
+            behind = _behind(read, read.is_token_BT.new_ones(len(rows), 1))
+            logits = self.model(input_ids=read.last_B[:, None], **behind).logits[:, -1]
+            read = Read(behind["cache"], behind["attention_mask"], logits.float().argmax(-1))
+            put(read.last_B)
+            for row, token in zip(rows, read.last_B.tolist(), strict=True):
+                found[row].append(token)
+            going = [
+                place for place, row in enumerate(rows) if found[row][-1] not in stops and len(found[row]) < most[row]
+            ]
+            if len(going) < len(rows):
+                rows = [rows[place] for place in going]
+                read = read.take(going)
+        return found
+
+    def _read(self, read: Read, texts: Sequence[Tokens]) -> Read:
+        width = max(map(len, texts))
+        if not width:
+            return read
+        inputs = np.full((len(texts), width), self._pad, dtype=np.int64)
+        for row, tokens in enumerate(texts):
+            inputs[row, width - len(tokens) :] = tokens
+        lengths = torch.tensor([len(tokens) for tokens in texts])
+        is_token_BS = (torch.arange(width) >= width - lengths[:, None]).long().to(self.model.device)
+        behind = _behind(read, is_token_BS)
+        self._body(input_ids=torch.from_numpy(inputs).to(self.model.device), **behind)
+        return Read(behind["cache"], behind["attention_mask"], read.last_B)
+
+
+def _turns_by_length(base: Any) -> bool:
+    """Whether the length of the whole text decides how a token is turned: those that were read would turn again."""
+    return (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
+
+
+def _behind(read: Read, is_token_BS: torch.Tensor) -> dict[str, Any]:
+    """What a model is given with S more tokens of each prompt, beside them; `read` stays as it is."""
+    is_token = torch.cat([read.is_token_BT, is_token_BS], dim=1)
+    positions = (is_token.cumsum(1) - 1).clamp(min=0)[:, read.is_token_BT.shape[1] :]
+    return {"cache": _to_grow(read.cache), "attention_mask": is_token, "position_ids": positions, "use_cache": True}
+
+
+def _to_grow(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values, to which others are added: that makes new tensors, so that nothing is copied here."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
+
+
+def _common(prompts: Sequence[Tokens]) -> int:
+    """How many tokens all of them begin with; at least the last one of each is its own."""
+    shortest = min(map(len, prompts)) - 1
+    equal = np.logical_and.reduce([prompt[:shortest] == prompts[0][:shortest] for prompt in prompts])
+    return shortest if equal.all() else int(equal.argmin())
