@@ -46,10 +46,10 @@ run: $(READY)
 	@$(BIN)/fineloop run
 
 # What needs no GPU, root or Kubernetes. A process more than there are processors, as many tests wait for what they have
-# started; those with a Ray of their own first, as they take longest (tests/conftest.py).
+# started; tests/conftest.py says which takes what.
 HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow" $(SIDE_BY_SIDE)

@@ -133,7 +133,7 @@ def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(
     assert not place.home.exists()
 
 
-@pytest.mark.parametrize("what", ["retrain", "train"])
+@pytest.mark.parametrize("what", ["retrain", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, what: str
 ) -> None:

@@ -262,6 +262,7 @@ def test_many_records_are_tokenised_as_they_are_one_by_one(chat):
     assert split.num_prompt_tokens.tolist() == [n for each in alone for n in each.num_prompt_tokens]
 
 
+@pytest.mark.slow
 def test_tokens_take_the_room_of_their_arrays_and_little_more(chat):
     records = [record("x" * 300, "blue", str(i)) for i in range(4 * AT_ONCE)]
     tokenize(records[:1], chat, 512)

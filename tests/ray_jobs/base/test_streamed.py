@@ -32,6 +32,7 @@ def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype
     assert base_format == "bf16" or (other - expected).abs().max() > 0.04 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = ModelConfig(base=str(build_base(tmp_path, width=256)))
     base = base_model.resolve(config)

@@ -157,7 +157,7 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     assert resumed.matmul_dtype == "float32"
 
 
-@pytest.mark.parametrize("zero_stage", [NONE, TWO, 3])
+@pytest.mark.parametrize("zero_stage", [NONE, TWO, pytest.param(3, marks=pytest.mark.slow)])
 def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, config, store, zero_stage):
     changes = ["train.optimizer=adamw_8bit", "train.checkpoint_every_steps=4", f"train.zero_stage={zero_stage}"]
     found = run(*changes, run_id="eight")
@@ -171,7 +171,7 @@ def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, con
     assert state.size < 1.1 * trained * (4 + 2 * (1 + 4 / 256))
 
 
-@pytest.mark.parametrize("zero_stage", [NONE, TWO, 3])
+@pytest.mark.parametrize("zero_stage", [NONE, TWO, pytest.param(3, marks=pytest.mark.slow)])
 def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
     # So strong that a magnitude's change would be a fraction of what it is.
     changes = ["method.name=dora", "train.weight_decay=30", "train.max_steps=6"]
