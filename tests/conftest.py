@@ -36,8 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a cluster its tests are skipped. Processes that share the tests take a file each at a time, the longest
-    first, and no more than two of them at once one that starts Ray: each of those keeps both processors busy.
+    """Without a cluster its tests are skipped. Processes that share the tests take a file each at a time, and no more
+    than two of them at once one that starts Ray: each of those keeps both processors busy. Those come first, as they
+    take longest, then files of a test or two, which have no more because they are long, and then those of the most.
     """
     if not config.getoption("--host"):
         for item in items:
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             is_e2e = item.get_closest_marker("e2e") is not None
             group = f"ray {with_ray.index(item.path) % 2}" if is_e2e else item.path.relative_to(config.rootpath)
             item.add_marker(pytest.mark.xdist_group(str(group)))
-        items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, -tests[item.path]))
+        items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, tests[item.path] > 2, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def many_empty_rows() -> pa.Table:
     [
         one_value_many_times,
         one_long_list,
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (one_long_text, many_empty_rows)),
+        *(pytest.param(each, marks=pytest.mark.full) for each in (one_long_text, many_empty_rows)),
     ],
 )
 def test_a_parquet_file_that_unpacks_to_more_than_memory_is_an_error_and_takes_no_more(

@@ -237,6 +237,7 @@ def resolve_in_rank(reference: str) -> Path:
     return resolve(reference).path
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_convert_once(package, cache, tmp_path):
     paths = in_group(resolve_in_rank, "pkg://tiny_weights/Tiny.gguf", directory=tmp_path / "group", num_workers=2)
     told = [path.read_text() for path in (tmp_path / "group").glob("rank-*.log")]
