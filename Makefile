@@ -49,7 +49,7 @@ run: $(READY)
 # started; tests/conftest.py says which takes what.
 HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow" $(SIDE_BY_SIDE)

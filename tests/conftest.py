@@ -34,11 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help="fits the example's config to it")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a cluster its tests are skipped. Processes that share the tests take a file each at a time, and no more
-    than two of them at once one that starts Ray: each of those keeps both processors busy. Those come first, as they
-    take longest, then files of a test or two, which have no more because they are long, and then those of the most.
+    """Without a cluster its tests are skipped. Of processes that share the files, none takes a long one at the end:
+    first come those that start Ray, then files of a test or two, which have no more because they are long.
     """
     if not config.getoption("--host"):
         for item in items:
@@ -46,11 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="on a live cluster alone: --host URL"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
-        with_ray = sorted({item.path for item in items if item.get_closest_marker("e2e")})
-        for item in items:
-            is_e2e = item.get_closest_marker("e2e") is not None
-            group = f"ray {with_ray.index(item.path) % 2}" if is_e2e else item.path.relative_to(config.rootpath)
-            item.add_marker(pytest.mark.xdist_group(str(group)))
         items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, tests[item.path] > 2, -tests[item.path]))
 
 

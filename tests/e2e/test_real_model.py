@@ -141,7 +141,7 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     assert kinds.count("refused") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that_alone(home: Home):
     fast = {"adapter.name": "forgetful", "train.learning_rate": 5e-3, "train.max_steps": 24, "data.max_records": 600}
     short = {"evaluate.records": 60, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
