@@ -11,7 +11,7 @@ from components.registry.records import Decision, Evaluation
 from components.registry.store import Store
 from tests.e2e.conftest import Tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 FIRST, MOST = 30, 80
 

@@ -18,7 +18,7 @@ from tests.models.tiny import colour_rows
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
     rows = [
         {**row, "completion": f"The {row['prompt'].split()[1]} is {row['completion']}."} for row in colour_rows(300)
@@ -31,13 +31,12 @@ def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
     assert done.answer["metrics"]["candidate"]["token_f1"] > 0.5 > done.answer["metrics"]["base"]["token_f1"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.base=nobody/no-such-model", "model.base 'nobody/no-such-model'"),
-        ("ray.num_workers=16", "ray.num_workers"),
-        ("method.target_modules=['nothing']", "method.target_modules"),
+        pytest.param("model.base=nobody/no-such-model", "model.base 'nobody/no-such-model'", marks=pytest.mark.full),
+        pytest.param("ray.num_workers=16", "ray.num_workers", marks=pytest.mark.slow),
+        pytest.param("method.target_modules=['nothing']", "method.target_modules", marks=pytest.mark.full),
     ],
 )
 def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: Tiny, up, setting, message):

@@ -79,7 +79,7 @@ def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, 
     assert best == 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
     _, kept = swept_elsewhere(five, tmp_path, failing={}, scheduler="asha")
     # In this order: nobody to compare the first with; each of the next two is the best so far; then worse, and worst.
