@@ -1,5 +1,6 @@
 """Talk to an adapter: `fineloop chat NAME`. Base and adapter answer side by side, from one base in memory."""
 
+import logging
 import signal
 import sys
 import tempfile
@@ -13,10 +14,9 @@ from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
 from components.shared.errors import FineloopError
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.base import base_config, base_model, chat_format, processor, widened
+from ray_jobs.adapters import build, recorded
+from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.planning import placement
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -34,6 +34,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the adapter's copy is removed
+    # What takes its time is told, such as converting a base that is here for the first time.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ray_jobs").setLevel(logging.INFO)
+    _tell("starting PyTorch and transformers")
     entry.quiet_libraries()
     try:
         chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
@@ -50,13 +54,17 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         ConfigError: its base comes with code that `config` does not allow to run.
         IntegrityError: its base is not there any more as it was trained on.
     """
+    from ray_jobs.adapters import one_row, own_base
+    from ray_jobs.base import processor
+    from ray_jobs.planning import placement
+
     store = Store.open(config.registry)
     version = resolve(store, reference)
     its_run = recorded.read(config, store, version)
     own, longest = its_run.config, its_run.max_new_tokens or LONGEST_ANSWER
     if system is None:
         system = _system_message(store, its_run.dataset_uri)
-    _tell(f"loading {own.model.base} and {version.name} {version.version}")
+    _tell(f"loading {own.model.base}")
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
     stands_on = own_base.find(own, base, store)
     shape = processor.typical_shape(base_config.load(base.path, own.model))
@@ -64,11 +72,14 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
     model = _load(stands_on, own, dtype, use_gpu=use_gpu)
     alone = model if stands_on == base else _load(base, own, dtype, use_gpu=use_gpu)
+    _tell(f"loading {version.name} {version.version}")
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
         chat_as = chat_format.load(base, own.model, folder)
         adapted = build.load(model, folder, matmul_dtype=dtype).eval()
+    for each in (alone, adapted):
+        one_row.adopt(each)
     if system:
         _tell(f"each prompt follows the system message {system!r}, as in training")
     _tell("ready: type a prompt, or Ctrl-D to end")
@@ -80,6 +91,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
 
 
 def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype, *, use_gpu: bool) -> Any:
+    from ray_jobs.base import widened
+
     model = base_model.load_model(
         base, own.model, own.method.row.base, use_gpu=use_gpu, across_gpus=True, matmul_dtype=dtype
     ).eval()

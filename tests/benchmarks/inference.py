@@ -196,7 +196,7 @@ def _chatted(answer: Callable[[Callable[[], None]], object]) -> dict[str, float]
 
 def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     from components.prepare.dataset import Message, Record
-    from ray_jobs.adapters import build
+    from ray_jobs.adapters import build, one_row
     from ray_jobs.base import base_model, widened
     from ray_jobs.base.batching import tokenize
     from ray_jobs.scoring.generation import greedy
@@ -223,6 +223,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     figures = _evaluated(seconds, split, records, [each.nll for each in scores], [each.text for each in scores])
     prompt = tokenize([Record("prompt", [Message("user", PROMPT)], "-")], chat, config.model.max_length)
     endless = dataclasses.replace(chat, stops=frozenset({len(chat.tokenizer)}))
+    one_row.adopt(adapted)  # as chat does
 
     def answer(told: Callable[[], None]) -> object:
         return greedy(adapted, endless, prompt, 1, CHAT_TOKENS, tell=lambda _: told())
