@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 """Of version 2, which says "max" for none, and of version 1, which then gives a number larger than any machine."""
 MEMINFO = Path("/proc/meminfo")
 STATM = Path("/proc/self/statm")
+_one_at_a_time = threading.RLock()
 
 
 def machine_bytes() -> int:
@@ -34,16 +36,17 @@ def at_most(more_bytes: int) -> Iterator[None]:
 
     Without it the kernel ends a process that takes all there is, or another one, and nobody learns what was too large.
     Memory counts once it may be written to (RLIMIT_DATA), used or not. Where that is not known, as outside Linux,
-    there is no limit.
+    there is no limit. A thread waits for another's to end: of two that overlap, one would be put back for good.
     """
     if not STATM.is_file():
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    taken = int(STATM.read_text(encoding="ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
-    limits = [limit for limit in (taken + more_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    with _one_at_a_time:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        taken = int(STATM.read_text(encoding="ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        limits = [limit for limit in (taken + more_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

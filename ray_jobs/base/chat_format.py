@@ -32,13 +32,11 @@ CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
 """Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
 """What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
+_TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
 
 
 class _Refused(Exception):
-    """A template makes nothing of such turns, or does not come to an end."""
-
-
-_TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
+    """A template makes nothing of such turns."""
 
 
 @dataclass(frozen=True)

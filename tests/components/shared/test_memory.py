@@ -2,6 +2,8 @@
 
 import os
 import resource
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,29 @@ def test_more_than_what_is_left_is_a_memory_error_and_afterwards_there_is_no_lim
 def test_a_limit_within_a_limit_does_not_raise_it() -> None:
     with memory.at_most(128 * 2**20), memory.at_most(1024 * 2**20), pytest.raises(MemoryError):
         bytearray(512 * 2**20)
+
+
+def test_limits_of_two_threads_that_overlap_leave_none_behind() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    first_is_in, first_may_leave, second_may_leave = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with memory.at_most(512 * 2**20):
+            first_is_in.set()
+            first_may_leave.wait(10)
+
+    def second() -> None:
+        first_is_in.wait(10)
+        with memory.at_most(512 * 2**20):
+            second_may_leave.wait(10)
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    first_is_in.wait(10)
+    time.sleep(0.2)  # time for the second to be within too, if it can
+    first_may_leave.set()
+    threads[0].join()
+    second_may_leave.set()
+    threads[1].join()
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
