@@ -13,6 +13,9 @@ Init = Literal["default", "loftq"]
 BaseFormat = Literal["bf16", "nf4", "int8"]
 MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora", "vera", "dvora", "loftq"]
 
+OWN_BASE: frozenset[Init] = frozenset({"loftq"})
+"""The starts that leave an adapter with a base of its own; `ray_jobs/adapters/own_base.py` has how each is made."""
+
 # LoRA's own usual peak rate with Adam, which the table's rates are relative to.
 LORA_LEARNING_RATE = 2e-4
 # rsLoRA's default, at every rank: at rank 16 its scaling is 8.

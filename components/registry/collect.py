@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from components.config.methods import METHODS, OWN_BASE
 from components.registry import folders, runs, versions
 from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor, of_record
@@ -207,13 +208,15 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
         return None
     prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
     config = store.read(runs.run_key(run_id, runs.CONFIG))
-    return _UnderWay(prepared, not prepared, config is None or _has_own_base(config[0]))
+    return _UnderWay(prepared, not prepared, config is None or _makes_a_base(config[0]))
 
 
-def _has_own_base(config_toml: bytes) -> bool:
-    """Whether a run's method makes a base; of a config that today's schema may not read any more."""
-    method: dict[str, Any] = tomllib.loads(config_toml.decode()).get("method", {})
-    return "loftq" in (method.get("name"), method.get("init"))
+def _makes_a_base(config_toml: bytes) -> bool:
+    """Whether a run's methods make bases; of a config that today's schema may not read any more."""
+    config: dict[str, Any] = tomllib.loads(config_toml.decode())
+    method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
+    rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
+    return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
 
 
 def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:

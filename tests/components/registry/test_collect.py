@@ -142,24 +142,27 @@ def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> No
     assert collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC)) == []
 
 
+QLORA, LOFTQ = '[method]\nname = "qlora"', '[method]\nname = "loftq"'
 PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", seconds=1, result={"dataset_id": "left"})
 
 
 @pytest.mark.parametrize(
-    ("method", "record", "goes"),
+    ("config", "record", "goes"),
     [
-        ("qlora", None, LEFT[1:]),  # nobody knows which dataset it is on its way with
-        ("qlora", PREPARED, LEFT[1:]),
-        ("loftq", PREPARED, []),
-        ("loftq", PREPARED.model_copy(update={"result": {"dataset_id": "another"}}), LEFT[:1]),
-        ("loftq", Evaluation(run_id="r1", records=1, models={}), LEFT),  # it has ended
+        (QLORA, None, LEFT[1:]),  # nobody knows which dataset it is on its way with
+        (QLORA, PREPARED, LEFT[1:]),
+        (LOFTQ, PREPARED, []),
+        ('[method]\ninit = "loftq"', PREPARED, []),
+        ('[tune]\nmethods = ["lora", "loftq"]', PREPARED, []),  # a sweep makes what it compares
+        (LOFTQ, PREPARED.model_copy(update={"result": {"dataset_id": "another"}}), LEFT[:1]),
+        (LOFTQ, Evaluation(run_id="r1", records=1, models={}), LEFT),  # it has ended
     ],
 )
 def test_a_run_that_is_under_way_keeps_what_it_may_need(
-    aged: Aged, method: str, record: StepRecord | Evaluation | None, goes: list[tuple[str, str]]
+    aged: Aged, config: str, record: StepRecord | Evaluation | None, goes: list[tuple[str, str]]
 ) -> None:
     aged.new = ("runs/r1/",)
-    aged.put(runs.run_key("r1", runs.CONFIG), f'[method]\nname = "{method}"\n'.encode())
+    aged.put(runs.run_key("r1", runs.CONFIG), config.encode())
     if record:
         runs.write(aged, "r1", record)
     assert shared(aged) == goes

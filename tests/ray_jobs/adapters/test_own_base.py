@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.config import config_file
+from components.config import config_file, methods
 from components.config.schema import RunConfig
 from components.registry import folders
 from components.registry.store import Store
@@ -36,6 +36,11 @@ def changed(config: RunConfig, store: Store) -> Changed:
 
 def stood(config: RunConfig, store: Store) -> Base:
     return own_base.prepare(config, base_model.resolve(config.model), store)
+
+
+def test_every_start_with_a_base_of_its_own_is_known_as_one_before_ray_is():
+    """Which bases may be collected is asked where nothing of Ray's jobs is imported."""
+    assert own_base.STARTS.keys() == methods.OWN_BASE
 
 
 def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
