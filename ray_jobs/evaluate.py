@@ -28,7 +28,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import drawing, general_text, judges
+from ray_jobs.scoring import drawing, general_text, judges, suites
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -41,6 +41,7 @@ from ray_jobs.scoring.answers import (
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
 from ray_jobs.scoring.measure import STEP, Contender, measure_shard
+from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,14 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     config = with_room_for_answers(config, chat, records)
     contenders = _contenders(config, store, candidate)
     passages = general_text.to_read(store, chat, config, contenders)
+    questions = suites.to_ask(store, chat, config, contenders)
     # After a training in the same job it is connected already.
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
     if _must_be_shared(config, base, ray.nodes()):
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
         measured = partial(_measured_apart, config, base, contenders)
-    found = measured(records, passages=passages)
+    found = measured(records, passages=passages, questions=questions)
     general = passages.measured(found.general_nll)
     if further := drawing.further(config, judging.records[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
@@ -104,6 +106,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
             "test_set": judging.sample,
             "fold": judging.fold,
             "folds": config.evaluate.folds,
+            "suites": questions.judged(chat, found.suite_answers),
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": found.matmul_dtype,
@@ -114,6 +117,8 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     runs.write(store, run_id, evaluation)
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
+    for suite in evaluation.suites:
+        say(STEP, suite.told)
     return evaluation
 
 
@@ -128,6 +133,7 @@ def _measured_apart(
     records: Sequence[Record],
     *,
     passages: Passages = NO_PASSAGES,
+    questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
 ) -> Found:
     """A share of records and passages by each of several Ray tasks, which hold the base by themselves."""
@@ -139,11 +145,15 @@ def _measured_apart(
     shards = [records[start::num_shards] for start in range(num_shards)]
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
+
+    def outside(index: int) -> tuple[Passages, Questions]:
+        return passages.share(index, num_shards), questions.share(index, num_shards)
+
     try:
         dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
         results = ray.get(
             [
-                task.remote(contenders, shard, passages.share(i, len(shards)), shard_index=i, matmul_dtype=dtype)
+                task.remote(contenders, shard, *outside(i), shard_index=i, matmul_dtype=dtype)
                 for i, shard in enumerate(shards)
             ]
         )
@@ -163,6 +173,7 @@ def _measured_together(
     store: Store,
     run_id: str,
     passages: Passages = NO_PASSAGES,
+    questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
 ) -> Found:
     """All records by a group of workers, which share the base out as they do to train on it."""
@@ -173,7 +184,8 @@ def _measured_together(
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
     name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
-    arguments = {"contenders": contenders, "records": records, "passages": passages, "matmul_dtype": dtype}
+    work = {"records": records, "passages": passages, "questions": questions}
+    arguments = {"contenders": contenders, **work, "matmul_dtype": dtype}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
     return Found.of(dtype, [records], [answer["result"]])
 

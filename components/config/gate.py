@@ -92,6 +92,9 @@ class GateConfig(Section):
     """On general text, which evaluate.general_passages measures, the candidate's loss may be above the base's by at
     most this, in nats per token: what the base knows must not be forgotten. Absent asks nothing: an adapter that is
     served for its domain alone may forget the rest, and how much is usual depends on the base and its languages."""
+    suite_worse_by: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Added("0.2.0")] = None
+    """In no suite of evaluate.suites may the candidate be shown to pass a smaller share of the items than the base, by
+    more than this; the more suites there are, the surer each must be (Holm). 0.1 is ten points. Absent asks nothing."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30

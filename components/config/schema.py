@@ -27,6 +27,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-
 Share = Annotated[float, Field(ge=0, le=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 LossOn = Literal["last", "all"]
+SuiteName = Literal["instructions", "json", "tool_calls", "refusal", "over_refusal"]
 
 
 class AdapterConfig(Section):
@@ -183,6 +184,9 @@ class EvaluateConfig(Section):
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
     """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets
     what its base knows (general_loss); 0 measures none."""
+    suites: Annotated[list[SuiteName], Added("0.2.0")] = []
+    """Questions outside the domain, some 24 a suite, that base, champion and candidate answer: constraints to keep,
+    JSON to write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty asks none."""
 
 
 class RunConfig(Section):
@@ -233,6 +237,15 @@ class RunConfig(Section):
             raise ValueError(
                 "gate.worse_on_general_text_by asks for what evaluate.general_passages "
                 f"{self.evaluate.general_passages} does not measure: raise that to 16 or more, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _suites_are_asked_where_they_decide(self) -> "RunConfig":
+        if self.gate.suite_worse_by is not None and not self.evaluate.suites:
+            raise ValueError(
+                "gate.suite_worse_by asks for what no suite of evaluate.suites measures: name suites there, such as "
+                '["instructions", "json"], or remove it'
             )
         return self
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
-from components.gate import comparisons, slices
+from components.gate import comparisons, slices, suites
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
 from components.registry.looks import confidence_at
@@ -63,6 +63,8 @@ def decide(
             rules.append(sliced)
     if policy.worse_on_general_text_by is not None:
         rules.append(comparisons.remembers(policy.worse_on_general_text_by, against("base", "general_loss")))
+    if policy.suite_worse_by is not None:
+        rules.append(suites.no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
     for index, limit in enumerate(policy.limits):
         metric = metric_of(limit.metric)
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
@@ -123,6 +125,11 @@ def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
         "look": decision.look,
         "base": evaluation.base,
         **evaluation.model_dump(mode="json", include={"general_text", "changed_answers"}, exclude_none=True),
+        **(
+            {"suites": [[each.name, each.sha256, each.passes] for each in evaluation.suites]}
+            if evaluation.suites
+            else {}
+        ),
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
         "rules": [[rule.name, rule.field, rule.passed, rule.undecided] for rule in decision.rules],
         "verdict": decision.verdict,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.config.gate import GateConfig
+from components.gate import holm
 from components.gate.comparisons import ROUNDING, Compared, unmeasured
 from components.registry.records import RuleResult, SliceResult
 from components.shared.paired import Bounds, Pairs, bounds
@@ -31,7 +32,7 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
         return None
     margin, metric = policy.slice_budget, compared.metric
     allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
-    level = _level(policy.confidence, len(found))
+    level = holm.level(policy.confidence, len(found))
     at_once = [bounds(each.pairs, level) for each in found]
     worse = _shown_worse(found, at_once, margin, policy.confidence)
     results = [
@@ -70,25 +71,16 @@ def _slices(policy: GateConfig, compared: Compared) -> Iterator[Slice]:
                 yield Slice(kind, str(name), part)
 
 
-def _level(confidence: float, slices: int) -> float:
-    return 1 - (1 - confidence) / slices
-
-
 def _shown_worse(
     parts: Sequence[Slice], at_once: Sequence[Bounds | None], margin: float, confidence: float
 ) -> set[int]:
-    """Holm's steps: first all slices share the chance of a mistake, then those that no earlier step has found."""
+    first = holm.level(confidence, len(parts))
 
-    def found(between: Bounds | None) -> bool:
+    def shows(index: int, level: float) -> bool:
+        between = at_once[index] if level == first else bounds(parts[index].pairs, level)
         return between is not None and between.upper < -margin - ROUNDING
 
-    worse = more = {index for index, between in enumerate(at_once) if found(between)}
-    while more and len(worse) < len(parts):
-        level = _level(confidence, len(parts) - len(worse))
-        left = [index for index in range(len(parts)) if index not in worse]
-        more = {index for index in left if found(bounds(parts[index].pairs, level))}
-        worse = worse | more
-    return worse
+    return holm.found(len(parts), confidence, shows)
 
 
 def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:

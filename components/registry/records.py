@@ -8,9 +8,11 @@ import hashlib
 import math
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from components.registry.part import Part
 from components.registry.store import decode_json, encode_json
+from components.registry.suite_records import Suite
 from components.shared.errors import IntegrityError
 
 Role = Literal["base", "champion", "candidate", "anchor"]
@@ -19,14 +21,6 @@ ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
 Outcome = Literal["promote", "hold", "skipped"]
 Verdict = Literal["promote", "hold", "cannot tell", "needs approval"]
 Status = Literal["succeeded", "failed"]
-
-
-class Part(BaseModel):
-    """Frozen, and open to keys that came later."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="allow", strict=True, ser_json_inf_nan="null", use_attribute_docstrings=True
-    )
 
 
 class Record(Part):
@@ -180,6 +174,8 @@ class Evaluation(Record):
     """By role."""
     general_text: GeneralText | None = None
     """None where it was not measured."""
+    suites: tuple[Suite, ...] = ()
+    """Of questions outside the domain; none where none were asked for."""
     changed_answers: float | None = None
     """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
     paired: dict[str, PairedDifference | None] = {}

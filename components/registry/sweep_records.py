@@ -2,7 +2,8 @@
 
 from typing import Any, ClassVar, Literal
 
-from components.registry.records import GeneralText, Part, Record
+from components.registry.part import Part
+from components.registry.records import GeneralText, Record
 
 TrialStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 

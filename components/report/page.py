@@ -10,6 +10,7 @@ from components.report.numbers import count, moment
 from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
 from components.report.slices import slices
+from components.report.suites import suites
 from components.shared.durations import duration
 
 
@@ -28,6 +29,7 @@ def build_report(run: RunFiles) -> str:
         table=comparison.table(run),
         intervals=comparison.intervals(run),
         slices=slices(run),
+        suites=suites(run),
         past_decisions=past_decisions(run),
         rules=comparison.rules(run),
         samples=shown,

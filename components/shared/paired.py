@@ -150,6 +150,24 @@ def score_bounds(won: int, lost: int, records: int, confidence: float) -> tuple[
     return where(quantile, -1.0, gain), where(-quantile, gain, 1.0)
 
 
+def shown_worse(won: int, lost: int, records: int, margin: float, confidence: float) -> bool:
+    """Whether so many wins and losses show that one share is below the other by more than the margin.
+
+    By McNemar's exact test that it is below, and by Tango's bound that it is so by more than a margin above zero.
+    """
+    if mcnemar(won, lost) > 1 - confidence:
+        return False
+    return margin == 0 or score_bounds(won, lost, records, confidence)[1] < -margin
+
+
+def least_loss(records: int, margin: float, confidence: float) -> int | None:
+    """The smallest loss that shows, of a model that wins nothing; None where so few records show none.
+
+    With a margin of zero it is the smallest k with 1 / 2^k <= 1 - confidence, the whole tail of McNemar's test.
+    """
+    return next((lost for lost in range(1, records + 1) if shown_worse(0, lost, records, margin, confidence)), None)
+
+
 def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
     """How many records would tell in four cases of five, if the gain is what it is here, on which side of `required`.
 

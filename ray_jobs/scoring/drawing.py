@@ -47,6 +47,8 @@ class Found:
     """Of the passages of general text, by who read them."""
     first_scored_at: str
     """When the first batch was done; ISO 8601, in UTC."""
+    suite_answers: list[dict[Role, dict[str, list[str]]]]
+    """To the questions of the suites, by who answered them."""
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class Found:
             {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
             [result.general_nll for result in results],
             min(result.first_scored_at for result in results),
+            [result.suite_answers for result in results],
         )
 
     def and_then(self, more: "Found") -> "Found":

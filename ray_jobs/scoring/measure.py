@@ -27,6 +27,7 @@ from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring import marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
+from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,8 @@ class ShardResult:
     """Of the passages of general text, in order; of the roles that had to read them."""
     first_scored_at: str = field(compare=False)
     """When the first batch was done; ISO 8601, in UTC."""
+    suite_answers: dict[Role, dict[str, list[str]]] = field(default_factory=dict)
+    """What was said to the questions of each suite, in order; of the roles that had to be asked."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,10 @@ class Asked:
 
         return label_nll(model.eval(), passages, self.config.evaluate.batch_size, self.chat.pad)
 
+    def suite_answers(self, model: Any, questions: Questions) -> dict[str, list[str]]:
+        """To questions outside the domain, by the same model."""
+        return questions.answers(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
+
 
 @contextmanager
 def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterator[tuple[list[Record], list[Asked]]]:
@@ -135,6 +142,7 @@ def measure_shard(
     contenders: Sequence[Contender],
     records: Sequence[Record],
     passages: Passages = NO_PASSAGES,
+    questions: Questions = NO_QUESTIONS,
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
@@ -155,6 +163,7 @@ def measure_shard(
         loaded: tuple[Any, Any] | None = None
         scores: dict[Role, list[Score]] = {}
         general_nll: dict[Role, list[float]] = {}
+        suite_answers: dict[Role, dict[str, list[str]]] = {}
         for each in all_asked:
             key = (each.base.identity, each.config.method.row.base)
             if loaded is None or loaded[0] != key:
@@ -168,10 +177,11 @@ def measure_shard(
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
                 if each.role in passages.roles:
                     general_nll[each.role] = each.general_nll(model, passages.split)
+                suite_answers[each.role] = each.suite_answers(model, questions)
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
-        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at)
+        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at, suite_answers)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:

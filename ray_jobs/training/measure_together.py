@@ -18,6 +18,7 @@ from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.general_text import Passages
 from ray_jobs.scoring.measure import Contender, Progress, ShardResult, answer_tokens, asking
+from ray_jobs.scoring.suites import Questions
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 
@@ -35,16 +36,22 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
     try:
-        result = measure_together(contenders, arguments["records"], arguments["passages"], worker)
+        result = measure_together(
+            contenders, arguments["records"], arguments["passages"], arguments["questions"], worker
+        )
     except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
     return {"result": result} if worker.rank == 0 else {}
 
 
 def measure_together(
-    contenders: Sequence[Contender], records: Sequence[Record], passages: Passages, worker: Worker
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    passages: Passages,
+    questions: Questions,
+    worker: Worker,
 ) -> ShardResult:
-    """Measure every contender on all records and passages; the same on every worker of a process group.
+    """Measure every contender on all records, passages and questions; the same on every worker of a process group.
 
     They share them out.
 
@@ -61,6 +68,8 @@ def measure_together(
         progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
         general_nll: dict[Role, list[float]] = {}
+        suite_answers: dict[Role, dict[str, list[str]]] = {}
+        my_questions = questions.at(lambda count: _dealt(count, worker))
         for each in all_asked:
             progress.role = each.role
             with zero.sharding(each.config, each.dtype):
@@ -72,8 +81,12 @@ def measure_together(
                     if each.role in passages.roles:
                         read = each.general_nll(sharded, passages.split.take(mine_to_read))
                         general_nll[each.role] = _gathered(mine_to_read, read, worker)
+                    suite_answers[each.role] = {
+                        name: _gathered(_dealt(questions.num_items(name), worker), said, worker)
+                        for name, said in each.suite_answers(sharded, my_questions).items()
+                    }
             scores[each.role] = _gathered(mine, found, worker)
-        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at)
+        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at, suite_answers)
 
 
 def _dealt(count: int, worker: Worker) -> list[int]:

@@ -29,3 +29,18 @@ def test_general_text_that_decides_has_to_be_read() -> None:
     assert config_file.loads(GOOD, asked).gate.worse_on_general_text_by == 0.5
     with pytest.raises(ConfigError, match=r"gate\.worse_on_general_text_by asks for what evaluate\.general_passages 0"):
         config_file.loads(GOOD, [*asked, "evaluate.general_passages=0"])
+
+
+def test_suites_that_decide_have_to_be_asked() -> None:
+    asked = ["gate.suite_worse_by=0.1"]
+    with pytest.raises(ConfigError, match=r"gate\.suite_worse_by asks for what no suite of evaluate\.suites measures"):
+        config_file.loads(GOOD, asked)
+    assert config_file.loads(GOOD, [*asked, 'evaluate.suites=["json"]']).gate.suite_worse_by == 0.1
+    with pytest.raises(ConfigError, match=r"evaluate\.suites"):
+        config_file.loads(GOOD, ['evaluate.suites=["jsn"]'])
+
+
+def test_suites_at_their_default_change_no_digest() -> None:
+    whole = config_file.loads(GOOD)
+    assert config_file.loads(GOOD, ["evaluate.suites=[]"]).digest == whole.digest
+    assert config_file.loads(GOOD, ['evaluate.suites=["json"]']).digest != whole.digest

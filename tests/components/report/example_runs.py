@@ -11,6 +11,7 @@ from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
 from components.registry.records import Decision, Evaluation, GeneralText, Measured, PairedDifference, StepRecord
+from components.registry.suite_records import LostItem, Suite
 from components.report.run_files import RunFiles
 from tests.components.gate.evidenced import evidence
 
@@ -239,6 +240,30 @@ def forgetful_run() -> RunFiles:
         promoted_run(),
         evaluation=measured,
         decision=decision(measured, CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5})),
+        steps=steps("prepare", "finetune", "evaluate", "gate"),
+    )
+
+
+def unlearned_run() -> RunFiles:
+    """As good on its task as the promoted one; it writes no JSON any more, and its template takes no tools."""
+    measured = promoted_run().evaluation
+    assert measured is not None
+    base, champion = [True] * 18 + [False] * 6, [True] * 17 + [False] * 7
+    about = {"sha256": "0", "meaning": "answers that are JSON <by> its schema"}
+    json = Suite(
+        name="json",
+        title="JSON",
+        items=24,
+        passes={"base": base, "champion": champion, "candidate": [True] * 3 + [False] * 20 + [True]},
+        lost=(LostItem(prompt="Give <JSON>", answer="<b>No</b>"),),
+        **about,
+    )
+    tools = Suite(name="tool_calls", title="Tool calls", items=0, left_out="no tools", passes={}, **about)
+    measured = measured.model_copy(update={"suites": (json, tools)})
+    return replace(
+        promoted_run(),
+        evaluation=measured,
+        decision=decision(measured, CONFIG.gate.model_copy(update={"suite_worse_by": 0.1})),
         steps=steps("prepare", "finetune", "evaluate", "gate"),
     )
 

@@ -1,5 +1,7 @@
 """A base that its workers hold together is measured as one that each of them holds by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.scoring.general_text import to_read
 from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.suites import to_ask
 from tests.models.shapes import small
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group
@@ -20,7 +23,7 @@ def changed(config, *overrides):
     return config_file.loads(config_file.dumps(config), overrides)
 
 
-def measure_in_rank(contenders, records, passages):
+def measure_in_rank(contenders, records, passages, questions):
     """What one rank does: its result."""
     import torch
     import torch.distributed as dist
@@ -29,7 +32,7 @@ def measure_in_rank(contenders, records, passages):
     from ray_jobs.training.measure_together import measure_together
 
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return measure_together(contenders, records, passages, worker)
+    return measure_together(contenders, records, passages, questions, worker)
 
 
 @pytest.mark.slow
@@ -46,14 +49,19 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     promote(store, config.adapter.name, old.version)
     contenders = _contenders(config, store, new)
     records = RECORDS[:11]  # no even share for two workers, and of the passages neither
-    three = changed(config, "evaluate.general_passages=3")
-    passages = to_read(store, chat_format.load(base_model.resolve(config.model), config.model), three, contenders)
+    three = changed(config, "evaluate.general_passages=3", "evaluate.suites=['refusal']")
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    passages = to_read(store, chat, three, contenders)
+    questions = to_ask(store, chat, three, contenders).at(lambda count: range(5))
+    questions = replace(questions, suites=tuple(replace(each, max_new_tokens=4) for each in questions.suites))
     threads = torch.get_num_threads()
     # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
     monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
-    expected = measure_shard(contenders, records, passages, shard_index=1)
+    expected = measure_shard(contenders, records, passages, questions, shard_index=1)
     torch.set_num_threads(threads)
-    found, same = in_group(measure_in_rank, contenders, records, passages, directory=tmp_path / "logs", num_workers=2)
+    found, same = in_group(
+        measure_in_rank, contenders, records, passages, questions, directory=tmp_path / "logs", num_workers=2
+    )
     assert found == same
     assert found.tokens == expected.tokens
     assert found.scores.keys() == {"base", "champion", "candidate"}
@@ -64,6 +72,8 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
             assert (ours.other_prompt_nll is None) == (role == "base")
         assert found.general_nll[role] == pytest.approx(expected.general_nll[role], rel=0.01)
         assert len(found.general_nll[role]) == 3
+        assert found.suite_answers[role] == expected.suite_answers[role]
+        assert len(found.suite_answers[role]["refusal"]) == 5
 
 
 @pytest.mark.parametrize(

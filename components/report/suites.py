@@ -1,0 +1,78 @@
+"""The table of suites: who passes how many questions outside the domain, and what so few of them can show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from components.config.gate import GateConfig
+from components.registry.records import ROLES, Role
+from components.registry.suite_records import LostItem, Suite
+from components.report.run_files import RunFiles
+from components.report.sections import clipped
+from components.shared.paired import least_loss, mcnemar
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One line of the table."""
+
+    title: str
+    meaning: str
+    items: int
+    left_out: str
+    passed: Mapping[Role, str]
+    against: Mapping[Role, tuple[str, str]]
+    """Per other model: the words, and one of better, worse, same."""
+    least_loss: str
+    """The fewest lost items that show."""
+    lost: tuple[LostItem, ...]
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """All of them, and what is said of them together."""
+
+    rows: tuple[SuiteRow, ...]
+    margin: str
+    """What the candidate may be worse by; empty for nothing."""
+    sure: str
+
+
+def suites(run: RunFiles) -> SuiteTable | None:
+    """What was asked outside the domain; None where nothing was."""
+    if run.evaluation is None or not run.evaluation.suites:
+        return None
+    policy = run.decision.policy if run.decision else {}
+    confidence = policy.get("confidence", GateConfig().confidence)
+    margin = policy.get("suite_worse_by") or 0.0
+    rows = tuple(_row(suite, margin, confidence) for suite in run.evaluation.suites)
+    return SuiteTable(rows, margin=f"{margin * 100:.10g} points" if margin else "", sure=f"{confidence * 100:.6g} %")
+
+
+def _row(suite: Suite, margin: float, confidence: float) -> SuiteRow:
+    least = least_loss(suite.items, margin, confidence)
+    return SuiteRow(
+        title=suite.title,
+        meaning=suite.meaning,
+        items=suite.items,
+        left_out=suite.left_out,
+        passed={role: _count(suite.passed(role)) for role in ROLES},
+        against={role: _difference(suite, role) for role in ROLES if role != "candidate"},
+        least_loss="none" if least is None else str(least),
+        lost=tuple(LostItem(prompt=each.prompt, answer=clipped(each.answer)) for each in suite.lost),
+    )
+
+
+def _count(passed: int | None) -> str:
+    return "–" if passed is None else str(passed)  # noqa: RUF001 - a dash for a cell without a number
+
+
+def _difference(suite: Suite, against: Role) -> tuple[str, str]:
+    counts = suite.won_and_lost(against)
+    if counts is None:
+        return "–", "same"  # noqa: RUF001
+    won, lost = counts
+    if won == lost == 0:
+        return "the same", "same"
+    way = "better" if won > lost else "worse" if lost > won else "same"
+    amount = f"{abs(won - lost)} {way}" if won != lost else "the same"
+    return f"{amount} ({won} won, {lost} lost; {mcnemar(won, lost):.2g})", way

@@ -1,0 +1,122 @@
+"""Whether an answer calls the right tool: read as the base's own chat template writes calls, whatever its way is.
+
+Most templates write JSON with the function's name and its arguments under keys of their own; those are found by having
+the template write a call of known parts. Of any other way, an answer is right when it is what the template writes.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Any
+
+from components.prepare.dataset import Message, Record
+from components.shared.errors import DataError
+from ray_jobs.base.chat_format import ChatFormat
+
+NAME, KEY, VALUE = "probe_function", "probe_argument", "probe value"
+MOST_WRITTEN = 64
+"""Ways of writing one call, by the order of its arguments and by the values that are as good."""
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a chat template writes calls."""
+
+    chat: ChatFormat
+    name_key: str = ""
+    """Under which key JSON holds the function's name; empty where calls are not written so."""
+    arguments_key: str = ""
+
+    @classmethod
+    def of(cls, chat: ChatFormat, tools: Mapping[str, Json]) -> "Calls | None":
+        """The template's way; None where it takes no tools, or tells nobody of the calls that an answer makes."""
+        probe = Record("probe", [Message("user", "?")], "", _as_call(NAME, {KEY: VALUE}), offered(tools, [*tools][:1]))
+        try:
+            text = chat.rows(probe)[-1][-1]
+        except DataError:
+            return None
+        if NAME not in text or VALUE not in text:
+            return None
+        for found in _objects(text):
+            names = [key for key, value in found.items() if value == NAME]
+            arguments = [key for key, value in found.items() if _arguments(value) == {KEY: VALUE}]
+            if names and arguments:
+                return cls(chat, names[0], arguments[0])
+        return cls(chat)
+
+    def is_right(self, answer: str, call: Mapping[str, Json]) -> bool:
+        """Whether the answer makes this call and no other. `call` lists the values that are right for each argument."""
+        if not self.name_key:
+            return any(_tight(answer) == _tight(text) for text in self._written(call))
+        made = [each for each in _objects(answer) if self.name_key in each]
+        if len(made) != 1 or made[0][self.name_key] != call["name"]:
+            return False
+        arguments, right = _arguments(made[0].get(self.arguments_key)), call["arguments"]
+        return (
+            isinstance(arguments, dict)
+            and arguments.keys() == right.keys()
+            and all(any(_same(value, each) for each in right[key]) for key, value in arguments.items())
+        )
+
+    def _written(self, call: Mapping[str, Json]) -> Iterator[str]:
+        """What the template writes for it, without the special tokens, which answers are without as well."""
+        names = list(call["arguments"])
+        ways = (
+            (order, values) for order in permutations(names) for values in product(*map(call["arguments"].get, order))
+        )
+        for (order, values), _ in zip(ways, range(MOST_WRITTEN), strict=False):
+            arguments = dict(zip(order, values, strict=True))
+            tools = json.dumps([_tool(call["name"], {"parameters": {"type": "object", "properties": {}}})])
+            record = Record("call", [Message("user", "?")], "", _as_call(call["name"], arguments), tools)
+            tokens = self.chat.tokenizer(self.chat.rows(record)[-1][-1], add_special_tokens=False)["input_ids"]
+            yield self.chat.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def offered(tools: Mapping[str, Json], names: Sequence[str]) -> str:
+    """The tools of these names, as a record has them."""
+    return json.dumps([_tool(name, tools[name]) for name in names])
+
+
+def _tool(name: str, tool: Mapping[str, Json]) -> Json:
+    return {"type": "function", "function": {"name": name, **tool}}
+
+
+def _as_call(name: str, arguments: Mapping[str, Json]) -> str:
+    return json.dumps([{"type": "function", "id": "call00000", "function": {"name": name, "arguments": arguments}}])
+
+
+def _objects(text: str) -> Iterator[dict[str, Json]]:
+    """The JSON objects of a text, one after the other, whatever stands around them."""
+    decoder, place = json.JSONDecoder(), 0
+    while (start := text.find("{", place)) >= 0:
+        try:
+            value, place = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            place = start + 1
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _arguments(value: Json) -> Json:
+    """Arguments as an object, where a template writes them as a text that holds one."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value
+
+
+def _same(value: Json, right: Json) -> bool:
+    if isinstance(value, str) and isinstance(right, str):
+        return value.strip().casefold() == right.casefold()
+    return value == right and isinstance(value, bool) == isinstance(right, bool)
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
