@@ -18,7 +18,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.registry import runs
 from components.registry.aliases import read_alias
-from components.registry.records import ROLES, Evaluation, GeneralText, Measured, Role
+from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.errors import FineloopError, JobError, ObjectMissing
@@ -28,7 +28,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import drawing, general_text, judges, suites
+from ray_jobs.scoring import drawing, general_text, judges, own_answers, suites
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -39,9 +39,9 @@ from ray_jobs.scoring.answers import (
     paired_difference,
 )
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
 from ray_jobs.scoring.measure import STEP, Contender, measure_shard
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
+from ray_jobs.scoring.texts import Texts
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     chat = chat_format.load(base, config.model)
     config = with_room_for_answers(config, chat, records)
     contenders = _contenders(config, store, candidate)
-    passages = general_text.to_read(store, chat, config, contenders)
+    texts = [kind.to_read(store, chat, config, contenders) for kind in (general_text, own_answers)]
     questions = suites.to_ask(store, chat, config, contenders)
     # After a training in the same job it is connected already.
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
@@ -92,13 +92,13 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
         measured = partial(_measured_apart, config, base, contenders)
-    found = measured(records, passages=passages, questions=questions)
-    general = passages.measured(found.general_nll)
+    found = measured(records, texts=texts, questions=questions)
+    general, own = (each.measured(shares) for each, shares in zip(texts, zip(*found.texts, strict=True), strict=True))
     if further := drawing.further(config, judging.records[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
         found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
     kept, tokens, scores = found.records, found.tokens, found.scores
-    evaluation = compared(config, contenders, kept, tokens, scores, general=general, run_id=run_id).model_copy(
+    evaluation = compared(config, contenders, kept, tokens, scores, general=general, own=own, run_id=run_id).model_copy(
         update={
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
@@ -132,11 +132,11 @@ def _measured_apart(
     contenders: Sequence[Contender],
     records: Sequence[Record],
     *,
-    passages: Passages = NO_PASSAGES,
+    texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
 ) -> Found:
-    """A share of records and passages by each of several Ray tasks, which hold the base by themselves."""
+    """A share of records and texts by each of several Ray tasks, which hold the base by themselves."""
     import ray
 
     # Two records at least in each: an answer is also read behind another record's prompt.
@@ -146,8 +146,8 @@ def _measured_apart(
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
 
-    def outside(index: int) -> tuple[Passages, Questions]:
-        return passages.share(index, num_shards), questions.share(index, num_shards)
+    def outside(index: int) -> tuple[list[Texts], Questions]:
+        return [each.share(index, num_shards) for each in texts], questions.share(index, num_shards)
 
     try:
         dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
@@ -172,7 +172,7 @@ def _measured_together(
     *,
     store: Store,
     run_id: str,
-    passages: Passages = NO_PASSAGES,
+    texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
 ) -> Found:
@@ -184,7 +184,7 @@ def _measured_together(
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
     name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
-    work = {"records": records, "passages": passages, "questions": questions}
+    work = {"records": records, "texts": texts, "questions": questions}
     arguments = {"contenders": contenders, **work, "matmul_dtype": dtype}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
     return Found.of(dtype, [records], [answer["result"]])
@@ -257,10 +257,11 @@ def compared(
     tokens: Sequence[int],
     scores: Mapping[Role, Sequence[Score]],
     *,
-    general: GeneralText | None = None,
+    general: TextLosses | None = None,
+    own: TextLosses | None = None,
     run_id: str,
 ) -> Evaluation:
-    """What follows from the scores and from what was made of the general text; pure."""
+    """What follows from the scores and from what was made of texts that are no records; pure."""
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
     return Evaluation(
@@ -271,12 +272,17 @@ def compared(
             **{
                 role: Measured(
                     version=versions[role],
-                    metrics={**metrics(found, tokens), "general_loss": general.loss(role) if general else None},
+                    metrics={
+                        **metrics(found, tokens),
+                        "general_loss": general.loss(role) if general else None,
+                        "kl_from_base": own.above_base(role) if own else None,
+                    },
                 )
                 for role, found in scores.items()
             },
         },
         general_text=general,
+        own_answers=own,
         changed_answers=changed_share(scores["champion"], scores["candidate"]) if "champion" in scores else None,
         paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)

@@ -27,7 +27,7 @@ from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.scoring import general_text
-from ray_jobs.scoring.general_text import Passages
+from ray_jobs.scoring.texts import Texts
 from ray_jobs.sweeping import points, verdict
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Arm, Point
@@ -162,7 +162,7 @@ def _run_trials(
     job: TrainJob,
     train_split: TokenizedSplit,
     validation: TokenizedSplit,
-    passages: Passages,
+    passages: Texts,
 ) -> None:
     from ray import tune
 

@@ -95,6 +95,9 @@ class GateConfig(Section):
     suite_worse_by: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Added("0.2.0")] = None
     """In no suite of evaluate.suites may the candidate be shown to pass a smaller share of the items than the base, by
     more than this; the more suites there are, the surer each must be (Holm). 0.1 is ten points. Absent asks nothing."""
+    kl_from_base_at_most: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
+    """How far the candidate may have moved from its base outside the domain: the KL divergence from the base on the
+    base's own answers, of which evaluate.own_answers says how many, in nats per token. Absent asks nothing."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30

@@ -187,6 +187,9 @@ class EvaluateConfig(Section):
     suites: Annotated[list[SuiteName], Added("0.2.0")] = []
     """Questions outside the domain, some 24 a suite, that base, champion and candidate answer: constraints to keep,
     JSON to write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty asks none."""
+    own_answers: Annotated[int, Field(ge=0, le=48), Added("0.2.0")] = 0
+    """Prompts of no domain, of the 48 that come with Fineloop, that the base answers at temperature 1; on these answers
+    it is measured how far each model has moved from the base (kl_from_base). 0 asks none."""
 
 
 class RunConfig(Section):
@@ -232,11 +235,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _general_text_is_read_where_it_decides(self) -> "RunConfig":
+    def _texts_are_read_where_they_decide(self) -> "RunConfig":
         if self.gate.worse_on_general_text_by is not None and self.evaluate.general_passages < 2:
             raise ValueError(
                 "gate.worse_on_general_text_by asks for what evaluate.general_passages "
                 f"{self.evaluate.general_passages} does not measure: raise that to 16 or more, or remove it"
+            )
+        if self.gate.kl_from_base_at_most is not None and self.evaluate.own_answers < 2:
+            raise ValueError(
+                f"gate.kl_from_base_at_most asks for what evaluate.own_answers {self.evaluate.own_answers} does not "
+                "measure: raise that to 24 or more, or remove it"
             )
         return self
 

@@ -10,11 +10,16 @@ from typing import Any
 from components.config.gate import GateConfig, Guard
 from components.gate.evidence import Evidence
 from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
-from components.shared.metrics import RELATIVE, Metric
+from components.shared.metrics import RELATIVE, Metric, TextKind
 from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
 
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
 ROUNDING = 1e-9
+TEXTS: dict[TextKind, tuple[str, str]] = {
+    "general_text": ("passages", "general_passages"),
+    "own_answers": ("answers", "own_answers"),
+}
+"""What texts are called, and the key of `evaluate` that says how many there are."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,34 @@ def remembers(tolerance: float, compared: Compared) -> RuleResult:
         title="Remembers what the base knows",
         line_words=", not to forget what the base knows",
     )
+
+
+def stays_near_base(most: float, compared: Compared) -> RuleResult:
+    """On the base's own answers, the candidate is sure to have moved from it by no more than `most`.
+
+    The other number is 0: of itself, a model is nowhere apart. So the gain is the divergence with its sign turned.
+    """
+    metric, between = compared.metric, compared.bounds
+    at_most = f"at most {metric.bound_text(most)}"
+    found = _not_worse(
+        compared,
+        most,
+        name="near_base",
+        field="gate.kl_from_base_at_most",
+        title="Answers as its base outside the domain",
+        line_words=", to answer as the base does",
+    ).model_copy(update={"bound_text": at_most})
+    if between is None or found.candidate is None:
+        return found
+    low, high = (metric.text(0.0 - end, most) for end in (between.upper, between.lower))
+    text = (
+        f"The candidate's {metric.label} is {metric.with_unit(found.candidate, most)} on {between.records} of the "
+        f"base's own answers, between {low} and {high}, each with {compared.confidence * 100:.6g} % confidence; it may "
+        f"be {at_most}."
+    )
+    if found.undecided:
+        text += f" {_not_enough(compared, found.records_needed)}"
+    return found.model_copy(update={"text": text})
 
 
 def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
@@ -297,15 +330,15 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     )
     low, high = (compared.amounts.signed_text(end, *beside) for end in (found.lower, found.upper))
     confidence = f"{compared.confidence * 100:.6g} % confidence"
-    each = "Passage by passage" if compared.metric.on_general_text else "Record by record"
+    each = "Passage by passage" if compared.metric.texts else "Record by record"
     return f"{each} ({records}), the gain lies between {low} and {high}, each with {confidence}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:
     evaluation = compared.evaluation
-    if compared.metric.on_general_text:
-        read = len(evaluation.general_text.tokens) if evaluation.general_text else 0
-        what, used = "passages", f"evaluate.general_passages gave {read}"
+    if compared.metric.texts:
+        what, field = TEXTS[compared.metric.texts]
+        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.texts].tokens)}"
     else:
         there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
         what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"

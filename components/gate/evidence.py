@@ -3,15 +3,15 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from components.registry import runs
-from components.registry.records import Evaluation, Role
+from components.registry.records import Evaluation, Role, TextLosses
 from components.shared.errors import IntegrityError
-from components.shared.metrics import Metric
+from components.shared.metrics import Metric, TextKind
 from components.shared.paired import Array, Pairs
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Evidence:
     """Which records go together, counted from 0; None where each stands for itself."""
     slices: Mapping[str, Names] = field(default_factory=dict)
     """By kind, the name of the slice that each record belongs to."""
-    general_text: "Evidence | None" = None
-    """The same of the passages of general text; None where they were not read."""
+    texts: Mapping[TextKind, "Evidence"] = field(default_factory=dict)
+    """The same of texts that are no records, those that were read."""
 
     @property
     def num_independent(self) -> int:
@@ -44,8 +44,8 @@ class Evidence:
         return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
 
     def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
-        """Candidate and another model on every record, or passage; None where either was not measured so."""
-        of = self.general_text if metric.on_general_text else self
+        """Candidate and another model on every record, or text; None where either was not measured so."""
+        of = self if metric.texts is None else self.texts.get(metric.texts)
         if of is None:
             return None
         ours, theirs = (of.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
@@ -86,17 +86,16 @@ def read(store: "Store", evaluation: Evaluation) -> Evidence:
             f"{uri} has {len(evidence.tokens)} records, and the evaluation is of {evaluation.records}: evaluate "
             f"{evaluation.run_id} again"
         )
-    return replace(evidence, general_text=of_general_text(evaluation))
+    return replace(evidence, texts=dict(of_texts(evaluation)))
 
 
-def of_general_text(evaluation: Evaluation) -> Evidence | None:
-    """What the evaluation says of each passage of general text."""
-    found = evaluation.general_text
-    if found is None:
-        return None
-    return Evidence(
-        np.array(found.tokens, dtype=float), {f"{role}_nll": np.array(nll) for role, nll in found.nll.items()}
-    )
+def of_texts(evaluation: Evaluation) -> Iterator[tuple[TextKind, Evidence]]:
+    """What the evaluation says of each passage of general text, and of each of the base's own answers."""
+    for kind in get_args(TextKind):
+        found: TextLosses | None = getattr(evaluation, kind)
+        if found is not None:
+            columns = {f"{role}_nll": np.array(nll) for role, nll in found.nll.items()}
+            yield kind, Evidence(np.array(found.tokens, dtype=float), columns)
 
 
 def parse(body: bytes, uri: str) -> Evidence:

@@ -65,6 +65,8 @@ def decide(
         rules.append(comparisons.remembers(policy.worse_on_general_text_by, against("base", "general_loss")))
     if policy.suite_worse_by is not None:
         rules.append(suites.no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
+    if policy.kl_from_base_at_most is not None:
+        rules.append(comparisons.stays_near_base(policy.kl_from_base_at_most, against("base", "kl_from_base")))
     for index, limit in enumerate(policy.limits):
         metric = metric_of(limit.metric)
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
@@ -124,7 +126,9 @@ def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
         "base": evaluation.base,
-        **evaluation.model_dump(mode="json", include={"general_text", "changed_answers"}, exclude_none=True),
+        **evaluation.model_dump(
+            mode="json", include={"general_text", "own_answers", "changed_answers"}, exclude_none=True
+        ),
         **(
             {"suites": [[each.name, each.sha256, each.passes] for each in evaluation.suites]}
             if evaluation.suites

@@ -123,21 +123,34 @@ class Measured(Part):
     """By the keys of `METRICS`; None where it was not measured."""
 
 
-class GeneralText(Part):
-    """What each model makes of every passage of the general text."""
+class TextLosses(Part):
+    """How surprising each model finds texts that are no held-out records: general text, or the base's own answers."""
 
     text_sha256: str
-    """Of the passages, as the base's tokenizer reads them."""
+    """Of the texts, as the base's tokenizer reads them."""
     base_format: str = ""
     """What the base was in: bf16, nf4 or int8."""
     tokens: list[int]
-    """Of each passage."""
+    """Of each text; of an answer, without its prompt."""
     nll: dict[Role, list[float]]
-    """Of each passage, in nats; roles on another base than the candidate's are left out."""
+    """-log p of each text, in nats; roles on another base than the candidate's are left out."""
+    asked_sha256: str | None = None
+    """Of what the base was asked, and how its answers were drawn; None of texts that are no answers."""
+    answers: list[list[int]] | None = None
+    """The tokens of each answer of the base's; None of texts that are none."""
 
     def loss(self, role: Role) -> float | None:
         """Per token; None where it was not measured."""
         return sum(self.nll[role]) / sum(self.tokens) if role in self.nll and self.tokens else None
+
+    def above_base(self, role: Role) -> float | None:
+        """How far its loss lies above the base's; None where either was not measured.
+
+        On answers that were drawn from the base this estimates the KL divergence from it, per token: the expectation
+        of log p_base - log p over what the base says.
+        """
+        ours, base = self.loss(role), self.loss("base")
+        return None if ours is None or base is None else ours - base
 
 
 class PairedDifference(Part):
@@ -172,10 +185,12 @@ class Evaluation(Record):
     """Reference and identity of the base model."""
     models: dict[str, Measured | None]
     """By role."""
-    general_text: GeneralText | None = None
+    general_text: TextLosses | None = None
     """None where it was not measured."""
     suites: tuple[Suite, ...] = ()
     """Of questions outside the domain; none where none were asked for."""
+    own_answers: TextLosses | None = None
+    """Of what the base says to prompts of no domain; None where it was not asked."""
     changed_answers: float | None = None
     """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
     paired: dict[str, PairedDifference | None] = {}

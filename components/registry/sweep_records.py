@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 from components.registry.part import Part
-from components.registry.records import GeneralText, Record
+from components.registry.records import Record, TextLosses
 
 TrialStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 
@@ -48,7 +48,7 @@ class Trial(Record):
     record_nll: list[float] = []
     """Of each validation record, the nats of its answer; of a finished trial alone."""
     record_tokens: list[int] = []
-    general_text: GeneralText | None = None
+    general_text: TextLosses | None = None
     """Read after the training as `candidate`, of one that compares methods; and before it as `base`, unless the method
     has a base of its own, which is only half of what its adapter begins as."""
     general_s: float | None = None

@@ -11,6 +11,7 @@ from components.registry.records import Role
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.scoring.answers import Score, pairs_of
 from ray_jobs.scoring.measure import ShardResult
+from ray_jobs.scoring.texts import ReadShare
 
 CLEAR = 0.999
 """What lies on one side as surely as this needs no more records: to look once for so much hardly ever errs (the
@@ -43,8 +44,8 @@ class Found:
     records: list[Record]
     tokens: list[int]
     scores: dict[Role, list[Score]]
-    general_nll: list[dict[Role, list[float]]]
-    """Of the passages of general text, by who read them."""
+    texts: list[list[ReadShare]]
+    """Of each shard, what was found in its share of each kind of text."""
     first_scored_at: str
     """When the first batch was done; ISO 8601, in UTC."""
     suite_answers: list[dict[Role, dict[str, list[str]]]]
@@ -60,7 +61,7 @@ class Found:
             [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
             [count for result in results for count in result.tokens.values()],
             {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
-            [result.general_nll for result in results],
+            [result.texts for result in results],
             min(result.first_scored_at for result in results),
             [result.suite_answers for result in results],
         )

@@ -44,7 +44,7 @@ def greedy(
         asked = [prompts[index] for index in indices]
         words = None if tell is None else _Words(chat.tokenizer, tell)
         if reader is None:
-            found = _generated(model, chat, asked, max_new_tokens, words)
+            found = _texts(chat, generated(model, chat, asked, max_new_tokens, streamer=words))
         else:
             found = answers_to(reader, reader.read(asked), asked, chat, max_new_tokens, words)
         for index, text in zip(indices, found, strict=True):
@@ -54,7 +54,7 @@ def greedy(
     lengths = split.num_prompt_tokens.astype(np.int64)
     longest = int(lengths.max(initial=1)) + max_new_tokens
     at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
-    with _decoding(model, chat):
+    with decoding(model, chat):
         in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
     return result
 
@@ -78,24 +78,25 @@ def answers_to(
     return _texts(chat, found)
 
 
-def _generated(
-    model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, words: "_Words | None"
-) -> list[str]:
-    """The same by transformers' own `generate`."""
+def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
+    """The tokens behind each prompt by transformers' own `generate`, within `decoding`; after a stop comes padding.
+
+    `generate` is `given` the rest.
+    """
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
     attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for row, tokens in enumerate(prompts):  # padded on the left, so that every answer starts at the same place
         input_ids[row, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
         attention_mask[row, width - len(tokens) :] = 1
-    generated = model.generate(
+    answers = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         max_new_tokens=_most(max_new_tokens, base_config.positions(model.config), width),
         synced_gpus=is_shared(model),
-        streamer=words,
+        **given,
     )
-    return _texts(chat, generated[:, width:])
+    return answers[:, width:]
 
 
 def _most(max_new_tokens: int, reach: int | None, num_prompt_tokens: int) -> int:
@@ -107,7 +108,7 @@ def _texts(chat: ChatFormat, answers: Any) -> list[str]:
 
 
 @contextmanager
-def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
+def decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
     """Put the format's way of decoding in place of the model's own.
 
     `generate` fills in what its argument leaves open from the model's own (transformers 5.24, generation/utils.py,

@@ -3,7 +3,7 @@
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,12 +26,13 @@ from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring import marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
-from ray_jobs.scoring.general_text import NO_PASSAGES, Passages
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
+from ray_jobs.scoring.texts import ReadShare, Texts
 
 if TYPE_CHECKING:
     import torch
 
+Gathered = Callable[[Sequence[int], Sequence[Any]], list[Any]]
 STEP = "evaluate"
 PROGRESS_EVERY_S = 2.0
 
@@ -55,8 +56,8 @@ class ShardResult:
     tokens: dict[str, int]
     """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
     scores: dict[Role, list[Score]]
-    general_nll: dict[Role, list[float]]
-    """Of the passages of general text, in order; of the roles that had to read them."""
+    texts: list[ReadShare]
+    """What was found in each kind of text."""
     first_scored_at: str = field(compare=False)
     """When the first batch was done; ISO 8601, in UTC."""
     suite_answers: dict[Role, dict[str, list[str]]] = field(default_factory=dict)
@@ -110,15 +111,44 @@ class Asked:
             advance=progress.advance,
         )
 
-    def general_nll(self, model: Any, passages: TokenizedSplit) -> list[float]:
-        """Of general text, by the same model; in nats."""
+    def answers(self, model: Any, prompts: TokenizedSplit, new_tokens: int) -> list[list[int]]:
+        """Of the base alone, drawn at temperature 1."""
+        from ray_jobs.scoring.sampling import sample
+
+        return sample(model.eval(), self.chat, prompts, self.config.evaluate.batch_size, new_tokens)
+
+    def text_nll(self, model: Any, texts: TokenizedSplit) -> list[float]:
+        """Of texts that are no records, by the same model; in nats."""
         from ray_jobs.scoring.scoring import label_nll
 
-        return label_nll(model.eval(), passages, self.config.evaluate.batch_size, self.chat.pad)
+        return label_nll(model.eval(), texts, self.config.evaluate.batch_size, self.chat.pad)
 
     def suite_answers(self, model: Any, questions: Questions) -> dict[str, list[str]]:
         """To questions outside the domain, by the same model."""
         return questions.answers(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
+
+
+class Reading:
+    """One kind of text, read by one contender after the other, the base first, which may have to answer before.
+
+    `rows` are this worker's; `gathered` puts in their order what all workers that read together have found.
+    """
+
+    def __init__(self, texts: Texts, rows: Sequence[int], gathered: Gathered | None = None) -> None:
+        self._texts, self._rows = texts, rows
+        self._gathered = gathered or (lambda _, found: list(found))
+        self.found = ReadShare({})
+
+    def by(self, asked: Asked, model: Any) -> None:
+        """Have a model read them, unless that is known."""
+        if asked.role == "base" and self._texts.new_tokens:
+            mine = self._texts.split.take(self._rows)
+            answers = self._gathered(self._rows, asked.answers(model, mine, self._texts.new_tokens))
+            self.found = ReadShare({}, answers)
+            self._texts = self._texts.answered(answers)
+        if asked.role in self._texts.roles:
+            nll = asked.text_nll(model, self._texts.split.take(self._rows))
+            self.found.nll[asked.role] = self._gathered(self._rows, nll)
 
 
 @contextmanager
@@ -141,13 +171,13 @@ def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterat
 def measure_shard(
     contenders: Sequence[Contender],
     records: Sequence[Record],
-    passages: Passages = NO_PASSAGES,
+    texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
 ) -> ShardResult:
-    """Measure every contender on some records and passages, one after the other; runs as a Ray task.
+    """Measure every contender on some records and texts, one after the other; runs as a Ray task.
 
     Raises:
         DataError: no record fits the context.
@@ -162,7 +192,7 @@ def measure_shard(
         progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
         loaded: tuple[Any, Any] | None = None
         scores: dict[Role, list[Score]] = {}
-        general_nll: dict[Role, list[float]] = {}
+        reading = [Reading(each, range(len(each.split))) for each in texts]
         suite_answers: dict[Role, dict[str, list[str]]] = {}
         for each in all_asked:
             key = (each.base.identity, each.config.method.row.base)
@@ -175,13 +205,14 @@ def measure_shard(
             model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
-                if each.role in passages.roles:
-                    general_nll[each.role] = each.general_nll(model, passages.split)
+                for one in reading:
+                    one.by(each, model)
                 suite_answers[each.role] = each.suite_answers(model, questions)
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
-        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at, suite_answers)
+        found = [one.found for one in reading]
+        return ShardResult(answer_tokens(all_asked), scores, found, progress.first_scored_at, suite_answers)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:

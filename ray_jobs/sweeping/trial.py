@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.records import GeneralText, Role
+from components.registry.records import Role, TextLosses
 from components.registry.store import Store
 from components.registry.sweep_records import Trial
 from components.shared.errors import ConfigError
@@ -29,7 +29,7 @@ from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
-from ray_jobs.scoring.general_text import Passages
+from ray_jobs.scoring.texts import Texts
 from ray_jobs.sweeping.held_base import HeldBase
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
@@ -81,7 +81,7 @@ class Course:
         if not loss <= start:  # as no number is
             raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
 
-    def read(self, role: Role, nll: list[float], *, text: GeneralText, seconds: float) -> None:
+    def read(self, role: Role, nll: list[float], *, text: TextLosses, seconds: float) -> None:
         """Note what the base, before the training, or the candidate after it makes of each passage of general text."""
         known = self.trial.general_text or text
         self.trial = self.trial.model_copy(
@@ -107,7 +107,7 @@ def run_trial(
     job: TrainJob,
     train_split: TokenizedSplit,
     validation: TokenizedSplit,
-    passages: Passages,
+    passages: Texts,
 ) -> None:
     """The function of Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
     from ray import tune
@@ -143,7 +143,7 @@ def train_trial(
     course: Course,
     train_split: TokenizedSplit,
     validation: TokenizedSplit,
-    passages: Passages,
+    passages: Texts,
     held: HeldBase,
     report: Callable[[Trial], None],
 ) -> Trial:

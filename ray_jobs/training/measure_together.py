@@ -3,6 +3,7 @@
 All workers take the same steps: under ZeRO-3 every pass through a layer is everybody's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -16,9 +17,9 @@ from components.shared.errors import JobError, UserError
 from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.general_text import Passages
-from ray_jobs.scoring.measure import Contender, Progress, ShardResult, answer_tokens, asking
+from ray_jobs.scoring.measure import Contender, Progress, Reading, ShardResult, answer_tokens, asking
 from ray_jobs.scoring.suites import Questions
+from ray_jobs.scoring.texts import Texts
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 
@@ -36,9 +37,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
     try:
-        result = measure_together(
-            contenders, arguments["records"], arguments["passages"], arguments["questions"], worker
-        )
+        result = measure_together(contenders, arguments["records"], arguments["texts"], arguments["questions"], worker)
     except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
     return {"result": result} if worker.rank == 0 else {}
@@ -47,11 +46,11 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 def measure_together(
     contenders: Sequence[Contender],
     records: Sequence[Record],
-    passages: Passages,
+    texts: Sequence[Texts],
     questions: Questions,
     worker: Worker,
 ) -> ShardResult:
-    """Measure every contender on all records, passages and questions; the same on every worker of a process group.
+    """Measure every contender on all records, texts and questions; the same on every worker of a process group.
 
     They share them out.
 
@@ -64,10 +63,11 @@ def measure_together(
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
     with asking(contenders, records) as (kept, all_asked):
-        mine, mine_to_read = _dealt(len(kept), worker), _dealt(len(passages.split), worker)
+        mine = _dealt(len(kept), worker)
+        gathered = functools.partial(_gathered, worker=worker)
+        reading = [Reading(each, _dealt(len(each.split), worker), gathered) for each in texts]
         progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
-        general_nll: dict[Role, list[float]] = {}
         suite_answers: dict[Role, dict[str, list[str]]] = {}
         my_questions = questions.at(lambda count: _dealt(count, worker))
         for each in all_asked:
@@ -78,15 +78,15 @@ def measure_together(
                     model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
                     found = each.scores(sharded, kept, mine, progress)
-                    if each.role in passages.roles:
-                        read = each.general_nll(sharded, passages.split.take(mine_to_read))
-                        general_nll[each.role] = _gathered(mine_to_read, read, worker)
+                    for one in reading:
+                        one.by(each, sharded)
                     suite_answers[each.role] = {
                         name: _gathered(_dealt(questions.num_items(name), worker), said, worker)
                         for name, said in each.suite_answers(sharded, my_questions).items()
                     }
             scores[each.role] = _gathered(mine, found, worker)
-        return ShardResult(answer_tokens(all_asked), scores, general_nll, progress.first_scored_at, suite_answers)
+        read = [one.found for one in reading]
+        return ShardResult(answer_tokens(all_asked), scores, read, progress.first_scored_at, suite_answers)
 
 
 def _dealt(count: int, worker: Worker) -> list[int]:

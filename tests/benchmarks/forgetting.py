@@ -1,8 +1,9 @@
 """What adapters forget, and what it costs to see it: `python -m tests.benchmarks.forgetting`.
 
-Trains the example's real model in one process at each rate, reads the general text as an evaluation does, with its base
-and with each adapter on it, and prints the seconds that took and by how much the loss rose, between bounds that each
-hold with 95 % confidence. Five minutes.
+Trains the example's real model in one process at each rate. As an evaluation does, it reads general text, and what the
+base answers to general prompts, with the base and with each adapter on it, and prints the seconds that took and by how
+much the loss rose: on the base's own answers, that is the KL divergence from it. Bounds hold with 95 % confidence each.
+Six minutes.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.base import base_config, base_model, chat_format, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.scoring import general_text
+from ray_jobs.scoring import general_text, own_answers
+from ray_jobs.scoring.sampling import sample
 from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.training import zero
 from tests.models.plain import plain_training
@@ -35,10 +37,12 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 2e-2])
     parser.add_argument("--steps", type=int, default=24, help=f"optimizer steps of {BATCH} records")
     parser.add_argument("--passages", type=int, help="of general text; evaluate.general_passages otherwise")
+    parser.add_argument("--answers", type=int, default=24, help="of the base's own, evaluate.own_answers")
     options = parser.parse_args()
     entry.quiet_libraries()
     zero.prepare_environment(use_gpu=False)
     settings = {"train.max_steps": options.steps, "train.batch_size": BATCH, "ray.num_workers": 1}
+    settings |= {"evaluate.own_answers": options.answers}
     settings |= {"evaluate.general_passages": options.passages} if options.passages else {}
     chosen = [f"{key}={value}" for key, value in settings.items()]
     config = config_file.load(CONFIG, chosen)
@@ -50,11 +54,16 @@ def main() -> None:
     )
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
     widened.widen_if_room(model, dtype)
-    tokens = passages.num_answer_tokens.astype(float)
-    before, seconds = read(model, passages, chat.pad)
-    print(
-        f"{len(tokens)} passages of {tokens.sum():.0f} tokens; base: loss {loss(before, tokens):.3f}, {seconds:.1f} s"
-    )
+    asked = own_answers.undrawn(chat, config)
+    started = time.perf_counter()
+    drawn = sample(model.eval(), chat, asked.split, BATCH, asked.new_tokens)
+    print(f"{len(drawn)} answers of the base's own, drawn in {time.perf_counter() - started:.1f} s")
+    kinds = {"general text": passages, "own answers": asked.answered(drawn).split}
+    before = {}
+    for kind, split in kinds.items():
+        before[kind], seconds = read(model, split, chat.pad)
+        tokens = int(split.num_answer_tokens.sum())
+        print(f"{kind}: {len(split)} of {tokens} tokens; base: loss {before[kind].sum() / tokens:.3f}, {seconds:.1f} s")
 
     rows = random.Random(0).sample(list(icd10.rows()), options.steps * BATCH * 8 // 7 + BATCH)
     for rate in options.rates:
@@ -64,27 +73,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fineloop-forgetting-") as folder:
             build.save(trained.model, Path(folder))
             adapted = build.load(model, Path(folder), matmul_dtype=dtype)
-        after, seconds = read(adapted, passages, chat.pad)
+        for kind, split in kinds.items():
+            after, seconds = read(adapted, split, chat.pad)
+            rise = bounds(Pairs(after, before[kind], split.num_answer_tokens.astype(float)), 0.95)
+            assert rise is not None
+            print(
+                f"rate {rate:.0e}, {kind}: {rise.gain:+.3f} (between {rise.lower:+.3f} and {rise.upper:+.3f}), "
+                f"{seconds:.1f} s",
+                flush=True,
+            )
         adapted.unload()
-        rise = bounds(Pairs(after, before, tokens), 0.95)
-        assert rise is not None
-        print(
-            f"rate {rate:.0e}: loss {loss(after, tokens):.3f}, {rise.gain:+.3f} (between {rise.lower:+.3f} and "
-            f"{rise.upper:+.3f}), {seconds:.1f} s",
-            flush=True,
-        )
 
 
-def read(model: Any, passages: TokenizedSplit, pad: int) -> tuple[Array, float]:
-    """Nats of each passage, and how many seconds it took."""
+def read(model: Any, texts: TokenizedSplit, pad: int) -> tuple[Array, float]:
+    """Nats of each text, and how many seconds it took."""
     started = time.perf_counter()
-    nll = label_nll(model.eval(), passages, BATCH, pad)
+    nll = label_nll(model.eval(), texts, BATCH, pad)
     return np.array(nll), time.perf_counter() - started
-
-
-def loss(nll: Array, tokens: Array) -> float:
-    """In nats per token."""
-    return float(nll.sum() / tokens.sum())
 
 
 if __name__ == "__main__":

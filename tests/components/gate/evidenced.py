@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import policy as policy_of_the_gate
-from components.gate.evidence import Evidence, of_general_text
+from components.gate.evidence import Evidence, of_texts
 from components.registry.records import Decision, Evaluation, Measured, RuleResult
 from components.shared.metrics import metric_of
 
@@ -29,14 +29,14 @@ def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
             metric = metric_of(key)
             if (
                 metric.may_compare
-                and not metric.on_general_text
+                and metric.texts is None
                 and value is not None
                 and (key == nll_from or not metric.per_token)
             ):
                 mean = math.log(value) if metric.exponential and value > 0 else value
                 total = mean * TOKENS if metric.per_token else mean
                 columns[f"{role}_{metric.column or key}"] = np.full(evaluation.records, total)
-    return Evidence(np.full(evaluation.records, TOKENS), columns, general_text=of_general_text(evaluation))
+    return Evidence(np.full(evaluation.records, TOKENS), columns, texts=dict(of_texts(evaluation)))
 
 
 def as_parquet(found: Evidence) -> bytes:

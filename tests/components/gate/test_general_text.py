@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.registry.records import Decision, GeneralText
+from components.registry.records import Decision, TextLosses
 from components.shared.metrics import METRICS
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 
 PASSAGES, TOKENS = 64, 100
 
 
-def read(candidate: np.ndarray | list[float], base: float = 3.0) -> GeneralText:
+def read(candidate: np.ndarray | list[float], base: float = 3.0) -> TextLosses:
     """The general text as base and candidate find it, in nats per token of each passage."""
     nll = {"base": [base * TOKENS] * len(candidate), "candidate": [float(loss) * TOKENS for loss in candidate]}
-    return GeneralText(text_sha256="0", tokens=[TOKENS] * len(candidate), nll=nll)
+    return TextLosses(text_sha256="0", tokens=[TOKENS] * len(candidate), nll=nll)
 
 
-def decided(text: GeneralText | None, policy: GateConfig | None = None) -> Decision:
+def decided(text: TextLosses | None, policy: GateConfig | None = None) -> Decision:
     losses = {role: text.loss(role) if text else None for role in ("base", "candidate")}
     measured = evaluation(
         model("v2", general_loss=losses["candidate"]), model(loss=9.0, general_loss=losses["base"]), model("v1")

@@ -10,7 +10,7 @@ from components.config import config_file
 from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
-from components.registry.records import Decision, Evaluation, GeneralText, Measured, PairedDifference, StepRecord
+from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord, TextLosses
 from components.registry.suite_records import LostItem, Suite
 from components.report.run_files import RunFiles
 from tests.components.gate.evidenced import evidence
@@ -230,16 +230,20 @@ def forgetful_run() -> RunFiles:
     """As good on its task as the promoted one, and no longer what its base was outside of it."""
     measured = promoted_run().evaluation
     assert measured is not None
-    text = GeneralText(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [455.0] * 64})
+    text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [455.0] * 64})
+    own = TextLosses(text_sha256="1", tokens=[50] * 24, nll={"base": [80.0] * 24, "candidate": [125.0] * 24})
     models = {
-        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
+        role: model and model.model_copy(update={"metrics": {**model.metrics, **found}})
         for role, model in measured.models.items()
+        for found in [{"general_loss": text.loss(role), "kl_from_base": own.above_base(role)}]
     }
-    measured = measured.model_copy(update={"models": models, "general_text": text})
+    measured = measured.model_copy(update={"models": models, "general_text": text, "own_answers": own})
     return replace(
         promoted_run(),
         evaluation=measured,
-        decision=decision(measured, CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5})),
+        decision=decision(
+            measured, CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5, "kl_from_base_at_most": 0.5})
+        ),
         steps=steps("prepare", "finetune", "evaluate", "gate"),
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from components.config.gate import GateConfig, Limit
 from components.registry.records import RuleResult, SliceResult
-from components.report.comparison import intervals, panels
+from components.report.comparison import intervals, panels, rules
 from components.report.run_files import RunFiles
 from components.report.slices import slices
 from components.shared.metrics import METRICS
@@ -42,6 +42,19 @@ def test_what_was_forgotten_is_drawn_against_the_base_and_its_margin() -> None:
     assert drawn.text.startswith("Loss on general text: 1.150 worse, between")
     assert drawn.bound is not None
     assert drawn.position < drawn.bound < drawn.zero
+
+
+def test_how_far_an_adapter_has_moved_from_its_base_is_drawn_with_its_line() -> None:
+    run = example_runs.forgetful_run()
+    panel = next(panel for panel in panels(run) if panel.metric.key == "kl_from_base")
+    assert panel.text == "KL divergence from the base: Base model 0.000; Candidate 0.900"
+    (mark,) = panel.marks
+    assert (mark.text, mark.passed) == ("at most 0.500, to answer as the base does", False)
+    drawn = next(each for each in intervals(run) if each.name == "Answers as its base outside the domain")
+    assert drawn.bound is not None
+    assert drawn.position < drawn.bound < drawn.zero
+    (row,) = (row for row in rules(run) if row.rule.name == "near_base")
+    assert (row.candidate, row.other, row.bound) == ("0.900", "0.000", "at most 0.5")
 
 
 def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> None:

@@ -14,13 +14,14 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry import runs
-from components.registry.records import Evaluation, GeneralText, Measured
+from components.registry.records import Evaluation, Measured, TextLosses
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
-from ray_jobs.scoring.general_text import Passages, to_read
+from ray_jobs.scoring.general_text import to_read
 from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.texts import Texts
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import publish
 
@@ -45,12 +46,12 @@ def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
     return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
-def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
+def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     return to_read(store, chat, config, contenders(config, *versions))
 
 
-def remember(store: Store, config: RunConfig, version: Version, found: GeneralText) -> None:
+def remember(store: Store, config: RunConfig, version: Version, found: TextLosses) -> None:
     measured = Evaluation(
         run_id=version.run_id,
         records=1,
@@ -74,7 +75,7 @@ def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() ->
 def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> None:
     passages = asked(config, store, version)
     assert passages.roles == {"base", "candidate"}
-    found = measure_shard(contenders(config, version), RECORDS, passages, shard_index=0).general_nll
+    found = measure_shard(contenders(config, version), RECORDS, [passages], shard_index=0).texts[0].nll
     tokenizer = AutoTokenizer.from_pretrained(config.model.base)
     model = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
     for passage, nll in zip(SHIPPED["passages"][:5], found["base"], strict=True):
@@ -88,10 +89,10 @@ def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> N
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
     whole = asked(config, store, version)
     parts = [
-        measure_shard(contenders(config, version), RECORDS, whole.share(index, 2), shard_index=1).general_nll
+        measure_shard(contenders(config, version), RECORDS, [whole.share(index, 2)], shard_index=1).texts[0]
         for index in range(2)
     ]
-    alone = measure_shard(contenders(config, version), RECORDS, whole, shard_index=1).general_nll
+    alone = measure_shard(contenders(config, version), RECORDS, [whole], shard_index=1).texts[0].nll
     together = whole.measured(parts)
     assert together.nll.keys() == {"base", "candidate"}
     for role, nll in together.nll.items():
@@ -101,12 +102,12 @@ def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, vers
 
 def test_the_comparison_tells_every_models_loss_per_token(config, store, version) -> None:
     passages, models = asked(config, store, version), contenders(config, version)
-    found = measure_shard(models, RECORDS, passages, shard_index=1)
-    general = passages.measured([found.general_nll])
+    found = measure_shard(models, RECORDS, [passages], shard_index=1)
+    general = passages.measured(found.texts)
     told = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
     evaluation = told(general=general)
     for role in ("base", "candidate"):
-        assert evaluation.metric(role, "general_loss") == pytest.approx(sum(found.general_nll[role]) / (5 * 39))
+        assert evaluation.metric(role, "general_loss") == pytest.approx(sum(found.texts[0].nll[role]) / (5 * 39))
     assert evaluation.general_text == general
     assert told().metric("candidate", "general_loss") is None
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from components.config import config_file
 from components.registry import runs
-from components.registry.records import GeneralText
+from components.registry.records import TextLosses
 from components.registry.sweep_records import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
@@ -158,7 +158,7 @@ def read(base_format, seeds_NLL, base=(20.0, 60.0)):
     return [
         Trial(
             name=f"{base_format}-{seed}", seed=seed, **known,
-            general_text=GeneralText(
+            general_text=TextLosses(
                 text_sha256="0", base_format=base_format, tokens=[10, 30], nll={**nll, "candidate": list(candidate)}
             ),
         )

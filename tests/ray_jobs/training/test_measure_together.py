@@ -11,7 +11,7 @@ from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import _contenders
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
-from ray_jobs.scoring.general_text import to_read
+from ray_jobs.scoring import general_text, own_answers
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.suites import to_ask
 from tests.models.shapes import small
@@ -23,7 +23,7 @@ def changed(config, *overrides):
     return config_file.loads(config_file.dumps(config), overrides)
 
 
-def measure_in_rank(contenders, records, passages, questions):
+def measure_in_rank(contenders, records, texts, questions):
     """What one rank does: its result."""
     import torch
     import torch.distributed as dist
@@ -32,7 +32,7 @@ def measure_in_rank(contenders, records, passages, questions):
     from ray_jobs.training.measure_together import measure_together
 
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return measure_together(contenders, records, passages, questions, worker)
+    return measure_together(contenders, records, texts, questions, worker)
 
 
 @pytest.mark.slow
@@ -49,18 +49,18 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     promote(store, config.adapter.name, old.version)
     contenders = _contenders(config, store, new)
     records = RECORDS[:11]  # no even share for two workers, and of the passages neither
-    three = changed(config, "evaluate.general_passages=3", "evaluate.suites=['refusal']")
+    three = changed(config, "evaluate.general_passages=3", "evaluate.own_answers=3", "evaluate.suites=['refusal']")
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    passages = to_read(store, chat, three, contenders)
+    texts = [kind.to_read(store, chat, three, contenders) for kind in (general_text, own_answers)]
     questions = to_ask(store, chat, three, contenders).at(lambda count: range(5))
     questions = replace(questions, suites=tuple(replace(each, max_new_tokens=4) for each in questions.suites))
     threads = torch.get_num_threads()
     # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
     monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
-    expected = measure_shard(contenders, records, passages, questions, shard_index=1)
+    expected = measure_shard(contenders, records, texts, questions, shard_index=1)
     torch.set_num_threads(threads)
     found, same = in_group(
-        measure_in_rank, contenders, records, passages, questions, directory=tmp_path / "logs", num_workers=2
+        measure_in_rank, contenders, records, texts, questions, directory=tmp_path / "logs", num_workers=2
     )
     assert found == same
     assert found.tokens == expected.tokens
@@ -70,10 +70,12 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
             assert ours.text == theirs.text
             assert ours.nll == pytest.approx(theirs.nll, rel=0.01)
             assert (ours.other_prompt_nll is None) == (role == "base")
-        assert found.general_nll[role] == pytest.approx(expected.general_nll[role], rel=0.01)
-        assert len(found.general_nll[role]) == 3
+        for ours, theirs in zip(found.texts, expected.texts, strict=True):
+            assert ours.nll[role] == pytest.approx(theirs.nll[role], rel=0.01)
+            assert len(ours.nll[role]) == 3
         assert found.suite_answers[role] == expected.suite_answers[role]
         assert len(found.suite_answers[role]["refusal"]) == 5
+    assert found.texts[1].answers == expected.texts[1].answers
 
 
 @pytest.mark.parametrize(

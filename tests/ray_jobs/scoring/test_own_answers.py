@@ -1,0 +1,289 @@
+"""The KL divergence from the base, on the tiny model whose own can be summed over all answers of two tokens.
+
+What is expected is numpy's, from the logits of transformers' own forward.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.gate.evidence import Evidence, of_texts
+from components.prepare.dataset import Message, Record
+from components.registry import runs
+from components.registry.records import Evaluation, Measured, TextLosses
+from components.registry.store import Store
+from components.registry.versions import Version
+from components.shared.metrics import METRICS
+from components.shared.paired import bounds
+from ray_jobs.adapters import build
+from ray_jobs.base import base_model, chat_format
+from ray_jobs.evaluate import compared
+from ray_jobs.scoring import sampling, texts
+from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.own_answers import to_read, undrawn
+from ray_jobs.scoring.scoring import label_nll
+from ray_jobs.scoring.texts import Texts
+from tests.models.tiny import colour_rows
+from tests.models.tiny_version import publish, randomise
+
+RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
+SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("own_answers.json").read_text(encoding="utf-8"))
+MANY = 3000
+
+
+@pytest.fixture
+def config(config: RunConfig, store: Store) -> RunConfig:
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    return config_file.loads(
+        config_file.dumps(config), [*place, "evaluate.own_answers=5", "evaluate.general_passages=0"]
+    )
+
+
+@pytest.fixture
+def version(config: RunConfig, store: Store, tmp_path) -> Version:
+    return publish(config, store, tmp_path, with_data=False)
+
+
+@pytest.fixture(scope="module")
+def base_and_model(tiny_base):
+    """The tiny base and an adapter on it that has moved, in float32."""
+    config = config_file.loads(
+        f"""
+        adapter.name = "x"
+        model.base = "{tiny_base}"
+        data.source = "unused.jsonl"
+        method = {{name = "lora", rank = 4}}
+        """
+    )
+    base = base_model.resolve(config.model)
+
+    def load():
+        return base_model.load_model(base, config.model, "bf16", use_gpu=False).float().eval()
+
+    adapted = build.attach(load(), config.method, base_reference="tiny", seed=0).float()
+    randomise(adapted, std=0.06)
+    return load(), adapted.eval(), chat_format.load(base, config.model)
+
+
+def of_one_prompt(chat, count: int):
+    """The same prompt many times, each with its own chances."""
+    prompt = chat.tokenizer("<|user|>sky<|end|>\n<|assistant|>", add_special_tokens=False)["input_ids"]
+    return texts.as_split([prompt] * count, [len(prompt)] * count)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@torch.inference_mode()
+def next_token(model, *rows: list[int]) -> np.ndarray:
+    """Of each row, the log of the distribution over what follows, as transformers and numpy have it."""
+    return log_softmax(model(torch.tensor(rows)).logits[:, -1].float().numpy())
+
+
+def exactly(base, model, prompt: list[int], stops) -> tuple[float, float]:
+    """KL(base || model) over all answers of at most two tokens, and the mean length of the base's."""
+    before, after = (next_token(each, prompt)[0] for each in (base, model))
+    second = [[*prompt, token] for token in range(len(before))]
+    longer = np.array([token not in stops for token in range(len(before))])
+    theirs, ours = (next_token(each, *second) for each in (base, model))
+    of_second = (np.exp(theirs) * (theirs - ours)).sum(-1)
+    reached = np.exp(before) * longer
+    return float((np.exp(before) * (before - after)).sum() + (reached * of_second).sum()), 1 + float(reached.sum())
+
+
+def test_every_prompt_is_our_own_and_any_beginning_holds_all_kinds() -> None:
+    prompts = SHIPPED["prompts"]
+    assert "Written for Fineloop" in SHIPPED["origin"]
+    assert len({json.dumps(prompt["turns"]) for prompt in prompts}) == len(prompts) == 48
+    assert {len(prompt["turns"]) % 2 for prompt in prompts} == {1}  # the last word is a person's
+    assert len({prompt["language"] for prompt in prompts}) == 9
+    for end in range(6, 49, 6):
+        assert set(Counter(prompt["kind"] for prompt in prompts[:end]).values()) == {end // 6}
+
+
+def test_the_first_token_follows_the_whole_softmax(base_and_model) -> None:
+    base, _, chat = base_and_model
+    prompts = of_one_prompt(chat, MANY)
+    answers = sampling.sample(base, chat, prompts, 1000, 1)
+    assert {len(answer) for answer in answers} == {1}
+    expected = MANY * np.exp(next_token(base, prompts.prompt(0).tolist())[0])
+    counted = np.bincount([answer[0] for answer in answers], minlength=len(expected))
+    # Cells in which fewer than five are expected are taken together, as is usual for this test.
+    often = expected >= 5
+    assert 20 < often.sum() < len(expected)
+    cells = [(counted[often], expected[often]), ([counted[~often].sum()], [expected[~often].sum()])]
+    found, wanted = (np.concatenate(each) for each in zip(*cells, strict=True))
+    assert stats.chisquare(found, wanted).pvalue > 0.01
+    # What it would be told from: top-k 50, transformers' default, and a temperature of 0.8.
+    assert counted[np.argsort(expected)[:-50]].sum() > 0
+    cooled = np.exp(log_softmax(np.log(expected / MANY) / 0.8)) * MANY
+    cooled = np.concatenate([cooled[often], [cooled[~often].sum()]])
+    assert stats.chisquare(found, cooled).pvalue < 1e-6
+
+
+def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model) -> None:
+    base, model, chat = base_and_model
+    prompts = of_one_prompt(chat, MANY)
+    divergence, length = exactly(base, model, prompts.prompt(0).tolist(), chat.stops)
+    known = TextLosses(text_sha256="", tokens=[], nll={}, asked_sha256="0")
+    asked = Texts(prompts, frozenset({"base", "candidate"}), known, new_tokens=2)
+    answered = asked.answered(sampling.sample(base, chat, prompts, 1000, 2))
+    nll = {
+        role: label_nll(each, answered.split, 1000, chat.pad) for role, each in (("base", base), ("candidate", model))
+    }
+    losses = answered.known.model_copy(update={"nll": nll})
+    assert losses.above_base("base") == 0
+    found = losses.above_base("candidate")
+    evaluation = Evaluation(run_id="r", records=1, models={}, own_answers=losses)
+    evidence = Evidence(np.ones(1), {}, texts=dict(of_texts(evaluation)))
+    between = bounds(evidence.pairs(METRICS["kl_from_base"], "base"), 0.95)
+    assert -between.gain == pytest.approx(found)
+    # Within three of the standard errors that the gate allows for, which are small beside the divergence itself.
+    assert between.error < 0.05 * divergence / length
+    assert abs(found - divergence / length) < 3 * between.error
+
+
+def test_nothing_of_a_base_or_a_config_but_the_seed_decides_what_is_drawn(base_and_model) -> None:
+    base, _, chat = base_and_model
+    prompts = of_one_prompt(chat, 12)
+    whole = sampling.sample(base, chat, prompts, 12, 16)
+    parts = [sampling.sample(base, chat, prompts.take(range(start, 12, 3)), 2, 16) for start in range(3)]
+    assert [parts[row % 3][row // 3] for row in range(12)] == whole
+    assert len({tuple(answer) for answer in whole}) == 12
+    assert base.generation_config is not None
+    ended = [answer for answer in whole if answer[-1] in chat.stops]
+    assert all(len(answer) == 16 for answer in whole if answer not in ended)
+    assert not any(token in chat.stops for answer in whole for token in answer[:-1])
+
+
+def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
+    identity = base_model.resolve(config.model).identity
+    roles = ["base", *["champion", "candidate"][-len(versions) :]]
+    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
+
+
+def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    return to_read(store, chat, config, contenders(config, *versions))
+
+
+def measured(config: RunConfig, version: Version, to_measure: Texts) -> TextLosses:
+    found = measure_shard(contenders(config, version), RECORDS, [to_measure], shard_index=1)
+    losses = to_measure.measured(found.texts)
+    assert losses is not None
+    return losses
+
+
+def remember(store: Store, config: RunConfig, version: Version, losses: TextLosses) -> None:
+    evaluation = Evaluation(
+        run_id=version.run_id,
+        records=1,
+        base={"identity": base_model.resolve(config.model).identity},
+        models={"candidate": Measured(version=version.version, metrics={})},
+        own_answers=losses,
+    )
+    runs.write(store, version.run_id, evaluation)
+
+
+def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
+    config, store, version, monkeypatch
+) -> None:
+    first = asked(config, store, version)
+    assert first.roles == {"base", "candidate"}
+    losses = measured(config, version, first)
+    assert [len(answer) for answer in losses.answers] == losses.tokens
+    assert losses.above_base("base") == 0
+    assert losses.above_base("candidate") > 0.5  # an update drawn at random is far from it
+
+    monkeypatch.setattr(sampling, "sample", None)
+    champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
+    remember(store, config, champion, losses)
+    later = asked(config, store, champion, candidate)
+    assert later.roles == {"candidate"}
+    assert later.known.nll == {"base": losses.nll["base"], "champion": losses.nll["candidate"]}
+    again = replace(later, roles=frozenset({"base", "candidate"}))  # read anew, it is the same answers
+    read = measured(config, version, again)
+    assert (read.answers, read.text_sha256, read.tokens) == (losses.answers, losses.text_sha256, losses.tokens)
+    for role in ("base", "candidate"):
+        assert read.nll[role] == pytest.approx(losses.nll[role], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", ["evaluate.own_answers=4", "method.base=nf4", "model.max_length=40", "model.revision"]
+)
+def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, store, version, change) -> None:
+    champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
+    first = asked(config, store, champion)
+    losses = first.answered([[1, 2, 3]] * 5).known.model_copy(
+        update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}}
+    )
+    remember(store, config, champion, losses)
+    assert asked(config, store, champion, candidate).new_tokens == 0
+    if change == "model.revision":
+        other = [
+            replace(each, base_identity={"kind": "folder", "sha256": "0"}) for each in contenders(config, champion)
+        ]
+        chat = chat_format.load(base_model.resolve(config.model), config.model)
+        anew = to_read(store, chat, config, other)
+    else:
+        anew = asked(config_file.loads(config_file.dumps(config), [change]), store, champion, candidate)
+    assert anew.new_tokens > 0
+    assert anew.known.answers is None
+    assert "base" in anew.roles
+    assert not anew.known.nll
+
+
+def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
+    whole = replace(asked(config, store, version), new_tokens=6)
+    parts = [
+        measure_shard(contenders(config, version), RECORDS, [whole.share(index, 2)], shard_index=1).texts[0]
+        for index in range(2)
+    ]
+    together, alone = whole.measured(parts), measured(config, version, whole)
+    assert together.answers == alone.answers
+    assert (together.text_sha256, together.tokens) == (alone.text_sha256, alone.tokens)
+    for role in ("base", "candidate"):
+        assert together.nll[role] == pytest.approx(alone.nll[role], rel=1e-3)
+
+
+def test_the_comparison_tells_how_far_each_model_is_from_the_base(config, store, version) -> None:
+    models, to_measure = contenders(config, version), asked(config, store, version)
+    found = measure_shard(models, RECORDS, [to_measure], shard_index=1)
+    own = to_measure.measured(found.texts)
+    told = compared(config, models, RECORDS, [*found.tokens.values()], found.scores, own=own, run_id="r")
+    nll, tokens = own.nll, sum(own.tokens)
+    expected = (sum(nll["candidate"]) - sum(nll["base"])) / tokens
+    assert told.metric("candidate", "kl_from_base") == pytest.approx(expected)
+    assert told.metric("base", "kl_from_base") == 0
+    assert Evaluation.from_json(told.as_json(), "here").own_answers == own
+
+
+def test_a_prompt_is_told_in_the_chat_template_and_leaves_room_for_an_answer(config) -> None:
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    roomy = config_file.loads(config_file.dumps(config), ["model.max_length=512"])
+    told = undrawn(chat, roomy)
+    assert told.new_tokens == 64
+    dialogue = SHIPPED["prompts"][4]["turns"]
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(dialogue)]
+    expected = chat.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert told.split.prompt(4).tolist() == expected
+    tight = undrawn(chat, config)
+    assert tight.split.num_prompt_tokens.max() + tight.new_tokens <= config.model.max_length
+
+
+def test_nobody_is_asked_by_default(config, store, version) -> None:
+    by_default = config_file.loads(config_file.dumps(config), ["evaluate.own_answers=0"])
+    nobody = asked(by_default, store, version)
+    assert nobody.roles == frozenset()
+    assert nobody.measured([]) is None
+    assert RunConfig.model_fields["evaluate"].default.own_answers == 0
