@@ -73,6 +73,8 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.inference
 	@$(BIN)/python -m tests.benchmarks.loftq
 	@$(BIN)/python -m tests.benchmarks.memory
+	@# Last, as it exits with 1 where a peer could not be measured.
+	@$(BIN)/python -m tests.benchmarks.peers
 
 lock: $(READY)
 	@$(LOCK) infra/images/build.in --output-file infra/images/build.lock

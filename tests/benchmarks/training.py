@@ -186,46 +186,18 @@ def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
 
 
 def _fineloop(options: argparse.Namespace) -> dict[str, float]:
-    import torch
-    import torch.distributed as dist
-
-    from ray_jobs.adapters import build
-    from ray_jobs.base import base_model, widened
     from ray_jobs.base.batching import plan_epoch
-    from ray_jobs.training import allocator, train_loop, zero
-    from ray_jobs.training.group import Worker
+    from tests.benchmarks import our_loop
 
     config, base, chat, split, dtype = _parts(options)
-    zero.prepare_environment(use_gpu=False)
-    allocator.keep_freed_memory()
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    else:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
-    adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
-    engine = zero.initialize(adapted.train(), config)
-    if options.dense_base:
-        widened.widen(adapted, dtype)
-    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    engine = our_loop.make(config, base, dtype, dense_base=options.dense_base)
     plan = plan_epoch(split.lengths, batch_size=BATCH_SIZE, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
-    for step, batch in enumerate(plan):
-        if step == WARM_UP_STEPS:
-            started, tokens = time.perf_counter(), 0
-        loss, _, seen = train_loop.take_step(
-            engine,
-            batch,
-            config=config,
-            worker=worker,
-            split=split,
-            pad=chat.pad,
-            step=step,
-            total=len(plan),
-        )
-        tokens += seen
+    for step, (loss, seen) in enumerate(our_loop.steps(engine, config, split, chat.pad, plan)):
         losses.append(loss)
+        tokens += seen
+        if step == WARM_UP_STEPS - 1:
+            started, tokens = time.perf_counter(), 0
     return _figures(tokens, time.perf_counter() - started, losses[-1])
 
 

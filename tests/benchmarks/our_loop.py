@@ -1,0 +1,47 @@
+"""Fineloop's own training steps, as ray_jobs.training takes them, for the benchmarks to measure."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from ray_jobs.adapters import build
+from ray_jobs.base import base_model, widened
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.training import allocator, train_loop, zero
+from ray_jobs.training.group import Worker
+
+
+def make(config: RunConfig, base: base_model.Base, dtype: MatmulDtype, *, dense_base: bool) -> Any:
+    """The base with its adapter in DeepSpeed, in a group of one or in the one that the environment names."""
+    zero.prepare_environment(use_gpu=False)
+    allocator.keep_freed_memory()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
+    adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
+    engine = zero.initialize(adapted.train(), config)
+    if dense_base:
+        widened.widen(adapted, dtype)
+    return engine
+
+
+def steps(
+    engine: Any, config: RunConfig, split: TokenizedSplit, pad: int, plan: Sequence[npt.NDArray[np.int64]]
+) -> Iterator[tuple[float, int]]:
+    """Take one step for each batch of the plan; gives each one's loss and tokens."""
+    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    for step, batch in enumerate(plan):
+        loss, _, seen = train_loop.take_step(
+            engine, batch, config=config, worker=worker, split=split, pad=pad, step=step, total=len(plan)
+        )
+        yield loss, seen

@@ -1,0 +1,52 @@
+"""What a peer's side shares with the others: the task it is given, the clock in its Trainer, the figures it prints.
+
+Runs in a peer's own environment, so nothing of Fineloop is imported here.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+def task() -> dict[str, Any]:
+    """As tests/benchmarks/peers/task.py wrote it; its `rows` as lists of numbers."""
+    given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    return given
+
+
+def rows(given: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """One record each, tokens and labels, in the order in which they are to be trained on."""
+    return [json.loads(line) for line in Path(given["rows"]).read_text(encoding="utf-8").splitlines()]
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """When each step ended, and its loss as the Trainer logs it."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ended.append(time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def show(given: dict[str, Any], ended: list[float], losses: list[float]) -> None:
+    """Print the figures as the last line: seconds of the steps after the warm-up, loss of the last ones, memory."""
+    first = given["warm_up"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    figures = {
+        "seconds": ended[-1] - ended[first - 1],
+        "steps": len(ended),
+        "peak_rss_mb": peak,
+        "loss": sum(losses[-given["last"] :]) / given["last"],
+    }
+    print("\n" + json.dumps(figures), flush=True)

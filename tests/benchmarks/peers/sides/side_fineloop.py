@@ -1,0 +1,58 @@
+"""Fineloop's loop on a task that the peers are given too; runs in our own environment."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from components.config import config_file
+from ray_jobs import entry
+from ray_jobs.base import base_model, chat_format
+from ray_jobs.base.batching import IGNORED, TokenizedSplit
+from tests.benchmarks import our_loop
+from tests.benchmarks.peers import task
+
+
+def main() -> None:
+    given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    entry.quiet_libraries()
+    torch.set_num_threads(given["threads"])
+    values = [
+        f"model.base={given['base']}",
+        f"method.name={'qlora' if given['format'] == 'nf4' else 'lora'}",
+        f"train.batch_size={given['batch_size']}",
+        f"train.micro_batch_size={given['batch_size']}",
+        "ray.num_workers=1",
+        f"ray.cpus_per_worker={given['threads']}",
+    ]
+    config = config_file.load(task.CONFIG, values)
+    base = base_model.resolve(config.model)
+    split = _split([json.loads(line) for line in Path(given["rows"]).read_text(encoding="utf-8").splitlines()])
+    plan = np.arange(len(split)).reshape(-1, given["batch_size"])
+    engine = our_loop.make(config, base, given["dtype"], dense_base=True)
+    ended, losses = [], []
+    for loss, _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, list(plan)):
+        ended.append(time.perf_counter())
+        losses.append(loss)
+    print(json.dumps(task.figures(given, ended, losses)))
+
+
+def _split(rows: list[dict[str, list[int]]]) -> TokenizedSplit:
+    labels = [np.array(row["labels"]) != IGNORED for row in rows]
+    return TokenizedSplit(
+        ids=[str(index) for index in range(len(rows))],
+        tokens=np.concatenate([np.array(row["input_ids"], dtype=np.int32) for row in rows]),
+        labelled=np.concatenate(labels),
+        offsets=np.cumsum([0, *(len(row["input_ids"]) for row in rows)]),
+        num_prompt_tokens=np.array([int(labelled.argmax()) for labelled in labels], dtype=np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""LLaMA-Factory, by the function behind `llamafactory-cli train`."""
+
+import sys
+import tempfile
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import measured
+import torch
+from datasets import Dataset
+
+try:
+    import torchaudio  # noqa: F401
+except OSError:  # it is imported for audio that is none here, and PyPI's wheel looks for CUDA's libraries
+    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
+
+from llamafactory.train.tuner import run_exp
+
+given = measured.task()
+torch.set_num_threads(given["threads"])
+clock = measured.Clock()
+with tempfile.TemporaryDirectory() as scratch:
+    tokenized = Path(scratch) / "tokenized"
+    Dataset.from_list(measured.rows(given)).save_to_disk(tokenized)
+    arguments = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": given["base"],
+        "template": "default",
+        "tokenized_path": str(tokenized),
+        "dataset": "records",  # wants a name, and reads what is tokenised
+        "cutoff_len": given["max_length"],
+        "output_dir": str(Path(scratch) / "output"),
+        "finetuning_type": "lora",
+        "lora_rank": given["rank"],
+        "lora_alpha": given["alpha"],
+        "lora_dropout": 0.0,
+        "lora_target": "all",
+        "bf16": given["dtype"] == "bfloat16",
+        "disable_gradient_checkpointing": True,
+        "disable_shuffling": True,
+        "use_cpu": True,
+        "per_device_train_batch_size": given["batch_size"],
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1.0,
+        "learning_rate": given["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": given["warmup_steps"],
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    if given["format"] == "nf4":
+        arguments |= {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
+    run_exp(arguments, [clock])
+measured.show(given, clock.ended, clock.losses)
