@@ -1,5 +1,6 @@
 """LLaMA-Factory, by the function behind `llamafactory-cli train`."""
 
+import json
 import sys
 import tempfile
 import types
@@ -21,13 +22,26 @@ from llamafactory.train.tuner import run_exp
 given = measured.task()
 torch.set_num_threads(given["threads"])
 clock = measured.Clock()
+
+
+def base_in_dtype(folder: Path) -> Path:
+    """The base in a folder whose config names the dtype: where it trains, it takes that and no argument."""
+    folder.mkdir()
+    for path in Path(given["base"]).iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": given["dtype"]}), encoding="utf-8")
+    return folder
+
+
 with tempfile.TemporaryDirectory() as scratch:
     tokenized = Path(scratch) / "tokenized"
     Dataset.from_list(measured.rows(given)).save_to_disk(tokenized)
     arguments = {
         "stage": "sft",
         "do_train": True,
-        "model_name_or_path": given["base"],
+        "model_name_or_path": str(base_in_dtype(Path(scratch) / "base")),
         "template": "default",
         "tokenized_path": str(tokenized),
         "dataset": "records",  # wants a name, and reads what is tokenised
