@@ -6,12 +6,10 @@ every model in the same tokens; plain functions say whether the answer passes (`
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig, SuiteName
@@ -19,18 +17,16 @@ from components.prepare.dataset import Message, Record
 from components.registry.records import ROLES, Evaluation, Role
 from components.registry.store import Store
 from components.registry.suite_records import Suite
-from components.registry.versions import Version, evaluation
-from components.shared.errors import IntegrityError
 from ray_jobs.base import base_config, base_model
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.scoring import checks
+from ray_jobs.scoring.earlier import measured_before, on_the_first_base
+from ray_jobs.scoring.texts import dealt_back
 from ray_jobs.scoring.tool_calls import Calls, offered
 
 if TYPE_CHECKING:
     from ray_jobs.scoring.measure import Contender
-
-logger = logging.getLogger(__name__)
 
 AMPLE = 4096
 """Tokens of the longest question, where the base sets no limit."""
@@ -94,17 +90,16 @@ NO_QUESTIONS = Questions(())
 def to_ask(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence["Contender"]) -> Questions:
     """The suites of the config, for those who have not been asked yet.
 
-    Of the versions of earlier runs, and of the base, it is known what those runs have found. Whoever stands on another
-    base than the first one is left out: it never could what that base can.
+    Of the versions of earlier runs, and of the base, it is known what those runs have found.
     """
     base_format, identity = config.method.row.base, contenders[0].base_identity
-    ours = [each for each in contenders if each.base_identity == identity and each.role in ROLES]
+    ours = [each for each in on_the_first_base(contenders) if each.role in ROLES]
     if not config.evaluate.suites:
         return NO_QUESTIONS
     reach = _reach(config, contenders[0])
     asked = [_unasked(name, chat, base_format, reach) for name in dict.fromkeys(config.evaluate.suites)]
     for contender in ours:
-        before = _measured_before(store, contender.version) if contender.version else None
+        before = measured_before(store, contender)
         if before is not None:
             same_base = before.base.get("identity") == identity
             asked = [_with_known(each, contender.role, before, same_base=same_base) for each in asked]
@@ -181,7 +176,7 @@ def _judged(asked: Asked, chat: ChatFormat, shares: Sequence[Answers]) -> Suite:
     if not asked.roles:
         return asked.known
     items, passes = shipped()[name]["items"], passing(name, chat)
-    said = {role: _dealt_back([share[role][name] for share in shares]) for role in ROLES if role in asked.roles}
+    said = {role: dealt_back([share[role][name] for share in shares]) for role in ROLES if role in asked.roles}
     found: dict[str, list[bool]] = {
         role: [passes(answer, item) for answer, item in zip(answers, items, strict=True)]
         for role, answers in said.items()
@@ -204,19 +199,6 @@ def _with_known(asked: Asked, role: Role, before: Evaluation, *, same_base: bool
     return replace(asked, known=asked.known.model_copy(update={"passes": passes}))
 
 
-def _measured_before(store: Store, version: Version) -> Evaluation | None:
-    try:
-        return evaluation(store, version)
-    except IntegrityError as exc:
-        logger.info("%s: the suites are asked again", exc)
-        return None
-
-
 def _reach(config: RunConfig, base: "Contender") -> int:
     found = base_model.resolve(config.model, recorded=base.base_identity)
     return base_config.positions(base_config.load(found.path, config.model)) or AMPLE
-
-
-def _dealt_back(shares: Sequence[Sequence[str]]) -> list[str]:
-    """Shares, which took turns, in the order of the whole."""
-    return [answer for each in zip_longest(*shares) for answer in each if answer is not None]

@@ -1,12 +1,10 @@
 """What models read beside the held-out records: texts of no domain, and how surprising each finds them.
 
 Two kinds are read alike: general text, and the base's own answers. What an earlier run has measured of base and
-champion on the same text is not measured again. Whoever stands on another base than the first is left out: it has other
-tokens, and another thing to remember.
+champion on the same text is not measured again.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -15,17 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from components.config.schema import RunConfig
-from components.registry.records import Evaluation, Role, TextLosses
+from components.registry.records import Role, TextLosses
 from components.registry.store import Store
-from components.registry.versions import Version, evaluation
-from components.shared.errors import IntegrityError
 from components.shared.metrics import TextKind
 from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.scoring.earlier import measured_before, on_the_first_base
 
 if TYPE_CHECKING:
     from ray_jobs.scoring.measure import Contender
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -73,8 +68,8 @@ class Texts:
             return None
         known = self.known
         if self.new_tokens:
-            known = self.answered(_dealt_back([share.answers or [] for share in shares])).known
-        found = {role: _dealt_back([share.nll[role] for share in shares]) for role in self.roles}
+            known = self.answered(dealt_back([share.answers or [] for share in shares])).known
+        found = {role: dealt_back([share.nll[role] for share in shares]) for role in self.roles}
         return known.model_copy(update={"nll": {**known.nll, **found}})
 
 
@@ -94,7 +89,7 @@ def earlier(store: Store, config: RunConfig, contenders: Sequence["Contender"], 
     base_format, identity = config.method.row.base, contenders[0].base_identity
     result = []
     for contender in on_the_first_base(contenders):
-        before = _measured_before(store, contender.version) if contender.version else None
+        before = measured_before(store, contender)
         losses: TextLosses | None = getattr(before, kind) if before else None
         if before is not None and losses is not None:
             same_base = (losses.base_format, before.base.get("identity")) == (base_format, identity)
@@ -115,11 +110,6 @@ def still_to_read(texts: Texts, contenders: Sequence["Contender"], before: Seque
     ours = {each.role for each in on_the_first_base(contenders)}
     roles = frozenset(ours - nll.keys() if len(texts.split) else ())
     return replace(texts, roles=roles, known=texts.known.model_copy(update={"nll": nll}))
-
-
-def on_the_first_base(contenders: Sequence["Contender"]) -> list["Contender"]:
-    """Who stands on the base that the first one is or stands on."""
-    return [each for each in contenders if each.base_identity == contenders[0].base_identity]
 
 
 def as_split(
@@ -145,14 +135,6 @@ def sha256(split: TokenizedSplit) -> str:
     return hashlib.sha256(split.tokens.tobytes() + split.offsets.tobytes()).hexdigest()
 
 
-def _dealt_back(shares: Sequence[Sequence[T]]) -> list[T]:
+def dealt_back(shares: Sequence[Sequence[T]]) -> list[T]:
     """What was dealt out one by one, in its order."""
     return [value for each in zip_longest(*shares) for value in each if value is not None]
-
-
-def _measured_before(store: Store, version: Version) -> Evaluation | None:
-    try:
-        return evaluation(store, version)
-    except IntegrityError as exc:
-        logger.info("%s: its texts are read again", exc)
-        return None
