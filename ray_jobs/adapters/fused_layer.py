@@ -224,6 +224,16 @@ def adopt(model: nn.Module) -> None:
         module.__class__ = ADOPTED.get(type(module), type(module))
 
 
+def part(model: nn.Module) -> None:
+    """Give layers whose weights were moved beside others' their own again, as they were loaded."""
+    for module in model.modules():
+        if kept := module.__dict__.pop("_joined", None):
+            moved = {weight.data_ptr() for joined in kept.values() for weight in joined.weights}
+            for parameter in module.parameters():
+                if parameter.data_ptr() in moved:
+                    parameter.data = parameter.data.contiguous()
+
+
 def _adopted(layer_class: Any) -> type:
     """A layer of that class which goes this way where it can, and otherwise its own."""
 

@@ -61,7 +61,10 @@ def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
         kinds = (*kinds, bitsandbytes.nn.Linear8bitLt, float32_layers.Linear)
     for module in model.modules():
         layer: Any = module
-        if issubclass(type(layer), kinds) and layer.weight.device.type == "cpu" and not layer.weight.requires_grad:
+        is_dense = isinstance(layer, float32_layers.Linear) and layer.weight.dtype is dtype
+        if not issubclass(type(layer), kinds) or is_dense:
+            continue
+        if layer.weight.device.type == "cpu" and not layer.weight.requires_grad:
             yield layer
 
 

@@ -1,6 +1,5 @@
 """Base, champion and candidate on the same records: who they are, how each reads the records, and what each scores."""
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters.held_base import HeldBase
 from ray_jobs.base import base_model, chat_format, precision, widened
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
@@ -81,10 +81,16 @@ class Asked:
         """What its base is in on this worker."""
         return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
-    def load_base(self, matmul_dtype: MatmulDtype, *, in_host_memory: bool = False) -> Any:
-        """The base in memory."""
+    def load_base(
+        self,
+        matmul_dtype: MatmulDtype,
+        *,
+        in_host_memory: bool = False,
+        load: Callable[..., Any] = base_model.load_model,
+    ) -> Any:
+        """The base in memory; `load` as `base_model.load_model`."""
         config = self.config
-        return base_model.load_model(
+        return load(
             self.base,
             config.model,
             config.method.row.base,
@@ -176,8 +182,11 @@ def measure_shard(
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
+    held: HeldBase | None = None,
 ) -> ShardResult:
     """Measure every contender on some records and texts, one after the other; runs as a Ray task.
+
+    `held` is a base that this process holds already: whoever stands on it need not read it.
 
     Raises:
         DataError: no record fits the context.
@@ -190,19 +199,17 @@ def measure_shard(
         torch.set_num_threads(candidate.ray.cpus_per_worker)
     with asking(contenders, records) as (kept, all_asked):
         progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
-        loaded: tuple[Any, Any] | None = None
+        held, seen = held or HeldBase(), 0
         scores: dict[Role, list[Score]] = {}
         reading = [Reading(each, range(len(each.split))) for each in texts]
         suite_answers: dict[Role, dict[str, list[str]]] = {}
         for each in all_asked:
-            key = (each.base.identity, each.config.method.row.base)
-            if loaded is None or loaded[0] != key:
-                loaded = None  # the memory of the one before,
-                gc.collect()  # where 4-bit weights and their layers hold each other
-                loaded = (key, each.load_base(matmul_dtype))
-                widened.widen_if_room(loaded[1], matmul_dtype, sharers=candidate.ray.num_workers)
+            base = each.load_base(matmul_dtype, load=held.load)
+            if held.num_loaded != seen:
+                widened.widen_if_room(base, matmul_dtype, sharers=candidate.ray.num_workers)
+                seen = held.num_loaded
             progress.role = each.role
-            model = build.load(loaded[1], each.adapter, matmul_dtype=matmul_dtype) if each.adapter else loaded[1]
+            model = build.load(base, each.adapter, matmul_dtype=matmul_dtype) if each.adapter else base
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
                 for one in reading:
@@ -211,6 +218,7 @@ def measure_shard(
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
+            del base, model  # whose memory another base may need
         found = [one.found for one in reading]
         return ShardResult(answer_tokens(all_asked), scores, found, progress.first_scored_at, suite_answers)
 

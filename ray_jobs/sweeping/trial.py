@@ -26,11 +26,11 @@ from components.registry.sweep_records import Trial
 from components.shared.errors import ConfigError
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
+from ray_jobs.adapters.held_base import HeldBase
 from ray_jobs.base import base_model
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit, by_length, collate
 from ray_jobs.scoring.texts import Texts
-from ray_jobs.sweeping.held_base import HeldBase
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.job import TrainJob

@@ -48,19 +48,21 @@ LoadModel = Callable[..., "PreTrainedModel"]
 """As `base_model.load_model`."""
 
 
-def train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit) -> dict[str, Any]:
-    """Gives, on rank 0, the published version, or the user's mistake.
+def train(
+    job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, *, load: LoadModel = base_model.load_model
+) -> dict[str, Any]:
+    """Gives, on rank 0, the published version, or the user's mistake. `load` reads the base into memory.
 
     A `UserError` or `JobError` is returned instead of raised: starting the workers again could not mend it.
     """
     entry.quiet_libraries()
     try:
-        return _train(job, train_split, eval_split)
+        return _train(job, train_split, eval_split, load)
     except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
 
 
-def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit) -> dict[str, Any]:
+def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, load: LoadModel) -> dict[str, Any]:
     import ray.train
 
     context = ray.train.get_context()
@@ -73,7 +75,7 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
     adapted, trained, recipe = fit(
-        config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore
+        config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore, load=load
     )
     trained_at = datetime.now(UTC)
     if metrics is None:
@@ -231,10 +233,10 @@ def _adapted(
         starting.begin(adapted, start)
     build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
-        adapted.enable_input_require_grads()
-        adapted.get_base_model().activation_checkpointing_enable(
-            {"use_reentrant": False}, offload=config.train.activation_offloading
-        )
+        model.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.activation_offloading)
+        # Of most models it has done that, and would forget its hooks, which someone takes off, for the next ones.
+        model.disable_input_require_grads()
+        model.enable_input_require_grads()
     return adapted.train()
 
 

@@ -150,11 +150,17 @@ class Fitted:
 
 
 def fit_in_rank(
-    config: Any, rows: list[dict[str, str]], *, run_id: str, start: Any = None, dense_base: bool = False
+    config: Any,
+    rows: list[dict[str, str]],
+    *,
+    run_id: str,
+    start: Any = None,
+    dense_base: bool = False,
+    load: Callable[..., Any] | None = None,
 ) -> Fitted:
     """Train in this rank's group on `rows`, the last eighth held out; `start` is a version to go on from.
 
-    `dense_base` is what the plan says of that, where the config leaves it to the plan.
+    `dense_base` is what the plan says of that, where the config leaves it to the plan; `load` reads the base.
     """
     import torch
     import torch.distributed as dist
@@ -194,7 +200,8 @@ def fit_in_rank(
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
     store = Store.open(config.registry)
-    adapted, trained, recipe = fit(config, job, worker, store, *splits, report=report)
+    load = load or base_model.load_model
+    adapted, trained, recipe = fit(config, job, worker, store, *splits, report=report, load=load)
     return Fitted(job, worker, store, adapted, trained, recipe, seen)
 
 

@@ -28,10 +28,10 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     """What a worker does with one trial after the other, in its only process."""
     from components.prepare.validate import validate
     from components.registry import lineage
+    from ray_jobs.adapters.held_base import HeldBase
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.scoring import general_text
-    from ray_jobs.sweeping.held_base import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.training.job import TrainJob
 

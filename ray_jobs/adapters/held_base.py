@@ -1,17 +1,19 @@
-"""One frozen base in a process, lent to one training after the other: what a trial adds to it comes off again.
+"""One frozen base in a process, lent to one use after the other: what a training adds to it comes off again.
 
-Reading and quantising a base takes longer than many a trial trains.
+Reading and quantising a base takes longer than many a trial trains, and as long as many records take to be scored.
 """
 
 import gc
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
+from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -29,27 +31,48 @@ class HeldBase:
         """What it makes of each passage of general text, likewise."""
         self.free_since: float | None = None
         """When whoever had it last was done with it, on the monotonic clock."""
+        self.matmul_dtype: MatmulDtype | None = None
+        """What it multiplies in."""
         self._asked: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
+        self._wide: dict[str, torch.Tensor] = {}
 
     def load(self, base: Base, config: ModelConfig, base_format: BaseFormat, **how: Any) -> "PreTrainedModel":
         """The base without any adapter; whoever had it before must be done with it."""
-        asked = (base, config, base_format, how)
+        asked = (base.identity, config.attention, config.trust_remote_code, base_format, how)
         if self._model is None or asked != self._asked:
             self._model = self.start_loss = self.general_nll = None
-            gc.collect()  # an adapted model and its engine hold each other in circles
+            self._wide = {}
+            gc.collect()  # an adapted model and its engine hold each other in circles, so do 4-bit weights and layers
             self._model = base_model.load_model(base, config, base_format, **how)
-            self._asked = asked
+            self._wide = _wider_than_16_bits(self._model)
+            self._asked, self.matmul_dtype = asked, how.get("matmul_dtype")
             self.num_loaded += 1
         else:
-            strip(self._model)
-            gc.collect()
+            self.strip()
         return self._model
 
+    def strip(self) -> None:
+        """Make the model what it was when it was loaded, but for dense weights in place of stored ones, if any."""
+        if self._model is not None and strip(self._model):
+            for name, weight in self._wide.items():
+                self._model.get_parameter(name).data = weight
+            gc.collect()
 
-def strip(model: "PreTrainedModel") -> None:
-    """Take off what peft and a training have put on a base: layers, hooks, and the note that it is adapted."""
+
+def _wider_than_16_bits(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
+    """What DeepSpeed would bring into 16 bits for good: weights that transformers keeps in float32, such as routers."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.dtype.itemsize > 2}
+
+
+def strip(model: "PreTrainedModel") -> bool:
+    """Take off what peft and a training have put on a base: layers, hooks, and the note that it is adapted.
+
+    Gives whether there was anything.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from ray_jobs.adapters import fused_layer
 
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name in wrapped:
@@ -58,5 +81,9 @@ def strip(model: "PreTrainedModel") -> None:
     for note in ("peft_config", "_hf_peft_config_loaded"):
         if note in vars(model):
             delattr(model, note)
+    fused_layer.part(model)
     model.disable_input_require_grads()
+    if model.is_activation_checkpointing:
+        model.activation_checkpointing_disable()
     model.requires_grad_(False)
+    return bool(wrapped)

@@ -1,0 +1,155 @@
+"""A base that a training has let go of, against one that was read for the purpose: the same values, the same scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from ray_jobs.adapters import build
+from ray_jobs.adapters.held_base import HeldBase
+from ray_jobs.base import base_model
+from ray_jobs.training import worker
+from tests.models.tiny import colour_rows
+from tests.models.tiny_version import RECORDS
+from tests.models.train_group import fit_in_rank, in_group
+
+ALL_THAT_A_TRAINING_TURNS_ON = ["method.dropout=0.1", "train.gradient_checkpointing=true"]
+
+
+def changed(config: RunConfig, *overrides: str) -> RunConfig:
+    return config_file.loads(config_file.dumps(config), overrides)
+
+
+def measured(config: RunConfig, version_id: str, **how: Any) -> Any:
+    """What a task measures."""
+    from components.registry.store import Store
+    from components.registry.versions import resolve
+    from ray_jobs.evaluate import _contenders
+    from ray_jobs.scoring.measure import measure_shard
+
+    store = Store.open(config.registry)
+    contenders = _contenders(config, store, resolve(store, f"{config.adapter.name}@{version_id}"))
+    matmul_dtype = config.ray.cpu_matmul_dtype
+    return measure_shard(contenders, RECORDS[:11], shard_index=1, matmul_dtype=matmul_dtype, **how)
+
+
+def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[str, Any, int]:
+    """Train, publish and measure in one process: the version, what was found, and how often a base was read."""
+    import weakref
+    from datetime import UTC, datetime
+    from unittest import mock
+
+    from ray_jobs.training import optimizer
+
+    config, held, optimizers = config_file.loads(config_toml), HeldBase(), []
+
+    def made(*arguments: Any) -> Any:
+        optimizers.append(weakref.ref(found := make(*arguments)))
+        return found
+
+    make = optimizer.make
+    with mock.patch.object(optimizer, "make", made):
+        fitted = fit_in_rank(config, colour_rows(80), run_id="run", dense_base=dense_base, load=held.load)
+    how = (fitted.store, fitted.adapted, fitted.trained, fitted.recipe, fitted.worker)
+    version = worker._publish(fitted.job, config, *how, datetime.now(UTC)).version
+    del fitted, how
+    held.strip()
+    assert [each() for each in optimizers] == [None]  # and so the memory of what it holds is free
+    return version, measured(config, version, held=held), held.num_loaded
+
+
+def measured_by_a_task(config_toml: str, version: str) -> Any:
+    return measured(config_file.loads(config_toml), version)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "dense_base", "loaded"),
+    [
+        ("qlora", "bfloat16", False, 1),
+        ("loftq", "float32", True, 3),  # its own base, the one that it is compared with, and its own again
+        pytest.param("qlora", "float32", True, 1, marks=pytest.mark.slow),
+        pytest.param("lora", "bfloat16", False, 1, marks=pytest.mark.slow),
+        pytest.param("lora", "float32", True, 1, marks=pytest.mark.slow),
+        pytest.param("dora", "float32", False, 1, marks=pytest.mark.slow),
+        pytest.param("dvora", "bfloat16", False, 1, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("more", [[], pytest.param(ALL_THAT_A_TRAINING_TURNS_ON, marks=pytest.mark.slow)])
+def test_a_model_scores_where_it_was_trained_as_in_a_process_of_its_own(
+    config, store, tmp_path: Path, method, dtype, dense_base, loaded, more
+):
+    """To the bit: memory has room, so that a task holds the base dense as well."""
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
+    settings = ["train.max_steps=3", "evaluate.batch_size=5"]
+    toml = config_file.dumps(
+        changed(config, *place, *settings, f"method.name={method}", f"ray.cpu_matmul_dtype={dtype}", *more)
+    )
+    arguments = (toml, dense_base)
+    ((version, here, num_loaded),) = in_group(
+        measured_where_it_was_trained, *arguments, directory=tmp_path / "here", num_workers=1
+    )
+    (there,) = in_group(measured_by_a_task, toml, version, directory=tmp_path / "there", num_workers=1)
+    assert here == there
+    assert list(here.scores) == list(there.scores) == ["base", "candidate"]
+    assert here.scores["candidate"] != here.scores["base"]
+    assert num_loaded == loaded
+
+
+@pytest.fixture
+def loading(config):
+    """How a base is asked for."""
+    return base_model.resolve(config.model), config.model, "bf16"
+
+
+def test_what_deepspeed_brings_into_16_bits_is_as_wide_again_as_it_was_read(config, loading, monkeypatch):
+    """As transformers leaves some models' routers in float32."""
+    read = base_model.load_model
+    wide = 1.0 + torch.arange(32) / 1009
+
+    def load(*asked: Any, **how: Any) -> Any:
+        model = read(*asked, **how)
+        model.model.norm.weight.data = wide[: len(model.model.norm.weight)].clone()
+        return model
+
+    monkeypatch.setattr(base_model, "load_model", load)
+    held = HeldBase()
+    fresh = {name: weight.clone() for name, weight in held.load(*loading, use_gpu=False).named_parameters()}
+    adapted = build.attach(held.load(*loading, use_gpu=False), config.method, base_reference="", seed=0)
+    for parameter in adapted.parameters():  # deepspeed/runtime/engine.py, _cast_module_mixed_precision
+        parameter.data = parameter.data.to(torch.bfloat16)
+    again = dict(held.load(*loading, use_gpu=False).named_parameters())
+    assert again.keys() == fresh.keys()
+    assert all(torch.equal(weight, again[name]) for name, weight in fresh.items())
+    assert again["model.norm.weight"].dtype is torch.float32
+    assert held.num_loaded == 1
+
+
+def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config, loading):
+    held = HeldBase()
+    model = held.load(*loading, use_gpu=False)
+    fresh = {name: weight.clone() for name, weight in model.named_parameters()}
+    adapted = build.attach(model, config.method, base_reference="", seed=0)
+    build.to_training(adapted, torch.bfloat16)
+    adapted.train()(input_ids=torch.arange(8)[None], use_cache=False).logits.sum().backward()
+    moved = [name for name, weight in model.named_parameters() if not weight.is_contiguous()]
+    assert len(moved) >= 7
+    again = dict(held.load(*loading, use_gpu=False).named_parameters())
+    assert all(again[name].is_contiguous() and torch.equal(weight, again[name]) for name, weight in fresh.items())
+    assert sum(weight.untyped_storage().nbytes() for weight in again.values()) == sum(w.nbytes for w in fresh.values())
+
+
+def test_nothing_of_a_training_stays_on(config, loading):
+    held = HeldBase()
+    worker._adapted(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
+    how = {"in_host_memory": False, "matmul_dtype": "bfloat16", "dtype": torch.bfloat16}
+    model = held.load(*loading, use_gpu=False, **how)
+    assert held.num_loaded == 1
+    hooks = {"_forward_hooks", "_backward_hooks", "_forward_pre_hooks"}
+    watched = [name for name, module in model.named_modules() if any(getattr(module, each) for each in hooks)]
+    assert watched == ["lm_head"]  # whose input is made contiguous: base_model.load_model
+    assert not model.is_activation_checkpointing
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "peft_config")
