@@ -26,6 +26,7 @@ class Display:
         self._live = live
         self._clock = clock
         self._step = ""
+        self._over: set[str] = set()
         self._note = ""
         self._began = 0.0
         self._told_at = float("-inf")
@@ -34,6 +35,7 @@ class Display:
     def start(self, step: str) -> None:
         """A step begins; the one before it is over."""
         self._settle()
+        self._over.discard(step)
         self._step, self._note, self._began, self._seconds = step, "", self._clock(), None
         self._told_at = float("-inf")
         if self._live:
@@ -42,8 +44,13 @@ class Display:
             self._write(f"[{step}] {STARTED}\n")
 
     def line(self, line: Line) -> None:
-        """One line of the step protocol, from whichever step is running."""
+        """One line of the step protocol, from whichever step is running.
+
+        What a worker has said comes a little later than what its driver says, and may belong to a step that is over.
+        """
         if line.step != self._step:
+            if line.step in self._over and line.text != STARTED:
+                return
             self.start(line.step)
         if line.seconds is not None:
             self.finish(line.seconds)
@@ -106,6 +113,7 @@ class Display:
             if self._seconds is None:
                 self.finish()
             self._write("\n")
+        self._over.add(self._step)
         self._step = ""
 
     def _row(self, seconds: float) -> str:

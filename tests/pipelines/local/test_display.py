@@ -40,6 +40,23 @@ def test_plain_lines_are_kept_and_progress_is_thinned(clock: Clock) -> None:
     assert "\r" not in stream.getvalue()
 
 
+def test_what_comes_late_of_a_step_does_not_begin_it_again(clock: Clock) -> None:
+    stream = io.StringIO()
+    display = Display(stream, live=False, clock=clock)
+    for line in (
+        *(Line("finetune", text) for text in ("started", "published v1", "finished in 20.0 s")),
+        *(Line("evaluate", text) for text in ("started", "300 records")),
+        Line("finetune", "step 5: held-out loss 1.0"),
+        Line("evaluate", "base: 0.3"),
+        Line("finetune", "started"),  # where a step is tried again
+    ):
+        display.line(line)
+    assert stream.getvalue().splitlines() == [
+        *("[finetune] started", "[finetune] published v1", "[finetune] finished in 20.0 s"),
+        *("[evaluate] started", "[evaluate] 300 records", "[evaluate] base: 0.3", "[finetune] started"),
+    ]
+
+
 def test_a_live_step_is_one_line_with_its_last_word(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
