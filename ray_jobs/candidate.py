@@ -1,7 +1,8 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
 One job is let into a cluster once: nobody else's comes between the training and the comparison, and no cluster starts
-twice. A job that is run again takes the version that the run has published as it is.
+twice. The training's workers stay to compare, on the base that they hold, where each of them holds a whole one. A job
+that is run again takes the version that the run has published as it is.
 """
 
 from components.config.schema import RunConfig
@@ -14,6 +15,7 @@ from ray_jobs import evaluate as comparing
 from ray_jobs import finetune as training
 from ray_jobs.scoring import marks
 from ray_jobs.scoring.measure import STEP as COMPARING
+from ray_jobs.training.standby import Standby
 
 
 def main() -> None:
@@ -32,20 +34,21 @@ def main() -> None:
     def train() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         marks.named(config.metrics)  # what cannot be measured is better said before the training
-        result = trained(config, run_id=run_id, dataset_uri=dataset_uri)
+        result = trained(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
-        comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri)
+        comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, standby=standby)
 
-    entry.run(training.STEP, train)
-    say(training.STEP, TRAINED)
-    entry.run(COMPARING, compare)
+    with Standby() as standby:
+        entry.run(training.STEP, train)
+        say(training.STEP, TRAINED)
+        entry.run(COMPARING, compare)
 
 
-def trained(config: RunConfig, *, run_id: str, dataset_uri: str) -> TrainResult:
+def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standby | None = None) -> TrainResult:
     """Train on the dataset, unless the run has published what it makes of it.
 
     Raises:
@@ -54,7 +57,7 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str) -> TrainResult:
     found = runs.find(Store.open(config.registry), run_id, TrainResult)
     if found is not None and found.dataset_uri == dataset_uri:
         return found
-    return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri)
+    return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
 
 
 if __name__ == "__main__":

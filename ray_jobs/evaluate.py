@@ -1,8 +1,9 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
-The records are shared out over Ray tasks. Each loads the base once and puts the adapters on it one after the other, in
-the base's dtype, as they were trained: what is measured is the function that was trained, of the published files. A
-base that no worker can hold is shared out over all of them, as it was to be trained on.
+The records are shared out over the workers of a training that has just ended, or over Ray tasks. Each loads the base
+once and puts the adapters on it one after the other, in the base's dtype, as they were trained: what is measured is the
+function that was trained, of the published files. A base that no worker can hold is shared out over all of them, as it
+was to be trained on.
 """
 
 import hashlib
@@ -42,6 +43,7 @@ from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.measure import STEP, Contender, measure_shard
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 from ray_jobs.scoring.texts import Texts
+from ray_jobs.training.standby import Standby
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,12 @@ def main() -> None:
     entry.run(STEP, job)
 
 
-def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str) -> Evaluation:
+def evaluate(
+    config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str, standby: Standby | None = None
+) -> Evaluation:
     """Measure the three models and write runs/<run_id>/evaluation.json, and evaluation_records.parquet beside it.
+
+    `standby` are the workers of the training, if they are still there; they are let go of.
 
     Raises:
         UserError: dataset, version or base do not exist, or no held-out record fits the context.
@@ -91,12 +97,14 @@ def evaluate(config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: s
     if _must_be_shared(config, base, ray.nodes()):
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
-        measured = partial(_measured_apart, config, base, contenders)
+        measured = partial(_measured_apart, config, base, contenders, standby=standby)
     found = measured(records, texts=texts, questions=questions)
     general, own = (each.measured(shares) for each, shares in zip(texts, zip(*found.texts, strict=True), strict=True))
     if further := drawing.further(config, judging.records[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
         found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
+    if standby is not None:
+        standby.end()
     kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, general=general, own=own, run_id=run_id).model_copy(
         update={
@@ -135,28 +143,38 @@ def _measured_apart(
     texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
+    standby: Standby | None = None,
 ) -> Found:
-    """A share of records and texts by each of several Ray tasks, which hold the base by themselves."""
+    """A share of records and texts by each of several workers, which hold the base by themselves.
+
+    They are the training's where those are still there, and Ray tasks where they are not.
+    """
     import ray
 
     # Two records at least in each: an answer is also read behind another record's prompt.
     num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
     say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
     shards = [records[start::num_shards] for start in range(num_shards)]
+    shares = [
+        {
+            "contenders": contenders,
+            "records": shard,
+            "texts": [each.share(i, num_shards) for each in texts],
+            "questions": questions.share(i, num_shards),
+            "shard_index": i,
+        }
+        for i, shard in enumerate(shards)
+    ]
+    if standby is not None and standby.is_there:
+        if (results := standby.measure(shares)) is not None:
+            dtype, *_ = [dtype for dtype, _ in results]
+            return Found.of(dtype, shards, [result for _, result in results])
+        say(STEP, "the training's workers are gone: others take their place")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
-
-    def outside(index: int) -> tuple[list[Texts], Questions]:
-        return [each.share(index, num_shards) for each in texts], questions.share(index, num_shards)
-
     try:
         dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
-        results = ray.get(
-            [
-                task.remote(contenders, shard, *outside(i), shard_index=i, matmul_dtype=dtype)
-                for i, shard in enumerate(shards)
-            ]
-        )
+        results = ray.get([task.remote(**share, matmul_dtype=dtype) for share in shares])
     except ray.exceptions.RayTaskError as exc:
         raise (
             exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")

@@ -6,6 +6,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 
 import logging
 import os
+from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -19,6 +20,7 @@ from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.training import splits, starting
 from ray_jobs.training.job import Stopwatch, TrainJob, train
+from ray_jobs.training.standby import Standby
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,12 @@ def main() -> None:
     entry.run(STEP, job)
 
 
-def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> TrainResult:
+def finetune(
+    config: RunConfig, *, run_id: str, dataset_uri: str | None = None, standby: Standby | None = None
+) -> TrainResult:
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
+
+    With `standby` the workers stay, unless they hold the base in parts.
 
     Raises:
         UserError: config or data cannot work; said before any worker is started where possible.
@@ -101,11 +107,23 @@ def finetune(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) 
         watch=watch,
     )
     shared = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
-    max_failures = config.ray.max_failures
-    answer = trainer.run(
-        train, {"job": job, **shared}, config, store, run_id=run_id, name="ray", max_failures=max_failures
+    arguments = {"job": job, **shared}
+
+    def run(board: Any = None) -> dict[str, Any]:
+        return trainer.run(
+            train,
+            {**arguments, "board": board},
+            config,
+            store,
+            run_id=run_id,
+            name="ray",
+            max_failures=config.ray.max_failures,
+        )
+
+    stays = standby is not None and config.train.zero_stage < 3
+    result = TrainResult(
+        **(trainer.checked(standby.train(run, num_workers=config.ray.num_workers)) if standby and stays else run())
     )
-    result = TrainResult(**answer)
     runs.write(store, run_id, result)
     return result
 

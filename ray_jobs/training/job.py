@@ -4,11 +4,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from components.config.ray import MatmulDtype
 from components.registry import lineage
 from components.registry.records import Took
 from components.registry.versions import Version
+from components.shared.errors import JobError
+from ray_jobs.training import standby
+
+if TYPE_CHECKING:
+    from ray_jobs.adapters.held_base import HeldBase
 
 
 @dataclass
@@ -49,12 +56,47 @@ class TrainJob:
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to."""
+    """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to.
+
+    With a `board` among them the workers then stand by.
+    """
     import ray
+    import ray.train
 
     job: TrainJob = arguments["job"]
+    board = arguments.get("board")
+    rank = ray.train.get_context().get_world_rank()
+    if board is not None and standby.is_trained(board, rank):
+        return {}
     job.watch.lap("workers start")
+    from ray_jobs.adapters.held_base import HeldBase
     from ray_jobs.training import worker
 
     job.watch.lap("imports")
-    return worker.train(job, *ray.get([arguments["train_split"], arguments["eval_split"]]))
+    splits = ray.get([arguments["train_split"], arguments["eval_split"]])
+    if board is None:
+        return worker.train(job, *splits)
+    held = HeldBase()
+    answer = worker.train(job, *splits, load=held.load)
+    standby.stand_by(board, rank, answer, partial(_measuring, held, rank))
+    return answer
+
+
+def _measuring(held: "HeldBase", rank: int) -> standby.Measure:
+    """How a worker measures on the base that it has trained on, once it has given back what only a training needs."""
+    from ray_jobs import entry
+    from ray_jobs.scoring.measure import STEP, ShardResult, measure_shard
+    from ray_jobs.training import allocator
+
+    if rank == 0:
+        entry.log_as(STEP)
+    held.strip()
+    allocator.give_back()
+
+    def measure(task: standby.Task) -> tuple[MatmulDtype, ShardResult]:
+        if held.matmul_dtype is None:
+            raise JobError("a worker failed before it held a base to measure on")
+        dtype = held.matmul_dtype
+        return dtype, measure_shard(**task, held=held, matmul_dtype=dtype)
+
+    return measure

@@ -53,6 +53,16 @@ def run(
         answer: dict[str, Any] = trainer.fit().return_value or {}
     except TrainingFailedError as exc:
         raise JobError(f"the workers failed: {_root(exc)}") from exc
+    return checked(answer)
+
+
+def checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """What the function returned.
+
+    Raises:
+        UserError: the mistake that it returned.
+        JobError: the failure that it returned.
+    """
     if "failure" in answer:
         raise errors.by_name(answer["failure"]["error"], answer["failure"]["message"])
     return answer

@@ -7,6 +7,7 @@ from components.registry import runs
 from components.registry.records import TrainResult
 from components.registry.store import Store
 from ray_jobs import candidate
+from ray_jobs.training.standby import Standby
 
 PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
 
@@ -17,7 +18,7 @@ def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
 ) -> None:
     trained: list[str] = []
 
-    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str) -> TrainResult:
+    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standby | None) -> TrainResult:
         trained.append(dataset_uri)
         return PUBLISHED
 

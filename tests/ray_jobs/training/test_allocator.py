@@ -21,6 +21,22 @@ for _ in range(10):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+GIVEN_BACK = """
+import torch
+from ray_jobs.training import allocator
+
+def resident():  # proc(5), statm, in pages of 4 KiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+allocator.keep_freed_memory()
+before = resident()
+blocks = [torch.ones(2**20) for _ in range(64)]
+del blocks
+kept = resident() - before
+allocator.give_back()
+print(kept, resident() - before)
+"""
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
 def test_memory_that_was_freed_is_not_asked_for_again() -> None:
@@ -29,3 +45,10 @@ def test_memory_that_was_freed_is_not_asked_for_again() -> None:
         return int(done.stdout)
 
     assert faults("as it is") > 5 * faults("keep")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory")
+def test_memory_that_was_kept_is_given_back_where_it_is_not_needed_again() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 200 * 2**20 > 20 * left

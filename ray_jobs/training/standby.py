@@ -1,0 +1,201 @@
+"""Workers of a training that stay when it is over, and measure what it made on the base that they hold.
+
+A new process would import everything again, and read and quantise the base again, which takes longer than many records.
+
+Ray Train's `fit` returns when the last worker has ended, so the driver waits for it in a thread. Meanwhile it speaks
+with the workers through an actor, the board: rank 0 puts the training's result there, the driver what is to be
+measured, each worker what it found. Whoever loses a worker has lost all of them: Ray Train ends the group, or starts
+another, which finds its training done and ends. The driver sees that in its thread, and measures by other means.
+
+Ray Train's controller and the board read this module, and wait for what it imports: little. What passes through the
+board is a reference in a list, which Ray leaves closed: to open it, the board would import all model code first.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from components.shared.errors import FineloopError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Task = Mapping[str, Any]
+"""Arguments of a worker's measurement."""
+Measure = Callable[[Task], Any]
+
+POLL_S = 0.5
+"""How often the driver looks whether the workers are still there while it waits for them."""
+ENDING_S = 10.0
+"""How long workers may take to end that have nothing to do."""
+
+
+class Board:
+    """What driver and workers leave for each other; an actor."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._tasks: list[asyncio.Queue[list[Any] | None]] = [asyncio.Queue() for _ in range(num_workers)]
+        self._found: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in range(num_workers)]
+        self._answer: dict[str, Any] = {}
+        self._is_trained = asyncio.Event()
+        self._begun: set[int] = set()
+
+    async def report(self, answer: dict[str, Any]) -> None:
+        """Rank 0 says what the training gave."""
+        self._answer = answer
+        self._is_trained.set()
+
+    async def is_trained(self, rank: int) -> bool:
+        """Whether it has, to a worker that begins in the place of one that was lost."""
+        began_before = rank in self._begun
+        self._begun.add(rank)
+        return began_before and self._is_trained.is_set()
+
+    async def answer(self) -> dict[str, Any]:
+        """The same, as soon as it is there."""
+        await self._is_trained.wait()
+        return self._answer
+
+    async def measure(self, tasks: Sequence[list[Any]]) -> list[list[Any]]:
+        """Give the first ranks a task each, and return what they found."""
+        for queue, task in zip(self._tasks, tasks, strict=False):
+            queue.put_nowait(task)
+        return [await found.get() for found, _ in zip(self._found, tasks, strict=False)]
+
+    async def end(self) -> None:
+        """There is nothing more to do."""
+        for queue in self._tasks:
+            queue.put_nowait(None)
+
+    async def task(self, rank: int) -> list[Any] | None:
+        """What a worker is to measure next; None when it may go."""
+        return await self._tasks[rank].get()
+
+    async def found(self, rank: int, result: list[Any]) -> None:
+        """What it found."""
+        self._found[rank].put_nowait(result)
+
+
+class Standby:
+    """The workers, as the driver has them; used as a context, which lets them go."""
+
+    def __init__(self) -> None:
+        self._board: Any = None
+        self._thread = threading.Thread()
+        self._outcome: dict[str, Any] | BaseException = {}
+
+    def train(self, run: Callable[[Any], dict[str, Any]], *, num_workers: int) -> dict[str, Any]:
+        """What rank 0 reports, as soon as it does; `run` is given the board, and returns when all workers have ended.
+
+        Raises what `run` raises.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote(num_workers)
+
+        def run_to_the_end() -> None:
+            try:
+                self._outcome = run(board)
+            except BaseException as exc:  # for whoever waits, in another thread
+                self._outcome = exc
+
+        self._thread = threading.Thread(target=run_to_the_end, daemon=True, name="standby")
+        self._thread.start()
+        answer = self._awaited(board.answer.remote())
+        if answer is not None:
+            self._board = board
+            return answer
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there are workers, as far as one knows."""
+        return self._board is not None
+
+    def measure(self, tasks: Sequence[Task]) -> list[Any] | None:
+        """What a worker each finds of a task; None where there are no workers.
+
+        Raises:
+            FineloopError: as the measurement.
+        """
+        import ray
+
+        if self._board is None:
+            return None
+        results: list[Any] | None = self._awaited(self._board.measure.remote([[ray.put(task)] for task in tasks]))
+        if results is None:
+            self._board = None
+            return None
+        for result in results:
+            if isinstance(result, FineloopError):
+                raise result
+        return results
+
+    def end(self) -> None:
+        """Let the workers go; they may still be on their way out afterwards."""
+        if self._board is not None:
+            self._board.end.remote()
+            self._board = None
+
+    def __enter__(self) -> "Standby":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: "TracebackType | None"
+    ) -> None:
+        self.end()
+        if kind is None and self._thread.is_alive():
+            self._thread.join(ENDING_S)
+
+    def _awaited(self, reference: Any) -> Any:
+        """What the board answers, opened; None once the workers have ended without an answer."""
+        import ray
+
+        is_alive = True
+        while is_alive:
+            is_alive = self._thread.is_alive()  # before the last look at what they may have left
+            if ray.wait([reference], timeout=POLL_S)[0]:
+                try:
+                    found = ray.get(reference)
+                    return ray.get([inner for (inner,) in found]) if isinstance(found, list) else found
+                except ray.exceptions.RayError:  # the board is lost, or who had found it: the workers end
+                    self._thread.join()
+                    return None
+        return None
+
+
+def is_trained(board: Any, rank: int) -> bool:
+    """Whether an earlier group of workers has done the training, and this one has nothing to do."""
+    import ray
+
+    try:
+        return bool(ray.get(board.is_trained.remote(rank)))
+    except ray.exceptions.RayError:
+        return False
+
+
+def stand_by(board: Any, rank: int, answer: dict[str, Any], prepare: Callable[[], Measure]) -> None:
+    """What each worker does once it has trained: report it, and measure what the driver asks for until it asks no more.
+
+    What `prepare` does passes while the driver gets ready.
+    """
+    import ray
+
+    try:
+        if rank == 0:
+            ray.get(board.report.remote(answer))
+        measure = prepare()
+        while (task := ray.get(board.task.remote(rank))) is not None:
+            found: Any
+            try:
+                found = measure(ray.get(task[0]))
+            except FineloopError as exc:
+                found = exc
+            ray.get(board.found.remote(rank, [ray.put(found)]))
+    except ray.exceptions.RayError:
+        return  # without the board there is nobody to speak with; what was trained is told by returning

@@ -1,0 +1,162 @@
+"""Workers that stay when they have trained, in Ray Train's groups on a real Ray: whatever is lost, nothing hangs."""
+
+import multiprocessing
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.shared.errors import DataError
+from ray_jobs.training import standby
+from ray_jobs.training.standby import Standby
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+NUM_WORKERS = 2
+ANSWER = {"version": "v1"}
+ENDING_S = 60.0
+
+
+def measure(task: standby.Task) -> Any:
+    """A measurement that says who has done it, or does what a test wants to happen."""
+    match task["what"]:
+        case "refuse":
+            raise DataError("no record fits")
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "last":
+            time.sleep(600)
+    return os.getpid(), task["records"]
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A training that leaves a file for each time that it was done, and another when it ends."""
+    import ray.train
+
+    folder = Path(arguments["folder"])
+    rank = ray.train.get_context().get_world_rank()
+    if standby.is_trained(arguments["board"], rank):
+        return {}
+    (folder / f"trained-{uuid.uuid4()}").touch()
+    standby.stand_by(arguments["board"], rank, ANSWER, lambda: measure)
+    (folder / f"ended-{rank}").touch()
+    return ANSWER
+
+
+def run(board: Any, *, folder: Path, max_failures: int) -> dict[str, Any]:
+    """What `trainer.run` does, without what torch needs."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    trainer = DataParallelTrainer(
+        train,
+        train_loop_config={"board": board, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=NUM_WORKERS),
+        run_config=RunConfig(
+            storage_path=str(folder), name="ray", failure_config=FailureConfig(max_failures=max_failures)
+        ),
+    )
+    answer: dict[str, Any] = trainer.fit().return_value
+    return answer
+
+
+def tasks(*what: str) -> list[dict[str, Any]]:
+    return [{"what": each, "records": [number]} for number, each in enumerate(what)]
+
+
+def stays_and_ends(workers: Standby) -> Any:
+    first, second = (workers.measure(tasks("score", "score")) for _ in range(2))
+    assert first == second
+    assert [records for _, records in first] == [[0], [1]]
+    assert len({pid for pid, _ in first}) == NUM_WORKERS
+    assert len(workers.measure(tasks("score"))) == 1  # fewer records than workers
+    return first
+
+
+def is_refused(workers: Standby) -> None:
+    with pytest.raises(DataError, match="no record fits"):
+        workers.measure(tasks("score", "refuse"))
+    raise KeyError("a driver that fails while its workers wait")
+
+
+def loses_one_that_waits(workers: Standby) -> Any:
+    (pid, _), _ = workers.measure(tasks("score", "score"))
+    os.kill(pid, signal.SIGKILL)
+    return workers.measure(tasks("score", "score")), workers.is_there, workers.measure(tasks("score"))
+
+
+def loses_one_that_measures(workers: Standby) -> Any:
+    return workers.measure(tasks("last", "die")), workers.is_there
+
+
+def loses_the_board(workers: Standby) -> Any:
+    import ray
+
+    ray.kill(workers._board)
+    return workers.measure(tasks("score", "score")), workers.is_there
+
+
+def tried(do: Callable[[Standby], Any], folder: Path, max_failures: int) -> dict[str, Any]:
+    """In the driver's process: what came of it, how often a worker trained, and how many ended in order."""
+    import ray
+
+    found: dict[str, Any] = {}
+    try:
+        with Standby() as workers:
+            assert workers.train(partial(run, folder=folder, max_failures=max_failures), num_workers=2) == ANSWER
+            found["result"] = do(workers)
+    except KeyError as exc:
+        found["error"] = str(exc)
+    workers._thread.join(ENDING_S)
+    found["over"] = not workers._thread.is_alive()
+    found["trained"] = len(list(folder.glob("trained-*")))
+    found["ended"] = len(list(folder.glob("ended-*")))
+    # Whoever takes their place finds room: what they had is free.
+    taken = ray.remote(num_cpus=NUM_WORKERS)(in_their_place).remote()
+    found["room"] = bool(ray.wait([taken], timeout=ENDING_S)[0])
+    return found
+
+
+def in_their_place() -> None:
+    """Needs all that there is."""
+
+
+def start_ray() -> None:
+    import ray
+
+    ray.init(num_cpus=NUM_WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False)
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[ProcessPoolExecutor]:
+    """A driver's process, and the Ray that ends with it."""
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=start_ray) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("do", "max_failures", "result", "ended"),
+    [
+        (stays_and_ends, 0, ..., 2),
+        (is_refused, 0, None, 2),
+        (loses_one_that_waits, 1, (None, False, None), 0),
+        (loses_one_that_measures, 0, (None, False), 0),
+        (loses_the_board, 0, (None, False), 2),
+    ],
+)
+def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failures, result, ended):
+    found = driver.submit(tried, do, tmp_path, max_failures).result(timeout=180)
+    assert found["trained"] == NUM_WORKERS  # nobody trains again
+    assert found["over"]
+    assert found["ended"] == ended
+    assert found["room"]
+    assert result is ... or found.get("result") == result
+    assert ("error" in found) is (do is is_refused)
