@@ -29,7 +29,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import drawing, general_text, judges, own_answers, suites
+from ray_jobs.scoring import drawing, general_text, harness, judges, own_answers, suites
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -40,6 +40,7 @@ from ray_jobs.scoring.answers import (
     paired_difference,
 )
 from ray_jobs.scoring.drawing import Found
+from ray_jobs.scoring.harness import NO_TASKS, Tasks
 from ray_jobs.scoring.measure import STEP, Contender, measure_shard
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 from ray_jobs.scoring.texts import Texts
@@ -92,13 +93,17 @@ def evaluate(
     contenders = _contenders(config, store, candidate)
     texts = [kind.to_read(store, chat, config, contenders) for kind in (general_text, own_answers)]
     questions = suites.to_ask(store, chat, config, contenders)
+    tasks = harness.to_run(store, config, contenders)
+    outside: dict[str, Any] = {"texts": texts, "questions": questions}
     # After a training in the same job it is connected already.
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
     if _must_be_shared(config, base, ray.nodes()):
+        tasks = tasks.left_out("as its workers hold the base together")
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
+        outside["tasks"] = tasks
         measured = partial(_measured_apart, config, base, contenders, standby=standby)
-    found = measured(records, texts=texts, questions=questions)
+    found = measured(records, **outside)
     general, own = (each.measured(shares) for each, shares in zip(texts, zip(*found.texts, strict=True), strict=True))
     if further := drawing.further(config, judging.records[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
@@ -115,6 +120,7 @@ def evaluate(
             "fold": judging.fold,
             "folds": config.evaluate.folds,
             "suites": questions.judged(chat, found.suite_answers),
+            "harness": tasks.measured(found.task_scores),
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": found.matmul_dtype,
@@ -125,8 +131,8 @@ def evaluate(
     runs.write(store, run_id, evaluation)
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
-    for suite in evaluation.suites:
-        say(STEP, suite.told)
+    for line in [suite.told for suite in evaluation.suites] + (evaluation.harness.told if evaluation.harness else []):
+        say(STEP, line)
     return evaluation
 
 
@@ -142,6 +148,7 @@ def _measured_apart(
     *,
     texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
+    tasks: Tasks = NO_TASKS,
     matmul_dtype: MatmulDtype | None = None,
     standby: Standby | None = None,
 ) -> Found:
@@ -161,6 +168,7 @@ def _measured_apart(
             "records": shard,
             "texts": [each.share(i, num_shards) for each in texts],
             "questions": questions.share(i, num_shards),
+            "tasks": tasks.share(i),
             "shard_index": i,
         }
         for i, shard in enumerate(shards)

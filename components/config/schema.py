@@ -190,6 +190,14 @@ class EvaluateConfig(Section):
     own_answers: Annotated[int, Field(ge=0, le=48), Added("0.2.0")] = 0
     """Prompts of no domain, of the 48 that come with Fineloop, that the base answers at temperature 1; on these answers
     it is measured how far each model has moved from the base (kl_from_base). 0 asks none."""
+    lm_eval: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Added("0.2.0")] = []
+    """Tasks of lm-evaluation-harness, groups or tags, that are run on base, champion and candidate and shown in the
+    report; no rule of the gate reads them. Wants fineloop[eval] where evaluation runs, and the tasks' data there."""
+    lm_eval_limit: Annotated[Annotated[int, Field(ge=1)] | None, Added("0.2.0")] = None
+    """Documents of each task of evaluate.lm_eval, its first ones; absent takes all."""
+    lm_eval_include: Annotated[str, Added("0.2.0")] = ""
+    """Folder with YAML files of tasks of your own, where evaluation runs. Naming it is leave to run what code they
+    name. Empty takes none but those that lm-eval ships."""
 
 
 class RunConfig(Section):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
+from components.registry.harness_records import HarnessScores
 from components.registry.part import Part
 from components.registry.store import decode_json, encode_json
 from components.registry.suite_records import Suite
@@ -191,6 +192,8 @@ class Evaluation(Record):
     """Of questions outside the domain; none where none were asked for."""
     own_answers: TextLosses | None = None
     """Of what the base says to prompts of no domain; None where it was not asked."""
+    harness: HarnessScores | None = None
+    """Of tasks of lm-evaluation-harness; None where none were asked for."""
     changed_answers: float | None = None
     """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
     paired: dict[str, PairedDifference | None] = {}

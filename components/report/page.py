@@ -4,6 +4,7 @@ from markupsafe import Markup
 
 from components.report import comparison, rates, sections
 from components.report.curve import loss_curve
+from components.report.harness import harness
 from components.report.headline import headline
 from components.report.html import template
 from components.report.numbers import count, moment
@@ -30,6 +31,7 @@ def build_report(run: RunFiles) -> str:
         intervals=comparison.intervals(run),
         slices=slices(run),
         suites=suites(run),
+        harness=harness(run),
         past_decisions=past_decisions(run),
         rules=comparison.rules(run),
         samples=shown,

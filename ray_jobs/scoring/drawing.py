@@ -7,6 +7,7 @@ from components.config.gate import GateConfig
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
+from components.registry.harness_records import TaskScore
 from components.registry.records import Role
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.scoring.answers import Score, pairs_of
@@ -50,6 +51,8 @@ class Found:
     """When the first batch was done; ISO 8601, in UTC."""
     suite_answers: list[dict[Role, dict[str, list[str]]]]
     """To the questions of the suites, by who answered them."""
+    task_scores: dict[Role, tuple[TaskScore, ...]]
+    """In tasks of lm-eval, by who ran them."""
 
     @classmethod
     def of(
@@ -64,6 +67,7 @@ class Found:
             [result.texts for result in results],
             min(result.first_scored_at for result in results),
             [result.suite_answers for result in results],
+            {role: scores for result in results for role, scores in result.task_scores.items()},
         )
 
     def and_then(self, more: "Found") -> "Found":

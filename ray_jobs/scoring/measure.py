@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
+from components.registry.harness_records import TaskScore
 from components.registry.records import Role
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version
@@ -26,6 +27,7 @@ from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring import marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
+from ray_jobs.scoring.harness import NO_TASKS, Tasks
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 from ray_jobs.scoring.texts import ReadShare, Texts
 
@@ -62,6 +64,8 @@ class ShardResult:
     """When the first batch was done; ISO 8601, in UTC."""
     suite_answers: dict[Role, dict[str, list[str]]] = field(default_factory=dict)
     """What was said to the questions of each suite, in order; of the roles that had to be asked."""
+    task_scores: dict[Role, tuple[TaskScore, ...]] = field(default_factory=dict)
+    """In tasks of lm-eval; of the roles that had to run them, by the worker that had to."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,10 @@ class Asked:
         """To questions outside the domain, by the same model."""
         return questions.answers(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
 
+    def task_scores(self, model: Any, tasks: Tasks) -> tuple[TaskScore, ...] | None:
+        """In tasks of lm-eval, by the same model; None where there is nothing to run."""
+        return tasks.scores(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
+
 
 class Reading:
     """One kind of text, read by one contender after the other, the base first, which may have to answer before.
@@ -179,6 +187,7 @@ def measure_shard(
     records: Sequence[Record],
     texts: Sequence[Texts] = (),
     questions: Questions = NO_QUESTIONS,
+    tasks: Tasks = NO_TASKS,
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
@@ -203,6 +212,7 @@ def measure_shard(
         scores: dict[Role, list[Score]] = {}
         reading = [Reading(each, range(len(each.split))) for each in texts]
         suite_answers: dict[Role, dict[str, list[str]]] = {}
+        task_scores: dict[Role, tuple[TaskScore, ...]] = {}
         for each in all_asked:
             base = each.load_base(matmul_dtype, load=held.load)
             if held.num_loaded != seen:
@@ -215,12 +225,15 @@ def measure_shard(
                 for one in reading:
                     one.by(each, model)
                 suite_answers[each.role] = each.suite_answers(model, questions)
+                if (in_tasks := each.task_scores(model, tasks)) is not None:
+                    task_scores[each.role] = in_tasks
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
             del base, model  # whose memory another base may need
         found = [one.found for one in reading]
-        return ShardResult(answer_tokens(all_asked), scores, found, progress.first_scored_at, suite_answers)
+        began = progress.first_scored_at
+        return ShardResult(answer_tokens(all_asked), scores, found, began, suite_answers, task_scores)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:

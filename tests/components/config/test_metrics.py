@@ -44,3 +44,12 @@ def test_suites_at_their_default_change_no_digest() -> None:
     whole = config_file.loads(GOOD)
     assert config_file.loads(GOOD, ["evaluate.suites=[]"]).digest == whole.digest
     assert config_file.loads(GOOD, ['evaluate.suites=["json"]']).digest != whole.digest
+
+
+def test_tasks_of_lm_eval_at_their_default_change_no_digest() -> None:
+    whole = config_file.loads(GOOD)
+    assert config_file.loads(GOOD, ["evaluate.lm_eval=[]", "evaluate.lm_eval_include=''"]).digest == whole.digest
+    assert config_file.loads(GOOD, ["evaluate.lm_eval=['arc_easy']"]).digest != whole.digest
+    for wrong in ("evaluate.lm_eval=['']", "evaluate.lm_eval_limit=0"):
+        with pytest.raises(ConfigError, match=r"evaluate\.lm_eval"):
+            config_file.loads(GOOD, [wrong])

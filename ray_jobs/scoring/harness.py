@@ -1,0 +1,237 @@
+"""Tasks of lm-evaluation-harness by their names, where that is installed: what else than the domain a model can do.
+
+A task says itself how it is told and how many examples stand before it; no chat template is put around it, as lm-eval
+does by default. Each model is measured where it is in memory anyway, by one worker: tasks are not shared out. No rule
+of the gate reads what they say.
+"""
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.schema import EvaluateConfig, RunConfig
+from components.registry.harness_records import HarnessScores, TaskScore
+from components.registry.records import ROLES, Role
+from components.registry.store import Store
+from components.shared.errors import ConfigError, JobError
+from components.shared.memory import available_bytes
+from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.scoring.earlier import measured_before, on_the_first_base
+
+if TYPE_CHECKING:
+    from ray_jobs.scoring.measure import Contender
+
+SEED = 1234
+"""Of whatever a task draws, such as the examples before a question."""
+BOOTSTRAPS = 1000
+"""How often documents are drawn again for the standard error of a metric that is no mean; 0 would give none at all."""
+USUAL_TOKENS = 2048
+"""About the longest text of a usual task, with the examples before it."""
+BYTES_PER_LOGIT, MEMORY_SHARE = 12, 0.5
+"""lm-eval takes the logarithms of all probabilities in float32, beside the logits, and the rest wants memory too."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What is to be run, and on whom."""
+
+    include: str
+    roles: frozenset[Role]
+    known: HarnessScores
+    """What is there already."""
+
+    def share(self, index: int) -> "Tasks":
+        """All for the first worker, and nothing for the others."""
+        return self if index == 0 else NO_TASKS
+
+    def left_out(self, why: str) -> "Tasks":
+        """Nobody runs what is not known yet."""
+        left_out = why if self.roles else ""
+        return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
+
+    def scores(self, role: Role, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...] | None:
+        """Of a model in evaluation mode; None where there is nothing to run."""
+        return run(self, model, chat, batch_size) if role in self.roles else None
+
+    def measured(self, found: Mapping[Role, tuple[TaskScore, ...]]) -> HarnessScores | None:
+        """What is known once they were run; None where no task was asked for."""
+        if not self.known.tasks:
+            return None
+        known = self.known.scores
+        scores = {
+            role: found[role] if role in found else known[role] for role in ROLES if role in found or role in known
+        }
+        return self.known.model_copy(update={"scores": scores})
+
+
+NO_TASKS = Tasks("", frozenset(), HarnessScores(lm_eval="", tasks=()))
+
+
+def check(config: RunConfig) -> None:
+    """See that the tasks of the config can be found here.
+
+    Raises:
+        ConfigError: lm-eval is not installed, does not know a task, or the folder of one's own is missing.
+    """
+    asked: EvaluateConfig = config.evaluate
+    if not asked.lm_eval:
+        return
+    known = _manager(asked.lm_eval_include).all_tasks
+    if unknown := [name for name in asked.lm_eval if name not in known]:
+        raise ConfigError(
+            f"evaluate.lm_eval: lm-eval {metadata.version('lm_eval')} knows no task {', '.join(unknown)}: "
+            "`lm-eval ls tasks` lists those that it ships; the folder of your own goes into evaluate.lm_eval_include"
+        )
+
+
+def to_run(store: Store, config: RunConfig, contenders: Sequence["Contender"]) -> Tasks:
+    """The tasks of the config, for those of whom no earlier run has told the same.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    check(config)
+    asked = config.evaluate
+    if not asked.lm_eval:
+        return NO_TASKS
+    known = HarnessScores(
+        lm_eval=metadata.version("lm_eval"),
+        tasks=tuple(dict.fromkeys(asked.lm_eval)),
+        limit=asked.lm_eval_limit,
+        include_sha256=_sha256(Path(asked.lm_eval_include)) if asked.lm_eval_include else "",
+        base_format=config.method.row.base,
+    )
+    ours = [each for each in on_the_first_base(contenders) if each.role in ROLES]
+    scores: dict[str, tuple[TaskScore, ...]] = {}
+    for contender in ours:
+        before = measured_before(store, contender)
+        if before is None or before.harness is None or not before.harness.same_tasks(known):
+            continue
+        theirs = before.harness
+        if "candidate" in theirs.scores:
+            scores[contender.role] = theirs.scores["candidate"]
+        same_base = before.base.get("identity") == contenders[0].base_identity
+        if "base" in theirs.scores and same_base and theirs.base_format == known.base_format:
+            scores["base"] = theirs.scores["base"]
+    roles = frozenset({each.role for each in ours} - scores.keys())
+    return Tasks(asked.lm_eval_include, roles, known.model_copy(update={"scores": scores}))
+
+
+def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:
+    """Every task on a model in memory, with as many texts at once as `batch_size` and memory allow.
+
+    Raises:
+        ConfigError: this worker's image is without lm-eval, or the folder of one's own.
+        JobError: memory does not hold one text.
+    """
+    import torch
+
+    manager = _manager(tasks.include)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # lm-eval gives a tokenizer without padding one.
+    around = {"tokenizer": copy.deepcopy(chat.tokenizer), "backend": "causal", "trust_remote_code": False}
+    at_once = _with_room(batch_size, model)
+    while True:
+        try:
+            with _quietly():
+                found = simple_evaluate(
+                    HFLM(pretrained=model, batch_size=at_once, **around),
+                    tasks=list(tasks.known.tasks),
+                    task_manager=manager,
+                    limit=tasks.known.limit,
+                    bootstrap_iters=BOOTSTRAPS,
+                    log_samples=False,
+                    random_seed=SEED,
+                    numpy_random_seed=SEED,
+                    torch_random_seed=SEED,
+                    fewshot_random_seed=SEED,
+                    confirm_run_unsafe_code=False,
+                )
+            return tuple(parsed(found["results"]))
+        except torch.OutOfMemoryError as exc:
+            if at_once == 1:
+                raise JobError(
+                    "the device's memory does not hold one text of evaluate.lm_eval beside the model: take a GPU with "
+                    "more memory, or a quantised base (method.base)"
+                ) from exc
+            at_once //= 2
+        torch.cuda.empty_cache()  # out of the handler, whose traceback holds what did not fit
+
+
+def parsed(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
+    """The metrics of each task: lm-eval keeps them as "metric,filter", and beside it "metric_stderr,filter"."""
+    for task, found in results.items():
+        for key, value in found.items():
+            metric, comma, name = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                yield TaskScore(
+                    task=task,
+                    metric=metric if name == "none" else f"{metric} ({name})",
+                    value=_number(value),
+                    stderr=_number(found.get(f"{metric}_stderr,{name}")),
+                )
+
+
+def _number(value: Any) -> float | None:
+    """lm-eval writes "N/A" where there is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+@cache
+def _manager(include: str) -> Any:
+    """Of the tasks that lm-eval ships, and of those in a folder, which come first; reading them takes seconds."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluate.lm_eval names tasks of lm-evaluation-harness, which is not installed here: "
+            "pip install 'fineloop[eval]', here and in the image of the Ray workers, or remove evaluate.lm_eval"
+        )
+    if include and not Path(include).is_dir():
+        raise ConfigError(f"evaluate.lm_eval_include {include} is no folder where evaluation runs")
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include or None)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without lm-eval's lines and its bars of progress, which go to stderr; what is raised is raised."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _with_room(batch_size: int, model: Any) -> int:
+    """So many texts whose logits have room."""
+    from ray_jobs.scoring.batches import free_bytes
+
+    free = free_bytes(model.device)
+    text = model.config.get_text_config()
+    longest = min(USUAL_TOKENS, getattr(text, "max_position_embeddings", None) or USUAL_TOKENS)
+    room = MEMORY_SHARE * (available_bytes() if free is None else free)
+    return max(1, min(batch_size, int(room / (BYTES_PER_LOGIT * longest * text.vocab_size))))
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.rglob("*") if each.is_file() and "__pycache__" not in each.parts):
+        digest.update(
+            f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()
