@@ -116,7 +116,8 @@ def _read_parquet(path: Path, name: str, wanted: tuple[str, ...]) -> Iterator[So
             known = [column for column in wanted if column in names]
             unread = tuple(column for column in names if column not in wanted)
             line = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known):
+            # Without threads of Arrow's own: one that finds no memory ends the process, where ours raises.
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False):
                 for value in _values(batch):
                     line += 1
                     yield SourceRow(line, value, None, unread)
