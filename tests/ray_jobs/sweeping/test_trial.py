@@ -102,7 +102,7 @@ def test_a_trial_that_compares_methods_reads_general_text_before_and_after(toml,
     assert text["nll"]["candidate"] == pytest.approx(text["nll"]["base"], rel=1e-3)
     assert moved["general_text"]["nll"]["base"] == text["nll"]["base"]
     assert moved["general_text"]["nll"]["candidate"] != pytest.approx(text["nll"]["base"], rel=1e-3)
-    assert 0 < moved["general_s"] < still["general_s"] < still["seconds"]  # the base is read once
+    assert 0 < still["general_s"] < still["seconds"]
 
 
 def test_a_trial_that_is_worse_than_its_start_ends_at_that_measurement(toml, tmp_path: Path):
