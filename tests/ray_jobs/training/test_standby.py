@@ -145,11 +145,11 @@ def driver() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize(
     ("do", "max_failures", "result", "ended"),
     [
-        (stays_and_ends, 0, ..., 2),
+        pytest.param(stays_and_ends, 0, ..., 2, marks=pytest.mark.full),  # which each run on a real Ray shows
         (is_refused, 0, None, 2),
         (loses_one_that_waits, 1, (None, False, None), 0),
         (loses_one_that_measures, 0, (None, False), 0),
-        (loses_the_board, 0, (None, False), 2),
+        pytest.param(loses_the_board, 0, (None, False), 2, marks=pytest.mark.full),
     ],
 )
 def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failures, result, ended):
