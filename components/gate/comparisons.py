@@ -7,7 +7,10 @@ in between. Where a number is missing or not finite, it fails: nothing is promot
 from dataclasses import dataclass
 from typing import Any
 
+from annotated_types import Le
+
 from components.config.gate import GateConfig, Guard
+from components.config.schema import EvaluateConfig
 from components.gate.evidence import Evidence
 from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
 from components.shared.metrics import RELATIVE, Metric, TextKind
@@ -338,10 +341,15 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
     evaluation = compared.evaluation
     if compared.metric.texts:
         what, field = TEXTS[compared.metric.texts]
-        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.texts].tokens)}"
+        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.texts].tokens)} of {_most(field)}"
     else:
         there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
         what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"
     if needed is None:
         return f"That is too near the line to tell, with any number of {what} ({used})."
     return f"That does not tell: about {needed} {what} would ({used})."
+
+
+def _most(field: str) -> str:
+    """How large a number of `evaluate` may be: as many texts as come with Fineloop."""
+    return next(str(rule.le) for rule in EvaluateConfig.model_fields[field].metadata if isinstance(rule, Le))

@@ -66,7 +66,7 @@ def test_it_is_said_what_was_forgotten() -> None:
 def test_where_the_passages_do_not_tell_more_of_them_are_asked_for() -> None:
     (reason,) = decided(read(around(3.4, 0.1))).reasons
     # (z(95 %) + z(80 %))^2 variance / distance^2, here 2.486^2 * 64.
-    assert reason.endswith("That does not tell: about 400 passages would (evaluate.general_passages gave 64).")
+    assert reason.endswith("That does not tell: about 400 passages would (evaluate.general_passages gave 64 of 240).")
 
 
 def test_the_margin_is_the_configs() -> None:

@@ -79,7 +79,7 @@ def test_where_the_answers_do_not_tell_more_of_them_are_asked_for() -> None:
     (reason,) = decided(moved(around(0.4, 0.1))).reasons
     assert "between 0.2" in reason
     # (z(95 %) + z(80 %))^2 variance / distance^2, here 2.486^2 * 24 = 148.4, in tens.
-    assert reason.endswith("That does not tell: about 150 answers would (evaluate.own_answers gave 24).")
+    assert reason.endswith("That does not tell: about 150 answers would (evaluate.own_answers gave 24 of 48).")
 
 
 def test_nothing_is_asked_by_default_and_what_was_not_measured_is_not_taken_for_granted() -> None:
