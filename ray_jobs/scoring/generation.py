@@ -36,7 +36,6 @@ def greedy(
     word by word as it comes: the pieces joined are the answer.
     """
     result = [""] * len(split)
-    together = is_shared(model)
     prompts = [split.prompt(row) for row in range(len(split))]
     reader = Reader(model, prompts, chat.pad) if prompts and Reader.takes(model) else None
 
@@ -51,12 +50,25 @@ def greedy(
             result[index] = text
         advance(len(indices))
 
+    answer_all(model, chat, split, batch_size, max_new_tokens, answer)
+    return result
+
+
+def answer_all(
+    model: Any,
+    chat: ChatFormat,
+    split: TokenizedSplit,
+    batch_size: int,
+    max_new_tokens: int,
+    answer: Callable[[npt.NDArray[np.int64]], None],
+) -> None:
+    """Have `answer` take the places of all prompts, as many at once as `batch_size` and memory allow."""
+    together = is_shared(model)
     lengths = split.num_prompt_tokens.astype(np.int64)
     longest = int(lengths.max(initial=1)) + max_new_tokens
     at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
-    with decoding(model, chat):
+    with _decoding(model, chat):
         in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
-    return result
 
 
 def answers_to(
@@ -79,7 +91,7 @@ def answers_to(
 
 
 def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
-    """The tokens behind each prompt by transformers' own `generate`, within `decoding`; after a stop comes padding.
+    """The tokens behind each prompt by transformers' own `generate`, within `answer_all`; after a stop comes padding.
 
     `generate` is `given` the rest.
     """
@@ -108,7 +120,7 @@ def _texts(chat: ChatFormat, answers: Any) -> list[str]:
 
 
 @contextmanager
-def decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
+def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
     """Put the format's way of decoding in place of the model's own.
 
     `generate` fills in what its argument leaves open from the model's own (transformers 5.24, generation/utils.py,

@@ -11,8 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from components.shared.paired import Array
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring.batches import agreed, free_bytes, in_batches, is_shared, with_room
-from ray_jobs.scoring.generation import decoding, generated
+from ray_jobs.scoring.generation import answer_all, generated
 from ray_jobs.scoring.own_answers import SEED
 
 
@@ -25,7 +24,6 @@ def sample(
     What chance decides hangs on a prompt's id alone, which is a number: prompts may be shared out in any way.
     """
     result: list[list[int]] = [[] for _ in range(len(prompts))]
-    together = is_shared(model)
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         asked = [prompts.prompt(index) for index in indices]
@@ -35,11 +33,7 @@ def sample(
         for index, row in zip(indices, found.tolist(), strict=True):
             result[index] = _until_stop(row, chat.stops)
 
-    lengths = prompts.num_prompt_tokens.astype(np.int64)
-    longest = int(lengths.max(initial=1)) + max_new_tokens
-    at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
-    with decoding(model, chat):
-        in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
+    answer_all(model, chat, prompts, batch_size, max_new_tokens, answer)
     return result
 
 
