@@ -69,7 +69,7 @@ def _count(passed: int | None) -> str:
 def _difference(suite: Suite, against: Role) -> tuple[str, str]:
     counts = suite.won_and_lost(against)
     if counts is None:
-        return "–", "same"  # noqa: RUF001
+        return "–", "same"  # noqa: RUF001 - a dash for a cell without a number
     won, lost = counts
     if won == lost == 0:
         return "the same", "same"

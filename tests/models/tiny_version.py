@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import dataset
@@ -11,6 +11,9 @@ from components.registry.lineage import Base, Dataset, Environment, Hardware, Tr
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from tests.models.tiny import colour_rows
+
+if TYPE_CHECKING:
+    from ray_jobs.scoring.measure import Contender
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(60)]
 
@@ -53,6 +56,16 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
+
+
+def contenders(config: RunConfig, *versions: Version) -> "list[Contender]":
+    """The base, and the versions in their roles: the last is the candidate, one before it the champion."""
+    from ray_jobs.base import base_model
+    from ray_jobs.scoring.measure import Contender
+
+    identity = base_model.resolve(config.model).identity
+    roles = ["base", *["champion", "candidate"][-len(versions) :]]
+    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
 def on_its_base(config: RunConfig, store: Store, folder: Path, *, load: Callable[..., Any] | None = None):

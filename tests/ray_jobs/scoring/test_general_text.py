@@ -20,10 +20,10 @@ from components.registry.versions import Version, resolve
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
 from ray_jobs.scoring.general_text import to_read
-from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.texts import Texts
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import publish
+from tests.models.tiny_version import contenders, publish
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
 SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("general_text.json").read_text(encoding="utf-8"))
@@ -38,12 +38,6 @@ def config(config: RunConfig, store: Store) -> RunConfig:
 @pytest.fixture
 def version(config: RunConfig, store: Store, tmp_path) -> Version:
     return publish(config, store, tmp_path, with_data=False)
-
-
-def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
-    identity = base_model.resolve(config.model).identity
-    roles = ["base", *["champion", "candidate"][-len(versions) :]]
-    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:

@@ -23,9 +23,9 @@ from components.shared.errors import ConfigError
 from ray_jobs.base import base_model
 from ray_jobs.scoring import harness
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.measure import measure_shard
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import publish
+from tests.models.tiny_version import contenders, publish
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(2)]
 DOCUMENTS = [
@@ -82,12 +82,6 @@ def known_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What decides whom tasks are run on, without lm-eval."""
     monkeypatch.setattr(harness, "check", lambda config: None)
     monkeypatch.setattr(harness.metadata, "version", lambda name: "0.4.13")
-
-
-def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
-    identity = base_model.resolve(config.model).identity
-    roles = ["base", *["champion", "candidate"][-len(versions) :]]
-    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> harness.Tasks:

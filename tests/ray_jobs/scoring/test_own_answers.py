@@ -27,12 +27,12 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
 from ray_jobs.scoring import sampling, texts
-from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.own_answers import to_read, undrawn
 from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.scoring.texts import Texts
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import publish, randomise
+from tests.models.tiny_version import contenders, publish, randomise
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
 SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("own_answers.json").read_text(encoding="utf-8"))
@@ -164,12 +164,6 @@ def test_nothing_of_a_base_or_a_config_but_the_seed_decides_what_is_drawn(base_a
     ended = [answer for answer in whole if answer[-1] in chat.stops]
     assert all(len(answer) == 16 for answer in whole if answer not in ended)
     assert not any(token in chat.stops for answer in whole for token in answer[:-1])
-
-
-def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
-    identity = base_model.resolve(config.model).identity
-    roles = ["base", *["champion", "candidate"][-len(versions) :]]
-    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:

@@ -15,11 +15,11 @@ from components.registry.store import Store
 from components.registry.versions import Version
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.scoring import suites
-from ray_jobs.scoring.measure import Contender, measure_shard
+from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.suites import Questions, shipped, to_ask
 from tests.models.chat_families import TOOLS
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import publish
+from tests.models.tiny_version import contenders, publish
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(2)]
 FEW = 4  # items of each suite, for the time that they take
@@ -47,12 +47,6 @@ def changed(config: RunConfig, *overrides: str) -> RunConfig:
 @pytest.fixture
 def version(config: RunConfig, store: Store, tmp_path) -> Version:
     return publish(config, store, tmp_path, with_data=False)
-
-
-def contenders(config: RunConfig, *versions: Version) -> list[Contender]:
-    identity = base_model.resolve(config.model).identity
-    roles = ["base", *["champion", "candidate"][-len(versions) :]]
-    return [Contender(role, config, each, identity) for role, each in zip(roles, [None, *versions], strict=True)]
 
 
 def chat_of(config: RunConfig) -> chat_format.ChatFormat:
