@@ -4,7 +4,6 @@ Token authentication is Ray's own: RAY_AUTH_MODE=token, with RAY_AUTH_TOKEN or R
 """
 
 import contextlib
-import os
 import re
 import shlex
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
+from components.shared.environment import in_environment
 from components.shared.errors import JobError, UserError
 
 T = TypeVar("T")
@@ -146,16 +146,8 @@ def _connect(address: str) -> Any:
         raise UserError(f"RAY_ADDRESS {address!r} is not the URL of a Jobs API, such as http://HOST:8265")
     from ray.job_submission import JobSubmissionClient  # half a second
 
-    # Ray lets its variables win over the argument.
-    before = os.environ.get(_RAY_VARIABLE)
-    os.environ[_RAY_VARIABLE] = address
-    try:
+    with in_environment({_RAY_VARIABLE: address}):  # Ray lets its variables win over the argument
         return _call(f"connect to {address}", lambda: JobSubmissionClient(address))
-    finally:
-        if before is None:
-            del os.environ[_RAY_VARIABLE]
-        else:
-            os.environ[_RAY_VARIABLE] = before
 
 
 def _call(what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:

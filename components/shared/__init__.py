@@ -1,1 +1,1 @@
-"""What everything shares: the errors, the lines that processes print, the metrics, the processor."""
+"""What everything shares: errors, lines that processes print, metrics, the processor, the environment."""

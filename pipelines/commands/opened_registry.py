@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from components.shared.environment import in_environment
 from components.shared.errors import UserError
 from pipelines.commands.arguments import load_config
 
@@ -30,6 +30,6 @@ def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
             f"there is no store under {options.home}: give the --home of an earlier `fineloop run`, or set "
             "AWS_ENDPOINT_URL to where your registry lies"
         )
-    with local_services(options.home, bucket=config.registry.bucket, ray=False) as environment:
-        os.environ.update(environment)  # a command is a process: nothing else runs in it
+    services = local_services(options.home, bucket=config.registry.bucket, ray=False)
+    with services as environment, in_environment(environment):
         yield Store.open(config.registry)

@@ -1,6 +1,5 @@
 """Whether this machine can run Fineloop: `fineloop doctor`. Starts nothing."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
+from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, StoreError
 from components.shared.memory import machine_bytes
 from pipelines.check import Check, check
@@ -117,23 +117,11 @@ def _store(home: Path, registry: RegistryConfig | None) -> Check:
     from components.registry.store import Store
 
     try:
-        with _environment({} if configured else local_services.store_environment(home)):
+        with in_environment({} if configured else local_services.store_environment(home)):
             Store.open(registry).check()
     except StoreError as exc:
         return Check(name, False, f"{url}: {exc}", "see the message")
     return Check(name, True, f"{url}, bucket {registry.bucket}: reachable, honours conditional writes", "")
-
-
-@contextlib.contextmanager
-def _environment(added: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the length of one `with`."""
-    before = dict(os.environ)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _ray(home: Path) -> Check:

@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
+from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_here
@@ -102,7 +103,7 @@ def run_and_read(
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
-            with _in_environment(environment):
+            with in_environment(environment):
                 _execute(what, run_id, config, folder, environment, place, display)
                 display.close()
                 return _read(read, config, run_id, folder, ground_s=ground_s, began=began)
@@ -175,17 +176,3 @@ def _stop_jobs(config: RunConfig, run_id: str) -> None:
 
     with contextlib.suppress(FineloopError):
         stop_run(run_id, config.ray)
-
-
-@contextlib.contextmanager
-def _in_environment(environment: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

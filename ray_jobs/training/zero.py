@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from components.config.schema import RunConfig
+from components.shared.environment import in_environment
 from components.shared.errors import JobError
 from ray_jobs.base.gathered import gathered
 from ray_jobs.training import optimizer
@@ -270,17 +271,13 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
             init._convert_to_zero_parameters([parameter])
 
     set_param = core_model_loading.set_param_for_module
-    gather, reads_one_by_one = dora.gather_params_ctx, os.environ.get(ONE_BY_ONE)
+    gather = dora.gather_params_ctx
     core_model_loading.set_param_for_module, dora.gather_params_ctx = set_and_share_out, gathered
-    os.environ[ONE_BY_ONE] = "1"
     try:
-        yield
+        with in_environment({ONE_BY_ONE: "1"}):
+            yield
     finally:
         core_model_loading.set_param_for_module, dora.gather_params_ctx = set_param, gather
-        if reads_one_by_one is None:
-            del os.environ[ONE_BY_ONE]
-        else:
-            os.environ[ONE_BY_ONE] = reads_one_by_one
 
 
 def _at(model: torch.nn.Module, name: str) -> Any:
