@@ -8,7 +8,7 @@ from axolotl.integrations.base import BasePlugin
 CLOCK = measured.Clock()
 
 
-class ClockPlugin(BasePlugin):  # type: ignore[misc]
+class ClockPlugin(BasePlugin):
     """Puts the clock into its Trainer."""
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

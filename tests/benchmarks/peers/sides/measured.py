@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 
 def task() -> dict[str, Any]:
@@ -24,7 +25,17 @@ def rows(given: dict[str, Any]) -> list[dict[str, list[int]]]:
     return [json.loads(line) for line in Path(given["rows"]).read_text(encoding="utf-8").splitlines()]
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+def base(given: dict[str, Any]) -> Any:
+    """The task's base in its format and dtype, by transformers."""
+    dtype = getattr(torch, given["dtype"])
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    stored = nf4 if given["format"] == "nf4" else None
+    return AutoModelForCausalLM.from_pretrained(given["base"], quantization_config=stored, dtype=dtype)
+
+
+class Clock(TrainerCallback):
     """When each step ended, and its loss as the Trainer logs it."""
 
     def __init__(self) -> None:

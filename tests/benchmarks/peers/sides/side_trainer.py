@@ -5,24 +5,10 @@ import tempfile
 import measured
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 given = measured.task()
 torch.set_num_threads(given["threads"])
-dtype = getattr(torch, given["dtype"])
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-)
-model = AutoModelForCausalLM.from_pretrained(
-    given["base"], quantization_config=nf4 if given["format"] == "nf4" else None, dtype=dtype
-)
 lora = LoraConfig(r=given["rank"], lora_alpha=given["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
 clock = measured.Clock()
 with tempfile.TemporaryDirectory() as scratch:
@@ -42,7 +28,7 @@ with tempfile.TemporaryDirectory() as scratch:
         disable_tqdm=True,
     )
     trainer = Trainer(
-        model=get_peft_model(model, lora),
+        model=get_peft_model(measured.base(given), lora),
         args=arguments,
         train_dataset=measured.rows(given),
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(given["base"])),

@@ -6,18 +6,11 @@ import measured
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 given = measured.task()
 torch.set_num_threads(given["threads"])
-dtype = getattr(torch, given["dtype"])
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-)
-model = AutoModelForCausalLM.from_pretrained(
-    given["base"], quantization_config=nf4 if given["format"] == "nf4" else None, dtype=dtype
-)
 rows = [{name: row[name] for name in ("input_ids", "labels")} for row in measured.rows(given)]
 clock = measured.Clock()
 with tempfile.TemporaryDirectory() as scratch:
@@ -40,7 +33,7 @@ with tempfile.TemporaryDirectory() as scratch:
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=model,
+        model=measured.base(given),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(given["base"]),
@@ -49,7 +42,7 @@ with tempfile.TemporaryDirectory() as scratch:
         ),
         callbacks=[clock],
     )
-    if dtype is torch.float32:  # it makes a quantised base's adapters bfloat16, whose products are slow where this is
+    if given["dtype"] == "float32":  # it makes a quantised base's adapters bfloat16, slow where this is
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
