@@ -16,8 +16,8 @@ from components.prepare.sources import find_sources
 from components.shared.cpus import Cpu, this_cpu
 from components.shared.errors import UserError
 from ray_jobs import entry
-from ray_jobs.base import base_config, base_model, chat_format
-from ray_jobs.base.batching import TokenizedSplit, tokenize
+from ray_jobs.base import attention, base_config, base_model, chat_format, packed
+from ray_jobs.base.batching import TokenizedSplit, by_length, tokenize
 from ray_jobs.planning import pace
 from ray_jobs.planning.capacity import records_at_once
 from ray_jobs.planning.pace import Pace
@@ -49,6 +49,8 @@ class Work:
     """Labelled tokens of a record."""
     new_tokens: int
     """Of the longest answer that is generated."""
+    computed: float = 1.0
+    """Share of its tokens that a training computes: less than all where records are packed."""
 
     def train_tokens(self, train: TrainConfig) -> float:
         """Of the whole training."""
@@ -102,7 +104,8 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
         found = pace.measure(config, base or base_config.read(config.model), _mean_batch(config, work))
     except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
         return {**body, "unknown_because": str(exc)}
-    body |= {"matmul_dtype": found.matmul_dtype, "tokens_per_s": tokens_per_s(config, found, cpu)}
+    speed = tokens_per_s(config, found, cpu, work.computed if work else 1.0)
+    body |= {"matmul_dtype": found.matmul_dtype, "tokens_per_s": speed}
     return body if work is None else {**body, **asdict(estimate_of(config, work, found, cpu))}
 
 
@@ -130,13 +133,14 @@ def counted(config: RunConfig) -> Work:
         length=float(sample.lengths.mean()),
         answers=float(sample.num_answer_tokens.mean()),
         new_tokens=_new_tokens(config, held_out),
+        computed=_computed(config, sample),
     )
 
 
 def estimate_of(config: RunConfig, work: Work, found: Pace, cpu: Cpu) -> Estimate:
     """The estimate as plain arithmetic."""
     train, evaluate = config.train, config.evaluate
-    at_once, speed = _at_once(config, cpu), tokens_per_s(config, found, cpu)
+    at_once, speed = _at_once(config, cpu), tokens_per_s(config, found, cpu, work.computed)
     measured = (train.evals_per_epoch * train.epochs + 1) * min(train.eval_records, work.eval_records) * work.length
     train_s = work.train_tokens(train) / speed + measured * found.read_s / at_once
     records = min(evaluate.records, work.eval_records)
@@ -154,9 +158,9 @@ def estimate_of(config: RunConfig, work: Work, found: Pace, cpu: Cpu) -> Estimat
     )
 
 
-def tokens_per_s(config: RunConfig, found: Pace, cpu: Cpu) -> float:
-    """Of all workers together, while they train."""
-    return _at_once(config, cpu) / (OVERHEAD * found.train_s)
+def tokens_per_s(config: RunConfig, found: Pace, cpu: Cpu, computed: float) -> float:
+    """Of all workers together, while they train and compute that share of their records' tokens."""
+    return _at_once(config, cpu) / (OVERHEAD * found.train_s * computed)
 
 
 def _at_once(config: RunConfig, cpu: Cpu) -> float:
@@ -169,6 +173,21 @@ def _mean_batch(config: RunConfig, work: Work | None) -> pace.MeanBatch:
     length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
     records = records_at_once(config, round(length))
     return pace.MeanBatch(records, round(length), math.ceil(answers), config.evaluate.batch_size)
+
+
+def _computed(config: RunConfig, sample: TokenizedSplit) -> float:
+    """Of the sample's tokens, the share that passes of like lengths would compute."""
+    base = base_config.read(config.model)
+    kernel = attention.choose(base, config.model.attention, use_gpu=False)
+    if not packed.wanted(config) or kernel != attention.FLOAT32 or not attention.looks_at_all_before(base):
+        return 1.0
+    passes = list(by_length(sample.lengths, config.train.micro_batch_size))
+    rows = [packed.pack(sample, indices) for indices in passes]
+    computed = [
+        sample.lengths[indices].sum() if row is None else row.input_ids.shape[1]
+        for indices, row in zip(passes, rows, strict=True)
+    ]
+    return float(sum(computed) / sample.lengths.sum())
 
 
 def _new_tokens(config: RunConfig, held_out: TokenizedSplit) -> int:

@@ -28,19 +28,19 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from ray_jobs.adapters import fused
+from ray_jobs.adapters import fused, fused_attention
 from ray_jobs.adapters.fused import Adapted
 from ray_jobs.base import attention
+from ray_jobs.base.packed import Packing
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Whose forward is the formula above."""
 STEP = 32
 """oneDNN's, through a bfloat16 product's inner dimension: 16 columns more cost a third of the product, 32 cost 3 %."""
 TOKENS = 64
-"""Rows of products are filled up to so many: oneDNN compiles for each shape anew, which takes longer than a product."""
+"""Rows of 16-bit products are filled up to a multiple: oneDNN compiles for each shape anew, which takes longer than a
+product; those of float32 are MKL's, which does not."""
 
-attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 silu_backward = torch.ops.aten.silu_backward
 
 
@@ -154,6 +154,7 @@ class Form:
     heads: int
     kv_heads: int
     scaling: float
+    packing: Packing | None
 
 
 class Layer(torch.autograd.Function):
@@ -162,16 +163,17 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NSH: Tensor, cos: Tensor, sin: Tensor, form: Form, *weights: Tensor) -> Tensor:
         N, S, H = hidden_NSH.shape
-        K, G, T = form.heads, form.kv_heads, -(-N * S // TOKENS) * TOKENS
+        K, G, step = form.heads, form.kv_heads, 1 if form.qkv.dtype is torch.float32 else TOKENS
+        T = -(-N * S // step) * step
         cos, sin = cos.float().unsqueeze(2), sin.float().unsqueeze(2)
         x = _filled_up(hidden_NSH, T, form.qkv.dtype)
         n, inverse_n = _norm(x, form.norm_before_attention, form.qkv)
         qkv_NSKD = form.qkv.forward(n)[: N * S].view(N, S, K + 2 * G, -1).float()
         qk = _rotated(qkv_NSKD[:, :, : K + G], cos, sin)
-        q, k, v = (heads.transpose(1, 2) for heads in (qk[:, :, :K], qk[:, :, K:], qkv_NSKD[:, :, K + G :]))
-        attended, lse = attend(q, k, v, 0.0, True, scale=form.scaling)
+        q, k, v = qk[:, :, :K], qk[:, :, K:], qkv_NSKD[:, :, K + G :]
+        attended_NSKD, of_attention = fused_attention.forward(q, k, v, form.scaling, form.packing)
         a = form.out.room(T, form.out.inputs)
-        a[: N * S, : form.out.inputs] = attended.transpose(1, 2).reshape(N * S, -1)
+        a[: N * S, : form.out.inputs] = attended_NSKD.reshape(N * S, -1)
         a[N * S :] = 0
         y = form.out.forward(a, onto=x)
         m, inverse_m = _norm(y, form.norm_before_mlp, form.gate_up)
@@ -180,15 +182,15 @@ class Layer(torch.autograd.Function):
         torch.mul(F.silu(gate), up, out=i[:, : form.down.inputs])
         z = form.down.forward(i, onto=y)
         ctx.form = form
-        ctx.save_for_backward(
-            cos, sin, x, n, inverse_n, q, k, v, attended, lse, a, y, m, inverse_m, gate, up, i, *weights
-        )
+        ctx.save_for_backward(cos, sin, x, n, inverse_n, a, y, m, inverse_m, gate, up, i, *of_attention, *weights)
+        ctx.num_of_attention = len(of_attention)
         return z[: N * S].view(N, S, H).to(hidden_NSH.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NSH,), form = gradients, ctx.form
-        cos, sin, x, n, inverse_n, q, k, v, attended, lse, a, y, m, inverse_m, gate, up, i, *_ = ctx.saved_tensors
+        cos, sin, x, n, inverse_n, a, y, m, inverse_m, gate, up, i, *others = ctx.saved_tensors
+        of_attention = tuple(others[: ctx.num_of_attention])
         N, S, H = gradient_NSH.shape
         T, K, G, inner = len(x), form.heads, form.kv_heads, form.down.inputs
         g = form.down.room(T, H)
@@ -201,14 +203,14 @@ class Layer(torch.autograd.Function):
         g_m, gate_up_factors = form.gate_up.backward(g_gate_up, m)
         _add_norm_gradient(g[:, :H], g_m, y, inverse_m, form.norm_before_mlp)
         g_a, out_factors = form.out.backward(g, a)
-        g_attended = g_a[: N * S].float().view(N, S, K, -1).transpose(1, 2)
-        g_q, g_k, g_v = attend_backward(g_attended, q, k, v, attended, lse, 0.0, True, scale=form.scaling)
+        g_attended_NSKD = g_a[: N * S].float().view(N, S, K, -1)
+        g_q, g_k, g_v = fused_attention.backward(g_attended_NSKD, of_attention, form.scaling, form.packing)
         g_qkv = form.qkv.room(T, form.qkv.outputs)
         g_qkv[N * S :] = 0
         g_NSKD = g_qkv[: N * S].view(N, S, -1)[..., : form.qkv.outputs].unflatten(-1, (K + 2 * G, -1))
-        g_NSKD[:, :, :K] = _rotated(g_q.transpose(1, 2), cos, -sin)
-        g_NSKD[:, :, K : K + G] = _rotated(g_k.transpose(1, 2), cos, -sin)
-        g_NSKD[:, :, K + G :] = g_v.transpose(1, 2)
+        g_NSKD[:, :, :K] = _rotated(g_q, cos, -sin)
+        g_NSKD[:, :, K : K + G] = _rotated(g_k, cos, -sin)
+        g_NSKD[:, :, K + G :] = g_v
         goes_down = ctx.needs_input_grad[0]  # not below the first trained layer
         g_n, qkv_factors = form.qkv.backward(g_qkv, n, down=goes_down)
         x_gradient = None
@@ -261,13 +263,16 @@ def _form(
     attention_mask: Tensor | None = None,
     cache: Any = None,
     use_cache: bool | None = None,
+    packing: Packing | None = None,
     **_: Any,
 ) -> Form | None:
     """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
     goes by `fused`, a mask, a cache, dropout or another kernel is asked for, somebody counts on a module's being
     called, or it is computed again on the way back: memory is short then, and here a layer's is held all at once."""
     attn, mlp = layer.self_attn, layer.mlp
-    if not torch.is_grad_enabled() or attention_mask is not None or cache is not None or use_cache:
+    if not torch.is_grad_enabled() or cache is not None or use_cache:
+        return None
+    if attention_mask is not None and packing is None:
         return None
     if position_embeddings is None or position_embeddings[0].shape[-1] != attn.head_dim:
         return None
@@ -295,6 +300,7 @@ def _form(
         heads=attn.config.num_attention_heads,
         kv_heads=attn.config.num_key_value_heads,
         scaling=attn.scaling,
+        packing=packing,
     )
 
 

@@ -10,6 +10,7 @@ of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and 
 """
 
 import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import Attention
@@ -65,13 +66,31 @@ def takes_kernels(base: "PretrainedConfig") -> bool:
     return model is not None and model.is_backend_compatible()
 
 
+def looks_at_all_before(base: "PretrainedConfig") -> bool:
+    """Whether a token looks at every token before it, by keys and values that stay as they are, and at nothing else:
+    no windows, chunks or recurrent states, no picture between them, and no turning by the length of the whole text."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if base.get_text_config() is not base or not takes_kernels(base):
+        return False
+    if (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base).layers)
+
+
 def register() -> str:
     """Make the float32 kernel known to transformers; returns the name to load a model with."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def forward(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[Any, None]:
+    def forward(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, packing: Any = None, **options: Any
+    ) -> tuple[Any, None]:
+        if packing is not None:
+            attend = partial(sdpa_attention_forward, module, **options)
+            return _attend_packed(attend, query.float(), key.float(), value.float(), packing).to(query.dtype), None
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
         output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
@@ -80,6 +99,23 @@ def register() -> str:
     AttentionInterface.register(FLOAT32, forward)
     AttentionMaskInterface.register(FLOAT32, sdpa_mask)
     return FLOAT32
+
+
+def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: Any) -> Any:
+    """Attention of `packed`'s row: (1, heads, T, D) each, to (1, T, heads, D)."""
+    import torch
+
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    C = packing.common
+    own = [packing.padded(each[C:]) for each in (query, key, value)]
+    common = [each[None, :C].transpose(1, 2) for each in (query, key, value)]
+    keys, values = (packing.behind(*each) for each in zip(common[1:], own[1:], strict=True))
+    rest, _ = attend(own[0], keys, values, packing.bias)
+    rest = packing.packed(rest.transpose(1, 2))
+    if not C:
+        return rest[None]
+    beginning, _ = attend(*common, None)
+    return torch.cat([beginning, rest[None]], dim=1)
 
 
 def _flash(model: "type[PreTrainedModel]") -> str:

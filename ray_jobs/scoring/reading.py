@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ray_jobs.base.answer_loss import next_token_nll
-from ray_jobs.base.attention import FLOAT32, takes_kernels
+from ray_jobs.base.attention import FLOAT32, looks_at_all_before
 from ray_jobs.base.batching import IGNORED
 from ray_jobs.scoring.batches import is_shared
 
@@ -54,11 +53,7 @@ class Reader:
     def takes(model: Any) -> bool:
         """Whether this model goes on behind what it has read."""
         base = model.config
-        if is_shared(model) or base.get_text_config() is not base or not takes_kernels(base):
-            return False
-        if base._attn_implementation not in ATTENTION or _turns_by_length(base):
-            return False
-        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base).layers)
+        return not is_shared(model) and base._attn_implementation in ATTENTION and looks_at_all_before(base)
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], pad: int) -> None:
         self.model, self._pad = model, pad
@@ -124,11 +119,6 @@ class Reader:
         behind = _behind(read, is_token_BS)
         self._body(input_ids=torch.from_numpy(inputs).to(self.model.device), **behind)
         return Read(behind["cache"], behind["attention_mask"], read.last_B)
-
-
-def _turns_by_length(base: Any) -> bool:
-    """Whether the length of the whole text decides how a token is turned: those that were read would turn again."""
-    return (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
 
 
 def _behind(read: Read, is_token_BS: torch.Tensor) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 
 from components.prepare.dataset import Record
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit, collate
+from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
+from ray_jobs.base.packed import records_nll
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.batches import free_bytes, in_batches, is_shared, with_room
 from ray_jobs.scoring.generation import Advance, answers_to, greedy
@@ -137,8 +137,7 @@ def label_nll(
     result = [0.0] * len(split)
 
     def measure(indices: npt.NDArray[np.int64]) -> None:
-        batch = collate(split, indices, pad)
-        nll = answer_nll(model, batch["input_ids"].to(model.device), batch["labels"].to(model.device))
+        nll = records_nll(model, split, indices, pad, device=model.device)
         # One value for each labelled token, row after row.
         for index, values in zip(indices, nll.cpu().split(split.num_answer_tokens[indices].tolist()), strict=True):
             result[index] = values.double().sum().item()

@@ -28,8 +28,8 @@ from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.held_base import HeldBase
 from ray_jobs.base import base_model
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit, by_length, collate
+from ray_jobs.base.batching import TokenizedSplit, by_length
+from ray_jobs.base.packed import records_nll
 from ray_jobs.scoring.texts import Texts
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
@@ -230,8 +230,7 @@ def record_nll(
     model.eval()
     sums = np.zeros(len(split))
     for indices in by_length(split.lengths, batch_size):
-        batch = collate(split, indices, pad)
-        nll = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().cpu().numpy()
+        nll = records_nll(model, split, indices, pad, device=device).double().cpu().numpy()
         ends = np.cumsum(split.num_answer_tokens[indices])[:-1]
         sums[indices] = [part.sum() for part in np.split(nll, ends)]
     return sums

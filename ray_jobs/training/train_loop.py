@@ -19,8 +19,8 @@ import torch.distributed as dist
 from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
 from components.shared.errors import ConfigError
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit, by_length, collate, plan_epoch, share
+from ray_jobs.base import packed
+from ray_jobs.base.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
@@ -167,8 +167,7 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
     # Under ZeRO-3 a forward pass is everybody's: who has no more records repeats one, uncounted, until all are through.
     idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
     for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
-        batch = collate(split, indices, pad)
-        nll = answer_nll(engine.module, batch["input_ids"].to(worker.device), batch["labels"].to(worker.device))
+        nll = packed.records_nll(engine.module, split, indices, pad, device=worker.device)
         if number < len(rounds):
             total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
     engine.module.train()
@@ -223,12 +222,12 @@ def take_step(
     )
     # DeepSpeed averages over rounds and workers; the loss is a mean over tokens, which they do not hold in equal parts.
     scale = zero.accumulation(config) * worker.num_workers / answer_tokens
+    packs = packed.wanted(config)
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
     for number, indices in enumerate(rounds, start=1):
         if train.max_tokens:
             engine.set_gradient_accumulation_boundary(number == len(rounds))
-        micro = collate(split, indices[worker.rank], pad)
-        nll = answer_nll(engine, micro["input_ids"].to(worker.device), micro["labels"].to(worker.device)).sum()
+        nll = packed.records_nll(engine, split, indices[worker.rank], pad, device=worker.device, packs=packs).sum()
         engine.backward(nll * scale)
         engine.step()
         nll_sum += nll.detach().double()

@@ -4,6 +4,7 @@ That the estimate is near the truth is for whole runs to show, which print it be
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -50,6 +51,18 @@ def test_the_records_counted_are_those_that_prepare_publishes(data: RunConfig, s
     assert work.length == pytest.approx(whole.lengths.mean(), rel=0.02)
     assert work.answers == pytest.approx(whole.num_answer_tokens.mean(), rel=0.05)
     assert work.new_tokens == 8
+
+
+def test_what_records_begin_with_is_counted_once_for_each_pass(data: RunConfig):
+    rows = [{**row, "prompt": f"What colour is it? {row['prompt']}"} for row in colour_rows(700)]
+    Path(str(data.data.source)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    work = counted(data)
+    begin = len("<|user|>What colour is it? ") - len("<|user|>") + 1  # the tiny base's tokens are bytes
+    saved = begin * (1 - 1 / data.train.micro_batch_size)
+    assert 1 - work.computed == pytest.approx(saved / work.length, rel=0.05)
+    assert counted(with_changes(data, "train.packing=false")).computed == 1.0
+    faster, slower = (estimate_of(data, each, PACE, TWO_CORES) for each in (work, replace(work, computed=1.0)))
+    assert faster.tokens_per_s * work.computed == pytest.approx(slower.tokens_per_s)
 
 
 def test_training_takes_the_time_of_its_tokens_and_its_measurements(config: RunConfig):

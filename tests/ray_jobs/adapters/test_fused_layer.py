@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -9,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from ray_jobs.adapters import fused, fused_layer
-from ray_jobs.base import attention, float32_layers
+from ray_jobs.base import attention, float32_layers, packed
 from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base.batching import TokenizedSplit
 
 KINDS = {
     "Llama, biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -98,7 +100,7 @@ def goes_fused(model, **inputs) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         apply = fused_layer.Layer.apply
         patch.setattr(fused_layer.Layer, "apply", count)
-        model(IDS, **{"use_cache": False, **inputs})
+        model(**{"input_ids": IDS, "use_cache": False, **inputs})
     assert len(taken) in (0, 2)
     return bool(taken)
 
@@ -117,6 +119,40 @@ def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
     }
     assert all(error < OF_ONE * theirs < 0.1 for error, theirs in errors.values())
     assert sum(error**2 for error, _ in errors.values()) < sum(theirs**2 for _, theirs in errors.values())
+
+
+@pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "float32")])
+def test_packed_records_have_gradients_as_near(base, matmul_dtype):
+    """Three records that begin alike: read once, against float64's modules on each in a row of its own."""
+    begin, rests = IDS[0, :9], (IDS[0, 9:], IDS[1, 9:14], IDS[2, 9:17])
+    rows = [torch.cat([begin, rest]) for rest in rests]
+    labelled = [torch.arange(len(row)) >= 11 for row in rows]
+    split = TokenizedSplit(
+        ids=["0", "1", "2"],
+        tokens=torch.cat(rows).int().numpy(),
+        labelled=torch.cat(labelled).numpy(),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        num_prompt_tokens=np.full(3, 11, np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+    def found(model, *, packs: bool) -> dict[str, torch.Tensor]:
+        packed.records_nll(model, split, range(3), 0, device=torch.device("cpu"), packs=packs).mean().backward()
+        return {name: each.grad.double() for name, each in model.named_parameters() if each.requires_grad}
+
+    exact = found(adapted("Llama, biased", torch.float64, base=base), packs=False)
+    pefts = found(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype), packs=False)
+    model = adopt(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
+    row = packed.pack(split, range(3))
+    given = {"position_ids": row.packing.positions, "attention_mask": row.packing.mask(), "packing": row.packing}
+    assert row.packing.common == 9
+    assert goes_fused(model, input_ids=row.input_ids, **given)
+    assert not goes_fused(model, attention_mask=torch.ones(3, 1, 21, 21, dtype=torch.bool))  # a mask of another kind
+    ours = found(model, packs=True)
+    for name, each in exact.items():
+        error, theirs = ((gradients[name] - each).norm() / each.norm() for gradients in (ours, pefts))
+        assert error < OF_ONE * theirs < 0.1, name
 
 
 def test_dense_weights_are_held_once_and_are_what_they_were():

@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
+from components.prepare.validate import validate
 from components.registry.store import Store
 from components.shared.errors import ConfigError
+from ray_jobs.base import base_model, chat_format, packed
+from ray_jobs.base.batching import tokenize
 from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.models.plain import plain_training
@@ -75,6 +78,19 @@ def test_micro_batches_by_tokens_do_not_change_the_steps(run, config, stage):
     # Of this data a step of two or of three rounds; the curve is of the plain mean over a batch's tokens.
     found = run("train.max_tokens=72", f"train.zero_stage={stage}")
     np.testing.assert_allclose(found.losses, plain_losses(config_file.dumps(config)), atol=NOISE)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_reading_once_what_records_begin_with_does_not_change_the_steps(run, config, stage):
+    rows = [{**row, "prompt": f"What colour is it? {row['prompt']}"} for row in ROWS[:64]]
+    chat = chat_format.load(base_model.resolve(config.model), config.model)
+    split = tokenize([validate(row).record for row in rows[:8]], chat, config.model.max_length)
+    assert packed.pack(split, range(8)).packing.common > len("What colour is it? ")  # its tokens are bytes
+    changes = [f"train.zero_stage={stage}", "train.gradient_checkpointing=true"]
+    found, apart = (run(*changes, f"train.packing={each}", rows=rows) for each in ("true", "false"))
+    np.testing.assert_allclose(found.losses, plain_training(config_file.dumps(config), rows).losses, atol=NOISE)
+    np.testing.assert_allclose(found.losses, apart.losses, atol=NOISE)
+    np.testing.assert_allclose(found.eval_losses, apart.eval_losses, atol=NOISE)
 
 
 def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):

@@ -1,0 +1,171 @@
+"""A micro-batch in one row: what all its records begin with once, then the rest of each, with no padding in between.
+
+    [common] [rest of record 1] [rest of record 2] ... [rest of record N]
+
+A causal model reads the common beginning, a system message and an instruction, alike in every record; so it is read
+once, and the gradients of all records meet in it. All that a layer does to each token by itself takes fewer tokens;
+attention alone sees records: each token looks at the common beginning and at what its own record has before it.
+
+Shapes: N records, T tokens of the row, C of the common beginning, S of the longest rest, K query and G key heads of D.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from components.config.schema import RunConfig
+from ray_jobs.base.answer_loss import answer_nll, next_token_nll
+from ray_jobs.base.attention import FLOAT32, looks_at_all_before
+from ray_jobs.base.batching import IGNORED, TokenizedSplit, collate
+
+WORTH = 0.1
+"""Share of the padded tokens that packing must save: less does not pay for taking the row apart in every layer."""
+MOST_TOKENS = 8192
+"""Of a row: a kernel that does not know of records gets a mask of the row's length squared."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where a row's records lie."""
+
+    common: int
+    rests: tuple[int, ...]
+    """Tokens of each record after the common beginning, 1 or more."""
+
+    @property
+    def longest(self) -> int:
+        """S."""
+        return max(self.rests)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Of each token after the common beginning, its place among N x S padded ones."""
+        starts = [record * self.longest for record in range(len(self.rests))]
+        return torch.cat([torch.arange(start, start + rest) for start, rest in zip(starts, self.rests, strict=True)])
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """What is added to the scores of a padded rest's tokens with the C + S of their record: 0 for what a token
+        looks at, minus infinity for what comes after it. float32 (1, 1, S, C + S)."""
+        unseen = torch.full((self.longest, self.common + self.longest), -torch.inf)
+        return unseen.triu(diagonal=self.common + 1)[None, None]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of each token in its record: int64 (1, T)."""
+        rests = [torch.arange(self.common, self.common + rest) for rest in self.rests]
+        return torch.cat([torch.arange(self.common), *rests])[None]
+
+    def mask(self) -> Tensor:
+        """Which token of the row looks at which, for a kernel that does not know of records: bool (1, 1, T, T)."""
+        record = torch.repeat_interleave(torch.arange(len(self.rests)), torch.tensor(self.rests)) + 1
+        record = torch.cat([torch.zeros(self.common, dtype=torch.long), record])
+        related = (record[:, None] == record) | (record == 0)
+        return related.tril()[None, None]
+
+    def padded(self, rest_RXD: Tensor) -> Tensor:
+        """What follows the common beginning, (R, heads, D), as (N, heads, S, D) with zeros behind each record."""
+        found = rest_RXD.new_zeros(len(self.rests) * self.longest, *rest_RXD.shape[1:])
+        found[self.places] = rest_RXD
+        return found.view(len(self.rests), self.longest, *rest_RXD.shape[1:]).transpose(1, 2)
+
+    def packed(self, padded_NXSD: Tensor) -> Tensor:
+        """The way back."""
+        return padded_NXSD.transpose(1, 2).flatten(0, 1)[self.places]
+
+    def behind(self, common_1XCD: Tensor, rest_NXSD: Tensor) -> Tensor:
+        """Keys or values of each record, (N, heads, C + S, D)."""
+        if not self.common:
+            return rest_NXSD
+        return torch.cat([common_1XCD.expand(len(rest_NXSD), -1, -1, -1), rest_NXSD], dim=2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A micro-batch as a model takes it."""
+
+    input_ids: Tensor
+    """int64 (1, T)."""
+    targets: Tensor
+    """What follows each token in its record, or IGNORED: int64 (1, T)."""
+    packing: Packing
+
+
+def records_nll(
+    model: Any,
+    split: TokenizedSplit,
+    indices: Sequence[int] | npt.NDArray[np.int64],
+    pad: int,
+    *,
+    device: torch.device,
+    packs: bool = True,
+) -> Tensor:
+    """-log p in nats of each labelled token of the records at `indices`, float32 of shape (A,), record after record.
+
+    `model` may be a transformers model, a peft model or a DeepSpeed engine; its records go packed where they may.
+    """
+    row = pack(split, indices) if packs and takes(model) else None
+    if row is None:
+        batch = collate(split, indices, pad)
+        return answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device))
+    packing = row.packing
+    return next_token_nll(
+        model,
+        row.input_ids.to(device),
+        row.targets.to(device),
+        position_ids=packing.positions.to(device),
+        attention_mask=packing.mask().to(device),
+        packing=packing,
+        use_cache=False,
+    )
+
+
+def takes(model: Any) -> bool:
+    """Whether this model's records may be packed: on CPUs, where attention is the float32 kernel, which knows how."""
+    base = getattr(model, "module", model).config
+    return base._attn_implementation == FLOAT32 and looks_at_all_before(base)
+
+
+def wanted(config: RunConfig) -> bool:
+    """Whether a training's records may be. With dropout the common beginning would lose the same for all of them."""
+    return config.train.packing and not config.method.dropout
+
+
+def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) -> Row | None:
+    """The records in one row; None where that saves too little."""
+    records = [split.tokens[split.offsets[i] : split.offsets[i + 1]].astype(np.int64) for i in indices]
+    labelled = [split.labelled[split.offsets[i] : split.offsets[i + 1]] for i in indices]
+    common = _common(records, labelled)
+    lengths = [len(record) for record in records]
+    total = common + sum(length - common for length in lengths)
+    if total > min(MOST_TOKENS, (1 - WORTH) * len(records) * max(lengths)):
+        return None
+    targets = [
+        np.append(np.where(flags[1:], record[1:], IGNORED), IGNORED)
+        for record, flags in zip(records, labelled, strict=True)
+    ]
+    ignored = np.full(common, IGNORED)
+    return Row(
+        input_ids=torch.from_numpy(np.concatenate([records[0][:common], *(each[common:] for each in records)]))[None],
+        targets=torch.from_numpy(np.concatenate([ignored, *(each[common:] for each in targets)]))[None],
+        packing=Packing(common, tuple(length - common for length in lengths)),
+    )
+
+
+def _common(records: Sequence[npt.NDArray[np.int64]], labelled: Sequence[npt.NDArray[np.bool_]]) -> int:
+    """How many tokens all records begin with, none of which is to be learned or says what is: one token before."""
+    most = min(_before_labels(flags) for flags in labelled)
+    equal = np.logical_and.reduce([record[:most] == records[0][:most] for record in records])
+    return most if equal.all() else int(equal.argmin())
+
+
+def _before_labels(flags: npt.NDArray[np.bool_]) -> int:
+    """Tokens before the one whose next is the record's first label; at least one is left for what follows."""
+    first = int(flags.argmax()) if flags.any() else len(flags)
+    return max(0, first - 1)

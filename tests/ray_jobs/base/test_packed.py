@@ -1,0 +1,161 @@
+"""Packed micro-batches against each record alone, through transformers' and peft's own modules in float64."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from ray_jobs.base import attention, packed
+from ray_jobs.base.architecture import auto_class
+from ray_jobs.base.batching import IGNORED, TokenizedSplit
+from tests.models import zoo
+
+CPU = torch.device("cpu")
+ANSWER = 3
+SPLITS = {
+    "a common beginning": (12, [9, 5, 14, 6]),
+    "a beginning longer than what follows": (40, [5, 6]),
+    "nothing in common": (0, [30, 5, 8]),
+}
+NOT_TAKEN = {
+    "Mistral",
+    "Ministral 3, with vision",
+    "Qwen3-VL",
+    "Qwen3.5",
+    "Gemma 2",
+    "Gemma 3, text",
+    "Gemma 3, with vision",
+    "Gemma 3n",
+    "Gemma 4",
+    "Gemma 4, with vision and sound",
+    "gpt-oss",
+    "Llama 4, text",
+    "Cohere 2",
+    "Falcon",
+    "BLOOM",
+}
+"""Bases with windows, chunks, recurrent states, pictures, or positions that the kernel does not know."""
+
+
+def split_of(common: int, rests: list[int], answer: int = ANSWER) -> TokenizedSplit:
+    draw = np.random.default_rng(1)
+    begin = draw.integers(zoo.EOS, size=common)
+    rows = [np.concatenate([begin, draw.integers(zoo.EOS, size=rest)]) for rest in rests]
+    lengths = [len(row) for row in rows]
+    return TokenizedSplit(
+        ids=[str(row) for row in range(len(rows))],
+        tokens=np.concatenate(rows).astype(np.int32),
+        labelled=np.concatenate([np.arange(length) >= length - answer for length in lengths]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        num_prompt_tokens=np.array([length - answer for length in lengths], dtype=np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
+def adapted(kind: str):
+    config = zoo.KINDS[kind].config()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=torch.float64)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def alone(model, split: TokenizedSplit) -> torch.Tensor:
+    """Each record in a pass of its own, with the loss as it is written in books."""
+    losses = []
+    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        tokens = torch.from_numpy(split.tokens[start:end].astype(np.int64))
+        log_p = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        chosen = log_p[torch.arange(len(tokens) - 1), tokens[1:]]
+        losses.append(-chosen[torch.from_numpy(split.labelled[start + 1 : end])])
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("kind", ["Llama, tied", "Qwen3"])
+def test_losses_and_gradients_are_those_of_each_record_alone(kind, name):
+    split, model = split_of(*SPLITS[name]), adapted(kind)
+    rows = range(len(split))
+    assert packed.pack(split, rows) is not None
+    found = packed.records_nll(model, split, rows, 0, device=CPU)
+    found.sum().backward()
+    ours = gradients(model)
+    expected = alone(model, split)
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    theirs = gradients(model)
+    assert ours.keys() == theirs.keys()
+    for gradient, each in theirs.items():
+        torch.testing.assert_close(ours[gradient], each, atol=1e-5, rtol=1e-4, msg=gradient)
+
+
+def test_no_record_sees_another():
+    split, model = split_of(12, [9, 5, 14, 6]), adapted("Llama, tied")
+    before = packed.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
+    split.tokens[split.offsets[1] + 13] += 1  # in the prompt of the second
+    after = packed.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
+
+
+def test_a_kernel_that_knows_nothing_of_records_gets_the_same_from_the_mask():
+    split, model = split_of(12, [9, 5, 14, 6]), adapted("Llama, tied")
+    expected = packed.records_nll(model, split, range(4), 0, device=CPU)
+    row = packed.pack(split, range(4))
+    model.config._attn_implementation = "sdpa"
+    logits = model(
+        input_ids=row.input_ids, position_ids=row.packing.positions, attention_mask=row.packing.mask(), use_cache=False
+    ).logits
+    found = F.cross_entropy(logits[0], row.targets[0], ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(found[row.targets[0] != IGNORED].float(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_to_be_learned_is_no_common_beginning():
+    split = split_of(12, [9, 5])
+    split.labelled[split.offsets[1] + 7] = True  # an earlier answer, which begins with the second record's 8th token
+    row = packed.pack(split, range(2))
+    assert row.packing.common == 6
+    assert int((row.targets != IGNORED).sum()) == int(split.labelled.sum())
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param(split_of(0, [20, 20, 19]), id="hardly anything is saved"),
+        pytest.param(split_of(0, [packed.MOST_TOKENS, 5]), id="a row too long for a mask"),
+        pytest.param(split_of(9, [7]), id="a record alone"),
+    ],
+)
+def test_records_are_padded_where_packing_does_not_pay(split):
+    assert packed.pack(split, range(len(split))) is None
+
+
+def test_dropout_and_the_config_keep_records_apart(config: RunConfig):
+    def wanted(*changes: str) -> bool:
+        return packed.wanted(config_file.loads(config_file.dumps(config), changes))
+
+    assert wanted()
+    assert not wanted("train.packing=false")
+    assert not wanted("method.dropout=0.1")
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_every_architecture_gives_each_record_what_it_has_alone(kind):
+    base = zoo.KINDS[kind].config()
+    torch.manual_seed(0)
+    chosen = attention.choose(base, "auto", use_gpu=False)
+    model = auto_class(base).from_config(base, attn_implementation=attention.for_text(base, chosen))
+    split = split_of(12, [9, 5, 14, 6])
+    assert packed.takes(model) == (kind not in NOT_TAKEN)
+    with torch.no_grad():
+        found, expected = packed.records_nll(model.eval(), split, range(4), 0, device=CPU), alone(model, split)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
