@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
+from components.config.section import identity
 from components.gate import comparisons, slices, suites
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
@@ -96,7 +97,7 @@ def decide(
         test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
     )
-    return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, decision)})
+    return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, policy, decision)})
 
 
 def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResult]]:
@@ -117,11 +118,12 @@ def _anchor(rules: Sequence[RuleResult], candidate: str, best: Measured | None) 
     return candidate if best is None or (gained is not None and gained > 0) else best.version
 
 
-def _basis_sha256(evaluation: Evaluation, decision: Decision) -> str:
-    """Of what was asked, of what it was asked about, and of what came out; of no words, which a release may change."""
+def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision) -> str:
+    """Of what was asked, of what it was asked about, and of what came out; of no words, which a release may change,
+    and of no key that a release adds and the policy leaves at its default."""
     basis = {
         "adapter": [decision.adapter, decision.alias],
-        "policy": decision.policy,
+        "policy": identity(policy),
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,

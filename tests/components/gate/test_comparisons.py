@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 
 from components.config.gate import GateConfig, Guard
+from components.config.section import Added
 from components.gate.evidence import Evidence
 from components.registry.looks import confidence_at
 from components.registry.records import Decision, Evaluation
@@ -153,6 +154,21 @@ def test_each_further_look_at_a_test_set_has_to_be_surer() -> None:
     found = [decide(measured, policy, records, look=look) for look in (1, 30)]
     assert [each.verdict for each in found] == ["promote", "cannot tell"]  # 3.5 errors: enough for one look, not for 30
     assert "this is decision 30 on this test set" in found[1].reasons[0]
+
+
+class GateConfigToCome(GateConfig):
+    """Of a release to come, with one key more."""
+
+    rule_to_come: Annotated[float | None, Added("9.0.0")] = None
+
+
+def test_a_rule_that_a_later_release_adds_and_nobody_asked_for_changes_no_basis() -> None:
+    measured = evaluation(model("v2"), model(loss=2.0))
+    before = decide(measured, GateConfig())
+    policy = GateConfigToCome.model_validate(before.policy)
+    assert decide(measured, policy).basis_sha256 == before.basis_sha256
+    asked = policy.model_copy(update={"rule_to_come": 0.1})
+    assert decide(measured, asked).basis_sha256 != before.basis_sha256
 
 
 def test_the_same_evidence_gives_the_same_basis_and_any_other_another() -> None:
