@@ -5,13 +5,13 @@ once by all workers and from then on only pulled:
 
 bases/<id>/chosen.json   which folder beside it everybody stands on: that of the first run to finish one
 bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
-     <init>_init.safetensors   the adapter's first weights
+     <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
      <init>.json               what it was made from, and what the making found
 
 Other hardware may compute otherwise, so each content has a folder: files of two makings never mix. Release 0.1.0 wrote
 the files to bases/<id>/ itself, which is still read.
 
-How one is made is an entry of `STARTS`: a module with the five functions of `Start`, as LoftQ's has them. Nobody else
+How one is made is an entry of `STARTS`: a module with the four functions of `Start`, as LoftQ's has them. Nobody else
 asks for a start by its name.
 """
 
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 CHOSEN = "chosen.json"
 FORMAT = 1  # of chosen.json
+COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
+"""Of the original: tokenizer, chat template, code where it has any."""
 
 
 class Start(Protocol):
@@ -60,12 +63,11 @@ class Start(Protocol):
     def write(self, config: RunConfig, original: Base, computed: Any, folder: Path, init_path: Path) -> dict[str, Any]:
         """Write the model to `folder` and the first weights to `init_path`, on rank 0; gives what the making found.
 
+        What else the original's folder holds, as its tokenizer, is put beside it.
+
         Raises:
             ConfigError: the base is no better than the original.
         """
-
-    def begin(self, adapted: "PeftModel", init_path: Path) -> None:
-        """Give a fresh adapter its first weights."""
 
 
 STARTS: dict[Init, Start] = {"loftq": loftq}
@@ -140,10 +142,20 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
 
 
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
-    """Give a fresh adapter on `base` its first weights, where those are not peft's own."""
+    """Give a fresh adapter on `base` its first weights, where those are not peft's own: B A as made, whatever the
+    scaling is."""
+    import torch
+    from safetensors import safe_open
+
     init = config.method.row.init
-    if start := STARTS.get(init):
-        start.begin(adapted, _init_path(base.path, init))
+    if init not in STARTS:
+        return
+    with safe_open(_init_path(base.path, init), framework="pt") as made, torch.no_grad():
+        for layer in adapted.targeted_module_names:
+            module: Any = adapted.get_base_model().get_submodule(layer)
+            root = module.scaling["default"] ** 0.5
+            for factor in ("lora_A", "lora_B"):
+                getattr(module, factor)["default"].weight.copy_(made.get_tensor(f"{layer}.{factor}") / root)
 
 
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
@@ -185,6 +197,9 @@ def _publish(start: Start, config: RunConfig, original: Base, store: Store, comp
     with tempfile.TemporaryDirectory(prefix="fineloop-base-") as scratch:
         folder = Path(scratch)
         found = start.write(config, original, computed, folder, _init_path(folder, init))
+        for path in original.path.iterdir():
+            if path.suffix in COPIED and path.name != base_model.DIGESTS and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
         about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
         _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}

@@ -1,15 +1,12 @@
 """LoftQ: a base of the adapter's own, whose NF4 weights and starting A and B were chosen together (arXiv:2310.08659).
 
 With more than one step the NF4 weights are no longer those of the original. The first weights are, for each layer, R
-and L of W = Q + L R, as lora_A and lora_B of scaling 1; what was found is what NF4 loses of each weight, before and
-after.
+and L of W = Q + L R; what was found is what NF4 loses of each weight, before and after.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from components.config.schema import MethodConfig, RunConfig
 from components.shared.protocol import say
@@ -18,7 +15,6 @@ from ray_jobs.adapters.loftq.split import NF4, Split
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from torch.distributed import ProcessGroup
 
 FORMAT = 1  # of the folder and of the arithmetic: another one is another base
@@ -66,15 +62,3 @@ def write(
     say("finetune", f"LoftQ: share of the weights' norm that is lost, NF4 -> LoftQ: {changes}")
     make.write(config, original, splits, folder, init_path)
     return {"lost_shares": lost}
-
-
-def begin(adapted: "PeftModel", init_path: Path) -> None:
-    """Begin a fresh adapter where the split left off: s B A = L R, whatever its scaling s."""
-    from safetensors import safe_open
-
-    with safe_open(init_path, framework="pt") as init, torch.no_grad():
-        for layer in adapted.targeted_module_names:
-            module: Any = adapted.get_base_model().get_submodule(layer)
-            root = module.scaling["default"] ** 0.5
-            for factor in ("lora_A", "lora_B"):
-                getattr(module, factor)["default"].weight.copy_(init.get_tensor(f"{layer}.{factor}") / root)

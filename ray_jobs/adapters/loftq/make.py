@@ -1,7 +1,6 @@
 """Making a LoftQ base: the layers shared out over the workers and split, what was gained, and the folder of files."""
 
 import gc
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PROGRESS_EVERY_S = 5.0
-COPIED = {
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".py",
-}  # of the original: tokenizer, chat template, code where it has any
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
 
 
 def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path) -> None:
-    """The new base as files: the original in NF4, with the Q of each split in place of the layer's own.
+    """The new model as files: the original in NF4, with the Q of each split in place of the layer's own.
 
     The same splits give the same bytes.
     """
@@ -184,9 +176,6 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
     model.save_pretrained(folder)
     del model, layer
     gc.collect()  # a 4-bit weight and its layer hold each other, and on a GPU the next model needs the room
-    for path in original.path.iterdir():
-        if path.suffix in COPIED and path.name != base_model.DIGESTS and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
     init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
     init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
     save_file({name: init[name].contiguous() for name in sorted(init)}, init_path)
