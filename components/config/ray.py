@@ -179,7 +179,7 @@ class RayJobCluster(Section):
 
 
 Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
-"""Each says whether it has an address, how long a job may wait in its queue, and which workers it has no room for."""
+"""Each says whether RAY_ADDRESS names it, how long a job may wait in its queue, and which workers it cannot hold."""
 
 
 class RayConfig(Section):

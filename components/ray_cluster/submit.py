@@ -30,18 +30,17 @@ from components.step.step import StepRun
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-BACKENDS: dict[str, Callable[[RayConfig, str], Backend]] = {
-    "jobs-api": lambda _, address: JobsApi(address or os.environ.get("RAY_ADDRESS", "")),
-    "rayjob": lambda ray, _: RayJobs(ray),
+BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
+    "jobs-api": lambda _: JobsApi(os.environ.get("RAY_ADDRESS", "")),
+    "rayjob": RayJobs,
 }
-"""By `ray.cluster.kind`: from the config, and the address that a person gave, to the way there."""
+"""By `ray.cluster.kind`: from the config to the way there."""
 
 
 def submit_and_wait(
     job: Job,
     ray: RayConfig | None = None,
     *,
-    address: str = "",
     output: TextIO | None = None,
     poll_s: float = POLL_S,
     after: str = "",
@@ -54,7 +53,6 @@ def submit_and_wait(
     Args:
         job: what to run.
         ray: where to run it; None means a cluster that exists.
-        address: URL of a Jobs API; empty means the environment's RAY_ADDRESS. A RayJob has none.
         output: where the job's log goes; None means stdout.
         poll_s: how often the log is read.
         after: the line of the log where this caller's part of the job begins; empty means the first.
@@ -65,7 +63,7 @@ def submit_and_wait(
         JobError: it failed without saying why, was stopped, ran past its deadline, or the cluster is out of reach.
         UserError: the way to the cluster is not set, or not right.
     """
-    backend = connect(ray, address=address)
+    backend = connect(ray)
     log = LogCopy(output or sys.stdout, after=after, upto=upto)
     attempt, exists = _attempt(backend, job)
     if not exists and attempt > 1 and job.kfp_run_id:
@@ -112,31 +110,28 @@ def submit_step(step_run: StepRun, task: str, *arguments: str, after: str = "", 
     return job_id
 
 
-def stop_run(run_id: str, ray: RayConfig | None = None, *, address: str = "") -> list[str]:
+def stop_run(run_id: str, ray: RayConfig | None = None) -> list[str]:
     """Stop every job of a run that still runs; returns their ids.
 
     Raises:
         JobError: the cluster is out of reach.
     """
-    backend = connect(ray, address=address)
+    backend = connect(ray)
     live = [found.job_id for found in backend.live() if found.run_id == run_id]
     for job_id in live:
         backend.stop_now(job_id)
     return live
 
 
-def connect(ray: RayConfig | None = None, *, address: str = "") -> Backend:
-    """The way to the cluster that the config names.
+def connect(ray: RayConfig | None = None) -> Backend:
+    """The way to the cluster that the config names; without a config, to that of RAY_ADDRESS.
 
     Raises:
-        UserError: it is not set, or an address is given where each job has a cluster of its own.
+        UserError: it is not set, or not right.
         JobError: the cluster is out of reach.
     """
     ray = ray or RayConfig()
-    if address and not ray.cluster.has_address:
-        kind = ray.cluster.kind
-        raise UserError(f'{address} is no address for ray.cluster.kind = "{kind}": drop it, or set kind = "jobs-api"')
-    return BACKENDS[ray.cluster.kind](ray, address)
+    return BACKENDS[ray.cluster.kind](ray)
 
 
 def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:

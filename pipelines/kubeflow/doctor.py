@@ -154,8 +154,9 @@ def _open_lineage(cluster: Cluster) -> Iterator[Check]:
 
 def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Check]]]:
     ray = config.ray.cluster
-    if not isinstance(ray, RayJobCluster):
+    if ray.has_address:
         yield "ray address", _shared_ray(cluster)
+    if not isinstance(ray, RayJobCluster):
         return
     yield "kuberay", _kind(cluster, "kuberay", KUBERAY, "rayjobs", "install KubeRay: infra/README.md")
     yield "a RayJob of this config", _dry_rayjob(cluster, config)

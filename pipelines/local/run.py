@@ -73,7 +73,7 @@ def run_and_read(
     job behind.
 
     Raises:
-        UserError: an address is given where each job has a cluster of its own.
+        UserError: an address is given to a config whose `ray.cluster` takes none.
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
@@ -81,7 +81,7 @@ def run_and_read(
     needs_head = cluster.has_address and not place.address
     if place.address and not cluster.has_address:
         raise UserError(
-            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" each job has a cluster of its own. '
+            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
             "Drop --address, or --set ray.cluster.kind=jobs-api"
         )
     run_id = run_id or new_run_id()

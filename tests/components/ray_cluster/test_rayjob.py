@@ -342,11 +342,6 @@ def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.Mon
     assert "may not delete rayjobs" in told
 
 
-def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own() -> None:
-    with pytest.raises(UserError, match=r'ray\.cluster\.kind = "rayjob"'):
-        connect(config(), address="http://127.0.0.1:8265")
-
-
 def test_refusals_of_the_double_are_real(cluster: Cluster) -> None:
     with pytest.raises(Refusal, match="not found"):
         cluster.api.answer(

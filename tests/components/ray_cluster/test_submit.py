@@ -323,14 +323,16 @@ def test_a_missing_address_names_the_variable(monkeypatch: pytest.MonkeyPatch) -
         submit_and_wait(job("r", "pass"))
 
 
-def test_an_address_that_is_no_jobs_api_is_refused() -> None:
+def test_an_address_that_is_no_jobs_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(UserError, match="ray://head:10001"):
-        submit_and_wait(job("r", "pass"), address="ray://head:10001")
+        submit_and_wait(job("r", "pass"))
 
 
-def test_a_cluster_out_of_reach_is_a_job_error() -> None:
+def test_a_cluster_out_of_reach_is_a_job_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(JobError, match=r"could not connect to http://127\.0\.0\.1:9"):
-        submit_and_wait(job("r", "pass"), address="http://127.0.0.1:9")
+        submit_and_wait(job("r", "pass"))
 
 
 def test_a_missing_token_says_which_variables_to_set(tmp_path: Path) -> None:

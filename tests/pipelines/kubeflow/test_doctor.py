@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.config.ray import JobsApiCluster
 from infra.checks.manifests import INFRA, Loader
 from pipelines.kubeflow import doctor, probe
 from tests.doubles.kfp_server.server import KfpServer
@@ -208,6 +209,13 @@ def test_a_shared_ray_cluster_needs_its_address(ask: Callable[..., dict[str, Any
     assert ask("--namespace", NAMESPACE)["ray address"]["detail"] == "no RAY_ADDRESS for the steps"
     cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]["RAY_ADDRESS"] = "http://ray-head:8265"
     assert ask("--namespace", NAMESPACE)["ray address"]["ok"]
+
+
+def test_a_cluster_that_is_found_otherwise_needs_no_address(
+    ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JobsApiCluster, "has_address", False)
+    assert "ray address" not in ask("--namespace", NAMESPACE)
 
 
 def test_an_api_server_that_is_away_is_one_sentence(
