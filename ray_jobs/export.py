@@ -76,7 +76,7 @@ class ExportSource:
     """The adapter's files."""
     original: Base
     stands_on: Base
-    """The original, or LoftQ's own quantised base."""
+    """The original, or a base of the adapter's own."""
     chat: ChatFormat
     rows: Sequence["torch.Tensor"]
     compared_on: str

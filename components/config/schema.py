@@ -118,7 +118,7 @@ class MethodConfig(Section):
     scaling: Scaling | None = None
     """classic is alpha / rank, rslora alpha / sqrt(rank); absent means what the name says."""
     init: Init | None = None
-    """default starts as the base; loftq together with a base of its own. Absent means what the name says."""
+    """default starts as the base; any other together with a base of its own. Absent means what the name says."""
     base: BaseFormat | None = None
     """How the frozen base is stored: bf16, nf4 or int8; absent means what the name says."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -178,8 +178,8 @@ class EvaluateConfig(Section):
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
     metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
-    """What to measure beside loss, exact match and token F1, as far as the gate does not name it already: rouge_l,
-    json_valid, label_accuracy, or a function of yours as module:function, which is imported and run where evaluation
+    """What to measure beside loss, exact match and token F1, as far as the gate does not name it already: a metric
+    that is measured on request, or a function of yours as module:function, which is imported and run where evaluation
     runs. It is given an answer and its reference, both text, and gives a number in 0..1, more being better."""
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
     """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets

@@ -119,7 +119,7 @@ def add(commands: Any) -> None:
     pull = _add(verbs, "pull", _pull, "Fetch a version, verified, for peft or a server.", "fineloop adapters pull NAME")
     _reference(pull)
     pull.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION")
-    pull.add_argument("--with-base", action="store_true", help="LoftQ: fetch the adapter's own base too, to DIR-base")
+    pull.add_argument("--with-base", action="store_true", help="fetch a base of its own too, to DIR-base")
 
     does = "Write what a server needs to serve a version: Ray Serve LLM, KServe or vLLM."
     served = _add(verbs, "serve-manifest", _serve_manifest, does, "fineloop adapters serve-manifest NAME --for kserve")
