@@ -163,7 +163,8 @@ def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[st
         values = [(metrics[role] or {}).get(metric.key) for role in roles]
         if any(value is not None for value in values):
             lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
-    return [f"  {line[0]:<20}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
+    width = max(len(line[0]) for line in lines)
+    return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
 
 
 def _metrics(store: "Store", run_id: str) -> dict[Role, dict[str, float | None] | None]:
