@@ -259,9 +259,7 @@ def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedM
     """The weights that the adapter was trained on, in float32 on the CPU."""
     if source.config.method.row.base == "bf16":
         return loaded.float().cpu()
-    dense = _dense(source)
-    merge.dequantise_into(dense, loaded)
-    return dense
+    return merge.unquantised(loaded)
 
 
 def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
