@@ -1,7 +1,7 @@
 """All eight methods on the real model and the example's data: trained by two ranks, published, pulled, loaded, merged.
 
 Each trains in another way of sharing the work out, so that the main cells of the matrix meet real weights. `make slow`
-has one of each kind of adapter and start but VeRA, whose vectors are DVoRA's too; `make full` has the others.
+has those that differ most, `make full` the others.
 """
 
 import copy
@@ -35,7 +35,7 @@ from tests.models.train_group import fit_in_rank, in_group
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-IN_SLOW = ("qlora", "dora", "dvora", "loftq")
+IN_SLOW = ("qlora", "dora", "loftq")
 EACH = [name if name in IN_SLOW else pytest.param(name, marks=pytest.mark.full) for name in METHODS]
 STEPS, BATCH = 3, 8
 RECORDS = 6  # held out, of some forty tokens each

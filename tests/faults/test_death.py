@@ -54,7 +54,9 @@ class Mortal:
         return write
 
 
-@pytest.mark.parametrize("sent", [False, True], ids=["before it is sent", "before its answer is read"])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(False, marks=pytest.mark.slow), True], ids=["before it is sent", "before its answer is read"]
+)
 def test_a_run_that_dies_at_any_write_leaves_nothing_half_there_and_is_completed_by_the_next(
     store: Store, publish, assert_sound, sent: bool
 ) -> None:

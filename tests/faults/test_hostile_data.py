@@ -66,7 +66,7 @@ def many_empty_rows() -> pa.Table:
     "bomb",
     [
         one_value_many_times,
-        one_long_list,
+        pytest.param(one_long_list, marks=pytest.mark.slow),
         *(pytest.param(each, marks=pytest.mark.full) for each in (one_long_text, many_empty_rows)),
     ],
 )

@@ -69,6 +69,7 @@ def test_a_training_does_not_go_on_with_an_added_key_that_is_set(frozen, train):
         train(frozen.config("promoted"), "promoted", {"patience": 4})
 
 
+@pytest.mark.slow
 def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_place(frozen, train):
     config = frozen.config("promoted", "train.seed=1", "gate.worse_than_champion_by=0.5")
     new, old = train(config, "next").version, frozen.version("promoted")

@@ -89,6 +89,7 @@ def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here
     assert "rows.jsonl', which does not exist" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--set", "model.base=./nowhere", "--json", cwd=here)
     assert done.returncode == 2

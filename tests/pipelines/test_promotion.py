@@ -27,6 +27,7 @@ promotion(**json.loads(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_person_moves_the_alias_and_back(
     store: Store, s3_server: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

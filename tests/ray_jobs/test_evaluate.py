@@ -169,6 +169,7 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_champion_that_another_release_trained_is_still_measured(config, store, tmp_path, monkeypatch):
     theirs = changed(config, "method.rank=4", "method.base=int8")
     old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
@@ -191,6 +192,7 @@ def test_a_champion_that_another_release_trained_is_still_measured(config, store
     assert len(found.scores["champion"]) == 4
 
 
+@pytest.mark.slow
 def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     alone = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)

@@ -39,7 +39,7 @@ def says(model, folder_or_base) -> merge.Agreement:
     return merge.agreement(merge.logits(model.eval(), ROWS), merge.logits(folder_or_base.eval(), ROWS))
 
 
-@pytest.mark.parametrize("name", ["lora", "loftq", "dvora"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("loftq", marks=pytest.mark.slow), "dvora"])
 def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path, tiny_base):
     config = of(name)
     version = publish(config, store, tmp_path)
@@ -184,7 +184,7 @@ def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store,
     assert "the data is gone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["qlora", "dora"])
+@pytest.mark.parametrize("method", ["qlora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_weights_that_lie_the_other_way_round_are_merged_and_approximated_alike(method, of, store, tmp_path):
     # GPT-2's are (in, out), and bitsandbytes stores them (out, in).
     config = of(method, f"model.base={zoo.build('GPT-2', tmp_path / 'base')}")

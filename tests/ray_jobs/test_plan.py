@@ -71,6 +71,7 @@ def test_a_training_fits_a_gpu_when_a_margin_is_left_and_a_cpu_when_the_plan_doe
     assert gpu_device(None).holds(1) is None
 
 
+@pytest.mark.slow
 def test_the_plan_says_whether_its_evaluation_fits_and_with_how_many_records():
     config = configured("llama-2-7b", "method.name=qlora", "ray.gpu='T4'", "model.max_length=1024")
     body = plan.planned(config, LLAMA_2_7B, gpu_device("T4"))
@@ -117,6 +118,7 @@ def test_without_a_number_of_records_there_is_a_price_for_a_million_tokens(tmp_p
     assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are(tmp_path):
     config = configured(tmp_path, "ray.use_gpu=false", "data.max_records=10")
     body = plan.planned(config, small(), cpu_device("this machine", 8 * GIB, 1))
@@ -350,6 +352,7 @@ def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_
     assert not before_training(configured(tmp_path), tmp_path, records, []).dense_base  # on a GPU
 
 
+@pytest.mark.slow
 def test_the_plan_counts_a_base_that_is_held_dense(tmp_path):
     config = configured(tmp_path, "ray.use_gpu=false", "method.name=qlora", "data.max_records=10")
     bodies = [plan.planned(config, small(), cpu_device("this machine", memory, 1)) for memory in (8 * GIB, GIB // 2)]

@@ -1,7 +1,7 @@
 """Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
 
-LoRA runs on one in three always, and on the others in the slow tier. Of the whole table, and of bases shared out by
-ZeRO, one in ten is slow and the others are for `make full`.
+LoRA runs on one in six always and on half of them in the slow tier. Of the whole table, and of bases shared out by
+ZeRO, one in twenty is slow; the others are for `make full`.
 """
 
 import functools
@@ -62,15 +62,14 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
     return config
 
 
-ONE_IN_THREE = [
-    pytest.param(name, marks=[pytest.mark.slow] if index % 3 else []) for index, name in enumerate(zoo.KINDS)
-]
+TIERS: list[Any] = [[], pytest.mark.slow, pytest.mark.full, pytest.mark.slow, pytest.mark.full, pytest.mark.slow]
+ONE_IN_SIX = [pytest.param(name, marks=TIERS[index % 6]) for index, name in enumerate(zoo.KINDS)]
 
 
 def in_turn(choices: Iterable[Any]) -> list[Any]:
-    """Every architecture with every choice: one in ten slow, so that each has its turn, and the others full."""
+    """Every architecture with every choice: one in twenty slow, so that each has its turn, and the others full."""
     pairs = [(name, choice) for choice in choices for name in zoo.KINDS]
-    marks = [pytest.mark.full if index % 10 else pytest.mark.slow for index in range(len(pairs))]
+    marks = [pytest.mark.full if index % 20 else pytest.mark.slow for index in range(len(pairs))]
     return [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
 
 
@@ -171,12 +170,12 @@ def _quiet():
         yield
 
 
-@pytest.mark.parametrize("name", ONE_IN_THREE)
+@pytest.mark.parametrize("name", ONE_IN_SIX)
 def test_an_architecture_goes_all_the_way_with_lora(name, configured, tmp_path):
     goes_all_the_way(configured(name, "lora"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ONE_IN_THREE)
+@pytest.mark.parametrize("name", ONE_IN_SIX)
 def test_padded_batches_read_and_answer_as_transformers_does_a_record_at_a_time(name, configured, folder):
     """Its own loss and its own logits, in eager float32, with a mask, without padding and without a cache."""
     config = configured(name, "lora")

@@ -58,7 +58,9 @@ def loss(nll: Array) -> float:
     ("trainer", "promoted"),
     [
         pytest.param(Trainer(apart=0.1, on_the_whole=0.002), 90, id="steady"),
-        pytest.param(Trainer(apart=0.1, on_the_whole=0.002, decay=0.005), 5, id="steady, data decay"),
+        pytest.param(
+            Trainer(apart=0.1, on_the_whole=0.002, decay=0.005), 5, id="steady, data decay", marks=pytest.mark.slow
+        ),
         pytest.param(Trainer(apart=1.0, on_the_whole=0.02), 3, id="noisy"),
         pytest.param(Trainer(apart=1.0, on_the_whole=0.02, decay=0.001), 2, id="noisy, data decay"),
     ],

@@ -119,6 +119,7 @@ def test_a_run_that_tunes_shows_its_rate_on_its_page_and_in_its_report(
     assert f"This run trained at {rate:.3g}, which the sweep of this run found" in page
 
 
+@pytest.mark.slow
 def test_stopping_a_run_stops_its_ray_job(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from components.config.schema import RunConfig
 from pipelines.local import estimate
 
@@ -47,6 +49,7 @@ def test_what_is_unknown_is_said_with_its_reason(make_config: Callable[..., RunC
     assert told(make_config(), **reason, tokens_per_s=None) == "how long it takes here is unknown: the data are in S3"
 
 
+@pytest.mark.slow
 def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     (line,) = estimate.told_here(make_config(), tmp_path / "nowhere.toml", tmp_path)
     assert line.startswith("how long it takes here is unknown: ")

@@ -100,6 +100,7 @@ def check_what_a_person_sees(told: str, log_path: Path) -> None:
     assert finished == ["ground", "prepare", "finetune", "evaluate", "gate", "promote", "report"]
 
 
+@pytest.mark.slow
 def test_training_alone_publishes_and_leaves_the_alias(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
     assert versions.list_adapters(store) == []
 
 
+@pytest.mark.slow
 def test_a_crash_inside_a_ray_job_shows_its_last_lines(
     stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_run_that_finds_nothing_new_is_skipped(
     assert run(make_config("data.min_new_records=5", "train.weight_decay=0.5"), place, what="retrain").promoted
 
 
+@pytest.mark.slow
 def test_a_failed_run_has_a_report(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert (machine.home / "ray" / "logs" / "raylet.out").is_file()  # kept for whoever looks for the reason
 
 
+@pytest.mark.slow
 def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     user = machine.user(ray=True)
     answer = run_job(user.environment, "long")
@@ -116,6 +117,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     assert not temp_dir.exists()
 
 
+@pytest.mark.slow
 def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_down(machine, monkeypatch):
     environment = ray_up(machine.home, bucket="bucket-one")
     head = ray_service(machine.home)

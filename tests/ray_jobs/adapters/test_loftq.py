@@ -307,6 +307,7 @@ def stand_on_rank(config_toml: str) -> str:
         return str(exc)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_bit(changed, store, tmp_path):
     digests = []
     for num_workers in (1, 2):

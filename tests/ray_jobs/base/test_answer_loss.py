@@ -181,6 +181,7 @@ def test_a_head_that_is_trained_and_a_model_nobody_knows_keep_all_their_logits(s
     torch.testing.assert_close(answer_nll(small, input_ids, labels), expected)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     vocabulary = 20_000
     config = LlamaConfig(

@@ -53,8 +53,8 @@ def test_the_config_decides_without_a_measurement():
 @pytest.mark.parametrize(
     "taken_away",
     [
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, id="AVX2"),
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, id="AVX-512 without BF16", marks=pytest.mark.slow),
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, id="AVX2", marks=pytest.mark.slow),
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, id="AVX-512 without BF16", marks=pytest.mark.full),
     ],
 )
 def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):

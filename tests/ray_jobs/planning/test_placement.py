@@ -34,6 +34,7 @@ def test_gpus_are_taken_where_together_they_hold_the_base(free, method, expected
     assert placement.on_gpus(config, Base("llama", tmp_path, {})) is expected
 
 
+@pytest.mark.slow
 def test_a_base_that_no_memory_here_holds_in_float32_is_refused_with_what_it_takes(tmp_path, monkeypatch):
     LLAMA_2_7B.save_pretrained(tmp_path)
     config, base = config_file.loads(CONFIG.format(base=tmp_path)), Base("llama", tmp_path, {})

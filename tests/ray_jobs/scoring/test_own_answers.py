@@ -237,6 +237,7 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
     assert not anew.known.nll
 
 
+@pytest.mark.slow
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
     whole = replace(asked(config, store, version), new_tokens=6)
     parts = [

@@ -39,6 +39,7 @@ print(kept, resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+@pytest.mark.slow
 def test_memory_that_was_freed_is_not_asked_for_again() -> None:
     def faults(how: str) -> int:
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
@@ -48,6 +49,7 @@ def test_memory_that_was_freed_is_not_asked_for_again() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory")
+@pytest.mark.slow
 def test_memory_that_was_kept_is_given_back_where_it_is_not_needed_again() -> None:
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
     kept, left = map(int, done.stdout.split())

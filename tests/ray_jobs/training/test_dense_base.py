@@ -77,6 +77,7 @@ def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, 
     assert dense == stored  # the recipe too, which the lineage has
 
 
+@pytest.mark.slow
 def test_a_worker_whose_memory_is_taken_by_others_reads_the_base_as_it_is_stored(trained):
     assert trained("short", "method.base=nf4", dense_base=True, free_bytes=1000)["is_quantised"]
 

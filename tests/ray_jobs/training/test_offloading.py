@@ -1,5 +1,6 @@
 """What a worker leaves on its device for the backward pass where activations are offloaded; host memory stands in."""
 
+import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, modeling_utils
@@ -14,6 +15,7 @@ from tests.ray_jobs.conftest import CONFIG
 BATCH, LENGTH = 4, 48
 
 
+@pytest.mark.slow
 def test_the_input_of_every_layer_leaves_and_the_gradients_are_what_they_were(tiny_base, monkeypatch):
     gone: list[torch.Tensor] = []
 

@@ -98,7 +98,8 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
     return [each["loss"] for each in fitted.records if each["kind"] == "train"], made.call_count
 
 
-@pytest.mark.parametrize("base", ["nf4", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["nf4", pytest.param("bf16", marks=pytest.mark.full)])
 def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_is_seen(config, store, tmp_path, base):
     settings = [f"method.base={base}", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16"]
     config = changed(config, store, *settings)

@@ -36,8 +36,10 @@ def train_with_a_broken_shard(config_toml: str) -> None:
         train_in_rank({"broken": config_toml}, ROWS)
 
 
-@pytest.mark.parametrize("base_format", ["bf16", "nf4"])
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "base_format"),
+    [(2, "nf4"), (3, "bf16"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, "bf16"), (3, "nf4")))],
+)
 def test_one_broken_part_stops_the_training_with_both_losses(
     config: RunConfig, store: Store, tmp_path: Path, base_format, zero_stage
 ):

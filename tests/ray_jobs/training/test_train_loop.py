@@ -73,14 +73,16 @@ def test_accumulating_does_not_change_the_steps(run, config):
     )
 
 
-@pytest.mark.parametrize("stage", [NONE, pytest.param(1, marks=pytest.mark.slow), TWO, 3])
+@pytest.mark.parametrize(
+    "stage", [NONE, pytest.param(1, marks=pytest.mark.full), TWO, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_micro_batches_by_tokens_do_not_change_the_steps(run, config, stage):
     # Of this data a step of two or of three rounds; the curve is of the plain mean over a batch's tokens.
     found = run("train.max_tokens=72", f"train.zero_stage={stage}")
     np.testing.assert_allclose(found.losses, plain_losses(config_file.dumps(config)), atol=NOISE)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_reading_once_what_records_begin_with_does_not_change_the_steps(run, config, stage):
     rows = [{**row, "prompt": f"What colour is it? {row['prompt']}"} for row in ROWS[:64]]
     chat = chat_format.load(base_model.resolve(config.model), config.model)
@@ -93,12 +95,14 @@ def test_reading_once_what_records_begin_with_does_not_change_the_steps(run, con
     np.testing.assert_allclose(found.eval_losses, apart.eval_losses, atol=NOISE)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_curve_and_the_same_weights(run):
     first, second = run("method.name=qlora", "method.dropout=0.1"), run("method.name=qlora", "method.dropout=0.1")
     assert first.losses == second.losses
     assert all((first.weights[name] == second.weights[name]).all() for name in first.weights)
 
 
+@pytest.mark.slow
 def test_measuring_in_between_does_not_change_an_nf4_training(run):
     # bitsandbytes would repack weights at the first measurement on CPU and lose the gradient from then on.
     often = run("method.name=qlora", "train.evals_per_epoch=14", "train.early_stopping_patience=0")
@@ -108,7 +112,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
 
 
 # What a checkpoint could forget: magnitudes, dropout's chance, a base of its own, and weights that are quantised,
-# sharded or offloaded. The first in `make test`.
+# sharded or offloaded. Every other in `make slow`; `frozen` resumes in `make test`.
 RESUMED = [
     "method.name=dora method.dropout=0.1 train.zero_stage=3",
     "method.name=qdora method.dropout=0.1 train.max_tokens=72",
@@ -122,7 +126,13 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("method", [RESUMED[0], *(pytest.param(each, marks=pytest.mark.slow) for each in RESUMED[1:])])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(each, marks=pytest.mark.full if number % 2 else pytest.mark.slow)
+        for number, each in enumerate(RESUMED)
+    ],
+)
 def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch, method):
     changes = [*method.split(), "train.checkpoint_every_steps=2", "train.max_steps=6"]
     whole = run(*changes)
@@ -160,6 +170,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=4"]
     monkeypatch.setenv("STOP_AFTER_STEP", "3")
@@ -219,6 +230,7 @@ def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     assert min(found.eval_losses) not in found.eval_losses[-2:]
 
 
+@pytest.mark.slow
 def test_workers_with_unequal_shares_of_the_held_out_records_measure_the_same_loss(run):
     # Of 9 records one worker takes 5 in two rounds, and the other 4 in one: under ZeRO-3 neither could go on alone.
     rows = colour_rows(72)

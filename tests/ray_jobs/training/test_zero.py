@@ -93,7 +93,9 @@ def held_at(zero_stage: int, config: RunConfig, *changes: str, directory: Path) 
     return found
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "qdora", pytest.param("dvora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "qdora", "dvora"))]
+)
 def test_under_zero_3_no_rank_ever_holds_the_base_whole(config, wide_base, tmp_path, method):
     changes = [f"model.base={wide_base}", f"method.name={method}"] + ["method.base=nf4"] * (method == "dvora")
     whole = min(held.loaded for held in held_at(2, config, *changes, directory=tmp_path))
