@@ -1,10 +1,14 @@
 """Loopback ports: the earlier ones where they are still free, others where not."""
 
 import contextlib
+import itertools
+import random
 import socket
 from collections.abc import Sequence
 
 LOOPBACK = "127.0.0.1"
+NEW = range(20_000, 32_768)
+"""Below those that Linux takes for the near end of connections, of which one might take a port before its server."""
 
 
 def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
@@ -14,14 +18,22 @@ def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
     """
     with contextlib.ExitStack() as stack:  # all held at once, so that all differ
         ports = []
-        for wanted in [*earlier[:count], *[0] * (count - len(earlier[:count]))]:
-            held = stack.enter_context(socket.socket())
-            # A port whose last connections are still in TIME_WAIT counts as free, as it does for a server.
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                held.bind((LOOPBACK, wanted))
-            except (OSError, OverflowError):
-                held.bind((LOOPBACK, 0))
-            held.listen()  # with SO_REUSEADDR two sockets may bind one port, but only one may listen
+        for wanted in [[port] for port in earlier[:count]] + [[]] * (count - len(earlier[:count])):
+            candidates = itertools.chain(wanted, random.sample(NEW, len(NEW)))
+            held = stack.enter_context(next(held for port in candidates if (held := _listening(port)) is not None))
             ports.append(held.getsockname()[1])
         return ports
+
+
+def _listening(port: int) -> socket.socket | None:
+    """A socket that listens there, if one can."""
+    found = socket.socket()
+    # A port whose last connections are still in TIME_WAIT counts as free, as it does for a server.
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((LOOPBACK, port))
+        found.listen()  # with SO_REUSEADDR two sockets may bind one port, but only one may listen
+    except (OSError, OverflowError):
+        found.close()
+        return None
+    return found

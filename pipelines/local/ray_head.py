@@ -23,10 +23,11 @@ from pipelines.local.ports import LOOPBACK
 from pipelines.local.service import ROOT, python_path, write_private
 
 OBJECT_STORE_BYTES = 300_000_000
+AGENT = "--dashboard-agent-listen-port"
 PORT_FLAGS = (
     "--dashboard-port",
     "--port",
-    "--dashboard-agent-listen-port",
+    AGENT,
     "--dashboard-agent-grpc-port",
     "--metrics-export-port",
     "--runtime-env-agent-port",
@@ -99,8 +100,10 @@ class RayHead:
         }
 
     def answers(self, ports: Sequence[int]) -> bool:
-        """Whether its Jobs API does."""
-        return answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
+        """Whether its Jobs API does, and the agent that starts the jobs: where somebody else took the agent's port, the
+        head goes on without it, and refuses every job."""
+        agent = f"http://{LOOPBACK}:{ports[PORT_FLAGS.index(AGENT)]}/api/local_raylet_healthz"
+        return _is_ok(agent) and answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
 
     def clear(self, ports: Iterable[int]) -> None:
         """Remove its temporary directory, whatever its ports were, and keep its logs."""
@@ -168,11 +171,14 @@ def head_environment(
 
 def answers(url: str, token: str | None) -> bool:
     """Whether the Jobs API at `url` answers and accepts `token`."""
+    return _is_ok(f"{url.rstrip('/')}/api/jobs/", {} if token is None else {"Authorization": f"Bearer {token}"})
+
+
+def _is_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
     import urllib.error  # not at the top: it takes longer to import than all the rest of this module
     import urllib.request
 
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(f"{url.rstrip('/')}/api/jobs/", headers=headers)
+    request = urllib.request.Request(url, headers=dict(headers or {}))
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=5) as response:

@@ -1,4 +1,5 @@
 import socket
+from pathlib import Path
 
 from pipelines.local.ports import choose_ports
 
@@ -21,3 +22,8 @@ def test_a_port_that_somebody_listens_on_is_replaced_and_the_others_stay():
 
 def test_numbers_that_are_no_ports_are_replaced():
     assert all(1024 <= port <= 65535 for port in choose_ports(3, earlier=[70000, -1, 0]))
+
+
+def test_new_ports_are_none_that_a_connection_may_begin_at():
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(choose_ports(50)) < min(low, 32768)
