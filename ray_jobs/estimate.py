@@ -179,7 +179,8 @@ def _computed(config: RunConfig, sample: TokenizedSplit) -> float:
     """Of the sample's tokens, the share that passes of like lengths would compute."""
     base = base_config.read(config.model)
     kernel = attention.choose(base, config.model.attention, use_gpu=False)
-    if not packed.wanted(config) or kernel != attention.FLOAT32 or not attention.looks_at_all_before(base):
+    longest = int(sample.lengths.max(initial=0))
+    if not packed.wanted(config) or kernel != attention.FLOAT32 or not attention.looks_at_all_before(base, longest):
         return 1.0
     passes = list(by_length(sample.lengths, config.train.micro_batch_size))
     rows = [packed.pack(sample, indices) for indices in passes]

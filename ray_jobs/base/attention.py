@@ -66,17 +66,23 @@ def takes_kernels(base: "PretrainedConfig") -> bool:
     return model is not None and model.is_backend_compatible()
 
 
-def looks_at_all_before(base: "PretrainedConfig") -> bool:
+def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
     """Whether a token looks at every token before it, by keys and values that stay as they are, and at nothing else:
-    no windows, chunks or recurrent states, no picture between them, and no turning by the length of the whole text."""
+    no windows, chunks or recurrent states, no picture between them, and no turning by the length of the whole text.
+
+    A text of `within` tokens sees nothing of a window or a chunk that holds as many.
+    """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if base.get_text_config() is not base or not takes_kernels(base):
         return False
     if (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
         return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base).layers)
+    layers = DynamicCache(config=base).layers
+    windows = [layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer]
+    hides = bool(windows) and not 0 < within <= min(windows)
+    return not hides and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def register() -> str:

@@ -110,7 +110,7 @@ def records_nll(
 
     `model` may be a transformers model, a peft model or a DeepSpeed engine; its records go packed where they may.
     """
-    row = pack(split, indices) if packs and takes(model) else None
+    row = pack(split, indices) if packs and takes(model, int(split.lengths[indices].max())) else None
     if row is None:
         batch = collate(split, indices, pad)
         return answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device))
@@ -126,10 +126,11 @@ def records_nll(
     )
 
 
-def takes(model: Any) -> bool:
-    """Whether this model's records may be packed: on CPUs, where attention is the float32 kernel, which knows how."""
+def takes(model: Any, longest: int) -> bool:
+    """Whether records of up to `longest` tokens may be packed for this model: on CPUs, where attention is the float32
+    kernel, which knows how."""
     base = getattr(model, "module", model).config
-    return base._attn_implementation == FLOAT32 and looks_at_all_before(base)
+    return base._attn_implementation == FLOAT32 and looks_at_all_before(base, longest)
 
 
 def wanted(config: RunConfig) -> bool:

@@ -1,5 +1,7 @@
 """Packed micro-batches against each record alone, through transformers' and peft's own modules in float64."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,9 @@ from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.batching import IGNORED, TokenizedSplit
 from tests.models import zoo
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 CPU = torch.device("cpu")
 ANSWER = 3
 SPLITS = {
@@ -21,24 +26,21 @@ SPLITS = {
     "a beginning longer than what follows": (40, [5, 6]),
     "nothing in common": (0, [30, 5, 8]),
 }
+WINDOWED = ["Cohere 2", "Gemma 3, text", "Gemma 3n", "Gemma 4", "Mistral"]
+"""Bases whose windows are narrower in the zoo than these records."""
 NOT_TAKEN = {
-    "Mistral",
+    *WINDOWED,
     "Ministral 3, with vision",
     "Qwen3-VL",
     "Qwen3.5",
     "Gemma 2",
-    "Gemma 3, text",
     "Gemma 3, with vision",
-    "Gemma 3n",
-    "Gemma 4",
     "Gemma 4, with vision and sound",
     "gpt-oss",
-    "Llama 4, text",
-    "Cohere 2",
     "Falcon",
     "BLOOM",
 }
-"""Bases with windows, chunks, recurrent states, pictures, or positions that the kernel does not know."""
+"""And those with recurrent states, pictures, or positions that the kernel does not know."""
 
 
 def split_of(common: int, rests: list[int], answer: int = ANSWER) -> TokenizedSplit:
@@ -148,14 +150,25 @@ def test_dropout_and_the_config_keep_records_apart(config: RunConfig):
     assert not wanted("method.dropout=0.1")
 
 
-@pytest.mark.parametrize("kind", zoo.KINDS)
-def test_every_architecture_gives_each_record_what_it_has_alone(kind):
-    base = zoo.KINDS[kind].config()
+def assert_each_has_what_it_has_alone(base: "PretrainedConfig", *, is_packed: bool) -> None:
     torch.manual_seed(0)
     chosen = attention.choose(base, "auto", use_gpu=False)
     model = auto_class(base).from_config(base, attn_implementation=attention.for_text(base, chosen))
     split = split_of(12, [9, 5, 14, 6])
-    assert packed.takes(model) == (kind not in NOT_TAKEN)
+    assert packed.takes(model, int(split.lengths.max())) == is_packed
     with torch.no_grad():
         found, expected = packed.records_nll(model.eval(), split, range(4), 0, device=CPU), alone(model, split)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_every_architecture_gives_each_record_what_it_has_alone(kind):
+    assert_each_has_what_it_has_alone(zoo.KINDS[kind].config(), is_packed=kind not in NOT_TAKEN)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_window_that_holds_every_record_hides_nothing(kind):
+    base = zoo.KINDS[kind].config()
+    base.sliding_window = 26
+    assert_each_has_what_it_has_alone(base, is_packed=True)
+    assert not attention.looks_at_all_before(base, 27)
