@@ -17,6 +17,9 @@ from pipelines.local import seaweedfs, server
 if TYPE_CHECKING:
     from tests.doubles.kubernetes.control_plane import ControlPlane
 
+# A process keeps the mode that it first imports Ray with, and whatever answers as a cluster here wants a token.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of test processes that wait for each other on the same cores cost three times the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -35,7 +35,7 @@ from tests.models.train_group import fit_in_rank, in_group
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-IN_SLOW = ("qlora", "dora", "loftq")
+IN_SLOW = ("qlora", "loftq")
 EACH = [name if name in IN_SLOW else pytest.param(name, marks=pytest.mark.full) for name in METHODS]
 STEPS, BATCH = 3, 8
 RECORDS = 6  # held out, of some forty tokens each

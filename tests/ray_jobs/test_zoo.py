@@ -1,7 +1,7 @@
 """Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
 
 LoRA runs on one in six always and on half of them in the slow tier. Of the whole table, and of bases shared out by
-ZeRO, one in twenty is slow; the others are for `make full`.
+ZeRO, one in forty is slow; the others are for `make full`.
 """
 
 import functools
@@ -67,9 +67,9 @@ ONE_IN_SIX = [pytest.param(name, marks=TIERS[index % 6]) for index, name in enum
 
 
 def in_turn(choices: Iterable[Any]) -> list[Any]:
-    """Every architecture with every choice: one in twenty slow, so that each has its turn, and the others full."""
+    """Every architecture with every choice: one in forty slow, so that each has its turn, and the others full."""
     pairs = [(name, choice) for choice in choices for name in zoo.KINDS]
-    marks = [pytest.mark.full if index % 20 else pytest.mark.slow for index in range(len(pairs))]
+    marks = [pytest.mark.full if index % 40 else pytest.mark.slow for index in range(len(pairs))]
     return [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
 
 

@@ -58,31 +58,28 @@ def in_float32(reference: Cell) -> list[Cell]:
 
 
 REFERENCES = sorted({reference_of(cell) for cell in CELLS}, key=name_of)
-# Rows that have each adapter, scaling, start and base at least once; `make slow` trains the rest of them and QLoRA as
-# most take it, and `make full` all.
+# Rows that have each adapter, scaling, start and base at least once: unshared, and with everything shared out. `make
+# slow` trains the other stages of some of them and QLoRA as most take it, and `make full` all.
 FIRST = {
     "dora-classic-default-bf16-zero0",
     "dvora-classic-default-nf4-zero0",
     "lora-rslora-loftq-nf4-zero0",
     "vera-classic-default-int8-zero0",
 }
-PLAIN = "lora-classic-default-nf4-zero0"
+LONG = {"dora-classic-default-bf16-zero0", "lora-classic-default-nf4-zero0", "lora-rslora-loftq-nf4-zero0"}
 REPEATED = REFERENCES[::7]
 
 
-def is_first(cell: Cell) -> bool:
-    """Of those rows: the unshared cell, each stage with and without offloading, and activations recomputed in half."""
-    has_its_turn = (cell.zero_stage + cell.cpu_offload) % 2 == 1
-    is_chosen = cell == reference_of(cell) or (cell.zero_stage > 0 and cell.gradient_checkpointing == has_its_turn)
-    return is_chosen and name_of(reference_of(cell)) in FIRST
-
-
 def tier(cell: Cell) -> str:
-    """The marker of a cell; empty for those of `make test`."""
-    reference = reference_of(cell)
-    if is_first(cell):
+    """The marker of a cell; empty for those of `make test`. Activations are recomputed in half of them."""
+    row = name_of(reference_of(cell))
+    has_its_turn = cell.zero_stage > 0 and cell.gradient_checkpointing == (
+        (cell.zero_stage + cell.cpu_offload) % 2 == 1
+    )
+    is_unshared = cell == reference_of(cell)
+    if row in FIRST and (is_unshared or (has_its_turn and cell.zero_stage == 3)):
         return ""
-    return "slow" if name_of(reference) in FIRST or name_of(reference) == PLAIN else "full"
+    return "slow" if row in LONG and (is_unshared or has_its_turn) else "full"
 
 
 def in_turn(cells: list[Cell]) -> list[Any]:

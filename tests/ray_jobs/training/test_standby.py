@@ -129,6 +129,7 @@ def in_their_place() -> None:
 
 
 def start_ray() -> None:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
     ray.init(num_cpus=NUM_WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False)

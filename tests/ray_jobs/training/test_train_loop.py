@@ -112,7 +112,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
 
 
 # What a checkpoint could forget: magnitudes, dropout's chance, a base of its own, and weights that are quantised,
-# sharded or offloaded. Every other in `make slow`; `frozen` resumes in `make test`.
+# sharded or offloaded. One in three in `make slow`; `frozen` resumes in `make test`.
 RESUMED = [
     "method.name=dora method.dropout=0.1 train.zero_stage=3",
     "method.name=qdora method.dropout=0.1 train.max_tokens=72",
@@ -129,7 +129,7 @@ RESUMED = [
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(each, marks=pytest.mark.full if number % 2 else pytest.mark.slow)
+        pytest.param(each, marks=pytest.mark.full if number % 3 else pytest.mark.slow)
         for number, each in enumerate(RESUMED)
     ],
 )
