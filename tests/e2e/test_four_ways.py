@@ -15,7 +15,7 @@ from components.registry.store import Store
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.e2e.conftest import CHECKOUT, Home, Tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 
 class Ways:

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.conftest import Home, Tiny
 from tests.models.tiny import build_base, colour_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 # What the head says that it has: two workers share it, and the base's 59 MB are more than one of them may hold.
 SMALL = {"memory": 60_000_000, "object_store_memory": 80_000_000}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.doubles.autoscaling import CLIENT, cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 JOB = """
 import json, sys, time
