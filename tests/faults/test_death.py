@@ -99,7 +99,7 @@ for number in range(int(sys.argv[3]), 10**6):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Store, assert_sound) -> None:
     chance, told = random.Random(0), []
     for kill in range(KILLS):

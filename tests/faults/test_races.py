@@ -32,7 +32,7 @@ def at_once(*actions: Callable[[], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("promoters", "rounds"), [(5, 3), pytest.param(16, 20, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("promoters", "rounds"), [(5, 3), pytest.param(16, 20, marks=pytest.mark.full)], ids=["few", "many"]
 )
 def test_of_many_promoters_one_wins_each_round_and_the_others_learn_who(
     store: Store, publish, assert_sound, promoters: int, rounds: int
@@ -57,7 +57,7 @@ def test_of_many_promoters_one_wins_each_round_and_the_others_learn_who(
     assert len(moves(events(store, "icd"), "production")) == rounds + 1
 
 
-@pytest.mark.parametrize(("each", "rounds"), [(3, 2), pytest.param(8, 20, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize(("each", "rounds"), [(3, 2), pytest.param(8, 20, marks=pytest.mark.full)], ids=["few", "many"])
 def test_promotions_and_rollbacks_at_once_leave_one_chain(
     store: Store, publish, assert_sound, each: int, rounds: int
 ) -> None:
@@ -73,7 +73,7 @@ def test_promotions_and_rollbacks_at_once_leave_one_chain(
     assert_sound(store, told=told)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.full)])
 def test_two_publishers_of_one_version_with_other_files_beside_it_leave_it_whole(store: Store, rounds: int) -> None:
     for number in range(rounds):
 

@@ -97,7 +97,7 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     assert fire(5) == "skipped"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_tunes_shows_its_rate_on_its_page_and_in_its_report(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
 ) -> None:

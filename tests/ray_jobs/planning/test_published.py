@@ -47,7 +47,7 @@ def test_published_memory_is_planned_within_a_fifth(published):
     assert planned_gb(published) == pytest.approx(published.gb, rel=0.2), published.why
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # peft, of experts
 def test_nine_in_ten_published_figures_lie_below_the_plan_and_its_margin():
     rows = [*MEMORY, *KEPT_BACK]
