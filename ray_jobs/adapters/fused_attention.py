@@ -21,19 +21,15 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """What each token finds, (N, S, K, D), and what `backward` needs. All in float32."""
     if packing is None:
-        q, k, v = (each.transpose(1, 2) for each in (q_NSKD, k_NSKD, v_NSKD))
-        attended, saved = _forth(q, k, v, scaling)
+        attended, saved = _forth(q_NSKD.transpose(1, 2), k_NSKD.transpose(1, 2), v_NSKD.transpose(1, 2), scaling)
         return attended.transpose(1, 2), saved
-    C = packing.common
-    queries, *own = (packing.padded(each[0, C:]) for each in (q_NSKD, k_NSKD, v_NSKD))
-    q, k, v = (each[:, :C].transpose(1, 2) for each in (q_NSKD, k_NSKD, v_NSKD))
-    keys, values = (packing.behind(beginning, rest) for beginning, rest in zip((k, v), own, strict=True))
-    attended, saved = _forth(queries, keys, values, scaling, packing.bias)
-    rest_RKD = packing.packed(attended)
-    if not C:
-        return rest_RKD[None], saved
-    beginning, of_beginning = _forth(q, k, v, scaling)
-    return torch.cat([beginning[0].transpose(0, 1), rest_RKD])[None], saved + of_beginning
+    q, k, v = (packing.apart(each[0]) for each in (q_NSKD, k_NSKD, v_NSKD))
+    rest, saved = _forth(q[1], packing.behind(*k), packing.behind(*v), scaling, packing.bias)
+    beginning = rest[:1, :, :0]
+    if packing.common:
+        beginning, of_beginning = _forth(q[0], k[0], v[0], scaling)
+        saved += of_beginning
+    return packing.together(beginning, rest)[None], saved
 
 
 def backward(
@@ -43,15 +39,15 @@ def backward(
     if packing is None:
         q, k, v = _back(gradient_NSKD.transpose(1, 2), saved, scaling)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    C = packing.common
-    q, k, v = _back(packing.padded(gradient_NSKD[0, C:]), saved[:SAVED], scaling, packing.bias)
-    rest = [packing.packed(each) for each in (q, k[:, :, C:], v[:, :, C:])]
-    if not C:
-        return rest[0][None], rest[1][None], rest[2][None]
-    common = _back(gradient_NSKD[:, :C].transpose(1, 2), saved[SAVED:], scaling)
-    for own, from_records in zip(common[1:], (k, v), strict=True):
-        own += from_records[:, :, :C].sum(dim=0)  # every record looks at the same beginning
-    q, k, v = (torch.cat([own[0].transpose(0, 1), each])[None] for own, each in zip(common, rest, strict=True))
+    C, (of_common, of_rest) = packing.common, packing.apart(gradient_NSKD[0])
+    q, k, v = _back(of_rest, saved[:SAVED], scaling, packing.bias)
+    rest = [q, k[:, :, C:], v[:, :, C:]]
+    common = [each[:1, :, :0] for each in rest]
+    if C:
+        common = _back(of_common, saved[SAVED:], scaling)
+        for own, from_records in zip(common[1:], (k, v), strict=True):
+            own += from_records[:, :, :C].sum(dim=0)  # every record looks at the same beginning
+    q, k, v = (packing.together(*pair)[None] for pair in zip(common, rest, strict=True))
     return q, k, v
 
 

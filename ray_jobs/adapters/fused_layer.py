@@ -13,7 +13,7 @@ What is trained, stored and published is peft's own, and a layer that this does 
 To the same function in float64 it is nearer than transformers' and peft's modules, which round after each operation.
 
 Shapes: N records of S tokens, T = N S, H hidden, I input, O output, R ranks, K heads of D. A + stands for the columns
-of the factors, R rounded up.
+of the factors, R rounded up. Packed records (see `base.packed`) are one of all their tokens, but for attention.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ STEP = 32
 """oneDNN's, through a bfloat16 product's inner dimension: 16 columns more cost a third of the product, 32 cost 3 %."""
 TOKENS = 64
 """Rows of 16-bit products are filled up to a multiple: oneDNN compiles for each shape anew, which takes longer than a
-product; those of float32 are MKL's, which does not."""
+product; float32 goes by a BLAS, which does not."""
 
 silu_backward = torch.ops.aten.silu_backward
 
@@ -267,8 +267,9 @@ def _form(
     **_: Any,
 ) -> Form | None:
     """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
-    goes by `fused`, a mask, a cache, dropout or another kernel is asked for, somebody counts on a module's being
-    called, or it is computed again on the way back: memory is short then, and here a layer's is held all at once."""
+    goes by `fused`, a mask (but that of packed records), a cache, dropout or another kernel is asked for, somebody
+    counts on a module's being called, or it is computed again on the way back: memory is short then, and here a layer's
+    is held all at once."""
     attn, mlp = layer.self_attn, layer.mlp
     if not torch.is_grad_enabled() or cache is not None or use_cache:
         return None

@@ -20,6 +20,8 @@ from ray_jobs.base.architecture import model_class
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ray_jobs.base.packed import Packing
+
 FLOAT32 = "sdpa_float32"
 FLASH = "flash_attention_2"
 
@@ -107,21 +109,12 @@ def register() -> str:
     return FLOAT32
 
 
-def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: Any) -> Any:
+def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Packing") -> Any:
     """Attention of `packed`'s row: (1, heads, T, D) each, to (1, T, heads, D)."""
-    import torch
-
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    C = packing.common
-    own = [packing.padded(each[C:]) for each in (query, key, value)]
-    common = [each[None, :C].transpose(1, 2) for each in (query, key, value)]
-    keys, values = (packing.behind(*each) for each in zip(common[1:], own[1:], strict=True))
-    rest, _ = attend(own[0], keys, values, packing.bias)
-    rest = packing.packed(rest.transpose(1, 2))
-    if not C:
-        return rest[None]
-    beginning, _ = attend(*common, None)
-    return torch.cat([beginning, rest[None]], dim=1)
+    q, k, v = (packing.apart(each[0].transpose(0, 1)) for each in (query, key, value))
+    rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias)
+    beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
+    return packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]
 
 
 def _flash(model: "type[PreTrainedModel]") -> str:

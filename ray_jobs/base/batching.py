@@ -203,6 +203,12 @@ def collate(
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
+def common_beginning(rows: Sequence[npt.NDArray[Any]], most: int) -> int:
+    """How many tokens all rows begin with, of the first `most`, which each has."""
+    equal = np.logical_and.reduce([row[:most] == rows[0][:most] for row in rows])
+    return most if equal.all() else int(equal.argmin())
+
+
 def by_length(lengths: npt.NDArray[np.int64], batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
     """Indices in batches of like length, longest first, so that running out of memory happens at once or never."""
     order = np.argsort(-lengths, kind="stable")

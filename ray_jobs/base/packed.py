@@ -6,7 +6,7 @@ A causal model reads the common beginning, a system message and an instruction, 
 once, and the gradients of all records meet in it. All that a layer does to each token by itself takes fewer tokens;
 attention alone sees records: each token looks at the common beginning and at what its own record has before it.
 
-Shapes: N records, T tokens of the row, C of the common beginning, S of the longest rest, K query and G key heads of D.
+Shapes: N records, T tokens of the row, C of the common beginning, S of the longest rest, X heads of D.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from components.config.schema import RunConfig
 from ray_jobs.base.answer_loss import answer_nll, next_token_nll
 from ray_jobs.base.attention import FLOAT32, looks_at_all_before
-from ray_jobs.base.batching import IGNORED, TokenizedSplit, collate
+from ray_jobs.base.batching import IGNORED, TokenizedSplit, collate, common_beginning
 
 WORTH = 0.1
 """Share of the padded tokens that packing must save: less does not pay for taking the row apart in every layer."""
@@ -69,20 +69,21 @@ class Packing:
         related = (record[:, None] == record) | (record == 0)
         return related.tril()[None, None]
 
-    def padded(self, rest_RXD: Tensor) -> Tensor:
-        """What follows the common beginning, (R, heads, D), as (N, heads, S, D) with zeros behind each record."""
-        found = rest_RXD.new_zeros(len(self.rests) * self.longest, *rest_RXD.shape[1:])
-        found[self.places] = rest_RXD
-        return found.view(len(self.rests), self.longest, *rest_RXD.shape[1:]).transpose(1, 2)
+    def apart(self, row_TXD: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads of the common beginning's tokens, (1, X, C, D), and of each record's rest, (N, X, S, D), with zeros
+        behind it."""
+        rest = row_TXD.new_zeros(len(self.rests) * self.longest, *row_TXD.shape[1:])
+        rest[self.places] = row_TXD[self.common :]
+        rest_NSXD = rest.view(len(self.rests), self.longest, *row_TXD.shape[1:])
+        return row_TXD[None, : self.common].transpose(1, 2), rest_NSXD.transpose(1, 2)
 
-    def packed(self, padded_NXSD: Tensor) -> Tensor:
-        """The way back."""
-        return padded_NXSD.transpose(1, 2).flatten(0, 1)[self.places]
+    def together(self, common_1XCD: Tensor, rest_NXSD: Tensor) -> Tensor:
+        """The way back, (T, X, D)."""
+        rest = rest_NXSD.transpose(1, 2).flatten(0, 1)[self.places]
+        return torch.cat([common_1XCD[0].transpose(0, 1), rest])
 
     def behind(self, common_1XCD: Tensor, rest_NXSD: Tensor) -> Tensor:
-        """Keys or values of each record, (N, heads, C + S, D)."""
-        if not self.common:
-            return rest_NXSD
+        """Keys or values of each record, (N, X, C + S, D)."""
         return torch.cat([common_1XCD.expand(len(rest_NXSD), -1, -1, -1), rest_NXSD], dim=2)
 
 
@@ -142,7 +143,7 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
     """The records in one row; None where that saves too little."""
     records = [split.tokens[split.offsets[i] : split.offsets[i + 1]].astype(np.int64) for i in indices]
     labelled = [split.labelled[split.offsets[i] : split.offsets[i + 1]] for i in indices]
-    common = _common(records, labelled)
+    common = common_beginning(records, min(map(_before_labels, labelled)))
     lengths = [len(record) for record in records]
     total = common + sum(length - common for length in lengths)
     if total > min(MOST_TOKENS, (1 - WORTH) * len(records) * max(lengths)):
@@ -159,14 +160,7 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
     )
 
 
-def _common(records: Sequence[npt.NDArray[np.int64]], labelled: Sequence[npt.NDArray[np.bool_]]) -> int:
-    """How many tokens all records begin with, none of which is to be learned or says what is: one token before."""
-    most = min(_before_labels(flags) for flags in labelled)
-    equal = np.logical_and.reduce([record[:most] == records[0][:most] for record in records])
-    return most if equal.all() else int(equal.argmin())
-
-
 def _before_labels(flags: npt.NDArray[np.bool_]) -> int:
-    """Tokens before the one whose next is the record's first label; at least one is left for what follows."""
+    """Tokens that may be read for other records too: none that is to be learned, nor what its loss is taken at."""
     first = int(flags.argmax()) if flags.any() else len(flags)
     return max(0, first - 1)

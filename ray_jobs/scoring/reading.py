@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ray_jobs.base.answer_loss import next_token_nll
 from ray_jobs.base.attention import FLOAT32, looks_at_all_before
-from ray_jobs.base.batching import IGNORED
+from ray_jobs.base.batching import IGNORED, common_beginning
 from ray_jobs.scoring.batches import is_shared
 
 ATTENTION = (FLOAT32, "sdpa", "eager")
@@ -58,7 +58,7 @@ class Reader:
     def __init__(self, model: Any, prompts: Sequence[Tokens], pad: int) -> None:
         self.model, self._pad = model, pad
         self._body = getattr(model, "get_base_model", lambda: model)().get_decoder()  # reading takes no logits
-        self._num_common = _common(prompts)
+        self._num_common = common_beginning(prompts, min(map(len, prompts)) - 1)  # the last of each is its own
         nothing = torch.zeros(1, 0, dtype=torch.long, device=model.device)
         begun = Read(DynamicCache(config=model.config), nothing, nothing.new_zeros(1))
         self._begun = self._read(begun, [prompts[0][: self._num_common]])
@@ -133,10 +133,3 @@ def _to_grow(cache: DynamicCache) -> DynamicCache:
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]
     return found
-
-
-def _common(prompts: Sequence[Tokens]) -> int:
-    """How many tokens all of them begin with; at least the last one of each is its own."""
-    shortest = min(map(len, prompts)) - 1
-    equal = np.logical_and.reduce([prompt[:shortest] == prompts[0][:shortest] for prompt in prompts])
-    return shortest if equal.all() else int(equal.argmin())
