@@ -18,8 +18,8 @@ def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
     """
     with contextlib.ExitStack() as stack:  # all held at once, so that all differ
         ports = []
-        for wanted in [[port] for port in earlier[:count]] + [[]] * (count - len(earlier[:count])):
-            candidates = itertools.chain(wanted, random.sample(NEW, len(NEW)))
+        for place in range(count):
+            candidates = itertools.chain(earlier[place : place + 1], random.sample(NEW, len(NEW)), [0])
             held = stack.enter_context(next(held for port in candidates if (held := _listening(port)) is not None))
             ports.append(held.getsockname()[1])
         return ports

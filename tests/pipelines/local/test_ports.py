@@ -1,5 +1,4 @@
 import socket
-from pathlib import Path
 
 from pipelines.local.ports import choose_ports
 
@@ -25,5 +24,5 @@ def test_numbers_that_are_no_ports_are_replaced():
 
 
 def test_new_ports_are_none_that_a_connection_may_begin_at():
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert max(choose_ports(50)) < min(low, 32768)
+    # Linux' default for the near end of connections begins at 32768 (its ip-sysctl, ip_local_port_range).
+    assert max(choose_ports(50)) < 32768
