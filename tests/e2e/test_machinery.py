@@ -49,7 +49,7 @@ def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: T
     assert tiny.home.fineloop("adapters", "list").answer["adapters"].count("wrong") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(tiny: Tiny, up):
     def done(command: str, *changes: str) -> dict[str, Any]:
         settings = [*tiny.settings, "--set", "adapter.name=further", *changes]
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(
     assert f"It went on from {first['version']}." in Path(again["report"]).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: Tiny, up, tmp_path: Path):
     source = tmp_path / "long.jsonl"
     source.write_text("".join(json.dumps({**row, "completion": "x" * 80}) + "\n" for row in colour_rows(60)))

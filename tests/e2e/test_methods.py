@@ -1,7 +1,6 @@
 """All eight methods on the real model and the example's data: trained by two ranks, published, pulled, loaded, merged.
 
-Each trains in another way of sharing the work out, so that the main cells of the matrix meet real weights. `make slow`
-has those that differ most, `make full` the others.
+Each trains in another way of sharing the work out, so that the main cells of the matrix meet real weights.
 """
 
 import copy
@@ -33,10 +32,8 @@ from ray_jobs.training import checkpoint
 from tests.e2e.conftest import CHECKOUT, Home
 from tests.models.train_group import fit_in_rank, in_group
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
-IN_SLOW = ("qlora", "loftq")
-EACH = [name if name in IN_SLOW else pytest.param(name, marks=pytest.mark.full) for name in METHODS]
 STEPS, BATCH = 3, 8
 RECORDS = 6  # held out, of some forty tokens each
 NUM_ROWS = 8 * RECORDS  # of which `fit_in_rank` holds an eighth out
@@ -174,7 +171,7 @@ def in_float32(one: Trained, base: Any) -> Any:
     return dense
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_lowers_the_held_out_loss(name, trained, untrained):
     one = trained[name]
     assert len(one.losses) == STEPS
@@ -185,7 +182,7 @@ def test_loftq_starts_with_a_lower_loss_than_qlora(trained):
     assert trained["loftq"].losses[0] < trained["qlora"].losses[0]
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_pulled_version_is_to_plain_peft_what_was_trained_and_merged_it_says_the_same(
     name, trained, held_out, tmp_path
 ):

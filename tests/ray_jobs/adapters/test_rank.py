@@ -10,7 +10,7 @@ from tests.models.ranks import relative_size
 from tests.models.tiny import build_base, colour_rows
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rsloras_update_is_as_large_at_every_rank(config: RunConfig, tmp_path: Path):
     # A base wider than the ranks, as the theorem has it.
     base = build_base(tmp_path, width=512)

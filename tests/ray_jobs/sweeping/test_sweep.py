@@ -85,6 +85,7 @@ def test_two_trials_share_one_download_one_quantisation_and_one_dataset(sweeps, 
     assert all(0 < trial.ready_s < trial.seconds for trial in result.trials)
 
 
+@pytest.mark.full
 def test_a_sweep_whose_every_trial_fails_fails_with_their_cause(sweeps, store, tmp_path):
     torn = build_base(tmp_path / "torn")
     weights = torn / "model.safetensors"

@@ -36,7 +36,7 @@ def measure_in_rank(contenders, records, texts, questions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "qlora"])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.full), "qlora"])
 def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_it_whole(
     config, store, tmp_path, name, monkeypatch
 ):

@@ -31,8 +31,8 @@ from tests.models.train_group import Trained, in_group, train, train_in_rank
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
-# Stages of ZeRO where 3 shows the same in `make test`.
-NONE, TWO = (pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))
+# Stages of ZeRO where 3 shows the same.
+NONE, TWO = pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.full)
 
 
 @pytest.fixture
