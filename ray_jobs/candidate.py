@@ -1,8 +1,8 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
 One job is let into a cluster once: nobody else's comes between the training and the comparison, and no cluster starts
-twice. The training's workers stay to compare, on the base that they hold, where each of them holds a whole one. A job
-that is run again takes the version that the run has published as it is.
+twice. The training's workers start while the data are read, and stay to compare, on the base that they hold, where each
+of them holds a whole one. A job that is run again takes the version that the run has published as it is.
 """
 
 from components.config.schema import RunConfig
@@ -11,10 +11,9 @@ from components.registry.records import TrainResult
 from components.registry.store import Store
 from components.shared.protocol import TRAINED, say
 from ray_jobs import entry
-from ray_jobs import evaluate as comparing
 from ray_jobs import finetune as training
+from ray_jobs.scoring import STEP as COMPARING
 from ray_jobs.scoring import harness, marks
-from ray_jobs.scoring.measure import STEP as COMPARING
 from ray_jobs.training.standby import Standby
 
 
@@ -39,6 +38,8 @@ def main() -> None:
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:
+        from ray_jobs import evaluate as comparing  # seconds, in which the workers of the training can start already
+
         config = entry.load_config(arguments.config, arguments.set)
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
         comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, standby=standby)
@@ -58,6 +59,8 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standb
     found = runs.find(Store.open(config.registry), run_id, TrainResult)
     if found is not None and found.dataset_uri == dataset_uri:
         return found
+    if standby is not None:
+        training.begin(config, run_id=run_id, standby=standby)
     return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
 
 

@@ -29,7 +29,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import drawing, general_text, harness, judges, own_answers, suites
+from ray_jobs.scoring import STEP, drawing, general_text, harness, judges, own_answers, suites
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -41,7 +41,7 @@ from ray_jobs.scoring.answers import (
 )
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.harness import NO_TASKS, Tasks
-from ray_jobs.scoring.measure import STEP, Contender, measure_shard
+from ray_jobs.scoring.measure import Contender, measure_shard
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
 from ray_jobs.scoring.texts import Texts
 from ray_jobs.training.standby import Standby

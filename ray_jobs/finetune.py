@@ -6,6 +6,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from components.config import config_file
@@ -50,7 +51,7 @@ def finetune(
 ) -> TrainResult:
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
-    With `standby` the workers stay, unless they hold the base in parts.
+    With `standby` the workers stay, unless they hold the base in parts; they may have begun already.
 
     Raises:
         UserError: config or data cannot work; said before any worker is started where possible.
@@ -88,7 +89,7 @@ def finetune(
     from ray_jobs.training import trainer
     from ray_jobs.training.room import wait_for_room
 
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    connect()
     # Before the memory is looked at: a cluster that grows from nothing has none.
     wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
@@ -106,26 +107,53 @@ def finetune(
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
         watch=watch,
     )
-    shared = {"train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
-    arguments = {"job": job, **shared}
-
-    def run(board: Any = None) -> dict[str, Any]:
-        return trainer.run(
-            train,
-            {**arguments, "board": board},
-            config,
-            store,
-            run_id=run_id,
-            name="ray",
-            max_failures=config.ray.max_failures,
-        )
-
-    stays = standby is not None and config.train.zero_stage < 3
-    result = TrainResult(
-        **(trainer.checked(standby.train(run, num_workers=config.ray.num_workers)) if standby and stays else run())
-    )
+    what = {"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
+    if standby is not None and _stay(config):
+        if not standby.is_there:
+            _begin(config, store, run_id, standby)
+        answer = trainer.checked(standby.train(what))
+    else:
+        answer = _run(what, config, store, run_id)
+    result = TrainResult(**answer)
     runs.write(store, run_id, result)
     return result
+
+
+def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
+    """Have the workers of `finetune` start before it knows what they train, where that asks nothing of the cluster."""
+    from ray_jobs.training import trainer
+    from ray_jobs.training.room import has_room
+
+    connect()
+    if _stay(config) and has_room(trainer.per_worker(config), config.ray.num_workers):
+        _begin(config, Store.open(config.registry), run_id, standby)
+
+
+def connect() -> None:
+    """Connect this driver to its Ray cluster, unless it is."""
+    import ray
+
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
+
+
+def _stay(config: RunConfig) -> bool:
+    """Whether workers can do more than train: each holds a whole base."""
+    return config.train.zero_stage < 3
+
+
+def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
+    import ray.train.torch  # noqa: F401 - in this thread, before the other imports it beside whatever this one does
+
+    def run(board: Any) -> dict[str, Any]:
+        return _run({"board": board}, config, store, run_id)
+
+    standby.begin(run, num_workers=config.ray.num_workers)
+
+
+def _run(what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str) -> dict[str, Any]:
+    from ray_jobs.training import trainer
+
+    return trainer.run(train, what, config, store, run_id=run_id, name="ray", max_failures=config.ray.max_failures)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,3 @@
 """What a model answers, and what the answers are worth."""
+
+STEP = "evaluate"

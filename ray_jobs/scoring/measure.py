@@ -25,7 +25,7 @@ from ray_jobs.base import base_model, chat_format, precision, widened
 from ray_jobs.base.base_model import Base
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring import marks
+from ray_jobs.scoring import STEP, marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.harness import NO_TASKS, Tasks
 from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import torch
 
 Gathered = Callable[[Sequence[int], Sequence[Any]], list[Any]]
-STEP = "evaluate"
 PROGRESS_EVERY_S = 2.0
 
 

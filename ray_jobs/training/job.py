@@ -58,22 +58,24 @@ class TrainJob:
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to.
 
-    With a `board` among them the workers then stand by.
+    A `board` among them says what instead, once the driver knows, and there the workers then stand by.
     """
     import ray
     import ray.train
 
-    job: TrainJob = arguments["job"]
     board = arguments.get("board")
     rank = ray.train.get_context().get_world_rank()
     if board is not None and standby.is_trained(board, rank):
         return {}
-    job.watch.lap("workers start")
     from ray_jobs.adapters.held_base import HeldBase
     from ray_jobs.training import worker
 
-    job.watch.lap("imports")
-    splits = ray.get([arguments["train_split"], arguments["eval_split"]])
+    what = arguments if board is None else standby.given(board)
+    if what is None:
+        return {}
+    job: TrainJob = what["job"]
+    job.watch.lap("workers start")
+    splits = ray.get([what["train_split"], what["eval_split"]])
     if board is None:
         return worker.train(job, *splits)
     held = HeldBase()
@@ -85,7 +87,8 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _measuring(held: "HeldBase", rank: int) -> standby.Measure:
     """How a worker measures on the base that it has trained on, once it has given back what only a training needs."""
     from ray_jobs import entry
-    from ray_jobs.scoring.measure import STEP, ShardResult, measure_shard
+    from ray_jobs.scoring import STEP
+    from ray_jobs.scoring.measure import ShardResult, measure_shard
     from ray_jobs.training import allocator
 
     if rank == 0:

@@ -15,6 +15,13 @@ POLL_S = 1.0
 CALL_S = 10
 
 
+def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
+    """Whether the cluster is large enough for all workers as it is, whatever else runs there now."""
+    import ray
+
+    return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
+
+
 def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Callable[[str], None]) -> None:
     """Return once all workers have room at the same time; at once where the cluster is large enough as it is.
 
@@ -25,7 +32,7 @@ def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Calla
     from ray._private.state import state
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    needed = {name: each * num_workers for name, each in per_worker.items()}
+    needed = _needed(per_worker, num_workers)
     has = ray.cluster_resources()
     if (name := _short_of(needed, has)) is None:
         return
@@ -51,6 +58,10 @@ def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Calla
                 )
     finally:
         remove_placement_group(group)
+
+
+def _needed(per_worker: Mapping[str, float], num_workers: int) -> dict[str, float]:
+    return {name: each * num_workers for name, each in per_worker.items()}
 
 
 def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | None:

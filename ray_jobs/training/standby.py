@@ -1,11 +1,14 @@
-"""Workers of a training that stay when it is over, and measure what it made on the base that they hold.
+"""Workers that are there before their training, and stay after it to measure what it made on the base that they hold.
 
-A new process would import everything again, and read and quantise the base again, which takes longer than many records.
+Starting them and importing what they need takes as long as getting the data ready, which the driver does meanwhile. And
+new processes for the measurement would import everything again, and read and quantise the base again, which takes
+longer than many records.
 
 Ray Train's `fit` returns when the last worker has ended, so the driver waits for it in a thread. Meanwhile it speaks
-with the workers through an actor, the board: rank 0 puts the training's result there, the driver what is to be
-measured, each worker what it found. Whoever loses a worker has lost all of them: Ray Train ends the group, or starts
-another, which finds its training done and ends. The driver sees that in its thread, and measures by other means.
+with the workers through an actor, the board: the driver puts there what is to be trained and then what is to be
+measured, rank 0 the training's result, each worker what it found. Whoever loses a worker has lost all of them: Ray
+Train ends the group, or starts another, which trains again, or finds its training done and ends. The driver sees that
+in its thread, and measures by other means.
 
 Ray Train's controller and the board read this module, and wait for what it imports: little. What passes through the
 board is a reference in a list, which Ray leaves closed: to open it, the board would import all model code first.
@@ -37,9 +40,21 @@ class Board:
     def __init__(self, num_workers: int) -> None:
         self._tasks: list[asyncio.Queue[list[Any] | None]] = [asyncio.Queue() for _ in range(num_workers)]
         self._found: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in range(num_workers)]
+        self._job: list[Any] | None = None
+        self._is_given = asyncio.Event()
         self._answer: dict[str, Any] = {}
         self._is_trained = asyncio.Event()
         self._begun: set[int] = set()
+
+    async def give(self, job: list[Any] | None) -> None:
+        """The driver says what is to be trained; None where there is nothing."""
+        self._job = job
+        self._is_given.set()
+
+    async def job(self) -> list[Any] | None:
+        """The same, as soon as it is there, to as many groups of workers as it takes."""
+        await self._is_given.wait()
+        return self._job
 
     async def report(self, answer: dict[str, Any]) -> None:
         """Rank 0 says what the training gave."""
@@ -65,6 +80,7 @@ class Board:
 
     async def end(self) -> None:
         """There is nothing more to do."""
+        self._is_given.set()
         for queue in self._tasks:
             queue.put_nowait(None)
 
@@ -85,11 +101,8 @@ class Standby:
         self._thread = threading.Thread()
         self._outcome: dict[str, Any] | BaseException = {}
 
-    def train(self, run: Callable[[Any], dict[str, Any]], *, num_workers: int) -> dict[str, Any]:
-        """What rank 0 reports, as soon as it does; `run` is given the board, and returns when all workers have ended.
-
-        Raises what `run` raises.
-        """
+    def begin(self, run: Callable[[Any], dict[str, Any]], *, num_workers: int) -> None:
+        """Have `run` start the workers; it is given the board, and returns when all of them have ended."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -102,12 +115,22 @@ class Standby:
             except BaseException as exc:  # for whoever waits, in another thread
                 self._outcome = exc
 
+        self._board = board
         self._thread = threading.Thread(target=run_to_the_end, daemon=True, name="standby")
         self._thread.start()
-        answer = self._awaited(board.answer.remote())
+
+    def train(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """What rank 0 reports of a training of `job`, as soon as it does.
+
+        Raises what starting the workers or the training raises.
+        """
+        import ray
+
+        self._board.give.remote([ray.put(dict(job))])
+        answer: dict[str, Any] | None = self._awaited(self._board.answer.remote())
         if answer is not None:
-            self._board = board
             return answer
+        self._board = None
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome
@@ -167,6 +190,18 @@ class Standby:
                     self._thread.join()
                     return None
         return None
+
+
+def given(board: Any) -> Mapping[str, Any] | None:
+    """What a worker is to train, once the driver knows; None where there is nothing after all."""
+    import ray
+
+    try:
+        reference = ray.get(board.job.remote())
+    except ray.exceptions.RayError:
+        return None
+    job: Mapping[str, Any] | None = reference and ray.get(reference[0])
+    return job
 
 
 def is_trained(board: Any, rank: int) -> bool:

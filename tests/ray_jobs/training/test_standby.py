@@ -1,4 +1,6 @@
-"""Workers that stay when they have trained, in Ray Train's groups on a real Ray: whatever is lost, nothing hangs."""
+"""Workers that are there before their training and stay after it, in Ray Train's groups on a real Ray: whatever is
+lost, nothing hangs.
+"""
 
 import multiprocessing
 import os
@@ -37,13 +39,19 @@ def measure(task: standby.Task) -> Any:
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A training that leaves a file for each time that it was done, and another when it ends."""
+    """A training that leaves a file when it begins, for each time that it was done, and when it ends."""
     import ray.train
 
     folder = Path(arguments["folder"])
     rank = ray.train.get_context().get_world_rank()
     if standby.is_trained(arguments["board"], rank):
         return {}
+    (folder / f"began-{rank}-{os.getpid()}").touch()
+    job = standby.given(arguments["board"])
+    if job is None:
+        (folder / f"ended-{rank}").touch()
+        return {}
+    assert job["answer"] == ANSWER
     (folder / f"trained-{uuid.uuid4()}").touch()
     standby.stand_by(arguments["board"], rank, ANSWER, lambda: measure)
     (folder / f"ended-{rank}").touch()
@@ -86,6 +94,10 @@ def is_refused(workers: Standby) -> None:
     raise KeyError("a driver that fails while its workers wait")
 
 
+def measures_once(workers: Standby) -> Any:
+    return workers.measure(tasks("score", "score"))
+
+
 def loses_one_that_waits(workers: Standby) -> Any:
     (pid, _), _ = workers.measure(tasks("score", "score"))
     os.kill(pid, signal.SIGKILL)
@@ -103,14 +115,42 @@ def loses_the_board(workers: Standby) -> Any:
     return workers.measure(tasks("score", "score")), workers.is_there
 
 
-def tried(do: Callable[[Standby], Any], folder: Path, max_failures: int) -> dict[str, Any]:
+def began(folder: Path, number: int) -> list[int]:
+    """The processes of so many workers, as soon as they are there."""
+    deadline = time.monotonic() + ENDING_S
+    while len(found := sorted(folder.glob("began-*"))) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(path.name.rpartition("-")[2]) for path in found]
+
+
+def trains(workers: Standby, _: Path) -> None:
+    assert workers.train({"answer": ANSWER}) == ANSWER
+
+
+def has_nothing_to_train(_: Standby, folder: Path) -> None:
+    began(folder, NUM_WORKERS)
+    raise KeyError("a driver that finds a mistake in the data while its workers wait")
+
+
+def loses_one_before_its_training(workers: Standby, folder: Path) -> None:
+    first, _ = began(folder, NUM_WORKERS)
+    os.kill(first, signal.SIGKILL)
+    began(folder, 2 * NUM_WORKERS)
+    trains(workers, folder)
+
+
+def tried(
+    train: Callable[[Standby, Path], None], do: Callable[[Standby], Any], folder: Path, max_failures: int
+) -> dict[str, Any]:
     """In the driver's process: what came of it, how often a worker trained, and how many ended in order."""
     import ray
 
     found: dict[str, Any] = {}
     try:
         with Standby() as workers:
-            assert workers.train(partial(run, folder=folder, max_failures=max_failures), num_workers=2) == ANSWER
+            workers.begin(partial(run, folder=folder, max_failures=max_failures), num_workers=NUM_WORKERS)
+            train(workers, folder)
             found["result"] = do(workers)
     except KeyError as exc:
         found["error"] = str(exc)
@@ -154,10 +194,22 @@ def driver() -> Iterator[ProcessPoolExecutor]:
     ],
 )
 def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failures, result, ended):
-    found = driver.submit(tried, do, tmp_path, max_failures).result(timeout=180)
+    found = driver.submit(tried, trains, do, tmp_path, max_failures).result(timeout=180)
     assert found["trained"] == NUM_WORKERS  # nobody trains again
     assert found["over"]
     assert found["ended"] == ended
     assert found["room"]
     assert result is ... or found.get("result") == result
     assert ("error" in found) is (do is is_refused)
+
+
+@pytest.mark.parametrize(
+    ("train", "trained"), [(has_nothing_to_train, 0), (loses_one_before_its_training, NUM_WORKERS)]
+)
+def test_workers_that_wait_for_their_training_are_let_go_or_replaced(driver, tmp_path, train, trained):
+    found = driver.submit(tried, train, measures_once, tmp_path, 1).result(timeout=180)
+    assert found["trained"] == trained
+    assert ("error" in found) is (train is has_nothing_to_train)
+    assert found["over"]
+    assert found["ended"] == NUM_WORKERS
+    assert found["room"]
