@@ -1,8 +1,8 @@
 """How long a run takes on this machine's CPU: `python -m ray_jobs.estimate --config FILE`.
 
 The run's records are read and counted as `prepare` will, some of them are tokenised, and a few layers of the base are
-really trained. Nothing is started or written, and nothing fetched but the base's configuration and tokenizer. One JSON
-object is the last line of stdout.
+really trained. Nothing is started, and nothing fetched but the base's configuration and tokenizer. Nothing is written
+either, unless the base is converted. One JSON object is the last line of stdout.
 """
 
 import json
@@ -16,7 +16,7 @@ from components.prepare.sources import find_sources
 from components.shared.cpus import Cpu, this_cpu
 from components.shared.errors import UserError
 from ray_jobs import entry
-from ray_jobs.base import attention, base_config, base_model, chat_format, packed
+from ray_jobs.base import attention, base_config, base_model, chat_format, packed, reference
 from ray_jobs.base.batching import TokenizedSplit, by_length, tokenize
 from ray_jobs.planning import pace
 from ray_jobs.planning.capacity import records_at_once
@@ -77,10 +77,15 @@ def main() -> None:
         "Estimate how long a run takes on this machine's CPU.",
         "python -m ray_jobs.estimate --config pipelines/configs/icd10.toml",
     )
+    parser.add_argument(
+        "--convert", action="store_true", help="first convert a base that a package ships, which a run needs anyway"
+    )
     arguments = parser.parse_args()
 
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
+        if arguments.convert and isinstance(reference.parse(config.model.base), reference.PackagedGguf):
+            base_model.resolve(config.model)
         print(json.dumps(estimated(config)), flush=True)  # noqa: T201 - stdout is the answer
 
     entry.run(STEP, job)

@@ -83,6 +83,16 @@ class Display:
             mark = _SPINNER[int(now * 8) % len(_SPINNER)]
             self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
 
+    def tell(self, text: str) -> None:
+        """A line of its own, above that of the running step."""
+        if self._live and self._step and self._seconds is None:
+            self._rewrite(f"{text}\n")
+            self.tick()
+            return
+        if self._live:
+            self._settle()
+        self._write(f"{text}\n")
+
     def _say(self, text: str) -> None:
         if text.startswith(ROW):
             self._add_row(text)

@@ -1,7 +1,11 @@
-"""What a person is told of a run's length on this machine before it starts."""
+"""What a person is told of a run's length on this machine, before it starts or as it does."""
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,45 @@ LONG_S = 1800.0
 
 def told_here(config: RunConfig, config_path: Path, home: Path) -> list[str]:
     """Lines for a person on how long a run takes here; no run fails for want of an estimate."""
+    return _told_by(_job(config_path, home), config)
+
+
+@contextmanager
+def told_meanwhile(config: RunConfig, config_path: Path, home: Path) -> Iterator[Callable[[], list[str]]]:
+    """The same beside a run that starts. What is given returns the lines once, when they are there, and else nothing.
+
+    A base that a package ships is converted first, which the run then need not do. All of it ends with the context.
+    """
+    is_over, is_told = threading.Event(), False
+    job = replace(_job(config_path, home), arguments=("--convert",))
+
+    def unless_over() -> None:
+        if is_over.is_set():
+            raise CancelledError
+
+    def news() -> list[str]:
+        nonlocal is_told
+        if is_told or not made.done():
+            return []
+        is_told = True
+        return made.result()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made = pool.submit(_told_by, job, config, unless_over)
+        try:
+            yield news
+        finally:
+            is_over.set()
+
+
+def _job(config_path: Path, home: Path) -> Job:
     cache = os.environ.get("FINELOOP_CACHE") or str(home.absolute() / "cache")
-    job = Job("ray_jobs.estimate", str(config_path.absolute()), environment={"FINELOOP_CACHE": cache})
+    return Job("ray_jobs.estimate", str(config_path.absolute()), environment={"FINELOOP_CACHE": cache})
+
+
+def _told_by(job: Job, config: RunConfig, on_tick: Callable[[], None] = lambda: None) -> list[str]:
     try:
-        return list(told(config, answer(job)))
+        return list(told(config, answer(job, on_tick=on_tick)))
     except FineloopError as exc:
         return [f"how long it takes here is unknown: {exc}"]
 

@@ -42,8 +42,16 @@ class Job:
         return {**os.environ, **self.environment, "PYTHONPATH": python_path(os.environ)}
 
 
-def answer(job: Job, *, tell: Callable[[str], None] = lambda text: None, verbose: bool = False) -> dict[str, Any]:
+def answer(
+    job: Job,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    verbose: bool = False,
+    on_tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run the job and return its answer. `tell` gets what it tells people meanwhile; its stderr is seen if `verbose`.
+
+    What `on_tick` raises, which is called several times a second, ends the job.
 
     Raises:
         FineloopError: what the job failed with, of its own class.
@@ -66,6 +74,7 @@ def answer(job: Job, *, tell: Callable[[str], None] = lambda text: None, verbose
             environment=job.whole_environment(),
             directory=Path.cwd(),
             on_text=hear,
+            on_tick=on_tick,
             stderr=None if verbose else log.fileno(),
         )
         log.seek(0)

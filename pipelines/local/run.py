@@ -17,7 +17,7 @@ from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
-from pipelines.local.estimate import told_here
+from pipelines.local.estimate import told_meanwhile
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.private import private_folder
@@ -92,19 +92,21 @@ def run_and_read(
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
-        if trains_here and what != "sweep":
-            print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
-            for text in told_here(config, folder / "config.toml", place.home):
-                print(text, file=place.terminal, flush=True)
-        ground_began = time.monotonic()
-        display.start("ground")
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
-        with local_services(place.home, bucket=config.registry.bucket, ray=needs_head) as environment:
+        with contextlib.ExitStack() as while_it_runs:
+            news: Callable[[], list[str]] = list
+            if trains_here and what != "sweep":
+                print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
+                news = while_it_runs.enter_context(told_meanwhile(config, folder / "config.toml", place.home))
+            ground_began = time.monotonic()
+            display.start("ground")
+            services = local_services(place.home, bucket=config.registry.bucket, ray=needs_head)
+            environment = while_it_runs.enter_context(services)
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
             with in_environment(environment):
-                _execute(what, run_id, config, folder, environment, place, display)
+                _execute(what, run_id, config, folder, environment, place, display, news)
                 display.close()
                 return _read(read, config, run_id, folder, ground_s=ground_s, began=began)
     except BaseException:
@@ -120,7 +122,13 @@ def _execute(
     environment: Mapping[str, str],
     place: Place,
     display: Display,
+    news: Callable[[], list[str]],
 ) -> None:
+    def on_tick() -> None:
+        for text in news():
+            display.tell(text)
+        display.tick()
+
     log_path = folder / "pipeline.log"
     try:
         ended = watch(
@@ -133,7 +141,7 @@ def _execute(
             directory=folder,
             log_path=log_path,
             on_line=display.line,
-            on_tick=display.tick,
+            on_tick=on_tick,
             on_text=(lambda text: print(text, file=place.terminal)) if place.verbose else None,
         )
     except BaseException:

@@ -40,6 +40,26 @@ def test_plain_lines_are_kept_and_progress_is_thinned(clock: Clock) -> None:
     assert "\r" not in stream.getvalue()
 
 
+def test_a_line_of_its_own_stands_above_the_step_that_runs(clock: Clock) -> None:
+    for live in (False, True):
+        stream = io.StringIO()
+        display = Display(stream, live=live, clock=clock)
+        display.start("prepare")
+        display.tell("about 2 min")
+        display.finish(3.0)
+        display.tell("after it")
+        display.line(Line("finetune", "started"))
+        display.close()
+        shown = [line.rpartition("\r\x1b[2K")[2] for line in stream.getvalue().split("\n")]
+        if live:
+            assert shown[0] == "about 2 min"
+            assert [shown[1].split()[-3:], shown[2]] == [["prepare", "3.0", "s"], "after it"]
+            assert "finetune" in shown[3]
+        else:
+            assert shown[:3] == ["[prepare] started", "about 2 min", "[prepare] finished in 3.0 s"]
+            assert shown[3:5] == ["after it", "[finetune] started"]
+
+
 def test_what_comes_late_of_a_step_does_not_begin_it_again(clock: Clock) -> None:
     stream = io.StringIO()
     display = Display(stream, live=False, clock=clock)

@@ -1,5 +1,8 @@
-"""What is told of a run's length before it starts."""
+"""What is told of a run's length before it starts, or as it does."""
 
+import contextlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,3 +57,33 @@ def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[.
     (line,) = estimate.told_here(make_config(), tmp_path / "nowhere.toml", tmp_path)
     assert line.startswith("how long it takes here is unknown: ")
     assert "nowhere.toml" in line
+
+
+@pytest.mark.slow
+def test_beside_a_run_that_starts_it_is_told_once(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with estimate.told_meanwhile(make_config(), tmp_path / "nowhere.toml", tmp_path) as news:
+        deadline = time.monotonic() + 60
+        while not (lines := news()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "nowhere.toml" in lines[0]
+        assert news() == []
+
+
+def test_it_ends_with_the_run_that_it_was_made_beside(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.touch()
+    with estimate.told_meanwhile(make_config(), config, tmp_path):
+        deadline = time.monotonic() + 60
+        while not (working := running(config)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert working
+    assert not running(config)
+
+
+def running(config: Path) -> list[str]:
+    """Processes that have this file among their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [entry.parent.name] if os.fsencode(config) in entry.read_bytes() else []
+    return found
