@@ -6,7 +6,6 @@ them by itself (`group_by_length`), so that all sides pad alike and see the same
 """
 
 import json
-import math
 import resource
 import sys
 from itertools import pairwise
@@ -103,7 +102,6 @@ def write(
         "rank": config.method.r,
         "alpha": config.method.lora_alpha,
         "learning_rate": config.learning_rate,
-        "warmup_steps": math.ceil(config.train.warmup_share * num_steps),
         "threads": threads,
     }
 
@@ -126,5 +124,6 @@ def figures(given: dict[str, Any], ended: list[float], losses: list[float]) -> d
         "seconds": ended[-1] - ended[given["warm_up"] - 1],
         "steps": len(ended),
         "peak_rss_mb": peak,
+        "first_loss": losses[0],
         "loss": sum(losses[-given["last"] :]) / given["last"],
     }

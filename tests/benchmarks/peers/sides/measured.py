@@ -51,13 +51,14 @@ class Clock(TrainerCallback):
 
 
 def show(given: dict[str, Any], ended: list[float], losses: list[float]) -> None:
-    """Print the figures as the last line: seconds of the steps after the warm-up, loss of the last ones, memory."""
+    """Print the figures as the last line: seconds of the steps after the warm-up, losses, memory."""
     first = given["warm_up"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
     figures = {
         "seconds": ended[-1] - ended[first - 1],
         "steps": len(ended),
         "peak_rss_mb": peak,
+        "first_loss": losses[0],
         "loss": sum(losses[-given["last"] :]) / given["last"],
     }
     print("\n" + json.dumps(figures), flush=True)

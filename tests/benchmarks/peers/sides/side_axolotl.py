@@ -43,7 +43,7 @@ def main() -> None:
             "optimizer": "adamw_torch_fused",
             "learning_rate": given["learning_rate"],
             "lr_scheduler": "cosine",
-            "warmup_steps": given["warmup_steps"],
+            "warmup_steps": 0,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "bf16": given["dtype"] == "bfloat16",

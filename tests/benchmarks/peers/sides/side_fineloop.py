@@ -26,6 +26,7 @@ def main() -> None:
         f"method.name={'qlora' if given['format'] == 'nf4' else 'lora'}",
         f"train.batch_size={given['batch_size']}",
         f"train.micro_batch_size={given['batch_size']}",
+        "train.warmup_share=0",
         "ray.num_workers=1",
         f"ray.cpus_per_worker={given['threads']}",
     ]

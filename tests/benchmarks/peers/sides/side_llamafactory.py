@@ -61,7 +61,7 @@ with tempfile.TemporaryDirectory() as scratch:
         "num_train_epochs": 1.0,
         "learning_rate": given["learning_rate"],
         "lr_scheduler_type": "cosine",
-        "warmup_steps": given["warmup_steps"],
+        "warmup_steps": 0,
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,
