@@ -37,9 +37,9 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Whose forward is the formula above."""
 STEP = 32
 """oneDNN's, through a bfloat16 product's inner dimension: 16 columns more cost a third of the product, 32 cost 3 %."""
-TOKENS = 64
-"""Rows of 16-bit products are filled up to a multiple: oneDNN compiles for each shape anew, which takes longer than a
-product; float32 goes by a BLAS, which does not."""
+TOKENS = 16
+"""Rows of 16-bit products are filled up to a multiple, AMX's tiles: oneDNN compiles for each shape anew, which takes as
+long as a product once more; float32 goes by a BLAS, which does not."""
 
 silu_backward = torch.ops.aten.silu_backward
 
