@@ -1,60 +1,99 @@
-"""Layers that multiply a single row as a vector: what answering one prompt on a CPU takes for every token.
+"""Layers that multiply a single row, as a vector where that is faster: what answering one prompt takes for every token.
 
-A product of two 16-bit matrices reads its weights twice, as oneDNN packs them first; with a vector PyTorch reads them
-once. Both add up in float32. More rows than one go as before, and so does what an adapter cannot do in one product: see
-`fused`.
+A product of two 16-bit matrices reads its weights twice where oneDNN packs them first; with a vector PyTorch reads them
+once. The processor says which is faster: on two cores the vector won with AMX, and with AVX-512 BF16 alone the matrix,
+by 1.8. Both add up in float32. An adapter's factors are so small that a vector always wins. More rows than one go as
+before, and so does what an adapter cannot do in one product: see `fused`.
 
 Shapes: I input, O output, R rank.
 """
 
+import math
+import time
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_jobs.adapters import fused
 
+ENOUGH_BYTES = 256_000_000
+"""Of weights to try both ways on: more than caches hold, and read in a tenth of a second."""
+REPEATS = 2
+
 
 class Linear(nn.Linear):
-    """A dense layer without an adapter, such as the output head."""
+    """A dense layer without an adapter, such as the output head, by vectors."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        return _product(self, input) if _is_row(input) else super().forward(input)
+        return _by_vector(self, input) if _is_row(input) else super().forward(input)
 
 
 class AdaptedLinear(fused.Linear):
     """LoRA around a dense layer."""
+
+    by_vector: bool
+    """How the layer's own weights are multiplied; the factors always are so."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., I) to (..., O), in the type of `x`."""
         base = self.get_base_layer()
         if not _is_row(x) or type(base) is not nn.Linear or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        if self.disable_adapters:
-            return _product(base, x)
-        found = fused.adapted(self, x)
-        if found is None:
+        found = None if self.disable_adapters else fused.adapted(self, x)
+        if found is None and not self.disable_adapters:
             return super().forward(x)
-        y_O = _product(base, x)
-        h_R = torch.mv(found.A, x.flatten())
-        y_O.view(-1).addmv_(found.B, h_R, alpha=found.scaling)
+        y_O = _by_vector(base, x) if self.by_vector else F.linear(x, base.weight, base.bias)
+        if found is not None:
+            h_R = torch.mv(found.A, x.flatten())
+            y_O.view(-1).addmv_(found.B, h_R, alpha=found.scaling)
         return y_O
 
 
 def adopt(model: nn.Module) -> None:
     """Let a model's dense layers go this way, for answering alone: no gradient comes back through them."""
+    convert(model, by_vector=vectors_win([each.weight for each in model.modules() if type(each) is nn.Linear]))
+
+
+def convert(model: nn.Module, *, by_vector: bool) -> None:
+    """The same, whatever is faster here."""
     inner = {id(module.get_base_layer()) for module in model.modules() if isinstance(module, fused.Linear)}
     for module in model.modules():
         if type(module) is fused.Linear:
             module.__class__ = AdaptedLinear
-        elif type(module) is nn.Linear and id(module) not in inner:
+            module.by_vector = by_vector
+        elif type(module) is nn.Linear and id(module) not in inner and by_vector:
             module.__class__ = Linear
+
+
+def vectors_win(weights: Sequence[Tensor]) -> bool:
+    """Whether products of a row with these matrices (O, I), or with some of them, are faster here by vectors."""
+    some, room = [], ENOUGH_BYTES
+    for weight in weights:
+        if weight.dtype in fused.HALF and weight.device.type == "cpu" and room > 0:
+            some.append((weight.detach(), weight.new_ones(weight.shape[1])))
+            room -= weight.nbytes
+    best = dict.fromkeys((torch.mv, _matrix), math.inf)
+    for _ in range(REPEATS):
+        for product in best:
+            began = time.perf_counter()
+            for weight, x_I in some:
+                product(weight, x_I)
+            best[product] = min(best[product], time.perf_counter() - began)
+    return best[torch.mv] < best[_matrix]
+
+
+def _matrix(weight: Tensor, x_I: Tensor) -> Tensor:
+    return F.linear(x_I[None], weight)
 
 
 def _is_row(x: Tensor) -> bool:
     return x.numel() == x.shape[-1] and x.dtype in fused.HALF and x.device.type == "cpu"
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+def _by_vector(layer: nn.Linear, x: Tensor) -> Tensor:
     y_O = (
         torch.mv(layer.weight, x.flatten())
         if layer.bias is None

@@ -1,5 +1,7 @@
 """Products of one row against the formula in numpy, in float64, with an adapter and without one."""
 
+import time
+
 import numpy as np
 import peft.tuners.lora.layer
 import pytest
@@ -16,7 +18,7 @@ def exact(tensor):
     return tensor.detach().double().numpy()
 
 
-def adapted_layer():
+def adapted_layer(*, by_vector=True):
     torch.manual_seed(0)
     layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16).requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=SCALING * RANK)
@@ -24,16 +26,17 @@ def adapted_layer():
     torch.nn.init.normal_(adapted.lora_B["default"].weight, std=0.05)
     model = torch.nn.ModuleDict({"adapted": adapted, "head": torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16)})
     fused.adopt(model)
-    one_row.adopt(model)
+    one_row.convert(model, by_vector=by_vector)
     return model
 
 
+@pytest.mark.parametrize("by_vector", [False, True])
 @pytest.mark.parametrize("disabled", [False, True])
 @torch.inference_mode()
-def test_a_row_is_multiplied_as_the_formula_says(disabled):
-    model = adapted_layer()
+def test_a_row_is_multiplied_as_the_formula_says(disabled, by_vector):
+    model = adapted_layer(by_vector=by_vector)
     layer, head = model["adapted"], model["head"]
-    assert (type(layer), type(head)) == (one_row.AdaptedLinear, one_row.Linear)
+    assert (type(layer), type(head)) == (one_row.AdaptedLinear, one_row.Linear if by_vector else torch.nn.Linear)
     assert type(layer.get_base_layer()) is torch.nn.Linear  # which `fused` knows by its type
     layer.enable_adapters(not disabled)
     x = torch.randn(1, 1, INPUTS).bfloat16()
@@ -58,3 +61,18 @@ def test_more_rows_than_one_go_as_they_did():
     model["adapted"].__class__, model["head"].__class__ = fused.Linear, torch.nn.Linear
     assert torch.equal(found[0], model["adapted"](x))
     assert torch.equal(found[1], model["head"](x))
+
+
+@pytest.mark.parametrize("slow", ["vector", "matrix"])
+def test_what_is_slower_here_is_not_taken(slow, monkeypatch):
+    kernel, times = (torch, "mv") if slow == "vector" else (one_row, "_matrix"), []
+    product = getattr(*kernel)
+
+    def slowed(weight, x_I):
+        times.append(time.sleep(0.02))
+        return product(weight, x_I)
+
+    monkeypatch.setattr(*kernel, slowed)
+    weights = [torch.randn(64, 64).bfloat16(), torch.randn(64, 64)]  # the second is none of 16 bits
+    assert one_row.vectors_win(weights) is (slow == "matrix")
+    assert len(times) == one_row.REPEATS
