@@ -18,13 +18,13 @@ from components.shared.errors import UserError
 from ray_jobs import entry
 from ray_jobs.base import attention, base_config, base_model, chat_format, packed, reference
 from ray_jobs.base.batching import TokenizedSplit, by_length, tokenize
-from ray_jobs.planning import pace
 from ray_jobs.planning.capacity import records_at_once
-from ray_jobs.planning.pace import Pace
 from ray_jobs.scoring.answers import NEW_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from ray_jobs.planning.pace import MeanBatch, Pace
 
 STEP = "estimate"
 SAMPLE = 256
@@ -93,6 +93,8 @@ def main() -> None:
 
 def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict[str, Any]:
     """The processor, what it multiplies in and the estimate; with a reason in place of what nobody can know."""
+    from ray_jobs.planning import pace  # which imports for seconds what converting a base does not need
+
     cpu = this_cpu()
     body: dict[str, Any] = {
         "processor": asdict(cpu),
@@ -142,7 +144,7 @@ def counted(config: RunConfig) -> Work:
     )
 
 
-def estimate_of(config: RunConfig, work: Work, found: Pace, cpu: Cpu) -> Estimate:
+def estimate_of(config: RunConfig, work: Work, found: "Pace", cpu: Cpu) -> Estimate:
     """The estimate as plain arithmetic."""
     train, evaluate = config.train, config.evaluate
     at_once, speed = _at_once(config, cpu), tokens_per_s(config, found, cpu, work.computed)
@@ -163,7 +165,7 @@ def estimate_of(config: RunConfig, work: Work, found: Pace, cpu: Cpu) -> Estimat
     )
 
 
-def tokens_per_s(config: RunConfig, found: Pace, cpu: Cpu, computed: float) -> float:
+def tokens_per_s(config: RunConfig, found: "Pace", cpu: Cpu, computed: float) -> float:
     """Of all workers together, while they train and compute that share of their records' tokens."""
     return _at_once(config, cpu) / (OVERHEAD * found.train_s * computed)
 
@@ -173,11 +175,13 @@ def _at_once(config: RunConfig, cpu: Cpu) -> float:
     return min(config.ray.num_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
 
 
-def _mean_batch(config: RunConfig, work: Work | None) -> pace.MeanBatch:
+def _mean_batch(config: RunConfig, work: Work | None) -> "MeanBatch":
     """What is read at once; without the records, as long ones as there may be."""
+    from ray_jobs.planning.pace import MeanBatch
+
     length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
     records = records_at_once(config, round(length))
-    return pace.MeanBatch(records, round(length), math.ceil(answers), config.evaluate.batch_size)
+    return MeanBatch(records, round(length), math.ceil(answers), config.evaluate.batch_size)
 
 
 def _computed(config: RunConfig, sample: TokenizedSplit) -> float:

@@ -6,16 +6,19 @@ s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of i
 pkg://PACKAGE/FILE   converted once into the cache; identity is the sha256 of the GGUF
 """
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
@@ -260,21 +263,39 @@ def _from_package(reference: str, found: PackagedGguf) -> Base:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("converting %s to safetensors, once", source.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
-        dtype=torch.bfloat16,
-    )
+    # transformers reads the file's vocabulary for each of its configuration, weights and tokenizer, and makes the table
+    # of all names for each module: half of the time.
+    with _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.should_save_on_this_rank = lambda _: True  # of a process group only rank 0 would, but each machine converts
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)
     digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
     (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
+    """Within, what these functions of a module have returned is returned again."""
+    functions = {name: getattr(module, name) for name in names}
+    try:
+        for name, function in functions.items():
+            setattr(module, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
 
 
 def once(path: Path, build: Callable[[Path], object]) -> None:
