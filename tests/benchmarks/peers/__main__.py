@@ -28,9 +28,10 @@ SIDES = Path(__file__).with_name("sides")
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 # Nothing is asked of a hub, and nobody is told.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}
-LOSS_TOLERANCE = {"grouped": 0.05, "shuffled": 0.3}
-"""Of the mean loss of the last steps, as a share of Fineloop's. Grouped, all take the same batches at the same rates,
-from adapters of other random numbers; shuffled, the batches differ."""
+LOSS_TOLERANCE = {"grouped": 0.1, "shuffled": 0.3}
+"""Of the mean loss of the last steps, as a share of Fineloop's. Grouped, all take the same batches at the same rates.
+In bfloat16 peers round more often on the way, and Adam's first steps, in which only signs count, take them elsewhere:
+by 7 % of the second loss, where Trainer in float32 is within 0.2 % of it. Shuffled, the batches differ."""
 FIRST_LOSS_TOLERANCE = 0.01
 """Of the first step's loss where the batches are the same: an adapter that has not learned anything adds nothing."""
 FINELOOP = "fineloop"

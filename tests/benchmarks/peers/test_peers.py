@@ -13,8 +13,8 @@ def _run(tokens_per_s: float, loss: float = 1.0, first_loss: float = 3.0) -> dic
 
 
 def test_a_peer_that_trained_something_else_is_named() -> None:
-    found = {"fineloop": _run(200), "trl": _run(100), "trl packed": _run(90, 1.2), "axolotl": _run(300, 1.1)}
-    assert peers.others(found) == {"axolotl": "its loss is 1.100 and Fineloop's 1.000: not the same work"}
+    found = {"fineloop": _run(200), "trl": _run(100), "trl packed": _run(90, 1.2), "axolotl": _run(300, 1.2)}
+    assert peers.others(found) == {"axolotl": "its loss is 1.200 and Fineloop's 1.000: not the same work"}
     found = {
         side: _run(100, first_loss=first) for side, first in (("fineloop", 3.0), ("trl", 3.1), ("trl packed", 4.0))
     }
