@@ -59,6 +59,8 @@ class Joined:
         """Of each layer: its outputs and its ranks."""
         self.A = [self.A_IR.T[ranks] for ranks in self.ranks]
         self.B = [self.B_OR[rows, ranks] for rows, ranks in zip(self.rows, self.ranks, strict=True)]
+        self.filled_by: Products | None = None
+        """Whose factors it has."""
         self.weights = [M[rows, :inputs] for rows in self.rows]
         # By shape too: ZeRO-3 has four bits stored as if they were bfloat16.
         self.is_kept = all(
@@ -97,13 +99,16 @@ class Products:
         found[:, width:] = 0
         return found
 
-    def joined(self) -> Joined:
-        """M, with the factors as they are now."""
+    def joined(self, *, on_the_way_back: bool = False) -> Joined:
+        """M, with the factors as they are now; on the way back still there, unless somebody has come between."""
         found = self._kept.get(self._name)
         if found is None or not found.holds(self.layers):
             found = Joined(self.layers)
             if found.is_kept:
                 self._kept[self._name] = found
+        if on_the_way_back and found.filled_by is self:
+            return found
+        found.filled_by = self
         for layer, A_RI, B_OR in zip(self.layers, found.A, found.B, strict=True):
             A_RI.copy_(layer.A)
             B_OR.copy_(layer.B)
@@ -125,7 +130,7 @@ class Products:
 
         The former only where it is asked to go `down`.
         """
-        M, g_TO, g_TR = self.joined(), g[:, : self.outputs], g[:, self.outputs :]
+        M, g_TO, g_TR = self.joined(on_the_way_back=True), g[:, : self.outputs], g[:, self.outputs :]
         torch.mm(g_TO, M.B_OR, out=g_TR)
         A_RI = (g_TR.T @ x[:, : self.inputs]).mul_(self.scaling)
         B_OR = g_TO.T @ x[:, self.inputs :]

@@ -155,6 +155,24 @@ def test_packed_records_have_gradients_as_near(base, matmul_dtype):
         assert error < OF_ONE * theirs < 0.1, name
 
 
+def test_another_adapter_between_the_ways_there_and_back_changes_no_gradient():
+    model = adopt(adapted("Qwen2", torch.bfloat16))
+    alone = gradients(model)
+    model.zero_grad()
+    model.add_adapter("other", model.peft_config["default"])
+    adopt(model)
+    loss = answer_nll(model, IDS, IDS).mean()
+    model.set_adapter("other")
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.data = torch.full_like(parameter, 0.1).bfloat16()
+    assert goes_fused(model)
+    model.set_adapter("default")
+    loss.backward()
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name].grad.double(), each) for name, each in alone.items())
+
+
 def test_dense_weights_are_held_once_and_are_what_they_were():
     model, before = adopt(adapted("Qwen2", torch.bfloat16)), adapted("Qwen2", torch.bfloat16).state_dict()
     gradients(model)
