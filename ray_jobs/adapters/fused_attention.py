@@ -1,5 +1,8 @@
 """Attention with its way back, as the fused layer calls it: of records in rows, or packed in one row.
 
+The way there is in float32, so that losses are exact. So is the way back of short records. That of long ones, most of
+a step, is in the type of the products around it, as transformers has both: bfloat16 takes half the time there.
+
 Shapes: N records of S tokens, K heads of D; keys and values may have fewer heads. Packed: see `base.packed`.
 """
 
@@ -12,16 +15,22 @@ Saved = tuple[Tensor, ...]
 """Of each call of the kernel: queries, keys, values, what came out, and the logarithms of the sums."""
 SAVED = 5
 
+LONG = 512
+"""Tokens of a record from which on it does."""
+
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward(
-    q_NSKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, scaling: float, packing: Packing | None
+    q_NSKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, scaling: float, packing: Packing | None, dtype: torch.dtype
 ) -> tuple[Tensor, Saved]:
-    """What each token finds, (N, S, K, D), and what `backward` needs. All in float32."""
+    """What each token finds, (N, S, K, D), and what `backward` needs. All in float32, products around it in `dtype`."""
     if packing is None:
-        attended, saved = _forth(q_NSKD.transpose(1, 2), k_NSKD.transpose(1, 2), v_NSKD.transpose(1, 2), scaling)
+        qkv = [each.transpose(1, 2) for each in (q_NSKD, k_NSKD, v_NSKD)]
+        attended, saved = _forth(qkv[0], qkv[1], qkv[2], scaling)
+        if q_NSKD.shape[1] >= LONG and dtype is torch.bfloat16:
+            saved = (*(each.to(dtype) for each in saved[:-1]), saved[-1])
         return attended.transpose(1, 2), saved
     q, k, v = (packing.apart(each[0]) for each in (q_NSKD, k_NSKD, v_NSKD))
     rest, saved = _forth(q[1], packing.behind(*k), packing.behind(*v), scaling, packing.bias)
@@ -37,7 +46,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, as they went in."""
     if packing is None:
-        q, k, v = _back(gradient_NSKD.transpose(1, 2), saved, scaling)
+        q, k, v = (each.float() for each in _back(gradient_NSKD.to(saved[0].dtype).transpose(1, 2), saved, scaling))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     C, (of_common, of_rest) = packing.common, packing.apart(gradient_NSKD[0])
     q, k, v = _back(of_rest, saved[:SAVED], scaling, packing.bias)

@@ -176,7 +176,7 @@ class Layer(torch.autograd.Function):
         qkv_NSKD = form.qkv.forward(n)[: N * S].view(N, S, K + 2 * G, -1).float()
         qk = _rotated(qkv_NSKD[:, :, : K + G], cos, sin)
         q, k, v = qk[:, :, :K], qk[:, :, K:], qkv_NSKD[:, :, K + G :]
-        attended_NSKD, of_attention = fused_attention.forward(q, k, v, form.scaling, form.packing)
+        attended_NSKD, of_attention = fused_attention.forward(q, k, v, form.scaling, form.packing, form.qkv.dtype)
         a = form.out.room(T, form.out.inputs)
         a[: N * S, : form.out.inputs] = attended_NSKD.reshape(N * S, -1)
         a[N * S :] = 0

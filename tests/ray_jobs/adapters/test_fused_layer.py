@@ -9,7 +9,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from ray_jobs.adapters import fused, fused_layer
+from ray_jobs.adapters import fused, fused_attention, fused_layer
 from ray_jobs.base import attention, float32_layers, packed
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit
@@ -119,6 +119,26 @@ def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
     }
     assert all(error < OF_ONE * theirs < 0.1 for error, theirs in errors.values())
     assert sum(error**2 for error, _ in errors.values()) < sum(theirs**2 for _, theirs in errors.values())
+
+
+@pytest.mark.parametrize("matmul_dtype", ["bfloat16", "float32"])
+def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_16_bits(matmul_dtype, monkeypatch):
+    taken = []
+
+    def way_back(*arguments, **more):
+        taken.append(arguments[0].dtype)
+        return kernel(*arguments, **more)
+
+    kernel = fused_attention.kernel_backward
+    monkeypatch.setattr(fused_attention, "kernel_backward", way_back)
+    monkeypatch.setattr(fused_attention, "LONG", IDS.shape[1])
+    exact = gradients(adapted("Qwen2", torch.float64))
+    plain = adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)
+    plain.config._attn_implementation = "sdpa"
+    theirs, ours = gradients(plain), gradients(adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)))
+    assert taken == [getattr(torch, matmul_dtype)] * 2
+    errors = [[(found[name] - each).norm() / each.norm() for found in (ours, theirs)] for name, each in exact.items()]
+    assert all(error < OF_ONE * own < 0.1 for error, own in errors)
 
 
 @pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "float32")])
