@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,14 +298,19 @@ def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
 
 
 def once(path: Path, build: Callable[[Path], object]) -> None:
-    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen."""
+    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen.
+
+    What one that was killed has left is removed: whoever has the lock is alone.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
             return
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
+        scratch = path.with_name(f".building-{path.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(mode=0o700)
         try:
             build(scratch)
             scratch.rename(path)
