@@ -46,13 +46,13 @@ class Board:
         self._is_trained = asyncio.Event()
         self._begun: set[int] = set()
 
-    async def give(self, job: list[Any] | None) -> None:
-        """The driver says what is to be trained; None where there is nothing."""
+    async def give(self, job: list[Any]) -> None:
+        """The driver says what is to be trained."""
         self._job = job
         self._is_given.set()
 
     async def job(self) -> list[Any] | None:
-        """The same, as soon as it is there, to as many groups of workers as it takes."""
+        """The same to a worker, as soon as it is there; None where there is nothing to train after all."""
         await self._is_given.wait()
         return self._job
 
@@ -193,13 +193,14 @@ class Standby:
 
 
 def given(board: Any) -> Mapping[str, Any] | None:
-    """What a worker is to train, once the driver knows; None where there is nothing after all."""
+    """What a worker is to train, once the driver knows; None where there is nothing after all.
+
+    Raises:
+        RayError: the board is lost, and with it what was to be trained.
+    """
     import ray
 
-    try:
-        reference = ray.get(board.job.remote())
-    except ray.exceptions.RayError:
-        return None
+    reference = ray.get(board.job.remote())
     job: Mapping[str, Any] | None = reference and ray.get(reference[0])
     return job
 

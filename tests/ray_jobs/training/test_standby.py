@@ -140,6 +140,17 @@ def loses_one_before_its_training(workers: Standby, folder: Path) -> None:
     trains(workers, folder)
 
 
+def loses_the_board_before_its_training(workers: Standby, folder: Path) -> None:
+    import ray
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    began(folder, NUM_WORKERS)
+    ray.kill(workers._board)
+    with pytest.raises(TrainingFailedError):
+        trains(workers, folder)
+    raise KeyError("said, and not taken for a training that gave nothing")
+
+
 def tried(
     train: Callable[[Standby, Path], None], do: Callable[[Standby], Any], folder: Path, max_failures: int
 ) -> dict[str, Any]:
@@ -204,12 +215,17 @@ def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failu
 
 
 @pytest.mark.parametrize(
-    ("train", "trained"), [(has_nothing_to_train, 0), (loses_one_before_its_training, NUM_WORKERS)]
+    ("train", "trained", "ended"),
+    [
+        (has_nothing_to_train, 0, NUM_WORKERS),
+        (loses_one_before_its_training, NUM_WORKERS, NUM_WORKERS),
+        (loses_the_board_before_its_training, 0, 0),
+    ],
 )
-def test_workers_that_wait_for_their_training_are_let_go_or_replaced(driver, tmp_path, train, trained):
+def test_workers_that_wait_for_their_training_are_let_go_or_replaced(driver, tmp_path, train, trained, ended):
     found = driver.submit(tried, train, measures_once, tmp_path, 1).result(timeout=180)
     assert found["trained"] == trained
-    assert ("error" in found) is (train is has_nothing_to_train)
+    assert ("error" in found) is (trained == 0)
     assert found["over"]
-    assert found["ended"] == NUM_WORKERS
+    assert found["ended"] == ended
     assert found["room"]
