@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +71,22 @@ def test_beside_a_run_that_starts_it_is_told_once(make_config: Callable[..., Run
 
 
 def test_it_ends_with_the_run_that_it_was_made_beside(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    config.touch()
+    config, gave_up = tmp_path / "endless.toml", threading.Event()
+    os.mkfifo(config)  # which the estimate would read for ever
+
+    def give_up() -> None:
+        gave_up.set()
+        config.write_text("", encoding="utf-8")
+
+    at_last = threading.Timer(30, give_up)
+    at_last.start()
     with estimate.told_meanwhile(make_config(), config, tmp_path):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 20
         while not (working := running(config)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert working
+    at_last.cancel()
+    assert not gave_up.is_set()
     assert not running(config)
 
 
