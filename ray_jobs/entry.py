@@ -90,6 +90,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def connect() -> None:
+    """Connect this driver to its Ray cluster, unless it is."""
+    import ray
+
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
+
+
 def log_as(step: str) -> None:
     """Let what our own modules log at INFO and above reach people as lines of this step."""
 

@@ -95,8 +95,7 @@ def evaluate(
     questions = suites.to_ask(store, chat, config, contenders)
     tasks = harness.to_run(store, config, contenders)
     outside: dict[str, Any] = {"texts": texts, "questions": questions}
-    # After a training in the same job it is connected already.
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
+    entry.connect()
     if _must_be_shared(config, base, ray.nodes()):
         tasks = tasks.left_out("as its workers hold the base together")
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)

@@ -4,6 +4,7 @@ The driver checks everything that can be checked without a worker: the store, th
 named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ def finetune(
     from ray_jobs.training import trainer
     from ray_jobs.training.room import wait_for_room
 
-    connect()
+    entry.connect()
     # Before the memory is looked at: a cluster that grows from nothing has none.
     wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
@@ -124,16 +125,9 @@ def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
     from ray_jobs.training import trainer
     from ray_jobs.training.room import has_room
 
-    connect()
+    entry.connect()
     if _stay(config) and has_room(trainer.per_worker(config), config.ray.num_workers):
         _begin(config, Store.open(config.registry), run_id, standby)
-
-
-def connect() -> None:
-    """Connect this driver to its Ray cluster, unless it is."""
-    import ray
-
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
 
 
 def _stay(config: RunConfig) -> bool:
@@ -142,7 +136,8 @@ def _stay(config: RunConfig) -> bool:
 
 
 def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
-    import ray.train.torch  # noqa: F401 - in this thread, before the other imports it beside whatever this one does
+    # Here, before that thread would import torch beside what this one goes on to import: each might see it half made.
+    importlib.import_module("ray.train.torch")
 
     def run(board: Any) -> dict[str, Any]:
         return _run({"board": board}, config, store, run_id)

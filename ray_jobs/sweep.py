@@ -66,7 +66,6 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         UserError: config or data cannot work; said before any trial is started where possible.
         JobError: every trial failed, or at every rate the training diverged.
     """
-    import ray
 
     began = time.monotonic()
     arms = list(points.arms(config))
@@ -94,7 +93,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
             f"each training that compares methods also reads {len(passages.split)} passages of general text, for what "
             "the method forgets (evaluate.general_passages; 0 reads none and saves the time)",
         )
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    entry.connect()
     memory = _planned(config, arms, base, train_split)
     _make_own_bases(config, arms, len(train_split))
     dataset = splits.of_dataset(store, dataset_uri)

@@ -58,7 +58,7 @@ class TrainJob:
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to.
 
-    A `board` among them says what instead, once the driver knows, and there the workers then stand by.
+    With a `board` among them workers are told there what to train, once the driver knows, and stand by afterwards.
     """
     import ray
     import ray.train
