@@ -16,7 +16,7 @@ from typing import Any
 from components.shared.errors import FineloopError, JobError
 from components.shared.protocol import Failure, parse_line
 from pipelines.local import guard
-from pipelines.local.service import python_path
+from pipelines.local.service import job_environment
 from pipelines.local.watch import run_heard
 
 LOG_TAIL = 20  # lines told of a process that ended without a word
@@ -39,7 +39,7 @@ class Job:
 
     def whole_environment(self) -> dict[str, str]:
         """Every variable of the process."""
-        return {**os.environ, **self.environment, "PYTHONPATH": python_path(os.environ)}
+        return {**os.environ, **self.environment, **job_environment(os.environ)}
 
 
 def answer(

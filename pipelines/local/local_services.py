@@ -120,6 +120,9 @@ def store_down(home: Path) -> bool:
     Raises:
         GroundError: somebody uses it.
     """
+    head = ray_service(home)
+    if head.directory.is_dir() and not head.pinned and not head.in_use():
+        ray_down(home)  # a run has just ended, and its head uses the store until it is gone
     return store_service(home).down(stop_with="end that run, or the local Ray head with `fineloop ray down`")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.local.ports import LOOPBACK
-from pipelines.local.service import ROOT, python_path, write_private
+from pipelines.local.service import ROOT, job_environment, write_private
 
 OBJECT_STORE_BYTES = 300_000_000
 AGENT = "--dashboard-agent-listen-port"
@@ -154,7 +154,7 @@ def head_environment(
     return {
         **inherited,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
-        "PYTHONPATH": python_path(environment),
+        **job_environment(environment),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1
@@ -165,6 +165,7 @@ def head_environment(
         "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this node away with notice
         "RAY_worker_niceness": "0",  # a worker's 15 would starve the training beside anything else
     }
 
@@ -175,7 +176,8 @@ def answers(url: str, token: str | None) -> bool:
 
 
 def _is_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    import urllib.error  # not at the top: it takes longer to import than all the rest of this module
+    import http.client  # not at the top: they take longer to import than all the rest of this module
+    import urllib.error
     import urllib.request
 
     request = urllib.request.Request(url, headers=dict(headers or {}))
@@ -183,7 +185,7 @@ def _is_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
     try:
         with direct.open(request, timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (urllib.error.URLError, OSError, http.client.HTTPException):  # the last: it does not speak HTTP
         return False
 
 

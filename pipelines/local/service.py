@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -202,6 +203,16 @@ def python_path(environment: Mapping[str, str]) -> str:
     """PYTHONPATH with this code's root first, so that `python -m` finds the three packages from any directory."""
     others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
     return os.pathsep.join([str(ROOT), *others])
+
+
+def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the processes of this machine's jobs have of their own.
+
+    Without a GPU nothing here is compiled, and bitsandbytes would load PyTorch's compiler in each of them, which takes
+    0.8 s; somebody's own setting stays.
+    """
+    compiles = "TORCHDYNAMO_DISABLE" in environment or shutil.which("nvidia-smi")
+    return {"PYTHONPATH": python_path(environment)} | ({} if compiles else {"TORCHDYNAMO_DISABLE": "1"})
 
 
 def write_private(path: Path, text: str) -> None:

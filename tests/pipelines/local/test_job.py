@@ -13,7 +13,7 @@ import pytest
 
 from components.shared.errors import DataError, JobError
 from pipelines.local.job import Job, answer
-from pipelines.local.service import ROOT
+from pipelines.local.service import ROOT, job_environment
 
 JOB = """
 import json, sys
@@ -52,6 +52,22 @@ def test_a_job_gets_its_config_and_overrides_and_its_last_line_is_the_answer() -
     assert body["arguments"] == ["--config", "s3://b/c.toml", "--set", "a.b=1", "--set", "c.d=2", "--all"]
     assert len(body["long"]) == 100_000  # more than a pipe holds at once
     assert told == ["half way"]
+
+
+def test_where_there_is_no_gpu_a_job_does_not_load_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asked.py").write_text(
+        "import bitsandbytes, json, sys\nprint(json.dumps({'loaded': 'torch._inductor.compile_fx' in sys.modules}))"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert answer(Job("asked", "config.toml")) == {"loaded": False}
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    assert answer(Job("asked", "config.toml")) == {"loaded": True}
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert job_environment(os.environ).keys() == {"PYTHONPATH"}
 
 
 def test_what_a_job_fails_with_is_raised_and_a_crash_shows_its_last_lines() -> None:

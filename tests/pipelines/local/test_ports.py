@@ -9,6 +9,14 @@ def test_ports_differ_and_earlier_free_ones_come_back_in_order():
     assert choose_ports(6, earlier=ports) == ports
 
 
+def test_new_ports_lie_side_by_side_with_none_twice_at_the_end_of_the_range(monkeypatch):
+    monkeypatch.setattr("random.randrange", lambda end: end - 2)
+    ports = choose_ports(4)
+    assert ports[0] >= 32_766 - 64  # but for those that others have
+    assert ports[-1] < 20_064
+    assert len(set(ports)) == 4
+
+
 def test_a_port_that_somebody_listens_on_is_replaced_and_the_others_stay():
     ports = choose_ports(3)
     with socket.socket() as taken:

@@ -1,10 +1,12 @@
 """When a head counts as up. The agent's path is that of Ray's own health check (dashboard/modules/reporter)."""
 
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 
 from pipelines.local.ports import choose_ports
@@ -39,3 +41,17 @@ def test_a_head_is_up_when_its_agent_is_which_starts_the_jobs(tmp_path: Path, ag
             return
         with answering(agent_path) as ports[PORT_FLAGS.index(AGENT)]:
             assert head.answers(ports) == up
+
+
+@pytest.mark.parametrize("flag", [AGENT, "--dashboard-port"])
+def test_a_head_is_not_up_while_a_grpc_server_has_its_port(tmp_path: Path, flag: str) -> None:
+    """As another head's may: it greets a request with HTTP/2's settings, which is no status line."""
+    head = RayHead(tmp_path)
+    (tmp_path / "token").write_text("0" * 64)
+    ports = choose_ports(head.num_ports)
+    other = grpc.server(futures.ThreadPoolExecutor(1))
+    with answering("/api/local_raylet_healthz") as ports[PORT_FLAGS.index(AGENT)]:
+        ports[PORT_FLAGS.index(flag)] = other.add_insecure_port("127.0.0.1:0")
+        other.start()
+        assert not head.answers(ports)
+        other.stop(grace=None).wait()
