@@ -1,7 +1,9 @@
 """What the two ways to a Ray cluster have in common: a job, its attempts, its log and how it ended."""
 
+import contextlib
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO
 
@@ -14,6 +16,8 @@ STOP_S = 10.0
 
 READING_SHARE = 0.1
 """Of the time that may go into reading a log: every source gives it whole each time, however long it has become."""
+LONGEST_REST_S = 15.0
+"""Nobody waits longer than this for what a log says, however slowly it was read the last time."""
 
 State = Literal["live", "succeeded", "ended"]
 """Of an attempt: live may still end well or badly; ended is failed, stopped or on its way to be deleted."""
@@ -150,9 +154,24 @@ class LogCopy:
         self.text, self._copied = "", 0
 
 
-def rest_s(took_s: float) -> float:
-    """How long to leave a log alone after reading it took so long."""
-    return took_s * (1 / READING_SHARE - 1)
+class Turns:
+    """When a log is read again: what one reading took says how long it is left alone after it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._rests_until = clock, 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it has been left alone for long enough."""
+        return self._clock() >= self._rests_until
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around one reading; one that raises does not count."""
+        began = self._clock()
+        yield
+        ended = self._clock()
+        self._rests_until = ended + min((ended - began) * (1 / READING_SHARE - 1), LONGEST_REST_S)
 
 
 def _same_place(copied: str, text: str) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, Turns
 from components.shared.environment import in_environment
 from components.shared.errors import JobError, UserError
 
@@ -78,13 +78,17 @@ class JobsApi:
         """Nothing belongs to the process that submitted it."""
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
-        """Ask for status and log every `poll_s`."""
-        deadline = time.monotonic() + job.timeout_s
+        """Ask for the status every `poll_s`, and for the log when it is due or the job has ended."""
+        deadline, turns = time.monotonic() + job.timeout_s, Turns(time.monotonic)
+
+        def read() -> str:
+            with turns.reading():
+                return str(self._client.get_job_logs(job_id))
+
         while True:
-            began = time.monotonic()
             status = _call("read the job's status", lambda: self._client.get_job_status(job_id), UNREACHABLE_S)
-            text: str = _call("read the job's log", lambda: self._client.get_job_logs(job_id), UNREACHABLE_S)
-            log.take(text, final=status.is_terminal())
+            if status.is_terminal() or turns.is_due:
+                log.take(_call("read the job's log", read, UNREACHABLE_S), final=status.is_terminal())
             if log.is_done:
                 return JobEnd("SUCCEEDED")
             if status.is_terminal():
@@ -92,7 +96,7 @@ class JobsApi:
             if time.monotonic() > deadline:
                 self.stop(job_id)
                 raise JobError(f"Ray job {job_id} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped")
-            time.sleep(max(poll_s, rest_s(time.monotonic() - began)))
+            time.sleep(poll_s)
 
     def stop_now(self, job_id: str) -> None:
         """One call."""

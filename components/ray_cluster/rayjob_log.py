@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.ray_cluster.backend import LogCopy, rest_s
+from components.ray_cluster.backend import LogCopy, Turns
 from components.ray_cluster.kubernetes_api import KubernetesApi
 from components.shared.errors import JobError
 
@@ -25,18 +25,14 @@ class JobLog:
     def __init__(
         self, api: KubernetesApi, name: str, copy: LogCopy, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._api, self._name, self._copy, self._clock = api, name, copy, clock
-        self._resting_until = 0.0
+        self._api, self._name, self._copy, self._turns = api, name, copy, Turns(clock)
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
         """Copy what is new, from whichever source answers; at the end every source is asked once more."""
-        began = self._clock()
-        if began < self._resting_until and not final:
-            return
-        self._copy_new(status, final=final)
-        ended = self._clock()
-        self._resting_until = ended + rest_s(ended - began)
+        if final or self._turns.is_due:
+            with self._turns.reading():
+                self._copy_new(status, final=final)
 
     def _copy_new(self, status: dict[str, Any], *, final: bool) -> None:
         for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):

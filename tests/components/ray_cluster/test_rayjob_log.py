@@ -5,14 +5,16 @@ from components.ray_cluster.rayjob_log import JobLog
 
 
 class Log(JobLog):
-    """Of a job whose every look takes a second."""
+    """Of a job whose every look takes a second, or another time."""
+
+    look_s = 1.0
 
     def __init__(self) -> None:
         self.now, self.num_looks, self.output = 0.0, 0, io.StringIO()
         super().__init__(None, "r", LogCopy(self.output), clock=lambda: self.now)  # type: ignore[arg-type]
 
     def _dashboard(self, status: object) -> str:
-        self.now += 1.0
+        self.now += self.look_s
         self.num_looks += 1
         return "".join(f"line {n}\n" for n in range(self.num_looks))
 
@@ -30,4 +32,13 @@ def test_the_end_of_a_log_is_read_at_once() -> None:
     log = Log()
     log.read({}, final=False)
     log.read({}, final=True)
+    assert log.num_looks == 2
+
+
+def test_a_log_that_was_slow_once_is_read_again_within_a_quarter_of_a_minute() -> None:
+    log = Log()
+    log.look_s = 60.0
+    log.read({}, final=False)
+    log.look_s, log.now = 1.0, log.now + 15.0
+    log.read({}, final=False)
     assert log.num_looks == 2

@@ -1,6 +1,7 @@
 """One set of rules for every way to a cluster: against doubles in every run, against a real Ray head with `-m e2e`, and
 with `-m kubernetes` against a real API server under the rights that infra/rbac gives."""
 
+import contextlib
 import io
 import os
 import signal
@@ -27,6 +28,7 @@ from tests.doubles.kubernetes.control_plane import RayJobsOfCluster, needs_contr
 from tests.doubles.kubernetes.operator import Operator
 
 POLL_S = 0.05
+StartStep = Callable[[Job], subprocess.Popen[bytes]]
 
 
 @dataclass
@@ -108,6 +110,19 @@ def ray_status(address: str, submission_id: str) -> str:
 @pytest.fixture
 def run_id(request: pytest.FixtureRequest) -> str:
     return f"{request.node.originalname[:60]}-{os.getpid()}-{time.time_ns()}"
+
+
+@pytest.fixture
+def start_step(cluster: Cluster) -> Iterator[StartStep]:
+    """Starts a step in a process of its own, which is gone when the test is over, however that ends."""
+    with contextlib.ExitStack() as steps:
+
+        def start(job: Job) -> subprocess.Popen[bytes]:
+            step = steps.enter_context(subprocess.Popen(submitting(job, cluster.ray), stderr=subprocess.PIPE))
+            steps.callback(step.kill)
+            return step
+
+        yield start
 
 
 def python(code: str, *arguments: str) -> tuple[str, ...]:
@@ -258,9 +273,11 @@ def test_a_job_that_fails_in_the_part_of_one_step_has_done_that_of_the_one_befor
     assert cluster.submit(failing, upto=TRAINED)
 
 
-def test_a_step_killed_outright_finds_its_running_job_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
+def test_a_step_killed_outright_finds_its_running_job_again(
+    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep
+) -> None:
     waiting = job(run_id, WAITING, str(tmp_path))
-    first = subprocess.Popen(submitting(waiting, cluster.ray))
+    first = start_step(waiting)
     wait_for(tmp_path / "up")
     first.kill()
     first.wait()
@@ -276,10 +293,10 @@ def test_a_step_killed_outright_finds_its_running_job_again(cluster: Cluster, ru
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_job_before_the_step_ends(
-    cluster: Cluster, run_id: str, tmp_path: Path, number: signal.Signals
+    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep, number: signal.Signals
 ) -> None:
     waiting = job(run_id, WAITING, str(tmp_path))
-    step = subprocess.Popen(submitting(waiting, cluster.ray), stderr=subprocess.PIPE)
+    step = start_step(waiting)
     wait_for(tmp_path / "up")
 
     step.send_signal(number)
@@ -298,13 +315,14 @@ def test_a_job_past_its_deadline_is_stopped_and_the_field_named(cluster: Cluster
     assert cluster.is_stopped(waiting)
 
 
-def test_stop_run_stops_the_runs_jobs_and_no_others(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
+def test_stop_run_stops_the_runs_jobs_and_no_others(
+    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep
+) -> None:
     started = []
     for name in (run_id, f"{run_id}x"):
         folder = tmp_path / name
         folder.mkdir()
-        step = submitting(job(name, WAITING, str(folder)), cluster.ray)
-        started.append(subprocess.Popen(step, stderr=subprocess.PIPE))
+        started.append(start_step(job(name, WAITING, str(folder))))
         wait_for(folder / "up")
 
     assert stop_run(run_id, cluster.ray) == [cluster.job_id(job(run_id, "pass"))]
