@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from components.shared import garbage
 from components.shared.errors import FineloopError
 from pipelines.commands import (
     adapters,
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     options = parser().parse_args(arguments)
+    garbage.leave_at_exit()
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:

@@ -9,6 +9,7 @@ from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.records import TrainResult
 from components.registry.store import Store
+from components.shared import garbage
 from components.shared.protocol import TRAINED, say
 from ray_jobs import entry
 from ray_jobs import finetune as training
@@ -38,7 +39,8 @@ def main() -> None:
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:
-        from ray_jobs import evaluate as comparing  # seconds, in which the workers of the training can start already
+        with garbage.importing():  # seconds, in which the workers of the training can start already
+            from ray_jobs import evaluate as comparing
 
         config = entry.load_config(arguments.config, arguments.set)
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri

@@ -12,6 +12,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
+from components.shared import garbage
 from components.shared.errors import FineloopError
 from ray_jobs import entry
 from ray_jobs.adapters import build, recorded
@@ -54,9 +55,10 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         ConfigError: its base comes with code that `config` does not allow to run.
         IntegrityError: its base is not there any more as it was trained on.
     """
-    from ray_jobs.adapters import one_row, own_base
-    from ray_jobs.base import processor
-    from ray_jobs.planning import placement
+    with garbage.importing():
+        from ray_jobs.adapters import one_row, own_base
+        from ray_jobs.base import processor
+        from ray_jobs.planning import placement
 
     store = Store.open(config.registry)
     version = resolve(store, reference)

@@ -14,6 +14,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.lineage import Started
 from components.registry.store import open_uri
+from components.shared import garbage
 from components.shared.account import account
 from components.shared.errors import FineloopError
 from components.shared.protocol import say, say_failure
@@ -113,6 +114,7 @@ def log_as(step: str) -> None:
 
 def run(step: str, job: Callable[[], None]) -> None:
     """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
+    garbage.leave_at_exit()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log_as(step)
     quiet_libraries()

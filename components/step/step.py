@@ -20,6 +20,7 @@ from components.config.schema import RunConfig
 from components.registry import runs
 from components.registry.records import Status, StepRecord
 from components.registry.store import Store, open_uri
+from components.shared import garbage
 from components.shared.errors import ConfigError, Conflict, FineloopError, IntegrityError
 from components.shared.protocol import STARTED, say, say_failure
 
@@ -92,6 +93,7 @@ def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.A
 def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str] = NOTHING) -> Iterator[StepRun]:
     started_at, began = datetime.now(UTC), time.monotonic()
     step_run: StepRun | None = None
+    garbage.leave_at_exit()  # a step is a process
     with _components_log_as(name):
         say(name, STARTED)
         try:

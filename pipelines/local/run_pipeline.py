@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 from types import FrameType
 
+from components.shared import garbage
+
 
 def main(arguments: list[str]) -> int:
     """Run to the end. On SIGTERM every step is told to end as well, for kfp.local does not tell them."""
@@ -18,10 +20,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pipeline-root", type=Path, required=True)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _end_the_group)
+    garbage.leave_at_exit()
 
-    from kfp import local
+    with garbage.importing():
+        from kfp import local
 
-    from pipelines.retrain import build, build_train, sweep
+        from pipelines.retrain import build, build_train, sweep
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
     config = tomllib.loads(options.config.read_text(encoding="utf-8"))
