@@ -74,7 +74,10 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.training --workers 1 2
 	@$(BIN)/python -m tests.benchmarks.inference
 	@$(BIN)/python -m tests.benchmarks.loftq
+	@$(BIN)/python -m tests.benchmarks.quantising
 	@$(BIN)/python -m tests.benchmarks.memory
+	@$(BIN)/python -m tests.benchmarks.growth
+	@$(BIN)/python -m tests.benchmarks.overhead
 	@# Last, as it exits with 1 where a peer could not be measured.
 	@$(BIN)/python -m tests.benchmarks.peers
 

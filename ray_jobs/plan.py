@@ -13,27 +13,31 @@ from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
 from components.config.schema import MethodConfig, RunConfig
 from components.config.train import Dtype
+from components.shared import garbage
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
-from ray_jobs import entry, estimate
-from ray_jobs.base import base_config
-from ray_jobs.planning.before_training import counts
-from ray_jobs.planning.capacity import (
-    Choice,
-    Device,
-    WorstBatch,
-    advised,
-    chosen,
-    evaluated,
-    named_device,
-    pod_memory,
-    records_at_once,
-    records_to_evaluate,
-    settled,
-)
-from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
-from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
-from ray_jobs.planning.speed import speed
+
+with garbage.importing():
+    from ray_jobs import entry, estimate
+    from ray_jobs.base import base_config
+    from ray_jobs.planning.before_training import counts
+    from ray_jobs.planning.capacity import (
+        Choice,
+        Device,
+        WorstBatch,
+        advised,
+        chosen,
+        evaluated,
+        named_device,
+        pod_memory,
+        records_at_once,
+        records_to_evaluate,
+        settled,
+        step_of,
+    )
+    from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
+    from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
+    from ray_jobs.planning.speed import speed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,8 +77,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
-    records = records_at_once(config, batch.length)
-    step = rehearsal.step(records, batch.length, checkpointing=train.gradient_checkpointing)
+    step = step_of(config, rehearsal, batch)
     return {
         "method": config.method.name,
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
@@ -90,7 +93,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "evaluation": _evaluation(config, rehearsal, batch, device),
         "activations_are_rough": step.is_estimate,
         "zero_stage": train.zero_stage,
-        "micro_batch_size": records,
+        "micro_batch_size": records_at_once(config, batch.length),
         "gradient_checkpointing": train.gradient_checkpointing,
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
@@ -136,9 +139,7 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         # What a step keeps depends on the adapter alone, and not on how the base is stored or the update is scaled.
         alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
         batch = worst_batch(other)
-        records = records_at_once(other, batch.length)
-        step = alike.step(records, batch.length, checkpointing=train.gradient_checkpointing)
-        memory = chosen(other, rehearsal, batch, step).parts.as_json()
+        memory = chosen(other, rehearsal, batch, step_of(other, alike, batch)).parts.as_json()
         rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
     return rows
 

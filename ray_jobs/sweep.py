@@ -19,22 +19,25 @@ from components.prepare.prepare import prepare
 from components.registry import lineage, runs
 from components.registry.store import Store
 from components.registry.sweep_records import SweepResult, Trial, Tuned
+from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import say
-from ray_jobs import entry
-from ray_jobs.adapters import own_base
-from ray_jobs.base import base_config, base_model, chat_format
-from ray_jobs.base.base_model import Base
-from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.scoring import general_text
-from ray_jobs.scoring.texts import Texts
-from ray_jobs.sweeping import points, verdict
-from ray_jobs.sweeping.plan import Plan
-from ray_jobs.sweeping.points import Arm, Point
-from ray_jobs.sweeping.progress import Progress
-from ray_jobs.sweeping.told import header, row
-from ray_jobs.training import splits, train_loop
-from ray_jobs.training.job import TrainJob
+
+with garbage.importing():
+    from ray_jobs import entry
+    from ray_jobs.adapters import own_base
+    from ray_jobs.base import base_config, base_model, chat_format
+    from ray_jobs.base.base_model import Base
+    from ray_jobs.base.batching import TokenizedSplit
+    from ray_jobs.scoring import general_text
+    from ray_jobs.scoring.texts import Texts
+    from ray_jobs.sweeping import points, verdict
+    from ray_jobs.sweeping.plan import Plan
+    from ray_jobs.sweeping.points import Arm, Point
+    from ray_jobs.sweeping.progress import Progress
+    from ray_jobs.sweeping.told import header, row
+    from ray_jobs.training import splits, train_loop
+    from ray_jobs.training.job import TrainJob
 
 logger = logging.getLogger(__name__)
 

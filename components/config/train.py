@@ -33,9 +33,9 @@ class TrainConfig(Section):
     and one at least, instead of micro_batch_size. So short records fill the machine where long ones are all that its
     memory holds. 0 takes micro_batch_size."""
     packing: Annotated[bool, Added("0.2.0")] = True
-    """On CPU workers, put the records of a forward pass end to end, without padding, and read once what all of them
-    begin with, such as a system message: the same losses and gradients in less time. No record sees another. It is
-    done where the base's attention allows and something is saved, and not with method.dropout."""
+    """Put the records of a forward pass end to end, without padding, and read once what all of them begin with, such as
+    a system message: the same losses and gradients in less time. No record sees another. It is done where the base's
+    attention allows and something is saved, and not with method.dropout."""
     group_by_length: bool = True
     """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05

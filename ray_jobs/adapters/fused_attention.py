@@ -1,70 +1,149 @@
 """Attention with its way back, as the fused layer calls it: of records in rows, or packed in one row.
 
-The way there is in float32, so that losses are exact. So is the way back, but for that of long records, a third of a
-step and more, between products in bfloat16: there it is in bfloat16 too, as transformers has both ways, which takes two
-thirds of the time and keeps half as much.
+PyTorch's kernel takes each record's each head by itself: of short records products of 30 by 40 numbers, which take
+longer to begin than to do. Here the heads that share keys are rows of one product, and all records are taken at once,
+or of long ones as many queries as caches hold scores of. All in float32. Queries, keys and values are kept for the way
+back, and the attention's weights too where they are no more than what it finds; otherwise they are computed again.
 
-Shapes: N records of S tokens, K heads of D; keys and values may have fewer heads. Packed: see `base.packed`.
+Shapes: see `attention_layout`.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ray_jobs.adapters import attention_layout
+from ray_jobs.adapters.attention_layout import Heads, Shape
+from ray_jobs.base import float32_products
 from ray_jobs.base.packed import Packing
 
-Saved = tuple[Tensor, ...]
-"""Of each call of the kernel: queries, keys, values, what came out, and the logarithms of the sums."""
-SAVED = 5
-
 LONG = 512
-"""Tokens from which on a record is."""
+"""Tokens looked at, from which on the way back may round operands as the products around it do, to bfloat16: it is a
+third of a step by then, and transformers rounds on both ways."""
+BLOCK = 2**20
+"""Scores that a thread has at a time: 4 MiB, about its cache."""
+TOKENS = 64
+"""Whose queries are taken at a time, where not all are: the fewer, the less is computed of what none looks at."""
 
-kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+Block = tuple[slice, slice]
+ALL: Block = (slice(None), slice(None))
+
+softmax_backward = torch.ops.aten._softmax_backward_data
 
 
-def forward(
-    q_NSKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, scaling: float, packing: Packing | None, dtype: torch.dtype
-) -> tuple[Tensor, Saved]:
-    """What each token finds, (N, S, K, D), and what `backward` needs. All in float32, products around it in `dtype`."""
-    if packing is None:
-        qkv = [each.transpose(1, 2) for each in (q_NSKD, k_NSKD, v_NSKD)]
-        attended, saved = _forth(qkv[0], qkv[1], qkv[2], scaling)
-        if q_NSKD.shape[1] >= LONG and dtype is torch.bfloat16:
-            saved = (*(each.to(dtype) for each in saved[:-1]), saved[-1])
-        return attended.transpose(1, 2), saved
-    q, k, v = (packing.apart(each[0]) for each in (q_NSKD, k_NSKD, v_NSKD))
-    rest, saved = _forth(q[1], packing.behind(*k), packing.behind(*v), scaling, packing.bias)
-    beginning = rest[:1, :, :0]
-    if packing.common:
-        beginning, of_beginning = _forth(q[0], k[0], v[0], scaling)
-        saved += of_beginning
-    return packing.together(beginning, rest)[None], saved
+@dataclass(frozen=True)
+class Part:
+    """Queries of some tokens, and the keys and values that they look at: the last of as many, and all before."""
+
+    q: Tensor
+    """(batch, tokens R, D), a token's R one after the other."""
+    k: Tensor
+    """(batch, tokens looked at, D)."""
+    v: Tensor
+    per_key: int
+    """R."""
+
+    def attend(self, attended: Tensor, *, keeps: bool) -> list[Tensor]:
+        """softmax(q k^T) v, into `attended`, and the weights, if it `keeps` them."""
+        if keeps:
+            weights = self._weights(ALL, ALL)
+            torch.bmm(weights, self.v, out=attended)
+            return [weights]
+        for queries, keys in self._blocks():
+            attended[queries] = torch.bmm(self._weights(queries, keys), self.v[keys])
+        return []
+
+    def back(self, gradient: Tensor, kept: Tensor | None, to: "Part") -> None:
+        """The gradients of all three."""
+        if kept is not None:
+            of_scores = self._of_scores(kept, gradient, ALL)
+            torch.bmm(of_scores, self.k, out=to.q)
+            torch.bmm(of_scores.transpose(1, 2), self.q, out=to.k)
+            torch.bmm(kept.transpose(1, 2), gradient, out=to.v)
+            return
+        to.k.zero_()
+        to.v.zero_()
+        for queries, keys in self._blocks():
+            weights, g = self._weights(queries, keys), gradient[queries]
+            of_scores = self._of_scores(weights, g, keys)
+            to.q[queries] = torch.bmm(of_scores, self.k[keys])
+            to.k[keys] += torch.bmm(of_scores.transpose(1, 2), self.q[queries])
+            to.v[keys] += torch.bmm(weights.transpose(1, 2), g)
+
+    def _weights(self, queries: Block, keys: Block) -> Tensor:
+        scores = torch.bmm(self.q[queries], self.k[keys].transpose(1, 2))
+        tokens = scores.shape[1] // self.per_key
+        scores[:, :, -tokens:] += _unseen(tokens, self.per_key)
+        return torch.softmax(scores, dim=-1)
+
+    def _of_scores(self, weights: Tensor, gradient: Tensor, keys: Block) -> Tensor:
+        of_weights = torch.bmm(gradient, self.v[keys].transpose(1, 2))
+        found: Tensor = softmax_backward(of_weights, weights, -1, weights.dtype)
+        return found
+
+    def _blocks(self) -> Iterator[tuple[Block, Block]]:
+        """Where queries are that are taken at a time, and the keys that the last of them looks at."""
+        R, looked_at = self.per_key, self.k.shape[1]
+        num_tokens = self.q.shape[1] // R
+        tokens = min(num_tokens, TOKENS)
+        batch = max(1, BLOCK * torch.get_num_threads() // (tokens * R * looked_at))
+        for first in range(0, len(self.q), batch):
+            of = slice(first, first + batch)
+            for start in range(0, num_tokens, tokens):
+                end = min(start + tokens, num_tokens)
+                yield (of, slice(start * R, end * R)), (of, slice(0, looked_at - num_tokens + end))
+
+
+def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What each token finds, (N, S, K, D), and what `backward` needs. All are float32."""
+    layout = attention_layout.of(qkv_NSXD, heads, packing)
+    flat = layout.apart(qkv_NSXD)
+    found = flat.new_empty(sum(batch * tokens for batch, tokens, _ in layout.shapes) * heads.per_key, flat.shape[-1])
+    keeps = all(looked_at <= flat.shape[-1] for *_, looked_at in layout.shapes)
+    weights: list[Tensor] = []
+    with float32_products.by_onednn():
+        for part, attended in zip(
+            _parts(flat, layout.shapes, heads), _queries(found, layout.shapes, heads), strict=True
+        ):
+            part.q.mul_(heads.scaling)
+            weights += part.attend(attended, keeps=keeps)
+    return layout.together(found), (flat, *weights)
 
 
 def backward(
-    gradient_NSKD: Tensor, saved: Saved, scaling: float, packing: Packing | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, as they went in."""
-    if packing is None:
-        q, k, v = (each.float() for each in _back(gradient_NSKD.to(saved[0].dtype).transpose(1, 2), saved, scaling))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    C, (of_common, of_rest) = packing.common, packing.apart(gradient_NSKD[0])
-    q, k, v = _back(of_rest, saved[:SAVED], scaling, packing.bias)
-    rest = [q, k[:, :, C:], v[:, :, C:]]
-    common = [each[:1, :, :0] for each in rest]
-    if C:
-        common = _back(of_common, saved[SAVED:], scaling)
-        for own, from_records in zip(common[1:], (k, v), strict=True):
-            own += from_records[:, :, :C].sum(dim=0)  # every record looks at the same beginning
-    q, k, v = (packing.together(*pair)[None] for pair in zip(common, rest, strict=True))
-    return q, k, v
+    gradient_NSKD: Tensor, saved: tuple[Tensor, ...], heads: Heads, packing: Packing | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of queries, keys and values, as they went in; the products around it are in `dtype`."""
+    layout, (flat, *weights) = attention_layout.of(gradient_NSKD, heads, packing), saved
+    found = torch.empty_like(flat)
+    parts, to = _parts(flat, layout.shapes, heads), _parts(found, layout.shapes, heads)
+    is_long = any(looked_at >= LONG for *_, looked_at in layout.shapes)
+    with float32_products.by_onednn(may_round=is_long and dtype is torch.bfloat16):
+        for number, gradient in enumerate(_queries(layout.queries(gradient_NSKD), layout.shapes, heads)):
+            parts[number].back(gradient, weights[number] if weights else None, to[number])
+            to[number].q.mul_(heads.scaling)
+    return layout.gradients(found)
 
 
-def _forth(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None = None) -> tuple[Tensor, Saved]:
-    attended, sums = kernel(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scaling)
-    return attended, (q, k, v, attended, sums)
+def _parts(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Part]:
+    R = heads.per_key
+    sizes = [batch * length for batch, tokens, looked_at in shapes for length in (tokens * R, looked_at, looked_at)]
+    vectors = iter(flat.split(sizes))
+    found = []
+    for batch, *_ in shapes:
+        q, k, v = (next(vectors).view(batch, -1, flat.shape[-1]) for _ in range(3))
+        found.append(Part(q, k, v, R))
+    return found
 
 
-def _back(gradient: Tensor, saved: Saved, scaling: float, bias: Tensor | None = None) -> list[Tensor]:
-    return list(kernel_backward(gradient, *saved, 0.0, bias is None, attn_mask=bias, scale=scaling))
+def _queries(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Tensor]:
+    found = flat.split([batch * tokens * heads.per_key for batch, tokens, _ in shapes])
+    return [each.view(batch, -1, each.shape[-1]) for each, (batch, *_) in zip(found, shapes, strict=True)]
+
+
+def _unseen(num_tokens: int, per_key: int) -> Tensor:
+    """What is added to scores of tokens with themselves: minus infinity for what comes later, (tokens R, tokens)."""
+    later = torch.full((num_tokens, num_tokens), -torch.inf).triu(diagonal=1)
+    return later.repeat_interleave(per_key, dim=0)

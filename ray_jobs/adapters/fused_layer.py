@@ -9,11 +9,14 @@ cost no product of their own: the layers that read one input have their W, A and
 
     y = [x, x s A^T] [W, B]^T          gradient of x: [g, g B] [W; s A]          M = [W, B; s A, 0]
 
+Of packed records the last layer computes for tokens that nobody reads, a prompt's, no more than keys and values.
+
 What is trained, stored and published is peft's own, and a layer that this does not cover goes its own way: see `_form`.
 To the same function in float64 it is nearer than transformers' and peft's modules, which round after each operation.
 
-Shapes: N records of S tokens, T = N S, H hidden, I input, O output, R ranks, K heads of D. A + stands for the columns
-of the factors, R rounded up. Packed records (see `base.packed`) are one of all their tokens, but for attention.
+Shapes: N records of S tokens, T = N S, U of them read, H hidden, I input, O output, R ranks, X heads of D, the first K
+of them queries. A + stands for the columns of the factors, R rounded up. Packed records (see `base.packed`) are one of
+all their tokens, but for attention.
 """
 
 from collections.abc import Sequence
@@ -29,17 +32,18 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from ray_jobs.adapters import fused, fused_attention
+from ray_jobs.adapters.attention_layout import Heads
 from ray_jobs.adapters.fused import Adapted
-from ray_jobs.base import attention
+from ray_jobs.base import attention, float32_products
 from ray_jobs.base.packed import Packing
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Whose forward is the formula above."""
 STEP = 32
-"""oneDNN's, through a bfloat16 product's inner dimension: 16 columns more cost a third of the product, 32 cost 3 %."""
+"""AMX's, through a 16-bit product's inner dimension: 16 columns more cost a third of the product there, 32 cost 3 %."""
 TOKENS = 16
 """Rows of 16-bit products are filled up to a multiple, AMX's tiles: oneDNN compiles for each shape anew, which takes as
-long as a product once more; float32 goes by a BLAS, which does not."""
+long as a product once more; float32 mostly goes by a BLAS, which does not."""
 
 silu_backward = torch.ops.aten.silu_backward
 
@@ -50,15 +54,15 @@ class Joined:
     def __init__(self, layers: Sequence[Adapted]) -> None:
         """Dense weights move into it for good, so that memory holds them once."""
         outputs, inputs = sum(len(layer.B) for layer in layers), layers[0].A.shape[1]
-        more = -(-sum(len(layer.A) for layer in layers) // STEP) * STEP
+        more = _columns(layers)
         M = layers[0].A.new_zeros(outputs + more, inputs + more, dtype=layers[0].dtype)
         self.forth, self.back = M[:outputs].T, M[:, :inputs]
         """[W, B]^T (I+, O) and [W; s A] (O+, I)."""
-        self.A_IR, self.B_OR = M[outputs:, :inputs].T, M[:outputs, inputs:]
+        self.A_IR, B_OR = M[outputs:, :inputs].T, M[:outputs, inputs:]
         self.rows, self.ranks = _slices(layers, "B"), _slices(layers, "A")
         """Of each layer: its outputs and its ranks."""
         self.A = [self.A_IR.T[ranks] for ranks in self.ranks]
-        self.B = [self.B_OR[rows, ranks] for rows, ranks in zip(self.rows, self.ranks, strict=True)]
+        self.B = [B_OR[rows, ranks] for rows, ranks in zip(self.rows, self.ranks, strict=True)]
         self.filled_by: Products | None = None
         """Whose factors it has."""
         self.weights = [M[rows, :inputs] for rows in self.rows]
@@ -75,7 +79,7 @@ class Joined:
 
     def holds(self, layers: Sequence[Adapted]) -> bool:
         """Whether it holds these layers' weights, and not what they were before somebody changed them."""
-        return all(layer.weight.data_ptr() == own.data_ptr() for layer, own in zip(layers, self.weights, strict=True))
+        return all(_lies_at(own, layer.weight) for layer, own in zip(layers, self.weights, strict=True))
 
 
 class Products:
@@ -85,7 +89,7 @@ class Products:
         """`kept`: where M stays, by `name`; for weights that are stored in few bits it is made for each product."""
         self.layers, self.dtype, self.scaling = layers, layers[0].dtype, layers[0].scaling
         self.inputs, self.outputs = layers[0].A.shape[1], sum(len(layer.B) for layer in layers)
-        self.more = -(-sum(len(layer.A) for layer in layers) // STEP) * STEP
+        self.more = _columns(layers)
         self._kept, self._name = kept, name
 
     def weights(self) -> list[Tensor]:
@@ -131,13 +135,25 @@ class Products:
         The former only where it is asked to go `down`.
         """
         M, g_TO, g_TR = self.joined(on_the_way_back=True), g[:, : self.outputs], g[:, self.outputs :]
-        torch.mm(g_TO, M.B_OR, out=g_TR)
+        for B_OR, rows, ranks in zip(M.B, M.rows, M.ranks, strict=True):
+            torch.mm(g_TO[:, rows], B_OR, out=g_TR[:, ranks])
         A_RI = (g_TR.T @ x[:, : self.inputs]).mul_(self.scaling)
-        B_OR = g_TO.T @ x[:, self.inputs :]
         gradients = []
         for layer, rows, ranks in zip(self.layers, M.rows, M.ranks, strict=True):
-            gradients += [A_RI[ranks].to(layer.A.dtype), B_OR[rows, ranks].to(layer.B.dtype)]
+            B_OR = g_TO[:, rows].T @ x[:, self.inputs :][:, ranks]
+            gradients += [A_RI[ranks].to(layer.A.dtype), B_OR.to(layer.B.dtype)]
         return torch.mm(g, M.back) if down else None, gradients
+
+
+def _columns(layers: Sequence[Adapted]) -> int:
+    """Of all layers' factors, with what a product's inner dimension is filled up with."""
+    ranks = sum(len(layer.A) for layer in layers)
+    return ranks if layers[0].dtype is torch.float32 else -(-ranks // STEP) * STEP
+
+
+def _lies_at(place: Tensor, weight: Tensor) -> bool:
+    is_same: bool = weight.untyped_storage() is place.untyped_storage()
+    return is_same and weight.storage_offset() == place.storage_offset()
 
 
 def _slices(layers: Sequence[Adapted], factor: str) -> list[slice]:
@@ -156,31 +172,39 @@ class Form:
     down: Products
     norm_before_attention: Any
     norm_before_mlp: Any
-    heads: int
-    kv_heads: int
-    scaling: float
+    heads: Heads
     packing: Packing | None
+    read: Tensor | None
+    """The tokens that somebody reads after this layer, int64 (U,); None for all."""
+
+    def rows(self, tokens: int) -> int:
+        """Of the products of so many."""
+        step = 1 if self.qkv.dtype is torch.float32 else TOKENS
+        return -(-tokens // step) * step
 
 
 class Layer(torch.autograd.Function):
     """The formula above."""
 
     @staticmethod
+    @float32_products.by_onednn()
     def forward(ctx: Any, hidden_NSH: Tensor, cos: Tensor, sin: Tensor, form: Form, *weights: Tensor) -> Tensor:
         N, S, H = hidden_NSH.shape
-        K, G, step = form.heads, form.kv_heads, 1 if form.qkv.dtype is torch.float32 else TOKENS
-        T = -(-N * S // step) * step
         cos, sin = cos.float().unsqueeze(2), sin.float().unsqueeze(2)
-        x = _filled_up(hidden_NSH, T, form.qkv.dtype)
+        x = _filled_up(hidden_NSH.reshape(N * S, H), form.rows(N * S), form.qkv.dtype)
         n, inverse_n = _norm(x, form.norm_before_attention, form.qkv)
-        qkv_NSKD = form.qkv.forward(n)[: N * S].view(N, S, K + 2 * G, -1).float()
-        qk = _rotated(qkv_NSKD[:, :, : K + G], cos, sin)
-        q, k, v = qk[:, :, :K], qk[:, :, K:], qkv_NSKD[:, :, K + G :]
-        attended_NSKD, of_attention = fused_attention.forward(q, k, v, form.scaling, form.packing, form.qkv.dtype)
+        qkv_NSXD = form.qkv.forward(n)[: N * S].view(N, S, form.heads.queries + 2 * form.heads.keys, -1).float()
+        _rotate(qkv_NSXD, form.heads, cos, sin)
+        attended_NSKD, of_attention = fused_attention.forward(qkv_NSXD, form.heads, form.packing)
+        attended, residual = attended_NSKD.reshape(N * S, -1), x
+        if form.read is not None:
+            attended = attended[form.read]
+            residual = _filled_up(x[form.read], form.rows(len(attended)), x.dtype)
+        U, T = len(attended), len(residual)
         a = form.out.room(T, form.out.inputs)
-        a[: N * S, : form.out.inputs] = attended_NSKD.reshape(N * S, -1)
-        a[N * S :] = 0
-        y = form.out.forward(a, onto=x)
+        a[:U, : form.out.inputs] = attended
+        a[U:] = 0
+        y = form.out.forward(a, onto=residual)
         m, inverse_m = _norm(y, form.norm_before_mlp, form.gate_up)
         gate, up = form.gate_up.forward(m).chunk(2, dim=1)
         i = form.down.room(T, form.down.inputs)
@@ -189,18 +213,22 @@ class Layer(torch.autograd.Function):
         ctx.form = form
         ctx.save_for_backward(cos, sin, x, n, inverse_n, a, y, m, inverse_m, gate, up, i, *of_attention, *weights)
         ctx.num_of_attention = len(of_attention)
-        return z[: N * S].view(N, S, H).to(hidden_NSH.dtype)
+        return _spread(z[:U].to(hidden_NSH.dtype), form.read, N * S).view(N, S, H)
 
     @staticmethod
+    @float32_products.by_onednn()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NSH,), form = gradients, ctx.form
         cos, sin, x, n, inverse_n, a, y, m, inverse_m, gate, up, i, *others = ctx.saved_tensors
         of_attention = tuple(others[: ctx.num_of_attention])
         N, S, H = gradient_NSH.shape
-        T, K, G, inner = len(x), form.heads, form.kv_heads, form.down.inputs
+        gradient = gradient_NSH.reshape(N * S, H)
+        if form.read is not None:
+            gradient = gradient[form.read]
+        U, T, inner = len(gradient), len(y), form.down.inputs
         g = form.down.room(T, H)
-        g[: N * S, :H] = gradient_NSH.reshape(N * S, H)
-        g[N * S :] = 0
+        g[:U, :H] = gradient
+        g[U:] = 0
         g_i, down_factors = form.down.backward(g, i)
         g_gate_up = form.gate_up.room(T, 2 * inner)
         torch.mul(g_i, F.silu(gate), out=g_gate_up[:, inner : 2 * inner])
@@ -208,20 +236,19 @@ class Layer(torch.autograd.Function):
         g_m, gate_up_factors = form.gate_up.backward(g_gate_up, m)
         _add_norm_gradient(g[:, :H], g_m, y, inverse_m, form.norm_before_mlp)
         g_a, out_factors = form.out.backward(g, a)
-        g_attended_NSKD = g_a[: N * S].float().view(N, S, K, -1)
-        g_q, g_k, g_v = fused_attention.backward(g_attended_NSKD, of_attention, form.scaling, form.packing)
-        g_qkv = form.qkv.room(T, form.qkv.outputs)
+        g_attended_NSKD = _spread(g_a[:U].float(), form.read, N * S).view(N, S, form.heads.queries, -1)
+        g_NSXD = fused_attention.backward(g_attended_NSKD, of_attention, form.heads, form.packing, form.qkv.dtype)
+        _rotate(g_NSXD, form.heads, cos, -sin)
+        g_qkv = form.qkv.room(len(x), form.qkv.outputs)
+        g_qkv[: N * S, : form.qkv.outputs] = g_NSXD.reshape(N * S, -1)
         g_qkv[N * S :] = 0
-        g_NSKD = g_qkv[: N * S].view(N, S, -1)[..., : form.qkv.outputs].unflatten(-1, (K + 2 * G, -1))
-        g_NSKD[:, :, :K] = _rotated(g_q, cos, -sin)
-        g_NSKD[:, :, K : K + G] = _rotated(g_k, cos, -sin)
-        g_NSKD[:, :, K + G :] = g_v
         goes_down = ctx.needs_input_grad[0]  # not below the first trained layer
         g_n, qkv_factors = form.qkv.backward(g_qkv, n, down=goes_down)
         x_gradient = None
         if goes_down:
-            _add_norm_gradient(g[:, :H], g_n, x, inverse_n, form.norm_before_attention)
-            x_gradient = g[: N * S, :H].reshape(N, S, H).to(gradient_NSH.dtype)
+            g_x = g[:, :H] if form.read is None else _spread(g[:U, :H], form.read, len(x))
+            _add_norm_gradient(g_x, g_n, x, inverse_n, form.norm_before_attention)
+            x_gradient = g_x[: N * S].reshape(N, S, H).to(gradient_NSH.dtype)
         return x_gradient, None, None, None, *qkv_factors, *out_factors, *gate_up_factors, *down_factors
 
 
@@ -282,7 +309,7 @@ def _form(
         return None
     if position_embeddings is None or position_embeddings[0].shape[-1] != attn.head_dim:
         return None
-    if attn.config._attn_implementation != attention.FLOAT32 or attn.config.hidden_act not in ("silu", "swish"):
+    if not attention.is_float32(attn.config) or attn.config.hidden_act not in ("silu", "swish"):
         return None
     if (attn.training and attn.attention_dropout) or any(map(_is_watched, layer.modules())):
         return None
@@ -296,6 +323,7 @@ def _form(
     if len(adapted) < len(modules) or len({each.dtype for each in adapted}) > 1:
         return None
     kept = layer.__dict__.setdefault("_joined", {})
+    is_last = attn.layer_idx == attn.config.num_hidden_layers - 1
     return Form(
         qkv=Products(adapted[:3], kept, "qkv"),
         out=Products(adapted[3:4], kept, "out"),
@@ -303,10 +331,9 @@ def _form(
         down=Products(adapted[6:], kept, "down"),
         norm_before_attention=layer.input_layernorm,
         norm_before_mlp=layer.post_attention_layernorm,
-        heads=attn.config.num_attention_heads,
-        kv_heads=attn.config.num_key_value_heads,
-        scaling=attn.scaling,
+        heads=Heads(attn.config.num_attention_heads, attn.config.num_key_value_heads, attn.scaling),
         packing=packing,
+        read=packing.read if is_last and packing is not None else None,
     )
 
 
@@ -331,16 +358,20 @@ def _add_norm_gradient(g: Tensor, g_n: Tensor, x: Tensor, inverse: Tensor, norm:
     g += wide.mul_(inverse).addcmul_(wide_x, back, value=-1).to(g.dtype)  # adding two dtypes takes four times as long
 
 
-def _filled_up(x_NSH: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """(T, H), with rows of zeros after those of `x`."""
-    x = x_NSH.reshape(-1, x_NSH.shape[-1]).to(dtype)
-    return F.pad(x, (0, 0, 0, num_tokens - len(x))) if num_tokens > len(x) else x
+def _filled_up(x: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """With rows of zeros after those of `x`."""
+    return F.pad(x.to(dtype), (0, 0, 0, num_rows - len(x))) if num_rows > len(x) else x.to(dtype)
 
 
-def _rotated(x_NSKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Llama's rotary positions, whose halves turn together; those of -sin are the way back."""
-    half = x_NSKD.shape[-1] // 2
-    y = x_NSKD * cos
-    y[..., :half].addcmul_(x_NSKD[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(x_NSKD[..., :half], sin[..., half:])
-    return y
+def _spread(x_UH: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+    """Back to where they were taken from, among zeros; as they are where all were."""
+    return x_UH if rows is None else x_UH.new_zeros(num_rows, x_UH.shape[1]).index_copy_(0, rows, x_UH)
+
+
+def _rotate(qkv_NSXD: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
+    """Llama's rotary positions, in place, whose halves turn together; those of -sin are the way back."""
+    first, second = qkv_NSXD[:, :, : heads.queries + heads.keys].chunk(2, dim=-1)
+    (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    before = first.clone()
+    first.mul_(cos_first).addcmul_(second, sin_first, value=-1)
+    second.mul_(cos_second).addcmul_(before, sin_second)

@@ -41,12 +41,14 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     Raises:
         ConfigError: an adapter there could not be merged, would be none of peft's, or leaves the base unquantised.
     """
-    experts = experts_of(model)
-    if experts and method.row.base != "bf16":
+    if method.row.base != "bf16" and (dense := left_dense(model)):
+        kinds = " and ".join(dense)
+        share = _share(model, {name: each for weights in dense.values() for name, each in weights.items()})
         raise ConfigError(
-            f"method.base {method.row.base} quantises no fused experts, and of {base_reference} they are "
-            f"{_share(model, experts):.0%}, which would stay in bfloat16: set method.base=bf16"
+            f"method.base {method.row.base} quantises no {kinds}, and of {base_reference} they are {share:.0%}, which "
+            "would stay in bfloat16: set method.base=bf16"
         )
+    experts = experts_of(model)
     head = model.get_output_embeddings()
     reading_text = {id(module) for module in (head, *model.get_decoder().modules())}
     layers = {name: module for name, module in model.named_modules() if name}
@@ -77,6 +79,19 @@ def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
     counts = {getattr(text, name, None) for name in NUM_EXPERTS} - {None}
     shapes = ((name, parameter, _shape(parameter)) for name, parameter in model.named_parameters())
     return {name: parameter for name, parameter, shape in shapes if len(shape) == 3 and shape[0] in counts}
+
+
+def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]:
+    """The weights that bitsandbytes would leave as they are for want of a form, by what people call their kind.
+
+    transformers gives it layers of torch's own class alone (integrations/bitsandbytes.py, replace_with_bnb_linear).
+    """
+    found = {"fused experts": experts_of(model)}
+    for name, module in model.get_decoder().named_modules():
+        kind = type(module)
+        if _is_linear(module) and kind.__module__ == type(model).__module__ and ROUTERS.isdisjoint(name.split(".")):
+            found.setdefault(kind.__name__, {})[name] = module.weight
+    return {kind: weights for kind, weights in found.items() if weights}
 
 
 def _is_linear(module: "nn.Module") -> bool:

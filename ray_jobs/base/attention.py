@@ -1,12 +1,14 @@
 """How a base computes attention: what `model.attention` asks for, what the base's code knows, what the worker runs on.
 
 sdpa_float32        PyTorch's fused kernel in float32, for CPU workers
-sdpa                the same kernel in the base's dtype
+sdpa_records        the same kernel in the base's dtype, for GPU workers
+sdpa                that one as transformers ships it, for bases that take no other
 flash_attention_2   the flash-attn package's, on GPUs
 eager               the formula written out, which every base knows
 
 On CPU the backward pass of the fused bfloat16 kernel is two and a half times slower than the float32 one at the lengths
-of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise.
+of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise. The first two know of the
+records of a packed row: see `packed`.
 """
 
 import importlib.util
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from ray_jobs.base.packed import Packing
 
 FLOAT32 = "sdpa_float32"
+RECORDS = "sdpa_records"
 FLASH = "flash_attention_2"
+REHEARSED = "rehearsed_"
+"""Begins the name of a kernel that a plan runs on no device, without its mask."""
 
 
 def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str | None:
@@ -42,7 +47,7 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     if wanted == FLASH and use_gpu:
         return _flash(model)
     if model._supports_sdpa:
-        return "sdpa" if use_gpu or not takes_kernels(base) else register()
+        return register(RECORDS if use_gpu else FLOAT32) if takes_kernels(base) else "sdpa"
     if wanted == "sdpa":
         raise ConfigError(
             f"model.attention sdpa: {model.__name__} has no attention through PyTorch's fused kernel: set "
@@ -87,8 +92,14 @@ def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
     return not hides and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def register() -> str:
-    """Make the float32 kernel known to transformers; returns the name to load a model with."""
+def is_float32(config: "PretrainedConfig") -> bool:
+    """Whether a model's attention is the float32 kernel, or a rehearsal of it."""
+    name: str = config._attn_implementation
+    return name.removeprefix(REHEARSED) == FLOAT32
+
+
+def register(name: str = FLOAT32) -> str:
+    """Make FLOAT32 or RECORDS known to transformers; returns the name to load a model with."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -96,23 +107,26 @@ def register() -> str:
     def forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, packing: Any = None, **options: Any
     ) -> tuple[Any, None]:
-        if packing is not None:
-            attend = partial(sdpa_attention_forward, module, **options)
-            return _attend_packed(attend, query.float(), key.float(), value.float(), packing).to(query.dtype), None
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-        return output.to(query.dtype), None
+        attend, dtype = partial(sdpa_attention_forward, module, **options), query.dtype
+        if name == FLOAT32:
+            query, key, value = query.float(), key.float(), value.float()
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.float()
+        if packing is None:
+            output, _ = attend(query, key, value, attention_mask)
+        else:
+            output = _attend_packed(attend, query, key, value, packing.on(query.device))
+        return output.to(dtype), None
 
-    AttentionInterface.register(FLOAT32, forward)
-    AttentionMaskInterface.register(FLOAT32, sdpa_mask)
-    return FLOAT32
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
 def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Packing") -> Any:
     """Attention of `packed`'s row: (1, heads, T, D) each, to (1, T, heads, D)."""
     q, k, v = (packing.apart(each[0].transpose(0, 1)) for each in (query, key, value))
-    rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias)
+    rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
     beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
     return packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]
 

@@ -24,6 +24,7 @@ from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from components.registry.store import open_uri
+from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import architecture, attention, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
@@ -137,6 +138,10 @@ def load_model(
     from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if base_format == "nf4":
+        from ray_jobs.base import four_bits
+
+        four_bits.register()
     dtype = dtype or precision.dtype_here("auto", use_gpu=use_gpu)
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     architecture.require_causal(shape, reference=base.reference)
@@ -268,8 +273,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     logger.info("converting %s to safetensors, once", source.name)
     # transformers reads the file's vocabulary for each of its configuration, weights and tokenizer, and makes the table
-    # of all names for each module: half of the time.
-    with _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
+    # of all names for each module: half of the time. To look through a vocabulary for garbage is a sixth of the rest.
+    with garbage.paused(), _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
+from ray_jobs.base import float32_products
 from ray_jobs.base.gathered import gathered
 
 # Elements of a weight that are widened at a time: 4 MiB in float32, about what the caches of one core hold.
@@ -38,9 +39,9 @@ Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of x (..., I), W (O, I) and b (O,), in the dtype of x; differentiable in all three."""
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        wide = torch.promote_types(input.dtype, weight.dtype)
-        return F.linear(input.to(wide), weight, None if bias is None else bias.to(wide)).to(input.dtype)
+    if torch.promote_types(input.dtype, weight.dtype) is torch.float64:
+        wide = torch.float64
+        return F.linear(input.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(input.dtype)
     product: Tensor = Product.apply(input, weight, bias, weight.shape[0], _dense_blocks)
     return product
 
@@ -49,6 +50,7 @@ class Product(torch.autograd.Function):
     """x W^T + b for a W of any storage. Between the passes it keeps `x` as it came, and of W nothing widened."""
 
     @staticmethod
+    @float32_products.by_onednn()
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, num_outputs: int, blocks: Blocks) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.blocks = weight, blocks  # the parameter itself: under ZeRO-3 its data come and go
@@ -60,6 +62,7 @@ class Product(torch.autograd.Function):
         return out
 
     @staticmethod
+    @float32_products.by_onednn()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight = ctx.saved_tensors, ctx.weight
         wide_gradient = gradient.float().reshape(-1, gradient.shape[-1])
@@ -169,10 +172,7 @@ def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LA
 
 
 def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    if weight_OI.dtype is torch.float32:
-        yield slice(None), weight_OI
-        return
-    for rows in _rows(weight_OI):
+    for rows in _rows(weight_OI):  # of float32 too: the same sums as of the few bits that it was
         yield rows, weight_OI[rows].float()
 
 
@@ -183,7 +183,8 @@ def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[sli
 
 def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for rows in _rows(weight_OI):
-        yield rows, weight_OI[rows].float() * (scale_O[rows, None] / 127)
+        # As peft does for magnitudes and an export for its weights, to the bit.
+        yield rows, bitsandbytes.functional.int8_vectorwise_dequant(weight_OI[rows], scale_O[rows])
 
 
 def _rows(weight_OI: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ Shapes: N records, T tokens of the row, C of the common beginning, S of the long
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from components.config.schema import RunConfig
 from ray_jobs.base.answer_loss import answer_nll, next_token_nll
-from ray_jobs.base.attention import FLOAT32, looks_at_all_before
+from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
 from ray_jobs.base.batching import IGNORED, TokenizedSplit, collate, common_beginning
 
+CPU = torch.device("cpu")
 WORTH = 0.1
 """Share of the padded tokens that packing must save: less does not pay for taking the row apart in every layer."""
 MOST_TOKENS = 8192
@@ -37,6 +38,22 @@ class Packing:
     common: int
     rests: tuple[int, ...]
     """Tokens of each record after the common beginning, 1 or more."""
+    read: Tensor | None = field(default=None, compare=False)
+    """Tokens whose last hidden states somebody reads, int64 (A,) on the CPU; None where that may be all."""
+    device: torch.device = CPU
+    """Where its tables are."""
+
+    def on(self, device: torch.device) -> "Packing":
+        """The same with its tables there, made once for all layers."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(self, device=device)
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, "Packing"]:
+        return {}
 
     @property
     def longest(self) -> int:
@@ -47,25 +64,26 @@ class Packing:
     def places(self) -> Tensor:
         """Of each token after the common beginning, its place among N x S padded ones."""
         starts = [record * self.longest for record in range(len(self.rests))]
-        return torch.cat([torch.arange(start, start + rest) for start, rest in zip(starts, self.rests, strict=True)])
+        ranges = [torch.arange(start, start + rest) for start, rest in zip(starts, self.rests, strict=True)]
+        return torch.cat(ranges).to(self.device)
 
     @cached_property
     def bias(self) -> Tensor:
         """What is added to the scores of a padded rest's tokens with the C + S of their record: 0 for what a token
         looks at, minus infinity for what comes after it. float32 (1, 1, S, C + S)."""
-        unseen = torch.full((self.longest, self.common + self.longest), -torch.inf)
+        unseen = torch.full((self.longest, self.common + self.longest), -torch.inf, device=self.device)
         return unseen.triu(diagonal=self.common + 1)[None, None]
 
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its record: int64 (1, T)."""
         rests = [torch.arange(self.common, self.common + rest) for rest in self.rests]
-        return torch.cat([torch.arange(self.common), *rests])[None]
+        return torch.cat([torch.arange(self.common), *rests])[None].to(self.device)
 
     def mask(self) -> Tensor:
         """Which token of the row looks at which, for a kernel that does not know of records: bool (1, 1, T, T)."""
         record = torch.repeat_interleave(torch.arange(len(self.rests)), torch.tensor(self.rests)) + 1
-        record = torch.cat([torch.zeros(self.common, dtype=torch.long), record])
+        record = torch.cat([torch.zeros(self.common, dtype=torch.long), record]).to(self.device)
         related = (record[:, None] == record) | (record == 0)
         return related.tril()[None, None]
 
@@ -115,23 +133,22 @@ def records_nll(
     if row is None:
         batch = collate(split, indices, pad)
         return answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device))
-    packing = row.packing
+    packing = row.packing.on(device)
     return next_token_nll(
         model,
         row.input_ids.to(device),
         row.targets.to(device),
-        position_ids=packing.positions.to(device),
-        attention_mask=packing.mask().to(device),
+        position_ids=packing.positions,
+        attention_mask=packing.mask(),
         packing=packing,
         use_cache=False,
     )
 
 
 def takes(model: Any, longest: int) -> bool:
-    """Whether records of up to `longest` tokens may be packed for this model: on CPUs, where attention is the float32
-    kernel, which knows how."""
+    """Whether records of up to `longest` tokens may be packed for this model: its attention knows how."""
     base = getattr(model, "module", model).config
-    return base._attn_implementation == FLOAT32 and looks_at_all_before(base, longest)
+    return base._attn_implementation in (FLOAT32, RECORDS) and looks_at_all_before(base, longest)
 
 
 def wanted(config: RunConfig) -> bool:
@@ -153,10 +170,13 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
         for record, flags in zip(records, labelled, strict=True)
     ]
     ignored = np.full(common, IGNORED)
+    row = torch.from_numpy(np.concatenate([ignored, *(each[common:] for each in targets)]))
     return Row(
         input_ids=torch.from_numpy(np.concatenate([records[0][:common], *(each[common:] for each in records)]))[None],
-        targets=torch.from_numpy(np.concatenate([ignored, *(each[common:] for each in targets)]))[None],
-        packing=Packing(common, tuple(length - common for length in lengths)),
+        targets=row[None],
+        packing=Packing(
+            common, tuple(length - common for length in lengths), read=(row != IGNORED).nonzero().flatten()
+        ),
     )
 
 

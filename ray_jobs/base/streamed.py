@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
-from ray_jobs.base import architecture, attention, float32_layers
+from ray_jobs.base import architecture, attention, float32_layers, four_bits
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -44,12 +44,24 @@ def streamed(
             trust_remote_code=config.trust_remote_code,
         ).eval()
         multiply = float32_layers.linear if matmul_dtype == "float32" else linear
+        if shape.get_text_config() is not shape:
+            _keep(model.get_input_embeddings())  # Gemma 4's whole model reads a row of them by itself
         head = model.get_output_embeddings()
         for module in model.modules():
             if type(module) in (torch.nn.Linear, Conv1D):  # not their kin: Llama 4's router gives more than a product
                 module._old_forward = _Product(module, multiply, nf4=base_format == "nf4" and module is not head)
         yield model
         remove_hook_from_submodules(model)
+
+
+def _keep(module: torch.nn.Module) -> None:
+    """Read a layer's weights now, and for as long as the model is there."""
+    from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+
+    hook = module._hf_hook
+    assert isinstance(hook, AlignDevicesHook)
+    hook.pre_forward(module)
+    remove_hook_from_module(module)
 
 
 class _Product:
@@ -69,5 +81,6 @@ def _there_and_back(weight: torch.Tensor) -> torch.Tensor:
     """The weight as NF4 with double quantisation has it (arXiv:2305.14314)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    four_bits.register()
     packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(packed, state)

@@ -10,7 +10,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
 from components.config.ray import MatmulDtype
 from components.shared.memory import available_bytes
@@ -76,5 +76,5 @@ def _weight(layer: Any) -> torch.Tensor:
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         if layer.weight.CB is not None:
             layer.init_8bit_state()
-        return layer.weight.data.float() * (layer.state.SCB[:, None] / 127)
+        return int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
     return layer.weight.data

@@ -167,7 +167,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
     train, records = config.train, records_at_once(config, batch.length)
     parts = plan(
         rehearsal.stats,
-        step or rehearsal.step(records, batch.length, checkpointing=train.gradient_checkpointing),
+        step or step_of(config, rehearsal, batch),
         base=config.method.row.base,
         answers=batch.answers * records,
         sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
@@ -177,6 +177,17 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         activation_offloading=train.activation_offloading,
     )
     return Choice(config, parts)
+
+
+def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepMemory:
+    """One step of a worker with as many records at once as the config says."""
+    train = config.train
+    return rehearsal.step(
+        records_at_once(config, batch.length),
+        batch.length,
+        checkpointing=train.gradient_checkpointing,
+        sharded=train.zero_stage == 3,
+    )
 
 
 def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: int) -> Choice | None:
@@ -277,7 +288,10 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
                 refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
             ):
                 continue
-            ends = [rehearsal.step(size, batch.length, checkpointing=checkpointing) for size in (1, per_worker)]
+            ends = [
+                rehearsal.step(size, batch.length, checkpointing=checkpointing, sharded=zero_stage == 3)
+                for size in (1, per_worker)
+            ]
             for size in sizes:
                 settings = {
                     "zero_stage": zero_stage,

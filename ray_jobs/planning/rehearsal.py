@@ -8,25 +8,23 @@ Shapes: B records of a micro-batch, T tokens of each.
 """
 
 import logging
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from components.config.schema import Attention, MethodConfig, RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
-from ray_jobs.adapters.targets import experts_of
+from ray_jobs.adapters.targets import experts_of, left_dense
 from ray_jobs.base import stored_format
 from ray_jobs.base.architecture import auto_class, require_causal
-from ray_jobs.base.attention import FLASH, choose, for_text, takes_kernels
+from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
+from ray_jobs.planning.live_bytes import LiveBytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -105,7 +103,7 @@ class Rehearsal:
             told = " ".join(str(exc).split())
             raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {told}") from exc
         self.formats = tuple(
-            each for each in stored_format.formats(base) if each == "bf16" or not experts_of(self._model)
+            each for each in stored_format.formats(base) if each == "bf16" or not left_dense(self._model)
         )
         """What method.base may be of this base."""
         base = base.get_text_config()  # of a model that also sees, what reads and writes
@@ -138,7 +136,7 @@ class Rehearsal:
             applied=_applied(adapted, method.r) if adapted and method else 0,
         )
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
-        self._steps: dict[tuple[int, int, bool], StepMemory] = {}
+        self._steps: dict[tuple[int, int, bool, bool], StepMemory] = {}
         self._read: dict[tuple[int, int], int] = {}
 
     @classmethod
@@ -157,15 +155,16 @@ class Rehearsal:
             )
         return found
 
-    def step(self, batch: int, length: int, *, checkpointing: bool) -> StepMemory:
-        """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat."""
-        key = (batch, length, checkpointing)
+    def step(self, batch: int, length: int, *, checkpointing: bool, sharded: bool = False) -> StepMemory:
+        """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat. `sharded`: ZeRO
+        shards the weights."""
+        key = (batch, length, checkpointing, sharded)
         if key not in self._steps:
             try:
                 self._steps[key] = self._extrapolated(*key)
             except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # whatever such a model stumbles over
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
-                self._steps[key] = _estimate(self.stats, *key)
+                self._steps[key] = _estimate(self.stats, batch, length, checkpointing)
             if checkpointing:
                 inputs = self.stats.num_layers * BF16 * batch * length * self.stats.width
                 self._steps[key] = replace(self._steps[key], inputs=min(inputs, self._steps[key].kept))
@@ -182,13 +181,14 @@ class Rehearsal:
                 self._read[key] = LAYER_BYTES * batch * length * self.stats.width
         return self._read[key]
 
-    def _extrapolated(self, batch: int, length: int, checkpointing: bool) -> StepMemory:
+    def _extrapolated(self, batch: int, length: int, checkpointing: bool, sharded: bool) -> StepMemory:
         num_layers, few, more = self.stats.num_layers, self._period, 2 * self._period
-        if num_layers <= more:
-            kept, workspace = self._run(batch, length, checkpointing, num_layers)
-            return StepMemory(kept, workspace)
-        fewer, _ = self._run(batch, length, checkpointing, few)
-        kept, workspace = self._run(batch, length, checkpointing, more)
+        with _hooked(self._decoder) if sharded else nullcontext():
+            if num_layers <= more:
+                kept, workspace = self._run(batch, length, checkpointing, num_layers)
+                return StepMemory(kept, workspace)
+            fewer, _ = self._run(batch, length, checkpointing, few)
+            kept, workspace = self._run(batch, length, checkpointing, more)
         return StepMemory(kept + (num_layers - more) * (kept - fewer) // (more - few), workspace)
 
     def _run(self, batch: int, length: int, checkpointing: bool, num_layers: int) -> tuple[int, int]:
@@ -215,36 +215,10 @@ class Rehearsal:
             _replace_tensors(self._model)
         # Of Llama 4's get_decoder gives the whole model, with its head.
         decoders = (module for module in self._model.get_decoder().modules() if _layers(module))
-        return next(decoders, self._model)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are created within and still alive: `now`, and at most `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made; a view of its input is nothing new."""
-        inputs = {id(storage) for storage in _storages((args, kwargs))}
-        result = function(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if id(storage) not in self._alive | inputs:
-                self._alive.add(id(storage))
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _gone(self, key: int, num_bytes: int) -> None:
-        self._alive.discard(key)
-        self.now -= num_bytes
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        decoder = next(decoders, self._model)
+        with self._fake, torch.enable_grad(), _first_layers(decoder, 2 * self._period):
+            decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)  # what layers make once is there
+        return decoder
 
 
 def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrainedModel":
@@ -265,7 +239,7 @@ def _rehearsed(base: "PretrainedConfig", attention: str | None) -> str | None:
     kernel = "sdpa" if attention == FLASH else attention
     if kernel is None or kernel == "eager" or not takes_kernels(base):
         return kernel
-    name = f"rehearsed_{kernel}"
+    name = REHEARSED + kernel
     AttentionInterface.register(name, AttentionInterface()[kernel])
     AttentionMaskInterface.register(name, lambda *_, **__: None)
     return name
@@ -284,8 +258,12 @@ class _Int8Product(torch.autograd.Function):
         return gradients[0] @ ctx.weight, None, None
 
 
-def _as_int8(linear: torch.nn.Linear) -> None:
-    linear.forward = lambda x: _Int8Product.apply(x, linear.weight, linear.bias)
+def _as_int8(layer: Any) -> None:
+    def forward(x: torch.Tensor) -> Any:
+        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # of a Conv1D
+        return _Int8Product.apply(x, weight, layer.bias)
+
+    layer.forward = forward
 
 
 def _replace_tensors(model: torch.nn.Module) -> None:
@@ -340,6 +318,17 @@ def _checkpointing(model: "PreTrainedModel", *, on: bool) -> Iterator[None]:
     finally:
         model.activation_checkpointing_disable()
         model.disable_input_require_grads()
+
+
+@contextmanager
+def _hooked(model: torch.nn.Module) -> Iterator[None]:
+    """As under ZeRO-3, which has hooks on every module, so that no layer goes by one function."""
+    handles = [module.register_forward_pre_hook(lambda *_: None) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:

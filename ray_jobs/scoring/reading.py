@@ -17,11 +17,11 @@ import torch
 from transformers import DynamicCache
 
 from ray_jobs.base.answer_loss import next_token_nll
-from ray_jobs.base.attention import FLOAT32, looks_at_all_before
+from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
 from ray_jobs.base.batching import IGNORED, common_beginning
 from ray_jobs.scoring.batches import is_shared
 
-ATTENTION = (FLOAT32, "sdpa", "eager")
+ATTENTION = (FLOAT32, RECORDS, "sdpa", "eager")
 """Kernels that take a mask with holes."""
 
 Tokens = npt.NDArray[np.int32]

@@ -11,6 +11,7 @@ from components.config.ray import MatmulDtype
 from components.registry import lineage
 from components.registry.records import Took
 from components.registry.versions import Version
+from components.shared import garbage
 from components.shared.errors import JobError
 from ray_jobs.training import standby
 
@@ -67,8 +68,9 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     rank = ray.train.get_context().get_world_rank()
     if board is not None and standby.is_trained(board, rank):
         return {}
-    from ray_jobs.adapters.held_base import HeldBase
-    from ray_jobs.training import worker
+    with garbage.importing():
+        from ray_jobs.adapters.held_base import HeldBase
+        from ray_jobs.training import worker
 
     what = arguments if board is None else standby.given(board)
     if what is None:

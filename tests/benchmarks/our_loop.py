@@ -20,14 +20,17 @@ from ray_jobs.training.group import Worker
 
 def make(config: RunConfig, base: base_model.Base, dtype: MatmulDtype, *, dense_base: bool) -> Any:
     """The base with its adapter in DeepSpeed, in a group of one or in the one that the environment names."""
-    zero.prepare_environment(use_gpu=False)
-    allocator.keep_freed_memory()
+    use_gpu = config.ray.use_gpu
+    zero.prepare_environment(use_gpu=use_gpu)
+    if not use_gpu:
+        allocator.keep_freed_memory()
+    backend = "nccl" if use_gpu else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=use_gpu, matmul_dtype=dtype)
     adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
     engine = zero.initialize(adapted.train(), config)
     if dense_base:
@@ -39,7 +42,8 @@ def steps(
     engine: Any, config: RunConfig, split: TokenizedSplit, pad: int, plan: Sequence[npt.NDArray[np.int64]]
 ) -> Iterator[tuple[float, int]]:
     """Take one step for each batch of the plan; gives each one's loss and tokens."""
-    worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")
+    worker = Worker(dist.get_rank(), dist.get_world_size(), device)
     for step, batch in enumerate(plan):
         loss, _, seen = train_loop.take_step(
             engine, batch, config=config, worker=worker, split=split, pad=pad, step=step, total=len(plan)

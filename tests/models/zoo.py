@@ -202,14 +202,16 @@ for, trained, scored, saved, loaded by plain peft and merged with each method, o
 {table}
 
 *Attention* is what `model.attention = "auto"` takes on a GPU; on a CPU sdpa runs in float32 where the architecture lets
-it. A cell with no mark is refused before any worker starts, with the reason and with what to set; `fineloop plan` says
-so too, but for loftq, which looks into the files of the weights.
+it. *Packed* are records of any length in one row, without padding (`train.packing`); where tokens look through windows
+they are when a window holds each of them. A method with no mark is refused before any worker starts, with the reason
+and with what to set; `fineloop plan` says so too, but for loftq, which looks into the files of the weights.
 
 *Fused experts* are one parameter of three dimensions for each layer. LoRA and rsLoRA adapt them beside the other
 layers; the router only where `method.target_modules` names it. The other adapters have no form for them, and go on the
 layers of attention alone: `method.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]`. bitsandbytes does not
-quantise them, and they are most of such a base, so that it is trained in bfloat16. Where they are adapted, ZeRO stage 3
-cannot shard them.
+quantise them, and they are most of such a base, so that it is trained in bfloat16; so is one whose layers are of a
+class of its own, as Falcon's, which bitsandbytes is not given. Where experts are adapted, ZeRO stage 3 cannot shard
+them.
 
 Of a model that also sees, only what reads and writes text is adapted. An output head that is the input embeddings too
 (tied) is never adapted: it could not be merged.
@@ -264,12 +266,14 @@ def page(folder: Callable[[str], Path]) -> str:
     from ray_jobs.adapters.targets import experts_of
     from ray_jobs.base import attention
 
-    head = ["architecture", "attention", *METHOD_CONFIGS]
+    head = ["architecture", "attention", "packed", *METHOD_CONFIGS]
     rows = [head, ["---"] * len(head)]
     for name, kind in KINDS.items():
         told = f"{name}, fused experts" if experts_of(_looked_at(name)) else name
         marks = ["" if refusal(name, method, folder(name)) else "x" for method in METHOD_CONFIGS]
-        rows.append([told, str(attention.choose(kind.config(), "auto", use_gpu=True)), *marks])
+        kernel = str(attention.choose(kind.config(), "auto", use_gpu=True))
+        is_packed = "x" if kernel == attention.RECORDS and attention.looks_at_all_before(kind.config()) else ""
+        rows.append([told, kernel.removesuffix("_records"), is_packed, *marks])
     return MODELS.format(table="\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

@@ -40,7 +40,7 @@ from tests.models.train_group import train_all
 from tests.ray_jobs.conftest import CONFIG
 
 RECORDS = [validate(row).record for row in colour_rows(8)]
-STEPS = 4
+STEPS = 8
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +109,7 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
         optimizer.step()
         last = {name: parameter.grad for name, parameter in trained.items()}
         optimizer.zero_grad()
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0], losses
     assert [name for name, gradient in last.items() if not gradient.any()] == []
 
     scores = score(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ray_jobs.base import four_bits
+
 # What quantises here must be what `base_model.load_model` quantises with.
 NF4: dict[str, Any] = {
     "quant_type": "nf4",
@@ -70,6 +72,7 @@ def quantize(weight_MN: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Te
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
+    four_bits.register()
     # bfloat16 first, as transformers loads a weight before it quantises: its dtype is what it is dequantised to.
     stored = Params4bit(weight_MN.bfloat16(), requires_grad=False, **NF4).to(weight_MN.device)
     packed = {"weight": stored.data, **stored.quant_state.as_dict(packed=True)}

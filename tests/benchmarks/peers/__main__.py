@@ -6,6 +6,9 @@ steps but the first two; padding does not count. Medians of --rounds.
 
 Each peer counts at its best setting: the first round runs all in SETTINGS, and the others the fastest of each peer. No
 peer recomputes activations, and all multiply in float32 where that is the faster here (--matmul-dtype).
+
+On a GPU (--gpu), where Unsloth is one more, a base of the example's size is nothing: --shape takes one of random
+weights in the shape of a Llama of 1 to 8 billion.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import baselines
-from tests.benchmarks.peers import gemm, task, venvs
+from tests.benchmarks.peers import bases, gemm, task, venvs
 
 SIDES = Path(__file__).with_name("sides")
 # glibc's, as ray_jobs/training/allocator.py sets them for Fineloop.
@@ -46,17 +49,19 @@ class Setting:
     packed: bool = False
     allocator: bool = True
     """With the settings of glibc's that Fineloop gives itself."""
+    runs_on: tuple[str, ...] = ("cpu", "gpu")
 
 
 SETTINGS = {
     "trainer": Setting("trainer"),
     "trainer padded": Setting("trainer", order="shuffled"),
-    "trainer malloc": Setting("trainer", allocator=False),
+    "trainer malloc": Setting("trainer", allocator=False, runs_on=("cpu",)),
     "trl": Setting("trl"),
     "trl packed": Setting("trl", order="shuffled", packed=True),
     "llamafactory": Setting("llamafactory"),
     "axolotl": Setting("axolotl"),
     "axolotl packed": Setting("axolotl", order="shuffled", packed=True),
+    "unsloth": Setting("unsloth", runs_on=("gpu",)),
 }
 
 
@@ -76,15 +81,21 @@ def main() -> None:
     parser.add_argument("--labels", choices=("answers", "all"), default="answers", help="which tokens have a loss")
     parser.add_argument("--base", choices=("nf4", "dense"), default="nf4", help="how the base is held")
     parser.add_argument("--matmul-dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument(
+        "--shape", choices=bases.SHAPES, default="", help="random weights; without it the example's base"
+    )
+    parser.add_argument("--gpu", action="store_true", help="train on the GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=venvs.PEERS, help="these peers alone")
-    parser.add_argument("--sides", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="these settings alone")
+    parser.add_argument("--sides", nargs="+", choices=SETTINGS, help="these settings alone")
     parser.add_argument("--install", action="store_true", help="make the environments and no more")
     parser.add_argument("--matmul", action="store_true", help="also what share of torch.mm's rate the steps reach")
     parser.add_argument("--record", action="store_true", help="make the ratios this kind of processor's baselines")
     options = parser.parse_args()
-    sides = [side for side in options.sides if not options.only or SETTINGS[side].peer in options.only]
+    here = "gpu" if options.gpu else "cpu"
+    sides = options.sides or [side for side, setting in SETTINGS.items() if here in setting.runs_on]
+    sides = [side for side in sides if not options.only or SETTINGS[side].peer in options.only]
     missing = _installed({SETTINGS[side].peer for side in sides})
     if not options.install:
         with tempfile.TemporaryDirectory() as scratch:
@@ -121,9 +132,11 @@ def _measure(options: argparse.Namespace, scratch: Path, sides: list[str]) -> di
         base_format=options.base,
         matmul_dtype=options.matmul_dtype,
         threads=options.threads,
+        shape=options.shape,
+        use_gpu=options.gpu,
     )
     print(
-        f"{baselines.processor()}, {given['threads']} threads, base {given['format']}, products in {given['dtype']}, "
+        f"{_kind(options)}, {given['threads']} threads, base {given['format']}, products in {given['dtype']}, "
         f"{given['steps']} steps of {given['batch_size']} records of {given['mean_length']:.0f} tokens",
         flush=True,
     )
@@ -219,7 +232,7 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _line(run: dict[str, float]) -> str:
-    return f"{run['tokens_per_s']:6.0f} tokens/s   {run['peak_rss_mb']:6.0f} MB   loss {run['loss']:.3f}"
+    return f"{run['tokens_per_s']:6.0f} tokens/s   {run['peak_mb']:6.0f} MB   loss {run['loss']:.3f}"
 
 
 def _compare(options: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
@@ -229,29 +242,41 @@ def _compare(options: argparse.Namespace, medians: dict[str, dict[str, float]]) 
         return
     ours = medians[FINELOOP]
     print(f"medians of {options.rounds}, and Fineloop against each")
-    name = " ".join(["peers", options.base, *([f"{options.records_tokens} tokens"] if options.records_tokens else [])])
+    length = f"{options.records_tokens} tokens" if options.records_tokens else ""
+    name, kind = " ".join(filter(None, ["peers", options.base, options.shape, length])), _kind(options)
     print(f"{FINELOOP:>16}  {_line(ours)}")
     for side in peers:
         run = medians[side]
-        ratio, memory = ours["tokens_per_s"] / run["tokens_per_s"], ours["peak_rss_mb"] / run["peak_rss_mb"]
+        ratio, memory = ours["tokens_per_s"] / run["tokens_per_s"], ours["peak_mb"] / run["peak_mb"]
         print(f"{side:>16}  {_line(run)}   {ratio:.2f} x the tokens/s, {memory:.2f} x the memory")
-        print(baselines.compared(f"{name}, {SETTINGS[side].peer}", ratio, record=options.record))
+        print(baselines.compared(f"{name}, {SETTINGS[side].peer}", ratio, record=options.record, kind=kind))
     best = max(peers, key=lambda side: medians[side]["tokens_per_s"])
     ratio = ours["tokens_per_s"] / medians[best]["tokens_per_s"]
-    memory = ours["peak_rss_mb"] / min(medians[side]["peak_rss_mb"] for side in peers)
+    memory = ours["peak_mb"] / min(medians[side]["peak_mb"] for side in peers)
     print(f"    ratio  {ratio:.2f} x the tokens/s of the fastest, {best}; {memory:.2f} x the memory of the smallest")
-    print(baselines.compared(f"{name}, the fastest", ratio, record=options.record))
+    print(baselines.compared(f"{name}, the fastest", ratio, record=options.record, kind=kind))
+
+
+def _kind(options: argparse.Namespace) -> str:
+    """What it is measured on, as the baselines know it: the kind of processor, or the GPU's name."""
+    if not options.gpu:
+        return baselines.processor()
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def _shares(given: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
-    """Print each side's useful operations a second as a share of torch.mm's."""
+    """Print each side's useful operations a second as a share of torch.mm's, and of what a known GPU's maker says."""
     order = given["orders"]["grouped"]
     rate = gemm.rate(given, order["padded"] // (given["steps"] - given["warm_up"]))
     operations = gemm.step_flops(given, tokens=order["tokens"], labelled=order["labelled"], squares=order["squares"])
     print(f"torch.mm at these shapes  {rate / 1e9:.0f} GFLOP/s in {given['dtype']}")
+    maker = gemm.data_sheet(given)
     for side, run in found.items():
-        share = operations / order["tokens"] * run["tokens_per_s"] / rate
-        print(f"{side:>16}  {share:.0%} of that, by operations that no padding and no unlabelled logits add to")
+        reached = operations / order["tokens"] * run["tokens_per_s"]
+        of_maker = f", {reached / maker:.0%} of the data sheet's {maker / 1e12:.0f} TFLOP/s" if maker else ""
+        print(f"{side:>16}  {reached / rate:.0%} of that{of_maker}: no padding and no unlabelled logits add to it")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from components.config.gpus import GPUS
+
 ROUNDS = 5
 
 
@@ -46,20 +48,33 @@ def rate(given: dict[str, Any], tokens: int) -> float:
     import torch
 
     torch.set_num_threads(given["threads"])
+    device, wait = ("cuda", torch.cuda.synchronize) if given["gpu"] else ("cpu", lambda: None)
     dtype = getattr(torch, given["dtype"])
     best = math.inf
     linear = shapes(given["base"])
     operands = {
-        (outputs, inputs): (torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype))
+        (outputs, inputs): [torch.randn(rows, inputs, dtype=dtype, device=device) for rows in (tokens, outputs)]
         for outputs, inputs in linear
     }
     for _ in range(ROUNDS):
         seconds = 0.0
         for shape, (x, weight) in operands.items():
             torch.mm(x, weight.T)
+            wait()
             started = time.perf_counter()
             for _ in range(4):
                 torch.mm(x, weight.T)
+            wait()
             seconds += (time.perf_counter() - started) / 4 * linear[shape]
         best = min(best, seconds)
     return 2 * tokens * sum(count * outputs * inputs for (outputs, inputs), count in linear.items()) / best
+
+
+def data_sheet(given: dict[str, Any]) -> float | None:
+    """FLOP/s in 16 bits of the GPU that is here, where it is one that can be planned for."""
+    if not given["gpu"]:
+        return None
+    import torch
+
+    label = torch.cuda.get_device_name().replace(" ", "-")  # as NVIDIA's GPU feature discovery does
+    return next((gpu.tflops * 1e12 for gpu in GPUS.values() if gpu.product == label), None)

@@ -6,11 +6,11 @@ them by itself (`group_by_length`), so that all sides pad alike and see the same
 """
 
 import json
-import resource
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.peak import peak_mb
 
 CONFIG = Path(__file__).parents[3] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
@@ -30,11 +30,14 @@ def write(
     base_format: str,
     matmul_dtype: str,
     threads: int,
+    shape: str = "",
+    use_gpu: bool = False,
 ) -> dict[str, Any]:
     """Write rows into a folder and give the task: both orders of rows, and what is to be done with them.
 
     `record_tokens` joins records to rows of exactly so many tokens, and 0 leaves them as they are; `labels` is
-    `answers` or `all`; `matmul_dtype` is as ray.cpu_matmul_dtype.
+    `answers` or `all`; `matmul_dtype` is as ray.cpu_matmul_dtype; `shape` is one of `bases`, and empty means the
+    example's base.
     """
     import numpy as np
     import torch
@@ -45,6 +48,7 @@ def write(
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model, chat_format, processor
     from ray_jobs.base.batching import IGNORED, plan_epoch, tokenize
+    from tests.benchmarks.peers import bases
 
     entry.quiet_libraries()
     torch.set_num_threads(threads)
@@ -87,11 +91,12 @@ def write(
             "rows": str(path),
             **counts([[rows[i]["labels"] for i in batch] for batch in plan[WARM_UP_STEPS:]], IGNORED),
         }
-    shape = processor.typical_shape(base_config.load(base.path, config.model))
+    products = processor.typical_shape(base_config.load(base.path, config.model))
     return {
-        "base": str(base.path),
+        "base": str(bases.write(folder / "base", shape, base.path) if shape else base.path),
         "format": base_format,
-        "dtype": processor.choose(matmul_dtype, shape),
+        "gpu": use_gpu,
+        "dtype": processor.choose(matmul_dtype, products, use_gpu=use_gpu),
         "orders": orders,
         "batch_size": batch_size,
         "max_length": max(lengths),
@@ -119,11 +124,10 @@ def counts(batches: list[list[list[int]]], ignored: int) -> dict[str, int]:
 
 def figures(given: dict[str, Any], ended: list[float], losses: list[float]) -> dict[str, float]:
     """Of a side whose steps ended then: what sides/measured.py prints of a peer."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
     return {
         "seconds": ended[-1] - ended[given["warm_up"] - 1],
         "steps": len(ended),
-        "peak_rss_mb": peak,
+        "peak_mb": peak_mb(gpu=given["gpu"]),
         "first_loss": losses[0],
         "loss": sum(losses[-given["last"] :]) / given["last"],
     }

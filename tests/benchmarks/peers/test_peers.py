@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.benchmarks.peers import __main__ as peers
-from tests.benchmarks.peers import task, venvs
+from tests.benchmarks.peers import bases, task, venvs
+from tests.models.tiny import build_base
 
 
 def _run(tokens_per_s: float, loss: float = 1.0, first_loss: float = 3.0) -> dict[str, float]:
-    return {"tokens_per_s": tokens_per_s, "peak_rss_mb": 1000.0, "loss": loss, "first_loss": first_loss}
+    return {"tokens_per_s": tokens_per_s, "peak_mb": 1000.0, "loss": loss, "first_loss": first_loss}
 
 
 def test_a_peer_that_trained_something_else_is_named() -> None:
@@ -54,3 +57,19 @@ def test_every_peer_has_a_side_and_pins_the_same_torch() -> None:
 def test_padding_is_no_token() -> None:
     counted = task.counts([[[-100, 5], [-100, -100, 6, 7]]], ignored=-100)
     assert counted == {"tokens": 6, "padded": 8, "labelled": 3, "squares": 20}
+
+
+@pytest.mark.parametrize(("shape", "published"), [("1B", 1_235_814_400), ("3B", 3_212_749_824), ("8B", 8_030_261_248)])
+def test_shapes_have_the_number_of_weights_that_their_models_have(shape: str, published: int) -> None:
+    """By the metadata of the safetensors of meta-llama's Llama-3.2-1B, Llama-3.2-3B and Meta-Llama-3-8B on the hub."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(bases.SHAPES[shape])
+    assert sum(weight.numel() for weight in model.parameters()) == published
+
+
+def test_a_base_of_random_weights_is_read_as_any_other(tmp_path: Path) -> None:
+    named = build_base(tmp_path / "named")
+    folder = bases.write(tmp_path / "base", "tiny", named)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype is torch.bfloat16
+    ours, theirs = (AutoTokenizer.from_pretrained(each)("a word").input_ids for each in (folder, named))
+    assert ours == theirs

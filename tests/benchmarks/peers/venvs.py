@@ -32,6 +32,7 @@ PEERS = {
         Peer("trl"),
         Peer("llamafactory"),
         Peer("axolotl", alone=("axolotl==0.19.0",)),
+        Peer("unsloth"),
     )
 }
 

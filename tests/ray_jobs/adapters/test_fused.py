@@ -122,3 +122,13 @@ def test_a_training_learns_as_with_pefts_layers(tiny_base, base_format, dtype):
     quantised = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
     assert not any(isinstance(module, quantised) for module in dense.modules())
     assert trained(dense) == ours  # to the bit
+
+
+def test_on_an_accelerator_what_keeps_nothing_for_a_way_back_goes_pefts_way():
+    layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16, device="meta").requires_grad_(False)
+    adapted = peft.tuners.lora.layer.Linear(layer, "default", LoraConfig(r=RANK), r=RANK).bfloat16()
+    fused.adopt(adapted)
+    x = torch.randn(1, TOKENS, INPUTS, dtype=torch.bfloat16, device="meta")
+    assert type(adapted(x).grad_fn).__name__ == "LoraProductBackward"
+    with torch.no_grad():
+        assert fused.adapted(adapted, x) is None

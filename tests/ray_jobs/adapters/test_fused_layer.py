@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from ray_jobs.adapters import fused, fused_attention, fused_layer
-from ray_jobs.base import attention, float32_layers, packed
+from ray_jobs.base import attention, float32_layers, float32_products, packed
 from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.batching import TokenizedSplit
 
@@ -89,6 +89,21 @@ def gradients(model):
     return {name: each.grad.double() for name, each in model.named_parameters() if each.requires_grad}
 
 
+def beginning_alike(*, prompt: int) -> TokenizedSplit:
+    """Three records with 9 tokens in common, of which all after the first `prompt` are to be learned."""
+    begin, rests = IDS[0, :9], (IDS[0, 9:], IDS[1, 9:14], IDS[2, 9:17])
+    rows = [torch.cat([begin, rest]) for rest in rests]
+    return TokenizedSplit(
+        ids=["0", "1", "2"],
+        tokens=torch.cat(rows).int().numpy(),
+        labelled=torch.cat([torch.arange(len(row)) >= prompt for row in rows]).numpy(),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        num_prompt_tokens=np.full(3, prompt, np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
 def goes_fused(model, **inputs) -> bool:
     """Whether each of the two layers goes by the one function."""
     taken = []
@@ -125,18 +140,18 @@ def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
 def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_16_bits(matmul_dtype, monkeypatch):
     taken = []
 
-    def way_back(*arguments, **more):
-        taken.append(arguments[0].dtype)
-        return kernel(*arguments, **more)
+    def asked(*, may_round: bool = False):
+        taken.append(may_round)
+        return by_onednn(may_round=may_round)
 
-    kernel = fused_attention.kernel_backward
-    monkeypatch.setattr(fused_attention, "kernel_backward", way_back)
+    by_onednn = float32_products.by_onednn
+    monkeypatch.setattr(float32_products, "by_onednn", asked)
     monkeypatch.setattr(fused_attention, "LONG", IDS.shape[1])
     exact = gradients(adapted("Qwen2", torch.float64))
     plain = adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)
     plain.config._attn_implementation = "sdpa"
     theirs, ours = gradients(plain), gradients(adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)))
-    assert taken == [getattr(torch, matmul_dtype)] * 2
+    assert taken == [False] * 2 + [matmul_dtype == "bfloat16"] * 2
     errors = [[(found[name] - each).norm() / each.norm() for found in (ours, theirs)] for name, each in exact.items()]
     assert all(error < OF_ONE * own < 0.1 for error, own in errors)
 
@@ -144,18 +159,7 @@ def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_1
 @pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "float32")])
 def test_packed_records_have_gradients_as_near(base, matmul_dtype):
     """Three records that begin alike: read once, against float64's modules on each in a row of its own."""
-    begin, rests = IDS[0, :9], (IDS[0, 9:], IDS[1, 9:14], IDS[2, 9:17])
-    rows = [torch.cat([begin, rest]) for rest in rests]
-    labelled = [torch.arange(len(row)) >= 11 for row in rows]
-    split = TokenizedSplit(
-        ids=["0", "1", "2"],
-        tokens=torch.cat(rows).int().numpy(),
-        labelled=torch.cat(labelled).numpy(),
-        offsets=np.cumsum([0, *map(len, rows)]),
-        num_prompt_tokens=np.full(3, 11, np.int32),
-        too_long=[],
-        cut=[],
-    )
+    split = beginning_alike(prompt=11)
 
     def found(model, *, packs: bool) -> dict[str, torch.Tensor]:
         packed.records_nll(model, split, range(3), 0, device=torch.device("cpu"), packs=packs).mean().backward()
@@ -173,6 +177,24 @@ def test_packed_records_have_gradients_as_near(base, matmul_dtype):
     for name, each in exact.items():
         error, theirs = ((gradients[name] - each).norm() / each.norm() for gradients in (ours, pefts))
         assert error < OF_ONE * theirs < 0.1, name
+
+
+@pytest.mark.parametrize(("prompt", "read"), [(11, 10 + 3 + 6), (14, 7 + 0 + 3), (21, 0)])
+def test_of_the_last_layer_no_more_is_computed_than_is_read(prompt, read, monkeypatch):
+    multiplied = []
+
+    def count(self, x, onto=None):
+        multiplied.append(len(x))
+        return forward(self, x, onto)
+
+    forward = fused_layer.Products.forward
+    monkeypatch.setattr(fused_layer.Products, "forward", count)
+    model = adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype="float32"))
+    found = packed.records_nll(model, beginning_alike(prompt=prompt), range(3), 0, device=torch.device("cpu"))
+    found.sum().backward()
+    row = 9 + 12 + 5 + 8
+    assert multiplied == [row] * 4 + [row, read, read, read]  # the last layer's keys and values are of all tokens
+    assert len(found) == read
 
 
 def test_another_adapter_between_the_ways_there_and_back_changes_no_gradient():

@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build, targets
-from ray_jobs.adapters.targets import find
+from ray_jobs.adapters.targets import find, left_dense
 from ray_jobs.base import base_model
+from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.bounded import bounded
 from tests.models import zoo
 from tests.models.zoo import on_no_device
@@ -115,6 +117,23 @@ def test_a_base_of_which_most_would_stay_unquantised_is_refused_with_the_share(b
     model = on_no_device("Mixtral", **shape)
     with pytest.raises(ConfigError, match=rf"method\.base {base} quantises no fused experts, .* they are 97%, .*=bf16"):
         find(model, MethodConfig(name="lora", base=base), base_reference="Mixtral")
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "Gemma 3, with vision", "Falcon"])
+def test_what_transformers_gives_bitsandbytes_none_of_is_known_before(name, settings, tmp_path):
+    zoo.build(name, tmp_path)
+    theirs = auto_class(zoo.KINDS[name].config()).from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**settings)
+    )
+    quantised = any(isinstance(module, Linear4bit | Linear8bitLt) for module in theirs.get_decoder().modules())
+    assert quantised == (not left_dense(on_no_device(name)))
+
+
+def test_a_base_with_layers_of_its_own_class_is_refused_where_they_would_be_quantised():
+    with pytest.raises(ConfigError, match=r"method\.base nf4 quantises no FalconLinear, and of Falcon they are \d\d%"):
+        find(on_no_device("Falcon"), MethodConfig(name="qlora"), base_reference="Falcon")
+    assert find(on_no_device("Falcon"), MethodConfig(name="lora"), base_reference="Falcon").modules
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", r".*(lm_head|q_proj)"])

@@ -1,4 +1,5 @@
-"""What attention a base is loaded with: transformers' choice, but for CPUs' float32 kernel; wrong ones are refused."""
+"""What attention a base is loaded with: transformers' choice, but ours where that is PyTorch's fused kernel and the
+base takes kernels that transformers does not ship; wrong ones are refused."""
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from tests.ray_jobs.conftest import CONFIG
 
 
 @pytest.mark.parametrize("name", zoo.KINDS)
-def test_a_gpu_takes_what_transformers_takes_by_itself(name):
+def test_a_gpu_takes_what_transformers_takes_by_itself(name):  # and packed rows besides
     shape = zoo.KINDS[name].config()
     with torch.device("meta"):
         theirs = auto_class(shape).from_config(shape)
-    assert attention.choose(shape, "auto", use_gpu=True) == theirs.config._attn_implementation
+    kernel = theirs.config._attn_implementation
+    takes_records = kernel == "sdpa" and type(theirs).is_backend_compatible()
+    assert attention.choose(shape, "auto", use_gpu=True) == ("sdpa_records" if takes_records else kernel)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_a_base_is_loaded_with_what_it_has(name, on_cpu, tmp_path):
 def test_a_choice_is_taken_where_the_base_has_it():
     llama, falcon = zoo.KINDS["Llama, tied"].config(), zoo.KINDS["Falcon"].config()
     assert attention.choose(llama, "eager", use_gpu=True) == "eager"
-    assert attention.choose(llama, "sdpa", use_gpu=True) == "sdpa"
+    assert attention.choose(llama, "sdpa", use_gpu=True) == "sdpa_records"
     assert attention.choose(falcon, "sdpa", use_gpu=False) == "sdpa"
 
 

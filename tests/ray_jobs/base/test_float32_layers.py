@@ -101,9 +101,26 @@ def test_what_is_trained_gets_its_gradient_as_precisely():
 def test_a_float32_layer_stays_as_exact_as_it_was():
     layer = torch.nn.Linear(INPUTS, OUTPUTS)
     x = torch.randn(ROWS, INPUTS)
-    before = layer(x)
     float32_layers.multiply_in_float32(layer)
-    assert torch.equal(layer(x), before)
+    expected = exact(x) @ exact(layer.weight).T + exact(layer.bias)
+    terms = np.abs(exact(x)) @ np.abs(exact(layer.weight)).T + np.abs(exact(layer.bias))
+    assert (np.abs(exact(layer(x)) - expected) / terms).max() < 2.0**-24 * np.sqrt(INPUTS)
+
+
+def test_a_widened_weight_gives_the_same_to_the_bit():
+    """One that is read in several blocks, such as an output head, and its gradients."""
+    narrow = random(5000, INPUTS, seed=5)
+    x, gradient = random(ROWS, INPUTS, seed=6), random(ROWS, 5000, seed=7)
+    assert narrow.numel() > 2 * float32_layers.BLOCK_ELEMENTS
+
+    def both_ways(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.clone().requires_grad_()
+        product = float32_layers.linear(rows, weight)
+        product.backward(gradient)
+        return product.detach(), rows.grad
+
+    for narrow_way, wide_way in zip(both_ways(narrow), both_ways(narrow.float()), strict=True):
+        assert torch.equal(narrow_way, wide_way)
 
 
 def test_nothing_widened_is_kept_between_the_passes():

@@ -1,5 +1,8 @@
 """Packed micro-batches against each record alone, through transformers' and peft's own modules in float64."""
 
+import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,10 +62,11 @@ def split_of(common: int, rests: list[int], answer: int = ANSWER) -> TokenizedSp
     )
 
 
-def adapted(kind: str):
+def adapted(kind: str, kernel: str = attention.FLOAT32):
     config = zoo.KINDS[kind].config()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=torch.float64)
+    attention.register(kernel)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float64)
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
@@ -85,8 +89,9 @@ def alone(model, split: TokenizedSplit) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("kind", ["Llama, tied", "Qwen3"])
-def test_losses_and_gradients_are_those_of_each_record_alone(kind, name):
-    split, model = split_of(*SPLITS[name]), adapted(kind)
+@pytest.mark.parametrize("kernel", [attention.FLOAT32, attention.RECORDS])
+def test_losses_and_gradients_are_those_of_each_record_alone(kernel, kind, name):
+    split, model = split_of(*SPLITS[name]), adapted(kind, kernel)
     rows = range(len(split))
     assert packed.pack(split, rows) is not None
     found = packed.records_nll(model, split, rows, 0, device=CPU)
@@ -172,3 +177,12 @@ def test_a_window_that_holds_every_record_hides_nothing(kind):
     base.sliding_window = 26
     assert_each_has_what_it_has_alone(base, is_packed=True)
     assert not attention.looks_at_all_before(base, 27)
+
+
+def test_on_an_accelerator_nothing_stays_behind_on_the_cpu():
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.models.accelerator"], check=True, capture_output=True, text=True
+    ).stdout
+    devices = json.loads(told)
+    assert len(devices) == 2 * 7 * zoo.KINDS["Llama, tied"].config().num_hidden_layers
+    assert set(devices.values()) == {"absent:0"}

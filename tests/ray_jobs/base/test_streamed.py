@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from components.config.schema import ModelConfig
 from ray_jobs.base import base_model
 from ray_jobs.base.streamed import streamed
+from tests.models import zoo
 from tests.models.tiny import build_base
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -30,6 +31,14 @@ def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype
     with streamed(base, config, "bf16") as model, torch.inference_mode():
         other = model(input_ids=IDS).logits.float()
     assert base_format == "bf16" or (other - expected).abs().max() > 0.04 * expected.abs().max()
+
+
+def test_a_base_whose_model_reads_its_embeddings_by_itself_is_streamed_too(tmp_path: Path):
+    config = ModelConfig(base=str(zoo.build("Gemma 4, with vision and sound", tmp_path)))
+    base = base_model.resolve(config)
+    loaded = base_model.load_model(base, config, "bf16", use_gpu=False).eval()
+    with torch.inference_mode(), streamed(base, config, "bf16") as model:
+        torch.testing.assert_close(model(input_ids=IDS).logits, loaded(input_ids=IDS).logits, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.slow

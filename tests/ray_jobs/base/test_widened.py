@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from components.config.schema import ModelConfig
@@ -52,6 +54,15 @@ def test_its_weights_are_those_that_transformers_dequantises(tiny_base):
     assert len(found) == 15  # two layers of seven, and the head
     for name, weight in found.items():
         assert torch.equal(weight, expected[f"{name}.weight"].float()), name
+
+
+def test_of_int8_they_are_those_that_peft_dequantises_for_magnitudes_and_merging(tiny_base):
+    stored, model = loaded(tiny_base, "int8", "float32"), loaded(tiny_base, "int8", "float32")
+    layers = {name: layer for name, layer in stored.named_modules() if isinstance(layer, Linear8bitLt)}
+    widened.widen_if_room(model, "float32")
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(model.get_submodule(name).weight, dequantize_module_weight(layer)), name
 
 
 def test_a_base_that_memory_has_no_room_for_stays_as_it_is(tiny_base, monkeypatch):

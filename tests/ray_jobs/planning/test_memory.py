@@ -166,6 +166,26 @@ def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small
     assert parts.adapter == pytest.approx(real.adapter, rel=0.01)
 
 
+def test_of_what_is_kept_only_rotary_positions_do_not_grow_with_the_records():
+    """Cosines and sines in float32, for each layer. Matrices that fused layers make once are the base's weights."""
+    layers, head = 6, 128 // 4
+    rehearsed = Rehearsal(small(layers), MethodConfig(name="lora"), reference="small", use_gpu=False)
+    one, eight = (rehearsed.step(records, LENGTH, checkpointing=False).kept for records in (1, 8))
+    assert (8 * one - eight) / 7 == pytest.approx(layers * 2 * LENGTH * head * FLOAT32, rel=0.01)
+
+
+def test_a_step_with_sharded_weights_is_planned_as_layers_with_hooks_take_it(small_base):
+    method = MethodConfig(name="lora")
+    adapted = load(small_base, method, checkpointing=False)
+    for module in adapted.modules():  # as DeepSpeed has at stage 3
+        module.register_forward_pre_hook(lambda *_: None)
+    real = measure(adapted, batch=BATCH, length=LENGTH, answers=ANSWERS)
+    rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
+    step = rehearsed.step(BATCH, LENGTH, checkpointing=False, sharded=True)
+    assert step.kept + BATCH * ANSWERS * rehearsed.stats.vocabulary * FLOAT32 == pytest.approx(real.kept, rel=0.1)
+    assert step.kept > 1.2 * rehearsed.step(BATCH, LENGTH, checkpointing=False).kept
+
+
 def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
     adapted = load(small_base, MethodConfig(name="lora"), checkpointing=False)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -316,6 +336,12 @@ def test_heads_that_are_wider_in_some_layers_count_with_their_mean():
     assert rehearsed.stats.attention_width == (4 * 16 + 4 * 32) / 2
     assert rehearsed.stats.cached == 2 * 2 * (2 * 16 + 1 * 32) / 2
     assert not rehearsed.step(2, 32, checkpointing=False).is_estimate
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4", "int8"])
+def test_layers_whose_weights_lie_the_other_way_round_are_rehearsed_too(base):
+    rehearsed = Rehearsal(zoo.KINDS["GPT-2"].config(), MethodConfig(name="lora", base=base), reference="x")
+    assert not rehearsed.step(2, 32, checkpointing=True).is_estimate
 
 
 def test_logits_are_there_a_chunk_at_a_time_but_where_the_head_is_shared_or_trained():

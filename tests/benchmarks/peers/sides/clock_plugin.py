@@ -12,7 +12,7 @@ class ClockPlugin(BasePlugin):
     """Puts the clock into its Trainer, and has that train on a processor in bfloat16 too."""
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        return {"use_cpu": True}
+        return {"use_cpu": not measured.task()["gpu"]}
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         return [CLOCK]

@@ -6,12 +6,21 @@ Runs in a peer's own environment, so nothing of Fineloop is imported here.
 import json
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 def task() -> dict[str, Any]:
@@ -32,7 +41,10 @@ def base(given: dict[str, Any]) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     stored = nf4 if given["format"] == "nf4" else None
-    return AutoModelForCausalLM.from_pretrained(given["base"], quantization_config=stored, dtype=dtype)
+    place = {"": 0} if given["gpu"] else None
+    return AutoModelForCausalLM.from_pretrained(
+        given["base"], quantization_config=stored, dtype=dtype, device_map=place
+    )
 
 
 class Clock(TrainerCallback):
@@ -43,6 +55,8 @@ class Clock(TrainerCallback):
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ended.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -50,14 +64,50 @@ class Clock(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The task as arguments of transformers' Trainer."""
+    return {
+        "per_device_train_batch_size": given["batch_size"],
+        "num_train_epochs": 1,
+        "learning_rate": given["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": not given["gpu"],
+        "bf16": given["dtype"] == "bfloat16",
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+def train(given: dict[str, Any], adapted: Any) -> None:
+    """An adapted base in transformers' Trainer, on padded batches; prints the figures."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=adapted,
+            args=TrainingArguments(output_dir=scratch, **arguments(given)),
+            train_dataset=rows(given),
+            data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(given["base"])),
+            callbacks=[clock],
+        )
+        trainer.train()
+    show(given, clock.ended, clock.losses)
+
+
 def show(given: dict[str, Any], ended: list[float], losses: list[float]) -> None:
     """Print the figures as the last line: seconds of the steps after the warm-up, losses, memory."""
     first = given["warm_up"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    if given["gpu"]:
+        peak = torch.cuda.max_memory_reserved() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {
         "seconds": ended[-1] - ended[first - 1],
         "steps": len(ended),
-        "peak_rss_mb": peak,
+        "peak_mb": peak,
         "first_loss": losses[0],
         "loss": sum(losses[-given["last"] :]) / given["last"],
     }

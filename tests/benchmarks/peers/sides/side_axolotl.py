@@ -33,10 +33,10 @@ def main() -> None:
             "sequence_len": given["max_length"],
             "sample_packing": bool(given["packs"]),
             "pad_to_sequence_len": False,
-            "device_map": "cpu",
+            "device_map": "auto" if given["gpu"] else "cpu",
             "attn_implementation": "sdpa",
             # On by themselves, and written in Triton.
-            **{f"lora_{kind}_kernel": False for kind in ("mlp", "qkv", "o", "embedding")},
+            **({} if given["gpu"] else {f"lora_{kind}_kernel": False for kind in ("mlp", "qkv", "o", "embedding")}),
             "micro_batch_size": given["packs"] or given["batch_size"],
             "gradient_accumulation_steps": 1,
             "num_epochs": 1,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from components.config import config_file
+from components.config.schema import RunConfig
 from ray_jobs import entry
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.batching import IGNORED, TokenizedSplit
@@ -21,6 +22,20 @@ def main() -> None:
     given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     entry.quiet_libraries()
     torch.set_num_threads(given["threads"])
+    config = config_of(given)
+    base = base_model.resolve(config.model)
+    split = split_of(given["rows"])
+    plan = np.arange(len(split)).reshape(-1, given["batch_size"])
+    engine = our_loop.make(config, base, given["dtype"], dense_base=not given["gpu"])
+    ended, losses = [], []
+    for loss, _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, list(plan)):
+        ended.append(time.perf_counter())
+        losses.append(loss)
+    print(json.dumps(task.figures(given, ended, losses)))
+
+
+def config_of(given: dict[str, Any]) -> RunConfig:
+    """The task as a config: one worker, a batch in one forward pass."""
     values = [
         f"model.base={given['base']}",
         f"method.name={'qlora' if given['format'] == 'nf4' else 'lora'}",
@@ -29,20 +44,14 @@ def main() -> None:
         "train.warmup_share=0",
         "ray.num_workers=1",
         f"ray.cpus_per_worker={given['threads']}",
+        f"ray.use_gpu={str(given['gpu']).lower()}",
     ]
-    config = config_file.load(task.CONFIG, values)
-    base = base_model.resolve(config.model)
-    split = _split([json.loads(line) for line in Path(given["rows"]).read_text(encoding="utf-8").splitlines()])
-    plan = np.arange(len(split)).reshape(-1, given["batch_size"])
-    engine = our_loop.make(config, base, given["dtype"], dense_base=True)
-    ended, losses = [], []
-    for loss, _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, list(plan)):
-        ended.append(time.perf_counter())
-        losses.append(loss)
-    print(json.dumps(task.figures(given, ended, losses)))
+    return config_file.load(task.CONFIG, values)
 
 
-def _split(rows: list[dict[str, list[int]]]) -> TokenizedSplit:
+def split_of(path: str) -> TokenizedSplit:
+    """The rows of a file as `task.write` left them."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     labels = [np.array(row["labels"]) != IGNORED for row in rows]
     return TokenizedSplit(
         ids=[str(index) for index in range(len(rows))],

@@ -55,7 +55,7 @@ with tempfile.TemporaryDirectory() as scratch:
         "bf16": given["dtype"] == "bfloat16",
         "disable_gradient_checkpointing": True,
         "disable_shuffling": True,
-        "use_cpu": True,
+        "use_cpu": not given["gpu"],
         "per_device_train_batch_size": given["batch_size"],
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 1.0,

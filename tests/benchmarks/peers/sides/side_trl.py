@@ -17,20 +17,9 @@ with tempfile.TemporaryDirectory() as scratch:
     arguments = SFTConfig(
         output_dir=scratch,
         max_length=given["max_length"],
-        per_device_train_batch_size=given["packs"] or given["batch_size"],
         packing=bool(given["packs"]),
-        num_train_epochs=1,
-        learning_rate=given["learning_rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        train_sampling_strategy="sequential",
         gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=given["dtype"] == "bfloat16",
-        save_strategy="no",
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
+        **{**measured.arguments(given), "per_device_train_batch_size": given["packs"] or given["batch_size"]},
     )
     trainer = SFTTrainer(
         model=measured.base(given),
