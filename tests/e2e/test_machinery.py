@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.e2e.conftest import Tiny
 from tests.models.tiny import colour_rows
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -110,12 +110,9 @@ def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Ti
     endpoint = json.loads((interrupted.home.path / "store" / "endpoint.json").read_text())
     port = int(endpoint["url"].rpartition(":")[2])
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    deadline = time.monotonic() + 20
-    while (left := _processes_naming(interrupted.home.path)) and time.monotonic() < deadline:
-        time.sleep(0.25)
-    assert left == {}
+    wait_until(lambda: not _processes_naming(interrupted.home.path), lambda: _processes_naming(interrupted.home.path))
     with contextlib.closing(socket.socket()) as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
     # The next command finds the store as it should be, and what the interrupted run left is no version.

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from infra.checks.pods import pods
 from pipelines.local import guard
 from pipelines.local.ports import choose_ports
 from pipelines.local.seaweedfs import SERVICES, find_binary
+from tests.waiting import wait_until
 
 HOST = "127.0.0.2"  # only a server that listens on every interface answers here, as in a pod
 KEYS = {"AWS_ACCESS_KEY_ID": "laptop", "AWS_SECRET_ACCESS_KEY": "laptop-secret"}
@@ -58,13 +58,15 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
 @pytest.fixture(scope="module")
 def s3(ports: dict[str, int]) -> Any:
     client = connect(ports["s3"], KEYS)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+
+    def is_up() -> bool:
         with contextlib.suppress(EndpointConnectionError, ClientError):
             client.put_object(Bucket="fineloop", Key="up", Body=b"up")
-            return client
-        time.sleep(0.1)
-    raise TimeoutError("the store did not come up")
+            return True
+        return False
+
+    wait_until(is_up, "the store did not come up")
+    return client
 
 
 def connect(port: int, keys: dict[str, str]) -> Any:

@@ -1,4 +1,4 @@
-"""The command line as a process: exit codes, what goes to which stream, and how fast help answers."""
+"""The command line as a process: exit codes, what goes to which stream, and what help loads."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
 from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import body, fineloop
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
@@ -58,19 +59,19 @@ COMMANDS = [
     ],
     *[(group, verb) for group in ("store", "ray") for verb in ("up", "down", "env")],
 ]
-HEAVY = {"torch", "ray", "kfp", "boto3", "botocore", "pyarrow", "transformers", "jinja2", "pydantic"}
-
-
 MODULES = """
-import sys, json, pipelines.cli
+import sys, json
+before = set(sys.modules)  # an editable install brings its finder
+import pipelines.cli
 try: pipelines.cli.main(sys.argv[1:])
 except SystemExit as end: assert not end.code
-print(json.dumps(sorted(sys.modules)))
+ours = {"components", "pipelines"}
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - ours)))
 """
 
 
 @pytest.mark.parametrize("command", [(), *COMMANDS], ids=" ".join)
-def test_help_teaches_and_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+def test_help_teaches_and_waits_for_no_package(command: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MODULES, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -82,7 +83,7 @@ def test_help_teaches_and_imports_nothing_heavy(command: tuple[str, ...]) -> Non
         assert "example:\n  " in told
         assert f"fineloop {' '.join(command)}" in told
         assert "--json" in told
-    assert not HEAVY & set(json.loads(modules))
+    assert set(json.loads(modules)) <= sys.stdlib_module_names
 
 
 def test_a_file_of_commands_bears_the_command_s_name() -> None:
@@ -91,15 +92,6 @@ def test_a_file_of_commands_bears_the_command_s_name() -> None:
     for name in commands:
         first_line = (ROOT / "pipelines" / "commands" / f"{name}.py").read_text(encoding="utf-8").splitlines()[0]
         assert f"`fineloop {name}`" in first_line
-
-
-def test_help_answers_at_once(tmp_path: Path) -> None:
-    times = []
-    for _ in range(5):
-        began = time.monotonic()
-        fineloop("run", "--help", cwd=tmp_path)
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -311,7 +303,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert len(processes_with(mark)) > 1
 
     running.send_signal(number)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=PATIENCE_S)
 
     assert running.returncode == 130
     assert out == ""
@@ -335,18 +327,12 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
     running.kill()
     running.wait()
 
-    deadline = time.monotonic() + 20
-    while processes_with(mark):
-        assert time.monotonic() < deadline, processes_with(mark)
-        time.sleep(0.1)
+    wait_until(lambda: not processes_with(mark), lambda: processes_with(mark))
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
+    wait_until(path.exists, path)
 
 
 def processes_with(variable: str) -> list[int]:

@@ -24,6 +24,7 @@ from tests.doubles.kubernetes.control_plane import (
     wait_until,
 )
 from tests.doubles.kubernetes.operator import Operator
+from tests.waiting import PATIENCE_S
 
 pytestmark = needs_control_plane
 
@@ -69,7 +70,7 @@ def test_the_reaper_can_stop_what_a_step_started(as_account, operator, tmp_path)
     as_account("fineloop-reaper")
     assert [job.run_id for job in connect(RAY).live()] == ["left-behind"]
     assert stop_run("left-behind", RAY) == ["fineloop-left-behind-finetune-1"]
-    _, told = step.communicate(timeout=30)
+    _, told = step.communicate(timeout=PATIENCE_S)
     assert b"was stopped by someone else" in told
 
 

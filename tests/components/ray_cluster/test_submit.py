@@ -26,6 +26,7 @@ from tests.doubles.jobs_api import TOKEN, JobsApi
 from tests.doubles.kubernetes.api import KubernetesDouble
 from tests.doubles.kubernetes.control_plane import RayJobsOfCluster, needs_control_plane
 from tests.doubles.kubernetes.operator import Operator
+from tests.waiting import PATIENCE_S, wait_until
 
 POLL_S = 0.05
 StartStep = Callable[[Job], subprocess.Popen[bytes]]
@@ -46,10 +47,9 @@ class Cluster:
 
     def is_stopped(self, job: Job) -> bool:
         """A RayJob's cluster goes a moment after the RayJob."""
-        deadline = time.monotonic() + 5
-        while (found := self.status_of(self.job_id(job))) != "STOPPED" and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return found == "STOPPED"
+        return wait_until(
+            lambda: self.status_of(self.job_id(job)) == "STOPPED", lambda: self.status_of(self.job_id(job))
+        )
 
 
 @pytest.fixture(
@@ -134,10 +134,7 @@ def job(run_id: str, code: str, *arguments: str, timeout_s: float = 60) -> Job:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+    wait_until(path.exists, path)
 
 
 def test_success_returns_the_first_attempt_and_copies_the_log(cluster: Cluster, run_id: str) -> None:
@@ -300,7 +297,7 @@ def test_a_signal_stops_the_job_before_the_step_ends(
     wait_for(tmp_path / "up")
 
     step.send_signal(number)
-    step.communicate(timeout=15)
+    step.communicate(timeout=PATIENCE_S)
 
     assert step.returncode != 0
     assert cluster.is_stopped(waiting)
@@ -327,11 +324,11 @@ def test_stop_run_stops_the_runs_jobs_and_no_others(
 
     assert stop_run(run_id, cluster.ray) == [cluster.job_id(job(run_id, "pass"))]
 
-    _, errors = started[0].communicate(timeout=15)
+    _, errors = started[0].communicate(timeout=PATIENCE_S)
     assert b"was stopped by someone else" in errors
     assert cluster.status_of(cluster.job_id(job(f"{run_id}x", "pass"))) == "RUNNING"
     (tmp_path / f"{run_id}x" / "go").touch()
-    started[1].communicate(timeout=15)
+    started[1].communicate(timeout=PATIENCE_S)
     assert started[1].returncode == 0
 
 

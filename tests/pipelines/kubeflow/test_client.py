@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -154,13 +153,11 @@ def test_a_token_file_that_is_not_there_is_named() -> None:
         connect({"KFP_TOKEN_FILE": "/nowhere/token"}, host="http://127.0.0.1:1")
 
 
-def test_an_unreachable_host_is_one_line_soon() -> None:
+def test_an_unreachable_host_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        began = time.monotonic()
         with pytest.raises(KubeflowAway, match=r"cannot be reached \(.*refused\)") as caught:
             connect({}, host=f"http://127.0.0.1:{taken.getsockname()[1]}")
-    assert time.monotonic() - began < 5
     assert "\n" not in str(caught.value)
 
 

@@ -1,8 +1,7 @@
 """The real pipeline, submitted and scheduled through the real client; its Ray jobs are stubs that keep the contract."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from components.registry.store import Store
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.conftest import Fineloop
+from tests.waiting import wait_until
 
 
 def rows(start: int, end: int) -> bytes:
@@ -125,13 +125,13 @@ def test_stopping_a_run_stops_its_ray_job(
 ) -> None:
     started = fineloop("submit", *options, "--set", "method.dropout=0.3", "--no-wait")
     hanging = stub_cluster.directory / "hanging"
-    until(hanging.exists)
+    wait_until(hanging.exists)
 
     stopped = fineloop("runs", "stop", started.body["run_id"])
 
     assert stopped.exit_code == 0, stopped.told
     assert stopped.body["state"] == "CANCELED"
-    until(lambda: [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"])
+    wait_until(lambda: [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"])
     assert production(store) is None
 
 
@@ -146,10 +146,3 @@ def test_a_run_that_fails_has_its_report(
     assert "[Fine-tune the adapter] data.source: every answer is empty" in answered.told
     page = store.get(f"runs/{answered.body['run_id']}/report.html").decode()
     assert "the finetune step failed" in page
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -20,6 +20,7 @@ from pipelines.kubeflow import package, runs, submit
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 SUBMIT_SMALL = """
@@ -30,13 +31,6 @@ from tests.pipelines.kubeflow.small_pipeline import compile_small
 package.compile_pipeline = compile_small
 sys.exit(cli.main(["submit", *sys.argv[1:]]))
 """
-
-
-def until(holds: Callable[[], Any], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("small")
@@ -90,24 +84,24 @@ def test_a_run_that_fails_is_exit_1_and_says_which_step(server: KfpServer, finel
 @pytest.mark.usefixtures("small")
 def test_the_wait_ends_when_the_run_is_canceled(server: KfpServer, tmp_path: Path) -> None:
     submitted = _submit_small("--param", "seconds=60", "--param", f"folder={tmp_path}", "--json")
-    until(lambda: list(tmp_path.glob("*.pid")))
+    wait_until(lambda: list(tmp_path.glob("*.pid")))
     (pid_path,) = tmp_path.glob("*.pid")
     run_id = pid_path.stem
     connect(os.environ).client.terminate_run(run_id)
-    out, err = submitted.communicate(timeout=30)
+    out, err = submitted.communicate(timeout=PATIENCE_S)
     assert submitted.returncode == 1, err
     body = json.loads(out.splitlines()[-1])
     assert (body["run_id"], body["state"]) == (run_id, "CANCELED")
-    until(lambda: not Path(f"/proc/{pid_path.read_text()}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid_path.read_text()}").exists())
 
 
 @pytest.mark.usefixtures("small")
 def test_an_interrupted_wait_leaves_the_run_and_says_how_to_stop_it(server: KfpServer, tmp_path: Path) -> None:
     submitted = _submit_small("--param", "seconds=60", "--param", f"folder={tmp_path}", "--json")
-    until(lambda: list(tmp_path.glob("*.pid")))
+    wait_until(lambda: list(tmp_path.glob("*.pid")))
     (run_id,) = [path.stem for path in tmp_path.glob("*.pid")]
     submitted.send_signal(signal.SIGINT)
-    out, err = submitted.communicate(timeout=30)
+    out, err = submitted.communicate(timeout=PATIENCE_S)
     assert submitted.returncode == 130
     assert f"fineloop runs stop {run_id}" in err
     assert json.loads(out.splitlines()[-1])["interrupted"] is True

@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.local import guard
 from pipelines.local.service import ROOT, Service
+from tests.waiting import PATIENCE_S, wait_until
 
 USER = """
 import json, sys
@@ -44,12 +43,12 @@ class User:
     environment: dict[str, str]
 
     def leave(self) -> None:
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 0
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)
-        self.process.wait(30)
+        self.process.wait(PATIENCE_S)
 
 
 class Machine:
@@ -90,8 +89,8 @@ class Machine:
     def alive(self, processes: dict[int, str]) -> set[int]:
         return {pid for pid, started in processes.items() if _start_time(pid) == started}
 
-    def wait_gone(self, processes: dict[int, str], *, within_s: float) -> None:
-        wait_until(lambda: not self.alive(processes), within_s=within_s)
+    def wait_gone(self, processes: dict[int, str]) -> None:
+        wait_until(lambda: not self.alive(processes), lambda: self.alive(processes))
 
     def listeners(self, processes: dict[int, str]) -> dict[int, str]:
         """Listening TCP ports of the processes, and the address that each is bound to, as the kernel writes it."""
@@ -113,29 +112,19 @@ class Machine:
         for user in self.users:
             if user.process.poll() is None:
                 user.process.kill()
-            user.process.communicate(timeout=60)
+            user.process.communicate(timeout=PATIENCE_S)
         for name in ("ray", "store"):
             (self.home / name / "pinned").unlink(missing_ok=True)
-        left = [name for name in ("ray", "store") if not _stopped(self.home, name)]
-        assert not left, f"still running 30 s after the last user: {left}"
-
-
-def wait_until(condition: Callable[[], Any], *, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s"
-        time.sleep(0.05)
+        for name in ("ray", "store"):
+            wait_until(lambda name=name: _stopped(self.home, name), f"{name} still runs after its last user")
 
 
 def _stopped(home: Path, name: str) -> bool:
     service = Service(name, name, home, start_timeout_s=1.0)
-    deadline = time.monotonic() + 30
-    while (home / name).is_dir() and time.monotonic() < deadline:
-        with service._keeper_lock() as free:
-            if free is not None:
-                return True
-        time.sleep(0.05)
-    return not (home / name).is_dir()
+    if not (home / name).is_dir():
+        return True
+    with service._keeper_lock() as free:
+        return free is not None
 
 
 def _start_time(pid: int) -> str | None:

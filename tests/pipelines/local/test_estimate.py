@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from components.config.schema import RunConfig
 from pipelines.local import estimate
+from tests.waiting import PATIENCE_S, wait_until
 
 ESTIMATE = {
     "processor": {"name": "AMD EPYC 7R13 Processor", "kind": "AVX2", "cores": 2},
@@ -63,10 +63,7 @@ def test_an_estimate_that_fails_is_a_line_and_no_failure(make_config: Callable[.
 @pytest.mark.slow
 def test_beside_a_run_that_starts_it_is_told_once(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with estimate.told_meanwhile(make_config(), tmp_path / "nowhere.toml", tmp_path) as news:
-        deadline = time.monotonic() + 60
-        while not (lines := news()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert "nowhere.toml" in lines[0]
+        assert "nowhere.toml" in wait_until(news)[0]
         assert news() == []
 
 
@@ -78,13 +75,10 @@ def test_it_ends_with_the_run_that_it_was_made_beside(make_config: Callable[...,
         gave_up.set()
         config.write_text("", encoding="utf-8")
 
-    at_last = threading.Timer(30, give_up)
+    at_last = threading.Timer(2 * PATIENCE_S, give_up)
     at_last.start()
     with estimate.told_meanwhile(make_config(), config, tmp_path):
-        deadline = time.monotonic() + 20
-        while not (working := running(config)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert working
+        wait_until(lambda: running(config))
     at_last.cancel()
     assert not gave_up.is_set()
     assert not running(config)

@@ -2,12 +2,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.local import guard
+from tests.waiting import PATIENCE_S, wait_until
 
 # A command that ignores SIGTERM and leaves a daemon in a session of its own, as a Ray job's driver does.
 STUBBORN = """
@@ -39,11 +39,8 @@ time.sleep(600)
 
 
 def started(directory: Path, count: int) -> set[int]:
-    deadline = time.monotonic() + 10
-    while len(found := {int(path.name) for path in directory.iterdir()}) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
+    wait_until(lambda: len(list(directory.iterdir())) >= count)
+    return {int(path.name) for path in directory.iterdir()}
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -65,10 +62,7 @@ def test_a_command_that_ignores_its_end_and_its_daemon_end_when_the_owner_is_kil
     assert alive(pids) == pids
     owner.kill()
     owner.communicate()
-    deadline = time.monotonic() + 5
-    while alive(pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not alive(pids))
 
 
 def test_stop_ends_the_command_with_sigterm_first(tmp_path):
@@ -81,10 +75,7 @@ def test_stop_ends_the_command_with_sigterm_first(tmp_path):
             stdout=log.fileno(),
             directory=tmp_path,
         )
-    deadline = time.monotonic() + 10
-    while not (tmp_path / "up").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until((tmp_path / "up").exists)
     guard.stop(process)
     assert (tmp_path / "asked").read_text() == "asked\n"
     guard.stop(process)  # harmless
@@ -100,5 +91,5 @@ def test_the_guard_ends_with_the_commands_status(tmp_path, status):
             stdout=log.fileno(),
             directory=tmp_path,
         )
-    assert process.wait(10) == status
+    assert process.wait(PATIENCE_S) == status
     guard.stop(process)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from components.shared.errors import DataError, JobError
 from pipelines.local.job import Job, answer
 from pipelines.local.service import ROOT, job_environment
+from tests.waiting import wait_until
 
 JOB = """
 import json, sys
@@ -104,10 +104,7 @@ def test_a_job_talks_at_a_terminal_and_goes_with_its_caller(number: signal.Signa
         os.write(ours, b"typed\n")
         assert caller.stdout.readline() == "heard typed\n"
         caller.send_signal(number)
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
         caller.communicate()
     os.close(ours)
     os.close(theirs)

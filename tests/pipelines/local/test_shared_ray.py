@@ -93,7 +93,7 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert (temp_dir / "ray").stat().st_mode & 0o777 == 0o777  # Ray's own doing, for which it lies in a closed folder
     assert temp_dir.stat().st_mode & 0o777 == 0o700
     user.kill()
-    machine.wait_gone(processes, within_s=15)
+    machine.wait_gone(processes)
     assert not temp_dir.exists()
     assert (machine.home / "ray" / "logs" / "raylet.out").is_file()  # kept for whoever looks for the reason
 
@@ -109,7 +109,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     assert any("time.sleep(600)" in command for command in commands), "the job's driver is not among the processes"
     temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
     os.kill(machine.keeper_pid(service), signal.SIGKILL)
-    machine.wait_gone(processes, within_s=20)
+    machine.wait_gone(processes)
 
     # The next user gets a new head at the same address, and what the killed one left in the temporary folder is gone.
     second = machine.user(ray=True)
@@ -139,7 +139,7 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
     assert machine.alive(processes) == set(processes)
     assert ray_down(machine.home)
     assert not machine.alive(processes)
-    machine.wait_gone(of_store, within_s=15)  # the head was its last user
+    machine.wait_gone(of_store)  # the head was its last user
     with local_services(machine.home, bucket="bucket-one"):
         assert store_service(machine.home).endpoint() is None
         assert machine.keeper_pid(head) not in processes

@@ -18,8 +18,7 @@ from botocore.config import Config
 from components.shared.errors import GroundError
 from pipelines.local.local_services import local_services, store_down, store_environment, store_service, store_up
 from pipelines.local.service import ROOT
-
-WITHIN_S = 8.0  # the keeper looks every 0.25 s and the server takes 1 to 2 s to stop
+from tests.waiting import PATIENCE_S
 
 
 def client(environment: dict[str, str]) -> Any:
@@ -49,7 +48,7 @@ def test_two_users_share_one_server_which_survives_the_first_ones_exit_and_goes_
     assert machine.alive(processes) == set(processes)
 
     second.leave()
-    machine.wait_gone(processes, within_s=WITHIN_S)
+    machine.wait_gone(processes)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_the_server_goes_and_its_ports_close_when_its_user_is_killed(machine, nu
     ports = machine.listeners(processes)
     assert int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]) in ports
     user.kill(number)
-    machine.wait_gone(processes, within_s=WITHIN_S)
+    machine.wait_gone(processes)
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
@@ -80,7 +79,7 @@ def test_nothing_is_left_when_a_part_is_killed_and_the_next_user_gets_the_same_a
         pid for pid in processes if "guard.py" in Path(f"/proc/{pid}/cmdline").read_text() and pid != keeper
     )
     os.kill(keeper if victim == "keeper" else guard_pid, signal.SIGKILL)
-    machine.wait_gone(processes, within_s=WITHIN_S)
+    machine.wait_gone(processes)
 
     second = machine.user()
     assert second.environment == first.environment
@@ -142,7 +141,7 @@ def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(m
         store_down(machine.home)
     client(user.environment).head_bucket(Bucket="bucket-one")
     user.leave()
-    machine.wait_gone(processes, within_s=WITHIN_S)
+    machine.wait_gone(processes)
 
 
 @pytest.mark.slow
@@ -150,7 +149,7 @@ def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
     store_up(machine.home, "bucket-one")
     processes = machine.processes(store_service(machine.home))
     shutil.rmtree(machine.home)
-    machine.wait_gone(processes, within_s=WITHIN_S)
+    machine.wait_gone(processes)
 
 
 @pytest.mark.slow
@@ -162,7 +161,7 @@ def test_users_that_start_at_once_get_one_server(machine):
         subprocess.Popen([sys.executable, "-c", code, str(machine.home)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for _ in range(4)
     ]
-    answers = {process.communicate(timeout=60)[0].strip() for process in starting}
+    answers = {process.communicate(timeout=PATIENCE_S)[0].strip() for process in starting}
     assert answers == {store_environment(machine.home)["AWS_ENDPOINT_URL"]}
     log = (machine.home / "store" / "keeper.log").read_text()
     assert log.count("is up at") == 1

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ray_jobs.base import base_model, chat_format
 from tests.doubles import hub
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 RESOLVE = """
@@ -317,15 +317,13 @@ def test_a_file_that_a_package_does_not_hold_names_those_it_does(file, package):
 # Hub ids
 
 
-def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path):
     with socket.socket() as held:  # bound and not listening: a connection is refused
         held.bind(("127.0.0.1", 0))
-        began = time.monotonic()
         process = in_a_process(
             "org/name", HF_ENDPOINT=f"http://127.0.0.1:{held.getsockname()[1]}", HF_HOME=str(tmp_path)
         )
-        _, told = process.communicate(timeout=60)
-    assert time.monotonic() - began < 20
+        _, told = process.communicate(timeout=PATIENCE_S)
     assert told.strip().splitlines()[-1] == (
         "components.shared.errors.ConfigError: model.base 'org/name': no such local folder, and the model hub cannot "
         "be reached to look for it there"
@@ -342,7 +340,7 @@ def test_of_a_hub_model_the_weights_are_fetched_once(tiny_base, tmp_path):
         (folder / name).write_text("{}")
     with hub.serving("org/name", folder) as served:
         process = in_a_process("org/name", HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"))
-        found, told = process.communicate(timeout=60)
+        found, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, told
     path = Path(found.strip().splitlines()[-1])
     assert path.name == hub.COMMIT

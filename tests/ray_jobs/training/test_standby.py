@@ -18,6 +18,7 @@ import pytest
 from components.shared.errors import DataError
 from ray_jobs.training import standby
 from ray_jobs.training.standby import Standby
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -117,11 +118,8 @@ def loses_the_board(workers: Standby) -> Any:
 
 def began(folder: Path, number: int) -> list[int]:
     """The processes of so many workers, as soon as they are there."""
-    deadline = time.monotonic() + ENDING_S
-    while len(found := sorted(folder.glob("began-*"))) < number:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return [int(path.name.rpartition("-")[2]) for path in found]
+    wait_until(lambda: len(list(folder.glob("began-*"))) >= number)
+    return [int(path.name.rpartition("-")[2]) for path in sorted(folder.glob("began-*"))]
 
 
 def trains(workers: Standby, _: Path) -> None:
