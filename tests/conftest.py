@@ -1,5 +1,6 @@
 """What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
 
+import gc
 import os
 import signal
 import uuid
@@ -27,6 +28,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that runs the tests in the background lets them, and every process that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+STARTS_SERVERS = {"machine", "stub_cluster", "server", "cluster", "control_plane"}
+"""Fixtures that start a server for a test; what is marked e2e starts Ray."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `pytest -m cluster` runs against."""
@@ -38,9 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a cluster its tests are skipped. Of processes that share the files, none takes a long one at the end:
-    first come those that start Ray, then files of a test or two, which have no more because they are long.
+    """Without a cluster its tests are skipped. One that starts servers is tried once more, as any process may take a
+    port between the choice and the bind; the closing lines name it. Of processes that share the files, none takes a
+    long one at the end: first come those that start Ray, then files of a test or two, which have no more because they
+    are long.
     """
+    for item in items:
+        if item.get_closest_marker("e2e") or STARTS_SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     if not config.getoption("--host"):
         for item in items:
             if item.get_closest_marker("cluster"):
@@ -48,6 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, tests[item.path] > 2, -tests[item.path]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaks_are_found_where_they_were_made() -> Iterator[None]:
+    """A socket that nobody closed is an error of whichever test runs when Python collects it: so, of the same file."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
