@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import logging
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from components.shared.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+COMMIT = re.compile("[0-9a-f]{40}")
 STRINGS = str | list[str]
 Read = TypeVar("Read", bound=Section)
 
@@ -77,25 +79,35 @@ def validate(
         ) from exc
 
 
-def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str) -> RunConfig:
+def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str, commit: str = "") -> RunConfig:
     """The config, with the base and the method of a stored one: what running an adapter takes of its own run's.
 
     Another release may have stored it. Nothing but those two sections is read, keys of theirs that this release does
     not know are passed over, and what could not be trained any more can still be run. A base's own Python code runs
-    only where this config allows it, whatever the stored one says.
+    only where this config allows it, which it does for its own base and revision alone. `commit` is the one at which
+    the stored base is fetched from its hub; empty for any other.
 
     Raises:
         ConfigError: a value that is needed is missing, or not one that this release can use; or the base comes with
-            code, and `model.trust_remote_code` of this config does not allow it.
+            code, and this config does not allow that of this base to run.
     """
     model = _read_stored(ModelConfig, stored.get("model", {}), origin=f"{origin}: model")
     method = _read_stored(MethodConfig, stored.get("method", {}), origin=f"{origin}: method")
-    if model.trust_remote_code and not config.model.trust_remote_code:
+    if model.trust_remote_code and not _may_run_code(config.model, model, commit):
+        revision = commit or model.revision
+        allowed = f"allows that of {config.model.base} alone" if config.model.trust_remote_code else "allows none"
         raise ConfigError(
-            f"{origin}: its base {model.base} comes with Python code of its own, which nobody here has allowed to run: "
-            "read that code, then set model.trust_remote_code=true"
+            f"{origin}: its base {model.base}{revision and f' at {revision}'} comes with Python code of its own, and "
+            f"this config {allowed}: read that code, then set model.base={model.base}"
+            f"{revision and f' model.revision={revision}'} model.trust_remote_code=true"
         )
     return config.model_copy(update={"model": model, "method": method})
+
+
+def _may_run_code(own: ModelConfig, stored: ModelConfig, commit: str) -> bool:
+    """Whether consent to the config's own base covers the stored one: a commit covers itself, a branch its commits."""
+    revision = (commit or stored.revision) if COMMIT.fullmatch(own.revision) else stored.revision
+    return own.trust_remote_code and (own.base, own.revision) == (stored.base, revision)
 
 
 def _read_stored(section: type[Read], raw: Mapping[str, Any], *, origin: str) -> Read:

@@ -32,7 +32,7 @@ def read(config: RunConfig, store: Store, version: Version) -> Recorded:
 
     Raises:
         ConfigError: the base or the method is none that this release can use, or the base has code of its own and
-            `config` does not allow it.
+            `config` does not allow that of this base.
         IntegrityError: the lineage is not the one that was published, or lacks one of these.
     """
     lineage: Any = read_lineage(store, version)
@@ -43,4 +43,5 @@ def read(config: RunConfig, store: Store, version: Version) -> Recorded:
         identity = {str(key): str(value) for key, value in identity.items()}
     except (KeyError, TypeError, AttributeError) as exc:
         raise IntegrityError(f"{origin} does not say what the version was made from: {exc}") from exc
-    return Recorded(config_file.with_stored(config, stored, origin=origin), identity, str(dataset_uri), max_new_tokens)
+    own = config_file.with_stored(config, stored, origin=origin, commit=identity.get("commit", ""))
+    return Recorded(own, identity, str(dataset_uri), max_new_tokens)

@@ -161,7 +161,8 @@ class ChatFormat:
 def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
     """The base's own tokenizer and chat template, or the plain one where it has none.
 
-    Of a published adapter, whose files lie in `version`, those that it was trained with.
+    Of a published adapter, whose files lie in `version`, those that it was trained with. Where the base's code may run,
+    a version's files name none to run: the tokenizer is the base's, and of the version the template alone.
 
     Raises:
         ConfigError: its tokenizer has no end-of-sequence token.
@@ -171,8 +172,11 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     if base.path.suffix == ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
     else:
-        folder = version if version and (version / "tokenizer_config.json").is_file() else base.path
+        published = version if version and (version / "tokenizer_config.json").is_file() else None
+        folder = base.path if config.trust_remote_code else published or base.path
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        if config.trust_remote_code and published:
+            tokenizer.chat_template = _template_in(published)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -286,6 +290,16 @@ def _end_of_turn(tokenizer: Any, *, in_parts: bool) -> int:
     after = tokenizer(text.rpartition(_TEXT)[2].lstrip(), add_special_tokens=False)["input_ids"]
     markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(after[0]) if after and after[0] in markers else eos
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template of a saved tokenizer, in a file of its own or as a key."""
+    if (alone := folder / "chat_template.jinja").is_file():
+        return alone.read_text(encoding="utf-8")
+    template: str | None = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
+        "chat_template"
+    )
+    return template
 
 
 def _declared_stops(folder: Path) -> Iterator[int]:

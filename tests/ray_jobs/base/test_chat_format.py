@@ -234,6 +234,20 @@ def test_who_renders_what_is_published_asks_as_training_did(tmp_path, name):
     assert again.tokenizer.chat_template == chat.tokenizer.chat_template
 
 
+def test_where_a_bases_code_may_run_a_versions_own_does_not(tiny_base, tmp_path):
+    chat = chat_of(tiny_base)
+    chat.tokenizer.chat_template += "!"
+    chat.tokenizer.save_pretrained(tmp_path / "version")
+    settings = json.loads((tmp_path / "version/tokenizer_config.json").read_text())
+    named = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [None, "odd.Odd"]}}
+    (tmp_path / "version/tokenizer_config.json").write_text(json.dumps({**settings, **named}))
+    (tmp_path / "version/odd.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    trusting = ModelConfig(base="x", trust_remote_code=True)
+    found = chat_format.load(Base("base", tiny_base, {}), trusting, tmp_path / "version")
+    assert found.tokenizer.chat_template == chat.tokenizer.chat_template
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
     wanting = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
     family = dataclasses.replace(FAMILIES["chatml on a base's tokenizer"], template=wanting)
