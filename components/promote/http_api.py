@@ -1,6 +1,9 @@
 """JSON over HTTP to whoever is told of a promotion: few tries, short waits, nothing that can hold a run up."""
 
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import AnnounceError
@@ -13,31 +16,26 @@ PAUSE_S = 1
 BUSY = (429, 502, 503, 504)
 TIMEOUT_S = (5, 15)
 """To connect, and between two pieces of an answer."""
+PATIENCE_S = 30
+"""For all that one server is asked."""
+MOST_BYTES, MOST_ERROR_BYTES, CHUNK_BYTES = 4 * 2**20, 64 * 2**10, 8 * 2**10
+"""Kept of an answer and of an error, and read at once."""
 SHOWN = 200
 
 
 class HttpApi:
-    """One server. A server that is away or busy is asked again; a redirect is not followed, lest a token go along."""
+    """One server, which has PATIENCE_S for all that it is asked.
+
+    A server that is away or busy is asked again; a redirect is not followed, lest a token go along.
+    """
 
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
         """`token` is a bearer's, `login` a user's name and password."""
         from requests import Session
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
 
-        # The server's own Retry-After might be hours.
-        again = Retry(
-            total=TRIES - 1,
-            backoff_factor=PAUSE_S,
-            status_forcelist=BUSY,
-            allowed_methods=None,
-            raise_on_status=False,
-            respect_retry_after_header=False,
-        )
         self._url = url.rstrip("/")
+        self._until = time.monotonic() + PATIENCE_S
         self._session = Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=again))
         # As a header alone, an entry of ~/.netrc would replace it.
         self._session.auth = _bearer(token) if token else login
 
@@ -56,7 +54,7 @@ class HttpApi:
 
     def send(self, verb: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send an object, and return the answer as for `get`."""
-        return self._object(self._send(verb, path, body=body))
+        return self._object(self._send(verb, path, json=body))
 
     def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
         """Post bytes to the address itself; nobody reads the answer.
@@ -66,25 +64,42 @@ class HttpApi:
         """
         self._successful(self._send("POST", "", data=body, headers=headers))
 
-    def _send(
-        self,
-        verb: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        body: Mapping[str, Any] | None = None,
-        data: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> "Response":
+    def _send(self, verb: str, path: str, *, query: Mapping[str, str] | None = None, **sent: Any) -> "Response":
+        """Ask in a thread of its own: who sends a byte now and then would never run into a limit on a single wait."""
+        url = f"{self._url}{path}"
+        found: Future[Response] = Future()
+
+        def ask() -> None:
+            try:
+                found.set_result(self._ask(verb, url, params=query, **sent))
+            except Exception as exc:  # for the thread that waits
+                found.set_exception(exc)
+
+        Thread(target=ask, daemon=True).start()
+        try:
+            return found.result(max(0.0, self._until - time.monotonic()))
+        except TimeoutError as exc:
+            raise AnnounceError(f"{verb} {url}: no whole answer after {PATIENCE_S} s") from exc
+        except OSError as exc:  # as requests' errors are
+            raise AnnounceError(f"{verb} {url}: {exc}") from exc
+
+    def _ask(self, verb: str, url: str, **sent: Any) -> "Response":
         from requests import RequestException
 
-        url = f"{self._url}{path}"
-        try:
-            return self._session.request(
-                verb, url, params=query, json=body, data=data, headers=headers, timeout=TIMEOUT_S, allow_redirects=False
-            )
-        except RequestException as exc:
-            raise AnnounceError(f"{verb} {url}: {exc}") from exc
+        for left in reversed(range(TRIES)):
+            try:
+                response = self._session.request(
+                    verb, url, **sent, timeout=TIMEOUT_S, allow_redirects=False, stream=True
+                )
+                with response:
+                    if not left or response.status_code not in BUSY:
+                        _read(response, MOST_BYTES if response.ok else MOST_ERROR_BYTES)
+                        return response
+            except RequestException:
+                if not left:
+                    raise
+            time.sleep(PAUSE_S)
+        raise AssertionError("the last try returns or raises")
 
     def _object(self, response: "Response") -> dict[str, Any]:
         try:
@@ -102,6 +117,17 @@ class HttpApi:
             told = " ".join(response.text.split())[:SHOWN]
             raise AnnounceError(f"{response.request.method} {response.url} answered {response.status_code}: {told}")
         return response
+
+
+def _read(response: "Response", most_bytes: int) -> None:
+    """Keep so much of the body as the whole of it; the rest is not read."""
+    body = bytearray()
+    for chunk in response.iter_content(CHUNK_BYTES):
+        body += chunk
+        if len(body) >= most_bytes:
+            break
+    response._content = bytes(body[:most_bytes])  # what `text` and `json` read
+    response._content_consumed = True
 
 
 def _bearer(token: str) -> Any:

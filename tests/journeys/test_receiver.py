@@ -1,0 +1,147 @@
+"""Somebody promotes a version while the receiver that is told of it never ends its answer, or ends it with 400 MB.
+
+The version is one that a release wrote (tests/frozen), the receivers are sockets on loopback, and the judge is the
+kernel: how long the command's process lived, and its largest resident set (wait4).
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Thread, Timer
+
+import boto3
+import pytest
+
+from tests.frozen import registry
+from tests.journeys.conftest import Person
+
+pytestmark = [pytest.mark.e2e]
+
+LONGEST_S = 120
+"""Four times what the command gives a receiver; then it is killed."""
+LARGEST_MIB = 400
+"""The command alone takes some 130."""
+MB = 2**20
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command's process ended."""
+
+    exit_code: int
+    screen: str
+    seconds: float
+    mib: float
+
+
+def ends(person: Person, line: str) -> Ended:
+    """One command, run as the one process that the kernel then tells of."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as screen:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"], cwd=person.folder, env=person.environment, stdout=screen, stderr=screen
+        )
+        too_long = Timer(LONGEST_S, process.kill)
+        too_long.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        too_long.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        screen.seek(0)
+        return Ended(process.returncode, screen.read(), time.monotonic() - began, usage.ru_maxrss / 1024)
+
+
+@contextlib.contextmanager
+def receiving(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """An address whose every caller is read once and then answered so."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = server.accept()
+                Thread(target=answered, args=(caller,), daemon=True).start()
+
+    def answered(caller: socket.socket) -> None:
+        with caller, contextlib.suppress(OSError):
+            caller.recv(65536)
+            answer(caller)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def dripping(beginning: bytes) -> Callable[[socket.socket], None]:
+    def answer(caller: socket.socket) -> None:
+        caller.sendall(beginning)
+        while True:
+            caller.sendall(b"a")
+            time.sleep(2)
+
+    return answer
+
+
+def huge(status: str) -> Callable[[socket.socket], None]:
+    def answer(caller: socket.socket) -> None:
+        caller.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {400 * MB}\r\n\r\n".encode())
+        for _ in range(400):
+            caller.sendall(b"x" * MB)
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def owner(person: Person) -> Person:
+    """Somebody whose store holds what release 0.1.0 left in it."""
+    lines = person.does("fineloop store up && fineloop store env").stdout.splitlines()
+    variables = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=variables["AWS_ENDPOINT_URL"].strip("'\""),
+        aws_access_key_id=variables["AWS_ACCESS_KEY_ID"].strip("'\""),
+        aws_secret_access_key=variables["AWS_SECRET_ACCESS_KEY"].strip("'\""),
+        region_name="us-east-1",
+    )
+    s3.create_bucket(Bucket=registry.BUCKET)
+    folder = registry.HERE / "0.1.0" / "registry"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            key = f"{registry.PREFIX}/{path.relative_to(folder).as_posix()}"
+            s3.put_object(Bucket=registry.BUCKET, Key=key, Body=path.read_bytes())
+    return person
+
+
+def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: Person) -> None:
+    place = " ".join(registry.PLACE)
+    beginnings = {
+        "slow-head": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+        "slow-body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n",
+    }
+
+    def promoted(alias: str) -> Ended:
+        with receiving(dripping(beginnings[alias])) as url:
+            told = f"--set announce.mlflow={url}"
+            return ends(owner, f"fineloop adapters promote colours@production --alias {alias} {place} {told}")
+
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(beginnings, pool.map(promoted, beginnings), strict=True))
+    for alias, ended in found.items():
+        assert ended.exit_code == 0, ended
+        assert "announce.mlflow was not told" in ended.screen
+        assert f"fineloop adapters announce colours@{alias}" in ended.screen
+        assert alias in owner.does(f"fineloop adapters show colours@{alias} {place}").stdout
+
+
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "503 Service Unavailable", "200 OK"])
+def test_an_answer_of_400_mb_takes_neither_memory_nor_time(owner: Person, status: str) -> None:
+    place = " ".join(registry.PLACE)
+    with receiving(huge(status)) as url:
+        ended = ends(owner, f"fineloop adapters announce colours@production {place} --set announce.mlflow={url}")
+    assert ended.exit_code == 1, ended.screen
+    assert "xxxx" in ended.screen
+    assert ended.mib < LARGEST_MIB, ended
