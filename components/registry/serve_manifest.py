@@ -4,20 +4,35 @@ A version is served under its own id and never an alias's: vLLM answers from the
 adapter of the same name (vllm-project/vllm#42125), so that moving an alias is asking for another name.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from components.config.config_file import COMMIT
 from components.registry import serving
+from components.registry.serving import FOLDER_VARIABLE
 from components.registry.store import Store
-from components.registry.versions import Version, read_lineage
-from components.registry.vllm_resolver import FOLDER_VARIABLE
-from components.shared.errors import UserError
+from components.registry.versions import Version, read_file, read_lineage
+from components.shared.errors import IntegrityError, UserError
 
 Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
 KSERVE_MAX_RANK = 64
 """The --max-lora-rank that KServe's own runtime starts vLLM with; a larger one is set in the manifest."""
 MOST_ADAPTERS = 16
+CONFIG = "adapter_config.json"
+HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+"""Begins as no option does: the name comes from a version's files, and is written into a command."""
+FOLDER = re.compile(r"/[^\x00-\x1f]*")
+S3_FOLDER = re.compile(r"s3://[^\x00-\x1f]+")
+READ_BY: Mapping[Server, Sequence[re.Pattern[str]]] = {
+    "ray-serve": [HUB_ID],
+    "kserve": [HUB_ID, S3_FOLDER],
+    "vllm": [HUB_ID, FOLDER],
+    "vllm-resolver": [HUB_ID, FOLDER],
+}
+"""The names of bases that each server reads: vLLM a folder of its own machine too."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +48,45 @@ class Served:
 
 
 def served(store: Store, version: Version) -> Served:
-    """What serving the version takes.
+    """What serving the version takes: rank and base as its adapter_config.json has them, which is what servers read.
 
     Raises:
-        UserError: it cannot be served as it is, or its base is no model of a hub.
+        UserError: it cannot be served as it is.
+        IntegrityError: it does not say what it stands on, or its files are not those of its manifest.
     """
-    lineage = read_lineage(store, version)
-    kind = serving.recorded(lineage)
+    lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)
+    try:
+        kind, identity = serving.recorded(lineage), lineage["base"]["identity"]
+        base = adapter["base_model_name_or_path"]
+        rank = max(adapter["r"], *adapter.get("rank_pattern", {}).values(), 1)
+        revision = identity.get("commit", "")
+        if revision and not COMMIT.fullmatch(revision):
+            raise ValueError(f"{revision!r} is no commit")
+        if identity["kind"] == "folder" and "://" not in base:
+            base = str(Path(base).expanduser().absolute())
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise IntegrityError(f"{version.uri} does not say how it is served: {type(exc).__name__} {exc}") from exc
     if kind.servable_as != "lora":
         raise UserError(
             f"{version.name} {version.version} is not served as it is ({'; '.join(kind.notes)}): "
             "`fineloop adapters export` makes what servers load"
         )
-    config: Mapping[str, Any] = lineage.get("config", {})
-    base = str(lineage.get("base", {}).get("reference", ""))
-    if "://" in base or base.startswith(("/", ".")) or not base:
-        raise UserError(
-            f"{version.name} {version.version} stands on {base or 'no base that its lineage names'}, which no server "
-            "fetches by that name: publish the base on a hub, or `fineloop adapters export --merged`"
-        )
-    rank = serving.max_lora_rank(int(config.get("method", {}).get("r") or 0))
-    assert rank is not None  # else it is servable as merged only
-    revision = str(config.get("model", {}).get("revision") or "")
-    return Served(version.name, version.version, version.uri, base, revision, rank)
+    max_rank = serving.max_lora_rank(rank)
+    assert max_rank is not None  # else it is servable as merged only
+    return Served(version.name, version.version, version.uri, base, revision, max_rank)
 
 
 def manifest(facts: Served, server: Server) -> Any:
-    """What to write for this server, as values of YAML; for vLLM its command line, a word each."""
+    """What to write for this server, as values of YAML; for vLLM its command line, a word each.
+
+    Raises:
+        UserError: the server does not read a base that is named so.
+    """
+    if not any(pattern.fullmatch(facts.base) for pattern in READ_BY[server]):
+        raise UserError(
+            f"{facts.name} {facts.version} stands on {facts.base!r}, which --for {server} does not fetch by that name: "
+            "choose another server, publish the base on a hub, or `fineloop adapters export --merged`"
+        )
     return MANIFESTS[server](facts)
 
 
@@ -95,9 +122,10 @@ def _kserve(facts: Served) -> dict[str, Any]:
 
     Names are those of kserve/kserve, pkg/apis/serving/v1alpha1/llm_inference_service_types.go (LLMModelSpec, LoRASpec).
     """
+    hub = f"hf://{facts.base}{f':{facts.revision}' if facts.revision else ''}"
     model = {
-        "uri": f"hf://{facts.base}{f':{facts.revision}' if facts.revision else ''}",
-        "name": facts.base,
+        "uri": hub if HUB_ID.fullmatch(facts.base) else facts.base,
+        "name": facts.base.rstrip("/").rpartition("://")[2],
         "lora": {"adapters": [{"name": facts.version, "uri": facts.uri}]},
     }
     spec: dict[str, Any] = {"model": model}

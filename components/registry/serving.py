@@ -12,6 +12,8 @@ from components.config.methods import Method
 
 ServableAs = Literal["lora", "lora-export", "merged"]
 
+FOLDER_VARIABLE = "FINELOOP_LORA_FOLDER"
+"""Where the copies of a vLLM that asks the registry go: see vllm_resolver."""
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be: an adapter is served under the smallest that holds it."""
 VLLM_MODULES = {

@@ -205,18 +205,23 @@ def verify_version(store: Store, version: Version) -> Manifest:
 
 
 def read_lineage(store: Store, version: Version) -> dict[str, Any]:
-    """The version's lineage record.
+    """The version's lineage record; raises as `read_file`."""
+    return read_file(store, version, LINEAGE)
+
+
+def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
+    """One of the version's JSON files.
 
     Raises:
         IntegrityError: it is not the one in the manifest.
     """
     key = version_key(version.name, version.version)
     manifest = folders.read_manifest(store, key)
-    body = store.get(f"{key}/{LINEAGE}")
-    if manifest.files.get(LINEAGE) != folders.digest_of(body):
-        raise IntegrityError(f"{store.uri(key)}/{LINEAGE} is not the one that the manifest lists")
-    lineage: dict[str, Any] = decode_json(body, store.uri(f"{key}/{LINEAGE}"))
-    return lineage
+    body = store.get(f"{key}/{path}")
+    if manifest.files.get(path) != folders.digest_of(body):
+        raise IntegrityError(f"{store.uri(key)}/{path} is not the one that the manifest lists")
+    found: dict[str, Any] = decode_json(body, store.uri(f"{key}/{path}"))
+    return found
 
 
 def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer]) -> Version:

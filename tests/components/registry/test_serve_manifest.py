@@ -1,27 +1,48 @@
 """What servers are told: the layout is held to how Ray Serve LLM's own loader finds an adapter."""
 
 import ast
+import dataclasses
 import importlib.util
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.registry.serve_manifest import Served, manifest, served
+from components.registry.serve_manifest import CONFIG, MANIFESTS, Served, manifest, served
 from components.registry.store import Store
-from components.registry.versions import publish_version
-from components.shared.errors import UserError
+from components.registry.versions import Version, publish_version
+from components.shared.errors import IntegrityError, UserError
+from tests.frozen import registry
 
 FACTS = Served("icd", "v1", "s3://b/adapters/icd/versions/v1", "org/base", "abc", 16)
 
 
-def lineage(base: str = "org/base", rank: int = 24, kind: str = "lora") -> dict[str, Any]:
-    return {
-        "run_id": "r",
-        "base": {"reference": base},
-        "config": {"method": {"r": rank}, "model": {"revision": None}},
-        "recipe": {"serving": {"servable_as": kind, "notes": ["its magnitudes make it no LoRA"]}},
-    }
+@dataclass(frozen=True)
+class Written:
+    """A version that a run of release 0.1.0 wrote, to be published with other words in it."""
+
+    files: dict[str, bytes]
+    lineage: dict[str, Any]
+    adapter: dict[str, Any]
+
+    def published(self, store: Store) -> Version:
+        config = json.dumps(self.adapter).encode()
+        return publish_version(store, "icd", {**self.files, CONFIG: config}, lineage=self.lineage)
+
+
+def written(*, run_id: str = "promoted", base: str = "org/base", commit: str = "a" * 40) -> Written:
+    """By the run `run_id`; its base is a hub's where one is named."""
+    runs = registry.HERE / "0.1.0" / "registry"
+    version = json.loads((runs / "runs" / run_id / "finetune.json").read_text())["version"]
+    files = {path.name: path.read_bytes() for path in (runs / "adapters/colours/versions" / version).iterdir()}
+    lineage, adapter = json.loads(files["lineage.json"]), json.loads(files[CONFIG])
+    if base:
+        lineage["base"] = {"reference": base, "identity": {"kind": "hub", "commit": commit}}
+        adapter["base_model_name_or_path"] = base
+    kept = {"adapter_model.safetensors": files["adapter_model.safetensors"]}
+    return Written(kept, {key: value for key, value in lineage.items() if key != "files"}, adapter)
 
 
 def test_ray_serve_finds_a_version_by_its_folder_as_its_own_loader_joins_it() -> None:
@@ -57,13 +78,55 @@ def test_kserve_and_vllm_name_the_version_and_the_rank_that_they_must_allow() ->
     )
 
 
-def test_what_cannot_be_served_as_it_is_is_refused_with_the_way_out(store: Store) -> None:
-    def facts(number: int, **fields: Any) -> Served:
-        files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
-        return served(store, publish_version(store, "icd", files, lineage=lineage(**fields)))
+@pytest.mark.parametrize(("rank", "pattern", "allowed"), [(4, {}, 8), (24, {}, 32), (4, {"layers.0.mlp": 48}, 64)])
+def test_the_rank_that_servers_must_allow_holds_that_of_the_adapters_own_config(
+    store: Store, rank: int, pattern: dict[str, int], allowed: int
+) -> None:
+    made = written()
+    version = dataclasses.replace(made, adapter={**made.adapter, "r": rank, "rank_pattern": pattern}).published(store)
+    # Of vLLM's choices the smallest that holds it: vllm/config/lora.py, MaxLoRARanks.
+    assert f"--max-lora-rank {allowed} " in " ".join(manifest(served(store, version), "vllm"))
 
-    assert facts(1).max_lora_rank == 32  # the smallest of vLLM's that holds 24
+
+def test_a_server_gets_the_base_that_the_adapter_stands_on_by_a_name_that_it_reads(store: Store) -> None:
+    plain, own = (written(run_id=run_id, base="").published(store) for run_id in ("promoted", "held"))
+    for version, base in ((plain, "given/base"), (own, "bases/6b23e4f55dbbd7fd")):  # LoftQ's has a base of its own
+        uri = f"s3://{registry.BUCKET}/{registry.PREFIX}/{base}"
+        assert manifest(served(store, version), "kserve")["spec"]["model"]["uri"] == uri
+        for server in ("vllm", "vllm-resolver", "ray-serve"):
+            with pytest.raises(UserError, match=rf"stands on '{uri}', which --for {server} does not fetch"):
+                manifest(served(store, version), server)
+    made = written(base="models/base")
+    made.lineage["base"]["identity"] = {"kind": "folder", "sha256": "0"}
+    here = served(store, made.published(store))
+    assert manifest(here, "vllm")[2] == str(Path.cwd() / "models/base")
+    with pytest.raises(UserError, match="--for kserve does not fetch"):
+        manifest(here, "kserve")
+
+
+@pytest.mark.parametrize(
+    "base", ["--trust-remote-code", "org/--x", "pkg://x/y.gguf", "", "a b", "org/base\n--x", "../x"]
+)
+def test_a_name_that_a_server_could_take_for_anything_else_is_refused(store: Store, base: str) -> None:
+    made = written()
+    version = dataclasses.replace(made, adapter={**made.adapter, "base_model_name_or_path": base}).published(store)
+    for server in MANIFESTS:
+        with pytest.raises(UserError, match=r"stands on '.*does not fetch by that name"):
+            manifest(served(store, version), server)
+
+
+def test_what_cannot_be_served_as_it_is_is_refused_with_the_way_out(store: Store) -> None:
+    made = written()
+    made.lineage["recipe"]["serving"] = {"servable_as": "merged", "notes": ["its magnitudes make it no LoRA"]}
     with pytest.raises(UserError, match=r"not served as it is .its magnitudes.*adapters export"):
-        facts(2, kind="merged")
-    with pytest.raises(UserError, match=r"stands on pkg://x/y.gguf, which no server fetches"):
-        facts(3, base="pkg://x/y.gguf")
+        served(store, made.published(store))
+
+
+@pytest.mark.parametrize(
+    ("section", "value"), [("base", None), ("recipe", {}), ("base", {"identity": {"commit": "--x"}})]
+)
+def test_a_lineage_that_does_not_say_what_serving_takes_is_one_sentence(store: Store, section: str, value: Any) -> None:
+    made = written()
+    version = dataclasses.replace(made, lineage={**made.lineage, section: value}).published(store)
+    with pytest.raises(IntegrityError, match="does not say how it is served"):
+        served(store, version)
