@@ -8,16 +8,21 @@ it gets is named by its version: vLLM answers from the prefixes that it cached o
 """
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
-from components.registry import serving
+from components.registry.aliases import held_versions
+from components.registry.serve_manifest import served
+from components.registry.serving import FOLDER_VARIABLE
 from components.registry.store import Store
-from components.registry.versions import pull_version, read_lineage, resolve
+from components.registry.versions import pull_version, resolve
 from components.shared.errors import ObjectMissing, UserError
 
 if TYPE_CHECKING:
@@ -25,19 +30,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "FINELOOP_LORA_FOLDER"
-"""Where vLLM's copies go. Without it `register` does nothing."""
 CONFIG_VARIABLE = "FINELOOP_LORA_CONFIG"
 """A config whose section `registry` says where the registry lies and whom it trusts; without it, the default's."""
+ANY_VARIABLE = "FINELOOP_LORA_ANY_VERSION"
+"""1 serves what no alias points at and none ever held, such as a version that the gate refused."""
 NAME = "fineloop"
+COPIES = "copies"
+"""Below the folder, which may hold what is somebody's own."""
 
 
 class RegistryResolver:
     """What vLLM takes for one of its `LoRAResolver`s."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self._store, self._folder = store, folder
+    def __init__(self, store: Store, folder: Path, *, any_version: bool = False) -> None:
+        self._store, self._folder, self._any_version = store, folder / COPIES, any_version
         self._one_at_a_time = asyncio.Lock()
+        self._lock: int | None = None
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> "LoRARequest | None":
         """The version that the name means, at its verified copy; None where the registry has none for this base.
@@ -59,18 +67,32 @@ class RegistryResolver:
     def _fetched(self, base_model_name: str, lora_name: str) -> tuple[str, Path] | None:
         try:
             version = resolve(self._store, lora_name)
+            known = self._any_version or version.aliases
+            if not known and version.version not in held_versions(self._store, version.name):
+                raise UserError(f"no alias points at it or ever held it, and {ANY_VARIABLE} is not 1")
+            facts = served(self._store, version)
+            if facts.base != base_model_name:
+                raise UserError(f"it stands on {facts.base}")
         except (UserError, ObjectMissing) as exc:
-            logger.info("%s is no adapter of the registry: %s", lora_name, exc)
+            logger.warning("%s is not served on %s: %s", lora_name, base_model_name, exc)
             return None
-        lineage = read_lineage(self._store, version)
-        base, kind = lineage["base"]["reference"], serving.recorded(lineage)
-        if base != base_model_name or kind.servable_as != "lora":
-            why = f"it stands on {base}" if base != base_model_name else "; ".join(kind.notes)
-            logger.warning("%s %s is not served on %s: %s", version.name, version.version, base_model_name, why)
-            return None
+        if self._lock is None:
+            self._lock = _taken(self._folder)
         target = self._folder / f"{version.name}-{version.version}"
         pull_version(self._store, version, target)
         return f"{version.name}@{version.version}", target
+
+
+def _taken(folder: Path) -> int:
+    """A lock on a folder for copies until this process ends: vLLM may read one again. Emptied where nobody has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for copy in folder.iterdir():
+            shutil.rmtree(copy)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
 
 
 def register() -> None:
@@ -87,4 +109,7 @@ def register() -> None:
     config = os.environ.get(CONFIG_VARIABLE, "")
     registry = config_file.load(Path(config)).registry if config else RegistryConfig()
     LoRAResolver.register(RegistryResolver)
-    LoRAResolverRegistry.register_resolver(NAME, RegistryResolver(Store.open(registry), Path(folder).absolute()))
+    resolver = RegistryResolver(
+        Store.open(registry), Path(folder).absolute(), any_version=os.environ.get(ANY_VARIABLE) == "1"
+    )
+    LoRAResolverRegistry.register_resolver(NAME, resolver)

@@ -46,6 +46,7 @@ class Server:
     """OpenAIServingModels, as far as adapters go."""
 
     def __init__(self, registry: Registry, base_model_name: str) -> None:
+        self.registry = registry
         self.resolvers = list(registry.resolvers.values())
         self.base_model_name = base_model_name
         self.lora_requests: dict[str, LoRARequest] = {}

@@ -1,16 +1,21 @@
 """vLLM, asked for adapters by name: it gets verified copies that are named by their version."""
 
 import asyncio
+import contextlib
 import importlib
 import json
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import pytest
 
 from components.registry import vllm_resolver
 from components.registry.aliases import promote
+from components.registry.event_log import append_event
 from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import IntegrityError
@@ -20,10 +25,11 @@ from tests.doubles.vllm import Server
 ROOT = Path(__file__).parents[3]
 
 
-def published(store: Store, weights: bytes, *, base: str = "org/base", servable_as: str = "lora") -> str:
+def published(store: Store, weights: bytes, *, base: str = "org/base", servable_as: str = "lora", **more: Any) -> str:
     recipe = {"serving": {"servable_as": servable_as, "notes": ["its magnitudes make it no LoRA"]}}
-    lineage = {"run_id": "r", "base": {"reference": base}, "recipe": recipe}
-    files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+    lineage = {"run_id": "r", "base": {"reference": base, "identity": {"kind": "hub"}}, "recipe": recipe, **more}
+    config = json.dumps({"r": 8, "base_model_name_or_path": base}).encode()
+    files = {"adapter_model.safetensors": weights, "adapter_config.json": config}
     return publish_version(store, "icd", files, lineage=lineage).version
 
 
@@ -91,7 +97,7 @@ def test_one_version_asked_for_by_several_names_at_once_is_fetched_once(server: 
 
 @pytest.mark.parametrize("name", ["org/other-lora", "icd@staging", "unknown", "../icd"])
 def test_what_the_registry_does_not_have_is_left_to_other_resolvers(server: Server, store: Store, name: str) -> None:
-    published(store, b"one")
+    promote(store, "icd", published(store, b"one"))
     assert asyncio.run(server.resolve_lora(name)) is None
 
 
@@ -99,17 +105,60 @@ def test_what_the_registry_does_not_have_is_left_to_other_resolvers(server: Serv
 def test_an_adapter_of_another_base_or_no_lora_is_not_served(
     server: Server, store: Store, tmp_path: Path, made: dict[str, str]
 ) -> None:
-    published(store, b"one", **made)
+    promote(store, "icd", published(store, b"one", **made))
     assert asyncio.run(server.resolve_lora("icd")) is None
     assert not (tmp_path / "copies").exists()
 
 
+def test_only_what_an_alias_points_at_or_held_is_served_unless_an_option_says_otherwise(
+    server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held, holds, refused = (published(store, weights) for weights in (b"one", b"two", b"three"))
+    promote(store, "icd", held)
+    promote(store, "icd", holds)
+    # Whoever trains may write events: one that names no move of the alias's own changes nothing.
+    body = {"alias": "production", "from": holds, "to": refused, "manifest_sha256": "0" * 64}
+    append_event(store, "icd", "promoted", body)
+    found = {each: asyncio.run(server.resolve_lora(f"icd@{each}")) for each in (held, holds, refused)}
+    assert [each for each, request in found.items() if request] == [held, holds]
+    assert "FINELOOP_LORA_ANY_VERSION is not 1" in caplog.text
+    monkeypatch.setenv(vllm_resolver.ANY_VARIABLE, "1")
+    vllm_resolver.register()
+    anew = Server(server.registry, "org/base")
+    assert asyncio.run(anew.resolve_lora(f"icd@{refused}"))
+
+
+def test_a_lineage_without_its_base_is_one_sentence(server: Server, store: Store) -> None:
+    promote(store, "icd", published(store, b"one", recipe={}))
+    with pytest.raises(IntegrityError, match="does not say how it is served"):
+        asyncio.run(server.resolve_lora("icd"))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_copies_of_vllms_that_have_ended_are_removed_and_of_one_that_runs_they_are_not(
+    server: Server, store: Store, tmp_path: Path, in_use: bool
+) -> None:
+    version = published(store, b"one")
+    promote(store, "icd", version)
+    old, own = tmp_path / "copies/copies/icd-v0", tmp_path / "copies/pulled-by-hand"
+    old.mkdir(parents=True)
+    own.mkdir()
+    holder = ["flock", "--shared", str(tmp_path / "copies/copies.lock"), "sh", "-c", "echo held; read line"]
+    with contextlib.ExitStack() as stack:
+        if in_use:
+            vllm_beside = stack.enter_context(subprocess.Popen(holder, stdin=PIPE, stdout=PIPE))
+            assert vllm_beside.stdout.readline() == b"held\n"
+        assert asyncio.run(server.resolve_lora("icd"))
+        assert (old.exists(), own.exists()) == (in_use, True)
+
+
 def test_a_damaged_version_is_served_by_nobody(server: Server, store: Store, tmp_path: Path) -> None:
     version = published(store, b"one")
+    promote(store, "icd", version)
     store.put(f"adapters/icd/versions/{version}/adapter_model.safetensors", b"0ne")
     with pytest.raises(IntegrityError, match="adapter_model"):
         asyncio.run(server.resolve_lora("icd"))
-    assert list((tmp_path / "copies").iterdir()) == []
+    assert list((tmp_path / "copies/copies").iterdir()) == []
 
 
 def test_a_vllm_that_is_not_told_where_to_keep_copies_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
