@@ -112,7 +112,8 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
 
 
 def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
-    texts = [(record.id, row) for record in records for row in chat.rows(record, loss_on)]
+    rows_of = zip(records, chat.rows_of(records, loss_on), strict=True)
+    texts = [(record.id, row) for record, rows in rows_of for row in rows]
     ids, rows, labels, num_prompt_tokens, too_long, cut = [], [], [], [], [], []
     for (record_id, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
         *before, last = pieces

@@ -1,4 +1,4 @@
-"""Bounds for what a base or a config brings along to be run here: a chat template, a pattern."""
+"""Bounds for what a config brings along to be run here, such as a pattern."""
 
 import contextlib
 import signal

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.config.schema import LossOn, ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
+from ray_jobs.base import rendering
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.bounded import MORE_BYTES, SECONDS, bounded
+from ray_jobs.base.rendering import RefusedByTemplate
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -32,11 +33,19 @@ CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
 """Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
 """What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
+Turn = Mapping[str, Any]
+"""As templates read one."""
 _TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
 
 
-class _Refused(Exception):
-    """A template makes nothing of such turns."""
+@dataclass(frozen=True)
+class _Asked:
+    """What a template is to write."""
+
+    turns: Sequence[Turn]
+    add_generation_prompt: bool
+    tools: str = ""
+    """As JSON, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -72,32 +81,58 @@ class ChatFormat:
         Raises:
             DataError: the template refuses the record, or its answer is a block of reasoning and nothing after it.
         """
-        self._require_tools_known(record)
-        turns = [*(_turn(message) for message in record.prompt), _answer(record)]
-        roles = [turn["role"] for turn in turns]
-        answers = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
-        if loss_on == "last":
-            answers = answers[-1:]
-        rows = [self._asked_and_answered(record, turns[:place], turns[place]) for place in answers]
-        joined: list[str] = []
-        for prompt, answer in rows:
-            before = "".join(joined)
-            if not prompt.startswith(before):
-                return [list(row) for row in rows]
-            joined += [prompt[len(before) :], answer]
-        return [joined]
+        return next(self.rows_of([record], loss_on))
 
-    def _asked_and_answered(
-        self, record: Record, asked: Sequence[Mapping[str, Any]], answered: Mapping[str, Any]
-    ) -> tuple[str, str]:
+    def rows_of(self, records: Sequence[Record], loss_on: LossOn = "last") -> Iterator[list[list[str]]]:
+        """`rows` of each, all of them rendered together."""
+        told = [(record, self._answers(record, loss_on)) for record in records]
+        found = iter(
+            _rendered(
+                self.tokenizer,
+                [
+                    _Asked(turns, add_generation_prompt=not with_answer, tools=record.tools)
+                    for record, answers in told
+                    for asked, answer in answers
+                    for with_answer, turns in ((False, asked), (True, [*asked, answer]))
+                ],
+                thinking=self.thinking,
+                in_parts=self.in_parts,
+            )
+        )
+        for record, answers in told:
+            rows = [self._asked_and_answered(record, *each, next(found), next(found)) for each in answers]
+            yield _joined(rows)
+
+    def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
+        """The turns before each answer, and the answer."""
+        self._require_tools_known(record)
+        turns: list[Turn] = [*(_turn(message) for message in record.prompt), _answer(record)]
+        roles = [turn["role"] for turn in turns]
+        places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
+        if loss_on == "last":
+            places = places[-1:]
+        return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]
+
+    def _without_reasoning(self, record: Record, answered: Turn) -> Turn:
         answer: str = answered["content"] if self.thinking else without_reasoning(answered["content"])
         if not answer and not answered.get("tool_calls"):
             raise DataError(
                 f"record {record.id!r} answers with a block of reasoning and nothing after it: leave it out, or train "
                 "on the reasoning with model.thinking=true"
             )
-        prompt = self._rendered(record, asked, add_generation_prompt=True)
-        whole = self._rendered(record, [*asked, {**answered, "content": answer}])
+        return {**answered, "content": answer}
+
+    def _asked_and_answered(
+        self, record: Record, asked: list[Turn], answered: Turn, *found: str | RefusedByTemplate
+    ) -> tuple[str, str]:
+        for text, turns in zip(found, (asked, [*asked, answered]), strict=True):
+            if isinstance(text, RefusedByTemplate):
+                roles = ", ".join(turn["role"] for turn in turns)
+                raise DataError(
+                    f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {text}; "
+                    "change the record, or take a base whose template knows such turns"
+                ) from text
+        prompt, whole = map(str, found)
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         if answered.get("tool_calls"):
@@ -106,6 +141,7 @@ class ChatFormat:
                 "prompt too: it cannot be trained on them"
             )
         # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
+        answer: str = answered["content"]
         return prompt, answer.removeprefix(THINK) if _opens(prompt) else answer
 
     def _require_tools_known(self, record: Record) -> None:
@@ -121,25 +157,6 @@ class ChatFormat:
                 f"record {record.id!r} has {' and '.join(unknown)}, and the chat template of model.base knows none: "
                 "take a base whose template does, or tell them as text"
             )
-
-    def _rendered(
-        self, record: Record, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
-    ) -> str:
-        try:
-            return _render(
-                self.tokenizer,
-                turns,
-                tools=json.loads(record.tools) if record.tools else None,
-                thinking=self.thinking,
-                in_parts=self.in_parts,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except _Refused as exc:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(
-                f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {exc}; change "
-                "the record, or take a base whose template knows such turns"
-            ) from exc
 
     def generation_config(self) -> "GenerationConfig":
         """Greedy decoding to the first stop, and nothing else: no penalty or ban that a base may ship is in force."""
@@ -169,6 +186,7 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     """
     from transformers import AutoTokenizer
 
+    rendering.install()
     if base.path.suffix == ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
     else:
@@ -222,60 +240,50 @@ def _answer(record: Record) -> dict[str, Any]:
     return {"role": "assistant", "content": record.answer, **calls}
 
 
-def _render(
-    tokenizer: Any,
-    turns: Sequence[Mapping[str, Any]],
-    *,
-    thinking: bool,
-    in_parts: bool = False,
-    tools: list[dict[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    """What the template makes of the turns.
+def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """In one row where each prompt begins with all that stands before it."""
+    joined: list[str] = []
+    for prompt, answer in rows:
+        before = "".join(joined)
+        if not prompt.startswith(before):
+            return [list(row) for row in rows]
+        joined += [prompt[len(before) :], answer]
+    return [joined]
 
-    The template is a program that comes with the base. transformers runs it in jinja's sandbox, which keeps it from the
-    machine and lets it take all the time and memory that there is.
 
-    Raises:
-        _Refused: it makes nothing of them.
-        ConfigError: it takes more time or memory than a template needs.
-    """
-    if in_parts:
-        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    try:
-        with bounded():
-            text: str = tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+def _rendered(
+    tokenizer: Any, asked: Sequence[_Asked], *, thinking: bool, in_parts: bool
+) -> list[str | RefusedByTemplate]:
+    """What the template makes of each; raises ConfigError where it takes more time or memory than a template needs."""
+    return rendering.together(
+        tokenizer,
+        (
+            {
+                "conversation": [
+                    {**turn, "content": [{"type": "text", "text": turn["content"]}]} if in_parts else turn
+                    for turn in each.turns
+                ],
+                "tools": json.loads(each.tools) if each.tools else None,
+                "add_generation_prompt": each.add_generation_prompt,
                 **dict.fromkeys(SWITCHES, thinking),
-            )
-    except (TimeoutError, MemoryError, RecursionError) as exc:
-        raise ConfigError(
-            f"the chat template of model.base does not come to an end in {SECONDS:.0f} s and {MORE_BYTES >> 20} MiB "
-            f"({type(exc).__name__}): take a base with a sound one"
-        ) from exc
-    except Exception as exc:  # jinja's own, and whatever the template's expressions raise
-        raise _Refused(str(exc)) from exc
-    return text
+            }
+            for each in asked
+        ),
+    )
 
 
 def _shown(
     tokenizer: Any,
-    turns: Sequence[Mapping[str, Any]],
+    turns: Sequence[Turn],
     *,
     thinking: bool,
     in_parts: bool = False,
     add_generation_prompt: bool = False,
 ) -> str:
     """What the template makes of such turns; nothing where it refuses them."""
-    try:
-        return _render(
-            tokenizer, turns, thinking=thinking, in_parts=in_parts, add_generation_prompt=add_generation_prompt
-        )
-    except _Refused:
-        return ""
+    asked = _Asked(turns, add_generation_prompt=add_generation_prompt)
+    (found,) = _rendered(tokenizer, [asked], thinking=thinking, in_parts=in_parts)
+    return found if isinstance(found, str) else ""
 
 
 def _begins(tokenizer: Any) -> bool:

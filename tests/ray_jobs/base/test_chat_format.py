@@ -1,21 +1,21 @@
 """How conversations read to a base, and where its answers end."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import resource
 import shutil
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
-from ray_jobs.base import chat_format
+from ray_jobs.base import chat_format, rendering
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.bounded import MORE_BYTES, bounded
+from ray_jobs.base.bounded import MORE_BYTES
 from tests.models import chat_families
 from tests.models.chat_families import CHATML, FAMILIES
 
@@ -263,6 +263,12 @@ HOSTILE = {
     "doubles": "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "squares": "{% set n = namespace(x=10) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "pads": "{{ '%0999999999d'|format(1) }}",
+    "to the power of": "{{ 7 ** 9999999 ** 3 }}",
+    "to the power of, in a filter": "{{ 1.5|round(10**9, 'ceil') }}",
+    "compares": (
+        "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
+        "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
+    ),
     "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
 
@@ -271,11 +277,12 @@ HOSTILE = {
 def test_a_template_that_does_not_come_to_an_end_is_an_error_in_bounded_time_and_memory(
     tiny_base, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr(chat_format, "bounded", functools.partial(bounded, 1.0))
+    monkeypatch.setattr(rendering, "SECONDS", 1.0)
     folder = shutil.copytree(tiny_base, tmp_path / "hostile")
     (folder / "chat_template.jinja").write_text(HOSTILE[name])
+    rendering.install()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=r"chat template of model\.base does not come to an end in 10 s and 128 MiB"):
+    with pytest.raises(ConfigError, match=r"chat template of model\.base does not come to an end in 1 s and 128 MiB"):
         chat_of(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * MORE_BYTES / 1024
 
@@ -288,6 +295,21 @@ def test_a_template_that_is_hostile_to_one_record_alone_names_the_base(tiny_base
     assert chat.rows(Record("r1", [Message("user", "then")], "x")) == [["then", "x"]]
     with pytest.raises(ConfigError, match="does not come to an end"):
         chat.rows(Record("r2", [Message("user", "now")], "x"))
+
+
+def test_records_rendered_together_read_as_each_alone_and_as_the_tokenizer_writes_them(tiny_base):
+    chat = chat_of(tiny_base)
+    records = [Record(str(i), [Message("user", f"\ud800 sky {i}" * i)], "blue") for i in range(100)]
+    found = list(chat.rows_of(records))
+    assert found == [chat.rows(record) for record in records]
+    asked = [{"role": "user", "content": records[9].prompt[0].content}]
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # jinja's own, in this process
+    written = sandbox.from_string(chat.tokenizer.chat_template).render(messages=asked, add_generation_prompt=True)
+    assert (
+        found[9][0][0]
+        == written
+        == chat.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    )
 
 
 @pytest.mark.parametrize("template", ["{% for a in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}", "{{ messages + 1 }}"])
