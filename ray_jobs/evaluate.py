@@ -19,7 +19,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.registry import runs
 from components.registry.aliases import read_alias
-from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses
+from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses, TrainResult
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.errors import FineloopError, JobError, ObjectMissing
@@ -90,7 +90,7 @@ def evaluate(
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     chat = chat_format.load(base, config.model)
     config = with_room_for_answers(config, chat, records)
-    contenders = _contenders(config, store, candidate)
+    contenders = _contenders(config, store, candidate, run_id)
     texts = [kind.to_read(store, chat, config, contenders) for kind in (general_text, own_answers)]
     questions = suites.to_ask(store, chat, config, contenders)
     tasks = harness.to_run(store, config, contenders)
@@ -332,7 +332,7 @@ def compared(
     )
 
 
-def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Contender]:
+def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
     """Base, champion and anchor where there are any, candidate; each on the base and the method of its own run."""
     name = config.adapter.name
     identity = recorded.read(config, store, candidate).base_identity
@@ -347,7 +347,9 @@ def _contenders(config: RunConfig, store: Store, candidate: Version) -> list[Con
                 result.append(_measured_before("anchor", config, store, anchor))
             except ObjectMissing:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
-    return [*result, Contender("candidate", config, candidate, identity)]
+    trained = runs.find(store, run_id, TrainResult) if run_id else None
+    own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
+    return [*result, Contender("candidate", config, candidate, identity, own)]
 
 
 def _measured_before(role: Role, config: RunConfig, store: Store, version: str) -> Contender:

@@ -99,6 +99,8 @@ class TrainResult(Record):
 
     version: str
     version_uri: str
+    manifest_sha256: str = ""
+    """Of the version, as published; empty where an earlier release wrote this."""
     dataset_uri: str = ""
     train_seconds: float | None = None
     steps: int | None = None

@@ -48,6 +48,8 @@ class Contender:
     version: Version | None
     base_identity: Mapping[str, str]
     """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
+    published_sha256: str = ""
+    """Of the manifest that this run's own training published: a trusted key signs it once the gate has let it pass."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _asked(contender: Contender, records: Sequence[Record], folder: Path) -> Ask
     if contender.version is not None:
         store, adapter = Store.open(config.registry), folder
         base = own_base.find(config, base, store)
-        pull_version(store, contender.version, folder)
+        pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
     split = tokenize(records, chat, config.model.max_length)
     return Asked(contender.role, config, base, adapter, chat, split)

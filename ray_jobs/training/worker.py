@@ -85,6 +85,7 @@ def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSpli
     return TrainResult(
         version=version.version,
         version_uri=version.uri,
+        manifest_sha256=version.manifest_sha256,
         dataset_uri=job.dataset.uri,
         train_seconds=round(trained.progress.elapsed_s, 3),
         steps=trained.progress.step,

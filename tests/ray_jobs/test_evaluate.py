@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +16,10 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate import evidence
 from components.prepare.dataset import Message, Record
+from components.registry import runs, signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.records import TrainResult
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError, IntegrityError
@@ -340,6 +343,28 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
     assert evaluation.metric("anchor", "loss") != evaluation.metric("champion", "loss")
     rollback(store, name)  # a person's move begins anew
     assert [each.role for each in _contenders(config, store, new)] == ["base", "champion", "candidate"]
+
+
+def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no_other(config, store, tmp_path):
+    old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
+    key = Ed25519PrivateKey.generate()
+    config = changed(config, f'registry.trusted_keys=["{signing.public_text(key)}"]')
+    told = {"version": new.version, "version_uri": new.uri}
+    runs.write(store, "ours", TrainResult(**told, manifest_sha256=new.manifest_sha256))
+    runs.write(store, "changed", TrainResult(**told, manifest_sha256="0" * 64))
+    runs.write(store, "earlier", TrainResult(**told))
+    assert set(measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores) == {
+        "base",
+        "candidate",
+    }
+    for run_id in ("changed", "earlier", "another", ""):
+        with pytest.raises(IntegrityError, match=f"{new.version} is signed by none"):
+            measure_shard(_contenders(config, store, new, run_id), RECORDS, shard_index=0)
+    promote(store, config.adapter.name, old.version)
+    with pytest.raises(IntegrityError, match=f"{old.version} is signed by none"):
+        measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0)
+    signing.sign(store, config.adapter.name, old.version, key)
+    assert "champion" in measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores
 
 
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
