@@ -17,6 +17,7 @@ from components.shared.errors import FineloopError, JobError
 from components.shared.protocol import Failure, parse_line
 from pipelines.local import guard
 from pipelines.local.service import job_environment
+from pipelines.local.step_secrets import without_secrets
 from pipelines.local.watch import run_heard
 
 LOG_TAIL = 20  # lines told of a process that ended without a word
@@ -24,7 +25,8 @@ LOG_TAIL = 20  # lines told of a process that ended without a word
 
 @dataclass(frozen=True)
 class Job:
-    """What to run. `config` is a file or the s3:// address of one; `environment` is added to this process's."""
+    """What to run. `config` is a file or the s3:// address of one; `environment` is added to this process's, but for
+    secrets: the job may run a base's code."""
 
     module: str
     config: str
@@ -39,7 +41,7 @@ class Job:
 
     def whole_environment(self) -> dict[str, str]:
         """Every variable of the process."""
-        return {**os.environ, **self.environment, **job_environment(os.environ)}
+        return {**without_secrets(os.environ), **self.environment, **job_environment(os.environ)}
 
 
 def answer(

@@ -7,12 +7,17 @@ import sys
 import tomllib
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from components.shared import garbage
+from pipelines.local.step_secrets import of_step, without_secrets
 
 
 def main(arguments: list[str]) -> int:
-    """Run to the end. On SIGTERM every step is told to end as well, for kfp.local does not tell them."""
+    """Run to the end. On SIGTERM every step is told to end as well, for kfp.local does not tell them.
+
+    Each step inherits this process's environment but for secrets, of which it is given its own.
+    """
     parser = argparse.ArgumentParser(prog="python -m pipelines.local.run_pipeline")
     parser.add_argument("what", choices=("retrain", "train", "sweep"))
     parser.add_argument("--config", type=Path, required=True)
@@ -21,6 +26,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _end_the_group)
     garbage.leave_at_exit()
+    secrets = dict(os.environ.items() - without_secrets(os.environ).items())
+    for name in secrets:
+        del os.environ[name]
+
+    def configure(task: Any) -> None:
+        for name, value in of_step(task.component_spec.name, secrets).items():
+            task.set_env_variable(name, value)
 
     with garbage.importing():
         from kfp import local
@@ -31,7 +43,7 @@ def main(arguments: list[str]) -> int:
     config = tomllib.loads(options.config.read_text(encoding="utf-8"))
     tunes = config["tune"]["when"] != "never"  # it is the resolved config, which has every key
     pipelines = {
-        "retrain": lambda: build(tunes=tunes),
+        "retrain": lambda: build(configure, tunes=tunes),
         "train": lambda: build_train(tunes=tunes),
         "sweep": lambda: sweep,
     }

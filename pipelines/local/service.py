@@ -27,6 +27,7 @@ from typing import Any
 
 from components.shared.errors import GroundError
 from pipelines.local.private import private_folder
+from pipelines.local.step_secrets import without_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.05
@@ -172,7 +173,7 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**environment, "PYTHONPATH": python_path(environment)},
+                env={**without_secrets(environment), "PYTHONPATH": python_path(environment)},
                 cwd=self.directory,
                 start_new_session=True,
                 check=False,  # a keeper that did not start has released its lock, which `_started` notices
