@@ -1,12 +1,24 @@
 """Where the registry lies, and whom it trusts."""
 
+import base64
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 
 from components.config.section import Added, Section
 
-PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
+PRIME, OF_ORDER_8 = 2**255 - 19, 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+OF_SMALL_ORDER = {0, 1, PRIME - 1, PRIME, PRIME + 1, OF_ORDER_8, PRIME - OF_ORDER_8}
+"""The y of points whose order divides 8 (RFC 8032, section 5.1)."""
+
+
+def _of_a_pair(key: str) -> str:
+    if int.from_bytes(base64.b64decode(key.removeprefix("ed25519:")), "little") % 2**255 in OF_SMALL_ORDER:
+        raise ValueError(f"{key} is a point of small order, for which anybody can sign: name the key of a key pair")
+    return key
+
+
+PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$"), AfterValidator(_of_a_pair)]
 
 
 class RegistryConfig(Section):

@@ -1,13 +1,17 @@
 """Signatures, checked with OpenSSL and against the vector of DSSE's own specification."""
 
 import base64
+import contextlib
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import ValidationError
 
+from components.config.registry import RegistryConfig
 from components.registry import runs, signing
 from components.registry.aliases import promote, rollback
 from components.registry.records import Decision, Evaluation
@@ -155,3 +159,36 @@ def test_a_key_that_something_else_keeps_signs_and_has_to_be_the_one_that_it_nam
     for named in ("nowhere:Kept", "kept:Lost", "kept", ":Kept"):
         with pytest.raises(UserError, match=r"FINELOOP_SIGNER is .* has to be PACKAGE\.MODULE:FUNCTION"):
             signing.signer_from({signing.SIGNER_VARIABLE: named})
+
+
+def test_a_public_key_for_which_anybody_can_sign_is_refused() -> None:
+    prime = 2**255 - 19
+    # RFC 8032: x y of -x^2 + y^2 = 1 + d x^2 y^2. Twice a point of order 8 has y = 0, so that 2 y^2 = 1 - d y^4 for it.
+    d = -121665 * pow(121666, -1, prime) % prime
+    squares = [(sign * root(4 + 4 * d, prime) - 2) * pow(2 * d, -1, prime) % prime for sign in (1, -1)]
+    (of_order_8,) = [y for square in squares if (y := root(square, prime)) is not None]
+    forgeable = 0
+    for y in (0, 1, prime - 1, prime, prime + 1, of_order_8, prime - of_order_8):
+        for sign in (0, 1 << 255):
+            raw = (y + sign).to_bytes(32, "little")
+            with pytest.raises(ValidationError, match="a point of small order, for which anybody can sign"):
+                RegistryConfig(trusted_keys=[f"ed25519:{base64.b64encode(raw).decode()}"])
+            forgeable += is_forgeable(raw)
+    assert forgeable >= 8  # so many points there are
+    assert RegistryConfig(trusted_keys=[signing.public_text(Ed25519PrivateKey.generate())])
+
+
+def root(square: int, prime: int) -> int | None:
+    found = pow(square, (prime + 3) // 8, prime)
+    both = (found, found * pow(2, (prime - 1) // 4, prime) % prime)
+    return next((each for each in both if (each * each - square) % prime == 0), None)
+
+
+def is_forgeable(public: bytes) -> bool:
+    """Whether S = 0 and R the neutral point pass for a signature of some message."""
+    neutral = (1).to_bytes(32, "little") + bytes(32)
+    for number in range(100):
+        with contextlib.suppress(InvalidSignature, ValueError):
+            Ed25519PublicKey.from_public_bytes(public).verify(neutral, b"%d" % number)
+            return True
+    return False
