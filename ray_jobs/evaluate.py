@@ -20,6 +20,7 @@ from components.prepare.dataset import Record
 from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses, TrainResult
+from components.registry.signing import is_revoked
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.errors import FineloopError, JobError, ObjectMissing
@@ -344,8 +345,11 @@ def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version):
             try:
-                result.append(_measured_before("anchor", config, store, anchor))
+                is_gone = is_revoked(store, name, anchor)
+                result += [] if is_gone else [_measured_before("anchor", config, store, anchor)]
             except ObjectMissing:
+                is_gone = True
+            if is_gone:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     trained = runs.find(store, run_id, TrainResult) if run_id else None
     own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""

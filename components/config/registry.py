@@ -30,4 +30,4 @@ class RegistryConfig(Section):
     """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
     trusted_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
     """Public keys, as `fineloop adapters sign` prints them. Where there are any, an alias moves only to a version that
-    one of them has signed, and nobody fetches another."""
+    one of them has signed for it, and nobody fetches one that none of them has signed or one has revoked."""

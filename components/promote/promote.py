@@ -56,7 +56,7 @@ def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor:
     """
     assert decision.version is not None
     if key := signing.signer_from(os.environ):
-        signing.sign(store, decision.adapter, decision.version, key, decision=decision)
+        signing.sign(store, decision.adapter, decision.version, key, alias=decision.alias, decision=decision)
     evidence = {
         "decision": store.uri(runs.run_key(decision.run_id, runs.DECISION)),
         "sha256": decision_sha256,

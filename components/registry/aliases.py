@@ -232,7 +232,7 @@ def move_alias(
     vouched = back_to.body["manifest_sha256"] if back_to else None
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
     require_published(store, name, version, manifest)
-    require_signed(store, name, version, manifest.sha256)
+    require_signed(store, name, version, manifest.sha256, alias=alias)
     # The log must be whole before the pointer that could complete it is replaced.
     last = _record(store, name, expected).reference if expected else None
     body = {

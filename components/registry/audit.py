@@ -68,7 +68,7 @@ def audit(store: Store, name: str) -> Audit:
         for event in log
         if event.kind in MOVE_KINDS and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
     ]
-    findings += _signatures(store, name, whole, {pointer.version for pointer in pointers.values()})
+    findings += _signatures(store, name, whole, [*pointers.values()])
     return Audit(name, len(whole), len(log), tuple(findings))
 
 
@@ -134,13 +134,15 @@ def _alias(
         yield Finding(uri, "has events that do not lead from one to the next: one is missing, changed or was added")
 
 
-def _signatures(store: Store, name: str, whole: dict[str, Manifest], in_use: set[str]) -> Iterator[Finding]:
-    for version in sorted(whole):
-        uri = store.uri(version_key(name, version))
-        try:
-            signed = signing.signers(store, name, version, whole[version].sha256, store.trusted_keys)
-        except IntegrityError as exc:
-            yield Finding(uri, str(exc))
-            continue
-        if version in in_use and store.trusted_keys and not signed:
-            yield Finding(uri, "is in use, and signed by none of registry.trusted_keys")
+def _signatures(store: Store, name: str, whole: dict[str, Manifest], pointers: list[Pointer]) -> Iterator[Finding]:
+    said = {each: signing.said(store, name, each, whole[each].sha256, store.trusted_keys) for each in sorted(whole)}
+    for found in said.values():
+        yield from (Finding(uri, f"is no signature: {why}") for uri, why in found.junk.items())
+    for pointer in pointers if store.trusted_keys else []:
+        if pointer.version in said:
+            found = said[pointer.version]
+            uri, why = store.uri(version_key(name, pointer.version)), f"is in use as {pointer.alias}"
+            if found.revoked_by:
+                yield Finding(uri, f"{why}, and revoked: {found.reason} ({found.revoked_by})")
+            elif pointer.alias not in found.passed:
+                yield Finding(uri, f"{why}, and signed by none of registry.trusted_keys for that")

@@ -1,20 +1,25 @@
 """Signatures of versions: an in-toto statement in a DSSE envelope, signed with Ed25519.
 
 The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary): of the version, by the sha256 of
-its manifest, that it passed the policy of a decision, having looked at its lineage and evaluation. It names no time, so
-that signing again gives the same bytes, in adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the
-statement>.dsse.json. The private key comes from the environment of whoever signs, and goes nowhere; or a KMS keeps it.
+its manifest and the address that it has, that it passed the policy of a decision and may hold an alias; or FAILED, that
+it is revoked, which wins. It names no time, so that signing again gives the same bytes, in
+adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the envelope>.dsse.json: a name that nobody
+without the key can foresee, and so take. The private key comes from the environment of whoever signs, and goes nowhere;
+or a KMS keeps it.
 """
 
 import base64
 import hashlib
 import importlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.registry import folders, runs
+from components.registry.event_log import require_published
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
 from components.registry.records import Decision, Evaluation
@@ -24,6 +29,8 @@ from components.shared.errors import IntegrityError, UserError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+logger = logging.getLogger(__name__)
+
 KEY_VARIABLE, KEY_FILE_VARIABLE = "FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE"
 SIGNER_VARIABLE = "FINELOOP_SIGNER"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -32,6 +39,22 @@ PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
 LINEAGE = "lineage.json"
 SCHEME = "ed25519:"
 DIGITS = 12
+MOST_BYTES = 1 << 16
+"""Of an envelope; ours have two thousand."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What trusted keys say of these very bytes of a version."""
+
+    passed: frozenset[str]
+    """Aliases that it may hold."""
+    revoked_by: str
+    """Address of the statement that it may hold none and be fetched by nobody, or empty."""
+    reason: str
+    """The statement's."""
+    junk: Mapping[str, str]
+    """Address of what lies among the signatures and is none, and why."""
 
 
 class Signer(Protocol):
@@ -55,14 +78,22 @@ def signer_from(environment: Mapping[str, str]) -> Signer | None:
     the key, PEM in FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names.
 
     Raises:
-        UserError: there is no such function, or the key cannot be read, or is no unencrypted Ed25519 private key.
+        UserError: there is no such function, it fails or gives no key; or the key cannot be read, or is no unencrypted
+            Ed25519 private key.
     """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     if named := environment.get(SIGNER_VARIABLE, ""):
         module, _, function = named.partition(":")
         try:
             signer: Signer = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError, ValueError) as exc:
-            raise UserError(f"{SIGNER_VARIABLE} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION: {exc}") from exc
+            if not isinstance(public := signer.public_key(), Ed25519PublicKey):
+                raise TypeError(f"it gives a {type(public).__name__}")
+        except Exception as exc:  # what somebody else's code raises
+            raise UserError(
+                f"{SIGNER_VARIABLE} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION, of a function that takes "
+                f"nothing and gives an Ed25519 key: {exc}"
+            ) from exc
         return signer
     return _key_from(environment)
 
@@ -94,33 +125,66 @@ def key_id(public: str) -> str:
     return hashlib.sha256(base64.b64decode(public.removeprefix(SCHEME))).hexdigest()
 
 
-def sign(store: Store, name: str, version: str, key: Signer, *, decision: Decision | None = None) -> str:
-    """Read the version whole, sign it and return the signature's URI. Signing again changes nothing.
+def sign(
+    store: Store,
+    name: str,
+    version: str,
+    key: Signer,
+    *,
+    alias: str,
+    decision: Decision | None = None,
+    manifest_sha256: str | None = None,
+) -> str:
+    """Read the version whole, sign that it may hold the alias and return the signature's URI. Again changes nothing.
 
     `decision` is what it is signed for; None when a person vouches for it.
 
     Raises:
         ObjectMissing: there is no such version.
-        IntegrityError: it is damaged, or what the key signed is not what its public key verifies.
+        IntegrityError: it is damaged, not as it was published or not the one with `manifest_sha256`, or revoked; or
+            what the key signed is not what its public key verifies.
     """
+    manifest = verify_whole(store, version_key(name, version), manifest_sha256=manifest_sha256)
+    require_published(store, name, version, manifest)
+    found = said(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
+    if found.revoked_by:
+        raise _revoked(name, version, found)
+    predicate = {"verificationResult": "PASSED", "fineloop_alias": alias}
+    return _write(store, name, version, key, _statement(store, name, version, manifest, predicate, decision))
+
+
+def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
+    """Sign that the version may hold no alias and be fetched by nobody, and return the statement's URI.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        IntegrityError: what the key signed is not what its public key verifies.
+    """
+    manifest = folders.read_manifest(store, version_key(name, version))
+    predicate = {"verificationResult": "FAILED", "fineloop_reason": reason}
+    return _write(store, name, version, key, _statement(store, name, version, manifest, predicate))
+
+
+def _write(store: Store, name: str, version: str, key: Signer, statement: Mapping[str, Any]) -> str:
     from cryptography.exceptions import InvalidSignature
 
-    manifest = verify_whole(store, version_key(name, version))
-    payload = encode_json(_statement(store, name, version, manifest, decision))
-    public = public_text(key)
+    payload, public = encode_json(statement), public_text(key)
     signature = key.sign(pre_authentication(PAYLOAD_TYPE, payload))
     try:
         key.public_key().verify(signature, pre_authentication(PAYLOAD_TYPE, payload))
     except InvalidSignature as exc:
         raise IntegrityError(f"the signer does not sign with the key that it names, {public}") from exc
-    envelope = {
-        "payloadType": PAYLOAD_TYPE,
-        "payload": base64.b64encode(payload).decode(),
-        "signatures": [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}],
-    }
-    file = f"{key_id(public)[:DIGITS]}-{hashlib.sha256(payload).hexdigest()[:DIGITS]}.dsse.json"
+    envelope = encode_json(
+        {
+            "payloadType": PAYLOAD_TYPE,
+            "payload": base64.b64encode(payload).decode(),
+            "signatures": [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}],
+        }
+    )
+    file = f"{key_id(public)[:DIGITS]}-{hashlib.sha256(envelope).hexdigest()[:DIGITS]}.dsse.json"
     where = f"{_folder(name, version)}{file}"
-    store.claim(where, encode_json(envelope), content_type=JSON)
+    if store.claim(where, envelope, content_type=JSON) != envelope:
+        raise IntegrityError(f"{store.uri(where)} is another's, where this signature belongs: remove it and sign again")
     return store.uri(where)
 
 
@@ -128,7 +192,7 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
     """The statement of an envelope that one of the trusted keys signed; None where none of them did.
 
     Raises:
-        IntegrityError: it is no envelope of a statement, or a trusted key is named whose signature is another's.
+        IntegrityError: it is no envelope of a statement, or what it says a trusted key signed that key did not.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -137,10 +201,12 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
         record = json.loads(envelope)
         payload = base64.b64decode(record["payload"], validate=True)
         signatures = {str(each["keyid"]): base64.b64decode(each["sig"]) for each in record["signatures"]}
-        kind, statement = str(record["payloadType"]), json.loads(payload)
-        statement["subject"][0]["digest"]["sha256"]
+        kind, statement = str(record["payloadType"]), dict(json.loads(payload))
+        if (kind, statement["_type"]) != (PAYLOAD_TYPE, STATEMENT_TYPE):
+            raise ValueError(f"it is {kind} and {statement['_type']}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as exc:
         raise IntegrityError(f"{uri} is no DSSE envelope of an in-toto statement: {type(exc).__name__}") from exc
+    forged = ""
     for public in trusted:
         signature = signatures.get(key_id(public))
         if signature is None:
@@ -149,44 +215,84 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
             Ed25519PublicKey.from_public_bytes(base64.b64decode(public.removeprefix(SCHEME))).verify(
                 signature, pre_authentication(kind, payload)
             )
-        except InvalidSignature as exc:
-            raise IntegrityError(f"{uri} is not what {public} signed: it was changed, or forged") from exc
-        return dict(statement)
+            return statement
+        except InvalidSignature:
+            forged = public
+    if forged:
+        raise IntegrityError(f"{uri} is not what {forged} signed: it was changed, or forged")
     return None
 
 
-def signers(store: Store, name: str, version: str, manifest_sha256: str, trusted: Sequence[str]) -> list[str]:
-    """Addresses of the signatures by which a trusted key vouches for these very bytes of the version.
-
-    Raises:
-        IntegrityError: one of them is forged or damaged.
-    """
-    found = []
+def said(store: Store, name: str, version: str, manifest_sha256: str, trusted: Sequence[str]) -> Said:
+    """What the trusted keys say of the version, as far as it is of these very bytes and of this registry."""
+    passed, revoked_by, reason, junk = set(), "", "", {}
+    subject = {"name": f"{name}/{version}", "digest": {"sha256": manifest_sha256}}
     for info in store.list(_folder(name, version)):
-        statement = opened(store.get(info.key), store.uri(info.key), trusted)
-        if statement is None or statement.get("predicateType") != PREDICATE_TYPE:
+        uri = store.uri(info.key)
+        try:
+            if info.size > MOST_BYTES:
+                raise IntegrityError(f"{uri} has {info.size:,} bytes, and an envelope at most {MOST_BYTES:,}")
+            statement = opened(store.get(info.key), uri, trusted) or {}
+        except IntegrityError as exc:
+            junk[uri] = str(exc)
             continue
-        vouched = {(each["name"], each["digest"]["sha256"]) for each in statement["subject"]}
-        if (f"{name}/{version}", manifest_sha256) in vouched:
-            found.append(store.uri(info.key))
-    return found
+        predicate, subjects = statement.get("predicate"), statement.get("subject")
+        if statement.get("predicateType") != PREDICATE_TYPE or not isinstance(predicate, dict):
+            continue
+        if subjects != [subject] or predicate.get("resourceUri") != store.uri(version_key(name, version)):
+            continue
+        match predicate:
+            case {"verificationResult": "FAILED"}:
+                revoked_by, reason = uri, str(predicate.get("fineloop_reason"))
+            case {"verificationResult": "PASSED", "fineloop_alias": str(alias)}:
+                passed.add(alias)
+    return Said(frozenset(passed), revoked_by, reason, junk)
 
 
-def require_signed(store: Store, name: str, version: str, manifest_sha256: str) -> None:
-    """Nothing where the registry's config trusts no key.
+def require_signed(store: Store, name: str, version: str, manifest_sha256: str, *, alias: str = "") -> None:
+    """Nothing where the registry's config trusts no key. An empty alias means whichever.
 
     Raises:
-        IntegrityError: none of the keys that it trusts has signed the version.
+        IntegrityError: none of the keys that it trusts has signed the version for the alias, or one has revoked it.
     """
-    if store.trusted_keys and not signers(store, name, version, manifest_sha256, store.trusted_keys):
+    if not store.trusted_keys:
+        return
+    found = said(store, name, version, manifest_sha256, store.trusted_keys)
+    for why in found.junk.values():
+        logger.warning("%s; passed over", why)
+    if found.revoked_by:
+        raise _revoked(name, version, found)
+    if not found.passed or (alias and alias not in found.passed):
         raise IntegrityError(
-            f"{name} {version} is signed by none of registry.trusted_keys: let a run promote it that has a key in "
-            f"{KEY_VARIABLE}, or vouch for it with `fineloop adapters sign {name}@{version}`"
+            f"{name} {version} is signed by none of registry.trusted_keys{alias and f' for {alias}'}: let a run "
+            f"promote it that has a key in {KEY_VARIABLE}, or vouch for it with "
+            f"`fineloop adapters sign {name}@{version}{alias and f' --alias {alias}'}`"
         )
 
 
+def is_revoked(store: Store, name: str, version: str) -> bool:
+    """Whether a trusted key has revoked the version as it is stored.
+
+    Raises:
+        ObjectMissing: there is no such version.
+    """
+    sha256 = folders.read_manifest(store, version_key(name, version)).sha256
+    return bool(said(store, name, version, sha256, store.trusted_keys).revoked_by)
+
+
+def _revoked(name: str, version: str, found: Said) -> IntegrityError:
+    return IntegrityError(
+        f"{name} {version} is revoked ({found.reason}; {found.revoked_by}): take another version, by --to in a rollback"
+    )
+
+
 def _statement(
-    store: Store, name: str, version: str, manifest: folders.Manifest, decision: Decision | None
+    store: Store,
+    name: str,
+    version: str,
+    manifest: folders.Manifest,
+    predicate: Mapping[str, str],
+    decision: Decision | None = None,
 ) -> dict[str, Any]:
     key = version_key(name, version)
     looked_at = [{"uri": store.uri(f"{key}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
@@ -206,8 +312,8 @@ def _statement(
             "resourceUri": store.uri(key),
             "policy": policy,
             "inputAttestations": looked_at,
-            "verificationResult": "PASSED",
             "verifiedLevels": [],
+            **predicate,
         },
     }
 

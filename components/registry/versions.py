@@ -47,6 +47,8 @@ class Version:
     """What its run's evaluation measured; `evaluated` reads it, and without that it is empty."""
     aliases: tuple[str, ...] = ()
     """Aliases that point here, as of when this was read."""
+    asked_as: str = field(default="", compare=False)
+    """The alias by which it was asked for, whose signature it then needs; empty where its id was given."""
 
 
 def publish_version(
@@ -199,7 +201,7 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     key = version_key(version.name, version.version)
     require_identity(store, key, folders.read_manifest(store, key))
     if version.manifest_sha256 != published_sha256:
-        require_signed(store, version.name, version.version, version.manifest_sha256)
+        require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
 
 
@@ -235,7 +237,7 @@ def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer
             f"{name}@{pointer.alias} vouches for {pointer.version} with a manifest of sha256 "
             f"{pointer.manifest_sha256}, but the stored one has {manifest.sha256}"
         )
-    return _version(store, name, pointer.version, manifest, aliases)
+    return replace(_version(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
 
 
 def _version(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer]) -> Version:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.shared.account import account
-from pipelines.commands import export
+from pipelines.commands import export, signatures
 from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home, load_config
 from pipelines.commands.opened_registry import opened_registry
 
@@ -98,8 +98,7 @@ def add(commands: Any) -> None:
     verify = "Read every byte of a version and check it against its manifest."
     _reference(_add(verbs, "verify", _verify, verify, "fineloop adapters verify icd10-chapters@v3f2"))
 
-    sign = "Sign a version with the Ed25519 key in FINELOOP_SIGNING_KEY or the file in FINELOOP_SIGNING_KEY_FILE."
-    _reference(_add(verbs, "sign", _sign, sign, "fineloop adapters sign icd10-chapters@v3f2"))
+    signatures.add(verbs, reference=REFERENCE)
 
     audit = "Read everything, and compare files, ids, signatures, the event log and the aliases with each other."
     audited = _add(verbs, "audit", _audit, audit, "fineloop adapters audit")
@@ -255,22 +254,6 @@ def _verify(options: argparse.Namespace) -> Answer:
         manifest = verify_version(store, version)
     body = {"name": version.name, "version": version.version, "verified": True, "files": len(manifest.files)}
     return Answer(body, f"{version.name} {version.version}: all {len(manifest.files)} files are what the manifest says")
-
-
-def _sign(options: argparse.Namespace) -> Answer:
-    from components.registry import signing
-    from components.registry.versions import resolve
-    from components.shared.errors import UserError
-
-    key = signing.signer_from(os.environ)
-    if key is None:
-        raise UserError(f"no key to sign with: set {signing.KEY_FILE_VARIABLE} to a file with a private key in PEM")
-    with opened_registry(options) as store:
-        version = resolve(store, options.reference)
-        uri = signing.sign(store, version.name, version.version, key)
-    public = signing.public_text(key)
-    body = {"name": version.name, "version": version.version, "signature_uri": uri, "public_key": public}
-    return Answer(body, f"{version.name} {version.version} is signed by {public}")
 
 
 def _audit(options: argparse.Namespace) -> Answer:

@@ -54,6 +54,40 @@ def test_a_move_is_announced_and_told_again_on_request(
     assert "names nobody to tell" in adapters("announce", "sums", exit_code=2)["error"]["message"]
 
 
+def a_key() -> str:
+    """A private key in PEM."""
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return pem.decode()
+
+
+def test_a_version_is_signed_for_an_alias_and_revoked(
+    store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (
+        publish_version(
+            store, "sums", {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}, lineage={}
+        ).version
+        for weights in (b"one", b"two")
+    )
+    monkeypatch.setenv("FINELOOP_SIGNING_KEY", a_key())
+    promote(store, "sums", one)
+    public = adapters("sign", "sums")["public_key"]
+    trusting = ["--set", f'registry.trusted_keys=["{public}"]']
+    assert adapters("sign", f"sums@{two}", "--alias", "staging")["alias"] == "staging"
+    assert "for production: let a run" in adapters("promote", f"sums@{two}", *trusting, exit_code=1)["error"]["message"]
+    adapters("promote", f"sums@{two}", "--alias", "staging", *trusting)
+    assert adapters("sign", "sums@staging")["alias"] == "staging"
+    unheeded = adapters("revoke", f"sums@{two}", "--reason", "it tells names", exit_code=2)
+    assert f"registry.trusted_keys lacks {public}" in unheeded["error"]["message"]
+    assert adapters("revoke", "sums@staging", "--reason", "it tells names", *trusting)["aliases"] == ["staging"]
+    refused = adapters("pull", f"sums@{two}", "--to", str(tmp_path / "two"), *trusting, exit_code=1)
+    assert f"sums {two} is revoked (it tells names; s3://" in refused["error"]["message"]
+    (finding,) = adapters("audit", *trusting, exit_code=1)["findings"]
+    assert finding["what"].startswith("is in use as staging, and revoked: it tells names")
+
+
 def test_a_registry_is_audited_signed_asked_and_collected(
     store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,10 +105,7 @@ def test_a_registry_is_audited_signed_asked_and_collected(
 
     refused = adapters("sign", f"sums@{one}", exit_code=2)
     assert "set FINELOOP_SIGNING_KEY_FILE" in refused["error"]["message"]
-    pem = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    monkeypatch.setenv("FINELOOP_SIGNING_KEY", pem.decode())
+    monkeypatch.setenv("FINELOOP_SIGNING_KEY", a_key())
     public = adapters("sign", f"sums@{one}")["public_key"]
     trusting = ["--set", f'registry.trusted_keys=["{public}"]']
     assert adapters("audit", *trusting)["findings"] == []

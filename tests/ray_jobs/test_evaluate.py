@@ -341,6 +341,10 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
     evaluation = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
     assert evaluation.model("anchor").version == best.version
     assert evaluation.metric("anchor", "loss") != evaluation.metric("champion", "loss")
+    key = Ed25519PrivateKey.generate()
+    trusting = Store(store._client, store.bucket, store.prefix, trusted_keys=[signing.public_text(key)])
+    signing.revoke(store, name, best.version, key, reason="it was trained on the wrong data")
+    assert "anchor" not in [each.role for each in _contenders(config, trusting, new)]
     rollback(store, name)  # a person's move begins anew
     assert [each.role for each in _contenders(config, store, new)] == ["base", "champion", "candidate"]
 
@@ -363,7 +367,7 @@ def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no
     promote(store, config.adapter.name, old.version)
     with pytest.raises(IntegrityError, match=f"{old.version} is signed by none"):
         measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0)
-    signing.sign(store, config.adapter.name, old.version, key)
+    signing.sign(store, config.adapter.name, old.version, key, alias="production")
     assert "champion" in measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores
 
 

@@ -33,7 +33,7 @@ def ids(store: Store, key: Ed25519PrivateKey) -> list[str]:
         files = {"adapter_model.safetensors": bytes([number]), "adapter_config.json": b"{}", "README.md": b"# Card"}
         made.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}"}).version)
     for version in made[:2]:
-        signing.sign(store, "icd", version, key)
+        signing.sign(store, "icd", version, key, alias="production")
         promote(store, "icd", version)
     rollback(store, "icd")
     about = {"version": made[2], "champion": made[0], "alias": "production", "run_id": "r2"}
@@ -149,7 +149,7 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
     "alias removed": (lambda store, _: store.delete([ALIAS]), "moved icd@production, which there is no more"),
     "signature removed": (
         lambda store, ids: store.delete([info.key for info in store.list(f"adapters/icd/signatures/{ids[0]}/")]),
-        "is in use, and signed by none",
+        "is in use as production, and signed by none",
     ),
 }
 

@@ -2,9 +2,12 @@
 
 import base64
 import contextlib
+import hashlib
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidSignature
@@ -14,6 +17,7 @@ from pydantic import ValidationError
 from components.config.registry import RegistryConfig
 from components.registry import runs, signing
 from components.registry.aliases import promote, rollback
+from components.registry.audit import audit
 from components.registry.records import Decision, Evaluation
 from components.registry.store import Store
 from components.registry.versions import publish_version, pull_version, resolve
@@ -28,6 +32,20 @@ def key(tmp_path: Path) -> Ed25519PrivateKey:
     found = signing.signer_from({signing.KEY_FILE_VARIABLE: str(tmp_path / "key.pem")})
     assert found is not None
     return found
+
+
+def signed_by_hand(key: Ed25519PrivateKey, statement: object, kind: str = "application/vnd.in-toto+json") -> bytes:
+    """An envelope as DSSE's specification makes it, by the cryptography library alone."""
+    payload = json.dumps(statement).encode()
+    signature = key.sign(b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload))
+    identity = hashlib.sha256(key.public_key().public_bytes_raw()).hexdigest()
+    return json.dumps(
+        {
+            "payloadType": kind,
+            "payload": base64.b64encode(payload).decode(),
+            "signatures": [{"keyid": identity, "sig": base64.b64encode(signature).decode()}],
+        }
+    ).encode()
 
 
 def published(store: Store, weights: bytes = b"one") -> str:
@@ -56,8 +74,8 @@ def test_openssl_verifies_a_statement_that_names_version_lineage_evaluation_and_
     )
     runs.write(store, "r1", decision)
     runs.write(store, "r1", Evaluation(run_id="r1", records=1, models={}))
-    uri = signing.sign(store, "icd", version, key, decision=decision)
-    assert signing.sign(store, "icd", version, key, decision=decision) == uri
+    uri = signing.sign(store, "icd", version, key, alias="production", decision=decision)
+    assert signing.sign(store, "icd", version, key, alias="production", decision=decision) == uri
     envelope = store.get_json(store.key(uri))
     payload = base64.b64decode(envelope["payload"])
     (tmp_path / "signed").write_bytes(
@@ -81,8 +99,8 @@ def test_where_keys_are_trusted_nothing_moves_to_what_none_of_them_signed_and_no
 ) -> None:
     one, two = published(store), published(store, b"two")
     strict = trusting(store, key)
-    signing.sign(store, "icd", one, key)
-    signing.sign(store, "icd", two, Ed25519PrivateKey.generate())  # of somebody whom nobody trusts
+    signing.sign(store, "icd", one, key, alias="production")
+    signing.sign(store, "icd", two, Ed25519PrivateKey.generate(), alias="production")  # of somebody whom nobody trusts
     promote(strict, "icd", one)
     with pytest.raises(IntegrityError, match=f"icd {two} is signed by none of registry.trusted_keys"):
         promote(strict, "icd", two)
@@ -96,7 +114,7 @@ def test_where_keys_are_trusted_nothing_moves_to_what_none_of_them_signed_and_no
 @pytest.mark.parametrize("damage", ["payload", "signature", "another version's", "junk"])
 def test_a_forged_signature_is_none(store: Store, key: Ed25519PrivateKey, damage: str) -> None:
     one, two = published(store), published(store, b"two")
-    where = store.key(signing.sign(store, "icd", one, key))
+    where = store.key(signing.sign(store, "icd", one, key, alias="production"))
     envelope = store.get_json(where)
     if damage == "payload":
         changed = base64.b64decode(envelope["payload"]).replace(b"PASSED", b"FAILED")
@@ -109,8 +127,115 @@ def test_a_forged_signature_is_none(store: Store, key: Ed25519PrivateKey, damage
         store.put_json(where.replace(one, two), envelope)
     else:
         store.put_json(where, envelope)
-    with pytest.raises(IntegrityError, match=r"forged|no DSSE envelope|signed by none"):
+    with pytest.raises(IntegrityError, match="signed by none"):
         promote(trusting(store, key), "icd", two if damage == "another version's" else one)
+
+
+@pytest.mark.parametrize("junk", [b"{}", b"\xff", b'{"payload": "e30=", "signatures": []}', b" " * 100_000, None])
+def test_one_junk_object_among_the_signatures_stops_nobody(
+    store: Store, key: Ed25519PrivateKey, tmp_path: Path, caplog: pytest.LogCaptureFixture, junk: bytes | None
+) -> None:
+    one, two = published(store), published(store, b"two")
+    strict = trusting(store, key)
+    for version in (one, two):
+        where = store.key(signing.sign(store, "icd", version, key, alias="production"))
+        forged = store.get(where).replace(b'"sig":"', b'"sig":"AA')
+        store.put(f"adapters/icd/signatures/{version}/a-junk.dsse.json", forged if junk is None else junk)
+    promote(strict, "icd", one)
+    promote(strict, "icd", two)
+    assert rollback(strict, "icd").body["to"] == one
+    pull_version(strict, resolve(strict, "icd@production"), tmp_path / "adapter")
+    assert "a-junk.dsse.json" in caplog.text
+    assert len([finding for finding in audit(strict, "icd").findings if "a-junk" in finding.where]) == 2
+
+
+def test_who_writes_first_under_a_signatures_name_is_found_out(store: Store, key: Ed25519PrivateKey) -> None:
+    version = published(store)
+    uri = signing.sign(store, "icd", version, key, alias="production")
+    assert signing.sign(store, "icd", version, key, alias="production") == uri
+    # The name is that of bytes which only the key makes (RFC 8032): nobody else writes there first.
+    assert (
+        hashlib.sha256(store.get(store.key(uri))).hexdigest().startswith(uri.split("-")[-1].removesuffix(".dsse.json"))
+    )
+    store.put(store.key(uri), b"{}")
+    with pytest.raises(IntegrityError, match="is another's, where this signature belongs"):
+        signing.sign(store, "icd", version, key, alias="production")
+
+
+def altered(statement: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {**statement, "predicate": {**statement["predicate"], **keys}}
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "of another kind of payload": lambda statement: (statement, "text/plain"),
+    "no statement of in-toto's": lambda statement: {**statement, "_type": "https://example.com/Statement/v9"},
+    "of another predicate": lambda statement: {**statement, "predicateType": "https://slsa.dev/provenance/v1"},
+    "without a predicate": lambda statement: {**statement, "predicate": None},
+    "without a verdict": lambda statement: altered(statement, verificationResult=None),
+    "of another registry": lambda statement: altered(statement, resourceUri="s3://dev/adapters/icd/versions/v1"),
+    "for another alias": lambda statement: altered(statement, fineloop_alias="staging"),
+    "for no alias": lambda statement: altered(statement, fineloop_alias=None),
+    "of other bytes": lambda statement: {
+        **statement,
+        "subject": [{**statement["subject"][0], "digest": {"sha256": ""}}],
+    },
+    "an odd subject": lambda statement: {**statement, "subject": {"name": 7}},
+    "a list": lambda statement: [[statement, 1]],
+}
+
+
+@pytest.mark.parametrize("how", [None, *WRONG])
+def test_what_a_trusted_key_signed_counts_for_what_it_says_alone(
+    store: Store, key: Ed25519PrivateKey, how: str | None
+) -> None:
+    version = published(store)
+    where = store.key(signing.sign(store, "icd", version, key, alias="production"))
+    statement = json.loads(base64.b64decode(store.get_json(where)["payload"]))
+    wrong = WRONG[how](statement) if how else statement
+    store.put(where, signed_by_hand(key, *(wrong if isinstance(wrong, tuple) else [wrong])))
+    if how is None:
+        promote(trusting(store, key), "icd", version)
+        return
+    with pytest.raises(
+        IntegrityError, match=f"icd {version} is signed by none of registry.trusted_keys for production"
+    ):
+        promote(trusting(store, key), "icd", version)
+
+
+def test_a_signature_for_staging_is_none_for_production_even_where_that_alias_points_at_it(
+    store: Store, key: Ed25519PrivateKey, tmp_path: Path
+) -> None:
+    version, strict = published(store), trusting(store, key)
+    signing.sign(store, "icd", version, key, alias="staging")
+    promote(strict, "icd", version, "staging")
+    promote(store, "icd", version)  # as somebody who may write aliases can
+    with pytest.raises(IntegrityError, match=f"for production: .* `fineloop adapters sign icd@{version} --alias prod"):
+        pull_version(strict, resolve(strict, "icd@production"), tmp_path / "production")
+    for reference in ("icd@staging", f"icd@{version}"):
+        pull_version(strict, resolve(strict, reference), tmp_path / reference)
+
+
+def test_a_revocation_wins_over_every_signature(store: Store, key: Ed25519PrivateKey, tmp_path: Path) -> None:
+    one, two, other = published(store), published(store, b"two"), Ed25519PrivateKey.generate()
+    strict = trusting(store, key, other)
+    for version in (one, two):
+        signing.sign(store, "icd", version, key, alias="production")
+        promote(strict, "icd", version)
+    signing.revoke(store, "icd", one, Ed25519PrivateKey.generate(), reason="by nobody whom this registry trusts")
+    assert rollback(strict, "icd").body["to"] == one
+    promote(strict, "icd", two)
+    uri = signing.revoke(store, "icd", one, other, reason="it tells what it was trained on")
+    refusing = pytest.raises(IntegrityError, match=rf"icd {one} is revoked \(it tells .*; {uri}\): take another")
+    with refusing:
+        pull_version(strict, resolve(strict, f"icd@{one}"), tmp_path / "adapter")
+    with refusing:
+        promote(strict, "icd", one)
+    with refusing:
+        rollback(strict, "icd")
+    with refusing:
+        signing.sign(strict, "icd", one, key, alias="staging")
+    assert [f.what for f in audit(strict, "icd").findings] == []  # it is no longer needed
+    pull_version(strict, resolve(strict, "icd@production"), tmp_path / "production")
 
 
 @pytest.mark.parametrize("text", ["s3cret", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])
@@ -150,14 +275,14 @@ def test_a_key_that_something_else_keeps_signs_and_has_to_be_the_one_that_it_nam
     version = published(store)
     kept = signing.signer_from({signing.SIGNER_VARIABLE: "kept:Kept"})
     assert kept is not None
-    signing.sign(store, "icd", version, kept)
+    signing.sign(store, "icd", version, kept, alias="production")
     promote(trusting(store, key), "icd", version)
     mistaken = signing.signer_from({signing.SIGNER_VARIABLE: "mistaken:Kept"})
     assert mistaken is not None
     with pytest.raises(IntegrityError, match="does not sign with the key that it names"):
-        signing.sign(store, "icd", published(store, b"two"), mistaken)
-    for named in ("nowhere:Kept", "kept:Lost", "kept", ":Kept"):
-        with pytest.raises(UserError, match=r"FINELOOP_SIGNER is .* has to be PACKAGE\.MODULE:FUNCTION"):
+        signing.sign(store, "icd", published(store, b"two"), mistaken, alias="production")
+    for named in ("nowhere:Kept", "kept:Lost", "kept", ":Kept", "os:stat", "os:getcwd", "builtins:print"):
+        with pytest.raises(UserError, match=r"FINELOOP_SIGNER is .* has to be PACKAGE\.MODULE:FUNCTION, of a function"):
             signing.signer_from({signing.SIGNER_VARIABLE: named})
 
 

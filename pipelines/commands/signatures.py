@@ -1,0 +1,83 @@
+"""`fineloop adapters sign` and `fineloop adapters revoke`."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home
+from pipelines.commands.opened_registry import opened_registry
+
+if TYPE_CHECKING:
+    from components.registry.signing import Signer
+
+REFERENCE = "NAME[@ALIAS|@VERSION]"
+
+
+def add(verbs: Any, *, reference: str) -> None:
+    """Add both to the group; `reference` says how a version is named."""
+    key = "with the Ed25519 key in FINELOOP_SIGNING_KEY or the file in FINELOOP_SIGNING_KEY_FILE"
+    sign = add_command(
+        verbs,
+        "sign",
+        _sign,
+        does=f"Sign that a version may hold an alias, {key}.",
+        example="fineloop adapters sign icd10-chapters@v3f2",
+    )
+    sign.add_argument("reference", metavar=REFERENCE, help=reference)
+    sign.add_argument("--alias", default="", metavar="ALIAS", help="default: that of the reference, else production")
+    revoke = add_command(
+        verbs,
+        "revoke",
+        _revoke,
+        does=f"Sign, {key}, that a version is to be used no more.",
+        more="Who trusts the key fetches it no more and moves no alias to it, whoever else signed it; an alias that "
+        "holds it is left there, for a rollback.",
+        example="fineloop adapters revoke icd10-chapters@v3f2 --reason 'it was trained on the wrong data'",
+    )
+    revoke.add_argument("reference", metavar=REFERENCE, help=reference)
+    revoke.add_argument("--reason", required=True, metavar="TEXT", help="signed with it")
+    for parser in (sign, revoke):
+        add_config(parser)
+        add_home(parser)
+
+
+def _sign(options: argparse.Namespace) -> Answer:
+    from components.registry import signing
+    from components.registry.aliases import PRODUCTION
+    from components.registry.versions import resolve
+
+    key = _key()
+    public = signing.public_text(key)
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        alias = options.alias or version.asked_as or PRODUCTION
+        uri = signing.sign(store, version.name, version.version, key, alias=alias)
+    one = {"name": version.name, "version": version.version, "alias": alias, "signature_uri": uri, "public_key": public}
+    return Answer(one, f"{version.name} {version.version} is signed for {alias} by {public}")
+
+
+def _revoke(options: argparse.Namespace) -> Answer:
+    from components.registry import signing
+    from components.registry.versions import resolve
+    from components.shared.errors import UserError
+
+    key = _key()
+    public = signing.public_text(key)
+    with opened_registry(options) as store:
+        if public not in store.trusted_keys:
+            raise UserError(f"registry.trusted_keys lacks {public}, so nobody would heed what it revokes: add it there")
+        version = resolve(store, options.reference)
+        uri = signing.revoke(store, version.name, version.version, key, reason=options.reason)
+    body = {"name": version.name, "version": version.version, "statement_uri": uri, "public_key": public}
+    held = f"; {', '.join(version.aliases)} still at it, so roll back" if version.aliases else ""
+    return Answer({**body, "aliases": list(version.aliases)}, f"{version.name} {version.version} is revoked{held}")
+
+
+def _key() -> "Signer":
+    from components.registry import signing
+    from components.shared.errors import UserError
+
+    key = signing.signer_from(os.environ)
+    if key is None:
+        raise UserError(f"no key to sign with: set {signing.KEY_FILE_VARIABLE} to a file with a private key in PEM")
+    return key
