@@ -13,6 +13,7 @@ from typing import Any, Literal
 from components.config.config_file import COMMIT
 from components.registry import serving
 from components.registry.serving import FOLDER_VARIABLE
+from components.registry.signing import require_signed
 from components.registry.store import Store
 from components.registry.versions import Version, read_file, read_lineage
 from components.shared.errors import IntegrityError, UserError
@@ -52,8 +53,10 @@ def served(store: Store, version: Version) -> Served:
 
     Raises:
         UserError: it cannot be served as it is.
-        IntegrityError: it does not say what it stands on, or its files are not those of its manifest.
+        IntegrityError: it does not say what it stands on, its files are not those of its manifest, or no trusted key has
+            signed it: servers ask for no signature, they fetch what is written here.
     """
+    require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)
     try:
         kind, identity = serving.recorded(lineage), lineage["base"]["identity"]

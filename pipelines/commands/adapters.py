@@ -336,15 +336,18 @@ def _pull(options: argparse.Namespace) -> Answer:
 def _pull_base(store: "Store", version: "Version", target: Path) -> None:
     from components.registry import folders
     from components.registry.versions import read_lineage
-    from components.shared.errors import UserError
+    from components.shared.errors import IntegrityError, UserError
 
-    stands_on = read_lineage(store, version)["recipe"].get("stands_on", "")
+    recipe = read_lineage(store, version)["recipe"]
+    stands_on, sha256 = recipe.get("stands_on", ""), recipe.get("stands_on_sha256")
     if not stands_on.startswith(store.uri("bases/")):
         raise UserError(
             f"{version.name} {version.version} has no base of its own in this registry, it stands on "
             f"{stands_on or 'the base of its config'}: leave out --with-base"
         )
-    folders.pull(store, store.key(stands_on), target)
+    if store.trusted_keys and not sha256:  # release 0.1.0 published it
+        raise IntegrityError(f"{version.name} {version.version} does not say which bytes {stands_on} has to have")
+    folders.pull(store, store.key(stands_on), target, manifest_sha256=sha256)
 
 
 def _person(options: argparse.Namespace) -> "Person":

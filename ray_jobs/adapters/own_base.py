@@ -159,9 +159,12 @@ def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
 
 
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
-    """For the lineage: how the base was made and what that gained; nothing for the original."""
+    """For the lineage: how the base was made, what that gained and which bytes it has; nothing for the original."""
     init = config.method.row.init
-    return {init: json.loads(_report_path(base.path, init).read_text(encoding="utf-8"))} if init in STARTS else {}
+    if init not in STARTS:
+        return {}
+    made = json.loads(_report_path(base.path, init).read_text(encoding="utf-8"))
+    return {init: made, "stands_on_sha256": base.identity["manifest_sha256"]}
 
 
 def folder_key(method: MethodConfig, original: Base) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
-from components.registry import aliases, folders, versions
+from components.registry import aliases, folders, signing, versions
 from components.registry.store import Store
 from pipelines import cli
 from pipelines.commands.arguments import DEFAULT_CONFIG
@@ -211,6 +212,30 @@ def test_an_adapter_is_pulled_with_the_base_of_its_own(store: Store, config_path
         pulled = body(fineloop("adapters", "pull", f"sums@{version.version}", *arguments, cwd=tmp_path))
         assert pulled["base_path"] == str(tmp_path / "here-base")
         assert (tmp_path / "here-base" / "config.json").read_bytes() == b"{}"
+
+
+def test_where_keys_are_trusted_a_base_is_pulled_by_the_digest_that_the_signed_version_names(
+    store: Store, config_path: Path, tmp_path: Path
+) -> None:
+    base = folders.publish(store, "bases/b1", {"weights": b"good"})
+    key = Ed25519PrivateKey.generate()
+    made = []
+    for weights, recipe in ((b"named", {"stands_on_sha256": base.sha256}), (b"unnamed", {})):
+        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+        lineage = {"recipe": {"stands_on": store.uri("bases/b1"), **recipe}}
+        made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
+        signing.sign(store, "sums", made[-1], key, alias="production")
+    trusting = ("--set", f'registry.trusted_keys=["{signing.public_text(key)}"]')
+    rest = ("--with-base", "-c", config_path, *trusting)
+    named, unnamed = (("adapters", "pull", f"sums@{each}") for each in made)
+    assert fineloop(*named, "--to", "one", *rest, cwd=tmp_path).returncode == 0
+    done = fineloop(*unnamed, "--to", "two", *rest, cwd=tmp_path)
+    assert (done.returncode, "does not say which bytes" in done.stderr) == (1, True)
+    store.delete([info.key for info in store.list("bases/b1/")])
+    folders.publish(store, "bases/b1", {"weights": b"EVIL"})  # manifest and all
+    done = fineloop(*named, "--to", "three", *rest, cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "three-base").exists()) == (1, False)
+    assert base.sha256 in done.stderr
 
 
 def test_a_base_that_lies_elsewhere_is_not_pulled(published: list[str], config_path: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from components.registry import signing
 from components.registry.serve_manifest import CONFIG, MANIFESTS, Served, manifest, served
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
@@ -76,6 +78,15 @@ def test_kserve_and_vllm_name_the_version_and_the_rank_that_they_must_allow() ->
         "env FINELOOP_LORA_FOLDER=./icd VLLM_ALLOW_RUNTIME_LORA_UPDATING=true "
         "vllm serve org/base --revision abc --enable-lora --max-lora-rank 16"
     )
+
+
+def test_where_keys_are_trusted_no_server_is_sent_to_what_none_of_them_signed(store: Store) -> None:
+    version, key = written().published(store), Ed25519PrivateKey.generate()
+    strict = Store(store._client, store.bucket, store.prefix, trusted_keys=[signing.public_text(key)])
+    with pytest.raises(IntegrityError, match="signed by none"):
+        served(strict, version)
+    signing.sign(store, "icd", version.version, key, alias="production")
+    assert served(strict, version).version == version.version
 
 
 @pytest.mark.parametrize(("rank", "pattern", "allowed"), [(4, {}, 8), (24, {}, 32), (4, {"layers.0.mlp": 48}, 64)])

@@ -348,7 +348,8 @@ def test_two_workers_train_and_plain_peft_on_the_pulled_base_gives_their_logits(
     stands_on = trained["recipe"]["stands_on"]
     peft_config = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert stands_on == peft_config.base_model_name_or_path
-    folders.pull(store, store.key(stands_on), tmp_path / "base")
+    named = trained["recipe"]["stands_on_sha256"]
+    folders.pull(store, store.key(stands_on), tmp_path / "base", manifest_sha256=named)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     before = logits(base.train())  # in evaluation mode, bitsandbytes would repack the weights
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter")
