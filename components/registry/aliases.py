@@ -8,7 +8,7 @@ and the one that a rollback returns to: from the pointer, which only compare-and
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Literal
@@ -204,6 +204,17 @@ def rollback(
     return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to)
 
 
+def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
+    """The version that the alias holds and those that rollbacks return to, by the sha256 of their manifests.
+
+    Raises:
+        IntegrityError: an event on that way is damaged or gone.
+    """
+    move = _event(pointer)
+    every = [move, *_ways_back(store, name, move)]
+    return {str(each.body["to"]): str(each.body["manifest_sha256"]) for each in reversed(every)}
+
+
 def move_alias(
     store: Store,
     name: str,
@@ -270,10 +281,14 @@ def move_alias(
 
 def _record(store: Store, name: str, pointer: Pointer) -> Event:
     """The event that moved the alias to where `pointer` says, written when the log lacks it."""
+    event = _event(pointer)
+    return replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
+
+
+def _event(pointer: Pointer) -> Event:
     # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
     body = {**pointer.event, "since": pointer.since}
-    uri = append_event(store, name, pointer.kind, body, at=pointer.since)
-    return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, uri, body)
+    return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)
 
 
 def _ways_back(

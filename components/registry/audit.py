@@ -6,7 +6,7 @@ Nothing is believed of an index, and one bad object does not hide another.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from components.registry import runs, signing, versions
+from components.registry import aliases, runs, signing, versions
 from components.registry.aliases import Pointer, read_alias
 from components.registry.event_log import Event, read_log
 from components.registry.folders import Manifest
@@ -139,10 +139,17 @@ def _signatures(store: Store, name: str, whole: dict[str, Manifest], pointers: l
     for found in said.values():
         yield from (Finding(uri, f"is no signature: {why}") for uri, why in found.junk.items())
     for pointer in pointers if store.trusted_keys else []:
-        if pointer.version in said:
-            found = said[pointer.version]
-            uri, why = store.uri(version_key(name, pointer.version)), f"is in use as {pointer.alias}"
-            if found.revoked_by:
+        try:
+            needed = aliases.needed(store, name, pointer)
+        except IntegrityError as exc:
+            yield Finding(store.uri(adapter_key(name, "aliases", f"{pointer.alias}.json")), str(exc))
+            needed = {pointer.version: pointer.manifest_sha256}
+        for version in needed.keys() & said.keys():
+            uri, found = store.uri(version_key(name, version)), said[version]
+            is_held = version == pointer.version
+            why = f"is in use as {pointer.alias}" if is_held else f"is what a rollback of {pointer.alias} may need"
+            if found.revoked_by and is_held:
                 yield Finding(uri, f"{why}, and revoked: {found.reason} ({found.revoked_by})")
-            elif pointer.alias not in found.passed:
-                yield Finding(uri, f"{why}, and signed by none of registry.trusted_keys for that")
+            elif not found.revoked_by and pointer.alias not in found.passed:
+                how = f"`fineloop adapters sign --held {name}`"
+                yield Finding(uri, f"{why}, and signed by none of registry.trusted_keys for that: {how} does")

@@ -53,8 +53,8 @@ def served(store: Store, version: Version) -> Served:
 
     Raises:
         UserError: it cannot be served as it is.
-        IntegrityError: it does not say what it stands on, its files are not those of its manifest, or no trusted key has
-            signed it: servers ask for no signature, they fetch what is written here.
+        IntegrityError: it does not say what it stands on, its files are not those of its manifest, or no trusted key
+            has signed it: servers ask for no signature, they fetch what is written here.
     """
     require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)

@@ -21,9 +21,12 @@ def add(verbs: Any, *, reference: str) -> None:
         "sign",
         _sign,
         does=f"Sign that a version may hold an alias, {key}.",
+        more="With --held, everything that an alias of the adapter holds or a rollback may need, as before a key goes.",
         example="fineloop adapters sign icd10-chapters@v3f2",
     )
-    sign.add_argument("reference", metavar=REFERENCE, help=reference)
+    which = sign.add_mutually_exclusive_group(required=True)
+    which.add_argument("reference", nargs="?", metavar=REFERENCE, help=reference)
+    which.add_argument("--held", metavar="NAME", help="all that is needed of this adapter, each for its alias")
     sign.add_argument("--alias", default="", metavar="ALIAS", help="default: that of the reference, else production")
     revoke = add_command(
         verbs,
@@ -44,11 +47,17 @@ def add(verbs: Any, *, reference: str) -> None:
 def _sign(options: argparse.Namespace) -> Answer:
     from components.registry import signing
     from components.registry.aliases import PRODUCTION
+    from components.registry.rotation import sign_held
     from components.registry.versions import resolve
 
     key = _key()
     public = signing.public_text(key)
     with opened_registry(options) as store:
+        if options.held:
+            signed = sign_held(store, options.held, key)
+            told = [f"{each.version} {f'for {each.alias}' if each.alias else 'as revoked'}" for each in signed]
+            body = {"name": options.held, "signed": [each._asdict() for each in signed], "public_key": public}
+            return Answer(body, "\n  ".join([f"of {options.held}, {len(told)} signed by {public}", *told]))
         version = resolve(store, options.reference)
         alias = options.alias or version.asked_as or PRODUCTION
         uri = signing.sign(store, version.name, version.version, key, alias=alias)

@@ -62,7 +62,7 @@ def a_key() -> str:
     return pem.decode()
 
 
-def test_a_version_is_signed_for_an_alias_and_revoked(
+def test_what_is_held_is_signed_by_one_command_and_a_version_is_revoked_by_another(
     store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (
@@ -79,6 +79,8 @@ def test_a_version_is_signed_for_an_alias_and_revoked(
     assert "for production: let a run" in adapters("promote", f"sums@{two}", *trusting, exit_code=1)["error"]["message"]
     adapters("promote", f"sums@{two}", "--alias", "staging", *trusting)
     assert adapters("sign", "sums@staging")["alias"] == "staging"
+    held = adapters("sign", "--held", "sums", *trusting)["signed"]
+    assert [(each["version"], each["alias"]) for each in held] == [(one, "production"), (two, "staging")]
     unheeded = adapters("revoke", f"sums@{two}", "--reason", "it tells names", exit_code=2)
     assert f"registry.trusted_keys lacks {public}" in unheeded["error"]["message"]
     assert adapters("revoke", "sums@staging", "--reason", "it tells names", *trusting)["aliases"] == ["staging"]

@@ -19,6 +19,7 @@ from components.registry import runs, signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.records import Decision, Evaluation
+from components.registry.rotation import sign_held
 from components.registry.store import Store
 from components.registry.versions import publish_version, pull_version, resolve
 from components.shared.errors import IntegrityError, UserError
@@ -236,6 +237,38 @@ def test_a_revocation_wins_over_every_signature(store: Store, key: Ed25519Privat
         signing.sign(strict, "icd", one, key, alias="staging")
     assert [f.what for f in audit(strict, "icd").findings] == []  # it is no longer needed
     pull_version(strict, resolve(strict, "icd@production"), tmp_path / "production")
+
+
+def test_a_withdrawn_key_leaves_nothing_behind_where_what_is_held_was_signed_anew(
+    store: Store, key: Ed25519PrivateKey
+) -> None:
+    new = Ed25519PrivateKey.generate()
+    both, strict = trusting(store, key, new), trusting(store, new)
+    made = [published(store, weights) for weights in (b"one", b"two", b"three", b"four")]
+    for version in made[:3]:
+        signing.sign(store, "icd", version, key, alias="production")
+        promote(both, "icd", version)
+    signing.sign(store, "icd", made[0], key, alias="staging")
+    promote(both, "icd", made[0], "staging")
+    signing.revoke(store, "icd", made[1], key, reason="it was trained on the wrong data")
+    told = [finding.what for finding in audit(strict, "icd").findings]
+    assert len([each for each in told if each.startswith("is in use as")]) == 2
+    assert len([each for each in told if each.startswith("is what a rollback of production may need")]) == 2
+    assert all("`fineloop adapters sign --held icd`" in each for each in told)
+    done = sign_held(both, "icd", new)
+    assert {(each.version, each.alias) for each in done} == {
+        (made[2], "production"),
+        (made[0], "production"),
+        (made[0], "staging"),
+        (made[1], ""),
+    }
+    assert sign_held(both, "icd", new) == done
+    assert audit(strict, "icd").findings == ()
+    with pytest.raises(IntegrityError, match="is revoked"):
+        rollback(strict, "icd")
+    assert rollback(strict, "icd", to=made[0]).body["to"] == made[0]
+    with pytest.raises(IntegrityError, match="signed by none"):
+        promote(strict, "icd", made[3])
 
 
 @pytest.mark.parametrize("text", ["s3cret", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])

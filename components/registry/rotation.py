@@ -1,0 +1,37 @@
+"""What a new key has to sign before an old one may go: all that aliases hold, and all that a rollback may return to."""
+
+from typing import NamedTuple
+
+from components.registry import aliases, folders, signing
+from components.registry.names import adapter_key, version_key
+from components.registry.store import Store
+
+
+class Signed(NamedTuple):
+    """A statement of the key, and the alias that the version may hold by it; none where it is revoked."""
+
+    version: str
+    alias: str
+    signature_uri: str
+
+
+def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
+    """Sign every version of the adapter that is needed, and revoke once more what a trusted key has revoked.
+
+    Raises:
+        ObjectMissing: one of them is gone.
+        IntegrityError: one is damaged, or the log is; what comes before it is signed.
+    """
+    signed = []
+    for version in sorted(store.folders(adapter_key(name, "signatures/"))):
+        manifest = folders.find_manifest(store, version_key(name, version))
+        said = manifest and signing.said(store, name, version, manifest.sha256, store.trusted_keys)
+        if said and said.revoked_by:
+            signed.append(Signed(version, "", signing.revoke(store, name, version, key, reason=said.reason)))
+    revoked = {each.version for each in signed}
+    for pointer in aliases.list_aliases(store, name):
+        for version, sha256 in aliases.needed(store, name, pointer).items():
+            if version not in revoked:
+                uri = signing.sign(store, name, version, key, alias=pointer.alias, manifest_sha256=sha256)
+                signed.append(Signed(version, pointer.alias, uri))
+    return signed
