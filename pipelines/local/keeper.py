@@ -40,7 +40,7 @@ def keep(service: Service, server: Server) -> None:
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     users = os.open(service.path("users.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    running = start(server)
+    running = start(server, unwanted=lambda: bool(stopping) or _unused(service, users))
     try:
         endpoint = {**running.endpoint, "keeper_pid": os.getpid()}
         write_private(service.path("endpoint.json"), json.dumps(endpoint))

@@ -77,6 +77,7 @@ class SeaweedFS:
         (self.directory / "security.toml").write_text(_security(*write_certificate(self.directory)), encoding="utf-8")
         command = [
             find_binary(),
+            "-logtostderr=true",  # into server.log, and not also into files of /tmp that nobody removes
             "mini",
             f"-dir={data}",
             f"-ip={LOOPBACK}",

@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -69,18 +69,20 @@ class Running:
         self.server.clear(self.ports)
 
 
-def start(server: Server) -> Running:
+def start(server: Server, *, unwanted: Callable[[], bool] = lambda: False) -> Running:
     """Start it and wait until it answers.
 
     Raises:
-        GroundError: it is not installed, or did not answer in time.
+        GroundError: it is not installed, did not answer in time, or became `unwanted` meanwhile.
     """
     what = ""
     for _ in range(ATTEMPTS):
         running = _launch(server)
         try:
-            if _comes_up(running):
+            if _comes_up(running, unwanted):
                 return running
+            if unwanted():
+                raise GroundError(f"{server.title} was not wanted any more before it answered")
         except BaseException:
             running.stop()
             raise
@@ -109,9 +111,9 @@ def _launch(server: Server) -> Running:
     return Running(server, tuple(ports), process)
 
 
-def _comes_up(running: Running) -> bool:
+def _comes_up(running: Running, unwanted: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + running.server.start_timeout_s
-    while time.monotonic() < deadline and not running.ended():
+    while time.monotonic() < deadline and not running.ended() and not unwanted():
         if running.server.answers(running.ports):
             return True
         time.sleep(POLL_S)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import GroundError
+from components.shared.errors import FineloopError, GroundError, UserError
 from pipelines.local.private import private_folder
 from pipelines.local.step_secrets import without_secrets
 
@@ -57,17 +57,32 @@ class Service:
         """Use the server, started when it is not up; it stays while this context, or another one, is open.
 
         Yields the endpoint once it answers. `arguments` and `environment` are the keeper's, and do nothing when one
-        lives already.
+        lives already. Ctrl-C waits until a server that nobody else uses is gone.
 
         Raises:
-            GroundError: the server did not start; the message is the keeper's.
+            GroundError: the server did not start; the message is the keeper's. Or something failed here because it
+                ended by itself.
         """
-        # A keeper that is stopping the server holds this lock whole; it takes seconds.
-        with _locked(self.path("users.lock"), fcntl.LOCK_SH, wait_s=STOP_TIMEOUT_S, title=self.title):
-            endpoint = self._started(arguments, environment) or self._started(arguments, environment)
-            if endpoint is None:
-                raise GroundError(self._failure())
-            yield endpoint
+        try:
+            # A keeper that is stopping the server holds this lock whole; it takes seconds.
+            with _locked(self.path("users.lock"), fcntl.LOCK_SH, wait_s=STOP_TIMEOUT_S, title=self.title):
+                endpoint = self._started(arguments, environment) or self._started(arguments, environment)
+                if endpoint is None:
+                    raise GroundError(self._failure())
+                try:
+                    yield endpoint
+                except FineloopError as exc:
+                    if self.endpoint() is not None or isinstance(exc, UserError):
+                        raise
+                    ended = GroundError(f"{self.title} ended while it was in use: see the logs in {self.directory}")
+                    ended.add_note(f"what failed then: {exc}")
+                    for note in getattr(exc, "__notes__", []):
+                        ended.add_note(note)
+                    raise ended from exc
+        except KeyboardInterrupt:
+            if not self.pinned and self._settled_users() is None:
+                self._wait_until_stopped()
+            raise
 
     def endpoint(self) -> dict[str, Any] | None:
         """The endpoint of the server that is up now, None when none is. Starts nothing."""
@@ -107,6 +122,10 @@ class Service:
             raise GroundError(
                 f"{self.title} is in use{who}: it is no longer pinned and stops when that ends; {stop_with}"
             )
+        return self._wait_until_stopped()
+
+    def _wait_until_stopped(self) -> bool:
+        """Wait for the end of a server that nobody uses; False when it was not up."""
         was_up = False
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline:

@@ -74,6 +74,17 @@ class Machine:
         self.users.append(user)
         return user
 
+    def begins(self, *, bucket: str = "bucket-one") -> subprocess.Popen[str]:
+        """A user whose servers may not be up yet."""
+        return subprocess.Popen(
+            [sys.executable, "-c", USER, str(self.home), bucket, "no"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
     def processes(self, service: Service) -> dict[int, str]:
         """The keeper and all that descends from it: process id and start time, which together are unique."""
         endpoint = service.endpoint()

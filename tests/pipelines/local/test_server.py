@@ -76,3 +76,11 @@ def test_a_server_that_never_comes_up_says_where_its_log_is(tmp_path: Path) -> N
     assert "no room" in (tmp_path / "server.log").read_text()
     assert not (tmp_path / "ports.json").exists()
     assert server.cleared == server.tried
+
+
+def test_a_server_that_nobody_waits_for_any_more_is_stopped_and_not_tried_again(tmp_path: Path) -> None:
+    server = FileServer(tmp_path)
+    with pytest.raises(GroundError, match="not wanted any more"):
+        start(server, unwanted=lambda: True)
+    assert len(server.tried) == 1
+    assert not server.answers(server.tried)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -15,10 +16,10 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from components.shared.errors import GroundError
+from components.shared.errors import GroundError, StoreError
 from pipelines.local.local_services import local_services, store_down, store_environment, store_service, store_up
 from pipelines.local.service import ROOT
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def client(environment: dict[str, str]) -> Any:
@@ -85,6 +86,51 @@ def test_nothing_is_left_when_a_part_is_killed_and_the_next_user_gets_the_same_a
     assert second.environment == first.environment
     body = client(second.environment).get_object(Bucket="bucket-one", Key="kept")["Body"].read()
     assert body == b"written before the kill"
+
+
+def test_ctrl_c_while_the_server_starts_ends_once_nothing_of_it_runs(machine):
+    """The judge is /proc: no process has the home in its command line."""
+    service = store_service(machine.home)
+    user = machine.begins()
+    wait_until(lambda: _naming(machine.home, " mini "))  # weed, which nobody has been told of yet
+    user.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in user.communicate(timeout=PATIENCE_S)[1]
+    assert _naming(machine.home) == []
+    assert service.endpoint() is None
+
+
+def test_what_fails_because_its_server_ended_says_so(machine):
+    service = store_service(machine.home)
+
+    @local_services(machine.home, bucket="bucket-one", ray=False)
+    def works() -> None:
+        weed = next(pid for pid in machine.processes(service) if "mini" in _command(pid))
+        os.kill(weed, signal.SIGKILL)
+        wait_until(lambda: service.endpoint() is None)
+        raise StoreError("the store cannot be reached")
+
+    with pytest.raises(GroundError, match=f"the local S3 server ended while it was in use: see .* {service.directory}"):
+        works()
+
+
+def test_a_server_leaves_nothing_in_the_temporary_directory(machine, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    machine.user(TMPDIR=str(tmp_path / "tmp")).leave()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def _naming(home: Path, *words: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_text().replace("\0", " ")
+            if f"{home}/store" in line or f"--home {home}" in line:
+                found.append(line)
+    return [line for line in found if all(word in line for word in words)]
 
 
 def test_a_stale_endpoint_file_fools_nobody(machine):
