@@ -160,9 +160,18 @@ def _as_begun(name: str, given: Mapping[str, Any], run_id: str) -> StepRun:
     return StepRun(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
 
 
-def _validated(given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> RunConfig:
+def require_run_id(run_id: str) -> None:
+    """Refuse what is no name of a run, and of its folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if not _RUN_ID.match(run_id):
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
+
+
+def _validated(given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> RunConfig:
+    require_run_id(run_id)
     table = config_file.whole_numbers(given)
     return config_file.validate(table, [*overrides.values()], origin=CONFIG, overriding="")
 

@@ -4,8 +4,11 @@ A folder that only its owner may enter protects all that lies in it, whatever mo
 those ask for this certificate, or for a key or token.
 """
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from components.shared.errors import UserError
 
 OWNER_ONLY = 0o700
 UMASK = 0o077
@@ -15,12 +18,22 @@ CLOCK_SKEW = timedelta(days=1)
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made where it is missing, and closed to everybody but its owner."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
-    if path.stat().st_mode & 0o777 != OWNER_ONLY:
-        path.chmod(OWNER_ONLY)
+    """The folder, made where it is missing, and closed to everybody but its owner.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+        if path.stat().st_mode & 0o777 != OWNER_ONLY:
+            path.chmod(OWNER_ONLY)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("it is not yours, or its file system is read-only")
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise UserError(f"{path} cannot be written ({reason}): --home takes a folder of your own") from exc
     return path
 
 

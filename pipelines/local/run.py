@@ -84,10 +84,14 @@ def run_and_read(
             f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
             "Drop --address, or --set ray.cluster.kind=jobs-api"
         )
+    from components.step.step import require_run_id
+
     run_id = run_id or new_run_id()
+    require_run_id(run_id)
     began = time.monotonic()
-    folder = private_folder(place.home.absolute() / "runs") / run_id
-    folder.mkdir(exist_ok=True)
+    home = place.home.absolute()
+    folder = private_folder(private_folder(home / "runs") / run_id)
+    private_folder(home / "kfp")  # the steps' outputs, reports among them: of an open home too they are nobody else's
     (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu

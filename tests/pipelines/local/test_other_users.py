@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import grpc
+import pytest
 
+from components.shared.errors import UserError
 from pipelines.local import ray_head, seaweedfs
 from pipelines.local.private import CERTIFICATE, KEY, private_folder, write_certificate
 from pipelines.local.service import Service
@@ -39,6 +41,13 @@ def test_a_folder_from_before_is_closed_and_one_that_was_there_already_above_it_
     assert private_folder(shared / "store").stat().st_mode & 0o777 == 0o700
     assert shared.stat().st_mode & 0o777 == 0o755
     assert private_folder(tmp_path / "home" / "store").parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_made_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for home, why in ((tmp_path / "file", "Not a directory"), (Path("/proc/home"), "No such file or directory")):
+        with pytest.raises(UserError, match=rf"{home}/runs cannot be written \({why}\): --home takes"):
+            private_folder(home / "runs")
 
 
 def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3_server, s3_directory, tmp_path):

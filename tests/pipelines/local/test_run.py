@@ -155,6 +155,15 @@ def test_a_crash_inside_a_ray_job_shows_its_last_lines(
         run(make_config("method.dropout=0.2"), place, what="retrain")
 
 
+@pytest.mark.parametrize("run_id", ["..", "a/b", "-x"])
+def test_what_is_no_name_of_a_run_makes_no_folder(
+    make_config: Callable[..., RunConfig], place: Place, run_id: str
+) -> None:
+    with pytest.raises(UserError, match=r"run_id .*: takes letters"):
+        run(make_config(), place, what="retrain", run_id=run_id)
+    assert not place.home.exists()
+
+
 def test_missing_data_is_said_before_any_ray_job(
     stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
 ) -> None:
