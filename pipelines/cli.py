@@ -1,6 +1,7 @@
 """`fineloop`: the command line. Nothing heavy is imported before a command needs it, so that help answers at once."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -63,15 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         answer: Answer = options.command(options)
-    except KeyboardInterrupt:
-        tell("interrupted: nothing of this command is left running")
+    except KeyboardInterrupt as exc:
+        tell("\n".join(["interrupted: nothing of this command is left running", *_notes(exc)]))
         return _fail(options, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
     except FineloopError as exc:
-        notes = [f"  {note}" for note in getattr(exc, "__notes__", [])]
-        tell("\n".join([f"fineloop: {exc}", *notes]))
+        tell("\n".join([f"fineloop: {exc}", *_notes(exc)]))
         return _fail(options, exc.as_json(), exc.exit_code)
     except Exception as exc:  # the process's entry point: a mistake of ours, told whole
-        traceback.print_exc()
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # or the machine's
+            tell("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
+        else:
+            traceback.print_exc()
         return _fail(options, {"error": {"kind": type(exc).__name__, "message": str(exc)}}, 1)
     return _finish(options, answer)
 
@@ -87,6 +90,10 @@ def _finish(options: argparse.Namespace, answer: Answer) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return answer.exit_code
+
+
+def _notes(exc: BaseException) -> list[str]:
+    return [f"  {note}" for note in getattr(exc, "__notes__", [])]
 
 
 def _fail(options: argparse.Namespace, body: dict[str, Any], exit_code: int) -> int:

@@ -23,6 +23,7 @@ from types import FrameType
 
 GRACE_S = 8.0
 FORCE_S = 5.0
+SIGNALLED = 128  # and the signal's number: what a shell calls the exit status of a command that a signal ended
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -84,7 +85,8 @@ def _reap(main: int) -> int | None:
             if pid == 0:
                 break
             if pid == main:
-                status = abs(os.waitstatus_to_exitcode(encoded))
+                ended = os.waitstatus_to_exitcode(encoded)
+                status = ended if ended >= 0 else SIGNALLED - ended
     return status
 
 

@@ -1,11 +1,14 @@
 """`fineloop run` and `fineloop train`: the pipeline on this machine, with embedded servers or configured ones."""
 
 import contextlib
+import fcntl
 import os
 import secrets
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +18,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
-from components.shared.errors import FineloopError, ObjectMissing, UserError
+from components.shared.errors import FineloopError, ObjectMissing, StoreError, UserError
 from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_meanwhile
 from pipelines.local.local_services import local_services, ray_configured
@@ -27,6 +30,7 @@ from pipelines.local.watch import Ended, watch
 if TYPE_CHECKING:
     from components.registry.store import Store
 
+LOG = "pipeline.log"
 What = Literal["retrain", "train", "sweep"]
 Read = TypeVar("Read")
 
@@ -73,7 +77,8 @@ def run_and_read(
     job behind.
 
     Raises:
-        UserError: an address is given to a config whose `ray.cluster` takes none.
+        UserError: an address is given to a config whose `ray.cluster` takes none, the home cannot be written, or
+            another command is at this run.
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
@@ -92,12 +97,13 @@ def run_and_read(
     home = place.home.absolute()
     folder = private_folder(private_folder(home / "runs") / run_id)
     private_folder(home / "kfp")  # the steps' outputs, reports among them: of an open home too they are nobody else's
-    (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
         with contextlib.ExitStack() as while_it_runs:
+            while_it_runs.enter_context(_alone(folder))
+            (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
             news: Callable[[], list[str]] = list
             if trains_here and what != "sweep":
                 print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
@@ -109,12 +115,45 @@ def run_and_read(
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
-            with in_environment(environment):
-                _execute(what, run_id, config, folder, environment, place, display, news)
+            with in_environment(environment), _goes_on(what, run_id, place):
+                ended = _execute(what, run_id, config, folder, environment, place, display, news)
                 display.close()
-                return _read(read, config, run_id, folder, ground_s=ground_s, began=began)
+                return _read(read, config, run_id, folder, ended, ground_s=ground_s, began=began)
     except BaseException:
         display.fail()
+        raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other commands from this run until this process ends, however it does.
+
+    Raises:
+        UserError: another one has it.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run {folder.name} is under way in another process: wait for its end, or take another --run-id"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
+    """Say how a run goes on that did not get to its end, unless its input must change."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FineloopError, OSError, KeyboardInterrupt) as exc:
+        command = ["fineloop", "run" if what == "retrain" else what]
+        command += ["-c", str(place.home / "runs" / run_id / "config.toml"), "--run-id", run_id]
+        command += ["--home", str(place.home)] if place.home != Path(".fineloop") else []
+        command += ["--address", place.address] if place.address else []
+        exc.add_note(f"to go on from where it was: {shlex.join(command)}")
         raise
 
 
@@ -127,13 +166,17 @@ def _execute(
     place: Place,
     display: Display,
     news: Callable[[], list[str]],
-) -> None:
+) -> Ended:
     def on_tick() -> None:
         for text in news():
             display.tell(text)
         display.tick()
 
-    log_path = folder / "pipeline.log"
+    ended: Ended | None = None
+    scratch = folder / "scratch"  # of steps, which may be killed while they fill it
+    shutil.rmtree(scratch, ignore_errors=True)
+    private_folder(scratch)
+    variables = {"PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
     try:
         ended = watch(
             [
@@ -141,25 +184,18 @@ def _execute(
                 *("--config", str(folder / "config.toml"), "--run-id", run_id),
                 *("--pipeline-root", str(place.home.absolute() / "kfp")),
             ],
-            environment={**os.environ, **environment, "PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1"},
+            environment={**os.environ, **environment, **variables},
             directory=folder,
-            log_path=log_path,
+            log_path=folder / LOG,
             on_line=display.line,
             on_tick=on_tick,
             on_text=(lambda text: print(text, file=place.terminal)) if place.verbose else None,
         )
-    except BaseException:
-        _stop_jobs(config, run_id)
-        raise
-    _raise_failure(ended, log_path)
-
-
-def _raise_failure(ended: Ended, log_path: Path) -> None:
-    """Raise what a step failed with. How the process ended says little: the outcome is read from the store."""
-    if ended.failure is not None:
-        error = ended.failure.as_error()
-        error.add_note(f"step {ended.failed_step}; log: {log_path}")
-        raise error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if ended is None or ended.killed_by:
+            _stop_jobs(config, run_id)
+    return ended
 
 
 def _read(
@@ -167,19 +203,32 @@ def _read(
     config: RunConfig,
     run_id: str,
     folder: Path,
+    ended: Ended,
     *,
     ground_s: float,
     began: float,
 ) -> Read:
+    """Raise what a step failed with, or else read the outcome: how the process ended says little of it."""
+    from components.registry import runs
     from components.registry.store import Store
 
     store = Store.open(config.registry)
     try:
-        return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
-    except ObjectMissing as exc:
-        error = FineloopError(f"run {run_id} ended early and no step said why: {exc}")
-        error.add_note(f"log: {folder / 'pipeline.log'}")
-        raise error from exc
+        if ended.failure is not None:
+            raise ended.failure.as_error()
+        try:
+            return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
+        except ObjectMissing as exc:
+            why = f"its process was ended by {ended.killed_by}" if ended.killed_by else str(exc)
+            raise FineloopError(f"run {run_id} ended early and no step said why: {why}") from exc
+    except FineloopError as exc:
+        exc.add_note(f"{f'step {ended.failed_step}; ' if ended.failed_step else ''}log: {folder / LOG}")
+        if "report" in ended.finished:
+            with contextlib.suppress(StoreError):
+                report = folder / runs.REPORT
+                report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+                exc.add_note(f"report: {report}")
+        raise
 
 
 def _stop_jobs(config: RunConfig, run_id: str) -> None:

@@ -6,6 +6,7 @@ begin by saying that they started, go on.
 """
 
 import codecs
+import contextlib
 import os
 import select
 import signal
@@ -28,6 +29,15 @@ class Ended:
     exit_code: int
     failure: Failure | None
     failed_step: str
+    finished: frozenset[str] = frozenset()
+    """The steps that said so."""
+
+    @property
+    def killed_by(self) -> str:
+        """The name of the signal that ended the process; empty where none did."""
+        with contextlib.suppress(ValueError):
+            return signal.Signals(self.exit_code - guard.SIGNALLED).name
+        return ""
 
 
 def watch(
@@ -46,6 +56,7 @@ def watch(
     """
     found: list[tuple[str, Failure]] = []
     begun: set[str] = set()
+    finished: set[str] = set()
     last: Line | None = None
     with log_path.open("a", encoding="utf-8", buffering=1) as log:
 
@@ -62,13 +73,15 @@ def watch(
             if line.step not in begun or line == last:  # Ray Train copies a worker's lines
                 return
             last = line
+            if line.seconds is not None:
+                finished.add(line.step)
             if line.failure is not None:
                 found.append((line.step, line.failure))
             on_line(line)
 
         exit_code = run_heard(command, environment=environment, directory=directory, on_text=hear, on_tick=on_tick)
     failed_step, failure = found[0] if found else ("", None)
-    return Ended(exit_code, failure, failed_step)
+    return Ended(exit_code, failure, failed_step, frozenset(finished))
 
 
 def run_heard(

@@ -326,13 +326,19 @@ def test_an_interrupted_run_leaves_nothing_behind(
     )
     wait_for(stub_cluster.directory / "hanging")
     assert len(processes_with(mark)) > 1
+    (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
+    second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
+    assert second.returncode == 2
+    assert f"run {folder.name} is under way in another process" in second.stderr
 
     running.send_signal(number)
     out, err = running.communicate(timeout=PATIENCE_S)
 
     assert running.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1].startswith("interrupted")
+    said, goes_on = err.splitlines()[-2:]
+    assert said.startswith("interrupted")
+    assert goes_on.endswith(f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}")
     assert "Traceback" not in err
     assert processes_with(mark) == []
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
@@ -353,6 +359,28 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
     running.wait()
 
     wait_until(lambda: not processes_with(mark), lambda: processes_with(mark))
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
+    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    for found in Path("/proc").glob("[0-9]*/cmdline"):
+        words = found.read_text().split("\0")
+        if words[1:3] == ["-m", "pipelines.local.run_pipeline"] and str(tmp_path) in words[5]:
+            os.kill(int(found.parent.name), signal.SIGKILL)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "no step said why: its process was ended by SIGKILL" in err
+    assert "to go on from where it was: fineloop run -c .fineloop/runs/" in err
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
 
 

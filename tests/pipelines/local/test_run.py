@@ -141,9 +141,14 @@ def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
     with pytest.raises(DataError, match="every answer is empty") as caught:
         run(make_config("method.dropout=0.1"), place, what=what)  # type: ignore[arg-type]
 
-    (note,) = caught.value.__notes__
+    note, *more = caught.value.__notes__
     assert note.startswith("step finetune; log: ")
     assert Path(note.rpartition(": ")[2]).is_file()
+    if what == "retrain":
+        (report,) = more
+        page = Path(report.removeprefix("report: ")).read_text()
+        assert "the finetune step failed" in page
+        assert "every answer is empty" in page
     assert versions.list_adapters(store) == []
 
 
@@ -195,17 +200,6 @@ def test_a_run_that_finds_nothing_new_is_skipped(
     more = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60, 65)]
     data_path.write_text(data_path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
     assert run(make_config("data.min_new_records=5", "train.weight_decay=0.5"), place, what="retrain").promoted
-
-
-@pytest.mark.slow
-def test_a_failed_run_has_a_report(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
-) -> None:
-    with pytest.raises(DataError, match="every answer is empty"):
-        run(make_config("method.dropout=0.1"), place, what="retrain", run_id="failing")
-    page = store.get("runs/failing/report.html").decode()
-    assert "the finetune step failed" in page
-    assert "every answer is empty" in page
 
 
 @pytest.mark.slow
