@@ -46,7 +46,8 @@ RAY_DIR = "ray"
 class RayHead:
     """A head whose jobs inherit this process's environment.
 
-    Its token, ports and logs lie under `directory`, its sockets in a short temporary directory.
+    Its token, ports and logs lie under `directory`, its sockets in a short temporary directory, and what its jobs write
+    on the way to the store in one of their own.
     """
 
     directory: Path
@@ -61,7 +62,8 @@ class RayHead:
         if not self._token_path.exists():
             write_private(self._token_path, secrets.token_hex(32))
         temp_dir = _short_temp_dir()
-        (self.directory / "temp_dir").write_text(str(temp_dir), encoding="utf-8")
+        scratch = tempfile.mkdtemp(prefix="fineloop-scratch-")
+        (self.directory / "temp_dir").write_text(f"{temp_dir}\n{scratch}", encoding="utf-8")
         logs = self.directory / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         logs.unlink(missing_ok=True)
@@ -86,9 +88,10 @@ class RayHead:
             f"--temp-dir={temp_dir / RAY_DIR}",
             "--log-color=false",
         ]
-        return command, head_environment(
+        environment = head_environment(
             os.environ, token_path=self._token_path, dashboard_metrics_port=dashboard_metrics_port
         )
+        return command, {**environment, "TMPDIR": scratch}  # of jobs, which may be killed while they fill it
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
         """Where it is, who may use it, and which store its jobs inherit."""
@@ -106,10 +109,10 @@ class RayHead:
         return _is_ok(agent) and answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
 
     def clear(self, ports: Iterable[int]) -> None:
-        """Remove its temporary directory, whatever its ports were, and keep its logs."""
+        """Remove its temporary directory and its jobs', whatever its ports were, and keep its logs."""
         note = self.directory / "temp_dir"
         with contextlib.suppress(FileNotFoundError):
-            temp_dir = Path(note.read_text(encoding="utf-8"))
+            temp_dir, *others = map(Path, note.read_text(encoding="utf-8").splitlines())
             session_logs = (temp_dir / RAY_DIR / "session_latest" / "logs").resolve()
             if session_logs.is_dir():
                 logs = self.directory / "logs"
@@ -119,7 +122,8 @@ class RayHead:
                 shutil.copytree(
                     session_logs, logs, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("*.sock")
                 )
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            for folder in (temp_dir, *others):
+                shutil.rmtree(folder, ignore_errors=True)
             note.unlink()
 
     @property
