@@ -5,10 +5,11 @@ What the environment names wins: with AWS_ENDPOINT_URL no store is started, with
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from components.shared.errors import GroundError
+from components.shared.errors import FineloopError, GroundError, UserError
 from pipelines.local import ray_head, seaweedfs
 from pipelines.local.private import private_folder
 from pipelines.local.ray_head import RayHead
@@ -17,6 +18,8 @@ from pipelines.local.server import ATTEMPTS
 from pipelines.local.service import Service
 
 PASSED_ON = ("AWS_", "RAY_")
+FULL_BYTES, FULL_SHARE = 64e6, 0.01
+"""Below either SeaweedFS writes no more (its `minFreeSpacePercent`), or soon will not."""
 MARGIN_S = 30.0  # what a keeper may take beyond its server's attempts to start
 
 
@@ -72,7 +75,16 @@ def _using_store(home: Path, bucket: str) -> Iterator[dict[str, str]]:
         endpoint = Endpoint.read(record)
         if endpoint.bucket != bucket:
             seaweedfs.create_bucket(endpoint, bucket)
-        yield endpoint.environment()
+        try:
+            yield endpoint.environment()
+        except (FineloopError, OSError) as exc:
+            disk = shutil.disk_usage(home / "store")
+            if disk.free < max(FULL_BYTES, disk.total * FULL_SHARE) and not isinstance(exc, UserError):
+                exc.add_note(
+                    f"the disk of {home / 'store'} is full ({disk.free / 1e6:.0f} MB free of {disk.total / 1e6:.0f}): "
+                    "free some space"
+                )
+            raise
 
 
 @contextlib.contextmanager
