@@ -55,7 +55,7 @@ def _doctor(options: argparse.Namespace) -> Answer:
 def _of_this_machine(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":
     from pipelines.local.doctor import checks, time_of_a_run
 
-    return [*checks(options.home, registry=config.registry), time_of_a_run(config, options.home)]
+    return [*checks(options.home, config=config), time_of_a_run(config, options.home)]
 
 
 def _of_cluster(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":

@@ -19,6 +19,7 @@ from components.shared.memory import machine_bytes
 from pipelines.check import Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.estimate import told_here
+from pipelines.local.gpus import lacking
 from pipelines.local.ports import LOOPBACK
 
 GIB = 1024**3
@@ -31,13 +32,14 @@ STEP_PACKAGES = ("boto3", "pyarrow", "pydantic", "kfp", "ray", "jinja2", "tomli_
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "safetensors", "gguf")
 
 
-def checks(home: Path, *, registry: RegistryConfig | None = None) -> list[Check]:
+def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
     """Look at the machine, the packages, the store and Ray, as far as each is installed, configured or up.
 
-    With `registry` the store that the environment names, or else the embedded one that is up, is written to and read:
-    a few small objects under the registry's prefix, removed again.
+    With `config` the store that the environment names, or else the embedded one that is up, is written to and read: a
+    few small objects under the registry's prefix, removed again. And the GPUs that it asks for are looked for.
     """
-    return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu()]
+    registry = config.registry if config else None
+    return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu(config)]
 
 
 def time_of_a_run(config: RunConfig, home: Path) -> Check:
@@ -45,6 +47,8 @@ def time_of_a_run(config: RunConfig, home: Path) -> Check:
     name = "time of a run"
     if any(importlib.util.find_spec(package) is None for package in TRAIN_PACKAGES):
         return Check(name, True, "unknown without the train packages", "")
+    if config.ray.use_gpu:
+        return Check(name, True, "on GPUs: see `fineloop plan`", "")
     with tempfile.TemporaryDirectory(prefix="fineloop-doctor-") as scratch:
         path = Path(scratch) / "config.toml"
         path.write_text(config_file.dumps(config), encoding="utf-8")
@@ -141,7 +145,10 @@ def _ray(home: Path) -> Check:
     return check("ray", answered, endpoint["url"], "fineloop ray down; fineloop ray up")
 
 
-def _gpu() -> Check:
+def _gpu(config: RunConfig | None) -> Check:
+    if config is not None and importlib.util.find_spec("ray") and (lack := lacking(config)):
+        detail, _, fix = lack.partition(": ")
+        return Check("gpu", False, detail, fix)
     command = shutil.which("nvidia-smi")
     if command is None:
         return Check("gpu", True, "none seen: the workers use the CPU", "")

@@ -18,9 +18,10 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
-from components.shared.errors import FineloopError, ObjectMissing, StoreError, UserError
+from components.shared.errors import ConfigError, FineloopError, ObjectMissing, StoreError, UserError
 from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_meanwhile
+from pipelines.local.gpus import lacking
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.private import private_folder
@@ -77,8 +78,8 @@ def run_and_read(
     job behind.
 
     Raises:
-        UserError: an address is given to a config whose `ray.cluster` takes none, the home cannot be written, or
-            another command is at this run.
+        UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
+            are asked of it, the home cannot be written, or another command is at this run.
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
@@ -89,6 +90,8 @@ def run_and_read(
             f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
             "Drop --address, or --set ray.cluster.kind=jobs-api"
         )
+    if lack := lacking(config, address=place.address):
+        raise ConfigError(lack)
     from components.step.step import require_run_id
 
     run_id = run_id or new_run_id()

@@ -69,9 +69,11 @@ def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | 
 
 
 def _too_small(name: str, needed: Mapping[str, float], why: str) -> ConfigError:
+    is_one = needed[name] == 1
+    ways = [*(() if is_one else ("lower ray.num_workers",)), *(("set ray.use_gpu=false",) if name == "GPU" else ())]
+    asked = f"{needed[name]:g} {name}{'' if is_one else 's'}"
     return ConfigError(
-        f"ray.num_workers asks for {needed[name]:g} {name}s and {why}: "
-        "lower ray.num_workers, or train on a larger cluster"
+        f"ray.num_workers asks for {asked} and {why}: {', or '.join([*ways, 'train on a larger cluster'])}"
     )
 
 

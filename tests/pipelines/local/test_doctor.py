@@ -5,13 +5,18 @@ import re
 import pytest
 
 from components.config import config_file
-from components.config.schema import RegistryConfig
 from components.shared.cpus import this_cpu
 from pipelines.local import doctor
 from pipelines.local.local_services import local_services
 from tests.models.tiny import build_base, colour_rows
 
 pytestmark = pytest.mark.usefixtures("nothing_is_configured")
+
+
+def kept_in(bucket, ray=""):
+    return config_file.loads(
+        f'[adapter]\nname = "a"\n[model]\nbase = "b"\n[data]\nsource = "c"\n[registry]\nbucket = "{bucket}"\n{ray}'
+    )
 
 
 def by_name(found):
@@ -56,10 +61,10 @@ def test_too_little_disk_is_seen(tmp_path, monkeypatch):
 
 def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
     with local_services(tmp_path, bucket="bucket-one", ray=False) as environment:
-        check = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-one")))["store"]
+        check = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one")))["store"]
         assert check.ok
         assert environment["AWS_ENDPOINT_URL"] in check.detail
-        missing = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-two")))["store"]
+        missing = by_name(doctor.checks(tmp_path, config=kept_in("bucket-two")))["store"]
     assert not missing.ok
     assert "bucket-two" in missing.detail
 
@@ -68,7 +73,7 @@ def test_a_configured_store_that_does_not_answer_is_a_finding_not_a_crash(tmp_pa
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    check = by_name(doctor.checks(tmp_path, registry=RegistryConfig(bucket="bucket-one")))["store"]
+    check = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one")))["store"]
     assert not check.ok
     assert "http://127.0.0.1:9" in check.detail
 
@@ -78,3 +83,15 @@ def test_a_configured_ray_that_does_not_answer_is_a_finding(tmp_path, monkeypatc
     assert not by_name(doctor.checks(tmp_path))["ray"].ok
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
     assert "Jobs API" in by_name(doctor.checks(tmp_path))["ray"].fix
+
+
+GPU = "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n"
+
+
+def test_gpus_that_are_not_there_are_a_finding_with_the_way_out(tmp_path, monkeypatch):
+    """The judge is Ray: what its own head on this machine would have, which no machine has 1024 of."""
+    found = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one", GPU)))["gpu"]
+    assert not found.ok
+    assert "ray.use_gpu=false" in found.fix or "ray.num_workers=" in found.fix
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    assert by_name(doctor.checks(tmp_path, config=kept_in("bucket-one", GPU)))["gpu"].ok

@@ -11,7 +11,7 @@ import pytest
 from components.config.schema import RunConfig
 from components.registry import aliases, event_log, versions
 from components.registry.store import Store
-from components.shared.errors import DataError, JobError, UserError
+from components.shared.errors import ConfigError, DataError, JobError, UserError
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run
 from tests.doubles.jobs_api import JobsApi
@@ -166,6 +166,16 @@ def test_what_is_no_name_of_a_run_makes_no_folder(
 ) -> None:
     with pytest.raises(UserError, match=r"run_id .*: takes letters"):
         run(make_config(), place, what="retrain", run_id=run_id)
+    assert not place.home.exists()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_starts(
+    make_config: Callable[..., RunConfig], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("ray.use_gpu=true", "ray.num_workers=1024", "train.batch_size=8192")  # no machine has so many
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"ray.*asks for a GPU.*(Ray sees none|this machine has)"):
+        run(config, place, what="train")
     assert not place.home.exists()
 
 

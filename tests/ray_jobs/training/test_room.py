@@ -87,5 +87,5 @@ def test_the_most_that_a_cluster_grows_to_is_named_where_the_gcs_knows_it(growin
 def test_a_cluster_that_does_not_grow_is_refused_at_once() -> None:
     with cluster(grows=False) as address:
         answer = ask(address, 1, "fixed")
-    assert "ray.num_workers asks for 1 CPUs and the whole cluster has 0" in answer["refused"]
+    assert "ray.num_workers asks for 1 CPU and the whole cluster has 0: train on a larger cluster" in answer["refused"]
     assert answer["seconds"] < 5
