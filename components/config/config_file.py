@@ -16,12 +16,14 @@ from pydantic.fields import FieldInfo
 
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
 from components.config.section import Section
+from components.config.synonyms import SYNONYMS
 from components.shared.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 COMMIT = re.compile("[0-9a-f]{40}")
 STRINGS = str | list[str]
+WITH_SET = " with --set"
 Read = TypeVar("Read", bound=Section)
 
 
@@ -40,9 +42,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return loads(text, overrides, origin=str(path))
 
 
-def loads(
-    text: str, overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = " with --set"
-) -> RunConfig:
+def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = WITH_SET) -> RunConfig:
     """Parse TOML text; an error calls it by `origin`, and with overrides by `overriding` after that.
 
     Raises:
@@ -56,7 +56,7 @@ def loads(
 
 
 def validate(
-    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = " with --set"
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = WITH_SET
 ) -> RunConfig:
     """Apply overrides to a parsed config and validate it, with every mistake in one message.
 
@@ -74,6 +74,9 @@ def validate(
         for error in exc.errors():
             found.setdefault(_path(error["loc"]), _explain(error))
         problems = list(found.values())
+        to_blame = [next((each for each in overrides if _sets(each, path)), None) for path in found]
+        if overriding == WITH_SET and all(to_blame):  # the file has nothing to do with it
+            origin = f"--set {to_blame[0]}" if not problems[1:] else "--set"
         raise ConfigError(
             "\n  ".join([f"{origin}:", *problems]) if problems[1:] else f"{origin}: {problems[0]}"
         ) from exc
@@ -163,6 +166,11 @@ def _override(raw: dict[str, Any], override: str) -> None:
     table[path[-1]] = _parse(value, override)
 
 
+def _sets(override: str, path: str) -> bool:
+    key = override.partition("=")[0].strip()
+    return f"{path}.".startswith(f"{key}.")
+
+
 def _parse(value: str, override: str) -> Any:
     """A TOML value, or else the text itself: a bare word or a path needs no quotes on a command line."""
     try:
@@ -220,6 +228,7 @@ def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
     if others:
         return f'it belongs to {_path(where[:-2])}.kind = "{others[0]}", and this is kind = "{where[-2]}"'
     meant = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == unknown]
+    meant = meant or [theirs for theirs in (SYNONYMS.get(unknown),) if theirs]
     if not meant:
         near = difflib.get_close_matches(unknown, section.model_fields, n=1)
         meant = [f"{prefix}.{key}" if prefix else key for key in near]

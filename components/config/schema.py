@@ -139,6 +139,9 @@ class MethodConfig(Section):
             re.compile(self.target_modules if isinstance(self.target_modules, str) else "")
         except (re.error, RecursionError, OverflowError) as exc:
             raise ValueError(f"target_modules {self.target_modules!r} is no regular expression: {exc}") from exc
+        if isinstance(self.target_modules, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", self.target_modules):
+            names = json.dumps([name.strip() for name in self.target_modules.split(",")], separators=(",", ":"))
+            raise ValueError(f"target_modules {self.target_modules!r} is one name for all of them: write '{names}'")
         return self
 
     @property

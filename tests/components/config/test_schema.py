@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from components.config import config_file
+from components.config.schema import RunConfig
+from components.config.synonyms import SYNONYMS
 from components.shared.errors import ConfigError
 from tests.components.config.loading import GOOD, message_of, set_in
 from tests.frozen.config_to_come import to_come
@@ -233,11 +235,39 @@ def test_a_set_cannot_reach_into_a_value_or_a_list() -> None:
     assert "expected a list of sections, each headed [[gate.limits]]" in message_of("gate.limits.0.max=2")
 
 
-def test_a_mistake_names_the_file_and_that_keys_were_set(tmp_path: Path) -> None:
+def test_what_other_tools_call_a_key_leads_to_ours() -> None:
+    ours = set(config_file._paths(RunConfig))
+    names = {path.rpartition(".")[2] for path in ours}
+    for theirs, path in SYNONYMS.items():
+        assert path in ours
+        assert theirs not in names
+    for typed, meant in (
+        ("train.lr", "train.learning_rate"),
+        ("method.r", "method.rank"),
+        ("train.gradient_accumulation_steps", "train.batch_size"),
+        ("train.max_seq_length", "model.max_length"),
+        ("data.path", "data.source"),
+        ("train.bf16", "train.dtype"),
+        ("train.save_steps", "train.checkpoint_every_steps"),
+    ):
+        assert f"unknown key {typed}: did you mean {meant}?" in message_of(f"{typed}=1")
+
+
+def test_names_of_layers_with_commas_between_are_a_list() -> None:
+    message = message_of("method.target_modules=q_proj, v_proj")
+    assert """write '["q_proj","v_proj"]'""" in message
+    assert "regular" not in message_of("method.rank=x", "method.target_modules=.*[qv]_proj")
+
+
+def test_a_mistake_is_blamed_on_the_file_or_on_what_was_set(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(GOOD)
-    with pytest.raises(ConfigError, match=r"mine\.toml with --set: train\.epochs = 0"):
-        config_file.load(path, ["train.epochs=0"])
+    with pytest.raises(ConfigError, match=r"^--set train\.epochs=0: train\.epochs = 0"):
+        config_file.load(path, ["train.epochs=0", "train.seed=1"])
+    with pytest.raises(ConfigError, match=r"^--set:\n  unknown key data\.zzz.*\n  train\.epochs = 0"):
+        config_file.load(path, ["train.epochs=0", "data.zzz=1"])
+    with pytest.raises(ConfigError, match=r"mine\.toml with --set: train\.batch_size 16 is not a multiple"):
+        config_file.load(path, ["ray.num_workers=7"])
     path.write_text(GOOD + "[train]\nepochs = 0\n")
     with pytest.raises(ConfigError, match=r"mine\.toml: train\.epochs = 0"):
         config_file.load(path)
