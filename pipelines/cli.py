@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -32,14 +33,14 @@ from pipelines.commands import (
     sweep,
     train,
 )
-from pipelines.commands.arguments import EXIT_CODES, Answer, tell
+from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, tell
 
 INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
         epilog=f"start here:\n  fineloop run              the built-in example, end to end, on this machine\n"
@@ -47,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    root.add_argument("--version", action="store_true", help="say which release this is")
+    root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
+    commands = root.add_subparsers(metavar="COMMAND")
     for command in (
         *(run, train, sweep, plan, adapters, chat, replay, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
@@ -56,9 +59,16 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _alone(options: argparse.Namespace) -> Answer:
+    """Without a command."""
+    return Answer(text=f"fineloop {version('fineloop')}" if options.version else options.parser.format_help().rstrip())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    options = parser().parse_args(arguments)
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     garbage.leave_at_exit()
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")

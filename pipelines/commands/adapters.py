@@ -302,6 +302,7 @@ def _page(options: argparse.Namespace) -> Answer:
     from components.registry.versions import list_adapters
     from components.report.numbers import moment
     from components.report.registry_page import build_pages, list_adapter, read_adapter
+    from components.shared.errors import UserError
 
     with opened_registry(options) as store:
         names = [options.name] if options.name else list_adapters(store)
@@ -310,10 +311,12 @@ def _page(options: argparse.Namespace) -> Answer:
         built = build_pages(pages, listed, generated_at=moment(datetime.now(UTC)), address=store.uri(""))
     with disk_errors(options.to):
         options.to.mkdir(parents=True, exist_ok=True)
+        index = (options.to / "index.html").absolute()
+        if index.exists() and "fineloop adapters" not in index.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{index} is no page of Fineloop's, and stays as it is: give --to another folder")
         for name, page in built.items():
             (options.to / name).write_text(page, encoding="utf-8")
-    index = str((options.to / "index.html").absolute())
-    return Answer({"path": index, "adapters": names}, f"the registry is at {index}")
+    return Answer({"path": str(index), "adapters": names}, f"the registry is at {index}")
 
 
 def _pull(options: argparse.Namespace) -> Answer:

@@ -1,13 +1,15 @@
 """Arguments that many commands share and what they become, and how commands speak to people."""
 
 import argparse
+import difflib
+import re
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
@@ -18,6 +20,17 @@ EXIT_CODES = """exit codes:
   0  done; for a run: completed, whether the candidate was promoted or held
   2  the input is wrong (config, data, arguments), said in one message
   1  anything else failed"""
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says what a mistyped command may stand for."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)
+            message += "".join(f": did you mean {each}?" for each in near)
+        super().error(message)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, parser=parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell everything that happens, on stderr")
     return parser

@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
         more="It reads the base's configuration, not its weights, and needs no GPU. It plans for the worst: "
         "every record as long as model.max_length, and all of it answer unless evaluate.max_new_tokens says how long "
         "answers are. Name the GPU with ray.gpu, and its price with ray.gpu_price_per_hour when yours is not the list "
-        "price. Every training makes this plan for its real records first, and refuses what cannot fit.",
+        "price. Every training makes this plan for its real records first, and refuses what cannot fit; here that is "
+        "exit code 1.",
         example="fineloop plan --set model.base=meta-llama/Llama-2-7b-hf --set method.name=qlora \\\n"
         "      --set ray.use_gpu=true --set ray.gpu=A10G --set ray.num_workers=1",
     )
@@ -42,7 +43,7 @@ def _plan(options: argparse.Namespace) -> Answer:
         options.overrides,
     )
     body = answer(job, tell=tell, verbose=options.verbose)
-    return Answer(body, "\n".join(_told(config, body)))
+    return Answer(body, "\n".join(_told(config, body)), exit_code=1 if body["fits"] is False else 0)
 
 
 def _told(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:

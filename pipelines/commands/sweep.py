@@ -4,7 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from pipelines.commands.arguments import Answer, add_command, load_config
+from components.shared.errors import UserError
+from pipelines.commands.arguments import DEFAULT_CONFIG, Answer, add_command, load_config
 from pipelines.commands.run import add_run_options
 
 
@@ -20,18 +21,22 @@ def add(commands: Any) -> None:
         "With --methods each method is first tuned by itself, then all are compared at their best on further seeds. "
         "The section tune of the config says what is tried, and when a run sweeps by itself. A sweep that was cut off "
         "goes on under its --run-id, without the trials that have ended.",
-        example="fineloop sweep --set tune.max_steps=64 --apply\n"
+        example="fineloop sweep -c mine.toml --set tune.max_steps=64 --apply\n"
         "  fineloop sweep --methods lora,dora,rslora --set tune.max_steps=64",
     )
     add_run_options(sweep)
     sweep.add_argument("--methods", default="", metavar="A,B", help="methods to compare, as tune.methods")
-    sweep.add_argument("--apply", action="store_true", help="write the best rate to the config file")
+    sweep.add_argument("--apply", action="store_true", help="write the best rate to the config that -c names")
     sweep.add_argument(
         "--address", default="", metavar="URL", help="Jobs API of a Ray cluster, such as http://HOST:8265"
     )
 
 
 def _sweep(options: argparse.Namespace) -> Answer:
+    if options.apply and options.config.resolve() == DEFAULT_CONFIG:
+        raise UserError(
+            f"--apply would write into the built-in example, {DEFAULT_CONFIG}: name a config of your own with -c"
+        )
     from pipelines.local.run import Place
     from pipelines.local.sweep import apply, picture_path, sweep, told
 

@@ -111,7 +111,15 @@ def test_a_file_of_commands_bears_the_command_s_name() -> None:
         (["adapters", "show"], "NAME[@ALIAS|@VERSION]"),
         (["run", "--unknown"], "--unknown"),
         (["nonsense"], "nonsense"),
-        ([], "COMMAND"),
+        (["trian"], "did you mean train?"),
+        (["adapters", "shw"], "did you mean show?"),
+        (["adapters"], "COMMAND"),
+        (["run", "--sett", "x=1"], "usage: fineloop run"),
+        (["sweep", "--apply"], "name a config of your own with -c"),
+        (
+            ["run", "--set", "train.lr=1"],
+            "fineloop: --set train.lr=1: unknown key train.lr: did you mean train.learning_rate?",
+        ),
     ],
 )
 def test_a_wrong_argument_is_exit_2_in_one_message(
@@ -124,6 +132,18 @@ def test_a_wrong_argument_is_exit_2_in_one_message(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_alone_is_help_and_says_its_release(tmp_path: Path) -> None:
+    """The judge of the release is pip."""
+    assert fineloop(cwd=tmp_path).stdout == fineloop("--help", cwd=tmp_path).stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "pip", "show", "fineloop"], capture_output=True, text=True, check=True
+    )
+    assert (
+        fineloop("--version", cwd=tmp_path).stdout.strip()
+        == "fineloop " + shown.stdout.split("Version: ")[1].split()[0]
+    )
 
 
 def test_an_error_with_json_is_an_object(tmp_path: Path) -> None:
@@ -265,6 +285,20 @@ def test_a_promotion_and_its_way_back_are_told_in_the_history(
         "rolled_back",
     ]
     assert "by hand" in history.stdout
+
+
+def test_pages_replace_their_own_index_and_nobody_elses(
+    published: list[str], config_path: Path, tmp_path: Path
+) -> None:
+    page = ("adapters", "page", "--to", "site", "-c", config_path)
+    for _ in range(2):
+        assert fineloop(*page, cwd=tmp_path).returncode == 0
+    index = tmp_path / "site" / "index.html"
+    index.write_text("<h1>My own</h1>")
+    refused = fineloop(*page, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"{index} is no page of Fineloop's" in refused.stderr
+    assert index.read_text() == "<h1>My own</h1>"
 
 
 def test_who_loses_a_race_learns_who_won(store: Store, published: list[str], config_path: Path, tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_plan_that_does_not_fit_is_exit_1(here: Path) -> None:
+    large = ("--set", "train.batch_size=65536", "--set", "train.micro_batch_size=65536")
+    done = fineloop("plan", "-c", "plan.toml", *large, "--json", cwd=here)
+    assert json.loads(done.stdout)["fits"] is False
+    assert "DOES NOT FIT" in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
 def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--set", "ray.use_gpu=false", "--json", cwd=here)
     assert done.returncode == 0, done.stderr
