@@ -23,6 +23,7 @@ from components.registry.records import ROLES, Evaluation, Measured, Role, TextL
 from components.registry.signing import is_revoked
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
+from components.shared.counted import counted
 from components.shared.errors import FineloopError, JobError, ObjectMissing
 from components.shared.metrics import metrics_of
 from components.shared.protocol import say
@@ -160,7 +161,7 @@ def _measured_apart(
 
     # Two records at least in each: an answer is also read behind another record's prompt.
     num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
-    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {num_shards} workers")
+    say(STEP, f"{counted(len(records), 'held-out record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
     shards = [records[start::num_shards] for start in range(num_shards)]
     shares = [
         {

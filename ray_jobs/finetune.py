@@ -18,6 +18,7 @@ from components.registry.records import TrainResult
 from components.registry.store import Store
 from components.registry.sweep_records import TunedRate
 from components.shared import garbage
+from components.shared.counted import counted
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
@@ -87,7 +88,8 @@ def finetune(
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     say(
         STEP,
-        f"{len(train_split):,} records, {len(train_split.tokens):,} tokens; starting {config.ray.num_workers} workers",
+        f"{counted(len(train_split), 'record')}, {len(train_split.tokens):,} tokens; "
+        f"starting {counted(config.ray.num_workers, 'worker')}",
     )
 
     watch.lap("data")

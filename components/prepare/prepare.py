@@ -14,6 +14,7 @@ from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, 
 from components.registry import runs
 from components.registry.records import Decision
 from components.shared import memory
+from components.shared.counted import counted
 from components.shared.errors import DataError
 from components.step.step import StepRun
 
@@ -43,7 +44,7 @@ class PreparedDataset:
     @property
     def told(self) -> str:
         """For a person."""
-        return f"{self.train_records} records to train on, {self.eval_records} held out"
+        return f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
 
 
 @contextlib.contextmanager
@@ -109,7 +110,7 @@ def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
     num_new = news.count_new(unique.records, consumed)
     step_run.result.update(new_records=num_new)
     if consumed and num_new < minimum:
-        few = f"{num_new} records are new since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
+        few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
         _skip(step_run, consumed, few)
         return None
     prepared = _publish(step_run.config, step_run.store, read, unique)
@@ -117,7 +118,7 @@ def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
     fingerprints = {source.name: source.fingerprint for source in sources}
     watermark.note(step_run.store, watermark.Consumed(step_run.run_id, as_of, fingerprints, records))
     step_run.result.update(vars(prepared))
-    since = f"; {num_new} records are new since run {consumed.run_id}" if consumed else ""
+    since = f"; {_are_new(num_new)} since run {consumed.run_id}" if consumed else ""
     step_run.say(prepared.told + since)
     return prepared
 
@@ -185,3 +186,7 @@ def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:
     runs.write(step_run.store, step_run.run_id, decision)
     step_run.result.update(skipped=reason)
     step_run.say(f"skipped: {reason}")
+
+
+def _are_new(number: int) -> str:
+    return f"{counted(number, 'record')} {'is' if number == 1 else 'are'} new"

@@ -13,6 +13,7 @@ from components.registry.event_log import Event
 from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version
+from components.shared.counted import counted
 from components.shared.errors import ObjectMissing
 from components.shared.metrics import metrics_of
 from pipelines.commands.arguments import Answer
@@ -156,9 +157,17 @@ def audit_shown(audits: Sequence[Audit]) -> Answer:
         "adapters": [{"name": audit.name, "versions": audit.versions, "events": audit.events} for audit in audits],
         "findings": [asdict(finding) for finding in findings],
     }
-    read = f"{len(audits)} adapters, {sum(a.versions for a in audits)} versions, {sum(a.events for a in audits)} events"
+    read = ", ".join(
+        counted(number, noun)
+        for number, noun in (
+            (len(audits), "adapter"),
+            (sum(audit.versions for audit in audits), "version"),
+            (sum(audit.events for audit in audits), "event"),
+        )
+    )
+    found = counted(len(findings), "finding") if findings else "no findings"
     told = [f"{finding.where}: {finding.what}" for finding in findings]
-    return Answer(body, "\n".join([f"{read}: {len(findings) or 'no'} findings", *told]), exit_code=1 if findings else 0)
+    return Answer(body, "\n".join([f"{read}: {found}", *told]), exit_code=1 if findings else 0)
 
 
 def _told(event: Event) -> str:

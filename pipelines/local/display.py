@@ -15,6 +15,8 @@ ROW = "| "
 """What a line begins with that is a row of a table, its cells apart by spaces: a sweep's trials."""
 WIDTHS = (8, 4, 5, 9, 4, 8, 9)
 _PROGRESS = re.compile(r"\b\d+ ?(/|of) ?\d+\b|\d%")
+_RESULT = re.compile(r"held-out loss")
+"""In what stays beside a step that is over, whatever it said after that."""
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -28,6 +30,7 @@ class Display:
         self._step = ""
         self._over: set[str] = set()
         self._note = ""
+        self._result = ""
         self._began = 0.0
         self._told_at = float("-inf")
         self._seconds: float | None = None
@@ -36,7 +39,7 @@ class Display:
         """A step begins; the one before it is over."""
         self._settle()
         self._over.discard(step)
-        self._step, self._note, self._began, self._seconds = step, "", self._clock(), None
+        self._step, self._note, self._result, self._began, self._seconds = step, "", "", self._clock(), None
         self._told_at = float("-inf")
         if self._live:
             self.tick()
@@ -60,6 +63,7 @@ class Display:
     def finish(self, seconds: float | None = None) -> None:
         """The running step succeeded, in `seconds` where it measured them itself."""
         told = self._seconds
+        self._note = self._result or self._note
         self._seconds = seconds if seconds is not None else self._clock() - self._began
         if self._live:
             self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}")
@@ -98,6 +102,8 @@ class Display:
             self._add_row(text)
             return
         self._note = text
+        if _RESULT.search(text):
+            self._result = text
         if self._live:
             self.tick()
             return
@@ -122,7 +128,8 @@ class Display:
         if self._step and self._live:
             if self._seconds is None:
                 self.finish()
-            self._write("\n")
+            assert self._seconds is not None
+            self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}\n")  # whole: nothing rewrites it now
         self._over.add(self._step)
         self._step = ""
 

@@ -135,7 +135,8 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
     lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
-    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.timings_s.items() if step != "total")
+    parts = {"servers" if step == "ground" else step: seconds for step, seconds in outcome.timings_s.items()}
+    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in parts.items() if step != "total")
     lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
     commands = {}
     if outcome.version:

@@ -112,7 +112,7 @@ def run_and_read(
                 print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
                 news = while_it_runs.enter_context(told_meanwhile(config, folder / "config.toml", place.home))
             ground_began = time.monotonic()
-            display.start("ground")
+            display.start("servers")
             services = local_services(place.home, bucket=config.registry.bucket, ray=needs_head)
             environment = while_it_runs.enter_context(services)
             ground_s = time.monotonic() - ground_began

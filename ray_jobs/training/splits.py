@@ -7,6 +7,7 @@ from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import validation_and_test
 from components.registry import folders, lineage
 from components.registry.store import Store
+from components.shared.counted import counted
 from components.shared.errors import DataError
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
@@ -54,7 +55,7 @@ def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, te
             f"with data.max_reject_share (now {allowed:g})"
         )
     if split.too_long:
-        tell(f"left out {len(split.too_long)} records: their answers do not fit model.max_length {limit}")
+        tell(f"left out {counted(len(split.too_long), 'record')}: their answers do not fit model.max_length {limit}")
     if split.cut:
         tell(f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
     return split

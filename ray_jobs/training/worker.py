@@ -23,6 +23,7 @@ from components.registry.records import TrainResult
 from components.registry.serving import serving
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
+from components.shared.counted import counted
 from components.shared.errors import ConfigError, JobError, UserError
 from components.shared.protocol import say
 from ray_jobs import entry
@@ -175,7 +176,7 @@ def fit(
         if worker.rank == 0:
             products = ", products in float32" if worker.matmul_dtype == "float32" else ""
             products += ", in float16" if worker.dtype is torch.float16 else ""
-            say("finetune", f"training on {worker.num_workers} {worker.device.type} workers{products}")
+            say("finetune", f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}")
         job.watch.lap("optimizer and first check")
         trained = train_loop.run(
             engine,
@@ -263,7 +264,8 @@ class MetricsLog:
         self._records.append(dict(record))
         now = time.monotonic()
         if record["kind"] == "eval":
-            say("finetune", f"step {step}: held-out loss {record['loss']:.4f} on {record['records']} records")
+            on = counted(record["records"], "record")
+            say("finetune", f"step {step}: held-out loss {record['loss']:.4f} on {on}")
         elif now - self._said_at >= PROGRESS_EVERY_S or step == record["num_steps"]:
             self._said_at = now
             say("finetune", progress_line(record))

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from components.shared.protocol import Line
+from components.shared.protocol import TRAINED, Line
 from pipelines.local.display import PLAIN_EVERY_S, Display
 
 
@@ -93,6 +93,23 @@ def test_a_live_step_is_one_line_with_its_last_word(clock: Clock, monkeypatch: p
     assert stream.getvalue().count("\n") == 1
     assert "✓ prepare       3.1 s  261 records to train on\n" in stream.getvalue()
     assert len(last_row(stream.getvalue())) == 59
+
+
+def test_what_stays_of_a_live_step_is_whole_and_of_a_training_its_loss(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = io.StringIO()
+    display = Display(stream, live=True, clock=clock)
+    display.start("finetune")
+    for text in ("step 9: held-out loss 0.2 on 1 record", "publishing 3 files", TRAINED):
+        display.line(Line("finetune", text))
+    display.start("evaluate")
+    display.line(Line("evaluate", "candidate: " + "x" * 200))
+    display.close()
+    assert "✓ finetune      0.0 s  step 9: held-out loss 0.2 on 1 record\n" in stream.getvalue()
+    assert f"candidate: {'x' * 200}\n" in stream.getvalue()
 
 
 def test_a_failed_live_step_is_crossed_out_once(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def check_what_a_person_sees(told: str, log_path: Path) -> None:
     assert "KFP" not in told
     assert "KFP Executor" in log_path.read_text()
     finished = [line.split("]")[0][1:] for line in told.splitlines() if "] finished in" in line]
-    assert finished == ["ground", "prepare", "finetune", "evaluate", "gate", "promote", "report"]
+    assert finished == ["servers", "prepare", "finetune", "evaluate", "gate", "promote", "report"]
 
 
 @pytest.mark.slow
