@@ -1,7 +1,4 @@
-"""Whether this machine has the GPUs that a config asks for, before its own Ray head starts and any data are read.
-
-Of a cluster that the environment or the config names nothing is known here.
-"""
+"""Whether this machine has the GPUs that a config asks for, before its own Ray head starts and any data are read."""
 
 import importlib.util
 import re
@@ -14,37 +11,27 @@ WAYS_OUT = "set ray.use_gpu=false to train on its processors, or name a cluster 
 
 
 def lacking(config: RunConfig, *, address: str = "") -> str:
-    """What a run here lacks of GPUs, and the ways out; empty where it asks for none, or another cluster has them."""
+    """What a run here lacks of GPUs, and the ways out; empty where it asks for none, or another cluster has to know."""
     ray = config.ray
     if not ray.use_gpu or address or ray_configured() or not ray.cluster.has_address:
         return ""
-    found = _count()
-    if found == 0:
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    manager = get_accelerator_manager_for_resource("GPU")  # as a head does (ray._private.resource_and_label_spec)
+    visible = manager.get_current_process_visible_accelerator_ids()
+    count = manager.get_current_node_num_accelerators()
+    count = count if visible is None else min(count, len(visible))
+    if count == 0:
         return f"ray.use_gpu=true asks for a GPU, and Ray sees none on this machine: {WAYS_OUT}"
-    if found < ray.num_workers:
-        return (
-            f"ray.num_workers={ray.num_workers} asks for a GPU each, and this machine has {found}: set "
-            f"ray.num_workers={found}, or name a cluster with RAY_ADDRESS"
-        )
+    if count < ray.num_workers:
+        return f"ray.num_workers={ray.num_workers} asks for a GPU each, and this machine has {count}: lower it to that"
     if _torch_is_for_processors():
         return f"ray.use_gpu=true asks for a GPU, and this torch is a build for processors alone: {WAYS_OUT}"
     return ""
 
 
-def _count() -> int:
-    """As a head does that starts here (ray._private.resource_and_label_spec)."""
-    from ray._private.accelerators import get_accelerator_manager_for_resource
-
-    manager = get_accelerator_manager_for_resource("GPU")
-    visible = manager.get_current_process_visible_accelerator_ids()
-    there = int(manager.get_current_node_num_accelerators())
-    return there if visible is None else min(there, len(visible))
-
-
 def _torch_is_for_processors() -> bool:
     """Read, not imported: torch takes seconds."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    return re.search(r"^(cuda|hip|xpu)\b[^=\n]*= '", version, re.MULTILINE) is None
+    version = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
+    return bool(version) and re.search(r"^(cuda|hip|xpu)\b[^=\n]*= '", version, re.MULTILINE) is None

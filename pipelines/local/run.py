@@ -18,7 +18,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
-from components.shared.errors import ConfigError, FineloopError, ObjectMissing, StoreError, UserError
+from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
 from pipelines.local.estimate import told_meanwhile
 from pipelines.local.gpus import lacking
@@ -227,7 +227,7 @@ def _read(
     except FineloopError as exc:
         exc.add_note(f"{f'step {ended.failed_step}; ' if ended.failed_step else ''}log: {folder / LOG}")
         if "report" in ended.finished:
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(OSError):  # as the store's errors are, and the disk's
                 report = folder / runs.REPORT
                 report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
                 exc.add_note(f"report: {report}")
