@@ -6,6 +6,7 @@ in the log, whoever runs the move again, or makes the next one, writes it. Each 
 and the one that a rollback returns to: from the pointer, which only compare-and-swap changes, the way back is known.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from components.registry.event_log import (
     read_event,
     require_published,
 )
-from components.registry.folders import now
+from components.registry.folders import find_manifest, now
 from components.registry.history import is_chain, is_override, moves, standing
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
@@ -232,14 +233,15 @@ def move_alias(
     earlier move to that version which this one returns to; None adds one on top.
 
     Raises:
-        ObjectMissing: there is no such version.
+        ObjectMissing: there is no such version, or it was removed meanwhile, and the alias is back where it was; one
+            that nothing held before stays.
         IntegrityError: the version is damaged, not the adapter that its id says, not the one that was published or
             held the alias before, or signed by no trusted key.
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
     """
     holder = read_alias(store, name, alias)
     if holder is not None and holder.version == version:
-        return _record(store, name, holder)
+        return _held(store, name, holder)
     vouched = back_to.body["manifest_sha256"] if back_to else None
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
     require_published(store, name, version, manifest)
@@ -273,10 +275,40 @@ def move_alias(
     except Conflict as exc:
         holder = read_alias(store, name, alias)
         if holder is not None and holder.version == version:  # another run of the same move won
-            return _record(store, name, holder)
+            return _held(store, name, holder)
         raise _conflict(store, name, alias, version, expected.version if expected else None, holder) from exc
     logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
-    return _record(store, name, Pointer(alias, **fields, kind=kind, event=body, etag=etag))
+    moved = Pointer(alias, **fields, kind=kind, event=body, etag=etag)
+    try:
+        return _held(store, name, moved)
+    except ObjectMissing:
+        if expected is not None:
+            undo = replace(cause, reason=f"{version} was removed meanwhile", evidence={})
+            came = _record(store, name, expected)
+            with contextlib.suppress(AliasConflict):  # somebody else has moved it on
+                move_alias(
+                    store, name, alias, expected.version, expected=moved, kind="rolled_back", cause=undo, back_to=came
+                )
+        raise
+
+
+def _held(store: Store, name: str, pointer: Pointer) -> Event:
+    """The event of a move that has been made, once its version is seen to be there still.
+
+    `collect.remove` takes the manifest away and then looks at the aliases; a move writes the alias and then looks for
+    the manifest. A store shows every read what was written before it, so that one of the two sees the other.
+
+    Raises:
+        ObjectMissing: the version was removed while the alias moved to it.
+    """
+    event = _record(store, name, pointer)
+    manifest = find_manifest(store, version_key(name, pointer.version))
+    if manifest is None or manifest.sha256 != pointer.manifest_sha256:
+        raise ObjectMissing(
+            f"{name} {pointer.version} was removed or exchanged while {pointer.alias} moved to it: promote a version "
+            f"that is there; `fineloop adapters history {name}` says what happened"
+        )
+    return event
 
 
 def _record(store: Store, name: str, pointer: Pointer) -> Event:

@@ -118,8 +118,13 @@ def remove(store: Store, removal: Removal) -> bool:
     body = {"version": version, "manifest_sha256": removal.manifest_sha256, "reasons": [removal.why]}
     append_event(store, name, "collected", body)
     store.delete([manifest_key])
-    if _points_at(store, name, version):  # moved between the two looks
-        store.claim(manifest_key, manifest, content_type=JSON)
+    is_needed = True
+    try:
+        is_needed = _points_at(store, name, version)  # moved between the two looks, as `aliases.promote` may do
+    finally:  # also where the store no longer answers who points where
+        if is_needed:
+            store.claim(manifest_key, manifest, content_type=JSON)
+    if is_needed:
         return False
     store.delete(key for key in removal.keys if key != manifest_key)
     return True

@@ -1,10 +1,12 @@
-"""A proxy before the real S3 server that loses, doubles or withholds answers, or answers for a busy server.
+"""A proxy before the real S3 server that loses, doubles or withholds answers, answers for a busy server, or holds a
+request until it is let go.
 
 It passes the Host header on as it was signed, so that the server behind it accepts the signature.
 """
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +18,33 @@ Fault = Literal["lost", "doubled", "hung", "busy"]
 
 
 @dataclass
+class Hold:
+    """The first request of this method whose path holds `about` waits before the server sees it, or for its answer."""
+
+    method: str
+    about: str
+    is_answered: bool = False
+    """The server sees it, and its answer waits."""
+    reached: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, method: str, path: str) -> None:
+        """Wait where this is the request."""
+        if method == self.method and self.about in path and not self.reached.is_set():
+            self.reached.set()
+            self.let_go.wait(60)
+
+
+@dataclass
 class FaultyProxy:
     """Writes of a key that holds `about` meet `faults`, one each, until none is left."""
 
     url: str = ""
     about: str = ""
     faults: list[Fault] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
+    busy_until: float = 0.0
+    """Until then, by time.monotonic(), every request is answered with 503."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request, in the order in which they came."""
     released: threading.Event = field(default_factory=threading.Event)
@@ -70,13 +93,19 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
         def _any(self) -> None:
             body = self._body()
             proxy.asked.append((self.command, self.path))
+            for hold in proxy.holds:
+                if not hold.is_answered:
+                    hold.wait(self.command, self.path)
             fault = proxy.take(self.command, self.path)
-            if fault == "busy":
+            if fault == "busy" or time.monotonic() < proxy.busy_until:
                 status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"
             else:
                 status, headers, answer = self._forward(body)
             if fault == "doubled":
                 status, headers, answer = self._forward(body)
+            for hold in proxy.holds:
+                if hold.is_answered:
+                    hold.wait(self.command, self.path)
             if fault == "hung":
                 proxy.released.wait(30)
             if fault in ("lost", "hung"):

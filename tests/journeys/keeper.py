@@ -1,0 +1,102 @@
+"""Somebody who looks after a registry: its config, its versions, and what boto3 says lies in it."""
+
+import json
+import subprocess
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from components.config.schema import RegistryConfig
+from components.registry.store import Store
+from components.registry.versions import publish_version
+from pipelines.local.seaweedfs import Endpoint
+from tests.journeys.conftest import Person
+
+CONFIG = """\
+[adapter]
+name = "sums"
+[model]
+base = "nobody/none"
+[data]
+source = {data}
+eval_share = 0.3
+[gate]
+min_records = 2
+[gate.approval]
+always = true
+[registry]
+bucket = "{bucket}"
+prefix = "{prefix}"
+"""
+
+
+@dataclass(frozen=True)
+class Keeper(Person):
+    """A person with a registry of their own on the session's S3 server, whose config is sums.toml."""
+
+    bucket: str = ""
+    prefix: str = ""
+
+    def keys(self, folder: str = "") -> set[str]:
+        """What lies in the registry, or in a folder of it, as boto3 lists it."""
+        pages = boto3.client("s3").get_paginator("list_objects_v2")
+        listed = pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/{folder}")
+        return {each["Key"].removeprefix(f"{self.prefix}/") for page in listed for each in page.get("Contents", [])}
+
+    def files(self, version: str) -> set[str]:
+        """Those of a version."""
+        return self.keys(f"adapters/sums/versions/{version}/")
+
+    def reads(self, key: str) -> Any:
+        """An object's JSON, by boto3."""
+        return json.loads(boto3.client("s3").get_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}")["Body"].read())
+
+    def writes(self, key: str, body: bytes) -> None:
+        """Put an object there, by boto3."""
+        boto3.client("s3").put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=body)
+
+    def holder(self, alias: str = "production") -> str:
+        """Whom the alias points at."""
+        return str(self.reads(f"adapters/sums/aliases/{alias}.json")["version"])
+
+    @property
+    def store(self) -> Store:
+        """The registry, for the product's own functions."""
+        return Store.open(RegistryConfig(bucket=self.bucket, prefix=self.prefix))
+
+    def publishes(self, weights: str) -> str:
+        """A version, by the product's own function; the stub of a Ray job takes its weights for its held-out loss."""
+        files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
+        return publish_version(self.store, "sums", files, lineage={"run_id": ""}).version
+
+    def begins(self, line: str, **variables: str) -> "subprocess.Popen[str]":
+        """One line of shell that goes on beside others; `ended` waits for it."""
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {line}"],
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and screen of a command that began."""
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def keeper_at(folder: Path, endpoint: Endpoint) -> Keeper:
+    """A keeper in a folder of their own, with rows to train on."""
+    folder.mkdir()
+    keeper = Keeper(folder, endpoint.environment(), endpoint.bucket, f"tests/{uuid.uuid4().hex}")
+    rows = [json.dumps({"prompt": f"How much is {n} + 1?", "completion": str(n + 1)}) + "\n" for n in range(60)]
+    for name, chosen in (("rows.jsonl", rows), ("more.jsonl", rows[1:])):
+        keeper.has(name, "".join(chosen))
+    data = json.dumps(str(folder / "rows.jsonl"))
+    keeper.has("sums.toml", CONFIG.format(data=data, bucket=keeper.bucket, prefix=keeper.prefix))
+    return keeper

@@ -1,0 +1,104 @@
+"""`fineloop adapters gc --delete` beside others: what a promotion is on its way to stays.
+
+Commands are processes on one real S3 server; where the order of requests matters, a proxy before it holds one. What is
+there before and after is judged by boto3's own listing of the bucket.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.local.seaweedfs import Endpoint
+from tests.doubles.faulty_proxy import FaultyProxy, Hold, faulty_proxy
+from tests.journeys.keeper import Keeper, ended, keeper_at
+
+pytestmark = [pytest.mark.e2e]
+GC = "fineloop adapters gc --keep-last 0 --older-than-days 0 --delete -c sums.toml"
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, s3_server: Endpoint) -> Keeper:
+    return keeper_at(tmp_path / "keeper", s3_server)
+
+
+@pytest.fixture
+def proxy(s3_server: Endpoint) -> Iterator[FaultyProxy]:
+    with faulty_proxy(s3_server.url) as made:
+        yield made
+
+
+def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_alias(
+    keeper: Keeper, proxy: FaultyProxy
+) -> None:
+    one, two = keeper.publishes("1"), keeper.publishes("2")
+    keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
+    swap = Hold("PUT", "aliases/production")
+    proxy.holds.append(swap)
+    promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
+    assert swap.reached.wait(60)
+    keeper.does(GC)
+    assert keeper.files(two) == set()
+    swap.let_go.set()
+    exit_code, told = ended(promoter)
+    assert exit_code == 1
+    assert f"sums {two} was removed or exchanged while production moved to it" in told
+    assert keeper.holder() == one
+    keeper.does("fineloop adapters audit sums -c sums.toml")
+
+
+def test_a_version_that_takes_an_alias_while_it_is_being_removed_stays_whole(
+    keeper: Keeper, proxy: FaultyProxy
+) -> None:
+    one, two = keeper.publishes("1"), keeper.publishes("2")
+    keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
+    whole = keeper.files(two)
+    removal = Hold("POST", "delete")
+    proxy.holds.append(removal)
+    collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
+    assert removal.reached.wait(60)
+    keeper.does(f"fineloop adapters promote sums@{two} -c sums.toml")
+    removal.let_go.set()
+    assert ended(collector)[0] == 0
+    assert (keeper.holder(), keeper.files(two)) == (two, whole)
+    keeper.does("fineloop adapters audit sums -c sums.toml")
+
+
+def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_nothing(
+    keeper: Keeper, proxy: FaultyProxy
+) -> None:
+    one, two = keeper.publishes("1"), keeper.publishes("2")
+    keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
+    swap, removal = Hold("PUT", "aliases/production"), Hold("POST", "delete", is_answered=True)
+    proxy.holds += [swap, removal]
+    promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
+    assert swap.reached.wait(60)
+    collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
+    assert removal.reached.wait(60)  # the manifest is gone, and gc has not looked at the aliases again
+    swap.let_go.set()
+    assert ended(promoter)[0] == 1
+    removal.let_go.set()
+    assert ended(collector)[0] == 0
+    assert keeper.holder() == one
+    keeper.does("fineloop adapters audit sums -c sums.toml")
+
+
+def test_what_nothing_held_before_is_told_and_audited_until_another_version_takes_it(
+    keeper: Keeper, proxy: FaultyProxy
+) -> None:
+    one = keeper.publishes("1")
+    swap = Hold("PUT", "aliases/production")
+    proxy.holds.append(swap)
+    promoter = keeper.begins(f"fineloop adapters promote sums@{one} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
+    assert swap.reached.wait(60)
+    keeper.does(GC)
+    two = keeper.publishes("2")
+    swap.let_go.set()
+    assert ended(promoter)[0] == 1
+    assert keeper.files(one) == set()
+    audited = keeper.types("fineloop adapters audit sums -c sums.toml")
+    assert audited.exit_code == 1
+    assert f"points at {one}, which is damaged or gone" in audited.stdout
+    keeper.does(f"fineloop adapters promote sums@{two} -c sums.toml")
+    assert keeper.holder() == two
+    keeper.does("fineloop adapters audit sums -c sums.toml")
