@@ -1,11 +1,13 @@
 """What a registry no longer needs, and its removal.
 
 Kept is every version that an alias points at or that ever held one (a decision put it there, and a rollback returns to
-it), the parents of what is kept, the newest ones, and all that is younger than an age: a run or a publication may be
-on its way to it. Datasets and the bases of adapters' own stay for the versions that are kept and for the runs that are
-under way. Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is believed.
+it), that waits for a person's approval, or that a run under way made or goes on from; the parents of what is kept, the
+newest ones, and all that is younger than an age. Datasets and the bases of adapters' own stay for the versions that are
+kept and for the runs under way. A run is under way until it ends or has written nothing for the age, a day at least.
+Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is believed.
 """
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,16 +22,17 @@ from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor, of_record
 from components.registry.event_log import append_event, read_log
 from components.registry.folders import MANIFEST
-from components.registry.history import MOVE_KINDS
+from components.registry.history import MOVE_KINDS, waiting
 from components.registry.index import READS_AT_ONCE
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation
+from components.registry.records import Decision, Evaluation, TrainResult
 from components.registry.store import JSON, ObjectInfo, Store, decode_json
-from components.registry.sweep_records import SweepResult
 from components.registry.versions import LINEAGE
 from components.shared.errors import IntegrityError
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
+A_RUN_RESTS = timedelta(days=1)
+"""How long a run that has not ended may write nothing, such as in a queue, and still count as under way."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Removal:
     manifest_sha256: str = ""
     """Of a version."""
     runs_seen: AbstractSet[str] = frozenset()
-    """Of a dataset or a base, the runs that there were: another one may have come to need it."""
+    """The runs that there were: another one may have come to need it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class _Kept:
     version: str
     created_at: str
     manifest_sha256: str
+    run_id: str
     made_from: tuple[Ancestor, ...]
 
 
@@ -77,10 +81,15 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         IntegrityError: an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
     """
     oldest = now - rules.older_than
+    by_run = _grouped(store, RUNS)  # before the versions: what a run has made since, it keeps itself
+    still = min(oldest, now - A_RUN_RESTS)
+    recent = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > still]
+    under_way = [run for run in recent if run]
     published = {name: _published(store, name) for name in versions.list_adapters(store)}
-    unneeded = {name: _unneeded(store, name, published[name], rules, oldest) for name in names if name in published}
-    found = [_of_version(store, version) for each in unneeded.values() for version in each]
-    by_run = _grouped(store, RUNS)
+    unneeded = {
+        name: _unneeded(store, name, published[name], rules, oldest, under_way) for name in names if name in published
+    }
+    found = [_of_version(store, version, by_run.keys()) for each in unneeded.values() for version in each]
     for run_id, objects in by_run.items():
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
         if not checkpoints or _newest(checkpoints) > oldest:
@@ -91,7 +100,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     if published.keys() <= set(names):
         gone = {(version.name, version.version) for each in unneeded.values() for version in each}
         kept = [each for all_of_it in published.values() for each in all_of_it if (each.name, each.version) not in gone]
-        found += _shared(store, kept, by_run, oldest)
+        found += _shared(store, kept, by_run.keys(), under_way, oldest)
     return found
 
 
@@ -103,9 +112,9 @@ def remove(store: Store, removal: Removal) -> bool:
     if removal.kind == "checkpoints":
         store.delete(removal.keys)
         return True
+    if set(store.folders(RUNS)) - removal.runs_seen:
+        return False
     if removal.kind != "version":
-        if set(store.folders(RUNS)) - removal.runs_seen:
-            return False
         heads = [key for key in removal.keys if key.endswith((f"/{MANIFEST}", "/chosen.json"))]
         store.delete(heads)
         store.delete(key for key in removal.keys if key not in heads)
@@ -145,25 +154,40 @@ def _published(store: Store, name: str) -> list[_Kept]:
                 f"needs: nothing is removed; `fineloop adapters audit {name}` tells what is damaged"
             )
         made_from = tuple(of_record(decode_json(body[0], store.uri(key))))
-        return _Kept(name, version, manifest.created_at, manifest.sha256, made_from)
+        run_id = str(manifest.about.get("run_id", ""))
+        return _Kept(name, version, manifest.created_at, manifest.sha256, run_id, made_from)
 
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = [each for each in pool.map(read, versions.version_ids(store, name)) if each]
     return sorted(found, key=lambda each: (each.created_at, each.version), reverse=True)
 
 
-def _unneeded(store: Store, name: str, published: Sequence[_Kept], rules: Rules, oldest: datetime) -> list[_Kept]:
+def _unneeded(
+    store: Store,
+    name: str,
+    published: Sequence[_Kept],
+    rules: Rules,
+    oldest: datetime,
+    under_way: Sequence["_UnderWay"],
+) -> list[_Kept]:
     """Of the versions, newest first, those that nothing needs."""
     log, junk = read_log(store, name)
     if junk:
         key, why = next(iter(junk.items()))
         raise IntegrityError(f"{store.uri(key)} is no event ({why}), so that nobody knows what held an alias")
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
-    held |= {pointer.version for pointer in list_aliases(store, name)}
+    holders = {pointer.alias: pointer.version for pointer in list_aliases(store, name)}
+    held |= {*holders.values(), *waiting(log, holders)}
+    made = {each for run in under_way for each in (run.run_id, run.made) if each}
+    starts = tuple(start for run in under_way for start in run.starts)
     kept = [
         version
         for position, version in enumerate(published)
-        if version.version in held or position < rules.keep_last or datetime.fromisoformat(version.created_at) > oldest
+        if version.version in held
+        or position < rules.keep_last
+        or datetime.fromisoformat(version.created_at) > oldest
+        or not made.isdisjoint({version.run_id, _uri(store, version)})
+        or f"{name}@{version.version}".startswith(starts)
     ]
     by_uri = {_uri(store, version): version for version in published}
     needed = {_uri(store, version) for version in kept}
@@ -175,50 +199,74 @@ def _unneeded(store: Store, name: str, published: Sequence[_Kept], rules: Rules,
 
 
 def _shared(
-    store: Store, kept: Iterable[_Kept], by_run: Mapping[str, Sequence[ObjectInfo]], oldest: datetime
+    store: Store,
+    kept: Iterable[_Kept],
+    runs_seen: AbstractSet[str],
+    under_way: Sequence["_UnderWay"],
+    oldest: datetime,
 ) -> list[Removal]:
     """Datasets and bases that are old, that no version that is kept was made from, and no run is on its way with."""
     made_from = [ancestor for version in kept for ancestor in version.made_from]
-    under_way = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > oldest]
-    datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way if run for dataset in run.datasets)}
+    datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way for dataset in run.datasets)}
     bases = set(_names(made_from, "base"))
     found: list[Removal] = []
-    if not any(run and run.may_need_any_dataset for run in under_way):
+    if not any(run.may_need_any_dataset for run in under_way):
         for dataset, objects in _grouped(store, DATASETS).items():
             if dataset not in datasets and _newest(objects) <= oldest:
-                found.append(
-                    _removal("dataset", dataset, "no version or run needs it", objects, runs_seen=by_run.keys())
-                )
-    if not any(run and run.may_need_a_base for run in under_way):
+                found.append(_removal("dataset", dataset, "no version or run needs it", objects, runs_seen))
+    if not any(run.may_need_a_base for run in under_way):
         for base, objects in _grouped(store, BASES).items():
             uri = store.uri(f"{BASES}{base}")
             is_needed = any(each == uri or each.startswith(f"{uri}/") for each in bases)
             if not is_needed and _newest(objects) <= oldest:
-                found.append(_removal("base", base, "no version stands on it", objects, runs_seen=by_run.keys()))
+                found.append(_removal("base", base, "no version stands on it", objects, runs_seen))
     return found
 
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """What a run that has not ended may be on its way with."""
+    """A run that has not ended, and what its training may be on its way with; nothing once it has been evaluated."""
 
-    datasets: AbstractSet[str]
-    may_need_any_dataset: bool
-    may_need_a_base: bool
+    run_id: str
+    made: str
+    """URI of the version that its training published, perhaps one that an earlier run had published."""
+    datasets: AbstractSet[str] = frozenset()
+    may_need_any_dataset: bool = False
+    may_need_a_base: bool = False
+    starts: tuple[str, ...] = ()
+    """NAME@VERSION that the training goes on from; of a version perhaps its first digits."""
 
 
 def _under_way(store: Store, run_id: str) -> _UnderWay | None:
-    """None of a run that has ended: it was compared, decided, or swept."""
-    if any(runs.find(store, run_id, kind) for kind in (Decision, Evaluation, SweepResult)):
+    """None of a run that has ended: its candidate was held, or it was skipped.
+
+    Raises:
+        IntegrityError: one of its records is damaged.
+    """
+    decision = runs.find(store, run_id, Decision)
+    if decision is not None and not decision.promoted:
         return None
+    trained = runs.find(store, run_id, TrainResult)
+    made = trained.version_uri if trained else ""
+    if decision or runs.find(store, run_id, Evaluation):  # what is left is its version taking the alias
+        return _UnderWay(run_id, made)
     prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
-    config = store.read(runs.run_key(run_id, runs.CONFIG))
-    return _UnderWay(prepared, not prepared, config is None or _makes_a_base(config[0]))
+    chosen, body = store.read(runs.run_key(run_id, runs.START)), store.read(runs.run_key(run_id, runs.CONFIG))
+    try:
+        config: dict[str, Any] = tomllib.loads(body[0].decode()) if body else {}
+        starts = [str(config.get("train", {}).get("start_from", ""))]
+        starts += [str(json.loads(chosen[0])["version"])] if chosen else []
+        needs_a_base = body is None or _makes_a_base(config)
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        where = store.uri(runs.run_key(run_id))
+        raise IntegrityError(f"{where} is damaged, so that nobody knows what the run needs: {exc}") from exc
+    return _UnderWay(
+        run_id, made, prepared, not prepared, needs_a_base, tuple(start for start in starts if "@" in start)
+    )
 
 
-def _makes_a_base(config_toml: bytes) -> bool:
+def _makes_a_base(config: Mapping[str, Any]) -> bool:
     """Whether a run's methods make bases; of a config that today's schema may not read any more."""
-    config: dict[str, Any] = tomllib.loads(config_toml.decode())
     method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
     rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
     return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
@@ -246,10 +294,10 @@ def _newest(objects: Iterable[ObjectInfo]) -> datetime:
     return max(info.last_modified for info in objects)
 
 
-def _of_version(store: Store, version: _Kept) -> Removal:
+def _of_version(store: Store, version: _Kept, runs_seen: AbstractSet[str]) -> Removal:
     objects = list(store.list(f"{version_key(version.name, version.version)}/"))
     why = f"published {version.created_at[:10]}, never held an alias"
-    return _removal("version", f"{version.name}@{version.version}", why, objects, version.manifest_sha256)
+    return _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen, version.manifest_sha256)
 
 
 def _removal(
@@ -257,9 +305,8 @@ def _removal(
     name: str,
     why: str,
     objects: Sequence[ObjectInfo],
-    manifest_sha256: str = "",
-    *,
     runs_seen: AbstractSet[str] = frozenset(),
+    manifest_sha256: str = "",
 ) -> Removal:
     keys, size = tuple(info.key for info in objects), sum(info.size for info in objects)
     return Removal(kind, name, why, keys, size, manifest_sha256, frozenset(runs_seen))

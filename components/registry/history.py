@@ -1,6 +1,6 @@
 """What an adapter's event log says of its past; pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,15 @@ def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
 def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
     """Whether going back to the version overrides a gate: it holds it, and it never held the alias."""
     return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
+
+
+def waiting(log: Sequence["Event"], holders: Mapping[str, str]) -> set[str]:
+    """The versions that a gate left to a person, who may still approve them: what they were compared with holds the
+    alias. `holders` are versions by alias."""
+    proposed = [event.body for event in log if event.kind == "proposed"]
+    return {
+        str(body.get("version")) for body in proposed if body.get("champion") == holders.get(str(body.get("alias")))
+    }
 
 
 def moves(log: Sequence["Event"], alias: str) -> list["Event"]:

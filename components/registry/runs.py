@@ -25,6 +25,7 @@ from components.shared.errors import IntegrityError
 
 CONFIG = "config.toml"
 CONSUMED = "consumed.json"
+START = "start.json"
 METRICS = "metrics.jsonl"
 FINETUNE = TrainResult.FILE
 EVALUATION = Evaluation.FILE

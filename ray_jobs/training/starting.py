@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 BASE, PRODUCTION = "base", "production"
-CHOSEN = "start.json"
-"""In the run's folder: what its first attempt began from, and so every later one, wherever the alias is by then."""
 
 
 def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
@@ -43,7 +41,9 @@ def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) 
         wanted = f"{config.adapter.name}@{pointer.version}" if pointer else ""
     found = resolve(store, wanted) if wanted else None
     first = encode_json({"version": f"{found.name}@{found.version}" if found else ""})
-    key = runs.run_key(run_id, CHOSEN)
+    key = runs.run_key(
+        run_id, runs.START
+    )  # of the first attempt, and so of every later one, wherever the alias is by then
     chosen = decode_json(store.claim(key, first, content_type=JSON), store.uri(key))["version"]
     if not chosen:
         return None

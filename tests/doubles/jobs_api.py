@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,3 +143,16 @@ class JobsApi:
             job.stopped = True
             os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
+
+
+def stub_cluster(directory: Path, environment: Mapping[str, str]) -> JobsApi:
+    """A Jobs API whose `python -m ray_jobs.X` is the stub's; `environment` points its jobs at a store."""
+    root = Path(__file__).resolve().parents[2]
+    package = directory / "ray_jobs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for name, stub in (("candidate", "stub_jobs.py"), ("sweep", "stub_sweep.py")):
+        path = str(root / "tests" / "doubles" / stub)
+        (package / f"{name}.py").write_text(f"import runpy\nrunpy.run_path({path!r}, run_name='__main__')\n")
+    found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{directory}:{root}"}
+    return JobsApi(directory, {**environment, **found}, token=TOKEN)

@@ -1,16 +1,21 @@
-"""`fineloop adapters gc --delete` beside others: what a promotion is on its way to stays.
+"""`fineloop adapters gc --delete` beside others: what a person, a run or a promotion is on its way to stays.
 
 Commands are processes on one real S3 server; where the order of requests matters, a proxy before it holds one. What is
 there before and after is judged by boto3's own listing of the bucket.
 """
 
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.faulty_proxy import FaultyProxy, Hold, faulty_proxy
+from tests.doubles.jobs_api import TOKEN, stub_cluster
 from tests.journeys.keeper import Keeper, ended, keeper_at
 
 pytestmark = [pytest.mark.e2e]
@@ -26,6 +31,42 @@ def keeper(tmp_path: Path, s3_server: Endpoint) -> Keeper:
 def proxy(s3_server: Endpoint) -> Iterator[FaultyProxy]:
     with faulty_proxy(s3_server.url) as made:
         yield made
+
+
+def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: Keeper, s3_server: Endpoint) -> None:
+    champion, start, unneeded = (keeper.publishes(weights) for weights in ("1.5", "1.4", "1.3"))
+    keeper.does(f"fineloop adapters promote sums@{champion} -c sums.toml")
+    with ExitStack() as stack:
+        cluster = stub_cluster(keeper.folder / "cluster", s3_server.environment())
+        stack.callback(cluster.close)
+        ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        keeper = replace(keeper, variables={**keeper.variables, **ray})
+        waits = keeper.does("fineloop run -c sums.toml --set train.weight_decay=1.0 --json").answer
+        assert waits["verdict"] == "needs approval"
+        before = keeper.keys()
+        under_way = keeper.begins(
+            f"fineloop run -c sums.toml --run-id under-way --set data.source={keeper.folder}/more.jsonl"
+            f" --set method.dropout=0.3 --set train.start_from=sums@{start[:6]}"
+        )
+        stack.enter_context(under_way)
+        stack.callback(under_way.send_signal, signal.SIGINT)
+        hangs = cluster.directory / "hanging"
+        deadline = time.monotonic() + 120
+        while not hangs.exists() and time.monotonic() < deadline and under_way.poll() is None:
+            time.sleep(0.2)
+        assert hangs.exists()
+        begun = keeper.keys() - before
+        assert {key.split("/")[0] for key in begun} == {"runs", "datasets"}
+
+        gone = keeper.does(f"{GC} --json").answer
+        assert [each["name"] for each in gone["removals"] if each["kind"] == "version"] == [f"sums@{unneeded}"]
+        assert begun <= keeper.keys()
+        assert keeper.files(unneeded) == set()
+        for version in (champion, start, waits["version"]):
+            assert keeper.files(version)
+    keeper.does(f"fineloop adapters approve sums@{waits['version']} --by ada --reason 'read them' -c sums.toml")
+    assert keeper.holder() == waits["version"]
+    keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
 def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_alias(

@@ -1,8 +1,6 @@
 """A cluster of stub jobs, a registry and a config: everything that a run needs but training."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,26 +11,14 @@ from components.config.schema import RunConfig
 from components.registry import aliases, versions
 from components.registry.store import Store
 from pipelines.local.seaweedfs import Endpoint
+from tests.doubles import jobs_api
 from tests.doubles.jobs_api import TOKEN, JobsApi
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def stub_cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
     """A Jobs API whose `python -m ray_jobs.X` is the stub's; the environment points at it and at a store."""
-    package = tmp_path / "cluster" / "ray_jobs"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    for name, stub in (("candidate", "stub_jobs.py"), ("sweep", "stub_sweep.py")):
-        path = str(ROOT / "tests" / "doubles" / stub)
-        (package / f"{name}.py").write_text(f"import runpy\nrunpy.run_path({path!r}, run_name='__main__')\n")
-    environment = {
-        **s3_server.environment(),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{package.parent}:{ROOT}",
-    }
-    api = JobsApi(package.parent, environment, token=TOKEN)
+    api = jobs_api.stub_cluster(tmp_path / "cluster", s3_server.environment())
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3_server.environment(), "RAY_ADDRESS": api.address}.items():
             patch.setenv(name, value)

@@ -10,8 +10,8 @@ from components.registry import collect, folders, runs
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.collect import Rules
-from components.registry.event_log import events
-from components.registry.records import Decision, Evaluation, StepRecord
+from components.registry.event_log import append_event, events
+from components.registry.records import Decision, Evaluation, StepRecord, TrainResult
 from components.registry.store import ObjectInfo, Store
 from components.registry.versions import Version, list_versions, publish_version
 from components.shared.errors import IntegrityError
@@ -182,3 +182,60 @@ def test_nothing_goes_where_damage_hides_what_is_needed(aged: Aged, what: str) -
     aged.put(aged.key(moved.uri) if what == "event" else f"adapters/icd/versions/{version.version}/{what}", b"{}")
     with pytest.raises(IntegrityError):
         shared(aged)
+
+
+AT_ONCE = Rules(keep_last=0, older_than=timedelta(0))
+
+
+def test_what_a_run_under_way_starts_from_made_and_trains_on_stays_whatever_the_age_asked_for(store: Store) -> None:
+    start, by_its_digits, made, again, unneeded = (
+        publish_version(
+            store,
+            "icd",
+            {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"},
+            lineage={"run_id": f"r{number}"},
+        )
+        for number in range(5)
+    )
+    for dataset in ("trained-on", "left"):
+        folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})
+    prepared = PREPARED.model_copy(update={"result": {"dataset_id": "trained-on"}})
+    config = f'{QLORA}\n[train]\nstart_from = "icd@{by_its_digits.version[:9]}"'
+    for run_id in ("r2", "another"):
+        store.put(runs.run_key(run_id, runs.CONFIG), config.encode())
+        runs.write(store, run_id, prepared)
+    store.put_json(runs.run_key("another", runs.START), {"version": f"icd@{start.version}"})
+    runs.write(store, "another", TrainResult(version=again.version, version_uri=again.uri))
+
+    def found() -> set[tuple[str, str]]:
+        return {(each.kind, each.name) for each in collect.removals(store, ["icd"], AT_ONCE, now=datetime.now(UTC))}
+
+    left = {("version", f"icd@{unneeded.version}"), ("dataset", "left")}
+    assert found() == left
+    for run_id in ("r2", "another"):
+        runs.write(store, run_id, Evaluation(run_id=run_id, records=1, models={}))
+    trained = {f"icd@{each.version}" for each in (start, by_its_digits)}
+    assert found() == left | {("dataset", "trained-on"), *(("version", name) for name in trained)}
+    for run_id in ("r2", "another"):
+        about = {"decision": "hold", "alias": "production", "reasons": ("worse",)}
+        runs.write(store, run_id, Decision(adapter="icd", run_id=run_id, **about))
+    assert {name for kind, name in found() if kind == "version"} == {
+        *trained,
+        *(f"icd@{each.version}" for each in (made, again, unneeded)),
+    }
+
+
+def test_a_proposal_stays_while_it_can_be_approved(store: Store, published: list[Version]) -> None:
+    champion, other, waits = published[0].version, published[1].version, published[3].version
+    proposal = {"version": waits, "alias": "production", "champion": champion, "run_id": "r3"}
+    append_event(store, "icd", "proposed", proposal)
+    assert f"icd@{waits}" not in removed(store, Rules(keep_last=0))
+    promote(store, "icd", other)
+    assert f"icd@{waits}" in removed(store, Rules(keep_last=0))
+
+
+@pytest.mark.parametrize(("file", "body"), [(runs.CONFIG, b"[model"), (runs.START, b"[]"), (runs.START, b"{}")])
+def test_nothing_goes_where_nobody_knows_what_a_run_needs(store: Store, file: str, body: bytes) -> None:
+    store.put(runs.run_key("r1", file), body)
+    with pytest.raises(IntegrityError, match="runs/r1/ is damaged"):
+        removed(store, Rules(), now=datetime.now(UTC))

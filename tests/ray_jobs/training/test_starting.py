@@ -1,7 +1,7 @@
 """A training that goes on from a version: its first weights are that version's, to the bit, and nothing else fits."""
 
 import functools
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
 
@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 from components.config import config_file
-from components.registry import lineage
+from components.registry import collect, lineage
 from components.registry.aliases import promote
 from components.registry.versions import Version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
@@ -53,6 +53,15 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
     outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
     recipe = worker._recipe(config, adapted, base, base, one)
     return worker._publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+
+
+def test_the_version_that_a_run_began_from_stays_while_the_run_is_under_way(config, store):
+    rules = collect.Rules(keep_last=0, older_than=timedelta(0))
+    version = published(config, store)
+    gone = collect.removals(store, ["colours"], rules, now=datetime.now(UTC))
+    assert [each.name for each in gone if each.kind == "version"] == [f"colours@{version.version}"]
+    assert chosen(changed(config, store, f"train.start_from=colours@{version.version}"), store, "run-1") is not None
+    assert collect.removals(store, ["colours"], rules, now=datetime.now(UTC)) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
