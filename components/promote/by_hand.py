@@ -197,10 +197,10 @@ def as_markdown(store: "Store", request: Request, event: "Event") -> str:
 
 
 def _newest(store: "Store", name: str) -> str:
-    found = versions.list_versions(store, name)
-    if not found:
+    found = versions.newest(store, name)
+    if found is None:
         raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
-    return found[0].version
+    return found.version
 
 
 def _shown(metric: Metric, metrics: Mapping[str, float | None]) -> str:

@@ -100,7 +100,7 @@ def descendants(store: Store, name: str, asked: Mapping[Kind, str]) -> list[Vers
 def made_from(store: Store, name: str) -> dict[str, list[Ancestor]]:
     """What each version of the adapter was made from, by its id; those whose lineage cannot be read are left out."""
     ids = versions.version_ids(store, name)
-    known = remembered(store, name, "ancestors", ids, lambda version: _entry(store, name, version))
+    known = remembered(store, name, "ancestors", ids, lambda version: _entry(store, name, version), is_so=_is_entry)
     return {version: [Ancestor(*each) for each in entry] for version, entry in known.items()}
 
 
@@ -117,6 +117,13 @@ def _entry(store: Store, name: str, version: str) -> list[tuple[Kind, str]] | No
         logger.debug("%s", exc)
         return None
     return [(each.kind, each.name) for each in of_record(lineage if isinstance(lineage, dict) else {})]
+
+
+def _is_entry(_version: str, entry: Any) -> bool:
+    pairs = entry if isinstance(entry, list) else [None]
+    return all(
+        isinstance(each, list) and len(each) == 2 and all(isinstance(word, str) for word in each) for each in pairs
+    )
 
 
 def _parent(store: Store, uri: str) -> Version | None:

@@ -108,9 +108,16 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
 def events(store: Store, name: str) -> list[Event]:
     """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out."""
     folder = adapter_key(name, "events/")
-    names = sorted(info.key.removeprefix(folder) for info in store.list(folder))
-    records = remembered(store, name, "events", names, lambda each: _read(store, f"{folder}{each}"))
-    found = [event for each in names if (event := _parsed(store, f"{folder}{each}", records.get(each)))]
+    etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
+    records = remembered(
+        store,
+        name,
+        "events",
+        sorted(etags),
+        lambda each: _read(store, f"{folder}{each}"),
+        is_so=lambda each, record: _is_of(record, etags[each]),
+    )
+    found = [event for each, record in records.items() if (event := _parsed(store, name, f"{folder}{each}", record))]
     first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice
     return sorted(first.values(), key=lambda event: (event.time, event.id))
 
@@ -123,7 +130,7 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
     """
     key = _key(name, reference)
     try:
-        event = _parsed(store, key, store.get_json(key))
+        event = _parsed(store, name, key, store.get_json(key))
     except ObjectMissing as exc:
         raise IntegrityError(f"{store.uri(key)} is gone from the log, though a later event names it") from exc
     if event is None or event.sha256 != reference["sha256"]:
@@ -136,10 +143,7 @@ def read_log(store: Store, name: str) -> tuple[list[Event], dict[str, str]]:
     found, junk = [], {}
     for info in store.list(adapter_key(name, "events/")):
         try:
-            event = _event(store.get_json(info.key), store.uri(info.key))
-            if info.key != _key(name, event.reference):
-                raise ValueError("it is filed under another name than its content has")
-            found.append(event)
+            found.append(_event(store, name, info.key, store.get_json(info.key)))
         except (IntegrityError, ValueError, TypeError, KeyError) as exc:
             junk[info.key] = " ".join(str(exc).split())
     return sorted(found, key=lambda event: (event.time, event.id)), junk
@@ -149,23 +153,33 @@ def _read(store: Store, key: str) -> Any | None:
     try:
         return store.get_json(key)
     except IntegrityError as exc:
-        logger.debug("%s", exc)
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), exc)
         return None
 
 
-def _parsed(store: Store, key: str, record: Any) -> Event | None:
-    uri = store.uri(key)
+def _is_of(record: Any, etag: str) -> bool:
+    """Whether the object with this etag holds the record: of a small object it is the MD5, unless the store encrypts
+    with keys of its own (SSE-KMS), where every event is read."""
     try:
-        return _event(record, uri)
+        return hashlib.md5(encode_json(record), usedforsecurity=False).hexdigest() == etag
+    except (ValueError, RecursionError):  # no such thing was ever written
+        return False
+
+
+def _parsed(store: Store, name: str, key: str, record: Any) -> Event | None:
+    try:
+        return _event(store, name, key, record)
     except (ValueError, TypeError, KeyError) as exc:
-        logger.warning("%s is not an event, and passed over: %s", uri, " ".join(str(exc).split()))
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), " ".join(str(exc).split()))
         return None
 
 
-def _event(record: Any, uri: str) -> Event:
-    event = _EVENT.validate_python({**record, "uri": uri})
+def _event(store: Store, name: str, key: str, record: Any) -> Event:
+    event = _EVENT.validate_python({**record, "uri": store.uri(key)})
     if event.id != event.sha256[:ID_LENGTH]:
         raise ValueError("its id is not that of its content")
+    if key != _key(name, event.reference):
+        raise ValueError("it is filed under another name than its content has")
     if event.kind in MOVE_KINDS:
         event.body["alias"], event.body["from"], event.body["to"], event.body["manifest_sha256"]
     return event

@@ -1,7 +1,8 @@
 """What was read of an adapter's unchanging objects before, so that ten thousand of them cost one request.
 
 adapters/<name>/index/<what>.json.gz is no part of the registry: what it lacks is read, what is no longer there is left
-out, and whoever deletes it loses a minute. Nothing that moves an alias, verifies or audits believes it.
+out, and whoever deletes it loses a minute. What it says is checked before it is believed (`is_so`): of events against
+the object's own etag; the rest is only shown, and nothing that moves an alias, verifies or audits asks for it.
 """
 
 import gzip
@@ -27,19 +28,27 @@ MAX_BYTES = 256 * 2**20
 
 
 def remembered(
-    store: Store, name: str, what: str, ids: Iterable[str], read: Callable[[str], Any | None]
+    store: Store,
+    name: str,
+    what: str,
+    ids: Iterable[str],
+    read: Callable[[str], Any | None],
+    *,
+    is_so: Callable[[str, Any], bool],
 ) -> dict[str, Any]:
     """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
 
     What `read` says must never change. Ids of which it says None are left out, and asked for again the next time.
+    `is_so` tells whether the index's value of an id can be what `read` would say; else that is asked.
     """
     wanted = list(ids)
-    known = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}
+    indexed = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}
+    known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
     missing = [each for each in wanted if each not in known]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = {each: value for each, value in zip(missing, pool.map(read, missing), strict=True) if value is not None}
     known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
-    if len(found) > WORTH_AN_INDEX:
+    if sum(indexed.get(each) != value for each, value in found.items()) > WORTH_AN_INDEX:
         _keep(store, name, what, known)
     return known
 

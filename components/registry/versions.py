@@ -8,7 +8,7 @@ from typing import Any
 
 from components.registry import folders, runs
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases
-from components.registry.event_log import append_event, publication
+from components.registry.event_log import append_event, events, publication
 from components.registry.folders import Manifest
 from components.registry.identity import (
     ID_DIGITS,
@@ -28,6 +28,8 @@ from components.shared.errors import Conflict, IntegrityError, ObjectMissing, Us
 logger = logging.getLogger(__name__)
 
 LINEAGE = "lineage.json"
+DESCRIBED = {"created_at", "manifest_sha256", "run_id"}
+SHOWN = 8
 FILES = "files"
 """Key of the lineage: the version's files, beside lineage and manifest."""
 
@@ -96,13 +98,19 @@ def list_adapters(store: Store) -> list[str]:
     return sorted(store.folders("adapters/"))
 
 
-def list_versions(store: Store, name: str, *, first_digits: str = "") -> list[Version]:
-    """Every published version whose id begins so, newest first.
+def list_versions(store: Store, name: str) -> list[Version]:
+    """Every published version, newest first, to be shown: what an index says of them is not verified.
 
     One whose publication was interrupted is not among them, nor, but for a warning, one whose manifest is damaged.
     """
-    ids = [version for version in version_ids(store, name) if version.startswith(first_digits)]
-    described = remembered(store, name, "versions", ids, lambda version: _described(store, name, version))
+    described = remembered(
+        store,
+        name,
+        "versions",
+        version_ids(store, name),
+        lambda version: _described(store, name, version),
+        is_so=lambda _version, entry: _is_of_texts(entry) and entry.keys() == DESCRIBED,
+    )
     aliases = list_aliases(store, name)
     found = [
         Version(
@@ -115,6 +123,15 @@ def list_versions(store: Store, name: str, *, first_digits: str = "") -> list[Ve
         for version, entry in described.items()
     ]
     return sorted(found, key=lambda version: (version.created_at, version.version), reverse=True)
+
+
+def newest(store: Store, name: str) -> Version | None:
+    """The version that the log says was published last, of those that are there; None where there is none."""
+    for event in reversed(events(store, name)):
+        version = str(event.body.get("version"))
+        if event.kind == "published" and (manifest := folders.find_manifest(store, version_key(name, version))):
+            return _version(store, name, version, manifest, list_aliases(store, name))
+    return None
 
 
 def resolve(store: Store, reference: str) -> Version:
@@ -140,20 +157,25 @@ def resolve(store: Store, reference: str) -> Version:
             return _version(store, name, wanted, manifest, aliases)
     if pointer is not None:
         return _pointed_at(store, name, pointer, aliases)
-    digits = wanted if VERSION_PATTERN.fullmatch(wanted) else ""
-    fitting = list_versions(store, name, first_digits=digits) if digits else []
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise UserError(f"{reference} fits {_some(version.version for version in fitting)}: give more digits")
-    versions = list_versions(store, name)
-    if not versions:
+    ids = version_ids(store, name)
+    fitting = [version for version in ids if version.startswith(wanted)] if VERSION_PATTERN.fullmatch(wanted) else []
+    whole = [
+        (version, found)
+        for version in fitting[:SHOWN]
+        if (found := folders.find_manifest(store, version_key(name, version)))
+    ]
+    if len(whole) == 1 and len(fitting) <= SHOWN:
+        return _version(store, name, *whole[0], aliases)
+    if whole:
+        raise UserError(f"{reference} fits {_some(fitting)}: give more digits")
+    latest = None if at else newest(store, name)
+    if latest:
+        return latest
+    if not ids:
         raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
-    if not at:
-        return versions[0]
     raise ObjectMissing(
         f"{reference} is neither an alias nor a version of {name}: its aliases are "
-        f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(version.version for version in versions)}"
+        f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(ids)}"
     )
 
 
@@ -189,6 +211,7 @@ def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
         "metrics",
         by_id,
         lambda version: dict(evaluated(store, by_id[version]).metrics) or None,
+        is_so=lambda _version, entry: isinstance(entry, dict),
     )
     return [replace(version, metrics=metrics.get(version.version, {})) for version in found]
 
@@ -265,6 +288,10 @@ def _described(store: Store, name: str, version: str) -> dict[str, str] | None:
     return {"created_at": manifest.created_at, "manifest_sha256": manifest.sha256, "run_id": run_id}
 
 
+def _is_of_texts(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
+
+
 def version_ids(store: Store, name: str) -> list[str]:
     """Ids of the versions, by their order as text, those included whose publication has not ended."""
     return [version for version in store.folders(adapter_key(name, "versions/")) if VERSION_PATTERN.fullmatch(version)]
@@ -272,4 +299,5 @@ def version_ids(store: Store, name: str) -> list[str]:
 
 def _some(names: Iterable[str]) -> str:
     shown = list(names)
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more if shown else "none"

@@ -60,7 +60,9 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
 
     def remembered(*ids: str) -> tuple[dict[str, str], list[str]]:
         asked.clear()
-        return index.remembered(store, "icd", "tests", ids, read), sorted(asked)
+        return index.remembered(store, "icd", "tests", ids, read, is_so=lambda _id, value: value is not None), sorted(
+            asked
+        )
 
     assert remembered("a", "b", "absent") == ({"a": "said of a", "b": "said of b"}, ["a", "absent", "b"])
     assert remembered("b", "a", "absent")[1] == ["absent"]

@@ -1,0 +1,104 @@
+"""Whoever may write the index may slow a registry down, and change nothing that is decided by it.
+
+The judge is what `read_log` finds in the objects themselves; forged entries are packed here, with plain gzip and json.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from components.promote import by_hand
+from components.registry import aliases, ancestry, event_log, versions
+from components.registry.history import is_held
+from components.registry.looks import looks
+from components.registry.store import Store
+from components.registry.versions import publish_version
+from components.shared.errors import UserError
+
+NUMBER = 105
+TEST_SET = ["a", "b"]
+
+
+@pytest.fixture
+def refused(store: Store) -> str:
+    """A version that the gate refused as often as an index is made for."""
+    version = publish_version(
+        store, "icd", {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}, lineage={"run_id": "r"}
+    ).version
+    for number in range(NUMBER):
+        body = {"version": version, "alias": "production", "run_id": f"r{number}", "test_set": TEST_SET}
+        event_log.append_event(store, "icd", "refused", body, at=f"2026-01-01T00:00:00.{number:06}Z")
+    event_log.events(store, "icd")
+    return version
+
+
+def forge(store: Store, what: str, change: Callable[[str, Any], Any]) -> None:
+    """Put what `change` makes of each entry in its place."""
+    key = f"adapters/icd/index/{what}.json.gz"
+    entries = json.loads(gzip.decompress(store.get(key)))
+    store.put(key, gzip.compress(json.dumps({name: change(name, entry) for name, entry in entries.items()}).encode()))
+
+
+def as_promoted(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An event that never was, with the id that its content has."""
+    version, run_id = entry["body"]["version"], entry["body"].get("run_id")
+    body = {"alias": "production", "from": None, "to": version, "manifest_sha256": "0" * 64, "run_id": run_id}
+    content = json.dumps(["promoted", body], sort_keys=True, separators=(",", ":"))
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return {**entry, "kind": "promoted", "id": sha256[:12], "body": body}
+
+
+def as_later(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "time": "2030-01-01T00:00:00.000000Z"}
+
+
+def as_worded_otherwise(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Its name is what it should be; as if somebody had found another content of the same twelve digits."""
+    return {**entry, "adapter": "other"}
+
+
+@pytest.mark.parametrize(
+    "change", [as_promoted, as_later, as_worded_otherwise, lambda _name, _entry: 1e999, lambda _name, _entry: [None]]
+)
+def test_a_forged_event_is_read_again_from_the_log(store: Store, refused: str, change: Callable[..., Any]) -> None:
+    forge(store, "events", change)
+    log = event_log.events(store, "icd")
+    assert log == event_log.read_log(store, "icd")[0]
+    assert looks(log, "production", TEST_SET, run_id="next") == NUMBER + 1
+    assert is_held(log, refused, "production")
+    forge(store, "events", change)
+    with pytest.raises(UserError, match="the gate holds icd"):
+        by_hand.promote_by_hand(store, f"icd@{refused}", by_hand.Person())
+
+
+def test_a_sound_index_spares_the_reading(store: Store, refused: str) -> None:
+    sent: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    assert len(event_log.events(store, "icd")) == NUMBER + 1
+    assert len(sent) == 2
+
+
+def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
+    made = [
+        publish_version(
+            store, "icd", {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}, lineage={}
+        ).version
+        for number in range(NUMBER)
+    ]
+    versions.list_versions(store, "icd")
+    ancestry.made_from(store, "icd")
+    later = {"created_at": "2030-01-01T00:00:00.000000Z"}
+    forge(store, "versions", lambda name, entry: {**entry, **(later if name == made[0] else {})})
+    assert versions.list_versions(store, "icd")[0].version == made[0]  # shown, and no more than that
+    asked = by_hand.Request("icd", by_hand.PROMOTE, "", "production", "", "", "j1")
+    assert by_hand.carry_out(store, asked).body["to"] == made[-1]
+    assert versions.resolve(store, f"icd@{made[0][:12]}").created_at < "2030"
+    forge(store, "versions", lambda _name, _entry: 5)
+    forge(store, "ancestors", lambda _name, _entry: {"a": 1})
+    assert [each.version for each in versions.list_versions(store, "icd")] == made[::-1]
+    assert ancestry.made_from(store, "icd") == {version: [] for version in sorted(made)}
+    assert aliases.read_alias(store, "icd", "production") is not None
