@@ -411,7 +411,7 @@ def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
         words = found.read_text().split("\0")
         if words[1:3] == ["-m", "pipelines.local.run_pipeline"] and str(tmp_path) in words[5]:
             os.kill(int(found.parent.name), signal.SIGKILL)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 1
     assert "no step said why: its process was ended by SIGKILL" in err
     assert "to go on from where it was: fineloop run -c .fineloop/runs/" in err
