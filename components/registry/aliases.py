@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from components.registry.event_log import (
     ID_LENGTH,
+    Body,
     Event,
     append_event,
     event_sha256,
@@ -86,6 +87,7 @@ def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
         pointer = _POINTER.validate_json(encode_json({**data, "alias": alias, "etag": etag}), strict=True)
         datetime.fromisoformat(pointer.since)
         pointer.event["from"]
+        Body.model_validate(pointer.event)
         if pointer.event["to"] != pointer.version:
             raise ValueError(f"it points at {pointer.version}, and its event at {pointer.event['to']}")
     except (ValueError, KeyError) as exc:

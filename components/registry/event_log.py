@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from components.registry.folders import Manifest, now
 from components.registry.history import MOVE_KINDS
 from components.registry.index import remembered
 from components.registry.names import adapter_key
+from components.registry.part import Part
 from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 
@@ -27,6 +28,48 @@ class Reference(TypedDict):
 
     time: str
     sha256: str
+
+
+class _Named(Part):
+    """A `Reference` as it is read."""
+
+    time: str
+    sha256: str
+
+
+class Evidence(Part):
+    """What a move stands on."""
+
+    decision: str = ""
+    """URI of a gate's decision; empty where a person moved the alias."""
+    sha256: str = ""
+    """Of the decision."""
+    anchor: str | None = None
+    """The best version so far, from this move on."""
+    anchor_before: str | None = None
+    """The one in whose place a person put it."""
+    test_set: list[str] = []
+
+
+class Body(Part):
+    """What readers of the log rely on in a body, of whatever kind the event is: no key is of another type."""
+
+    version: str | None = None
+    champion: str | None = None
+    alias: str = ""
+    run_id: str = ""
+    manifest_sha256: str = ""
+    decision_sha256: str = ""
+    test_set: list[str] = []
+    reasons: list[str] = []
+    moved_from: str | None = Field(None, alias="from")
+    to: str = ""
+    since: str = ""
+    actor: str = ""
+    reason: str = ""
+    evidence: Evidence = Evidence()
+    previous: _Named | None = None
+    beneath: _Named | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +223,7 @@ def _event(store: Store, name: str, key: str, record: Any) -> Event:
         raise ValueError("its id is not that of its content")
     if key != _key(name, event.reference):
         raise ValueError("it is filed under another name than its content has")
+    Body.model_validate(event.body)
     if event.kind in MOVE_KINDS:
         event.body["alias"], event.body["from"], event.body["to"], event.body["manifest_sha256"]
     return event
