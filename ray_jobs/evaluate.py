@@ -342,7 +342,7 @@ def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str
     pointer = read_alias(store, name, config.adapter.alias)
     if pointer is not None:
         result.append(_measured_before("champion", config, store, pointer.version))
-        # A person who moved the alias meant what they moved it to: only a run's promotion names another anchor.
+        # A person who promotes means that version: its move names no other. A rollback's names that of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version):
             try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.promote.promote import take_alias
 from components.registry import aliases, event_log, runs, versions
@@ -26,9 +26,9 @@ class Person:
     otherwise: str = ""
     """What the log calls one who gave no name."""
 
-    def cause(self, run_id: str) -> aliases.Cause:
+    def cause(self, run_id: str, evidence: Mapping[str, Any] | None = None) -> aliases.Cause:
         """For the log."""
-        return aliases.Cause(run_id, self.by or self.otherwise, self.reason)
+        return aliases.Cause(run_id, self.by or self.otherwise, self.reason, evidence or {})
 
     def require_name_and_reason(self, what: str) -> None:
         """Nothing where both are given.
@@ -55,7 +55,8 @@ def promote_by_hand(
 
     The event is "overridden" when a gate holds the version back from this alias, which takes a name and a reason; else
     it is "promoted". `run_id` is the run that the person started for it, if any, not the one that made the version:
-    what that promoted once and somebody rolled back, a person may promote again.
+    what that promoted once and somebody rolled back, a person may promote again. From then on the gate holds later
+    candidates to this version as the best so far; the event names the one that was, as `anchor_before`.
 
     Raises:
         UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
@@ -66,6 +67,9 @@ def promote_by_hand(
     held = is_held(event_log.events(store, version.name), version.version, alias)
     if held:
         person.require_name_and_reason(f"the gate holds {version.name} {version.version}, and this overrides it")
+    holder = aliases.read_alias(store, version.name, alias)
+    before = holder and (holder.event.get("evidence", {}).get("anchor") or holder.version)
+    evidence = {"anchor": version.version, **({"anchor_before": before} if before != version.version else {})}
     return aliases.promote(
         store,
         version.name,
@@ -73,7 +77,7 @@ def promote_by_hand(
         alias,
         expected=expected,
         kind="overridden" if held else "promoted",
-        cause=person.cause(run_id),
+        cause=person.cause(run_id, evidence),
     )
 
 

@@ -232,7 +232,8 @@ def move_alias(
     """Move the alias from `expected` (None: it does not exist yet) to a version that is whole, every byte read.
 
     An alias that points there already is left alone, and its event completed when it is missing. `back_to` is the
-    earlier move to that version which this one returns to; None adds one on top.
+    earlier move to that version which this one returns to, and by the evidence of which the version is held again; None
+    adds one on top.
 
     Raises:
         ObjectMissing: there is no such version, or it was removed meanwhile, and the alias is back where it was; one
@@ -258,7 +259,7 @@ def move_alias(
         "run_id": cause.run_id,
         "actor": cause.actor,
         "reason": cause.reason,
-        "evidence": dict(cause.evidence),
+        "evidence": {**(back_to.body.get("evidence", {}) if back_to else {}), **cause.evidence},
         "previous": last,
     }
     if back_to is None:

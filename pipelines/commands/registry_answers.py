@@ -93,6 +93,8 @@ def move_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
     """A promotion or a rollback, and what became of telling others."""
     move = event.move()
     told = f"{name}@{move['alias']}: {move['from'] or 'nobody'} -> {move['to']}"
+    if before := event.body.get("evidence", {}).get("anchor_before"):
+        told += f"\nlater candidates are held to {move['to']} as the best version so far, in the place of {before}"
     return Answer({**move, **({"announced": dict(announced)} if announced else {})}, told)
 
 

@@ -341,11 +341,17 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
     evaluation = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
     assert evaluation.model("anchor").version == best.version
     assert evaluation.metric("anchor", "loss") != evaluation.metric("champion", "loss")
+    # One more night, and back again: what that night's champion was held to, the next candidate is held to.
+    promote(store, name, new.version, cause=Cause("run-2", evidence={"anchor": best.version}))
+    rollback(store, name)
+    again = _contenders(config, store, new)
+    held_to = [(each.role, each.version and each.version.version) for each in again[1:3]]
+    assert held_to == [("champion", champion.version), ("anchor", best.version)]
     key = Ed25519PrivateKey.generate()
     trusting = Store(store._client, store.bucket, store.prefix, trusted_keys=[signing.public_text(key)])
     signing.revoke(store, name, best.version, key, reason="it was trained on the wrong data")
     assert "anchor" not in [each.role for each in _contenders(config, trusting, new)]
-    rollback(store, name)  # a person's move begins anew
+    rollback(store, name)
     assert [each.role for each in _contenders(config, store, new)] == ["base", "champion", "candidate"]
 
 

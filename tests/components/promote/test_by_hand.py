@@ -14,6 +14,7 @@ from components.registry.event_log import EventKind
 from components.registry.records import Decision, Evaluation, Measured
 from components.registry.store import Store
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
+from pipelines.commands.registry_answers import move_shown
 
 
 @pytest.fixture
@@ -44,6 +45,22 @@ def test_the_newest_version_is_promoted_when_none_is_named(store: Store, publish
     event = carry_out(store, request("promote", person="ada", reason="looks right"))
     assert holder(store) == published[-1]
     assert (event.kind, event.body["actor"], event.body["reason"]) == ("promoted", "ada", "looks right")
+
+
+def test_later_candidates_are_held_to_what_a_person_promotes_and_its_event_says_in_the_place_of_what(
+    store: Store, published: list[str]
+) -> None:
+    first = promote_by_hand(store, f"sums@{published[0]}", Person())
+    assert first.body["evidence"] == {"anchor": published[0], "anchor_before": None}
+    by_run = aliases.Cause("run-2", evidence={"anchor": published[0]})
+    aliases.promote(store, "sums", published[1], cause=by_run)
+    last = promote_by_hand(store, f"sums@{published[2]}", Person("ada"))
+    assert last.body["evidence"] == {"anchor": published[2], "anchor_before": published[0]}
+    assert move_shown("sums", last, {}).text.splitlines()[1:] == [
+        f"later candidates are held to {published[2]} as the best version so far, in the place of {published[0]}"
+    ]
+    back = promote_by_hand(store, f"sums@{published[0]}", Person("ada"))
+    assert back.body["evidence"] == {"anchor": published[0], "anchor_before": published[2]}
 
 
 def test_rolling_back_takes_the_version_before_once_for_each_run(store: Store, published: list[str]) -> None:

@@ -35,6 +35,16 @@ def test_a_run_that_was_rolled_back_does_not_promote_again(store: Store, version
     assert holder(store) == two
 
 
+def test_a_rollback_stands_on_the_evidence_of_the_move_that_it_returns_to(store: Store, versions: list[str]) -> None:
+    one, _, three = versions
+    stood_on = [{"anchor": one}, {"anchor": one, "sha256": "2"}, {"anchor": three}]
+    for version, evidence in zip(versions, stood_on, strict=True):
+        promote(store, "icd", version, cause=Cause(evidence=evidence))
+    assert rollback(store, "icd", cause=Cause(actor="ann")).body["evidence"] == stood_on[1]
+    assert rollback(store, "icd", to=three).body["evidence"] == {}  # nobody rolls back to where it was rolled back from
+    assert rollback(store, "icd", to=one).body["evidence"] == stood_on[0]
+
+
 def test_rollbacks_go_back_one_holder_at_a_time(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     for version in versions:
