@@ -19,6 +19,8 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.registry import runs
 from components.registry.aliases import read_alias
+from components.registry.event_log import events
+from components.registry.history import promotion
 from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses, TrainResult
 from components.registry.signing import is_revoked
 from components.registry.store import Store
@@ -76,6 +78,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the three models and write runs/<run_id>/evaluation.json, and evaluation_records.parquet beside it.
 
+    What the run's decision was made of, and an alias moved on, is not measured anew.
+
     `standby` are the workers of the training, if they are still there; they are let go of.
 
     Raises:
@@ -86,9 +90,15 @@ def evaluate(
 
     started = time.monotonic()
     store = Store.open(config.registry)
+    candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
+    carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)
+    if carried_out is not None and carried_out.body["to"] == candidate.version:
+        say(STEP, f"{config.adapter.alias} took {candidate.version} by this run's evaluation, which stands")
+        if standby is not None:
+            standby.end()
+        return runs.read(store, run_id, Evaluation)
     judging = judges.judges(store, dataset_uri, config, run_id=run_id)
     records = judging.records[: config.evaluate.records]
-    candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     chat = chat_format.load(base, config.model)
     config = with_room_for_answers(config, chat, records)

@@ -1,6 +1,7 @@
 """The gate step: evaluation.json in, decision.json and, unless the candidate is promoted, an event out."""
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
@@ -8,6 +9,7 @@ from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
 from components.registry.event_log import EventKind, append_event, events
+from components.registry.history import promotion
 from components.registry.looks import looks
 from components.registry.names import version_key
 from components.registry.records import Decision, Evaluation, RuleResult
@@ -20,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
-    """Decide by the config's policy, write runs/<run_id>/decision.json, and tell the adapter's event log who is held.
+    """Decide by the config's policy, write runs/<run_id>/decision.json, and tell the adapter's event log who is held;
+    of a candidate that is the champion itself it is told nothing.
 
     `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
-    same decision and no second event.
+    same decision and no second event; what was carried out is not decided anew.
 
     Raises:
         ObjectMissing: there is no evaluation, or its records are gone.
@@ -36,7 +39,11 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
     adapter = config.adapter
-    look = looks(events(store, adapter.name), adapter.alias, evaluation.test_set, run_id=run_id)
+    has_decided = partial(runs.has_decided, store)
+    log = events(store, adapter.name)
+    if carried_out := promotion(log, run_id, adapter.alias):
+        return runs.read(store, run_id, Decision, sha256=carried_out.body["evidence"]["sha256"])
+    look = looks(log, adapter.alias, evaluation.test_set, run_id=run_id, has_decided=has_decided)
     decided = decide(evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look)
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
@@ -46,7 +53,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     logger.info("verdict on %s %s: %s", decision.adapter, decision.version, decision.verdict)
 
     runs.write(store, run_id, decision)
-    if not decision.promoted:
+    if not decision.promoted and not decision.changes_nothing:
         _record(store, decision)
     return decision
 

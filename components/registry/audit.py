@@ -100,8 +100,15 @@ def _publications(
 
 
 def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manifest]) -> Iterator[Finding]:
-    held = [event.body for event in log if event.kind in ("refused", "proposed")]
-    refused = {(body.get("version"), body.get("run_id")) for body in held}
+    held = [event for event in log if event.kind in ("refused", "proposed")]
+    refused = {(event.body.get("version"), event.body.get("run_id")) for event in held}
+    published = {event.body.get("version") for event in log if event.kind == "published"}
+    for event in held:
+        version, run_id = event.body.get("version"), str(event.body.get("run_id", ""))
+        if version not in published:
+            yield Finding(event.uri, f"is about {version}, which was never published")
+        elif not runs.has_decided(store, run_id):
+            yield Finding(event.uri, f"is about a decision of run {run_id}, which made none")
     for version, manifest in whole.items():
         run_id = str(manifest.about.get("run_id", ""))
         try:
@@ -113,6 +120,7 @@ def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manife
             decision
             and decision.version == version
             and decision.decision == "hold"
+            and not decision.changes_nothing
             and (version, run_id) not in refused
         ):
             yield Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")

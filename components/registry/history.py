@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,10 +14,38 @@ MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
     """Whether a gate refused the version for this alias, or left it to a person and nobody has approved it."""
     about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
+    about = [event for event in about if not changed_nothing(event)]
     if any(event.kind == "refused" for event in about):
         return True
     approved = any(event.kind == "promoted" and event.body["to"] == version for event in moves(log, alias))
     return not approved and any(event.kind == "proposed" for event in about)
+
+
+def promotion(log: Sequence["Event"], run_id: str, alias: str) -> "Event | None":
+    """The move by which the run's decision was carried out; None where it was not."""
+    carried_out = [event for event in moves(log, alias) if event.body.get("run_id") == run_id]
+    return next((event for event in carried_out if event.body.get("evidence", {}).get("sha256")), None)
+
+
+def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
+    """The sha256 of each run's decision that a move carried out, or else that waits for a person, and who says so."""
+    proposed = {
+        str(event.body.get("run_id")): (str(event.body.get("decision_sha256")), event)
+        for event in log
+        if event.kind == "proposed"
+    }
+    moved = [(event.body.get("evidence", {}), event) for event in log if event.kind in MOVE_KINDS]
+    return proposed | {
+        PurePosixPath(evidence["decision"]).parent.name: (evidence["sha256"], event)
+        for evidence, event in moved
+        if {"decision", "sha256"} <= evidence.keys()
+    }
+
+
+def changed_nothing(event: "Event") -> bool:
+    """Whether the candidate was the very version that held the alias: up to release 0.1.0 a gate filed that too."""
+    version = event.body.get("version")
+    return event.kind == "refused" and version is not None and version == event.body.get("champion")
 
 
 def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:

@@ -1,7 +1,9 @@
 """How often a test set was decided by, and what that means: how sure the next decision is, which part is next; pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from components.registry.history import changed_nothing
 
 if TYPE_CHECKING:
     from components.registry.event_log import Event
@@ -10,18 +12,29 @@ SAME = 0.5
 """Share of its sample that two test sets have in common when one is the other after a refresh."""
 
 
-def looks(log: Sequence["Event"], alias: str, test_set: Sequence[str], *, run_id: str) -> int:
+def looks(
+    log: Sequence["Event"],
+    alias: str,
+    test_set: Sequence[str],
+    *,
+    run_id: str,
+    has_decided: Callable[[str], bool] = lambda run_id: True,
+) -> int:
     """How often the alias was decided on by this test set, with the decision of `run_id`; 1 is the first time.
 
     `test_set` is the sample of it that an evaluation names; where there is none, nothing is known of earlier looks.
+    `has_decided` says of a run that an event names whether it made a decision: a training may write events too.
     """
     ours = set(test_set)
     seen = {
-        event.body.get("run_id")
+        str(event.body.get("run_id", ""))
         for event in log
-        if event.body.get("alias") == alias and ours and len(ours & _sample(event.body)) >= SAME * len(ours)
+        if event.body.get("alias") == alias
+        and not changed_nothing(event)
+        and ours
+        and len(ours & _sample(event.body)) >= SAME * len(ours)
     }
-    return len(seen - {run_id}) + 1
+    return sum(has_decided(each) for each in seen - {run_id}) + 1
 
 
 def next_part(decided: Sequence[int], *, enough: int) -> int:

@@ -326,6 +326,11 @@ class Decision(Record):
         """Whether a person's approval is all that it lacks."""
         return self.verdict == "needs approval"
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the candidate is the very version that held the alias, so that nothing was there to decide."""
+        return self.version is not None and self.version == self.champion
+
 
 def finite(value: object) -> float | None:
     """The value as a float, or None when it is not a finite number."""

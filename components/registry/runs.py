@@ -78,6 +78,15 @@ def find(store: Store, run_id: str, kind: type[R]) -> R | None:
     return kind.from_json(found[0], store.uri(key)) if found else None
 
 
+def has_decided(store: Store, run_id: str) -> bool:
+    """Whether the run's gate left a decision; one that is damaged since counts as one."""
+    try:
+        decision = find(store, run_id, Decision) if run_id else None
+    except IntegrityError:
+        return True
+    return decision is not None and decision.decision != "skipped"
+
+
 def write(store: Store, run_id: str, record: Record) -> None:
     """Write the run's record of this kind, in the place of an earlier one."""
     match record:

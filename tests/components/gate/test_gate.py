@@ -10,7 +10,7 @@ from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.gate.replay import replay
 from components.registry import event_log, runs
-from components.registry.records import Evaluation, RuleResult
+from components.registry.records import Decision, Evaluation, RuleResult
 from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 from tests.components.gate.evidenced import as_parquet, evidence
@@ -176,11 +176,43 @@ def test_every_run_that_was_decided_by_a_test_set_is_a_look_at_it_however_it_end
     evidence = {"test_set": ["a", "b", "c", "d"]}
     moved = {"alias": "production", "from": None, "to": "v1", "manifest_sha256": "0", "run_id": "run-0"}
     event_log.append_event(store, "icd10", "promoted", {**moved, "evidence": evidence})
+    put(store, evaluation(0.9, run_id="run-0"), run_id="run-0")
+    assert run_gate(config(), store, "run-0").promoted
     assert look("run-1", "a", "b", "c", "x") == 2
     assert look("run-1", "a", "b", "c", "x") == 2  # the step again
     assert look("run-2", "a", "b", "c", "d") == 3
     assert look("run-3", "d", "y", "z", "q") == 1  # another test set
     assert look("run-4") == 1
+
+
+def test_a_candidate_that_is_the_champion_is_no_refusal_and_no_look_at_the_test_set(store: Store) -> None:
+    same = evaluation(1.0, run_id="run-1", test_set=["a", "b"])
+    same["models"]["candidate"]["version"] = "v1"
+    put(store, same, run_id="run-1")
+    assert run_gate(config(), store, "run-1").reasons == (
+        "Nothing changed: the candidate is v1, the very version that production points to now.",
+    )
+    assert event_log.events(store, "icd10") == []
+    # Release 0.1.0 filed it.
+    about = {"version": "v1", "champion": "v1", "alias": "production", "run_id": "run-1", "test_set": ["a", "b"]}
+    event_log.append_event(store, "icd10", "refused", about)
+    put(store, evaluation(1.5, run_id="run-2", test_set=["a", "b"]), run_id="run-2")
+    assert run_gate(config(), store, "run-2").look == 1
+
+
+@pytest.mark.parametrize("kind", ["refused", "promoted"])
+def test_events_of_runs_that_decided_nothing_are_no_looks(store: Store, kind: event_log.EventKind) -> None:
+    """As a training could write them, to have the gate ask for more than any candidate can show."""
+    put(store, evaluation(1.5, run_id="run-1", test_set=["a", "b"]), run_id="run-1")
+    run_gate(config(), store, "run-1")
+    for number in range(30):
+        about = {"version": "v2", "alias": "production", "run_id": f"forged-{number}", "test_set": ["a", "b"]}
+        move = {"from": "v1", "to": "v2", "manifest_sha256": "", "evidence": {"test_set": ["a", "b"]}}
+        event_log.append_event(store, "icd10", kind, about if kind == "refused" else {**about, **move})
+    runs.write(store, "forged-0", Decision(decision="skipped", adapter="a", alias="b", run_id="forged-0", reasons=()))
+    store.put("runs/run-1/decision.json", b"damaged since")
+    put(store, evaluation(1.5, run_id="run-2", test_set=["a", "b"]), run_id="run-2")
+    assert run_gate(config(), store, "run-2").look == 2
 
 
 def test_records_that_the_evaluation_was_not_made_of_are_refused(store: Store) -> None:

@@ -145,6 +145,14 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, _: store.delete([event_key(store, "refused")]),
         "was held by run r2, and no event",
     ),
+    "refusal of what never was": (
+        lambda store, _: append_event(store, "icd", "refused", {"version": "v0", "alias": "production"}),
+        "is about v0, which was never published",
+    ),
+    "refusal by a run that decided nothing": (
+        lambda store, ids: append_event(store, "icd", "refused", {"version": ids[0], "run_id": "r9"}),
+        "is about a decision of run r9, which made none",
+    ),
     "pointer moved": (move_pointer, "is not an alias: it points at"),
     "alias removed": (lambda store, _: store.delete([ALIAS]), "moved icd@production, which there is no more"),
     "signature removed": (
