@@ -116,6 +116,7 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
                     epochs=epochs,
                     num_workers=num_workers,
                     train_without_new_data=train_without_new_data,
+                    is_decided=True,
                     **this_run,
                 ),
                 "Prepare the data",

@@ -17,6 +17,7 @@ from typing import Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
+from components.prepare.judges import judges
 from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import events
@@ -33,7 +34,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import STEP, drawing, general_text, harness, judges, own_answers, suites
+from ray_jobs.scoring import STEP, drawing, general_text, harness, own_answers, suites
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -97,7 +98,7 @@ def evaluate(
         if standby is not None:
             standby.end()
         return runs.read(store, run_id, Evaluation)
-    judging = judges.judges(store, dataset_uri, config, run_id=run_id)
+    judging = judges(store, dataset_uri, config, run_id=run_id)
     records = judging.records[: config.evaluate.records]
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     chat = chat_format.load(base, config.model)

@@ -102,6 +102,9 @@ class GateConfig(Section):
     """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
     """Held-out records, or groups of them, without which nothing is decided."""
+    too_few_records: Annotated[Literal["refuse", "hold"], Added("0.2.0")] = "refuse"
+    """What becomes of a run whose data leaves fewer: refuse ends it with an error before it trains, hold trains all the
+    same and holds what comes out."""
     guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
     """Metrics beside the one that decides, each watched against the champion."""
     slices: Annotated[list[SliceKind], Added("0.2.0")] = ["label", "source", "length"]

@@ -21,6 +21,7 @@ def prepare(
     epochs: int,
     num_workers: int,
     train_without_new_data: bool,
+    is_decided: bool = False,
 ) -> NamedTuple("Prepared", [("run_uri", str), ("config_digest", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
     """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
     from components.prepare.parameters import overrides
@@ -39,5 +40,5 @@ def prepare(
         train_without_new_data=train_without_new_data,
     )
     with first_step("prepare", config, run_id or job_id, overrides=changes) as step_run:
-        dataset = prepare_if_new(step_run)
+        dataset = prepare_if_new(step_run, is_decided=is_decided)
     return (step_run.run_uri, step_run.config.digest, dataset is not None, dataset.uri if dataset else "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
+from components.prepare.judges import require_enough
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
@@ -87,10 +88,11 @@ def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
 
 
 @_in_memory()
-def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
+def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 
-    What the run read is noted for the watermark. Sources that are all known are not even opened.
+    What the run read is noted for the watermark. Sources that are all known are not even opened. Where a gate decides
+    at the end of the run, as much as it asks for has to be held out.
 
     Raises:
         FineloopError: as for `prepare`.
@@ -114,6 +116,8 @@ def prepare_if_new(step_run: StepRun) -> PreparedDataset | None:
         _skip(step_run, consumed, few)
         return None
     prepared = _publish(step_run.config, step_run.store, read, unique)
+    if is_decided:
+        require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
     records = frozenset(map(news.content_id, unique.records))
     fingerprints = {source.name: source.fingerprint for source in sources}
     watermark.note(step_run.store, watermark.Consumed(step_run.run_id, as_of, fingerprints, records))

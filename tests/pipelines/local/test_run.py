@@ -187,6 +187,16 @@ def test_missing_data_is_said_before_any_ray_job(
     assert stub_cluster.jobs == {}
 
 
+def test_a_run_that_its_gate_cannot_decide_on_is_refused_before_any_ray_job_and_a_training_has_no_gate(
+    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    config = make_config("gate.min_records=60")
+    with pytest.raises(DataError, match=r"are left for the gate to decide on, and gate\.min_records asks for 60"):
+        run(config, place, what="retrain")
+    assert stub_cluster.jobs == {}
+    assert run(config, place, what="train").version
+
+
 @pytest.mark.slow
 def test_a_run_that_finds_nothing_new_is_skipped(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, data_path: Path

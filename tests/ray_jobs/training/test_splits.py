@@ -5,9 +5,9 @@ import pytest
 from components.config import config_file
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
+from components.prepare.judges import judges
 from components.shared.errors import DataError
 from ray_jobs.base import base_model, chat_format
-from ray_jobs.scoring.judges import judges
 from ray_jobs.training import splits
 
 

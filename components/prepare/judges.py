@@ -2,10 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import folds, validation_and_test
+from components.registry import runs
 from components.registry.event_log import events
 from components.registry.looks import looks, next_part
 from components.registry.store import Store
@@ -22,6 +24,11 @@ class Judges:
     records: list[Record]
     fold: int | None = None
     """Which part they are, counted from 1; None where there is one alone."""
+
+    def num_independent(self, most: int) -> int:
+        """Of the first so many, the groups that the gate counts, or else records."""
+        used = self.records[:most]
+        return len({record.group for record in used}) if any(record.group for record in used) else len(used)
 
     @property
     def sample(self) -> tuple[str, ...]:
@@ -48,5 +55,26 @@ def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) ->
             "or add records"
         )
     log, adapter = events(store, config.adapter.name), config.adapter
-    decided = [looks(log, adapter.alias, part.sample, run_id=run_id) - 1 for part in parts]
+    has_decided = partial(runs.has_decided, store)
+    decided = [looks(log, adapter.alias, each.sample, run_id=run_id, has_decided=has_decided) - 1 for each in parts]
     return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
+
+
+def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> None:
+    """Nothing where those who judge this run are as many as its gate asks for, or may be fewer.
+
+    Raises:
+        DataError: the run would be trained and then held, whatever comes out.
+    """
+    wanted, judging = config.gate.min_records, judges(store, dataset_uri, config, run_id=run_id)
+    most = max(config.evaluate.records, config.evaluate.max_records)
+    found = judging.num_independent(most)
+    if found >= wanted or config.gate.too_few_records == "hold":
+        return
+    kind = "groups of records" if config.data.group else "records"
+    raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
+    raise DataError(
+        f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
+        f"would be held: raise {raised}, add data or lower gate.min_records; gate.too_few_records=hold trains all the "
+        "same"
+    )

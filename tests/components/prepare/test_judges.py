@@ -1,19 +1,31 @@
 """Which of the held-out records judge, run after run."""
 
+import contextlib
+import dataclasses
+
 import pytest
 
 from components.config import config_file
+from components.config.schema import RunConfig
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
+from components.prepare.judges import judges, require_enough
+from components.registry import runs
 from components.registry.event_log import append_event
+from components.registry.records import Decision
 from components.shared.errors import DataError
-from ray_jobs.scoring.judges import judges
 
 NUMBER = 400
 
 
 def records(numbers: range) -> list[Record]:
     return [Record(f"r{number}", [Message("user", f"{number}?")], "a") for number in numbers]
+
+
+@pytest.fixture
+def config():
+    data = {"source": "rows.jsonl"}
+    return RunConfig.model_validate({"adapter": {"name": "colours"}, "model": {"base": "org/model"}, "data": data})
 
 
 @pytest.fixture
@@ -31,6 +43,9 @@ def in_folds(config, number: int, decisions: int = 2):
 
 
 def decide(store, config, run_id: str, found) -> None:
+    adapter = config.adapter
+    decision = Decision(decision="hold", adapter=adapter.name, alias=adapter.alias, run_id=run_id, reasons=())
+    runs.write(store, run_id, decision)
     body = {"alias": config.adapter.alias, "run_id": run_id, "test_set": list(found.sample)}
     append_event(store, config.adapter.name, "refused", body)
 
@@ -69,3 +84,37 @@ def test_a_test_set_is_known_again_however_much_of_it_was_used(config, store, pu
 def test_parts_without_records_are_refused(config, store, published):
     with pytest.raises(DataError, match=r"too few for evaluate\.folds 9"):
         judges(store, published(range(6)), in_folds(config, 9), run_id="r")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["gate.min_records=200"], None),
+        (["gate.min_records=400"], "raise data.eval_share, add data or lower gate.min_records; gate.too_few_records=h"),
+        (["gate.min_records=400", "gate.too_few_records=hold"], None),
+        (["gate.min_records=200", "evaluate.records=20"], None),  # as many more as it takes are drawn
+        (
+            ["gate.min_records=200", "evaluate.records=20", "evaluate.max_records=20"],
+            "^20 records .* evaluate.records,",
+        ),
+        (
+            ["gate.min_records=200", "evaluate.folds=3"],
+            "for 200, so that this run would be held: raise data.eval_share",
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, published, keys, told):
+    """Of 400 that are held out, some 320 are left when training has looked at its fifth."""
+    asked = config_file.loads(config_file.dumps(config), keys)
+    with pytest.raises(DataError, match=told) if told else contextlib.nullcontext():
+        require_enough(store, published(), asked, run_id="r")
+
+
+def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store):
+    grouped = [dataclasses.replace(each, group=f"g{number % 50}") for number, each in enumerate(records(range(NUMBER)))]
+    uri = dataset.publish(store, train=records(range(1)), evaluation=grouped, rejects=[], profile={}).uri
+    asked = config_file.loads(config_file.dumps(config), ["data.group=topic", "gate.min_records=50"])
+    judging = {record.group for record in judges(store, uri, asked, run_id="r").records}
+    with pytest.raises(DataError, match=f"^{len(judging)} groups of records are left for the gate"):
+        require_enough(store, uri, asked, run_id="r")
