@@ -335,7 +335,7 @@ def compared(
         samples=[
             {
                 "id": records[row].id,
-                "prompt": "\n\n".join(turn.content for turn in records[row].prompt if turn.role != "system"),
+                "prompt": records[row].asked,
                 "reference": records[row].told,
                 **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }

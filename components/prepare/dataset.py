@@ -58,6 +58,13 @@ class Record:
     """The entry of data.source that it came from, where there are several; no part of what the record is."""
 
     @property
+    def asked(self) -> str | list[dict[str, str]]:
+        """The question for people: its text, or of a conversation who says, or calls, what in each turn."""
+        if [turn.role for turn in self.prompt] == ["user"]:
+            return self.prompt[0].content
+        return [{"role": turn.role, "content": turn.content or turn.more} for turn in self.prompt]
+
+    @property
     def told(self) -> str:
         """The answer for people: its text, or else its calls."""
         return self.answer or self.calls

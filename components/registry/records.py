@@ -203,7 +203,7 @@ class Evaluation(Record):
     confusion: dict[str, Any] | None = None
     """Labels, and counts[reference][answer]; None where the answers are no classes."""
     samples: list[dict[str, Any]] = []
-    """Prompt, reference and each role's answer."""
+    """Prompt (its text, or the turns of a conversation), reference and each role's answer."""
     generation: dict[str, Any] = {}
     matmul_dtype: str | None = None
     first_scored_at: str = ""

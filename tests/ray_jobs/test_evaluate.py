@@ -317,11 +317,8 @@ def test_the_comparison_holds_what_gate_and_report_read(summary):
     assert len(found.samples) == 2
     for sample, record in zip(found.samples, RECORDS, strict=False):
         assert sample.keys() == {"id", "prompt", "reference", "base", "champion", "candidate"}
-        assert (sample["id"], sample["prompt"], sample["reference"]) == (
-            record.id,
-            record.prompt[0].content,
-            record.answer,
-        )
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": record.prompt[0].content}]
+        assert (sample["id"], sample["prompt"], sample["reference"]) == (record.id, turns, record.answer)
     assert found.generation == {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy"}
 
 
@@ -386,6 +383,7 @@ def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
     assert summary.models["champion"] is None
     assert summary.paired["champion"] is None
     assert summary.samples[0]["champion"] is None
+    assert summary.samples[0]["prompt"] == RECORDS[0].prompt[0].content
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 20, 21), ("b" * 400, 256)])
