@@ -146,7 +146,7 @@ def test_one_junk_object_among_the_signatures_stops_nobody(
     promote(strict, "icd", two)
     assert rollback(strict, "icd").body["to"] == one
     pull_version(strict, resolve(strict, "icd@production"), tmp_path / "adapter")
-    assert "a-junk.dsse.json" in caplog.text
+    assert ("an envelope at most 65,536" if junk and len(junk) > 1 << 16 else "a-junk.dsse.json") in caplog.text
     assert len([finding for finding in audit(strict, "icd").findings if "a-junk" in finding.where]) == 2
 
 
