@@ -71,6 +71,11 @@ def _pause_where_busy(attempts: int, response: Any, **_: Any) -> float | None:
     """
     if response is None or response[0].status_code != 503 or not ATTEMPTS <= attempts < ATTEMPTS_WHERE_BUSY:
         return None
+    return busy_pause_s(attempts)
+
+
+def busy_pause_s(attempts: int) -> float:
+    """How long to wait after so many attempts, when the first few, which wait for moments, are spent."""
     return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from components.registry.client import (
     ATTEMPTS,
+    ATTEMPTS_WHERE_BUSY,
     TransferProgress,
+    busy_pause_s,
     client_from_environment,
     create_from_file,
     http_status,
@@ -271,6 +273,9 @@ class Store:
         try:
             return self._put_if(key, body, BINARY, **condition)
         except Conflict as exc:
+            found = self.read(key)
+            if found is not None and found[0] == body:  # nobody else writes this key: our own came twice
+                return found[1]
             raise self._unconditional(header, "refuses a write whose condition holds") from exc
 
     def _must_refuse(self, header: str, key: str, **condition: str) -> None:
@@ -287,7 +292,7 @@ class Store:
     def _put_if(self, key: str, body: bytes, content_type: str, **condition: str) -> str:
         from botocore.exceptions import ClientError
 
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, ATTEMPTS_WHERE_BUSY + 1):
             try:
                 with self._errors(key):
                     answer = self._client.put_object(
@@ -305,14 +310,20 @@ class Store:
                 cause = exc.__cause__
                 assert isinstance(cause, ClientError)
                 # 409: S3 met a concurrent operation and decided nothing; the same request may be sent again.
-                if http_status(cause) == 409 and attempt < ATTEMPTS:
-                    time.sleep(CONFLICT_PAUSE_S * attempt)
+                is_undecided = http_status(cause) == 409
+                if is_undecided and attempt < ATTEMPTS_WHERE_BUSY:
+                    time.sleep(CONFLICT_PAUSE_S * attempt if attempt < ATTEMPTS else busy_pause_s(attempt))
                     continue
                 # A retry inside botocore may meet our own write, whose answer was lost on the way.
                 if attempt > 1 or cause.response["ResponseMetadata"].get("RetryAttempts"):
                     found = self.read(key)
                     if found is not None and found[0] == body:
                         return found[1]
+                if is_undecided:
+                    raise StoreError(
+                        f"the store at {self.endpoint} answered {attempt} writes of {self.uri(key)} with HTTP 409, "
+                        "another operation being under way, and wrote none of them: run this again"
+                    ) from exc
                 raise
         raise AssertionError("unreachable")
 
@@ -367,7 +378,11 @@ def decode_json(body: bytes, uri: str) -> Any:
     Raises:
         IntegrityError: it is not JSON.
     """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=refuse)  # NaN and Infinity, which Python alone takes for numbers
     except (ValueError, RecursionError) as exc:
         raise IntegrityError(f"{uri} is not JSON: {exc}") from exc

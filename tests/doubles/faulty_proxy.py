@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["lost", "doubled", "hung", "busy"]
+Fault = Literal["lost", "doubled", "hung", "busy", "undecided"]
 
 
 @dataclass
@@ -99,6 +99,8 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
             fault = proxy.take(self.command, self.path)
             if fault == "busy" or time.monotonic() < proxy.busy_until:
                 status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"
+            elif fault == "undecided":
+                status, headers, answer = 409, [], b"<Error><Code>ConditionalRequestConflict</Code></Error>"
             else:
                 status, headers, answer = self._forward(body)
             if fault == "doubled":

@@ -6,11 +6,12 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.registry import client
+from components.registry import store as store_module
 from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
 from components.registry.store import Store
-from components.shared.errors import StoreError
-from tests.doubles.faulty_proxy import FaultyProxy, faulty_proxy
+from components.shared.errors import Conflict, StoreError
+from tests.doubles.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 
 CAUSE = Cause("run-2", reason="better")
 ALIAS, EVENT, MANIFEST = "aliases/production", "events/", "manifest.json"
@@ -20,6 +21,7 @@ ALIAS, EVENT, MANIFEST = "aliases/production", "events/", "manifest.json"
 def proxy(s3_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     monkeypatch.setattr(client, "READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(client, "BUSY_PAUSE_S", 0.01)
+    monkeypatch.setattr(store_module, "CONFLICT_PAUSE_S", 0.01)
     with faulty_proxy(s3_server.url) as made:
         yield made
 
@@ -33,7 +35,7 @@ def behind_proxy(proxy: FaultyProxy, store: Store, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("about", [ALIAS, EVENT, MANIFEST])
-@pytest.mark.parametrize("faults", [["lost"], ["doubled"], ["lost"] * 2, ["busy"] * 6], ids=" ".join)
+@pytest.mark.parametrize("faults", [["lost"], ["doubled"], ["lost"] * 2, ["busy"] * 6, ["undecided"] * 6], ids=" ".join)
 def test_a_run_whose_answers_get_lost_or_come_twice_or_late_succeeds_once(
     store: Store, behind_proxy: Store, proxy: FaultyProxy, publish, assert_sound, about: str, faults: list
 ) -> None:
@@ -63,3 +65,27 @@ def test_a_move_whose_every_answer_is_lost_is_no_conflict_with_oneself_and_the_r
     event = promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE)
     assert event.time == pointer.since
     assert_sound(store, told=[event])
+
+
+def test_a_store_that_never_decides_is_no_conflict(
+    store: Store, behind_proxy: Store, proxy: FaultyProxy, publish, assert_sound
+) -> None:
+    before, candidate = publish(store, "first"), publish(store, "second")
+    promote(store, "icd", before)
+    proxy.about, proxy.faults = ALIAS, ["undecided"] * client.ATTEMPTS_WHERE_BUSY
+    with pytest.raises(StoreError, match="with HTTP 409, another operation being under way, and wrote none") as failed:
+        promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE)
+    assert not isinstance(failed.value, Conflict)
+    assert proxy.faults == []
+    assert_sound(store)
+    assert promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE).body["to"] == candidate
+
+
+@pytest.mark.parametrize("fault", ["doubled", "lost"])
+def test_a_good_store_passes_its_check_though_a_write_comes_twice(
+    behind_proxy: Store, proxy: FaultyProxy, fault: Fault
+) -> None:
+    for written in range(2):
+        proxy.about, proxy.faults = ".check/", [fault]
+        behind_proxy.check()
+        assert proxy.faults == [], written
