@@ -137,9 +137,10 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
         if target.is_dir() and _holds(target, manifest):
             return manifest
         raise UserError(f"{target} exists and is not {store.uri(key)}: remove it or choose another folder")
+    faults, _ = _by_listing(store, key, manifest)
+    _raise_faults(store, key, faults)
     with disk_errors(target), beside(target) as folder:
         _raise_faults(store, key, _map(lambda path: _download(store, key, manifest, path, folder), manifest.files))
-        _raise_faults(store, key, _unlisted(manifest, _sizes(store, key)))
         (folder / MANIFEST).write_bytes(manifest.body)
         try:
             folder.rename(target)
@@ -157,16 +158,7 @@ def verify(store: Store, key: str, *, manifest_sha256: str | None = None) -> Man
         IntegrityError: a file is missing, differs or is not listed, or the manifest's sha256 is not `manifest_sha256`.
     """
     manifest = _expected(store, key, manifest_sha256)
-    sizes = _sizes(store, key)
-    faults = _unlisted(manifest, sizes)
-    intact = []
-    for path, entry in manifest.files.items():
-        if path not in sizes:
-            faults.append(f"{path} is missing")
-        elif sizes[path] != entry["size"]:
-            faults.append(f"{path} has {sizes[path]} bytes, the manifest says {entry['size']}")
-        else:
-            intact.append(path)
+    faults, intact = _by_listing(store, key, manifest)
     faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
     _raise_faults(store, key, faults)
     return manifest
@@ -276,8 +268,19 @@ def _sizes(store: Store, key: str) -> dict[str, int]:
     return {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
 
 
-def _unlisted(manifest: Manifest, paths: Iterable[str]) -> list[str]:
-    return [f"{path} is not in the manifest" for path in paths if path not in manifest.files and path != MANIFEST]
+def _by_listing(store: Store, key: str, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """What a listing shows to be wrong, and the files whose content is left to look at."""
+    sizes = _sizes(store, key)
+    faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]
+    intact = []
+    for path, entry in manifest.files.items():
+        if path not in sizes:
+            faults.append(f"{path} is missing")
+        elif sizes[path] != entry["size"]:
+            faults.append(f"{path} has {sizes[path]} bytes, the manifest says {entry['size']}")
+        else:
+            intact.append(path)
+    return faults, intact
 
 
 @contextlib.contextmanager
