@@ -131,7 +131,7 @@ def _values(batch: Any) -> Iterator[object]:
     """The batch as objects without their nulls, so that a null cell reads like a missing one."""
     try:
         rows = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python's do not reach
         rows = [_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for row in rows:
         yield row if isinstance(row, Unreadable) else {name: cell for name, cell in row.items() if cell is not None}
@@ -142,3 +142,5 @@ def _value(one_row: Any) -> object:
         return one_row.to_pylist()[0]
     except UnicodeDecodeError as exc:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
+    except (ValueError, OverflowError) as exc:
+        return Unreadable(f"a value that cannot be read: {exc}")

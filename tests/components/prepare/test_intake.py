@@ -41,6 +41,17 @@ def test_parquet_rows_are_rejected_by_row_number(tmp_path: Path) -> None:
     assert (reject.line, reject.reason, reject.row) == (3, "completion is missing", '{"prompt": "x"}')
 
 
+def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    times = pa.array([0, 2**62, -(2**62), 1], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": times, "prompt": ["a", "b", "c", "d"], "completion": ["x"] * 4}), path)
+    found = intake_of(str(path))
+    assert [reject.line for reject in found.rejects if reject.reason.startswith("a value that cannot be read")] == [
+        2,
+        3,
+    ]
+
+
 @pytest.mark.parametrize(("num_bad", "stops"), [(4, False), (5, False), (6, True)])
 def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_rows: Callable[..., str]) -> None:
     intake = intake_of(write_rows([*good(100 - num_bad), *["{}"] * num_bad]))
