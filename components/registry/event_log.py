@@ -131,7 +131,7 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 def publication(version: str, manifest: Manifest) -> dict[str, Any]:
     """The body of the event that a version was published with this manifest; it is filed at `manifest.created_at`."""
-    return {"version": version, "manifest_sha256": manifest.sha256, "run_id": manifest.about.get("run_id", "")}
+    return {"version": version, "manifest_sha256": manifest.sha256, "run_id": str(manifest.about.get("run_id", ""))}
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:

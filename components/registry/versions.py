@@ -8,7 +8,7 @@ from typing import Any
 
 from components.registry import folders, runs
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases
-from components.registry.event_log import append_event, events, publication
+from components.registry.event_log import append_event, events, publication, require_published
 from components.registry.folders import Manifest
 from components.registry.identity import (
     ID_DIGITS,
@@ -220,17 +220,24 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     """Copy the version to the folder `target`, verified; see `folders.pull` and `signing.require_signed`.
 
     `published_sha256` is that of the manifest which the caller's own run published: that one needs no signature yet.
+
+    Raises:
+        IntegrityError: besides, its manifest is not the one that the log says was published.
     """
     key = version_key(version.name, version.version)
-    require_identity(store, key, folders.read_manifest(store, key))
+    manifest = require_identity(store, key, folders.read_manifest(store, key))
+    require_published(store, version.name, version.version, manifest)
     if version.manifest_sha256 != published_sha256:
         require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
 
 
 def verify_version(store: Store, version: Version) -> Manifest:
-    """Read and check every byte of the version; see `identity.verify_whole`."""
-    return verify_whole(store, version_key(version.name, version.version), manifest_sha256=version.manifest_sha256)
+    """Read and check every byte of the version, and what the log says of it; see `identity.verify_whole`."""
+    key = version_key(version.name, version.version)
+    manifest = verify_whole(store, key, manifest_sha256=version.manifest_sha256)
+    require_published(store, version.name, version.version, manifest)
+    return manifest
 
 
 def read_lineage(store: Store, version: Version) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.registry import folders, runs
 from components.registry.aliases import read_alias
+from components.registry.event_log import require_published
 from components.registry.identity import WEIGHTS, require_identity
 from components.registry.names import version_key
 from components.registry.signing import require_signed
@@ -58,12 +59,14 @@ def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
     """The adapter's weights, verified and signed as `pull_version` asks.
 
     Raises:
-        IntegrityError: they are not what the version's manifest lists, or nobody trusted signed it.
+        IntegrityError: they are not what the version's manifest lists, that is not the one that was published, or
+            nobody trusted signed it.
     """
     from safetensors.torch import load
 
     key = version_key(version.name, version.version)
     manifest = require_identity(store, key, folders.read_manifest(store, key))
+    require_published(store, version.name, version.version, manifest)
     require_signed(store, version.name, version.version, manifest.sha256)
     body = store.get(f"{key}/{WEIGHTS}")
     if folders.digest_of(body) != manifest.files[WEIGHTS]:

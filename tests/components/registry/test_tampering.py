@@ -1,5 +1,7 @@
 """Everything that somebody can do to a version's folder, and everything that vouches for it: each finds each."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,11 +49,31 @@ def manifest_reworded(store: Store, key: str, other: str) -> None:
     store.put(f"{key}/manifest.json", body.replace(b'"run_id":"of one"', b'"run_id":"of eve"'))
 
 
+def run_id_as(value: bytes) -> Callable[[Store, str, str], None]:
+    def tamper(store: Store, key: str, other: str) -> None:
+        body = store.get(f"{key}/manifest.json")
+        store.put(f"{key}/manifest.json", body.replace(b'"run_id":"of one"', b'"run_id":' + value))
+
+    return tamper
+
+
+def lineage_forged_with_its_manifest(store: Store, key: str, other: str) -> None:
+    """What the folder says of itself is sound; its events alone say that it was another."""
+    lineage = store.get(f"{key}/lineage.json").replace(b"of one", b"of eve")
+    manifest = json.loads(store.get(f"{key}/manifest.json"))
+    manifest["files"]["lineage.json"]["sha256"] = hashlib.sha256(lineage).hexdigest()
+    store.put(f"{key}/lineage.json", lineage)
+    store.put(f"{key}/manifest.json", json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+
+
 TABLE: dict[str, Callable[[Store, str, str], None]] = {
     **{f"{file} {kind}": file_changed(file, kind) for file in FILES for kind in KINDS},
     "a file added": lambda store, key, other: store.put(f"{key}/modeling.py", b"import os"),
     "all exchanged with another version's": folder_exchanged,
     "manifest.json reworded": manifest_reworded,
+    "no number in manifest.json": run_id_as(b"NaN"),
+    "a number in manifest.json that is too large": run_id_as(b"1e999"),
+    "lineage.json and manifest.json forged": lineage_forged_with_its_manifest,
 }
 
 
@@ -74,7 +96,9 @@ def test_whoever_vouches_for_a_version_finds_what_was_changed_of_it(store: Store
     uses: dict[str, Callable[[], object]] = {
         "verify": lambda: verify_version(store, one),
         "verify by alias": lambda: verify_version(store, resolve(store, "icd@stable")),
+        "verify by version": lambda: verify_version(store, resolve(store, f"icd@{one.version}")),
         "pull": lambda: pull_version(store, one, tmp_path / "pulled"),
+        "pull by version": lambda: pull_version(store, resolve(store, f"icd@{one.version}"), tmp_path / "pulled"),
         "promote": lambda: promote(store, "icd", one.version),
         "rollback": lambda: rollback(store, "icd"),
         "rollback to it": lambda: rollback(store, "icd", to=one.version),
@@ -93,5 +117,5 @@ def refused_by(call: Callable[[], object]) -> type[FineloopError] | None:
     try:
         call()
     except FineloopError as exc:
-        return type(exc)
+        return ObjectMissing if isinstance(exc, ObjectMissing) else type(exc)
     return None
