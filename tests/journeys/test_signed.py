@@ -1,0 +1,288 @@
+"""Signed versions: somebody makes a key and trusts it; then two runs, a pull, a rollback, a rotation and a revocation.
+
+The judges: Linux says which process holds which variable (/proc/PID/environ, proc(5)), and so does a metric of the
+person's own, which runs where a base's or a task's code would; the cryptography library verifies each signature over
+the pre-authentication encoding of DSSE's specification, put together here; OpenSSL makes the keys.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import shlex
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from tests.doubles.http_server import serving
+from tests.journeys.conftest import Person
+
+pytestmark = [pytest.mark.e2e]
+
+SIGNING = {"FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE", "FINELOOP_SIGNER"}
+ANNOUNCING = {
+    *("FINELOOP_WEBHOOK_SECRET", "FINELOOP_MODEL_REGISTRY_TOKEN"),
+    *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+}
+REPORTING = {"OPENLINEAGE_API_KEY"}
+SECRETS = SIGNING | ANNOUNCING | REPORTING
+SPY = """
+import json, os, pathlib
+
+def note(answer, reference):
+    pathlib.Path(__file__).with_name("seen.json").write_text(json.dumps(sorted(os.environ)))
+    return answer == reference
+"""
+MORE = """\
+metrics = ["spy:note"]
+[gate]
+worse_than_champion_by = 100
+worse_than_best_by = 100
+[registry]
+trusted_keys = [{keys}]
+"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A process: how it was started, and its variables as Linux keeps them."""
+
+    command: str
+    variables: frozenset[str]
+
+
+class Watch:
+    """Every process below this one while a `with` is open, and separately those below the Ray head."""
+
+    def __init__(self, home: Path) -> None:
+        self.below_the_head: dict[int, list[Seen]] = defaultdict(list)
+        self.others: dict[int, list[Seen]] = defaultdict(list)
+        self._endpoint, self._done = home / "ray/endpoint.json", threading.Event()
+        self._thread = threading.Thread(target=self._look_on)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        while not self._done.wait(0.2):
+            self._look()
+
+    def _look(self) -> None:
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parents[int(stat.parent.name)] = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+        head = set()
+        with contextlib.suppress(OSError, ValueError):
+            head = {json.loads(self._endpoint.read_text())["keeper_pid"]}
+        while more := {pid for pid, parent in parents.items() if parent in head and pid not in head}:
+            head |= more
+        for pid in parents:
+            with contextlib.suppress(OSError):
+                command, environ = (Path(f"/proc/{pid}/{file}").read_bytes() for file in ("cmdline", "environ"))
+                names = frozenset(each.partition(b"=")[0].decode(errors="replace") for each in environ.split(b"\0"))
+                seen = Seen(command.replace(b"\0", b" ").decode(errors="replace"), names)
+                into = self.below_the_head if pid in head else self.others
+                if seen not in into[pid]:
+                    into[pid].append(seen)
+
+
+def made_key(person: Person, name: str) -> str:
+    """As README says: the private key in a file, and its public key as a config takes it."""
+    person.does(f"openssl genpkey -algorithm ed25519 -out {name}.pem")
+    line = f'echo "ed25519:$(openssl pkey -in {name}.pem -pubout -outform DER | tail -c 32 | base64)"'
+    return person.does(line).stdout.strip()
+
+
+def trusts(person: Person, *keys: str, rows: int = 400) -> None:
+    person.has_colours(rows=rows, more=MORE.format(keys=", ".join(f'"{key}"' for key in keys)))
+
+
+def bucket(person: Person) -> Any:
+    """The person's store, by boto3 alone."""
+    exported = dict(
+        line.removeprefix("export ").split("=", 1)
+        for line in person.does("fineloop store env").stdout.split("\n")
+        if line.startswith("export ")
+    )
+    found = {name: shlex.split(value)[0] for name, value in exported.items()}
+    session = boto3.Session(found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
+    return session.resource("s3", endpoint_url=found["AWS_ENDPOINT_URL"]).Bucket("fineloop")
+
+
+def envelopes(person: Person, version: str) -> list[dict[str, Any]]:
+    """Everything that lies in the store beside the version."""
+    lying = bucket(person).objects.filter(Prefix=f"adapters/colours/signatures/{version}/")
+    return [json.loads(each.get()["Body"].read()) for each in lying]
+
+
+def statements_by(public: str, envelopes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What this key signed, by DSSE's specification alone."""
+    key, found = Ed25519PublicKey.from_public_bytes(base64.b64decode(public.removeprefix("ed25519:"))), []
+    for envelope in envelopes:
+        payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"].encode()
+        encoded = b" ".join([b"DSSEv1", b"%d" % len(kind), kind, b"%d" % len(payload), payload])
+        for signature in envelope["signatures"]:
+            with contextlib.suppress(InvalidSignature):
+                key.verify(base64.b64decode(signature["sig"]), encoded)
+                found.append(json.loads(payload))
+    return found
+
+
+@dataclass(frozen=True)
+class First:
+    """A first run of somebody who signs, and all that was seen of it."""
+
+    person: Person
+    public: str
+    answer: dict[str, Any]
+    watch: Watch
+    heard: list[tuple[bytes, str]]
+
+
+@pytest.fixture(scope="module")
+def first(person: Person) -> First:
+    public = made_key(person, "signing")
+    trusts(person, public)
+    person.has("spy.py", SPY)
+    person.does("fineloop store up")
+    secrets = {name: f"secret-of-{name.lower()}" for name in SECRETS - SIGNING}
+    signing = person.with_variables(
+        **secrets, PYTHONPATH=str(person.folder), FINELOOP_SIGNING_KEY=(person.folder / "signing.pem").read_text()
+    )
+    heard: list[tuple[bytes, str]] = []
+
+    def hear(_verb: str, _path: str, _query: Any, body: bytes, headers: Any) -> tuple[int, Any]:
+        heard.append((body, headers["X-Hub-Signature-256"]))
+        return 200, {}
+
+    with serving(hear) as url, Watch(person.home) as watch:
+        run = signing.does(f"fineloop run -c colours.toml --set announce.webhook={url} --json")
+    return First(signing, public, run.answer, watch, heard)
+
+
+def test_where_a_key_is_trusted_a_first_run_is_compared_promoted_and_signed(first: First) -> None:
+    assert first.answer["decision"] == "promote"
+    version = first.answer["version"]
+    (statement,) = statements_by(first.public, envelopes(first.person, version))
+    manifest = bucket(first.person).Object(f"adapters/colours/versions/{version}/manifest.json").get()["Body"].read()
+    assert statement["subject"] == [
+        {"name": f"colours/{version}", "digest": {"sha256": hashlib.sha256(manifest).hexdigest()}}
+    ]
+    assert statement["predicate"]["verificationResult"] == "PASSED"
+    assert statement["predicate"]["fineloop_alias"] == "production"
+    assert first.person.does("fineloop adapters pull colours -c colours.toml --json").answer["version"] == version
+    assert first.person.does("fineloop adapters audit -c colours.toml --json").answer["findings"] == []
+
+
+def test_no_process_below_the_ray_head_holds_a_secret_while_it_trains(first: First) -> None:
+    below = [seen for each in first.watch.below_the_head.values() for seen in each]
+    assert any("RayTrainWorker" in seen.command for seen in below)
+    assert any("ray_jobs.candidate" in seen.command for seen in below)
+    assert [(seen.command, held) for seen in below if (held := seen.variables & SECRETS)] == []
+    told = set(json.loads((first.person.folder / "seen.json").read_text()))
+    assert "FINELOOP_CACHE" in told  # it ran with the job's environment
+    assert not told & SECRETS
+
+
+def test_of_the_steps_each_holds_what_it_alone_needs(first: First) -> None:
+    held: dict[str, set[str]] = {}
+    for each in first.watch.others.values():
+        for seen in each:
+            _, found, rest = seen.command.partition("--function_to_execute ")
+            if found and str(first.person.folder) in seen.command:
+                held.setdefault(rest.split()[0], set()).update(seen.variables & SECRETS)
+    assert {"prepare", "finetune", "evaluate"} <= held.keys()
+    may = {"promote": SIGNING | ANNOUNCING, "report": REPORTING}
+    assert {step: names - may.get(step, set()) for step, names in held.items()} == {step: set() for step in held}
+
+
+def test_no_file_of_the_home_holds_a_secret(first: First) -> None:
+    key = (first.person.folder / "signing.pem").read_text().splitlines()[1]
+    found = first.person.types(f"grep -rlF -e secret-of- -e '{key}' .fineloop")
+    assert (found.exit_code, found.stdout) == (1, "")  # grep(1): no line was selected
+
+
+def test_the_webhook_is_still_signed_with_its_secret(first: First) -> None:
+    ((body, signature),) = first.heard
+    expected = hmac.new(b"secret-of-fineloop_webhook_secret", body, "sha256").hexdigest()
+    assert signature == f"sha256={expected}"
+
+
+@pytest.fixture(scope="module")
+def second(first: First) -> str:
+    """The version that a run on more data promotes, past its champion."""
+    trusts(first.person, first.public, rows=440)
+    answer = first.person.does("fineloop run -c colours.toml --json").answer
+    evaluation = bucket(first.person).Object(f"runs/{answer['run_id']}/evaluation.json").get()["Body"].read()
+    assert json.loads(evaluation)["models"]["champion"]["version"] == first.answer["version"]
+    assert answer["decision"] == "promote"
+    return str(answer["version"])
+
+
+@pytest.fixture(scope="module")
+def rotated(first: First, second: str) -> tuple[Person, str]:
+    """Somebody whose config trusts a new key alone, which has signed all that is needed."""
+    new = made_key(first.person, "new")
+    person = first.person.with_variables(FINELOOP_SIGNING_KEY=(first.person.folder / "new.pem").read_text())
+    trusts(person, new)
+    early = person.types("fineloop adapters audit -c colours.toml --json")
+    told = sorted(finding["what"].partition(",")[0] for finding in early.answer["findings"])
+    assert told == ["is in use as production", "is what a rollback of production may need"]
+    assert person.types("fineloop adapters pull colours -c colours.toml --to early").exit_code == 1
+    trusts(person, first.public, new)
+    person.does("fineloop adapters sign --held colours -c colours.toml")
+    trusts(person, new)
+    return person, new
+
+
+@pytest.mark.slow
+def test_a_second_run_meets_its_champion_and_is_signed_too(first: First, second: str) -> None:
+    assert second != first.answer["version"]
+    (statement,) = statements_by(first.public, envelopes(first.person, second))
+    assert statement["subject"][0]["name"] == f"colours/{second}"
+
+
+@pytest.mark.slow
+def test_once_all_that_is_needed_is_signed_anew_an_old_key_goes_and_a_rollback_still_works(
+    first: First, second: str, rotated: tuple[Person, str]
+) -> None:
+    person, new = rotated
+    before = first.answer["version"]
+    for version in (before, second):
+        assert [each["predicate"]["verificationResult"] for each in statements_by(new, envelopes(person, version))] == [
+            "PASSED"
+        ]
+    assert person.does("fineloop adapters audit -c colours.toml --json").answer["findings"] == []
+    assert person.does("fineloop adapters pull colours -c colours.toml --to new --json").answer["version"] == second
+    bucket(person).put_object(Key=f"adapters/colours/signatures/{before}/junk.dsse.json", Body=b"{}")
+    assert person.does("fineloop adapters rollback colours -c colours.toml --json").answer["to"] == before
+
+
+@pytest.mark.slow
+def test_a_revoked_version_is_fetched_and_promoted_no_more(second: str, rotated: tuple[Person, str]) -> None:
+    person, new = rotated
+    person.types("fineloop adapters rollback colours -c colours.toml")  # as the test before has, where it ran
+    why = "it tells what it was trained on"
+    person.does(f"fineloop adapters revoke colours@{second} --reason '{why}' -c colours.toml")
+    verdicts = {each["predicate"]["verificationResult"] for each in statements_by(new, envelopes(person, second))}
+    assert verdicts == {"PASSED", "FAILED"}
+    for line in (f"pull colours@{second} --to revoked", f"promote colours@{second}", f"sign colours@{second}"):
+        done = person.types(f"fineloop adapters {line} -c colours.toml")
+        assert done.exit_code == 1
+        assert f"colours {second} is revoked ({why};" in done.screen
+    assert not (person.folder / "revoked").exists()
+    person.does("fineloop adapters pull colours -c colours.toml --to held")
