@@ -32,7 +32,7 @@ from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.signing import require_signed
 from components.registry.store import JSON, Store, decode_json, encode_json
-from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing
+from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +95,26 @@ def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     return pointer
 
 
-def list_aliases(store: Store, name: str) -> list[Pointer]:
-    """Every alias of the adapter, by name."""
-    keys = [info.key for info in store.list(adapter_key(name, "aliases/"))]
-    aliases = sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
-    return [pointer for alias in aliases if (pointer := read_alias(store, name, alias))]
+def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> list[Pointer]:
+    """Every alias of the adapter, by name; what lies there under a name that no alias has is none.
+
+    Raises:
+        IntegrityError: one is damaged, and is not to be passed over with a warning.
+    """
+    found = []
+    for info in store.list(adapter_key(name, "aliases/")):
+        try:
+            pointer = read_alias(store, name, info.key.rpartition("/")[2].removesuffix(".json"))
+        except UserError as exc:
+            logger.warning("%s is no alias: %s", store.uri(info.key), exc)
+            continue
+        except IntegrityError as exc:
+            if not pass_over_damaged:
+                raise
+            logger.warning("%s", exc)
+            continue
+        found += [pointer] if pointer else []
+    return found
 
 
 def held_versions(store: Store, name: str) -> set[str]:
@@ -379,10 +394,14 @@ def _conflict(
     since: str = "",
 ) -> AliasConflict:
     by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "nobody"
-    conflict = AliasConflict(
-        f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is held by "
-        f"{by}: compare {version} with that one, then promote it by a run of its own"
-    )
+    if holder and holder.version == expected and not since:
+        told = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
+    else:
+        told = (
+            f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is "
+            f"held by {by}: compare {version} with that one, then promote it by a run of its own"
+        )
+    conflict = AliasConflict(told)
     if holder:
         conflict.holder = {name: getattr(holder, name) for name in ("alias", "version", "since", "run_id")}
     return conflict
@@ -390,8 +409,11 @@ def _conflict(
 
 def _after(time: str) -> str:
     """Now, or just after `time` where this clock is behind: moves of one alias sort as they happened."""
-    earliest = datetime.fromisoformat(time) + timedelta(microseconds=1)
-    return max(now(), earliest.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"))
+    try:
+        earliest = (datetime.fromisoformat(time) + timedelta(microseconds=1)).astimezone(UTC)
+    except OverflowError:  # a clock at the end of all time: nothing sorts after it
+        earliest = datetime.max.replace(tzinfo=UTC)
+    return max(now(), earliest.isoformat(timespec="microseconds").replace("+00:00", "Z"))
 
 
 def _alias_key(name: str, alias: str) -> str:

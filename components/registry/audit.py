@@ -15,7 +15,7 @@ from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
 from components.registry.records import Decision
 from components.registry.store import Store
-from components.shared.errors import IntegrityError, ObjectMissing
+from components.shared.errors import IntegrityError, ObjectMissing, UserError
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ def audit(store: Store, name: str) -> Audit:
         alias = info.key.rpartition("/")[2].removesuffix(".json")
         try:
             pointer = read_alias(store, name, alias)
-        except IntegrityError as exc:
+        except (IntegrityError, UserError) as exc:
             findings.append(Finding(store.uri(info.key), str(exc)))
             continue
-        if pointer is not None:
+        if pointer is None:
+            findings.append(Finding(store.uri(info.key), "is not an alias"))
+        else:
             pointers[alias] = pointer
             findings += _alias(store, name, pointer, log, whole)
     findings += [

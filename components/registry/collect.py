@@ -176,7 +176,7 @@ def _unneeded(
         key, why = next(iter(junk.items()))
         raise IntegrityError(f"{store.uri(key)} is no event ({why}), so that nobody knows what held an alias")
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
-    holders = {pointer.alias: pointer.version for pointer in list_aliases(store, name)}
+    holders = {each.alias: each.version for each in list_aliases(store, name, pass_over_damaged=False)}
     held |= {*holders.values(), *waiting(log, holders)}
     made = {each for run in under_way for each in (run.run_id, run.made) if each}
     starts = tuple(start for run in under_way for start in run.starts)
@@ -313,4 +313,4 @@ def _removal(
 
 
 def _points_at(store: Store, name: str, version: str) -> bool:
-    return any(pointer.version == version for pointer in list_aliases(store, name))
+    return any(each.version == version for each in list_aliases(store, name, pass_over_damaged=False))

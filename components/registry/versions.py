@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.registry import folders, runs
-from components.registry.aliases import PRODUCTION, Pointer, list_aliases
+from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
 from components.registry.event_log import append_event, events, publication, require_published
 from components.registry.folders import Manifest
 from components.registry.identity import (
@@ -150,7 +150,6 @@ def resolve(store: Store, reference: str) -> Version:
     if at:
         checked_name(wanted, f"alias or version in {reference!r}")
     aliases = list_aliases(store, name)
-    pointer = next((pointer for pointer in aliases if pointer.alias == (wanted or PRODUCTION)), None)
     if len(wanted) == 1 + ID_DIGITS and VERSION_PATTERN.fullmatch(wanted):
         manifest = folders.find_manifest(store, version_key(name, wanted))
         if manifest is not None:
@@ -165,6 +164,9 @@ def resolve(store: Store, reference: str) -> Version:
         if (found := folders.find_manifest(store, version_key(name, version)))
     ]
     if len(whole) == 1 and len(fitting) <= SHOWN:
+    # Of the other aliases a damaged one is passed over, and this one must not be.
+    alias = wanted or PRODUCTION
+    pointer = next((each for each in aliases if each.alias == alias), None) or read_alias(store, name, alias)
         return _version(store, name, *whole[0], aliases)
     if whole:
         raise UserError(f"{reference} fits {_some(fitting)}: give more digits")

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from components.registry.aliases import Cause, list_aliases, move_alias, promote, read_alias, rollback
+from components.registry.audit import audit
 from components.registry.event_log import Event, append_event, events
 from components.registry.store import Store
+from components.registry.versions import resolve
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
 
 
@@ -254,3 +256,46 @@ def test_what_is_no_event_is_named_and_stops_no_move(
     assert rollback(store, "icd").body["to"] == two
     assert rollback(store, "icd").body["to"] == one
     assert len(moves(store)) == 5
+
+
+END_OF_TIME = "9999-12-31T23:59:59.999999Z"
+
+
+@pytest.mark.parametrize("since", [END_OF_TIME, "9999-01-01T00:00:00.000000Z", "0001-01-01T00:00:00+14:00"])
+def test_an_alias_of_a_clock_far_off_moves_and_goes_back(store: Store, versions: list[str], since: str) -> None:
+    one, two, three = versions
+    for version in (one, two):
+        promote(store, "icd", version)
+    key = "adapters/icd/aliases/production.json"
+    store.put_json(key, {**store.get_json(key), "since": since})
+    promote(store, "icd", three)
+    assert [rollback(store, "icd").body["to"], rollback(store, "icd").body["to"]] == [two, one]
+    assert holder(store) == one
+
+
+def test_junk_among_the_aliases_is_passed_over_but_where_it_is_asked_for(store: Store, versions: list[str]) -> None:
+    promote(store, "icd", versions[0])
+    for junk in ("staging.json", "NOT A NAME.json", "notes.txt"):
+        store.put(f"adapters/icd/aliases/{junk}", b"junk")
+    assert [pointer.alias for pointer in list_aliases(store, "icd")] == ["production"]
+    with pytest.raises(IntegrityError, match=r"staging\.json is not JSON"):
+        list_aliases(store, "icd", pass_over_damaged=False)
+    assert resolve(store, "icd").version == versions[0]
+    for reference in (f"icd@{versions[1][:12]}", f"icd@{versions[1]}"):
+        assert resolve(store, reference).version == versions[1]
+    with pytest.raises(IntegrityError, match=r"staging\.json is not JSON"):
+        resolve(store, "icd@staging")
+    found = {finding.where.rpartition("/")[2] for finding in audit(store, "icd").findings}
+    assert found == {"staging.json", "NOT A NAME.json", "notes.txt"}
+
+
+def test_who_meets_an_alias_that_went_and_came_back_is_not_told_of_two_holders(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    stale = read_alias(store, "icd", "production")
+    promote(store, "icd", two)
+    rollback(store, "icd")
+    with pytest.raises(AliasConflict, match=f"was moved meanwhile, and is held by {one} .* again"):
+        move_alias(store, "icd", "production", three, expected=stale, kind="promoted", cause=Cause())
