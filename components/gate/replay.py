@@ -9,7 +9,7 @@ from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
 from components.registry.records import Decision, Evaluation
-from components.shared.errors import DataError
+from components.shared.errors import DataError, UnknownName
 
 if TYPE_CHECKING:
     from components.registry.store import Store
@@ -34,10 +34,13 @@ def replay(store: "Store", run_id: str) -> Replayed:
     """Decide again by the recorded policy, evaluation and records of a run; nothing is written.
 
     Raises:
+        UnknownName: there is no such run.
         ObjectMissing: the run has no decision, or what it was made of is gone.
         IntegrityError: the evaluation or its records are not what they were.
         DataError: the run was skipped, so that nothing was evaluated.
     """
+    if next(store.list(runs.run_key(run_id)), None) is None:
+        raise UnknownName(f"there is no run {run_id!r} in {store.uri('runs/')}: give the id that its report names")
     recorded = runs.read(store, run_id, Decision)
     if recorded.decision == "skipped":
         raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")

@@ -125,12 +125,15 @@ def roll_back_by_hand(
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
 ) -> "Event":
-    """`aliases.rollback` by a person, who gives a name and a reason where that overrides a gate.
+    """`aliases.rollback` by a person, who gives a name and a reason where that overrides a gate; of `to`, first digits
+    suffice.
 
     Raises:
-        UserError: `to` is held back by a gate and never held the alias, and name or reason is missing.
+        UserError: `to` fits several versions, or is held back by a gate and never held the alias, and name or reason
+            is missing.
         ObjectMissing, IntegrityError, AliasConflict: as `aliases.rollback`.
     """
+    to = versions.resolve(store, f"{name}@{to}").version if to else None
     if to is not None and is_override(event_log.events(store, name), to, alias):
         person.require_name_and_reason(f"the gate holds {name} {to}, and this overrides it")
     return aliases.rollback(store, name, alias, to, expected=expected, cause=person.cause(run_id))
@@ -166,8 +169,7 @@ def carry_out(store: "Store", request: Request) -> "Event":
     name, alias, run_id = request.name, request.alias, request.job_id
     person = Person(request.person, request.reason, otherwise="Kubeflow UI")
     if request.action == ROLL_BACK:
-        to = versions.resolve(store, f"{name}@{request.version}").version if request.version else None
-        return roll_back_by_hand(store, name, person, alias=alias, to=to, run_id=run_id)
+        return roll_back_by_hand(store, name, person, alias=alias, to=request.version or None, run_id=run_id)
     if request.action not in ACTIONS:
         raise UserError(f"action is {request.action!r}: expected {PROMOTE!r}, {APPROVE!r} or {ROLL_BACK!r}")
     reference = f"{name}@{request.version or _newest(store, name)}"

@@ -32,7 +32,7 @@ from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.signing import require_signed
 from components.registry.store import JSON, Store, decode_json, encode_json
-from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +138,11 @@ def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
     """The event that moved the alias to where it points; written when the log lacks it.
 
     Raises:
-        ObjectMissing: the alias does not exist.
+        UnknownName: the alias does not exist.
     """
     pointer = read_alias(store, name, alias)
     if pointer is None:
-        raise ObjectMissing(f"{name} has no alias {alias!r}: promote a version first")
+        raise UnknownName(f"{name} has no alias {alias!r}: promote a version first")
     return _record(store, name, pointer)
 
 
@@ -194,13 +194,13 @@ def rollback(
     when a gate holds `to` back from this alias and it never held it.
 
     Raises:
-        ObjectMissing: the alias does not exist, or nothing held it before.
+        UnknownName: the alias does not exist, or nothing held it before.
         IntegrityError: the event that brought the version before is damaged or gone, or the version is.
         AliasConflict: another version than `expected` holds the alias, or somebody moved it meanwhile.
     """
     holder = read_alias(store, name, alias)
     if holder is None:
-        raise ObjectMissing(f"{name} has no alias {alias!r} to roll back: promote a version first")
+        raise UnknownName(f"{name} has no alias {alias!r} to roll back: promote a version first")
     is_there = holder.version == to if to else holder.kind == "rolled_back"
     is_ours = (bool(cause.run_id) and holder.run_id == cause.run_id) or holder.event["from"] == expected
     kind: MoveKind = "rolled_back"
@@ -212,7 +212,7 @@ def rollback(
     elif to is None:
         back_to = next(_ways_back(store, name, _record(store, name, holder)), None)
         if back_to is None:
-            raise ObjectMissing(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
+            raise UnknownName(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = str(back_to.body["to"])
     else:
         log = events(store, name)

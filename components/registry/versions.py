@@ -23,7 +23,7 @@ from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.records import Evaluation
 from components.registry.signing import require_signed
 from components.registry.store import JSON, Store, decode_json, encode_json
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import Conflict, IntegrityError, UnknownName, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,16 @@ def list_adapters(store: Store) -> list[str]:
     return sorted(store.folders("adapters/"))
 
 
+def require_adapter(store: Store, name: str) -> None:
+    """Nothing where there is such an adapter.
+
+    Raises:
+        UnknownName: there is none.
+    """
+    if next(store.list(adapter_key(name, "")), None) is None:
+        raise UnknownName(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
+
+
 def list_versions(store: Store, name: str) -> list[Version]:
     """Every published version, newest first, to be shown: what an index says of them is not verified.
 
@@ -142,7 +152,7 @@ def resolve(store: Store, reference: str) -> Version:
 
     Raises:
         UserError: the reference is malformed, or fits several versions.
-        ObjectMissing: there is no such adapter, version or alias.
+        UnknownName: there is no such adapter, version or alias.
         IntegrityError: the alias vouches for another manifest than the version has.
     """
     name, at, wanted = reference.partition("@")
@@ -154,6 +164,9 @@ def resolve(store: Store, reference: str) -> Version:
         manifest = folders.find_manifest(store, version_key(name, wanted))
         if manifest is not None:
             return _version(store, name, wanted, manifest, aliases)
+    # Of the other aliases a damaged one is passed over, and this one must not be.
+    alias = wanted or PRODUCTION
+    pointer = next((each for each in aliases if each.alias == alias), None) or read_alias(store, name, alias)
     if pointer is not None:
         return _pointed_at(store, name, pointer, aliases)
     ids = version_ids(store, name)
@@ -164,9 +177,6 @@ def resolve(store: Store, reference: str) -> Version:
         if (found := folders.find_manifest(store, version_key(name, version)))
     ]
     if len(whole) == 1 and len(fitting) <= SHOWN:
-    # Of the other aliases a damaged one is passed over, and this one must not be.
-    alias = wanted or PRODUCTION
-    pointer = next((each for each in aliases if each.alias == alias), None) or read_alias(store, name, alias)
         return _version(store, name, *whole[0], aliases)
     if whole:
         raise UserError(f"{reference} fits {_some(fitting)}: give more digits")
@@ -174,8 +184,8 @@ def resolve(store: Store, reference: str) -> Version:
     if latest:
         return latest
     if not ids:
-        raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
-    raise ObjectMissing(
+        require_adapter(store, name)
+    raise UnknownName(
         f"{reference} is neither an alias nor a version of {name}: its aliases are "
         f"{_some(pointer.alias for pointer in aliases)}; its versions {_some(ids)}"
     )

@@ -3,7 +3,8 @@
 FineloopError                    exit 1: something failed that the user's input did not cause
 ├── UserError                    exit 2: the user's input is wrong, said in one message
 │   ├── ConfigError              a config key, value or combination (ValueError)
-│   └── DataError                the data itself (ValueError)
+│   ├── DataError                the data itself (ValueError)
+│   └── UnknownName              no adapter, version, alias or run of that name (ObjectMissing)
 ├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
 │   ├── ObjectMissing            no such object, or a folder without its manifest
 │   ├── IntegrityError           bytes differ from the manifest that vouches for them
@@ -57,6 +58,10 @@ class ObjectMissing(StoreError):
 
 class IntegrityError(StoreError):
     """What was read is not what the manifest lists."""
+
+
+class UnknownName(UserError, ObjectMissing):
+    """Somebody asks for an adapter, a version, an alias or a run that there is not."""
 
 
 class Conflict(StoreError):

@@ -15,6 +15,7 @@ from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
+    from components.registry.aliases import Pointer
     from components.registry.event_log import Event
     from components.registry.store import Store
     from components.registry.versions import Version
@@ -64,7 +65,7 @@ def add(commands: Any) -> None:
         "fineloop adapters rollback icd10-chapters",
     )
     rollback.add_argument("name", metavar="NAME", help="adapter")
-    rollback.add_argument("--to", default=None, metavar="VERSION", help="go back to this one instead")
+    rollback.add_argument("--to", default=None, metavar="VERSION", help="go back to this one instead; first digits do")
     for parser in (promote, rollback):
         parser.add_argument(
             "--expect", default=None, metavar="VERSION", help="only when this version holds the alias now"
@@ -161,26 +162,32 @@ def _show(options: argparse.Namespace) -> Answer:
 
 def _promote(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import promote_by_hand
+    from components.registry.aliases import read_alias
 
     with opened_registry(options) as store:
+        before = read_alias(store, options.reference.partition("@")[0], options.alias)
         event = promote_by_hand(
             store, options.reference, _person(options), alias=options.alias, expected=_expected(options)
         )
-        return _moved(options, store, options.reference.partition("@")[0], event)
+        return _moved(options, store, options.reference.partition("@")[0], before, event)
 
 
 def _approve(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import approve
+    from components.registry.aliases import read_alias
 
     with opened_registry(options) as store:
+        before = read_alias(store, options.reference.partition("@")[0], options.alias)
         event = approve(store, options.reference, _person(options), alias=options.alias)
-        return _moved(options, store, options.reference.partition("@")[0], event)
+        return _moved(options, store, options.reference.partition("@")[0], before, event)
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import roll_back_by_hand
+    from components.registry.aliases import read_alias
 
     with opened_registry(options) as store:
+        before = read_alias(store, options.name, options.alias)
         event = roll_back_by_hand(
             store,
             options.name,
@@ -189,15 +196,16 @@ def _rollback(options: argparse.Namespace) -> Answer:
             to=options.to,
             expected=_expected(options),
         )
-        return _moved(options, store, options.name, event)
+        return _moved(options, store, options.name, before, event)
 
 
-def _moved(options: argparse.Namespace, store: "Store", name: str, event: "Event") -> Answer:
-    """The move, told to whom the config names."""
+def _moved(options: argparse.Namespace, store: "Store", name: str, before: "Pointer | None", event: "Event") -> Answer:
+    """The move, told to whom the config names; none where the alias was there before."""
     from components.promote.announce import announce
     from pipelines.commands.registry_answers import move_shown
 
-    return move_shown(name, event, announce(load_config(options).announce, store, name, event, os.environ))
+    announced = announce(load_config(options).announce, store, name, event, os.environ)
+    return move_shown(name, event, announced, moved=before is None or before.since != event.time)
 
 
 def _announce(options: argparse.Namespace) -> Answer:
@@ -232,12 +240,13 @@ def _history(options: argparse.Namespace) -> Answer:
 
 def _lineage(options: argparse.Namespace) -> Answer:
     from components.registry import ancestry
-    from components.registry.versions import read_lineage, resolve
+    from components.registry.versions import read_lineage, require_adapter, resolve
     from pipelines.commands.registry_answers import ancestry_shown, descendants_shown
 
     asked = ancestry.asked(options.of)
     with opened_registry(options) as store:
         if asked:
+            require_adapter(store, options.reference)
             return descendants_shown(options.reference, ancestry.descendants(store, options.reference, asked))
         version = resolve(store, options.reference)
         if options.tree:
@@ -258,16 +267,23 @@ def _verify(options: argparse.Namespace) -> Answer:
 
 def _audit(options: argparse.Namespace) -> Answer:
     from components.registry.audit import audit
-    from components.registry.versions import list_adapters
     from pipelines.commands.registry_answers import audit_shown
 
     with opened_registry(options) as store:
-        return audit_shown([audit(store, name) for name in ([options.name] if options.name else list_adapters(store))])
+        return audit_shown([audit(store, name) for name in _names(options, store)])
+
+
+def _names(options: argparse.Namespace, store: "Store") -> list[str]:
+    """The adapter that is named, else all of them."""
+    from components.registry.versions import list_adapters, require_adapter
+
+    if options.name:
+        require_adapter(store, options.name)
+    return [options.name] if options.name else list_adapters(store)
 
 
 def _gc(options: argparse.Namespace) -> Answer:
     from components.registry.collect import Rules, removals, remove
-    from components.registry.versions import list_adapters
     from components.shared.errors import UserError
     from pipelines.commands.registry_answers import removals_shown
 
@@ -275,8 +291,7 @@ def _gc(options: argparse.Namespace) -> Answer:
         raise UserError("--keep-last and --older-than-days are 0 or more")
     rules = Rules(options.keep_last, timedelta(days=options.older_than_days))
     with opened_registry(options) as store:
-        names = [options.name] if options.name else list_adapters(store)
-        found = removals(store, names, rules, now=datetime.now(UTC))
+        found = removals(store, _names(options, store), rules, now=datetime.now(UTC))
         if options.delete:
             found = [each for each in found if remove(store, each)]
     return removals_shown(found, deleted=options.delete)
@@ -299,13 +314,12 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
 
 def _page(options: argparse.Namespace) -> Answer:
     from components.registry.client import disk_errors
-    from components.registry.versions import list_adapters
     from components.report.numbers import moment
     from components.report.registry_page import build_pages, list_adapter, read_adapter
     from components.shared.errors import UserError
 
     with opened_registry(options) as store:
-        names = [options.name] if options.name else list_adapters(store)
+        names = _names(options, store)
         pages = [read_adapter(store, name) for name in names]
         listed = [list_adapter(store, name) for name in names]
         built = build_pages(pages, listed, generated_at=moment(datetime.now(UTC)), address=store.uri(""))

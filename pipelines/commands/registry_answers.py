@@ -14,7 +14,6 @@ from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.counted import counted
-from components.shared.errors import ObjectMissing
 from components.shared.metrics import metrics_of
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table
@@ -52,11 +51,10 @@ def versions_shown(store: Store, name: str) -> Answer:
     """Every version of an adapter, newest first.
 
     Raises:
-        ObjectMissing: there is no such adapter.
+        UnknownName: there is no such adapter.
     """
+    versions.require_adapter(store, name)
     found = versions.list_versions(store, name)
-    if not found:
-        raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [("version", "published", "run", "aliases")]
     rows += [(v.version, v.created_at[:19], v.run_id or "-", ", ".join(v.aliases) or "-") for v in found]
     return Answer(
@@ -89,13 +87,16 @@ def version_shown(store: Store, version: Version) -> Answer:
     return Answer(body, table(rows))
 
 
-def move_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
-    """A promotion or a rollback, and what became of telling others."""
+def move_shown(name: str, event: Event, announced: Mapping[str, str], *, moved: bool) -> Answer:
+    """A promotion or a rollback, and what became of telling others; `moved` is False where it changed nothing."""
     move = event.move()
-    told = f"{name}@{move['alias']}: {move['from'] or 'nobody'} -> {move['to']}"
-    if before := event.body.get("evidence", {}).get("anchor_before"):
+    told = f"{move['from'] or 'nobody'} -> {move['to']}"
+    if not moved:
+        told = f"already {move['to']} since {event.time[:16].replace('T', ' ')} UTC"
+    elif before := event.body.get("evidence", {}).get("anchor_before"):
         told += f"\nlater candidates are held to {move['to']} as the best version so far, in the place of {before}"
-    return Answer({**move, **({"announced": dict(announced)} if announced else {})}, told)
+    body: dict[str, Any] = {**move, **({} if moved else {"moved": False})}
+    return Answer({**body, **({"announced": dict(announced)} if announced else {})}, f"{name}@{move['alias']}: {told}")
 
 
 def announced_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
@@ -111,11 +112,10 @@ def history_shown(store: Store, name: str) -> Answer:
     """The event log, oldest first; the text shortens long reasons.
 
     Raises:
-        ObjectMissing: there is no such adapter.
+        UnknownName: there is no such adapter.
     """
+    versions.require_adapter(store, name)
     log = event_log.events(store, name)
-    if not log:
-        raise ObjectMissing(f"there is no adapter {name!r} in {store.uri('')}: see `fineloop adapters list`")
     rows = [(event.time[:19], event.kind, _told(event)) for event in log]
     return Answer({"name": name, "events": [vars(event) for event in log]}, table(rows))
 

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.registry.aliases import promote
+from components.registry.aliases import promote, read_alias
 from components.registry.store import Store
 from components.registry.versions import publish_version
 from pipelines.cli import main
@@ -126,3 +126,42 @@ def test_a_registry_is_audited_signed_asked_and_collected(
     assert adapters("audit")["findings"] == []
     store.put(f"adapters/sums/versions/{one}/adapter_config.json", b"{ }")
     assert len(adapters("audit", exit_code=1)["findings"]) >= 1
+
+
+def test_a_name_that_there_is_not_is_wrong_input_and_said_with_those_that_there_are(
+    store: Store, published: list[str], adapters: Adapters, config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        *((verb, "nope") for verb in ("list", "show", "history", "verify", "audit", "gc", "page", "lineage")),
+        *((verb, "sums@v000") for verb in ("show", "promote", "verify", "pull", "lineage")),
+        *((verb, "sums@staging") for verb in ("show", "promote", "pull")),
+        ("lineage", "nope", "--of", "dataset=x"),
+        ("rollback", "nope"),
+        ("rollback", "sums"),
+        ("rollback", "sums", "--alias", "staging"),
+        ("rollback", "sums", "--to", "v000"),
+    ]
+    before = {info.key for info in store.list("")}
+    for words in asked:
+        message = adapters(*words, exit_code=2)["error"]["message"]
+        assert words[1].partition("@")[0] in message, words
+    assert main(["replay", "nope", "-c", str(config_path), "--json"]) == 2
+    assert "there is no run 'nope'" in capsys.readouterr().out
+    assert {info.key for info in store.list("")} == before
+
+
+def test_a_move_that_changes_nothing_says_since_when_and_going_back_takes_first_digits(
+    store: Store, published: list[str], adapters: Adapters, config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = published
+    pointer = read_alias(store, "sums", "production")
+    assert pointer is not None
+    since = f"{pointer.since[:10]} {pointer.since[11:16]} UTC"
+    for words in (["--expect", "vdead"], []):
+        assert main(["adapters", "promote", f"sums@{one}", "-c", str(config_path), *words]) == 0
+        assert capsys.readouterr().out.strip() == f"sums@production: already {one} since {since}"
+    assert adapters("promote", f"sums@{one}")["moved"] is False
+    assert "moved" not in adapters("promote", f"sums@{two}")
+    back = adapters("rollback", "sums", "--to", one[:6])
+    assert (back["from"], back["to"]) == (two, one)
+    assert adapters("rollback", "sums", "--expect", two)["moved"] is False

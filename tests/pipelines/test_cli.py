@@ -311,9 +311,9 @@ def test_who_loses_a_race_learns_who_won(store: Store, published: list[str], con
     assert aliases.read_alias(store, "sums", "production").version == old  # type: ignore[union-attr]
 
 
-def test_an_unknown_adapter_is_exit_1_and_named(store: Store, config_path: Path, tmp_path: Path) -> None:
+def test_an_unknown_adapter_is_exit_2_and_named(store: Store, config_path: Path, tmp_path: Path) -> None:
     done = fineloop("adapters", "show", "nobody", "-c", config_path, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "nobody" in done.stderr
     assert "Traceback" not in done.stderr
 
