@@ -1,5 +1,6 @@
 """The gate step: evaluation.json in, decision.json and, unless the candidate is promoted, an event out."""
 
+import hashlib
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
         DataError: it belongs to another run, or lacks the candidate or the base.
     """
     key = store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION)
-    evaluation = Evaluation.from_json(store.get(key), store.uri(key))
+    body = store.get(key)
+    evaluation = Evaluation.from_json(body, store.uri(key))
     if evaluation.run_id != run_id:
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
@@ -47,7 +49,8 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     decided = decide(evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look)
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
-    decision = decided.model_copy(update={"version_uri": uri})
+    sha256 = hashlib.sha256(body).hexdigest()
+    decision = decided.model_copy(update={"version_uri": uri, "evaluation_sha256": sha256})
     for rule in decision.rules:
         _log(rule)
     logger.info("verdict on %s %s: %s", decision.adapter, decision.version, decision.verdict)

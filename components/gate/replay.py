@@ -8,6 +8,8 @@ from components.config.schema import AdapterConfig
 from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
+from components.registry.event_log import events
+from components.registry.history import decisions
 from components.registry.records import Decision, Evaluation
 from components.shared.errors import DataError, UnknownName
 
@@ -36,7 +38,7 @@ def replay(store: "Store", run_id: str) -> Replayed:
     Raises:
         UnknownName: there is no such run.
         ObjectMissing: the run has no decision, or what it was made of is gone.
-        IntegrityError: the evaluation or its records are not what they were.
+        IntegrityError: the decision is not the one that the log names, or what it was made of is not what it was.
         DataError: the run was skipped, so that nothing was evaluated.
     """
     if next(store.list(runs.run_key(run_id)), None) is None:
@@ -44,7 +46,9 @@ def replay(store: "Store", run_id: str) -> Replayed:
     recorded = runs.read(store, run_id, Decision)
     if recorded.decision == "skipped":
         raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")
-    evaluation = runs.read(store, run_id, Evaluation)
+    if (told := decisions(events(store, recorded.adapter)).get(run_id)) is not None:
+        runs.read(store, run_id, Decision, sha256=told[0])
+    evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None)
     found = decide(
         evaluation,
         evidence.read(store, evaluation),

@@ -3,19 +3,22 @@
 Nothing is believed of an index, and one bad object does not hide another.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from components.registry import aliases, runs, signing, versions
 from components.registry.aliases import Pointer, read_alias
 from components.registry.event_log import Event, read_log
-from components.registry.folders import Manifest
-from components.registry.history import MOVE_KINDS, is_chain, moves
+from components.registry.folders import Manifest, verify
+from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
-from components.registry.records import Decision
-from components.registry.store import Store
+from components.registry.records import Decision, Evaluation
+from components.registry.store import Store, encode_json
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
+
+BASES, CHOSEN = "bases/", "chosen.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def audit(store: Store, name: str) -> Audit:
     damaged = {finding.where for finding in findings}
     findings += _publications(store, name, log, whole, damaged)
     findings += _refusals(store, name, log, whole)
+    findings += _decisions(store, log)
+    findings += _inputs(store, name, whole)
     pointers: dict[str, Pointer] = {}
     for info in store.list(adapter_key(name, "aliases/")):
         alias = info.key.rpartition("/")[2].removesuffix(".json")
@@ -126,6 +131,64 @@ def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manife
             and (version, run_id) not in refused
         ):
             yield Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")
+
+
+def _decisions(store: Store, log: list[Event]) -> Iterator[Finding]:
+    """What aliases moved on: each decision, the evaluation that it was made of, and that one's records."""
+    for run_id, (sha256, event) in decisions(log).items():
+        keys = [runs.run_key(run_id, file) for file in (runs.DECISION, runs.EVALUATION, runs.EVALUATION_RECORDS)]
+        wanted, known_by = sha256, event.uri
+        for key, kind in zip(keys, (Decision, Evaluation, None), strict=True):
+            found = store.read(key)
+            if found is None:
+                yield Finding(store.uri(key), f"is gone, and {known_by} names it")
+                break
+            if wanted and hashlib.sha256(found[0]).hexdigest() != wanted:
+                yield Finding(store.uri(key), f"is another than {known_by} names")
+                break
+            try:
+                record = kind.from_json(found[0], store.uri(key)) if kind else None
+            except IntegrityError as exc:
+                yield Finding(store.uri(key), str(exc))
+                break
+            # Release 0.1.0 noted neither of them.
+            wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
+            wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
+            known_by = store.uri(key)
+
+
+def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Finding]:
+    """The datasets, and the bases of Fineloop's own making, that the versions name."""
+    named: dict[str, tuple[str, str | None]] = {}
+    for version in whole:
+        uri = store.uri(version_key(name, version))
+        try:
+            lineage = store.get_json(f"{version_key(name, version)}/{versions.LINEAGE}")
+            dataset, base = lineage.get("dataset") or {}, str(lineage.get("recipe", {}).get("stands_on", ""))
+            if "dataset_id" in dataset:
+                named.setdefault(f"datasets/{dataset['dataset_id']}", (version, dataset.get("manifest_sha256")))
+            if base.startswith(store.uri(BASES)):
+                named.setdefault(store.key(base), (version, None))
+        except (IntegrityError, ObjectMissing, AttributeError, TypeError) as exc:
+            yield Finding(uri, f"has no sound {versions.LINEAGE}: {exc}")
+    for key, (version, sha256) in named.items():
+        try:
+            manifest = verify(store, key, manifest_sha256=sha256)
+            folder, _, content = key.rpartition("/")
+            if f"{folder}/".startswith(BASES) and folder != BASES.rstrip("/"):  # release 0.1.0 had one folder a base
+                _require_chosen_base(store, folder, content, manifest)
+        except (IntegrityError, ObjectMissing) as exc:
+            yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
+
+
+def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
+    """Nothing where the base is the one by whose content it was named, and the one that `chosen.json` has all use."""
+    digests = encode_json({path: digest["sha256"] for path, digest in manifest.files.items()})
+    if not hashlib.sha256(digests).hexdigest().startswith(content):
+        raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")
+    chosen, wanted = store.get_json(f"{folder}/{CHOSEN}"), {"folder": content, "manifest_sha256": manifest.sha256}
+    if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():
+        raise IntegrityError(f"{store.uri(f'{folder}/{CHOSEN}')} names another base or manifest")
 
 
 def _alias(

@@ -310,6 +310,8 @@ class Decision(Record):
     """How often the alias was decided on by this test set, this time included."""
     test_set: tuple[str, ...] = ()
     """As the evaluation has it."""
+    evaluation_sha256: str = ""
+    """Of the evaluation that was decided on, as it was written; empty of a skipped run."""
     policy: dict[str, Any] = {}
     """The config's section `gate`."""
     basis_sha256: str = ""

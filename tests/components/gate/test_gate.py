@@ -9,9 +9,11 @@ from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.gate.replay import replay
+from components.promote.promote import take_alias
 from components.registry import event_log, runs
 from components.registry.records import Decision, Evaluation, RuleResult
 from components.registry.store import Store
+from components.registry.versions import publish_version
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 from tests.components.gate.evidenced import as_parquet, evidence
 
@@ -66,6 +68,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "anchor": "v2",
         "look": 1,
         "test_set": [],
+        "evaluation_sha256": hashlib.sha256(store.get(f"runs/{RUN}/evaluation.json")).hexdigest(),
         "reasons": list(decision.reasons),
         "rules": written["rules"],
         "adapter": "icd10",
@@ -240,9 +243,31 @@ def test_a_decision_that_does_not_follow_from_its_evidence_is_told_apart(store: 
     put(store, evaluation(0.9))
     decision = run_gate(config(), store, RUN)
     put(store, evaluation(0.95))
+    with pytest.raises(IntegrityError, match=r"evaluation\.json has sha256 .* it was changed since"):
+        replay(store, RUN)
+    runs.write(store, RUN, decision.model_copy(update={"evaluation_sha256": ""}))  # as release 0.1.0 left it out
     assert not replay(store, RUN).is_same
     put(store, evaluation(0.9))
     assert replay(store, RUN).is_same
     loosened = decision.policy | {"worse_than_champion_by": 9.0}
     runs.write(store, RUN, decision.model_copy(update={"policy": loosened}))
     assert not replay(store, RUN).is_same
+
+
+def test_a_decision_that_was_carried_out_is_not_decided_anew_and_no_other_is_replayed(store: Store) -> None:
+    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+    version = publish_version(store, "icd10", files, lineage={"run_id": RUN}).version
+    found = evaluation(0.9)
+    found["models"]["champion"], found["models"]["candidate"]["version"] = None, version
+    put(store, found)
+    decision = run_gate(config(), store, RUN)
+    take_alias(store, decision, decision.sha256, actor="fineloop pipeline", reason="")
+    # The run again: the candidate meets itself.
+    put(store, {**found, "models": {**found["models"], "champion": found["models"]["candidate"]}})
+    assert run_gate(config(), store, RUN) == decision
+    put(store, found)
+    assert replay(store, RUN).is_same
+    runs.write(store, RUN, decision.model_copy(update={"reasons": ("Better.",)}))
+    for read in (lambda: replay(store, RUN), lambda: run_gate(config(), store, RUN)):
+        with pytest.raises(IntegrityError, match=r"decision\.json has sha256 .* it was changed since"):
+            read()
