@@ -3,8 +3,8 @@
 merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
 lora     the same function as plain LoRA, where it is one
 
-Either is compared with the adapter on its base before anything appears at DIR. What export.json then says there is the
-last line of stdout.
+Either is compared with the adapter on its base before anything appears at DIR: the merge before it is rounded to the
+dtype that is saved. What export.json then says there is the last line of stdout.
 """
 
 import json
@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from components.prepare.dataset import load_split
+from components.prepare.dataset import Record, load_split
 from components.registry.folders import beside
 from components.registry.store import Store
 from components.registry.versions import Version, pull_version, resolve
@@ -32,9 +33,10 @@ with garbage.importing():
     from ray_jobs.adapters.merge import Agreement
     from ray_jobs.base import architecture, base_config, base_model, chat_format, processor, stored_format
     from ray_jobs.base.base_model import Base
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base.batching import TokenizedSplit, tokenize
     from ray_jobs.base.chat_format import ChatFormat
     from ray_jobs.planning import placement
+    from ray_jobs.scoring.answers import NEW_TOKENS
     from ray_jobs.training import model_card
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class ExportSource:
     chat: ChatFormat
     rows: Sequence["torch.Tensor"]
     compared_on: str
+    records: Sequence[Record]
+    """Held-out ones, which `rows` are; none where the data is gone, and rows are random."""
+    split: TokenizedSplit
+    """The records, tokenised."""
+    max_new_tokens: int
     matmul_dtype: MatmulDtype
     """What this machine multiplies bfloat16 in."""
     use_gpu: bool
@@ -153,7 +160,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
             f"this adapter was chosen together with a base of its own, {source.stands_on.reference}, and is wrong on "
             "the original: use --base dequantised"
         )
-    evaluated, dense = _evaluated(source)
+    evaluated, answers, dense = _evaluated(source)
     say(STEP, "running the adapter in float32 on the weights that it was trained on")
     adapted = build.load(dense, source.folder).eval()
     del dense
@@ -185,7 +192,14 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
     _tell(parity)
-    return _record(source, request, parity, base=weights, dtype=request.dtype)
+    both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
+    for who, found in both.items():
+        right, loss = found["exact_match"], found["loss"]
+        say(
+            STEP,
+            f"answers of the {who}: {right:.1%} of {len(source.records)} as held out, loss {loss:.3f} nats a token",
+        )
+    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both)
 
 
 def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
@@ -205,36 +219,40 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
 
 
 def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
+    import torch
+
     its_run = recorded.read(asked, store, version)
     config = its_run.config
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model, recorded=its_run.base_identity)
     chat = chat_format.load(original, config.model, folder)
-    rows, compared_on = _rows(store, its_run.dataset_uri, chat, config.model.max_length)
+    records, split = _held_out(store, its_run.dataset_uri, chat, config.model.max_length)
+    rows = [torch.from_numpy(split.tokens[start:end]).long() for start, end in pairwise(split.offsets)]
+    compared_on = f"{len(rows)} held-out records of {its_run.dataset_uri}"
+    if not rows:
+        length = min(64, config.model.max_length)
+        rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
     shape = processor.typical_shape(base_config.load(original.path, config.model))
     placement.require_float32(config, original)
     use_gpu = placement.on_gpus(config, original)
     dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
-    return ExportSource(version, config, folder, original, stands_on, chat, rows, compared_on, dtype, use_gpu)
+    compared = (rows, compared_on, records, split, its_run.max_new_tokens or NEW_TOKENS[-1])
+    return ExportSource(version, config, folder, original, stands_on, chat, *compared, dtype, use_gpu)
 
 
-def _rows(store: Store, dataset_uri: str, chat: ChatFormat, max_length: int) -> tuple[list["torch.Tensor"], str]:
-    """Held-out records as rows of token ids; random ones where the dataset is gone. Also what they are, in words."""
-    import torch
-
+def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tuple[list[Record], TokenizedSplit]:
+    """Held-out records and their tokens; none where the dataset is gone."""
     try:
-        records = load_split(store, dataset_uri, "eval")[:MAX_RECORDS]
+        records = load_split(store, uri, "eval")[:MAX_RECORDS]
     except (ObjectMissing, UserError) as exc:  # deleted, or left behind when the registry moved
         say(STEP, f"the data is gone ({exc})")
-        return list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=min(64, max_length))), "random tokens"
+        records = []
     split = tokenize(records, chat, max_length)
-    rows: list[torch.Tensor] = []
-    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
-        if sum(map(len, rows)) < MAX_POSITIONS:
-            rows.append(torch.from_numpy(split.tokens[start:end]).long())
-    return rows, f"{len(rows)} held-out records of {dataset_uri}"
+    split = split.take([row for row, start in enumerate(split.offsets[:-1]) if start < MAX_POSITIONS])
+    ids = set(split.ids)
+    return [record for record in records if record.id in ids], split
 
 
 def _loaded(source: ExportSource) -> "PreTrainedModel":
@@ -265,11 +283,33 @@ def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedM
     return merge.unquantised(loaded)
 
 
-def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], "PreTrainedModel"]:
-    """The logits of the adapter as evaluation runs it, and the base without it in float32."""
+def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, float], "PreTrainedModel"]:
+    """The logits and the answers of the adapter as evaluation runs it, and the base without it in float32."""
     adapted: PeftModel = build.load(_loaded(source), source.folder, matmul_dtype=source.matmul_dtype).eval()
     evaluated = list(merge.logits(adapted, source.rows))
-    return evaluated, _trained_on(source, adapted.unload())
+    answers = _answers(source, adapted)
+    return evaluated, answers, _trained_on(source, adapted.unload())
+
+
+def _answers(source: ExportSource, model: Any) -> dict[str, float]:
+    """What a model says to the held-out prompts, as a run's evaluation measures it; nothing where there are none."""
+    from ray_jobs.scoring.scoring import score
+
+    if not source.records:
+        return {}
+    scores = score(
+        model,
+        source.chat,
+        source.records,
+        source.split,
+        with_other_prompts=None,
+        batch_size=source.config.evaluate.batch_size,
+        max_new_tokens=source.max_new_tokens,
+        advance=lambda _: None,
+    )
+    right = sum(each.marks["exact_match"] for each in scores)
+    tokens = int(source.split.num_answer_tokens.sum())
+    return {"exact_match": right / len(scores), "loss": sum(each.nll for each in scores) / tokens}
 
 
 def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:

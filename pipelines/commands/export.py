@@ -18,8 +18,9 @@ def add(verbs: Any, *, reference: str) -> None:
         "export",
         _export,
         does="Write a version merged into its base, or as plain LoRA.",
-        more="The result is compared with the adapter on its base on held-out records, in float32; one that does not "
-        "say the same is not written.",
+        more="The result is compared with the adapter on its base on held-out records, in float32 and before it is "
+        "rounded to bfloat16; one that does not say the same is not written. Of what is written, the answers to those "
+        "records are told beside the adapter's.",
         example="fineloop adapters export icd10-chapters@production --merged",
     )
     export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
@@ -57,7 +58,7 @@ def _export(options: argparse.Namespace) -> Answer:
         arguments = ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
         job = Job("ray_jobs.export", str(options.config.absolute()), [*arguments, *chosen], options.overrides)
         record = answer(job, tell=tell, verbose=options.verbose)
-    told = ("version", "form", "base", "dtype", "exact", "parity")
+    told = ("version", "form", "base", "dtype", "exact", "parity", "answers")
     return Answer({"path": str(target), **{key: record.get(key) for key in told}})
 
 

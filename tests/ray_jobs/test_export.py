@@ -39,6 +39,22 @@ def says(model, folder_or_base) -> merge.Agreement:
     return merge.agreement(merge.logits(model.eval(), ROWS), merge.logits(folder_or_base.eval(), ROWS))
 
 
+def plain_answers(model, tokenizer) -> tuple[float, float]:
+    """By transformers alone: the share of held-out records that it answers to the letter, and nats per answer token."""
+    right, nats, tokens = 0, 0.0, 0
+    for record in RECORDS[4:]:
+        turns = [{"role": "user", "content": record.prompt[0].content}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        answer = torch.tensor([[*tokenizer(record.answer)["input_ids"], tokenizer.eos_token_id]])
+        said = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+        right += tokenizer.decode(said, skip_special_tokens=True) == record.answer
+        with torch.inference_mode():
+            logits = model(input_ids=torch.cat([prompt, answer], 1)).logits[0, prompt.shape[1] - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, answer[0], reduction="sum"))
+        tokens += answer.shape[1]
+    return right / len(RECORDS[4:]), nats / tokens
+
+
 @pytest.mark.parametrize("name", ["lora", pytest.param("loftq", marks=pytest.mark.slow), "dvora"])
 def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path, tiny_base):
     config = of(name)
@@ -51,6 +67,11 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
     assert found.is_same
     assert record["parity"]["merge"]["argmax_agreement"] >= 0.999
     assert record["parity"]["merge"]["positions"] > 500
+    told = record["answers"]["exported"]
+    right, loss = plain_answers(plain, AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert told["exact_match"] == pytest.approx(right)
+    assert told["loss"] == pytest.approx(loss, rel=1e-4)
+    assert record["answers"]["adapter"]["loss"] == pytest.approx(loss, rel=0.05)  # on its 16 bits or fewer
     assert record["parity"]["compared_on"].startswith("56 held-out records of s3://")
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
     assert (record["version"], record["manifest_sha256"]) == (version.version, version.manifest_sha256)
@@ -180,6 +201,7 @@ def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store,
     (tmp_path / "out").mkdir()  # an empty folder is replaced
     record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
     assert record["parity"]["compared_on"] == "random tokens"
+    assert record["answers"] == {}
     assert record["parity"]["merge"]["positions"] == 16 * 64
     assert "the data is gone" in capsys.readouterr().out
 
