@@ -117,23 +117,6 @@ def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> 
     return found
 
 
-def held_versions(store: Store, name: str) -> set[str]:
-    """Versions that an alias points at or held, by each alias's moves as the pointer knows them: not by the whole log,
-    to which whoever trains may add.
-
-    Raises:
-        IntegrityError: one of the moves is damaged or gone.
-    """
-    found: set[str] = set()
-    for pointer in list_aliases(store, name):
-        move = pointer.event
-        found.add(pointer.version)
-        while previous := move.get("previous"):
-            move = read_event(store, name, previous).body
-            found.add(move["to"])
-    return found
-
-
 def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
     """The event that moved the alias to where it points; written when the log lacks it.
 

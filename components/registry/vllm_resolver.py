@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
-from components.registry.aliases import held_versions
+from components.registry.aliases import list_aliases
+from components.registry.event_log import read_event
 from components.registry.serve_manifest import served
 from components.registry.serving import FOLDER_VARIABLE
 from components.registry.store import Store
@@ -68,7 +69,7 @@ class RegistryResolver:
         try:
             version = resolve(self._store, lora_name)
             known = self._any_version or version.aliases
-            if not known and version.version not in held_versions(self._store, version.name):
+            if not known and version.version not in _held(self._store, version.name):
                 raise UserError(f"no alias points at it or ever held it, and {ANY_VARIABLE} is not 1")
             facts = served(self._store, version)
             if facts.base != base_model_name:
@@ -81,6 +82,23 @@ class RegistryResolver:
         target = self._folder / f"{version.name}-{version.version}"
         pull_version(self._store, version, target)
         return f"{version.name}@{version.version}", target
+
+
+def _held(store: Store, name: str) -> set[str]:
+    """Versions that an alias points at or held, by each alias's moves as the pointer knows them: not by the whole log,
+    to which whoever trains may add.
+
+    Raises:
+        IntegrityError: one of the moves is damaged or gone.
+    """
+    found: set[str] = set()
+    for pointer in list_aliases(store, name):
+        move = pointer.event
+        found.add(pointer.version)
+        while previous := move.get("previous"):
+            move = read_event(store, name, previous).body
+            found.add(move["to"])
+    return found
 
 
 def _taken(folder: Path) -> int:
