@@ -14,7 +14,7 @@ import pytest
 from tests.journeys.bucket import Bucket
 from tests.journeys.conftest import Person
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 AUDIT = "fineloop adapters audit colours --json"
 LOFTQ = '[method]\nname = "loftq"\nrank = 4\n'
 """A method that makes a base of its own, which lies in the bucket too."""

@@ -97,6 +97,7 @@ def test_production_goes_back_whatever_lies_there(
     goes_back(keeper, good, *(["--to", good[:8]] if to_it else []))
 
 
+@pytest.mark.slow
 def test_production_goes_back_past_a_damaged_index(keeper: Keeper, good: str) -> None:
     for number in range(NUMBER_OF_AN_INDEX):
         body = {"version": good, "alias": "staging", "run_id": f"r{number}", "reasons": ["worse"]}
