@@ -34,9 +34,9 @@ class Ended:
 
     @property
     def killed_by(self) -> str:
-        """The name of the signal that ended the process; empty where none did."""
+        """The name of the signal that ended the process, or its guard; empty where none did."""
         with contextlib.suppress(ValueError):
-            return signal.Signals(self.exit_code - guard.SIGNALLED).name
+            return signal.Signals(-self.exit_code if self.exit_code < 0 else self.exit_code - guard.SIGNALLED).name
         return ""
 
 

@@ -223,6 +223,18 @@ def test_a_run_that_finds_nothing_new_is_skipped(
 
 
 @pytest.mark.slow
+def test_a_run_that_promoted_and_was_cut_off_goes_on_to_the_same_version(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
+) -> None:
+    first = run(make_config(), place, what="retrain", run_id="again")
+    stub_cluster.jobs.clear()  # a head that starts anew knows of none
+    second = run(make_config(), place, what="retrain", run_id="again")
+    assert (first.promoted, second.promoted, second.decision) == (True, True, "promote")
+    assert second.version == first.version
+    assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]
+
+
+@pytest.mark.slow
 def test_a_repeated_run_id_repeats_nothing(
     stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
 ) -> None:
