@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import FineloopError
-from ray_jobs.base.architecture import auto_class
+from ray_jobs.base.architecture import from_config
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
     shape = copy.deepcopy(quantised.config)
     del shape.quantization_config
     attention = quantised.config._attn_implementation
-    dense: PreTrainedModel = auto_class(shape).from_config(shape, dtype=torch.float32, attn_implementation=attention)
+    dense: PreTrainedModel = from_config(shape, dtype=torch.float32, attn_implementation=attention)
     shapes = {name: weight.shape for name, weight in dense.state_dict().items()}
     kept = {name: weight for name, weight in quantised.state_dict().items() if shapes.get(name) == weight.shape}
     dense.load_state_dict(kept, strict=False)

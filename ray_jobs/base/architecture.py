@@ -19,6 +19,15 @@ def auto_class(base: "PretrainedConfig") -> Any:
     return AutoModelForImageTextToText if _is_known_by_images_alone(base) else AutoModelForCausalLM
 
 
+def from_config(config: "PretrainedConfig", **how: Any) -> Any:
+    """A model of this shape with weights of its own; by the base's code where that made the config, which was allowed.
+
+    Left to itself, transformers would ask on the terminal.
+    """
+    allowed = type(config).__module__.startswith("transformers_modules.")
+    return auto_class(config).from_config(config, trust_remote_code=allowed, **how)
+
+
 def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
     """The class that the base is loaded as; None for one that it brings itself."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

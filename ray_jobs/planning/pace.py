@@ -17,7 +17,7 @@ import torch
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from ray_jobs.base import processor, widened
-from ray_jobs.base.architecture import auto_class
+from ray_jobs.base.architecture import from_config
 from ray_jobs.base.base_model import Base, load_model
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtyp
         text.layer_types = text.layer_types[:num_layers]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, 0)
-    auto_class(few).from_config(few, dtype=torch.bfloat16).save_pretrained(scratch)
+    from_config(few, dtype=torch.bfloat16).save_pretrained(scratch)
     files = Base("a few layers", scratch, {})
     method = config.method
     model = load_model(files, config.model, method.row.base, use_gpu=False, matmul_dtype=dtype)

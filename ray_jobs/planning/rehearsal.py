@@ -22,7 +22,7 @@ from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.targets import experts_of, left_dense
 from ray_jobs.base import stored_format
-from ray_jobs.base.architecture import auto_class, require_causal
+from ray_jobs.base.architecture import from_config, require_causal
 from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
 from ray_jobs.planning.live_bytes import LiveBytes
 
@@ -223,7 +223,7 @@ class Rehearsal:
 
 def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrainedModel":
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(base).from_config(
+        model: PreTrainedModel = from_config(
             base, dtype=torch.bfloat16, attn_implementation=for_text(base, _rehearsed(base, attention))
         )
     return model

@@ -70,7 +70,7 @@ def stranger(person: Person) -> tuple[Person, str, Path]:
     shutil.copytree(own, strangers)
     own_ran, ran = with_code(own), with_code(strangers)
     config.write_text(config.read_text().replace("max_length", "trust_remote_code = true\nmax_length"))
-    person.does("fineloop train -c colours.toml --run-id first")
+    person.does("fineloop train -c colours.toml")
     assert own_ran.exists()  # consent to one's own base lets its code run
     forged = person.has("forged.py", FORGED)
     python = f'eval "$(fineloop store env)" && python {forged} {strangers}'
