@@ -159,14 +159,8 @@ def audit_shown(audits: Sequence[Audit]) -> Answer:
         "adapters": [{"name": audit.name, "versions": audit.versions, "events": audit.events} for audit in audits],
         "findings": [asdict(finding) for finding in findings],
     }
-    read = ", ".join(
-        counted(number, noun)
-        for number, noun in (
-            (len(audits), "adapter"),
-            (sum(audit.versions for audit in audits), "version"),
-            (sum(audit.events for audit in audits), "event"),
-        )
-    )
+    counts = {"version": sum(audit.versions for audit in audits), "event": sum(audit.events for audit in audits)}
+    read = ", ".join(counted(number, noun) for noun, number in {"adapter": len(audits), **counts}.items())
     found = counted(len(findings), "finding") if findings else "no findings"
     told = [f"{finding.where}: {finding.what}" for finding in findings]
     return Answer(body, "\n".join([f"{read}: {found}", *told]), exit_code=1 if findings else 0)
