@@ -1,0 +1,331 @@
+"""Somebody interrupts a run, or its machine does: what they read, what is left behind, and how the run goes on.
+
+They work at a terminal, with a home that was there already. The judges are the kernel's: /proc says what still runs and
+listens, `find` as another user what may be read, and the temporary directory is theirs alone. That a run went on as if
+nothing had been is judged by an undisturbed one in another home: a version's id is a hash of its bytes.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import pwd
+import re
+import signal
+import subprocess
+import tempfile
+import termios
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.journeys.conftest import Person
+
+pytestmark = [pytest.mark.e2e]
+
+WITHIN_S = 300
+RUN = "fineloop run -c colours.toml --set train.checkpoint_every_steps=5 --set train.epochs=8 --json"
+PREPARES, LOADS, COMPARES = r"prepare +\d", r"finetune .*data s3://", r"evaluate +\d"
+TRAINS = r"(?s)step-\d+/shared.*step-\d+/shared"
+"""On the screen once there is a further checkpoint to go on from."""
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user or mounts a disk, which takes root")
+
+
+@dataclass(frozen=True)
+class Traveller(Person):
+    """A person whose processes bear a mark, and who alone uses a temporary directory."""
+
+    @property
+    def mark(self) -> str:
+        return self.variables["JOURNEY"]
+
+    def left(self) -> dict[int, str]:
+        """Processes that inherited the mark: their ids and command lines."""
+        found = {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"JOURNEY={self.mark}".encode() in environ.read_bytes().split(b"\0"):
+                    found[int(environ.parent.name)] = _command(int(environ.parent.name))
+        return found
+
+    def process(self, *words: str) -> int:
+        """The id of the one whose command line holds all of these; its guard's does too."""
+        found = {pid: command for pid, command in self.left().items() if "guard.py" not in command}
+        return next(pid for pid, command in found.items() if all(word in command for word in words))
+
+    def listens(self, home: str) -> set[int]:
+        """Ports of this home's servers that somebody listens on: state 0A in /proc/net/tcp."""
+        ports = {port for path in (self.folder / home).glob("*/ports.json") for port in json.loads(path.read_text())}
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        return ports & {int(line.split()[1].split(":")[1], 16) for line in lines if line.split()[3] == "0A"}
+
+    def leaves_nothing(self, home: str) -> None:
+        """Neither process nor port, nor a file outside the home."""
+        assert self.left() == {}
+        assert self.listens(home) == set()
+        assert list(Path(self.variables["TMPDIR"]).iterdir()) == []
+        assert not [path for path in Path("/tmp").glob("seaweedfs-*.sock") if _ends_with_port_of(path, self, home)]
+
+    def at_a_terminal(self, line: str) -> "Terminal":
+        """Begin a command there."""
+        return Terminal(self, line)
+
+
+class Terminal:
+    """A command in the foreground of a terminal of its own, and all that the terminal shows."""
+
+    def __init__(self, person: Traveller, line: str) -> None:
+        self.screen = ""
+        self._hand, other = pty.openpty()
+        self.process = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"],
+            cwd=person.folder,
+            env={**person.environment, "TERM": "xterm", "COLUMNS": "160"},
+            stdin=other,
+            stdout=subprocess.PIPE,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(other)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def shows(self, pattern: str) -> None:
+        """Wait until it does."""
+        try:
+            wait_until(lambda: re.search(pattern, self.screen) or self.process.poll() is not None)
+            assert self.process.poll() is None, self.screen
+        except AssertionError:
+            self.process.kill()
+            self.ends()
+            raise
+
+    def ctrl_c(self) -> None:
+        """The key: the terminal's driver sends SIGINT to all of the foreground."""
+        os.write(self._hand, b"\x03")
+
+    def ends(self) -> tuple[int, str]:
+        """Its exit code and its standard output, once it has ended."""
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            out = self.process.stdout.read()
+        code = self.process.wait(WITHIN_S)
+        self._reader.join(WITHIN_S)
+        return code, out.decode()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while chunk := os.read(self._hand, 4096):
+                self.screen += chunk.decode(errors="replace")
+        os.close(self._hand)
+
+
+def wait_until(condition: Callable[[], object], within_s: float = WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.02)
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+def _ends_with_port_of(path: Path, person: Traveller, home: str) -> bool:
+    ports = {port for found in (person.folder / home).glob("*/ports.json") for port in json.loads(found.read_text())}
+    return int(path.stem.rpartition("-")[2]) in ports
+
+
+@pytest.fixture(scope="module")
+def somebody() -> Iterator[Traveller]:
+    """In a folder that others may enter, unlike pytest's, and with a temporary directory short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="w") as folder, tempfile.TemporaryDirectory(dir="/tmp") as tmp:
+        Path(folder).chmod(0o755)
+        found = Traveller(Path(folder), {"TMPDIR": tmp, "JOURNEY": uuid.uuid4().hex})
+        found.has_colours(rows=1200)
+        yield found
+        wait_until(lambda: not found.left())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(somebody: Traveller) -> str:
+    """The version that the run makes when nothing happens; its home stood open before."""
+    home = somebody.folder / "undisturbed"
+    home.mkdir(mode=0o755)
+    home.chmod(0o755)
+    version: str = somebody.does(f"{RUN} --home undisturbed").answer["version"]
+    return version
+
+
+def test_at_ctrl_c_while_servers_start_the_prompt_comes_back_when_nothing_runs(somebody: Traveller) -> None:
+    at = somebody.at_a_terminal(f"{RUN} --home starting")
+    wait_until(lambda: any(" mini " in command for command in somebody.left().values()))
+    at.ctrl_c()
+    code, _ = at.ends()
+    somebody.leaves_nothing("starting")
+    assert code == 130
+    assert "interrupted: nothing of this command is left running" in at.screen
+    assert "Traceback" not in at.screen
+
+
+def test_a_home_that_cannot_be_is_a_mistake_told_in_a_sentence(somebody: Traveller) -> None:
+    for command in (RUN, "fineloop store up"):
+        done = somebody.types(f"{command} --home /proc/nowhere")
+        assert done.exit_code == 2
+        assert len(done.screen.splitlines()) == 1
+        assert "/proc/nowhere" in done.screen
+        assert "--home takes a folder of your own" in done.screen
+
+
+@pytest.mark.slow
+@AS_ROOT
+def test_another_user_reads_nothing_in_a_home_that_stood_open(somebody: Traveller, undisturbed: str) -> None:
+    nobody = pwd.getpwnam("nobody")
+    outside = somebody.has("control", "what is not in a home is read")
+    seen = subprocess.run(
+        ["find", str(somebody.folder), "-type", "f", "-readable"],
+        cwd="/",
+        user=nobody.pw_uid,
+        group=nobody.pw_gid,
+        extra_groups=[],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    ).stdout.split()
+    assert str(outside) in seen
+    assert [path for path in seen if path.startswith(str(somebody.folder / "undisturbed"))] == []
+
+
+@dataclass
+class Course:
+    """One run, interrupted again and again: in each test they type what the screen of the one before said."""
+
+    person: Traveller
+    line: str
+    home: str = "disk/home"
+
+    def begins(self, shown: str) -> Terminal:
+        """Go on with the run until the screen shows this."""
+        wait_until(lambda: not self.person.left())  # servers end a little later than what used them
+        at = self.person.at_a_terminal(self.line)
+        at.shows(shown)
+        return at
+
+    def is_told(self, at: Terminal) -> None:
+        """The screen says how to go on."""
+        assert "Traceback" not in at.screen
+        (said,) = re.findall(r"to go on from where it was: (fineloop run .*?)\r?\n", at.screen)
+        self.line = f"{said} --json"
+
+    def all_ends(self) -> None:
+        """By itself, and with it what was outside the home."""
+        wait_until(lambda: not self.person.left())
+        self.person.leaves_nothing(self.home)
+
+
+@pytest.fixture(scope="module")
+def course(somebody: Traveller) -> Iterator[Course]:
+    """Its home is a small disk of its own, where somebody may mount one."""
+    disk = somebody.folder / "disk"
+    disk.mkdir()
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "none", str(disk)], check=True)
+    yield Course(somebody, f"{RUN} --home disk/home --run-id mine")
+    if os.geteuid() == 0:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", [PREPARES, LOADS, TRAINS], ids=["prepares", "loads", "trains"])
+def test_at_ctrl_c_the_prompt_comes_back_when_nothing_runs_and_says_how_to_go_on(course: Course, shown: str) -> None:
+    at = course.begins(shown)
+    at.ctrl_c()
+    code, _ = at.ends()
+    course.person.leaves_nothing(course.home)
+    assert code == 130, at.screen
+    assert "interrupted: nothing of this command is left running" in at.screen
+    course.is_told(at)
+
+
+KILLED = "its process was ended by SIGKILL"
+STORE, HEAD = (f"the local {server} ended while it was in use" for server in ("S3 server", "Ray head"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "told"),
+    [
+        pytest.param("pipelines.local.run_pipeline", KILLED, id="the pipeline"),
+        pytest.param("/weed -logtostderr=true mini", STORE, id="the store"),
+        pytest.param("/raylet/raylet ", HEAD, id="the head"),
+    ],
+)
+def test_what_was_killed_is_named(course: Course, victim: str, told: str) -> None:
+    at = course.begins(TRAINS)
+    os.kill(course.person.process(victim), signal.SIGKILL)
+    code, out = at.ends()
+    assert code == 1, at.screen
+    assert told in at.screen
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 1
+    course.is_told(at)
+    course.all_ends()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", [PREPARES, TRAINS], ids=["prepares", "trains"])
+def test_a_command_is_alone_at_its_run_and_when_it_is_killed_takes_all_with_it(course: Course, shown: str) -> None:
+    at = course.begins(shown)
+    second = course.person.types(course.line)
+    at.process.kill()
+    at.ends()
+    wait_until(lambda: not course.person.left())
+    assert second.exit_code == 2
+    refusal = r"fineloop: run \S+ is under way in another process: wait for its end, or take another --run-id\n"
+    assert re.fullmatch(refusal, second.screen)
+
+
+@pytest.mark.slow
+@AS_ROOT
+def test_a_full_disk_is_called_that(course: Course) -> None:
+    at = course.begins(TRAINS)
+    filler = course.person.folder / "disk" / "filler"
+    filled = subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
+    assert filled.returncode == 1  # no space left
+    code, _ = at.ends()
+    filler.unlink()
+    assert code == 1, at.screen
+    assert re.search(r"the disk of \S+ is full|No space left on device", at.screen)
+    course.is_told(at)
+    course.all_ends()
+
+
+@pytest.mark.slow
+def test_a_comparison_is_interrupted_as_a_training_is(course: Course) -> None:
+    at = course.begins(COMPARES)
+    at.ctrl_c()
+    at.ends()
+    course.person.leaves_nothing(course.home)
+    at = course.begins(COMPARES)
+    at.process.kill()
+    at.ends()
+    wait_until(lambda: not course.person.left())
+
+
+@pytest.mark.slow
+def test_after_all_of_this_the_run_makes_the_version_of_an_undisturbed_one(course: Course, undisturbed: str) -> None:
+    done = course.person.does(course.line)
+    assert done.answer["version"] == undisturbed
+    assert done.answer["run_id"] in course.line
+    assert done.answer["promoted"]
+    again = course.person.does(course.line).answer
+    assert (again["version"], again["promoted"]) == (undisturbed, False)
+    course.all_ends()  # and what a killed one left in the temporary directory went with a later one
