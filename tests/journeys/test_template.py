@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.journeys.conftest import Person
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e]
 
@@ -27,7 +27,7 @@ NESTED = "{% set n = namespace(a=[1], b=[1]) %}" + "{% set n.a = [n.a, n.a] %}{%
 SOUND = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 HOSTILE = {
     "a power": "{{ 7 ** 9999999 ** 3 }}",
-    "lists for one record": SOUND + "{% if '7 snow' in messages[0].content %}" + NESTED + "{{ n.a == n.b }}{% endif %}",
+    "lists for one record": SOUND + "{% if '6 snow' in messages[0].content %}" + NESTED + "{{ n.a == n.b }}{% endif %}",
 }
 
 
@@ -43,20 +43,15 @@ def processes(mark: str) -> list[int]:
     return found
 
 
-def until(holds: Callable[[], object], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
+def commands(mark: str) -> list[str]:
+    return [Path(f"/proc/{each}/cmdline").read_text().replace("\0", " ") for each in processes(mark)]
 
 
 def config_on(person: Person, name: str, template: str) -> str:
     """A config whose base has this template, as a key of its tokenizer_config.json."""
     person.has_colours()
     base = person.folder / name.replace(" ", "-")
-    shutil.copytree(person.folder / "base", base)
+    shutil.copytree(person.folder / "base", base, dirs_exist_ok=True)
     (base / "chat_template.jinja").unlink()
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
@@ -87,9 +82,10 @@ def test_a_hostile_template_ends_with_one_sentence_and_leaves_no_process(trainer
         assert exit_code == 2, screen
         assert "the chat template of model.base does not come to an end in 10 s and 128 MiB" in screen, screen
         assert seconds < LONGEST_S, (name, seconds)
-        assert until(lambda name=name: not processes(configs[name]), 60), name
+        wait_until(lambda mark=configs[name]: not processes(mark), lambda mark=configs[name]: commands(mark))
 
 
+@pytest.mark.slow
 def test_who_is_killed_while_a_template_goes_on_leaves_no_process_for_long(trainer: Person) -> None:
     config = config_on(trainer, "killed", HOSTILE["a power"])
     command = ["python", "-m", "ray_jobs.finetune", "--config", config]
@@ -100,9 +96,9 @@ def test_who_is_killed_while_a_template_goes_on_leaves_no_process_for_long(train
             children = set(processes(config)) - {training.pid}
             return any(_seconds_of_processor(child) > 2 for child in children)
 
-        assert until(renders, LONGEST_S)
+        wait_until(renders)
         os.kill(training.pid, signal.SIGKILL)
-    assert until(lambda: not processes(config), LONGEST_S), processes(config)
+    wait_until(lambda: not processes(config), lambda: commands(config))
 
 
 def _seconds_of_processor(pid: int) -> float:
