@@ -19,7 +19,7 @@ from tests.journeys.bucket import Bucket
 from tests.journeys.conftest import Done, Person
 from tests.models.tiny import build_base, colour_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 NIGHTS, DAY_S, FIRST, EACH = 10, 86_400, 480, 16
 ROLLED_BACK_AFTER, BY_HAND_AFTER = 4, 7
