@@ -347,21 +347,18 @@ def compared(
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
     """Base, champion and anchor where there are any, candidate; each on the base and the method of its own run."""
-    name = config.adapter.name
-    identity = recorded.read(config, store, candidate).base_identity
+    name, identity = config.adapter.name, recorded.read(config, store, candidate).base_identity
     result = [Contender("base", config, None, identity)]
-    pointer = read_alias(store, name, config.adapter.alias)
-    if pointer is not None:
+    if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
         result.append(_measured_before("champion", config, store, pointer.version))
         # A person who promotes means that version: its move names no other. A rollback's names that of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version):
             try:
-                is_gone = is_revoked(store, name, anchor)
-                result += [] if is_gone else [_measured_before("anchor", config, store, anchor)]
+                if is_revoked(store, name, anchor):
+                    raise ObjectMissing(f"{anchor} is revoked")
+                result.append(_measured_before("anchor", config, store, anchor))
             except ObjectMissing:
-                is_gone = True
-            if is_gone:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     trained = runs.find(store, run_id, TrainResult) if run_id else None
     own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""

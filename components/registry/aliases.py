@@ -172,9 +172,8 @@ def rollback(
 ) -> Event:
     """Point the alias back at `to`, or else at the version that held it before the present one.
 
-    A second rollback goes one further back, not forward again. With a `cause.run_id`, or with
-    the version that is `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden"
-    when a gate holds `to` back from this alias and it never held it.
+    A second rollback goes one further back, not forward again. With a `cause.run_id`, or the `expected` holder, to
+    repeat it changes nothing. The event is "overridden" when a gate holds `to` back from it and it never held it.
 
     Raises:
         UnknownName: the alias does not exist, or nothing held it before.
@@ -385,17 +384,15 @@ def _conflict(
             f"held by {by}: compare {version} with that one, then promote it by a run of its own"
         )
     conflict = AliasConflict(told)
-    if holder:
-        conflict.holder = {name: getattr(holder, name) for name in ("alias", "version", "since", "run_id")}
+    conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}
     return conflict
 
 
 def _after(time: str) -> str:
     """Now, or just after `time` where this clock is behind: moves of one alias sort as they happened."""
-    try:
+    earliest = datetime.max.replace(tzinfo=UTC)
+    with contextlib.suppress(OverflowError):  # a clock at the end of all time: nothing sorts after it
         earliest = (datetime.fromisoformat(time) + timedelta(microseconds=1)).astimezone(UTC)
-    except OverflowError:  # a clock at the end of all time: nothing sorts after it
-        earliest = datetime.max.replace(tzinfo=UTC)
     return max(now(), earliest.isoformat(timespec="microseconds").replace("+00:00", "Z"))
 
 

@@ -208,10 +208,9 @@ def _key(run_id: str, step: int) -> str:
 
 def _progress(store: Store, run_id: str, step: int) -> TrainingProgress:
     key = f"{_key(run_id, step)}/shared/state.json"
-    state = store.get_json(key)
     try:
-        return TrainingProgress(**state)
-    except TypeError as exc:
+        return TrainingProgress(**json.loads(store.get(key)))  # the best loss is Infinity until one is measured
+    except (TypeError, ValueError) as exc:
         raise IntegrityError(f"{store.uri(key)} is no state of a training: {exc}") from exc
 
 

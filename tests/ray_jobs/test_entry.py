@@ -1,6 +1,8 @@
 """As what a job was started, by what Ray's Jobs API hands an entry point."""
 
 import json
+import os
+import pwd
 
 from components.registry.lineage import Started
 from ray_jobs import entry
@@ -26,4 +28,4 @@ def test_a_submitted_job_names_who_asked_for_it_and_what_it_belongs_to() -> None
 def test_a_job_that_a_person_starts_by_hand_is_that_person_s() -> None:
     assert entry.started({"USER": "bob"}, "03000000") == Started(user="bob", ray_job_id="03000000")
     assert entry.started({"USER": "bob", "FINELOOP_USER": "ann"}, "") == Started(user="ann")
-    assert entry.started({}, "") == Started()
+    assert entry.started({}, "") == Started(user=pwd.getpwuid(os.getuid()).pw_name)

@@ -12,7 +12,7 @@ from components.gate.replay import replay
 from components.registry import runs
 from components.registry.records import Decision, Evaluation, TextLosses
 from components.registry.store import Store
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, IntegrityError
 from tests.components.config.loading import GOOD
 from tests.components.gate.evidenced import as_parquet, decide, evaluation, evidence, model, rule
 
@@ -97,10 +97,9 @@ def test_the_replay_decides_again_by_the_answers_that_were_kept(store: Store) ->
     runs.write(store, "r", measured)
     assert run_gate(config, store, "r").verdict == "hold"
     assert replay(store, "r").is_same
-    runs.write(store, "r", of(moved(around(0.61, 0.05))))  # the same verdict, of other evidence
-    again = replay(store, "r")
-    assert again.found.verdict == "hold"
-    assert not again.is_same
+    runs.write(store, "r", of(moved(around(0.61, 0.05))))  # other evidence than the decision was made of
+    with pytest.raises(IntegrityError, match=r"evaluation\.json has sha256 .* it was changed since"):
+        replay(store, "r")
 
 
 def test_an_evaluation_without_answers_reads_and_hashes_as_before() -> None:

@@ -56,7 +56,7 @@ def test_later_candidates_are_held_to_what_a_person_promotes_and_its_event_says_
     aliases.promote(store, "sums", published[1], cause=by_run)
     last = promote_by_hand(store, f"sums@{published[2]}", Person("ada"))
     assert last.body["evidence"] == {"anchor": published[2], "anchor_before": published[0]}
-    assert move_shown("sums", last, {}).text.splitlines()[1:] == [
+    assert move_shown("sums", last, {}, moved=True).text.splitlines()[1:] == [
         f"later candidates are held to {published[2]} as the best version so far, in the place of {published[0]}"
     ]
     back = promote_by_hand(store, f"sums@{published[0]}", Person("ada"))

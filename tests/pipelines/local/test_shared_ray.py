@@ -89,7 +89,7 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert inherited["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert (machine.home / "ray" / "logs" / "raylet.out").exists()
 
-    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
+    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text().splitlines()[0])
     assert (temp_dir / "ray").stat().st_mode & 0o777 == 0o777  # Ray's own doing, for which it lies in a closed folder
     assert temp_dir.stat().st_mode & 0o777 == 0o700
     user.kill()
@@ -107,7 +107,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     processes = machine.processes(service)
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes]
     assert any("time.sleep(600)" in command for command in commands), "the job's driver is not among the processes"
-    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text())
+    temp_dir = Path((machine.home / "ray" / "temp_dir").read_text().splitlines()[0])
     os.kill(machine.keeper_pid(service), signal.SIGKILL)
     machine.wait_gone(processes)
 

@@ -1,0 +1,112 @@
+"""A command that is interrupted or killed: what it says, and what it leaves running."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.doubles.jobs_api import JobsApi
+from tests.pipelines.command_line import ROOT, fineloop
+from tests.waiting import PATIENCE_S, wait_until
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("run", signal.SIGINT),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("run", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_leaves_nothing_behind(
+    command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", command, "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    assert len(processes_with(mark)) > 1
+    (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
+    second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
+    assert second.returncode == 2
+    assert f"run {folder.name} is under way in another process" in second.stderr
+
+    running.send_signal(number)
+    out, err = running.communicate(timeout=PATIENCE_S)
+
+    assert running.returncode == 130
+    assert out == ""
+    said, goes_on = err.splitlines()[-2:]
+    assert said.startswith("interrupted")
+    assert goes_on.endswith(f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}")
+    assert "Traceback" not in err
+    assert processes_with(mark) == []
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def test_a_run_killed_outright_takes_its_steps_with_it(
+    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    running.kill()
+    running.wait()
+
+    wait_until(lambda: not processes_with(mark), lambda: processes_with(mark))
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
+    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(stub_cluster.directory / "hanging")
+    for found in Path("/proc").glob("[0-9]*/cmdline"):
+        words = found.read_text().split("\0")
+        if words[1:3] == ["-m", "pipelines.local.run_pipeline"] and str(tmp_path) in words[5]:
+            os.kill(int(found.parent.name), signal.SIGKILL)
+    _, err = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 1
+    assert "no step said why: its process was ended by SIGKILL" in err
+    assert "to go on from where it was: fineloop run -c .fineloop/runs/" in err
+    assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def wait_for(path: Path) -> None:
+    wait_until(path.exists, path)
+
+
+def processes_with(variable: str) -> list[int]:
+    """Process ids that inherited the variable."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{variable}=1".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found
