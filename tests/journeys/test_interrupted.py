@@ -327,5 +327,5 @@ def test_after_all_of_this_the_run_makes_the_version_of_an_undisturbed_one(cours
     assert done.answer["run_id"] in course.line
     assert done.answer["promoted"]
     again = course.person.does(course.line).answer
-    assert (again["version"], again["promoted"]) == (undisturbed, False)
+    assert (again["version"], again["promoted"]) == (undisturbed, True)  # as it was decided, and nothing moved anew
     course.all_ends()  # and what a killed one left in the temporary directory went with a later one
