@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from components.registry import folders
 from components.registry.aliases import promote, read_alias
 from components.registry.store import Store
 from components.registry.versions import publish_version
@@ -102,6 +103,8 @@ def test_a_registry_is_audited_signed_asked_and_collected(
         ).version
         for weights in (b"one", b"two")
     )
+    for dataset in ("d-one", "d-two"):
+        folders.publish(store, f"datasets/{dataset}", {"profile.json": b"{}"}, about={})
     promote(store, "sums", one)
     assert adapters("audit") == {"adapters": [{"name": "sums", "versions": 2, "events": 3}], "findings": []}
 
@@ -120,7 +123,7 @@ def test_a_registry_is_audited_signed_asked_and_collected(
     ]
 
     rules = ["--keep-last", "0", "--older-than-days", "0"]
-    assert [each["name"] for each in adapters("gc", *rules)["removals"]] == [f"sums@{two}"]
+    assert [each["name"] for each in adapters("gc", *rules)["removals"]] == [f"sums@{two}", "d-two"]
     assert adapters("gc", *rules, "--delete")["deleted"] is True
     assert adapters("gc", *rules)["removals"] == []
     assert adapters("audit")["findings"] == []
