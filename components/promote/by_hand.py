@@ -68,8 +68,10 @@ def promote_by_hand(
     if held:
         person.require_name_and_reason(f"the gate holds {version.name} {version.version}, and this overrides it")
     holder = aliases.read_alias(store, version.name, alias)
+    evidence = {"anchor": version.version}
     before = holder and (holder.event.get("evidence", {}).get("anchor") or holder.version)
-    evidence = {"anchor": version.version, **({"anchor_before": before} if before != version.version else {})}
+    if before and before != version.version:
+        evidence["anchor_before"] = before
     return aliases.promote(
         store,
         version.name,

@@ -51,7 +51,7 @@ def test_later_candidates_are_held_to_what_a_person_promotes_and_its_event_says_
     store: Store, published: list[str]
 ) -> None:
     first = promote_by_hand(store, f"sums@{published[0]}", Person())
-    assert first.body["evidence"] == {"anchor": published[0], "anchor_before": None}
+    assert first.body["evidence"] == {"anchor": published[0]}
     by_run = aliases.Cause("run-2", evidence={"anchor": published[0]})
     aliases.promote(store, "sums", published[1], cause=by_run)
     last = promote_by_hand(store, f"sums@{published[2]}", Person("ada"))
