@@ -15,9 +15,11 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
+from components.registry.identity import verify_whole
+from components.registry.names import version_key
 from components.registry.store import Store
-from components.registry.versions import list_versions, resolve, verify_version
-from components.shared.errors import StoreError
+from components.registry.versions import Version, list_versions, resolve, verify_version
+from components.shared.errors import IntegrityError, StoreError
 from pipelines.local import guard, seaweedfs, server
 
 WRITES = ("put_object", "complete_multipart_upload", "delete_objects")
@@ -60,7 +62,7 @@ class Mortal:
 def test_a_run_that_dies_at_any_write_leaves_nothing_half_there_and_is_completed_by_the_next(
     store: Store, publish, assert_sound, sent: bool
 ) -> None:
-    died = 0
+    died, unsaid = 0, []
     while True:
         name = f"icd-{died}"
         before = publish(store, "first", name=name)
@@ -75,14 +77,27 @@ def test_a_run_that_dies_at_any_write_leaves_nothing_half_there_and_is_completed
         else:
             break
         for version in list_versions(store, name):
-            verify_version(store, version)
+            verify_whole(store, version_key(name, version.version), manifest_sha256=version.manifest_sha256)
         verify_version(store, resolve(store, f"{name}@production"))
+        unsaid += [version for version in list_versions(store, name) if not said_of(store, version)]
         candidate = publish(store, "second", name=name, **{"README.md": b"# Card"})
         event = promote(store, name, candidate, expected=before, cause=cause)
         assert_sound(store, name, told=[event])
         kinds = [event.kind for event in events(store, name)]
         assert sorted(kinds) == ["promoted", "promoted", "published", "published"]
     assert died >= 7  # weights, config, lineage, card, manifest, event, alias; and the event of the move
+    assert len(unsaid) == 1  # where it died between the manifest and the event
+
+
+def said_of(store: Store, version: Version) -> bool:
+    """Whether the log says that the version was published; where it does not, nobody is given the version."""
+    try:
+        verify_version(store, version)
+    except IntegrityError:
+        with pytest.raises(IntegrityError, match="its publication did not end"):
+            promote(store, version.name, version.version)
+        return False
+    return True
 
 
 PROMOTER = """
