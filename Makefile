@@ -13,7 +13,7 @@ DIGESTS := infra/images/digests.env
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test slow full lint bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow full lint docs bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -21,6 +21,7 @@ help:
 	@echo "make slow    what takes longer: more runs with Ray, more of the matrix and of the zoo"
 	@echo "make full    every architecture with every method, and every cell of the matrix"
 	@echo "make lint    formatting, types and import contracts"
+	@echo "make docs    write docs/config.md, docs/cli.md and the config's JSON Schema from the code"
 	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
@@ -67,6 +68,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(READY)
+	@$(BIN)/python -m docs.generate
 
 bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.training

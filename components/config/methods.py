@@ -37,7 +37,7 @@ class Method:
     rank: int
     """Default rank."""
     relative_rate: float
-    """Default peak learning rate, relative to LoRA's; README, "Which method", says where each comes from."""
+    """Default peak learning rate, relative to LoRA's; docs/methods.md says where each comes from."""
     source: str
 
     @property

@@ -1,7 +1,7 @@
 """Rates and methods on the example, swept for real: `python -m tests.benchmarks.sweeps`, two trainings at a time.
 
 Each sweep is a `fineloop sweep`, and its record is kept in `tests/benchmarks/swept/`. What all of them say is
-`ray_jobs/METHODS.md`, which is written anew; `--write` does nothing else.
+`docs/method-figures.md`, which is written anew; `--write` does nothing else.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from components.shared.cpus import this_cpu
 
 ROOT = Path(__file__).parents[2]
 KEPT = Path(__file__).parent / "swept"
-DOCUMENT = ROOT / "ray_jobs" / "METHODS.md"
+DOCUMENT = ROOT / "docs" / "method-figures.md"
 SWEEPS = {
     "rates": ["--set", "tune.max_steps=8", "--set", "tune.points=3", "--set", "train.eval_records=32"],
     "methods": [

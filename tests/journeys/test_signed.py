@@ -101,7 +101,7 @@ class Watch:
 
 
 def made_key(person: Person, name: str) -> str:
-    """As README says: the private key in a file, and its public key as a config takes it."""
+    """As docs/registry.md says: the private key in a file, and its public key as a config takes it."""
     person.does(f"openssl genpkey -algorithm ed25519 -out {name}.pem")
     line = f'echo "ed25519:$(openssl pkey -in {name}.pem -pubout -outform DER | tail -c 32 | base64)"'
     return person.does(line).stdout.strip()

@@ -1,4 +1,4 @@
-"""The same run once more, as the README has it, and then another: what the log, the gate and the page make of it.
+"""The same run once more, as README.md has it, and then another: what the log, the gate and the page make of it.
 
 Of the log the judge is each object as it lies in the store, read with plain boto3; of the page its text.
 """

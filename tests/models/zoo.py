@@ -192,7 +192,7 @@ METHOD_CONFIGS = {
     "lora on int8": MethodConfig(name="lora", base="int8", rank=4),
 }
 """The table's columns: every method, and the one base format that none has by default."""
-TABLE = Path(__file__).parents[2] / "ray_jobs" / "MODELS.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 MODELS = """# Base models
 
 Any causal language model of transformers is taken, and any model that answers to images too, to read and write text. An

@@ -1,0 +1,62 @@
+"""The documentation says what the code says: generated pages, links, and the config keys that pages name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from components.config.schema import RunConfig
+from docs.generate import pages
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+LINKED = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "infra").rglob("README.md"))]
+SECTIONS = "|".join(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_a_generated_file_is_what_the_code_says(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == pages()[path], "run `make docs`"
+
+
+@pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not leads_somewhere(document, link)] == []
+
+
+def leads_somewhere(document: Path, link: str) -> bool:
+    if "://" in link:
+        return True
+    file, _, anchor = link.partition("#")
+    target = document.parent / file if file else document
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+def anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings: lower case, punctuation dropped, a hyphen for each space."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
+def test_every_config_key_that_a_page_names_exists(document: Path) -> None:
+    known = keys_of((ROOT / "docs" / "config.md").read_text(encoding="utf-8"))
+    named = set(re.findall(rf"`({SECTIONS})((?:\.[a-z_0-9]+)+)(?!\.?\w)", document.read_text(encoding="utf-8")))
+    keys = {section + key for section, key in named if not key.endswith(".py")}
+    assert keys - known == set()
+
+
+def keys_of(page: str) -> set[str]:
+    """Every key of the generated page, and every section."""
+    found = set()
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        section = part.partition("\n")[0]
+        found |= {section, *(f"{section}.{key}" for key in re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE))}
+    return found
+
+
+def test_a_newcomer_reads_no_more_than_they_want_to() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
+    assert len(DOCS) <= 15
