@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def client_from_environment() -> Any:
         StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
     """
     import boto3
+    import botocore.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -52,8 +54,9 @@ def client_from_environment() -> Any:
         max_pool_connections=32,
     )
     try:
-        session = boto3.session.Session()  # one of its own: the default one is not thread-safe
-        client = session.client("s3", config=config)
+        session = botocore.session.get_session()  # one of its own: the default one is not thread-safe
+        session.register_component("data_loader", _service_models())
+        client = boto3.session.Session(botocore_session=session).client("s3", config=config)
     except ValueError as exc:
         raise StoreError(
             f"AWS_ENDPOINT_URL is {endpoint!r}, which is not a URL: set it to http(s)://HOST[:PORT]"
@@ -62,6 +65,14 @@ def client_from_environment() -> Any:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
     client.meta.events.register("needs-retry.s3", _pause_where_busy)
     return client
+
+
+@cache
+def _service_models() -> Any:
+    """botocore's reader of its service descriptions, which keeps what it has read: a tenth of a second a client."""
+    import botocore.session
+
+    return botocore.session.get_session().get_component("data_loader")
 
 
 def _pause_where_busy(attempts: int, response: Any, **_: Any) -> float | None:
