@@ -87,7 +87,7 @@ def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: T
     assert "training" not in done.told
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Tiny, tmp_path: Path):
     interrupted = type(tiny)(type(tiny.home)(tmp_path / "home"), tiny.base, tiny.data)
     command = interrupted.home.command("run", *tiny.settings, "--set", "train.epochs=500", "--set", "adapter.name=cut")

@@ -30,7 +30,7 @@ def test_a_run_meets_the_release_s_champion_takes_its_place_and_is_rolled_back(f
     assert (body(done)["from"], body(done)["to"]) == (answer["version"], old)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_job_of_a_run_that_the_release_began_goes_on_from_its_checkpoint(frozen: Frozen, tmp_path):
     before = frozen.json("runs/promoted/finetune.json")
     config = frozen.store.uri("runs/promoted/config.toml")

@@ -88,7 +88,9 @@ def events_ahead(keeper: Keeper, good: str) -> None:
         )
 
 
-@pytest.mark.parametrize("to_it", [False, True], ids=["to the one before", "by first digits"])
+@pytest.mark.parametrize(
+    "to_it", [pytest.param(False, marks=pytest.mark.slow), True], ids=["to the one before", "by first digits"]
+)
 @pytest.mark.parametrize("wrong", [an_event_gone, events_ahead, junk])
 def test_production_goes_back_whatever_lies_there(
     keeper: Keeper, good: str, wrong: Callable[[Keeper, str], None], to_it: bool
@@ -120,7 +122,8 @@ def _packed(keeper: Keeper) -> bytes:
     return body
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.full
+@pytest.mark.parametrize("seconds", [12, 60])
 def test_production_goes_back_when_a_store_that_sheds_load_answers_again(
     keeper: Keeper, good: str, s3_server: Endpoint, seconds: int
 ) -> None:

@@ -131,7 +131,7 @@ def wait_until(condition: Callable[[], object], within_s: float = WITHIN_S) -> N
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def _command(pid: int) -> str:
@@ -186,7 +186,7 @@ def test_a_home_that_cannot_be_is_a_mistake_told_in_a_sentence(somebody: Travell
         assert "--home takes a folder of your own" in done.screen
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @AS_ROOT
 def test_another_user_reads_nothing_in_a_home_that_stood_open(somebody: Traveller, undisturbed: str) -> None:
     nobody = pwd.getpwnam("nobody")
@@ -244,7 +244,24 @@ def course(somebody: Traveller) -> Iterator[Course]:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
+def test_a_run_that_was_stopped_and_one_that_was_killed_end_in_the_version_of_an_undisturbed_one(
+    somebody: Traveller, undisturbed: str
+) -> None:
+    course = Course(somebody, f"{RUN} --home home --run-id ours", home="home")
+    at = course.begins(TRAINS)
+    at.ctrl_c()
+    assert at.ends()[0] == 130, at.screen
+    course.is_told(at)
+    at = course.begins(TRAINS)
+    os.kill(somebody.process("pipelines.local.run_pipeline"), signal.SIGKILL)
+    at.ends()
+    course.is_told(at)
+    assert somebody.does(course.line).answer["version"] == undisturbed
+    course.all_ends()
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("shown", [PREPARES, LOADS, TRAINS], ids=["prepares", "loads", "trains"])
 def test_at_ctrl_c_the_prompt_comes_back_when_nothing_runs_and_says_how_to_go_on(course: Course, shown: str) -> None:
     at = course.begins(shown)
@@ -260,7 +277,7 @@ KILLED = "its process was ended by SIGKILL"
 STORE, HEAD = (f"the local {server} ended while it was in use" for server in ("S3 server", "Ray head"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("victim", "told"),
     [
@@ -280,7 +297,7 @@ def test_what_was_killed_is_named(course: Course, victim: str, told: str) -> Non
     course.all_ends()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shown", [PREPARES, TRAINS], ids=["prepares", "trains"])
 def test_a_command_is_alone_at_its_run_and_when_it_is_killed_takes_all_with_it(course: Course, shown: str) -> None:
     at = course.begins(shown)
@@ -293,7 +310,7 @@ def test_a_command_is_alone_at_its_run_and_when_it_is_killed_takes_all_with_it(c
     assert re.fullmatch(refusal, second.screen)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @AS_ROOT
 def test_a_full_disk_is_called_that(course: Course) -> None:
     at = course.begins(TRAINS)
@@ -308,7 +325,7 @@ def test_a_full_disk_is_called_that(course: Course) -> None:
     course.all_ends()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_comparison_is_interrupted_as_a_training_is(course: Course) -> None:
     at = course.begins(COMPARES)
     at.ctrl_c()
@@ -320,7 +337,7 @@ def test_a_comparison_is_interrupted_as_a_training_is(course: Course) -> None:
     wait_until(lambda: not course.person.left())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_after_all_of_this_the_run_makes_the_version_of_an_undisturbed_one(course: Course, undisturbed: str) -> None:
     done = course.person.does(course.line)
     assert done.answer["version"] == undisturbed

@@ -21,7 +21,7 @@ from tests.doubles import hub
 from tests.journeys.conftest import Person
 from tests.models.tiny import COLOURS
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 BASE = "acme/tiny"
 ASKED = [f"{number} {thing}" for number, thing in zip((17, 402, 655, 31, 900, 268), COLOURS, strict=True)]

@@ -121,6 +121,7 @@ def owner(person: Person) -> Person:
     return person
 
 
+@pytest.mark.full
 def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: Person) -> None:
     place = " ".join(registry.PLACE)
     beginnings = {

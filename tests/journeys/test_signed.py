@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from tests.doubles.http_server import serving
 from tests.journeys.conftest import Person
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 SIGNING = {"FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE", "FINELOOP_SIGNER"}
 ANNOUNCING = {
@@ -249,14 +249,12 @@ def rotated(first: First, second: str) -> tuple[Person, str]:
     return person, new
 
 
-@pytest.mark.slow
 def test_a_second_run_meets_its_champion_and_is_signed_too(first: First, second: str) -> None:
     assert second != first.answer["version"]
     (statement,) = statements_by(first.public, envelopes(first.person, second))
     assert statement["subject"][0]["name"] == f"colours/{second}"
 
 
-@pytest.mark.slow
 def test_once_all_that_is_needed_is_signed_anew_an_old_key_goes_and_a_rollback_still_works(
     first: First, second: str, rotated: tuple[Person, str]
 ) -> None:
@@ -272,7 +270,6 @@ def test_once_all_that_is_needed_is_signed_anew_an_old_key_goes_and_a_rollback_s
     assert person.does("fineloop adapters rollback colours -c colours.toml --json").answer["to"] == before
 
 
-@pytest.mark.slow
 def test_a_revoked_version_is_fetched_and_promoted_no_more(second: str, rotated: tuple[Person, str]) -> None:
     person, new = rotated
     person.types("fineloop adapters rollback colours -c colours.toml")  # as the test before has, where it ran

@@ -94,6 +94,7 @@ def test_nothing_of_another_base_runs_for_chat_or_export(stranger: tuple[Person,
         assert not ran.exists(), line
 
 
+@pytest.mark.full
 def test_nothing_of_another_base_runs_where_its_version_is_the_champion(stranger: tuple[Person, str, Path]) -> None:
     person, _, ran = stranger
     done = person.types("fineloop run -c colours.toml --set train.max_steps=2")

@@ -18,7 +18,7 @@ import pytest
 from tests.journeys.conftest import Person
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 LONGEST_S = 300
 """Ten for the template, the rest for importing PyTorch on a busy machine; the power would take years."""
@@ -85,7 +85,6 @@ def test_a_hostile_template_ends_with_one_sentence_and_leaves_no_process(trainer
         wait_until(lambda mark=configs[name]: not processes(mark), lambda mark=configs[name]: commands(mark))
 
 
-@pytest.mark.slow
 def test_who_is_killed_while_a_template_goes_on_leaves_no_process_for_long(trainer: Person) -> None:
     config = config_on(trainer, "killed", HOSTILE["a power"])
     command = ["python", "-m", "ray_jobs.finetune", "--config", config]

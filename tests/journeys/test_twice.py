@@ -11,7 +11,7 @@ import pytest
 from tests.journeys.bucket import Bucket
 from tests.journeys.conftest import Done, Person
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 RUN = "fineloop run -c colours.toml --json"
 UNLEARNED = "--set train.learning_rate=1e-6"
 """A training that makes another version, and a worse one."""
