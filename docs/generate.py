@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import config_file
+from docs.json_keys import FREE, JSON_KEYS
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +76,9 @@ def cli_page(parser: argparse.ArgumentParser) -> str:
             lines += ["| option | |", "|---|---|"]
             lines += [f"| {_option(action)} | {_one_line(action.help or '')} |" for action in options]
             lines.append("")
-        if keys := command.get_default("keys"):
-            lines += [f"JSON: {', '.join(f'`{key}`' for key in keys)}.", ""]
+        spelled = name.removeprefix("fineloop ")
+        keys = ", ".join(f"`{key}`" for key in JSON_KEYS.get(spelled, "").split())
+        lines += [f"JSON: {'; '.join(filter(None, [keys, FREE.get(spelled)]))}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RunConfig
-from docs.generate import pages
+from docs.generate import commands, pages
+from docs.json_keys import FREE, JSON_KEYS
+from pipelines import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -60,3 +62,8 @@ def keys_of(page: str) -> set[str]:
 def test_a_newcomer_reads_no_more_than_they_want_to() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
     assert len(DOCS) <= 15
+
+
+def test_every_command_says_what_its_json_holds() -> None:
+    named = {name.removeprefix("fineloop ") for name, _ in commands(cli.parser(), "fineloop")}
+    assert {*JSON_KEYS, *FREE} == named

@@ -12,6 +12,7 @@ import pytest
 from pipelines import cli
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.kfp_server.server import KfpServer, serving
+from tests.pipelines.command_line import require_documented
 from tests.pipelines.kubeflow.small_pipeline import compile_small
 
 VARIABLES = ("KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_NAMESPACE", "KUBECONFIG", "ML_PIPELINE_SERVICE_HOST")
@@ -60,6 +61,8 @@ def fineloop(capsys: pytest.CaptureFixture[str]) -> Fineloop:
     def run(*arguments: str) -> Answered:
         exit_code = cli.main([*arguments, "--json"])
         printed = capsys.readouterr()
-        return Answered(exit_code, json.loads(printed.out.splitlines()[-1]), printed.err)
+        body = json.loads(printed.out.splitlines()[-1])
+        require_documented(arguments, body)
+        return Answered(exit_code, body, printed.err)
 
     return run
