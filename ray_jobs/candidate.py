@@ -13,8 +13,9 @@ from components.shared import garbage
 from components.shared.protocol import TRAINED, say
 from ray_jobs import entry
 from ray_jobs import finetune as training
+from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP as COMPARING
-from ray_jobs.scoring import harness, marks
+from ray_jobs.scoring import marks
 from ray_jobs.training.standby import Standby
 
 
@@ -34,7 +35,9 @@ def main() -> None:
     def train() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         marks.named(config.metrics)  # what cannot be measured is better said before the training
-        harness.check(config)
+        for probe in PROBES.values():
+            if probe.check:
+                probe.check(config)
         result = trained(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 

@@ -22,19 +22,20 @@ from components.registry import runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import events
 from components.registry.history import promotion
-from components.registry.records import ROLES, Evaluation, Measured, Role, TextLosses, TrainResult
+from components.registry.records import ROLES, Evaluation, Measured, Role, TrainResult
 from components.registry.signing import is_revoked
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.counted import counted
 from components.shared.errors import FineloopError, JobError, ObjectMissing
-from components.shared.metrics import metrics_of
+from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import STEP, drawing, general_text, harness, own_answers, suites
+from ray_jobs.probes import PROBES
+from ray_jobs.scoring import STEP, drawing
 from ray_jobs.scoring.answers import (
     NEW_TOKENS,
     Score,
@@ -44,14 +45,16 @@ from ray_jobs.scoring.answers import (
     metrics,
     paired_difference,
 )
+from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.harness import NO_TASKS, Tasks
-from ray_jobs.scoring.measure import Contender, measure_shard
-from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
-from ray_jobs.scoring.texts import Texts
+from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.probe import NO_PROBES, Outcome, Probes
 from ray_jobs.training.standby import Standby
 
 logger = logging.getLogger(__name__)
+NO_OUTCOMES: Mapping[str, Outcome] = {}
+BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
+"""Metrics that an evaluation has whether they were measured or not."""
 
 
 def main() -> None:
@@ -104,26 +107,22 @@ def evaluate(
     chat = chat_format.load(base, config.model)
     config = with_room_for_answers(config, chat, records)
     contenders = _contenders(config, store, candidate, run_id)
-    texts = [kind.to_read(store, chat, config, contenders) for kind in (general_text, own_answers)]
-    questions = suites.to_ask(store, chat, config, contenders)
-    tasks = harness.to_run(store, config, contenders)
-    outside: dict[str, Any] = {"texts": texts, "questions": questions}
+    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
     entry.connect()
     if _must_be_shared(config, base, ray.nodes()):
-        tasks = tasks.left_out("as its workers hold the base together")
+        probes = {key: probe.held_together() for key, probe in probes.items()}
         measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
-        outside["tasks"] = tasks
         measured = partial(_measured_apart, config, base, contenders, standby=standby)
-    found = measured(records, **outside)
-    general, own = (each.measured(shares) for each, shares in zip(texts, zip(*found.texts, strict=True), strict=True))
+    found = measured(records, probes)
+    outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
     if further := drawing.further(config, judging.records[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
         found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
     if standby is not None:
         standby.end()
     kept, tokens, scores = found.records, found.tokens, found.scores
-    evaluation = compared(config, contenders, kept, tokens, scores, general=general, own=own, run_id=run_id).model_copy(
+    evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
@@ -131,8 +130,6 @@ def evaluate(
             "test_set": judging.sample,
             "fold": judging.fold,
             "folds": config.evaluate.folds,
-            "suites": questions.judged(chat, found.suite_answers),
-            "harness": tasks.measured(found.task_scores),
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
             "matmul_dtype": found.matmul_dtype,
@@ -143,7 +140,7 @@ def evaluate(
     runs.write(store, run_id, evaluation)
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
-    for line in [suite.told for suite in evaluation.suites] + (evaluation.harness.told if evaluation.harness else []):
+    for line in [line for outcome in outside.values() for line in outcome.lines]:
         say(STEP, line)
     return evaluation
 
@@ -157,14 +154,12 @@ def _measured_apart(
     base: base_model.Base,
     contenders: Sequence[Contender],
     records: Sequence[Record],
+    probes: Probes = NO_PROBES,
     *,
-    texts: Sequence[Texts] = (),
-    questions: Questions = NO_QUESTIONS,
-    tasks: Tasks = NO_TASKS,
     matmul_dtype: MatmulDtype | None = None,
     standby: Standby | None = None,
 ) -> Found:
-    """A share of records and texts by each of several workers, which hold the base by themselves.
+    """A share of records and probes by each of several workers, which hold the base by themselves.
 
     They are the training's where those are still there, and Ray tasks where they are not.
     """
@@ -178,9 +173,7 @@ def _measured_apart(
         {
             "contenders": contenders,
             "records": shard,
-            "texts": [each.share(i, num_shards) for each in texts],
-            "questions": questions.share(i, num_shards),
-            "tasks": tasks.share(i),
+            "probes": {key: probe.at(partial(_dealt, i, num_shards)) for key, probe in probes.items()},
             "shard_index": i,
         }
         for i, shard in enumerate(shards)
@@ -202,16 +195,20 @@ def _measured_apart(
     return Found.of(dtype, shards, results)
 
 
+def _dealt(index: int, of: int, count: int) -> range:
+    """A worker's rows of so many: every `of`-th from `index` on."""
+    return range(index, count, of)
+
+
 def _measured_together(
     config: RunConfig,
     base: base_model.Base,
     contenders: Sequence[Contender],
     records: Sequence[Record],
+    probes: Probes = NO_PROBES,
     *,
     store: Store,
     run_id: str,
-    texts: Sequence[Texts] = (),
-    questions: Questions = NO_QUESTIONS,
     matmul_dtype: MatmulDtype | None = None,
 ) -> Found:
     """All records by a group of workers, which share the base out as they do to train on it."""
@@ -222,8 +219,7 @@ def _measured_together(
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
     name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
-    work = {"records": records, "texts": texts, "questions": questions}
-    arguments = {"contenders": contenders, **work, "matmul_dtype": dtype}
+    arguments = {"contenders": contenders, "records": records, "probes": probes, "matmul_dtype": dtype}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
     return Found.of(dtype, [records], [answer["result"]])
 
@@ -294,12 +290,12 @@ def compared(
     records: Sequence[Record],
     tokens: Sequence[int],
     scores: Mapping[Role, Sequence[Score]],
+    outside: Mapping[str, Outcome] = NO_OUTCOMES,
     *,
-    general: TextLosses | None = None,
-    own: TextLosses | None = None,
     run_id: str,
 ) -> Evaluation:
-    """What follows from the scores and from what was made of texts that are no records; pure."""
+    """What follows from the scores and from what probes came to; pure."""
+    records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
     return Evaluation(
@@ -312,15 +308,17 @@ def compared(
                     version=versions[role],
                     metrics={
                         **metrics(found, tokens),
-                        "general_loss": general.loss(role) if general else None,
-                        "kl_from_base": own.above_base(role) if own else None,
+                        **dict.fromkeys(BY_PROBES),
+                        **{
+                            key: value for each in outside.values() for key, value in each.metrics.get(role, {}).items()
+                        },
                     },
                 )
                 for role, found in scores.items()
             },
         },
-        general_text=general,
-        own_answers=own,
+        **{key: record for key, record in records_of.items() if key in Evaluation.model_fields},
+        probes={key: record for key, record in records_of.items() if key not in Evaluation.model_fields},
         changed_answers=changed_share(scores["champion"], scores["candidate"]) if "champion" in scores else None,
         paired={
             role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)

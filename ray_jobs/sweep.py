@@ -29,8 +29,8 @@ with garbage.importing():
     from ray_jobs.base import base_config, base_model, chat_format
     from ray_jobs.base.base_model import Base
     from ray_jobs.base.batching import TokenizedSplit
-    from ray_jobs.scoring import general_text
-    from ray_jobs.scoring.texts import Texts
+    from ray_jobs.probes import general_text
+    from ray_jobs.probes.texts import Texts
     from ray_jobs.sweeping import points, verdict
     from ray_jobs.sweeping.plan import Plan
     from ray_jobs.sweeping.points import Arm, Point

@@ -13,12 +13,12 @@ from components.config.gate import GateConfig, Guard
 from components.config.schema import EvaluateConfig
 from components.gate.evidence import Evidence
 from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
-from components.shared.metrics import RELATIVE, Metric, TextKind
+from components.shared.metrics import RELATIVE, Metric
 from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
 
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
 ROUNDING = 1e-9
-TEXTS: dict[TextKind, tuple[str, str]] = {
+TEXTS: dict[str, tuple[str, str]] = {
     "general_text": ("passages", "general_passages"),
     "own_answers": ("answers", "own_answers"),
 }
@@ -333,15 +333,15 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     )
     low, high = (compared.amounts.signed_text(end, *beside) for end in (found.lower, found.upper))
     confidence = f"{compared.confidence * 100:.6g} % confidence"
-    each = "Passage by passage" if compared.metric.texts else "Record by record"
+    each = "Passage by passage" if compared.metric.probe else "Record by record"
     return f"{each} ({records}), the gain lies between {low} and {high}, each with {confidence}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:
     evaluation = compared.evaluation
-    if compared.metric.texts:
-        what, field = TEXTS[compared.metric.texts]
-        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.texts].tokens)} of {_most(field)}"
+    if compared.metric.probe:
+        what, field = TEXTS[compared.metric.probe]
+        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.probe].tokens)} of {_most(field)}"
     else:
         there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
         what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"

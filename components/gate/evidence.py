@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from components.registry import runs
 from components.registry.records import Evaluation, Role, TextLosses
 from components.shared.errors import IntegrityError
-from components.shared.metrics import Metric, TextKind
+from components.shared.metrics import METRICS, Metric
 from components.shared.paired import Array, Pairs
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Evidence:
     """Which records go together, counted from 0; None where each stands for itself."""
     slices: Mapping[str, Names] = field(default_factory=dict)
     """By kind, the name of the slice that each record belongs to."""
-    texts: Mapping[TextKind, "Evidence"] = field(default_factory=dict)
+    texts: Mapping[str, "Evidence"] = field(default_factory=dict)
     """The same of texts that are no records, those that were read."""
 
     @property
@@ -45,7 +45,7 @@ class Evidence:
 
     def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
         """Candidate and another model on every record, or text; None where either was not measured so."""
-        of = self if metric.texts is None else self.texts.get(metric.texts)
+        of = self.texts.get(metric.probe) if metric.probe else self
         if of is None:
             return None
         ours, theirs = (of.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
@@ -89,11 +89,11 @@ def read(store: "Store", evaluation: Evaluation) -> Evidence:
     return replace(evidence, texts=dict(of_texts(evaluation)))
 
 
-def of_texts(evaluation: Evaluation) -> Iterator[tuple[TextKind, Evidence]]:
+def of_texts(evaluation: Evaluation) -> Iterator[tuple[str, Evidence]]:
     """What the evaluation says of each passage of general text, and of each of the base's own answers."""
-    for kind in get_args(TextKind):
-        found: TextLosses | None = getattr(evaluation, kind)
-        if found is not None:
+    for kind in filter(None, (metric.probe for metric in METRICS.values())):
+        found = getattr(evaluation, kind, None)
+        if isinstance(found, TextLosses):
             columns = {f"{role}_nll": np.array(nll) for role, nll in found.nll.items()}
             yield kind, Evidence(np.array(found.tokens, dtype=float), columns)
 

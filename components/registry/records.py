@@ -196,6 +196,8 @@ class Evaluation(Record):
     """Of what the base says to prompts of no domain; None where it was not asked."""
     harness: HarnessScores | None = None
     """Of tasks of lm-evaluation-harness; None where none were asked for."""
+    probes: dict[str, Any] = {}
+    """What further probes recorded, by their names."""
     changed_answers: float | None = None
     """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
     paired: dict[str, PairedDifference | None] = {}

@@ -7,10 +7,8 @@ A new metric is a row here and its computation in `ray_jobs/scoring/`. A config 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
-TextKind = Literal["general_text", "own_answers"]
-"""Texts that are no held-out records, as an evaluation calls them."""
 SAME = 1e-9  # two numbers closer than this are the same: 0.30 - 0.25 is not 0.05 in binary floating point
 LARGE = ((10, 3), (100, 2), (10_000, 1))  # below this size, so many decimals
 
@@ -43,8 +41,8 @@ class Metric:
     """Whether differences of a share are told in points, and not in per cent."""
     on_request: bool = False
     """Whether it is measured only where the config names it."""
-    texts: TextKind | None = None
-    """The texts of no domain that it is measured on; None of one that is measured on the held-out records."""
+    probe: str = ""
+    """The probe that measures it, by its key in ray_jobs/probes; empty of one that held-out records measure."""
 
     @property
     def title(self) -> str:
@@ -187,7 +185,7 @@ METRICS: dict[str, Metric] = {
             unit="nats per token",
             column="nll",
             per_token=True,
-            texts="general_text",
+            probe="general_text",
         ),
         Metric(
             "kl_from_base",
@@ -197,7 +195,7 @@ METRICS: dict[str, Metric] = {
             unit="nats per answer token",
             column="nll",
             per_token=True,
-            texts="own_answers",
+            probe="own_answers",
         ),
     )
 }
@@ -238,5 +236,5 @@ def metrics_of(keys: Iterable[str]) -> list[Metric]:
     return [metric for key, metric in METRICS.items() if key in asked] + [metric_of(key) for key in own]
 
 
-COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare and metric.texts is None)
+COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare and not metric.probe)
 """The metrics that base and champion can be compared on."""

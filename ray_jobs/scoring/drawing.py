@@ -7,12 +7,11 @@ from components.config.gate import GateConfig
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.harness_records import TaskScore
 from components.registry.records import Role
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.scoring.answers import Score, pairs_of
 from ray_jobs.scoring.measure import ShardResult
-from ray_jobs.scoring.texts import ReadShare
+from ray_jobs.scoring.probe import Findings
 
 CLEAR = 0.999
 """What lies on one side as surely as this needs no more records: to look once for so much hardly ever errs (the
@@ -45,14 +44,10 @@ class Found:
     records: list[Record]
     tokens: list[int]
     scores: dict[Role, list[Score]]
-    texts: list[list[ReadShare]]
-    """Of each shard, what was found in its share of each kind of text."""
+    shares: list[dict[str, Findings]]
+    """What probes found, by their keys, in each share."""
     first_scored_at: str
     """When the first batch was done; ISO 8601, in UTC."""
-    suite_answers: list[dict[Role, dict[str, list[str]]]]
-    """To the questions of the suites, by who answered them."""
-    task_scores: dict[Role, tuple[TaskScore, ...]]
-    """In tasks of lm-eval, by who ran them."""
 
     @classmethod
     def of(
@@ -64,10 +59,8 @@ class Found:
             [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
             [count for result in results for count in result.tokens.values()],
             {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
-            [result.texts for result in results],
+            [share for result in results for share in result.shares],
             min(result.first_scored_at for result in results),
-            [result.suite_answers for result in results],
-            {role: scores for result in results for role, scores in result.task_scores.items()},
         )
 
     def and_then(self, more: "Found") -> "Found":

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.harness_records import TaskScore
 from components.registry.records import Role
 from components.registry.store import Store
-from components.registry.versions import Version, pull_version
+from components.registry.versions import pull_version
 from components.shared.errors import DataError
 from components.shared.protocol import say
 from ray_jobs import entry
@@ -27,29 +26,13 @@ from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring import STEP, marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
-from ray_jobs.scoring.harness import NO_TASKS, Tasks
-from ray_jobs.scoring.suites import NO_QUESTIONS, Questions
-from ray_jobs.scoring.texts import ReadShare, Texts
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
 
 if TYPE_CHECKING:
     import torch
 
-Gathered = Callable[[Sequence[int], Sequence[Any]], list[Any]]
 PROGRESS_EVERY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
-
-    role: Role
-    config: RunConfig
-    """The run's, with the base and the method that this model was trained with."""
-    version: Version | None
-    base_identity: Mapping[str, str]
-    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
-    published_sha256: str = ""
-    """Of the manifest that this run's own training published: a trusted key signs it once the gate has let it pass."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +42,10 @@ class ShardResult:
     tokens: dict[str, int]
     """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
     scores: dict[Role, list[Score]]
-    texts: list[ReadShare]
-    """What was found in each kind of text."""
+    shares: list[dict[str, Findings]]
+    """What probes found, by their keys: of each worker that measured, in the order in which items were dealt out."""
     first_scored_at: str = field(compare=False)
     """When the first batch was done; ISO 8601, in UTC."""
-    suite_answers: dict[Role, dict[str, list[str]]] = field(default_factory=dict)
-    """What was said to the questions of each suite, in order; of the roles that had to be asked."""
-    task_scores: dict[Role, tuple[TaskScore, ...]] = field(default_factory=dict)
-    """In tasks of lm-eval; of the roles that had to run them, by the worker that had to."""
 
 
 @dataclass(frozen=True)
@@ -122,48 +101,9 @@ class Asked:
             advance=progress.advance,
         )
 
-    def answers(self, model: Any, prompts: TokenizedSplit, new_tokens: int) -> list[list[int]]:
-        """Of the base alone, drawn at temperature 1."""
-        from ray_jobs.scoring.sampling import sample
-
-        return sample(model.eval(), self.chat, prompts, self.config.evaluate.batch_size, new_tokens)
-
-    def text_nll(self, model: Any, texts: TokenizedSplit) -> list[float]:
-        """Of texts that are no records, by the same model; in nats."""
-        from ray_jobs.scoring.scoring import label_nll
-
-        return label_nll(model.eval(), texts, self.config.evaluate.batch_size, self.chat.pad)
-
-    def suite_answers(self, model: Any, questions: Questions) -> dict[str, list[str]]:
-        """To questions outside the domain, by the same model."""
-        return questions.answers(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
-
-    def task_scores(self, model: Any, tasks: Tasks) -> tuple[TaskScore, ...] | None:
-        """In tasks of lm-eval, by the same model; None where there is nothing to run."""
-        return tasks.scores(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
-
-
-class Reading:
-    """One kind of text, read by one contender after the other, the base first, which may have to answer before.
-
-    `rows` are this worker's; `gathered` puts in their order what all workers that read together have found.
-    """
-
-    def __init__(self, texts: Texts, rows: Sequence[int], gathered: Gathered | None = None) -> None:
-        self._texts, self._rows = texts, rows
-        self._gathered = gathered or (lambda _, found: list(found))
-        self.found = ReadShare({})
-
-    def by(self, asked: Asked, model: Any) -> None:
-        """Have a model read them, unless that is known."""
-        if asked.role == "base" and self._texts.new_tokens:
-            mine = self._texts.split.take(self._rows)
-            answers = self._gathered(self._rows, asked.answers(model, mine, self._texts.new_tokens))
-            self.found = ReadShare({}, answers)
-            self._texts = self._texts.answered(answers)
-        if asked.role in self._texts.roles:
-            nll = asked.text_nll(model, self._texts.split.take(self._rows))
-            self.found.nll[asked.role] = self._gathered(self._rows, nll)
+    def subject(self, model: Any) -> Subject:
+        """The same model, as a probe takes it."""
+        return Subject(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
 
 
 @contextmanager
@@ -186,15 +126,13 @@ def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterat
 def measure_shard(
     contenders: Sequence[Contender],
     records: Sequence[Record],
-    texts: Sequence[Texts] = (),
-    questions: Questions = NO_QUESTIONS,
-    tasks: Tasks = NO_TASKS,
+    probes: Probes = NO_PROBES,
     *,
     shard_index: int,
     matmul_dtype: MatmulDtype = "bfloat16",
     held: HeldBase | None = None,
 ) -> ShardResult:
-    """Measure every contender on some records and texts, one after the other; runs as a Ray task.
+    """Measure every contender on some records and by some probes, one after the other; runs as a Ray task.
 
     `held` is a base that this process holds already: whoever stands on it need not read it.
 
@@ -211,9 +149,7 @@ def measure_shard(
         progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
         held, seen = held or HeldBase(), 0
         scores: dict[Role, list[Score]] = {}
-        reading = [Reading(each, range(len(each.split))) for each in texts]
-        suite_answers: dict[Role, dict[str, list[str]]] = {}
-        task_scores: dict[Role, tuple[TaskScore, ...]] = {}
+        found: dict[str, Findings] = {key: {} for key in probes}
         for each in all_asked:
             base = each.load_base(matmul_dtype, load=held.load)
             if held.num_loaded != seen:
@@ -223,18 +159,12 @@ def measure_shard(
             model = build.load(base, each.adapter, matmul_dtype=matmul_dtype) if each.adapter else base
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
-                for one in reading:
-                    one.by(each, model)
-                suite_answers[each.role] = each.suite_answers(model, questions)
-                if (in_tasks := each.task_scores(model, tasks)) is not None:
-                    task_scores[each.role] = in_tasks
+                run_all(probes, each.subject(model), found)
             finally:
                 if each.adapter:
                     model.unload()  # the base is as it was
             del base, model  # whose memory another base may need
-        found = [one.found for one in reading]
-        began = progress.first_scored_at
-        return ShardResult(answer_tokens(all_asked), scores, found, began, suite_answers, task_scores)
+        return ShardResult(answer_tokens(all_asked), scores, [found], progress.first_scored_at)
 
 
 def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:

@@ -3,7 +3,6 @@
 All workers take the same steps: under ZeRO-3 every pass through a layer is everybody's.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -17,9 +16,9 @@ from components.shared.errors import JobError, UserError
 from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.measure import Contender, Progress, Reading, ShardResult, answer_tokens, asking
-from ray_jobs.scoring.suites import Questions
-from ray_jobs.scoring.texts import Texts
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Progress, ShardResult, answer_tokens, asking
+from ray_jobs.scoring.probe import Findings, Probes, run_all
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 
@@ -37,7 +36,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
     try:
-        result = measure_together(contenders, arguments["records"], arguments["texts"], arguments["questions"], worker)
+        result = measure_together(contenders, arguments["records"], arguments["probes"], worker)
     except (UserError, JobError) as exc:
         return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
     return {"result": result} if worker.rank == 0 else {}
@@ -46,11 +45,10 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 def measure_together(
     contenders: Sequence[Contender],
     records: Sequence[Record],
-    texts: Sequence[Texts],
-    questions: Questions,
+    probes: Probes,
     worker: Worker,
 ) -> ShardResult:
-    """Measure every contender on all records, texts and questions; the same on every worker of a process group.
+    """Measure every contender on all records and by all probes; the same on every worker of a process group.
 
     They share them out.
 
@@ -64,12 +62,10 @@ def measure_together(
         torch.set_num_threads(config.ray.cpus_per_worker)
     with asking(contenders, records) as (kept, all_asked):
         mine = _dealt(len(kept), worker)
-        gathered = functools.partial(_gathered, worker=worker)
-        reading = [Reading(each, _dealt(len(each.split), worker), gathered) for each in texts]
+        my_probes = {key: probe.at(lambda count: _dealt(count, worker)) for key, probe in probes.items()}
+        probed: dict[str, Findings] = {key: {} for key in probes}
         progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
-        suite_answers: dict[Role, dict[str, list[str]]] = {}
-        my_questions = questions.at(lambda count: _dealt(count, worker))
         for each in all_asked:
             progress.role = each.role
             with zero.sharding(each.config, each.dtype):
@@ -78,15 +74,11 @@ def measure_together(
                     model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
                     found = each.scores(sharded, kept, mine, progress)
-                    for one in reading:
-                        one.by(each, sharded)
-                    suite_answers[each.role] = {
-                        name: _gathered(_dealt(questions.num_items(name), worker), said, worker)
-                        for name, said in each.suite_answers(sharded, my_questions).items()
-                    }
+                    run_all(my_probes, each.subject(sharded), probed)
             scores[each.role] = _gathered(mine, found, worker)
-        read = [one.found for one in reading]
-        return ShardResult(answer_tokens(all_asked), scores, read, progress.first_scored_at, suite_answers)
+        shares = [probed] * worker.num_workers
+        dist.all_gather_object(shares, probed)
+        return ShardResult(answer_tokens(all_asked), scores, shares, progress.first_scored_at)
 
 
 def _dealt(count: int, worker: Worker) -> list[int]:

@@ -22,8 +22,8 @@ from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.base import base_config, base_model, chat_format, processor, widened
 from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.scoring import general_text, own_answers
-from ray_jobs.scoring.sampling import sample
+from ray_jobs.probes import general_text, own_answers
+from ray_jobs.probes.sampling import sample
 from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.training import zero
 from tests.models.plain import plain_training

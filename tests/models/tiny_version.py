@@ -13,7 +13,7 @@ from components.registry.versions import Version, publish_version
 from tests.models.tiny import colour_rows
 
 if TYPE_CHECKING:
-    from ray_jobs.scoring.measure import Contender
+    from ray_jobs.scoring.contender import Contender
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(60)]
 
@@ -61,7 +61,7 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
 def contenders(config: RunConfig, *versions: Version) -> "list[Contender]":
     """The base, and the versions in their roles: the last is the candidate, one before it the champion."""
     from ray_jobs.base import base_model
-    from ray_jobs.scoring.measure import Contender
+    from ray_jobs.scoring.contender import Contender
 
     identity = base_model.resolve(config.model).identity
     roles = ["base", *["champion", "candidate"][-len(versions) :]]

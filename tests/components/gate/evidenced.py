@@ -29,7 +29,7 @@ def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
             metric = metric_of(key)
             if (
                 metric.may_compare
-                and metric.texts is None
+                and not metric.probe
                 and value is not None
                 and (key == nll_from or not metric.per_token)
             ):

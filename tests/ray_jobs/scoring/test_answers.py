@@ -69,7 +69,7 @@ def test_there_is_no_difference_where_a_number_is_not_finite():
 
 
 def test_every_metric_of_the_table_is_measured():
-    on_answers = {key for key, metric in METRICS.items() if metric.texts is None}
+    on_answers = {key for key, metric in METRICS.items() if not metric.probe}
     every = Score(1.0, 5.0, "", dict.fromkeys(MARKS, 1.0))
     assert metrics([every], [1]).keys() == on_answers
     columns = as_columns("base", [every]).keys()

@@ -31,7 +31,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from ray_jobs.adapters.held_base import HeldBase
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
-    from ray_jobs.scoring import general_text
+    from ray_jobs.probes import general_text
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.training.job import TrainJob
 
@@ -80,7 +80,7 @@ def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_proc
 
 def passage_losses(base: Path, max_length: int, count: int) -> list[float]:
     """Of the base, with transformers alone: its own loss of each passage, times the tokens it predicts."""
-    source = json.loads(resources.files("ray_jobs.scoring").joinpath("general_text.json").read_text())
+    source = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(base)
     found = []

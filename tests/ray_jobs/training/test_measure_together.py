@@ -1,7 +1,5 @@
 """A base that its workers hold together is measured as one that each of them holds by itself."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,9 +9,8 @@ from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import _contenders
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
-from ray_jobs.scoring import general_text, own_answers
+from ray_jobs.probes import PROBES, suites
 from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.suites import to_ask
 from tests.models.shapes import small
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group
@@ -23,7 +20,7 @@ def changed(config, *overrides):
     return config_file.loads(config_file.dumps(config), overrides)
 
 
-def measure_in_rank(contenders, records, texts, questions):
+def measure_in_rank(contenders, records, probes):
     """What one rank does: its result."""
     import torch
     import torch.distributed as dist
@@ -32,7 +29,7 @@ def measure_in_rank(contenders, records, texts, questions):
     from ray_jobs.training.measure_together import measure_together
 
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return measure_together(contenders, records, texts, questions, worker)
+    return measure_together(contenders, records, probes, worker)
 
 
 @pytest.mark.slow
@@ -51,17 +48,17 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     records = RECORDS[:11]  # no even share for two workers, and of the passages neither
     three = changed(config, "evaluate.general_passages=3", "evaluate.own_answers=3", "evaluate.suites=['refusal']")
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    texts = [kind.to_read(store, chat, three, contenders) for kind in (general_text, own_answers)]
-    questions = to_ask(store, chat, three, contenders).at(lambda count: range(5))
-    questions = replace(questions, suites=tuple(replace(each, max_new_tokens=4) for each in questions.suites))
+    refusal = suites.shipped()["refusal"]
+    monkeypatch.setattr(
+        suites, "shipped", lambda: {"refusal": {**refusal, "items": refusal["items"][:5], "max_new_tokens": 4}}
+    )
+    probes = {key: kind.prepare(store, chat, three, contenders) for key, kind in PROBES.items()}
     threads = torch.get_num_threads()
     # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
     monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
-    expected = measure_shard(contenders, records, texts, questions, shard_index=1)
+    expected = measure_shard(contenders, records, probes, shard_index=1)
     torch.set_num_threads(threads)
-    found, same = in_group(
-        measure_in_rank, contenders, records, texts, questions, directory=tmp_path / "logs", num_workers=2
-    )
+    found, same = in_group(measure_in_rank, contenders, records, probes, directory=tmp_path / "logs", num_workers=2)
     assert found == same
     assert found.tokens == expected.tokens
     assert found.scores.keys() == {"base", "champion", "candidate"}
@@ -70,12 +67,18 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
             assert ours.text == theirs.text
             assert ours.nll == pytest.approx(theirs.nll, rel=0.01)
             assert (ours.other_prompt_nll is None) == (role == "base")
-        for ours, theirs in zip(found.texts, expected.texts, strict=True):
-            assert ours.nll[role] == pytest.approx(theirs.nll[role], rel=0.01)
-            assert len(ours.nll[role]) == 3
-        assert found.suite_answers[role] == expected.suite_answers[role]
-        assert len(found.suite_answers[role]["refusal"]) == 5
-    assert found.texts[1].answers == expected.texts[1].answers
+    ours, theirs = (
+        {key: probe.outcome([share[key] for share in result.shares], chat).record for key, probe in probes.items()}
+        for result in (found, expected)
+    )
+    assert len(found.shares) == 2
+    for text in ("general_text", "own_answers"):
+        assert ours[text].nll.keys() == found.scores.keys()
+        for role, nll in theirs[text].nll.items():
+            assert ours[text].nll[role] == pytest.approx(nll, rel=0.01)
+            assert len(nll) == 3
+    assert ours["own_answers"].answers == theirs["own_answers"].answers
+    assert ours["suites"] == theirs["suites"]
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
-from ray_jobs.scoring.general_text import to_read
+from ray_jobs.probes.general_text import Passages, prepare
 from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.texts import Texts
+from ray_jobs.scoring.probe import Findings
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
-SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("general_text.json").read_text(encoding="utf-8"))
+SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def version(config: RunConfig, store: Store, tmp_path) -> Version:
     return publish(config, store, tmp_path, with_data=False)
 
 
-def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:
+def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    return to_read(store, chat, config, contenders(config, *versions))
+    return prepare(store, chat, config, contenders(config, *versions))
 
 
 def remember(store: Store, config: RunConfig, version: Version, found: TextLosses) -> None:
@@ -66,28 +66,35 @@ def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() ->
         assert set(counted.values()) == {end // 4}
 
 
+def read(config: RunConfig, version: Version, passages: Passages) -> Findings:
+    """What one worker finds in its passages."""
+    (share,) = measure_shard(contenders(config, version), RECORDS, {"t": passages}, shard_index=1).shares
+    return share["t"]
+
+
+def every_other(passages: Passages, index: int) -> Passages:
+    return passages.at(lambda count: range(index, count, 2))
+
+
 def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> None:
     passages = asked(config, store, version)
     assert passages.roles == {"base", "candidate"}
-    found = measure_shard(contenders(config, version), RECORDS, [passages], shard_index=0).texts[0].nll
+    found = read(config, version, passages)
     tokenizer = AutoTokenizer.from_pretrained(config.model.base)
     model = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
-    for passage, nll in zip(SHIPPED["passages"][:5], found["base"], strict=True):
+    for passage, nll in zip(SHIPPED["passages"][:5], found["base"].nll, strict=True):
         ids = tokenizer(passage["text"], return_tensors="pt").input_ids[:, :40]
         with torch.inference_mode():
             mean = model(input_ids=ids, labels=ids).loss.item()
         assert nll == pytest.approx(mean * (ids.shape[1] - 1), rel=0.01)
-    assert sum(found["candidate"]) > sum(found["base"]) + 1  # an update drawn at random knows less
+    assert sum(found["candidate"].nll) > sum(found["base"].nll) + 1  # an update drawn at random knows less
 
 
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
     whole = asked(config, store, version)
-    parts = [
-        measure_shard(contenders(config, version), RECORDS, [whole.share(index, 2)], shard_index=1).texts[0]
-        for index in range(2)
-    ]
-    alone = measure_shard(contenders(config, version), RECORDS, [whole], shard_index=1).texts[0].nll
-    together = whole.measured(parts)
+    parts = [read(config, version, every_other(whole, index)) for index in range(2)]
+    alone = {role: found.nll for role, found in read(config, version, whole).items()}
+    together = whole.outcome(parts, None).record
     assert together.nll.keys() == {"base", "candidate"}
     for role, nll in together.nll.items():
         assert nll == pytest.approx(alone[role], rel=1e-3)
@@ -96,13 +103,14 @@ def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, vers
 
 def test_the_comparison_tells_every_models_loss_per_token(config, store, version) -> None:
     passages, models = asked(config, store, version), contenders(config, version)
-    found = measure_shard(models, RECORDS, [passages], shard_index=1)
-    general = passages.measured(found.texts)
+    found = measure_shard(models, RECORDS, {"general_text": passages}, shard_index=1)
+    (share,) = found.shares
+    general = passages.outcome([share["general_text"]], None)
     told = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
-    evaluation = told(general=general)
+    evaluation = told({"general_text": general})
     for role in ("base", "candidate"):
-        assert evaluation.metric(role, "general_loss") == pytest.approx(sum(found.texts[0].nll[role]) / (5 * 39))
-    assert evaluation.general_text == general
+        assert evaluation.metric(role, "general_loss") == pytest.approx(sum(share["general_text"][role].nll) / (5 * 39))
+    assert evaluation.general_text == general.record
     assert told().metric("candidate", "general_loss") is None
 
 
@@ -129,11 +137,11 @@ def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
     ours = contenders(config, version, replace(version, version="0" * 12))
     other = [ours[0], replace(ours[1], base_identity={"kind": "folder", "sha256": "0"}), ours[2]]
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    assert to_read(store, chat, config, other).roles == {"base", "candidate"}
+    assert prepare(store, chat, config, other).roles == {"base", "candidate"}
 
 
-def test_no_passages_are_nothing_to_read(config, store, version) -> None:
+def test_no_passages_are_nothing_prepare(config, store, version) -> None:
     none = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=0"])
     passages = asked(none, store, resolve(store, f"{config.adapter.name}@{version.version}"))
     assert passages.roles == frozenset()
-    assert passages.measured([{}]) is None
+    assert passages.outcome([{}], None).record is None

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ray_jobs.scoring.checks import CHECKS, complies, constraints_kept, fits_schema, refuses
-from ray_jobs.scoring.suites import shipped
+from ray_jobs.probes.checks import CHECKS, complies, constraints_kept, fits_schema, refuses
+from ray_jobs.probes.suites import shipped
 
 
 def ids(value: object) -> str | None:

@@ -8,9 +8,9 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.config.schema import RunConfig, SuiteName
 from components.prepare.dataset import Message, Record
@@ -20,20 +20,16 @@ from components.registry.suite_records import Suite
 from ray_jobs.base import base_config, base_model
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning
-from ray_jobs.scoring import checks
-from ray_jobs.scoring.earlier import measured_before, on_the_first_base
-from ray_jobs.scoring.texts import dealt_back
-from ray_jobs.scoring.tool_calls import Calls, offered
-
-if TYPE_CHECKING:
-    from ray_jobs.scoring.measure import Contender
+from ray_jobs.probes import checks, earlier
+from ray_jobs.probes.texts import in_order
+from ray_jobs.probes.tool_calls import Calls, offered
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
 
 AMPLE = 4096
 """Tokens of the longest question, where the base sets no limit."""
 
 Passes = Callable[[str, Mapping[str, Any]], bool]
-Answers = Mapping[Role, Mapping[str, Sequence[str]]]
-"""Who said what, by suite, to the questions of a worker's share."""
 
 
 @dataclass(frozen=True)
@@ -53,63 +49,53 @@ class Questions:
 
     suites: tuple[Asked, ...]
 
-    def share(self, index: int, of: int) -> "Questions":
-        """Every `of`-th question of each suite, from `index` on."""
-        return self.at(lambda count: range(index, count, of))
-
-    def at(self, rows: Callable[[int], Sequence[int]]) -> "Questions":
+    def at(self, rows: Rows) -> "Questions":
         """Of each suite the questions at these places."""
         return replace(
             self, suites=tuple(replace(each, split=each.split.take(rows(len(each.split)))) for each in self.suites)
         )
 
-    def num_items(self, name: str) -> int:
-        """Of one suite."""
-        return next(len(each.split) for each in self.suites if each.known.name == name)
+    def held_together(self) -> "Questions":
+        """As they are."""
+        return self
 
-    def answers(self, role: Role, model: Any, chat: ChatFormat, batch_size: int) -> dict[str, list[str]]:
-        """The greedy answers of a model, in evaluation mode, to what it is still to be asked."""
+    def run(self, subject: Subject, found: Findings) -> dict[str, list[str]]:
+        """A model's greedy answers to what it is still to be asked, by suite."""
         from ray_jobs.scoring.generation import greedy
 
         return {
             each.known.name: [
-                without_reasoning(text) for text in greedy(model, chat, each.split, batch_size, each.max_new_tokens)
+                without_reasoning(text)
+                for text in greedy(subject.model, subject.chat, each.split, subject.batch_size, each.max_new_tokens)
             ]
             for each in self.suites
-            if role in each.roles
+            if subject.role in each.roles
         }
 
-    def judged(self, chat: ChatFormat, shares: Sequence[Answers]) -> tuple[Suite, ...]:
-        """What is known once each share was answered."""
-        return tuple(_judged(each, chat, shares) for each in self.suites)
+    def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
+        """Who passes what."""
+        record = tuple(_judged(each, chat, shares) for each in self.suites)
+        return Outcome(record, lines=[suite.told for suite in record])
 
 
-NO_QUESTIONS = Questions(())
-
-
-def to_ask(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence["Contender"]) -> Questions:
+def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Questions:
     """The suites of the config, for those who have not been asked yet.
 
     Of the versions of earlier runs, and of the base, it is known what those runs have found.
     """
-    base_format, identity = config.method.row.base, contenders[0].base_identity
-    ours = [each for each in on_the_first_base(contenders) if each.role in ROLES]
     if not config.evaluate.suites:
-        return NO_QUESTIONS
-    reach = _reach(config, contenders[0])
-    asked = [_unasked(name, chat, base_format, reach) for name in dict.fromkeys(config.evaluate.suites)]
-    for contender in ours:
-        before = measured_before(store, contender)
-        if before is not None:
-            same_base = before.base.get("identity") == identity
-            asked = [_with_known(each, contender.role, before, same_base=same_base) for each in asked]
-    roles = {each.role for each in ours}
-    return Questions(
-        tuple(
-            replace(each, roles=frozenset(roles - each.known.passes.keys() if len(each.split) else ()))
-            for each in asked
-        )
-    )
+        return Questions(())
+    base_format, reach = config.method.row.base, _reach(config, contenders[0])
+    roles = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
+    asked = []
+    for name in dict.fromkeys(config.evaluate.suites):
+        suite = _unasked(name, chat, base_format, reach)
+        passes = earlier.known(store, config, contenders, partial(_passes, suite.known.sha256))
+        passes = {role: found for role, found in passes.items() if role in ROLES}
+        left = roles - passes.keys() if len(suite.split) else ()
+        known = suite.known.model_copy(update={"passes": passes})
+        asked.append(replace(suite, roles=frozenset(left), known=known))
+    return Questions(tuple(asked))
 
 
 def passing(name: str, chat: ChatFormat) -> Passes:
@@ -171,12 +157,13 @@ def _unasked(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) ->
     return Asked(split, frozenset(), most, known)
 
 
-def _judged(asked: Asked, chat: ChatFormat, shares: Sequence[Answers]) -> Suite:
+def _judged(asked: Asked, chat: ChatFormat, shares: Sequence[Findings]) -> Suite:
     name = asked.known.name
     if not asked.roles:
         return asked.known
     items, passes = shipped()[name]["items"], passing(name, chat)
-    said = {role: dealt_back([share[role][name] for share in shares]) for role in ROLES if role in asked.roles}
+    count = len(asked.split)
+    said = {role: in_order([share[role][name] for share in shares], count) for role in ROLES if role in asked.roles}
     found: dict[str, list[bool]] = {
         role: [passes(answer, item) for answer, item in zip(answers, items, strict=True)]
         for role, answers in said.items()
@@ -186,19 +173,12 @@ def _judged(asked: Asked, chat: ChatFormat, shares: Sequence[Answers]) -> Suite:
     )
 
 
-def _with_known(asked: Asked, role: Role, before: Evaluation, *, same_base: bool) -> Asked:
-    """With what an earlier run, whose candidate is this one's `role`, has found in the same suite."""
-    known = next((each for each in before.suites if each.sha256 == asked.known.sha256 and not each.left_out), None)
-    if known is None:
-        return asked
-    passes = dict(asked.known.passes)
-    if "candidate" in known.passes:
-        passes[role] = known.passes["candidate"]
-    if "base" in known.passes and same_base and known.base_format == asked.known.base_format:
-        passes["base"] = known.passes["base"]
-    return replace(asked, known=asked.known.model_copy(update={"passes": passes}))
+def _passes(sha256: str, before: Evaluation) -> tuple[str, Mapping[str, list[bool]]] | None:
+    """What an earlier run has found in the same suite."""
+    known = next((each for each in before.suites if each.sha256 == sha256 and not each.left_out), None)
+    return (known.base_format, known.passes) if known else None
 
 
-def _reach(config: RunConfig, base: "Contender") -> int:
+def _reach(config: RunConfig, base: Contender) -> int:
     found = base_model.resolve(config.model, recorded=base.base_identity)
     return base_config.positions(base_config.load(found.path, config.model)) or AMPLE

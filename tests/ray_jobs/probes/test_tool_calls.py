@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring.suites import shipped
-from ray_jobs.scoring.tool_calls import Calls
+from ray_jobs.probes.suites import shipped
+from ray_jobs.probes.tool_calls import Calls
 from tests.models.chat_families import CHATML, TOOLS
 from tests.models.tiny import write_tokenizer
 

@@ -17,19 +17,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.config.schema import EvaluateConfig, RunConfig
 from components.registry.harness_records import HarnessScores, TaskScore
-from components.registry.records import ROLES, Role
+from components.registry.records import ROLES, Evaluation, Role
 from components.registry.store import Store
 from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring.earlier import measured_before, on_the_first_base
-
-if TYPE_CHECKING:
-    from ray_jobs.scoring.measure import Contender
+from ray_jobs.probes import earlier
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
 
 SEED = 1234
 """Of whatever a task draws, such as the examples before a question."""
@@ -50,28 +49,28 @@ class Tasks:
     known: HarnessScores
     """What is there already."""
 
-    def share(self, index: int) -> "Tasks":
-        """All for the first worker, and nothing for the others."""
-        return self if index == 0 else NO_TASKS
+    def at(self, rows: Rows) -> "Tasks":
+        """They are one item: all for one worker, and nothing for the others."""
+        return self if len(rows(1)) else replace(self, roles=frozenset())
 
-    def left_out(self, why: str) -> "Tasks":
+    def held_together(self) -> "Tasks":
         """Nobody runs what is not known yet."""
-        left_out = why if self.roles else ""
+        left_out = "as its workers hold the base together" if self.roles else ""
         return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
 
-    def scores(self, role: Role, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...] | None:
-        """Of a model in evaluation mode; None where there is nothing to run."""
-        return run(self, model, chat, batch_size) if role in self.roles else None
+    def run(self, subject: Subject, found: Findings) -> tuple[TaskScore, ...] | None:
+        """A model's scores, unless they are known."""
+        return run(self, subject.model, subject.chat, subject.batch_size) if subject.role in self.roles else None
 
-    def measured(self, found: Mapping[Role, tuple[TaskScore, ...]]) -> HarnessScores | None:
-        """What is known once they were run; None where no task was asked for."""
+    def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
+        """What is known once they were run; of no tasks, nothing."""
         if not self.known.tasks:
-            return None
-        known = self.known.scores
-        scores = {
-            role: found[role] if role in found else known[role] for role in ROLES if role in found or role in known
-        }
-        return self.known.model_copy(update={"scores": scores})
+            return Outcome(None)
+        scores = {**self.known.scores}
+        for share in shares:
+            scores.update((role, found) for role, found in share.items())
+        record = self.known.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
+        return Outcome(record, lines=record.told)
 
 
 NO_TASKS = Tasks("", frozenset(), HarnessScores(lm_eval="", tasks=()))
@@ -94,7 +93,7 @@ def check(config: RunConfig) -> None:
         )
 
 
-def to_run(store: Store, config: RunConfig, contenders: Sequence["Contender"]) -> Tasks:
+def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Tasks:
     """The tasks of the config, for those of whom no earlier run has told the same.
 
     Raises:
@@ -111,20 +110,14 @@ def to_run(store: Store, config: RunConfig, contenders: Sequence["Contender"]) -
         include_sha256=_sha256(Path(asked.lm_eval_include)) if asked.lm_eval_include else "",
         base_format=config.method.row.base,
     )
-    ours = [each for each in on_the_first_base(contenders) if each.role in ROLES]
-    scores: dict[str, tuple[TaskScore, ...]] = {}
-    for contender in ours:
-        before = measured_before(store, contender)
-        if before is None or before.harness is None or not before.harness.same_tasks(known):
-            continue
-        theirs = before.harness
-        if "candidate" in theirs.scores:
-            scores[contender.role] = theirs.scores["candidate"]
-        same_base = before.base.get("identity") == contenders[0].base_identity
-        if "base" in theirs.scores and same_base and theirs.base_format == known.base_format:
-            scores["base"] = theirs.scores["base"]
-    roles = frozenset({each.role for each in ours} - scores.keys())
-    return Tasks(asked.lm_eval_include, roles, known.model_copy(update={"scores": scores}))
+
+    def found(before: Evaluation) -> tuple[str, Mapping[str, tuple[TaskScore, ...]]] | None:
+        same = before.harness is not None and before.harness.same_tasks(known)
+        return (before.harness.base_format, before.harness.scores) if before.harness and same else None
+
+    scores = earlier.known(store, config, contenders, found)
+    ours = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
+    return Tasks(asked.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
 
 
 def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:

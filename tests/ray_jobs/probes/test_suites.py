@@ -14,9 +14,9 @@ from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.registry.versions import Version
 from ray_jobs.base import base_model, chat_format
-from ray_jobs.scoring import suites
+from ray_jobs.probes import suites
+from ray_jobs.probes.suites import Questions, prepare, shipped
 from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.suites import Questions, shipped, to_ask
 from tests.models.chat_families import TOOLS
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish
@@ -54,7 +54,7 @@ def chat_of(config: RunConfig) -> chat_format.ChatFormat:
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> Questions:
-    return to_ask(store, chat_of(config), config, contenders(config, *versions))
+    return prepare(store, chat_of(config), config, contenders(config, *versions))
 
 
 def roles_of(questions: Questions) -> dict[str, set[str]]:
@@ -77,7 +77,7 @@ def remember(store: Store, config: RunConfig, version: Version, questions: Quest
 def test_an_answer_is_what_transformers_generates_behind_the_chat_template(config, store, version) -> None:
     questions = asked(config, store, version)
     assert roles_of(questions) == {"json": {"base", "candidate"}, "refusal": {"base", "candidate"}}
-    found = measure_shard(contenders(config, version), RECORDS, questions=questions, shard_index=0).suite_answers
+    found = measure_shard(contenders(config, version), RECORDS, {"q": questions}, shard_index=0).shares[0]["q"]
     tokenizer = AutoTokenizer.from_pretrained(config.model.base)
     model = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32).eval()
     same = 0
@@ -108,15 +108,16 @@ def test_shares_are_judged_in_the_order_of_the_whole(config, store, version) -> 
         }
 
     shares = [{role: said(role, index) for role in ("base", "candidate")} for index in range(2)]
-    json, refusal = questions.judged(chat_of(config), shares)
+    outcome = questions.outcome(shares, chat_of(config))
+    json, refusal = outcome.record
     assert json.passes == {"base": [True, False, False, False], "candidate": [True, False, False, False]}
     assert refusal.passes == {"base": [True] * FEW, "candidate": [True, False, False, False]}
     assert refusal.won_and_lost("base") == (0, 3)
     assert [(each.prompt, each.answer) for each in refusal.lost] == [
         (text, "No idea") for text in numbers["refusal"][1:]
     ]
-    assert refusal.told == "suite refusal: of 4 items base 4, candidate 1"
-    assert [len(each.split) for each in questions.share(1, 3).suites] == [1, 1]
+    assert outcome.lines[1] == "suite refusal: of 4 items base 4, candidate 1"
+    assert [len(each.split) for each in questions.at(lambda count: range(1, count, 3)).suites] == [1, 1]
 
 
 def test_what_an_earlier_run_has_found_is_not_asked_again(config, store, version) -> None:
@@ -127,7 +128,7 @@ def test_what_an_earlier_run_has_found_is_not_asked_again(config, store, version
     assert roles_of(questions) == {"json": {"candidate"}, "refusal": {"candidate"}}
     assert questions.suites[0].known.passes == {"base": [True] * FEW, "champion": [False] * FEW}
     nothing_new = replace(questions, suites=tuple(replace(each, roles=frozenset()) for each in questions.suites))
-    assert nothing_new.judged(chat_of(config), []) == tuple(each.known for each in questions.suites)
+    assert nothing_new.outcome([], chat_of(config)).record == tuple(each.known for each in questions.suites)
 
     everybody = {"base", "champion", "candidate"}
     more = changed(config, 'evaluate.suites=["json", "over_refusal"]')
@@ -155,7 +156,7 @@ def test_other_questions_answers_or_checks_are_asked_anew(config, store, version
 def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
     ours = contenders(config, version, replace(version, version="0" * 12))
     other = [ours[0], replace(ours[1], base_identity={"kind": "folder", "sha256": "0"}), ours[2]]
-    assert roles_of(to_ask(store, chat_of(config), config, other))["json"] == {"base", "candidate"}
+    assert roles_of(prepare(store, chat_of(config), config, other))["json"] == {"base", "candidate"}
 
 
 def test_a_base_whose_template_takes_no_tools_is_not_asked_to_call_them(config, store, version) -> None:
@@ -167,7 +168,7 @@ def test_a_base_whose_template_takes_no_tools_is_not_asked_to_call_them(config, 
 
     chat = chat_of(both)
     chat.tokenizer.chat_template = TOOLS
-    (tools, _) = to_ask(store, chat, both, contenders(both, version)).suites
+    (tools, _) = prepare(store, chat, both, contenders(both, version)).suites
     # 512 positions hold no question beside the tools it offers, each byte being a token here.
     assert tools.known.left_out == "its questions and answers do not fit into the 512 positions of the base"
 
@@ -177,21 +178,22 @@ def test_the_tools_are_offered_as_the_template_offers_them(config, store, versio
     both = changed(config, 'evaluate.suites=["tool_calls"]')
     chat = chat_of(both)
     chat.tokenizer.chat_template = TOOLS
-    questions = to_ask(store, chat, both, contenders(both, version))
+    questions = prepare(store, chat, both, contenders(both, version))
     (tools,) = questions.suites
     item = suites.shipped()["tool_calls"]["items"][0]
     text = chat.tokenizer.decode(tools.split.prompt(0))
     assert all(f'"name": "{name}"' in text for name in item["tools"])
     assert text.endswith(f"{item['prompt']}<|im_end|>\n<|im_start|>assistant\n")
     right = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-    (found,) = questions.judged(chat, [{role: {"tool_calls": [right] * FEW} for role in ("base", "candidate")}])
+    said = {"tool_calls": [right] * FEW}
+    (found,) = questions.outcome([{"base": said, "candidate": said}], chat).record
     assert found.passes["base"] == [True, False, False, False]
 
 
-def test_no_suites_are_nothing_to_ask(config, store, version) -> None:
+def test_no_suites_are_nothing_prepare(config, store, version) -> None:
     none = asked(changed(config, "evaluate.suites=[]"), store, version)
     assert none.suites == ()
-    assert none.judged(chat_of(config), [{"base": {}}]) == ()
+    assert none.outcome([{"base": {}}], chat_of(config)).record == ()
 
 
 def test_all_items_fit_into_a_small_models_context() -> None:

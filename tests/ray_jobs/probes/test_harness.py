@@ -21,7 +21,7 @@ from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_model
-from ray_jobs.scoring import harness
+from ray_jobs.probes import harness
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.measure import measure_shard
 from tests.models.tiny import colour_rows
@@ -85,7 +85,7 @@ def known_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> harness.Tasks:
-    return harness.to_run(store, config, contenders(config, *versions))
+    return harness.prepare(store, None, config, contenders(config, *versions))
 
 
 def remember(store: Store, config: RunConfig, version: Version, found: HarnessScores) -> None:
@@ -131,20 +131,21 @@ def test_tasks_are_told_in_a_line_each() -> None:
     group = HarnessScores(lm_eval="0.4.13", tasks=("colours",), scores={"base": SCORES, "candidate": (worse,)})
     assert group.told == ["lm-eval colours: acc base 0.5 ± 0.25, candidate 0.25"]
     assert group.model_copy(update={"tasks": ("a_tag",)}).told == group.told
-    tasks = harness.Tasks("", frozenset({"candidate"}), group).left_out("as it is so")
-    assert (tasks.roles, tasks.measured({}).told) == (frozenset(), ["lm-eval: left out, as it is so"])
+    tasks = harness.Tasks("", frozenset({"candidate"}), group).held_together()
+    assert tasks.roles == frozenset()
+    assert tasks.outcome([], None).lines == ["lm-eval: left out, as its workers hold the base together"]
 
 
 def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, folder, known_tasks) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     tasks = asked(config, store, champion, candidate)
     assert tasks.roles == EVERYBODY
-    remember(store, config, champion, tasks.measured({"base": SCORES, "candidate": SCORES}))
+    remember(store, config, champion, tasks.outcome([{"base": SCORES, "candidate": SCORES}], None).record)
     again = asked(config, store, champion, candidate)
     assert again.roles == {"candidate"}
     assert again.known.scores == {"base": SCORES, "champion": SCORES}
-    assert list(again.measured({"candidate": SCORES}).scores) == ["base", "champion", "candidate"]
-    assert again.share(1).roles == frozenset()
+    assert list(again.outcome([{}, {"candidate": SCORES}], None).record.scores) == ["base", "champion", "candidate"]
+    assert again.at(lambda count: range(1, count, 2)).roles == frozenset()
 
     assert asked(changed(config, "method.base=nf4"), store, champion, candidate).roles == {"base", "candidate"}
     for other in ("evaluate.lm_eval_limit=2", "evaluate.lm_eval=['fineloop_colours','arc_easy']"):
@@ -156,7 +157,8 @@ def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, 
 
 def test_another_lm_eval_has_other_tasks(config, store, version, known_tasks, monkeypatch) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
-    remember(store, config, champion, asked(config, store, champion).measured({"base": SCORES, "candidate": SCORES}))
+    ran = [{"base": SCORES, "candidate": SCORES}]
+    remember(store, config, champion, asked(config, store, champion).outcome(ran, None).record)
     monkeypatch.setattr(harness.metadata, "version", lambda name: "0.4.14")
     assert asked(config, store, champion, candidate).roles == EVERYBODY
 
@@ -191,14 +193,15 @@ def test_a_model_scores_what_plain_transformers_computes(
         measure_shard(
             contenders(config, version),
             RECORDS,
-            tasks=tasks.share(index),
+            {"tasks": tasks.at(lambda count, index=index: range(index, count, 2))},
             shard_index=index,
             matmul_dtype=matmul_dtype,
         )
         for index in range(2)
     )
-    assert other.task_scores == {}
-    found = tasks.measured(Found.of(matmul_dtype, [RECORDS, RECORDS], [first, other]).task_scores)
+    assert other.shares == [{"tasks": {}}]
+    shares = Found.of(matmul_dtype, [RECORDS, RECORDS], [first, other]).shares
+    found = tasks.outcome([share["tasks"] for share in shares], None).record
     assert found.scores.keys() == {"base", "candidate"}
     assert "loglikelihood requests" not in capfd.readouterr().err  # the bar of progress
     accuracy = found.score("base", "fineloop_colours", "acc")

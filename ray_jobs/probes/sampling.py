@@ -11,8 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from components.shared.paired import Array
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.probes.own_answers import SEED
 from ray_jobs.scoring.generation import answer_all, generated
-from ray_jobs.scoring.own_answers import SEED
 
 
 @torch.inference_mode()

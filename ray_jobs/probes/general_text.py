@@ -8,31 +8,35 @@ template, and every token of it but the first counts.
 import json
 from collections.abc import Sequence
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.registry.records import TextLosses
+from components.registry.records import Role, TextLosses
 from components.registry.store import Store
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.scoring import texts
-from ray_jobs.scoring.texts import Texts
-
-if TYPE_CHECKING:
-    from ray_jobs.scoring.measure import Contender
+from ray_jobs.probes import texts
+from ray_jobs.scoring.contender import Contender
 
 MAX_TOKENS = 128
 """Of a passage: the beginning tells as much as the whole, in less time."""
 
 
-def to_read(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence["Contender"]) -> Texts:
+class Passages(texts.Texts):
+    """Passages to read."""
+
+    METRIC, KIND = "general_loss", "general_text"
+
+    def value(self, role: Role) -> float | None:
+        """The loss per token."""
+        return self.known.loss(role)
+
+
+def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Passages:
     """The passages, for those who have not read them yet."""
-    return texts.still_to_read(
-        unread(chat, config), contenders, texts.earlier(store, config, contenders, "general_text")
-    )
+    return unread(chat, config).without_known(store, config, contenders)
 
 
-def unread(chat: ChatFormat, config: RunConfig) -> Texts:
+def unread(chat: ChatFormat, config: RunConfig) -> Passages:
     """The passages, which nobody has read."""
     split = read(chat, config)
     known = TextLosses(
@@ -41,7 +45,7 @@ def unread(chat: ChatFormat, config: RunConfig) -> Texts:
         tokens=split.num_answer_tokens.tolist(),
         nll={},
     )
-    return Texts(split, frozenset(), known)
+    return Passages(split, frozenset(), known)
 
 
 def read(chat: ChatFormat, config: RunConfig) -> TokenizedSplit:

@@ -26,16 +26,16 @@ from components.shared.paired import bounds
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
-from ray_jobs.scoring import sampling, texts
+from ray_jobs.probes import sampling, texts
+from ray_jobs.probes.own_answers import OwnAnswers, prepare, undrawn
 from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.own_answers import to_read, undrawn
+from ray_jobs.scoring.probe import Findings
 from ray_jobs.scoring.scoring import label_nll
-from ray_jobs.scoring.texts import Texts
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, randomise
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
-SHIPPED = json.loads(resources.files("ray_jobs.scoring").joinpath("own_answers.json").read_text(encoding="utf-8"))
+SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("own_answers.json").read_text(encoding="utf-8"))
 MANY = 3000
 
 
@@ -136,7 +136,7 @@ def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model
     prompts = of_one_prompt(chat, MANY)
     divergence, length = exactly(base, model, prompts.prompt(0).tolist(), chat.stops)
     known = TextLosses(text_sha256="", tokens=[], nll={}, asked_sha256="0")
-    asked = Texts(prompts, frozenset({"base", "candidate"}), known, new_tokens=2)
+    asked = OwnAnswers(prompts, frozenset({"base", "candidate"}), known, new_tokens=2)
     answered = asked.answered(sampling.sample(base, chat, prompts, 1000, 2))
     nll = {
         role: label_nll(each, answered.split, 1000, chat.pad) for role, each in (("base", base), ("candidate", model))
@@ -166,16 +166,21 @@ def test_nothing_of_a_base_or_a_config_but_the_seed_decides_what_is_drawn(base_a
     assert not any(token in chat.stops for answer in whole for token in answer[:-1])
 
 
-def asked(config: RunConfig, store: Store, *versions: Version) -> Texts:
+def asked(config: RunConfig, store: Store, *versions: Version) -> OwnAnswers:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    return to_read(store, chat, config, contenders(config, *versions))
+    return prepare(store, chat, config, contenders(config, *versions))
 
 
-def measured(config: RunConfig, version: Version, to_measure: Texts) -> TextLosses:
-    found = measure_shard(contenders(config, version), RECORDS, [to_measure], shard_index=1)
-    losses = to_measure.measured(found.texts)
+def measured(config: RunConfig, version: Version, to_measure: OwnAnswers) -> TextLosses:
+    losses = to_measure.outcome([read(config, version, to_measure)], None).record
     assert losses is not None
     return losses
+
+
+def read(config: RunConfig, version: Version, to_measure: OwnAnswers) -> Findings:
+    """What one worker finds in its answers."""
+    (share,) = measure_shard(contenders(config, version), RECORDS, {"own": to_measure}, shard_index=1).shares
+    return share["own"]
 
 
 def remember(store: Store, config: RunConfig, version: Version, losses: TextLosses) -> None:
@@ -228,7 +233,7 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
             replace(each, base_identity={"kind": "folder", "sha256": "0"}) for each in contenders(config, champion)
         ]
         chat = chat_format.load(base_model.resolve(config.model), config.model)
-        anew = to_read(store, chat, config, other)
+        anew = prepare(store, chat, config, other)
     else:
         anew = asked(config_file.loads(config_file.dumps(config), [change]), store, champion, candidate)
     assert anew.new_tokens > 0
@@ -240,11 +245,8 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
 @pytest.mark.slow
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
     whole = replace(asked(config, store, version), new_tokens=6)
-    parts = [
-        measure_shard(contenders(config, version), RECORDS, [whole.share(index, 2)], shard_index=1).texts[0]
-        for index in range(2)
-    ]
-    together, alone = whole.measured(parts), measured(config, version, whole)
+    parts = [read(config, version, whole.at(lambda count, index=index: range(index, count, 2))) for index in range(2)]
+    together, alone = whole.outcome(parts, None).record, measured(config, version, whole)
     assert together.answers == alone.answers
     assert (together.text_sha256, together.tokens) == (alone.text_sha256, alone.tokens)
     for role in ("base", "candidate"):
@@ -253,9 +255,10 @@ def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, vers
 
 def test_the_comparison_tells_how_far_each_model_is_from_the_base(config, store, version) -> None:
     models, to_measure = contenders(config, version), asked(config, store, version)
-    found = measure_shard(models, RECORDS, [to_measure], shard_index=1)
-    own = to_measure.measured(found.texts)
-    told = compared(config, models, RECORDS, [*found.tokens.values()], found.scores, own=own, run_id="r")
+    found = measure_shard(models, RECORDS, {"own_answers": to_measure}, shard_index=1)
+    outcome = to_measure.outcome([share["own_answers"] for share in found.shares], None)
+    tokens, outside = [*found.tokens.values()], {"own_answers": outcome}
+    told, own = compared(config, models, RECORDS, tokens, found.scores, outside, run_id="r"), outcome.record
     nll, tokens = own.nll, sum(own.tokens)
     expected = (sum(nll["candidate"]) - sum(nll["base"])) / tokens
     assert told.metric("candidate", "kl_from_base") == pytest.approx(expected)
@@ -280,5 +283,5 @@ def test_nobody_is_asked_by_default(config, store, version) -> None:
     by_default = config_file.loads(config_file.dumps(config), ["evaluate.own_answers=0"])
     nobody = asked(by_default, store, version)
     assert nobody.roles == frozenset()
-    assert nobody.measured([]) is None
+    assert nobody.outcome([], None).record is None
     assert RunConfig.model_fields["evaluate"].default.own_answers == 0

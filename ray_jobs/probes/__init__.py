@@ -1,0 +1,30 @@
+"""What models are asked outside the domain: each probe is a file here and a row of the table."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from components.config.schema import RunConfig
+from components.registry.store import Store
+from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.probes import general_text, harness, own_answers, suites
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import Probe
+
+
+class Kind(NamedTuple):
+    """One kind of probe."""
+
+    prepare: Callable[[Store, ChatFormat, RunConfig, Sequence[Contender]], Probe]
+    """The items of the config, for the contenders that no earlier run has measured on them; without any where the
+    config asks for none."""
+    check: Callable[[RunConfig], None] | None = None
+    """Raise ConfigError where the probe cannot run, before anything is trained."""
+
+
+PROBES = {
+    "general_text": Kind(general_text.prepare),
+    "own_answers": Kind(own_answers.prepare),
+    "suites": Kind(suites.prepare),
+    "harness": Kind(harness.prepare, harness.check),
+}
+"""By the key in evaluation.json; one that is no field of it goes below `probes` there."""

@@ -1,0 +1,122 @@
+"""What the base itself answers to prompts of no domain: how far a model has moved from it where nobody taught it.
+
+own_answers.json holds the prompts, in an order in which any beginning holds all kinds alike. The base answers each
+once, in the run's chat template, at temperature 1 and from its whole distribution: to leave out tokens would bias what
+follows. Then every model reads these answers, the base among them, and
+
+    KL(base || model) = E [log p_base(y | x) - log p_model(y | x)]   over answers y that the base draws
+
+is estimated by the mean of that difference over what was drawn. The estimate of an answer, whole or cut, has no bias;
+per token it is a ratio of two sums. It may come out below zero. To sum over all next tokens instead of the one that was
+drawn would vary less (Amini, Vieira and Cotterell, arXiv:2504.10637), but takes both models' distributions at every
+token, where this takes a number for each answer and model, which is kept: later runs need no base for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Self
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record
+from components.registry.records import Role, TextLosses
+from components.registry.store import Store
+from ray_jobs.base.batching import tokenize
+from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.probes import earlier, texts
+from ray_jobs.probes.texts import Read
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import Findings, Subject
+
+NEW_TOKENS = 64
+"""Where an answer is cut: the beginning tells as much as the whole, in less time."""
+SEED = 0
+"""The same in every run, so that a later one finds the answers of an earlier."""
+
+
+@dataclass(frozen=True)
+class OwnAnswers(texts.Texts):
+    """Answers to read; where nobody has drawn them, `split` holds the prompts."""
+
+    new_tokens: int = 0
+    """How long the base's answers may be that have to be drawn first; 0 draws none."""
+
+    METRIC, KIND = "kl_from_base", "own_answers"
+
+    def value(self, role: Role) -> float | None:
+        """The KL divergence from the base, per token."""
+        return self.known.above_base(role)
+
+    def run(self, subject: Subject, found: Findings) -> Read | None:
+        """Have a model read the answers, which the base gives before, unless that is known."""
+        from ray_jobs.probes.sampling import sample
+
+        if not self.new_tokens:
+            return super().run(subject, found)
+        if subject.role == "base":
+            answers = sample(subject.model, subject.chat, self.split, subject.batch_size, self.new_tokens)
+        else:
+            answers = found["base"].answers
+        read = self.answered(answers).run(subject, found)
+        return read and replace(read, answers=answers if subject.role == "base" else None)
+
+    def read(self, shares: Sequence[Findings]) -> Self:
+        """With what was found in each share, the answers first."""
+        if not self.new_tokens:
+            return super().read(shares)
+        answers = texts.in_order([share["base"].answers for share in shares], len(self.split))
+        return self.answered(answers).read(shares)
+
+    def answered(self, answers: Sequence[Sequence[int]]) -> Self:
+        """With what the base has said to each prompt."""
+        prompts = [self.split.prompt(row).tolist() for row in range(len(self.split))]
+        split = texts.as_split(
+            [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)],
+            [len(prompt) for prompt in prompts],
+            ids=self.split.ids,
+        )
+        told = {"answers": [list(answer) for answer in answers], "tokens": split.num_answer_tokens.tolist()}
+        known = self.known.model_copy(update={**told, "text_sha256": texts.sha256(split)})
+        return replace(self, split=split, known=known, new_tokens=0)
+
+
+def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> OwnAnswers:
+    """The answers, for those who have not read them yet; where no earlier run has drawn them, the prompts."""
+    asked = undrawn(chat, config)
+    if not len(asked.split):
+        return asked
+    for _, before, same_base in earlier.evaluations(store, contenders):
+        theirs = before.own_answers
+        if theirs is None or not same_base or theirs.base_format != asked.known.base_format:
+            continue
+        if theirs.asked_sha256 == asked.known.asked_sha256 and theirs.answers and "base" in theirs.nll:
+            asked = asked.answered(theirs.answers)
+            break
+    return asked.without_known(store, config, contenders)
+
+
+def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
+    """The first `evaluate.own_answers` prompts, as the base's chat template tells them; nobody has answered them."""
+    source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
+    asked = source["prompts"][: config.evaluate.own_answers]
+    longest = min(NEW_TOKENS, config.model.max_length // 2)
+    # An answer is needed to make a record; its prompt alone is taken.
+    records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(asked)]
+    told = tokenize(records, chat, config.model.max_length - longest)
+    rows = [told.prompt(row).tolist() for row in range(len(told))]
+    split = texts.as_split(rows, [len(row) for row in rows], ids=told.ids)
+    how = json.dumps([texts.sha256(split), split.ids, sorted(chat.stops), longest, SEED])
+    known = TextLosses(
+        text_sha256="",
+        base_format=config.method.row.base,
+        tokens=[],
+        nll={},
+        asked_sha256=hashlib.sha256(how.encode()).hexdigest(),
+    )
+    return OwnAnswers(split, frozenset(), known, new_tokens=longest if asked else 0)
+
+
+def _turns(said: Sequence[str]) -> list[Message]:
+    return [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(said)]

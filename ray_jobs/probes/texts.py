@@ -1,0 +1,120 @@
+"""Texts of no domain that models read, and how surprising each finds them: general text, and the base's own answers."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import ClassVar, Self, TypeVar
+
+import numpy as np
+
+from components.config.schema import RunConfig
+from components.registry.records import Evaluation, Role, TextLosses
+from components.registry.store import Store
+from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.probes import earlier
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a model made of a share of the texts."""
+
+    nll: list[float]
+    """-log p of each, in nats."""
+    answers: list[list[int]] | None = None
+    """What the base answered first; None where nobody had to ask it."""
+
+
+@dataclass(frozen=True)
+class Texts(ABC):
+    """What is to be read, and by whom."""
+
+    split: TokenizedSplit
+    roles: frozenset[Role]
+    known: TextLosses
+    """What is there already."""
+
+    METRIC: ClassVar[str]
+    KIND: ClassVar[str]
+    """The probe's key."""
+
+    @abstractmethod
+    def value(self, role: Role) -> float | None:
+        """The metric of a model, of what is known."""
+
+    def at(self, rows: Rows) -> Self:
+        """The texts at these places."""
+        return replace(self, split=self.split.take(rows(len(self.split))))
+
+    def held_together(self) -> Self:
+        """As they are."""
+        return self
+
+    def run(self, subject: Subject, found: Findings) -> Read | None:
+        """Have a model read them, unless that is known."""
+        from ray_jobs.scoring.scoring import label_nll
+
+        if subject.role not in self.roles:
+            return None
+        return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))
+
+    def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
+        """The losses of each text, and the metric of each model; of no texts, none."""
+        if not len(self.split):
+            return Outcome(None)
+        whole = self.read(shares)
+        return Outcome(whole.known, {role: {self.METRIC: whole.value(role)} for role in whole.known.nll})
+
+    def read(self, shares: Sequence[Findings]) -> Self:
+        """With what was found in each share."""
+        found = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
+        return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **found}}))
+
+    def without_known(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
+        """The texts, for those of whom no earlier run has told what they make of them."""
+        if not len(self.split):
+            return self
+
+        def found(before: Evaluation) -> tuple[str, Mapping[Role, list[float]]] | None:
+            losses: TextLosses | None = getattr(before, self.KIND)
+            if losses is None or losses.text_sha256 != self.known.text_sha256:
+                return None
+            return losses.base_format, losses.nll
+
+        nll = earlier.known(store, config, contenders, found)
+        roles = frozenset({each.role for each in earlier.on_the_first_base(contenders)} - nll.keys())
+        return replace(self, roles=roles, known=self.known.model_copy(update={"nll": nll}))
+
+
+def as_split(
+    rows: Sequence[Sequence[int]], num_prompt_tokens: Sequence[int], ids: Sequence[str] | None = None
+) -> TokenizedSplit:
+    """Rows of tokens, of which all that follow the prompt are read for their surprise."""
+    return TokenizedSplit(
+        ids=list(ids) if ids is not None else [str(index) for index in range(len(rows))],
+        tokens=np.array([token for row in rows for token in row], dtype=np.int32),
+        labelled=np.array(
+            [place >= start for row, start in zip(rows, num_prompt_tokens, strict=True) for place in range(len(row))],
+            dtype=np.bool_,
+        ),
+        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
+def sha256(split: TokenizedSplit) -> str:
+    """Of the texts, as a tokenizer reads them."""
+    return hashlib.sha256(split.tokens.tobytes() + split.offsets.tobytes()).hexdigest()
+
+
+def in_order(shares: Sequence[Sequence[T]], count: int) -> list[T]:
+    """The first `count` of what was dealt out one by one, in its order."""
+    return [value for each in zip_longest(*shares) for value in each if value is not None][:count]

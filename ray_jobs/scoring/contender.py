@@ -1,0 +1,22 @@
+"""A model of a comparison."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from components.config.schema import RunConfig
+from components.registry.records import Role
+from components.registry.versions import Version
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
+
+    role: Role
+    config: RunConfig
+    """The run's, with the base and the method that this model was trained with."""
+    version: Version | None
+    base_identity: Mapping[str, str]
+    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
+    published_sha256: str = ""
+    """Of the manifest that this run's own training published: a trusted key signs it once the gate has let it pass."""
