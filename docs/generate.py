@@ -55,6 +55,7 @@ def config_page(schema: Mapping[str, Any]) -> str:
             if "properties" in found:
                 inner.append((f"{name}.{key}", found))
                 continue
+            inner += [(f"{name}.{key}", table) for table in _tables(found, definitions) if len(table["properties"]) > 1]
             default = "required" if key in required else f"`{json.dumps(each.get('default'))}`"
             default = "" if default == "`null`" else default
             lines.append(
@@ -106,6 +107,13 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
     return {**definitions[reference.rpartition("/")[2]], **schema} if reference else schema
 
 
+def _tables(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those that a key takes, or a list of them."""
+    taken = [_resolved(each, definitions) for each in [*schema.get("anyOf", []), *schema.get("oneOf", [])]]
+    taken += [_resolved(schema["items"], definitions)] if "items" in schema else []
+    return [each for each in taken if "properties" in each]
+
+
 def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     found = _resolved(schema, definitions)
     if any_of := found.get("anyOf") or found.get("oneOf"):
@@ -116,8 +124,7 @@ def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if found.get("type") == "array":
         return f"list of {_type(found.get('items', {}), definitions)}"
     if "properties" in found:
-        keys = ", ".join(f"`{key}`" for key in found["properties"])
-        return f"table of {keys}"
+        return "table"
     if "pattern" in found and found.get("type") != "string":
         return "`module:function`"
     bounds = [f"{word} {found[key]:g}" for key, word in BOUNDS.items() if key in found]

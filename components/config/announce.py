@@ -1,4 +1,4 @@
-"""Whom a move of an alias is told to, beside the registry's own event log."""
+"""Notifications of a moved alias, beside the registry's own event log."""
 
 from typing import Annotated
 
@@ -10,10 +10,9 @@ Url = Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+(/\S*)?)?$
 
 
 class AnnounceConfig(Section):
-    """Whom each move of an alias is announced to; nobody by default. A move stands whether they can be told or not.
+    """Servers that are notified when an alias moves; none by default. A failed notification does not undo the move.
 
-    Tokens come from the environment. An address that is a secret itself does not belong here: every run keeps its
-    config.
+    Tokens come from the environment. Do not put an address here that is itself a secret: every run stores its config.
     """
 
     model_registry: Url = ""
@@ -23,4 +22,5 @@ class AnnounceConfig(Section):
     """Tracking URI of an MLflow server, with MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME and _PASSWORD: a run
     with the version's metrics, a version of the registered model, and the alias."""
     webhook: Url = ""
-    """Where the move is posted to as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub does (X-Hub-Signature-256)."""
+    """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
+    (X-Hub-Signature-256)."""

@@ -53,7 +53,7 @@ class Limit(Section):
 
 
 class Guard(Section):
-    """A metric beside the one that decides, on which the candidate must not fall behind the champion."""
+    """A further metric on which the candidate must not fall behind the champion."""
 
     metric: ComparedMetric
     """The metric that is watched."""
@@ -68,57 +68,58 @@ class ApprovalConfig(Section):
     always: bool = False
     """Ask for each version of this adapter."""
     changed_answers_above: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Ask where more than this share of the answers to held-out records is another than the champion's. A first
-    version changes everything. Absent asks nothing."""
+    """Ask when more than this share of the answers to held-out records differs from the champion's. A first version
+    changes all of them. Unset: do not ask."""
 
 
 class GateConfig(Section):
-    """When a candidate may take the alias: when every rule passes. Where the records do not tell, it is held."""
+    """When a candidate is promoted: when every rule passes. When the records do not show it either way, it is held."""
 
     metric: ComparedMetric = "loss"
     """What base and champion are compared on."""
     margins: Annotated[Literal["absolute", "relative"], Added("0.2.0")] = "absolute"
-    """What margins on this metric are in: its own unit, or a share of the other model's number, where 0.05 is 5 % of
-    it. A loss per token allows long answers more than short ones; relative margins and answer_loss do not."""
+    """Unit of the margins on this metric: absolute is its own unit, relative a share of the other model's value
+    (0.05 is 5 %). A margin on loss per token allows long answers more than short ones; relative margins and
+    answer_loss do not."""
     better_than_base_by: float = 0.05
     """The candidate must be better than the base by at least this much."""
     worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
     """The candidate may be worse than the champion by at most this much."""
     worse_than_best_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """In total, the candidate may be worse than the best version so far by at most this much, so that small steps down
-    do not add up. Each further decision on one test set has to be surer of it. Absent means 2.5 times
+    """The candidate may be worse than the best version so far by at most this much, so that small steps down do not
+    add up. Each further decision on the same test set needs more confidence. Unset: 2.5 times
     worse_than_champion_by."""
     worse_on_general_text_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """On general text, which evaluate.general_passages measures, the candidate's loss may be above the base's by at
-    most this, in nats per token: what the base knows must not be forgotten. Absent asks nothing: an adapter that is
-    served for its domain alone may forget the rest, and how much is usual depends on the base and its languages."""
+    """On general text (evaluate.general_passages) the candidate's loss may exceed the base's by at most this much,
+    in nats per token. Unset: no limit, since an adapter that is served for its domain alone may forget the rest, and
+    what is usual depends on the base and its languages."""
     suite_worse_by: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Added("0.2.0")] = None
-    """In no suite of evaluate.suites may the candidate be shown to pass a smaller share of the items than the base, by
-    more than this; the more suites there are, the surer each must be (Holm). 0.1 is ten points. Absent asks nothing."""
+    """In no suite of evaluate.suites may the candidate's share of passed items be shown to be below the base's by
+    more than this; corrected for the number of suites (Holm). 0.1 is ten points. Unset: no limit."""
     kl_from_base_at_most: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """How far the candidate may have moved from its base outside the domain: the KL divergence from the base on the
-    base's own answers, of which evaluate.own_answers says how many, in nats per token. Absent asks nothing."""
+    """The candidate's KL divergence from its base on the base's own answers outside the domain
+    (evaluate.own_answers) may be at most this, in nats per token. Unset: no limit."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
-    """How sure each comparison must be: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
+    """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
-    """Held-out records, or groups of them, without which nothing is decided."""
+    """Smallest number of held-out records, or groups, to decide on."""
     too_few_records: Annotated[Literal["refuse", "hold"], Added("0.2.0")] = "refuse"
-    """What becomes of a run whose data leaves fewer: refuse ends it with an error before it trains, hold trains all the
-    same and holds what comes out."""
+    """What a run does when its data holds out fewer: refuse ends it with an error before training, hold trains
+    anyway and holds the result."""
     guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
-    """Metrics beside the one that decides, each watched against the champion."""
+    """Further metrics on which the candidate must not fall behind the champion."""
     slices: Annotated[list[SliceKind], Added("0.2.0")] = ["label", "source", "length"]
-    """Kinds of records that are each watched by themselves against the champion: by their reference where those are
-    classes, by the entry of data.source that they come from, by the length of prompt and reference in thirds."""
+    """Slices in which the candidate must not fall behind the champion: by reference where references are classes, by
+    the entry of data.source, by length of prompt and reference in thirds."""
     slice_worse_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than this;
-    the more slices there are, the surer each must be (Holm). Absent means the same as for worse_than_best_by."""
+    """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than
+    this; corrected for the number of slices (Holm). Unset: as worse_than_best_by."""
     approval: Annotated[ApprovalConfig, Added("0.2.0")] = ApprovalConfig()
-    """When a person has the last word."""
+    """When a person has to approve."""
     limits: list[Limit] = [Limit(metric="answer_prompt_gain", min=0.3)]
-    """Absolute bounds. answer_prompt_gain (nats per answer) is how much better the candidate predicts an answer from
-    its own prompt than from another record's; near zero means that the answers do not depend on the prompts, whatever
-    their length. It has to be as large for sure."""
+    """Absolute bounds on the candidate's metrics. answer_prompt_gain (nats per answer) is how much better the
+    candidate predicts an answer from its own prompt than from another record's; near zero means that answers do not
+    depend on their prompts. Its minimum must be reached with confidence."""
 
     @model_validator(mode="after")
     def _relative_to_a_loss(self) -> "GateConfig":

@@ -29,5 +29,5 @@ class RegistryConfig(Section):
     prefix: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = ""
     """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
     trusted_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
-    """Public keys, as `fineloop adapters sign` prints them. Where there are any, an alias moves only to a version that
-    one of them has signed for it, and nobody fetches one that none of them has signed or one has revoked."""
+    """Public keys, as `fineloop adapters sign` prints them. When set, an alias moves only to versions that one of
+    them has signed for it, and only signed versions that none has revoked are fetched."""

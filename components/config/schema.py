@@ -50,8 +50,8 @@ class ModelConfig(Section):
     """Context in tokens, at most what the base has positions for. Longer prompts lose their beginning, and an answer is
     never cut: data.max_reject_share bounds how many records either may happen to."""
     thinking: Annotated[bool, Added("0.2.0")] = False
-    """Ask a base that can reason to do so before it answers, and train on the reasoning that answers hold. Without it
-    the chat template's block of reasoning is closed before the answer begins; no metric reads what stands in one."""
+    """Have a reasoning model reason before it answers, and train on the reasoning in the answers. When off, the chat
+    template's reasoning block is closed before the answer begins. No metric reads a reasoning block."""
     attention: Annotated[Attention, Added("0.2.0")] = "auto"
     """How attention is computed, as transformers' attn_implementation: auto takes PyTorch's fused kernel (sdpa) where
     the base's architecture has it, else eager, whose memory grows with the square of the length. flash_attention_2
@@ -61,21 +61,21 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where records come from and how they are held to account."""
+    """Data source and validation."""
 
     source: str | list[str]
     """JSONL or Parquet: a path, a glob, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, or example://icd10. Or a list."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
     validation_share: Annotated[float, Field(gt=0, lt=1), Added("0.2.0")] = 0.2
-    """Share of the held-out records on which a training chooses its weights and when to stop, by a hash of their ids.
-    The gate decides on the others, which nothing before it has looked at."""
+    """Share of the held-out records, by a hash of their ids, on which a training chooses its checkpoint and when to
+    stop. The gate decides on the others, which nothing has used before."""
     group: Annotated[str, Added("0.2.0")] = ""
-    """Column that names what a row belongs to, such as a patient or a document. Records of one group are held out
-    together, and the gate counts them as one. Empty: each record stands for itself."""
+    """Column that names the group of a row, such as a patient or a document. Records of one group are held out
+    together, and the gate counts them as one observation. Empty: no groups."""
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
-    """Train on no record whose prompt is so similar to one that is held out: Jaccard similarity of what they say, five
-    characters at a time, where 1 is the same but for case, punctuation and what all prompts say. 0 trains on all."""
+    """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
+    five-character shingles, without case, punctuation and what all prompts share. 0 leaves none out."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""
@@ -85,8 +85,8 @@ class DataConfig(Section):
     """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
     not lost: they count again next time. 0 never skips."""
     loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
-    """Answers of a conversation that are trained on: the last one, or all of the assistant's turns. Evaluation asks for
-    the last one in either case."""
+    """Which answers of a conversation are trained on: the last one, or all of the assistant's turns. Evaluation
+    always uses the last one."""
     window_days: Annotated[float, Field(ge=0)] = 0
     """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
     still comes from all of them, so that forgetting shows."""
@@ -112,19 +112,20 @@ class MethodConfig(Section):
     """
 
     name: MethodName = "qlora"
-    """One row of the table of methods."""
+    """The method; docs/methods.md compares them."""
     adapter: AdapterKind | None = None
-    """What is trained; absent means what the name says."""
+    """What is trained. Unset: as the name says."""
     scaling: Scaling | None = None
-    """classic is alpha / rank, rslora alpha / sqrt(rank); absent means what the name says."""
+    """classic is alpha / rank, rslora is alpha / sqrt(rank). Unset: as the name says."""
     init: Init | None = None
-    """default starts as the base; any other together with a base of its own. Absent means what the name says."""
+    """Initial weights. default leaves the base's function unchanged; loftq derives a quantised base and initial
+    factors together. Unset: as the name says."""
     base: BaseFormat | None = None
-    """How the frozen base is stored: bf16, nf4 or int8; absent means what the name says."""
+    """How the frozen base is stored: bf16, nf4 or int8. Unset: as the name says."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank r of the update; absent means the method's own: 16, or 256 for VeRA's kind."""
+    """Rank r of the update. Unset: 16, or 256 for VeRA and DVoRA."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """lora_alpha; absent means twice the rank, and 32 at every rank with scaling rslora. VeRA and DVoRA have none."""
+    """lora_alpha. Unset: twice the rank, or 32 at every rank with scaling rslora. VeRA and DVoRA have none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
@@ -168,12 +169,13 @@ class EvaluateConfig(Section):
     """Held-out records to use, the same for all three, in order of their key's hash; those of data.validation_share are
     none of them."""
     max_records: Annotated[int, Field(ge=0), Added("0.2.0")] = 1000
-    """Where that many do not tell whether the candidate is as good as the champion, as many more are drawn from what is
-    held out as do, up to this many in all. 0 draws none."""
+    """When that many records do not show whether the candidate is as good as the champion, more held-out records are
+    used, up to this many in all. 0 uses no more."""
     folds: Annotated[int, Field(ge=1), Added("0.2.0")] = 1
-    """Parts of these records, by a hash of their ids, of which one judges at a time and the others lie in reserve."""
+    """Number of parts that these records are divided into, by a hash of their ids. One part is used at a time; the
+    others are kept in reserve."""
     decisions_per_fold: Annotated[int, Field(ge=1), Added("0.2.0")] = 20
-    """Decisions after which a part is worn out and the next one judges; after the last, the one that was used least."""
+    """Decisions after which the next part is used; after the last part, the one that was used least."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -185,22 +187,22 @@ class EvaluateConfig(Section):
     that is measured on request, or a function of yours as module:function, which is imported and run where evaluation
     runs. It is given an answer and its reference, both text, and gives a number in 0..1, more being better."""
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
-    """Passages of general text, of the 240 that come with Fineloop, on which it is measured whether a model forgets
-    what its base knows (general_loss); 0 measures none."""
+    """How many of the 240 passages of general text that come with Fineloop are used to measure forgetting
+    (general_loss); 0 is none."""
     suites: Annotated[list[SuiteName], Added("0.2.0")] = []
-    """Questions outside the domain, some 24 a suite, that base, champion and candidate answer: constraints to keep,
-    JSON to write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty asks none."""
+    """Suites of some 24 questions outside the domain, for base, champion and candidate: constraints to keep, JSON to
+    write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty: none."""
     own_answers: Annotated[int, Field(ge=0, le=48), Added("0.2.0")] = 0
-    """Prompts of no domain, of the 48 that come with Fineloop, that the base answers at temperature 1; on these answers
-    it is measured how far each model has moved from the base (kl_from_base). 0 asks none."""
+    """How many of the 48 general prompts that come with Fineloop the base answers at temperature 1; on these answers
+    each model's KL divergence from the base is measured (kl_from_base). 0 is none."""
     lm_eval: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Added("0.2.0")] = []
-    """Tasks of lm-evaluation-harness, groups or tags, that are run on base, champion and candidate and shown in the
-    report; no rule of the gate reads them. Wants fineloop[eval] where evaluation runs, and the tasks' data there."""
+    """Tasks, groups or tags of lm-evaluation-harness to run on base, champion and candidate. The report shows them;
+    no gate rule reads them. Needs fineloop[eval] and the tasks' data where evaluation runs."""
     lm_eval_limit: Annotated[Annotated[int, Field(ge=1)] | None, Added("0.2.0")] = None
-    """Documents of each task of evaluate.lm_eval, its first ones; absent takes all."""
+    """Use only the first so many documents of each task of evaluate.lm_eval. Unset: all."""
     lm_eval_include: Annotated[str, Added("0.2.0")] = ""
-    """Folder with YAML files of tasks of your own, where evaluation runs. Naming it is leave to run what code they
-    name. Empty takes none but those that lm-eval ships."""
+    """Folder with YAML files of your own tasks, where evaluation runs. Naming it allows the code that they name to
+    run. Empty: only the tasks that lm-eval ships."""
 
 
 class RunConfig(Section):

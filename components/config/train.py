@@ -29,47 +29,45 @@ class TrainConfig(Section):
     micro_batch_size: Annotated[int, Field(ge=1)] = 8
     """Records in one forward pass of one worker. batch_size must be a multiple of it times ray.num_workers."""
     max_tokens: Annotated[Annotated[int, Field(ge=0)], Added("0.2.0")] = 0
-    """Tokens in one forward pass of one worker, padding included: in a step as many records at once as stay within it,
-    and one at least, instead of micro_batch_size. So short records fill the machine where long ones are all that its
-    memory holds. 0 takes micro_batch_size."""
+    """Tokens in one forward pass of one worker, padding included, instead of micro_batch_size: as many records as
+    fit, at least one. Use it where records differ much in length. 0 uses micro_batch_size."""
     packing: Annotated[bool, Added("0.2.0")] = True
-    """Put the records of a forward pass end to end, without padding, and read once what all of them begin with, such as
-    a system message: the same losses and gradients in less time. No record sees another. It is done where the base's
-    attention allows and something is saved, and not with method.dropout."""
+    """Concatenate the records of a forward pass without padding, and read a common prefix, such as a system message,
+    once: the same losses and gradients in less time. No record attends to another. Used where the base's attention
+    allows it and it saves something; not with method.dropout."""
     group_by_length: bool = True
     """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
     dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
-    """What weights, activations and gradients are in. auto is bfloat16, and on GPUs that do not know it (T4, V100)
-    float16, with the loss scaled so that small gradients are not lost."""
+    """dtype of weights, activations and gradients. auto is bfloat16, and on GPUs without it (T4, V100) float16 with
+    loss scaling."""
     optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
-    """adamw is torch's; adamw_8bit keeps its two moments in 8 bits (bitsandbytes), half the optimizer's memory;
-    paged_adamw_8bit does so in memory that may leave the GPU while a step needs it for something else."""
+    """adamw is PyTorch's. adamw_8bit keeps the two moments in 8 bits (bitsandbytes), for half of the optimizer's
+    memory. paged_adamw_8bit also lets them be paged out to host memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled decay of the adapter's weights, DoRA's magnitudes apart; 0 decays nothing."""
+    """AdamW's decoupled weight decay, of all adapter weights but DoRA's magnitudes; 0 is none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the adapter's initial weights, the order of records and dropout."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shares out the optimizer's state among the workers, 2 the gradients too, 3 also the base."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers, 2 also the gradients, 3 also the base."""
     cpu_offload: bool = False
     """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
     dense_base: Annotated[bool | None, Added("0.2.0")] = None
-    """On CPU workers, hold the base's weights dense in what products are taken in, instead of reading them out of their
-    few bits for each product: the same steps in less time, for two or four bytes of memory a weight. Absent means where
-    memory allows, by the plan and by what is free when a worker starts."""
+    """On CPU workers, dequantise the base once instead of for each product: the same steps in less time, for two or
+    four bytes of memory a weight. Unset: where memory allows, by the plan and by what is free when a worker starts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: Annotated[bool, Added("0.2.0")] = False
-    """Keep in host memory what gradient_checkpointing recomputes from, the input of every layer: less GPU memory where
-    records are long, for a copy of it there and back in each step."""
+    """Keep the checkpointed activations, the input of each layer, in host memory: less GPU memory for long records,
+    for a copy to the host and back in each step."""
     evals_per_epoch: Annotated[int, Field(ge=0)] = 4
     """How often the loss on held-out records is measured; 0 means only at the end."""
     eval_records: Annotated[int, Field(ge=1)] = 128
-    """Held-out records that this loss is measured on: the first of those that data.validation_share sets aside. The
-    weights to keep are chosen on them, and evaluation uses others."""
+    """Validation records that this loss is measured on, the first of those that data.validation_share sets aside.
+    The checkpoint is chosen on them; evaluation uses others."""
     early_stopping_patience: Annotated[int, Field(ge=0)] = 3
     """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
