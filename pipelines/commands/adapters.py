@@ -16,7 +16,7 @@ from pipelines.commands.opened_registry import opened_registry
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
     from components.registry.aliases import Pointer
-    from components.registry.event_log import Event
+    from components.registry.event import Event
     from components.registry.store import Store
     from components.registry.versions import Version
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipelines.configs import DEFAULT_CONFIG
+
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "icd10.toml"
 HELP_WIDTH = 88
 EXIT_CODES = """exit codes:
   0  done; for a run: completed, whether the candidate was promoted or held

@@ -9,7 +9,7 @@ from components.registry import aliases, event_log, serving, versions
 from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
 from components.registry.collect import Removal
-from components.registry.event_log import Event
+from components.registry.event import Event
 from components.registry.records import finite
 from components.registry.store import Store
 from components.registry.versions import Version

@@ -5,8 +5,9 @@ import sys
 from typing import Any
 
 from components.shared.errors import UserError
-from pipelines.commands.arguments import DEFAULT_CONFIG, Answer, add_command, load_config
+from pipelines.commands.arguments import Answer, add_command, load_config
 from pipelines.commands.run import add_run_options
+from pipelines.configs import DEFAULT_CONFIG
 
 
 def add(commands: Any) -> None:

@@ -11,6 +11,7 @@ from components.config.schema import RunConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET, rayjob
 from components.shared.errors import FineloopError
+from components.step.kfp import IMAGE
 from pipelines.check import Check, check
 from pipelines.kubeflow import probe
 from pipelines.kubeflow.client import connect
@@ -188,7 +189,7 @@ def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
 
 
 def _dry_pod(cluster: Cluster, account: str, image: str) -> Iterator[Check]:
-    pod = probe.pod(cluster.namespace, account, image or "fineloop/step:0.1.0", "")
+    pod = probe.pod(cluster.namespace, account, image or IMAGE, "")
     yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", pod, "see the message")
 
 

@@ -20,7 +20,7 @@ import yaml
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import KubeflowError
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.kubeflow.compile import compile_pipeline
 

@@ -14,7 +14,7 @@ from components.config import config_file
 from components.registry import aliases, folders, signing, versions
 from components.registry.store import Store
 from pipelines import cli
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import body, fineloop
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from components.config import config_file
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.compile import compile_pipeline

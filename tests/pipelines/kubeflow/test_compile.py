@@ -15,7 +15,7 @@ from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.prepare.parameters import KEYS
 from components.shared.errors import UserError
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
 from tests.doubles.kfp_server.resolving import unresolved
 
@@ -291,7 +291,7 @@ def test_a_config_with_quotes_and_lines_is_the_default_unharmed(make_config: Cal
 def test_the_same_config_gives_the_same_bytes_in_another_process(text: str) -> None:
     code = (
         "import sys\nfrom components.config import config_file\n"
-        "from pipelines.commands.arguments import DEFAULT_CONFIG\n"
+        "from pipelines.configs import DEFAULT_CONFIG\n"
         "from pipelines.kubeflow.compile import compile_pipeline\n"
         "sys.stdout.write(compile_pipeline(config_file.load(DEFAULT_CONFIG)))"
     )

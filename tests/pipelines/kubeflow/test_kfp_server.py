@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from components.config import config_file
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline
 from tests.doubles.kfp_server.cron import Cron
 from tests.doubles.kfp_server.errors import ApiError

@@ -9,7 +9,7 @@ import pytest
 
 from components.config import config_file
 from components.shared.errors import KubeflowError
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow, connect
 from pipelines.kubeflow.package import PIPELINE, Package, Published, build, find_pipeline, publish
 from tests.doubles.kfp_server.errors import ApiError, exists

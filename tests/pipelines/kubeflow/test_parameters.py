@@ -6,7 +6,7 @@ import pytest
 
 from components.config import config_file
 from components.shared.errors import UserError
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.parameters import resolve
 
 CONFIG = config_file.load(DEFAULT_CONFIG)

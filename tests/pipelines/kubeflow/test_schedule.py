@@ -8,7 +8,7 @@ import pytest
 
 from components.config import config_file
 from components.step.kfp import IMAGE
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import package, schedule
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.execution import Execution

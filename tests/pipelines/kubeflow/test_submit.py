@@ -15,7 +15,7 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import KubeflowAway, KubeflowError
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import package, runs, submit
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.server import KfpServer

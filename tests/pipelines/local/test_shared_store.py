@@ -150,7 +150,7 @@ def test_ports_that_somebody_else_took_are_replaced(machine):
     earlier = machine.listeners(machine.processes(store_service(machine.home)))
     user.leave()
     port = int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
-    assert store_service(machine.home).down(stop_with="") in (True, False)
+    store_service(machine.home).down(stop_with="")  # it may have ended by itself with its last user
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))

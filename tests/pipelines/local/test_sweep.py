@@ -14,7 +14,7 @@ from components.registry.store import Store
 from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.shared.protocol import Line
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
 from pipelines.local.run import Place, run
 from pipelines.local.sweep import apply, changes, sweep, told, with_key
