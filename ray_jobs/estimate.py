@@ -126,7 +126,7 @@ def counted(config: RunConfig) -> Work:
         UserError: the data cannot be used, or lie where an estimate does not read them.
     """
     named = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    if any(entry.startswith("s3://") for entry in named):
+    if any(source.startswith("s3://") for source in named):
         raise UserError("the data are in S3, where an estimate does not read them")
     sources = find_sources(config.data.source)
     if sum(source.size_bytes for source in sources) > LARGEST_BYTES:

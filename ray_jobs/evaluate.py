@@ -27,7 +27,7 @@ from components.registry.signing import is_revoked
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.counted import counted
-from components.shared.errors import FineloopError, JobError, ObjectMissing
+from components.shared.errors import ConfigError, FineloopError, JobError, ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
 from ray_jobs import entry
@@ -228,13 +228,15 @@ def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Ma
     """Whether one worker cannot hold the base. Where it cannot be planned for, it is held as it was trained on."""
     from ray_jobs.planning.capacity import cluster_device, must_be_shared
     from ray_jobs.planning.rehearsal import Rehearsal
+    from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 
     if config.train.zero_stage < 3:
         return False
     try:
-        shape = base_config.load(base.path, config.model)
-        rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+        with rehearsing():
+            shape = base_config.load(base.path, config.model)
+            rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+    except (CannotRehearse, ConfigError):
         return True
     return must_be_shared(config, rehearsal, cluster_device(config, nodes))
 

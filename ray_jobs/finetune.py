@@ -23,8 +23,9 @@ from components.shared.protocol import say
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.training import splits, starting
-from ray_jobs.training.job import Stopwatch, TrainJob, train
+from ray_jobs.training.job import train
 from ray_jobs.training.standby import Standby
+from ray_jobs.training.train_job import Stopwatch, TrainJob
 
 logger = logging.getLogger(__name__)
 

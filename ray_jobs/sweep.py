@@ -37,7 +37,7 @@ with garbage.importing():
     from ray_jobs.sweeping.progress import Progress
     from ray_jobs.sweeping.told import header, row
     from ray_jobs.training import splits, train_loop
-    from ray_jobs.training.job import TrainJob
+    from ray_jobs.training.train_job import TrainJob
 
 logger = logging.getLogger(__name__)
 

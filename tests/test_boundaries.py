@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 
+import grimp
 import pytest
 
 from components.config import config_file
 from docs.generate import commands
 from pipelines import cli
-from pipelines.commands.arguments import DEFAULT_CONFIG
+from pipelines.configs import DEFAULT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
@@ -138,6 +139,15 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
     assert by_task == {"ray_jobs.sweep", "ray_jobs.candidate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    """Imports for types alone count."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    below = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while leaves := {module for module, imported in below.items() if not imported & below.keys()}:
+        below = {module: imported for module, imported in below.items() if module not in leaves}
+    assert sorted(below) == []
 
 
 def test_no_test_file_imports_another() -> None:

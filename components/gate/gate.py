@@ -9,7 +9,8 @@ from components.config.schema import RunConfig
 from components.gate import evidence
 from components.gate.policy import decide
 from components.registry import runs
-from components.registry.event_log import EventKind, append_event, events
+from components.registry.event import EventKind
+from components.registry.event_log import append_event, events
 from components.registry.history import promotion
 from components.registry.looks import looks
 from components.registry.names import version_key

@@ -15,7 +15,7 @@ from components.registry.records import StepRecord
 from components.shared.errors import FineloopError
 
 if TYPE_CHECKING:
-    from components.registry.event_log import Event
+    from components.registry.event import Event
     from components.registry.store import Store
 
 logger = logging.getLogger(__name__)

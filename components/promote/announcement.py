@@ -8,7 +8,7 @@ from components.registry import versions
 from components.registry.records import finite
 
 if TYPE_CHECKING:
-    from components.registry.event_log import Event, EventKind
+    from components.registry.event import Event, EventKind
     from components.registry.store import Store
 
 

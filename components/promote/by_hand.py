@@ -12,7 +12,7 @@ from components.shared.errors import IntegrityError, UserError
 from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
-    from components.registry.event_log import Event
+    from components.registry.event import Event
     from components.registry.store import Store
 
 

@@ -7,7 +7,7 @@ import os
 
 from components.promote.announce import announce
 from components.registry import aliases, runs, signing, watermark
-from components.registry.event_log import Event
+from components.registry.event import Event
 from components.registry.records import Decision
 from components.registry.store import Store
 from components.shared.errors import DataError

@@ -16,16 +16,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from components.registry.event_log import (
-    ID_LENGTH,
-    Body,
-    Event,
-    append_event,
-    event_sha256,
-    events,
-    read_event,
-    require_published,
-)
+from components.registry.event import Body, Event, event_sha256
+from components.registry.event_log import ID_LENGTH, append_event, events, read_event, require_published
 from components.registry.folders import find_manifest, now
 from components.registry.history import is_chain, is_override, moves, standing
 from components.registry.identity import verify_whole

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from components.registry import aliases, runs, signing, versions
 from components.registry.aliases import Pointer, read_alias
-from components.registry.event_log import Event, read_log
+from components.registry.event import Event
+from components.registry.event_log import read_log
 from components.registry.folders import Manifest, verify
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole

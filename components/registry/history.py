@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from components.registry.event_log import Event
+    from components.registry.event import Event
 
 MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 

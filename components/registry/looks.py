@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from components.registry.history import changed_nothing
 
 if TYPE_CHECKING:
-    from components.registry.event_log import Event
+    from components.registry.event import Event
 
 SAME = 0.5
 """Share of its sample that two test sets have in common when one is the other after a refresh."""

@@ -14,7 +14,7 @@ from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
-    from components.registry.event_log import Event
+    from components.registry.event import Event
     from components.registry.store import Store
     from components.registry.versions import Version
 

@@ -9,6 +9,7 @@ from components.registry.records import ROLES
 from components.report.comparison import names
 from components.report.numbers import count, moment, parse_moment
 from components.report.run_files import RunFiles
+from components.shared.answers import normal
 from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
@@ -241,7 +242,7 @@ def _turns(prompt: object) -> tuple[tuple[str, str], ...]:
 
 
 def _same(answer: str, reference: str) -> bool:
-    return " ".join(answer.split()) == " ".join(reference.split())
+    return normal(answer) == normal(reference)
 
 
 def _change(answers: Sequence[Answer]) -> str:

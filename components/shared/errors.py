@@ -3,6 +3,7 @@
 FineloopError                    exit 1: something failed that the user's input did not cause
 ├── UserError                    exit 2: the user's input is wrong, said in one message
 │   ├── ConfigError              a config key, value or combination (ValueError)
+│   │   └── Diverged             the loss of a training is no number any more
 │   ├── DataError                the data itself (ValueError)
 │   └── UnknownName              no adapter, version, alias or run of that name (ObjectMissing)
 ├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
@@ -42,6 +43,10 @@ class UserError(FineloopError):
 
 class ConfigError(UserError, ValueError):
     """A config key is unknown, has the wrong type, or contradicts another."""
+
+
+class Diverged(ConfigError):
+    """The loss of a training is no number any more, or above its start where a sweep asks for less."""
 
 
 class DataError(UserError, ValueError):

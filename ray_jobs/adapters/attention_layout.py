@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ray_jobs.base.packed import Packing
+from ray_jobs.base.packing import Packing
 
 Shape = tuple[int, int, int]
 """Of a part the batch, the tokens whose queries it has, and the tokens that those look at."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ray_jobs.adapters import attention_layout
 from ray_jobs.adapters.attention_layout import Heads, Shape
 from ray_jobs.base import float32_products
-from ray_jobs.base.packed import Packing
+from ray_jobs.base.packing import Packing
 
 LONG = 512
 """Tokens looked at, from which on the way back may round operands as the products around it do, to bfloat16: it is a

@@ -35,7 +35,7 @@ from ray_jobs.adapters import fused, fused_attention
 from ray_jobs.adapters.attention_layout import Heads
 from ray_jobs.adapters.fused import Adapted
 from ray_jobs.base import attention, float32_products
-from ray_jobs.base.packed import Packing
+from ray_jobs.base.packing import Packing
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Whose forward is the formula above."""

@@ -22,7 +22,7 @@ from ray_jobs.base.architecture import model_class
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from ray_jobs.base.packed import Packing
+    from ray_jobs.base.packing import Packing
 
 FLOAT32 = "sdpa_float32"
 RECORDS = "sdpa_records"

@@ -23,6 +23,7 @@ from ray_jobs.planning.capacity import (
 )
 from ray_jobs.planning.memory import GIB, parts_told
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
+from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,10 @@ def before_training(
     device = cluster_device(config, nodes)
     own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
-        base = base_config.load(base_folder, config.model)
-        rehearsal = Rehearsal.of(config, base)
-    except ConfigError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # a plan is no condition of training
+        with rehearsing():
+            base = base_config.load(base_folder, config.model)
+            rehearsal = Rehearsal.of(config, base)
+    except CannotRehearse as exc:  # a plan is no condition of training
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
     batch = _worst_batch(config, split)
     choice = require_fit(config, rehearsal, batch, device)
@@ -76,8 +76,9 @@ def before_training(
 def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -> int | None:
     """Memory of one worker in bytes; None for a base that cannot be planned for."""
     try:
-        rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+        with rehearsing():
+            rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
+    except (CannotRehearse, ConfigError):
         return None
     return round(chosen(config, rehearsal, _worst_batch(config, split)).parts.total)
 

@@ -25,11 +25,13 @@ from ray_jobs.base import stored_format
 from ray_jobs.base.architecture import from_config, require_causal
 from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
 from ray_jobs.planning.live_bytes import LiveBytes
+from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
 
 # arXiv:2205.05198, equation 2, without the attention matrix, which fused kernels never store: bytes that a transformer
 # layer keeps for each token and unit of its width. Only for an architecture that does not run on fake tensors.
@@ -161,8 +163,9 @@ class Rehearsal:
         key = (batch, length, checkpointing, sharded)
         if key not in self._steps:
             try:
-                self._steps[key] = self._extrapolated(*key)
-            except (RuntimeError, TypeError, ValueError, AttributeError) as exc:  # whatever such a model stumbles over
+                with rehearsing():
+                    self._steps[key] = self._extrapolated(*key)
+            except (CannotRehearse, ConfigError) as exc:
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
                 self._steps[key] = _estimate(self.stats, batch, length, checkpointing)
             if checkpointing:
@@ -175,9 +178,9 @@ class Rehearsal:
         key = (batch, length)
         if key not in self._read:
             try:
-                with torch.no_grad():
+                with rehearsing(), torch.no_grad():
                     self._read[key] = self._run(batch, length, False, min(self._period, self.stats.num_layers))[1]
-            except (RuntimeError, TypeError, ValueError, AttributeError):
+            except (CannotRehearse, ConfigError):
                 self._read[key] = LAYER_BYTES * batch * length * self.stats.width
         return self._read[key]
 

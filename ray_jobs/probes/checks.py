@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray_jobs.scoring.marks import normal
+from components.shared.answers import normal
 
 VERSION = 1
 """Rises when an answer that passed would fail, or the other way: what an earlier release has checked is asked again."""

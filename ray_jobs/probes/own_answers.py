@@ -56,7 +56,7 @@ class OwnAnswers(texts.Texts):
         if not self.new_tokens:
             return super().run(subject, found)
         if subject.role == "base":
-            answers = sample(subject.model, subject.chat, self.split, subject.batch_size, self.new_tokens)
+            answers = sample(subject.model, subject.chat, self.split, subject.batch_size, self.new_tokens, seed=SEED)
         else:
             answers = found["base"].answers
         read = self.answered(answers).run(subject, found)

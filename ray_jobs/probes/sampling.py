@@ -11,13 +11,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from components.shared.paired import Array
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
-from ray_jobs.probes.own_answers import SEED
 from ray_jobs.scoring.generation import answer_all, generated
 
 
 @torch.inference_mode()
 def sample(
-    model: Any, chat: ChatFormat, prompts: TokenizedSplit, batch_size: int, max_new_tokens: int
+    model: Any, chat: ChatFormat, prompts: TokenizedSplit, batch_size: int, max_new_tokens: int, *, seed: int = 0
 ) -> list[list[int]]:
     """An answer to each prompt, with the stop that ends it, or cut after `max_new_tokens`.
 
@@ -27,7 +26,7 @@ def sample(
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         asked = [prompts.prompt(index) for index in indices]
-        chances_BN = np.stack([chances(prompts.ids[index], max_new_tokens) for index in indices])
+        chances_BN = np.stack([chances(prompts.ids[index], max_new_tokens, seed) for index in indices])
         drawing = LogitsProcessorList([Drawing(chances_BN, begun=max(map(len, asked)))])
         found = generated(model, chat, asked, max_new_tokens, logits_processor=drawing)
         for index, row in zip(indices, found.tolist(), strict=True):
@@ -37,10 +36,10 @@ def sample(
     return result
 
 
-def chances(prompt_id: str, count: int) -> Array:
+def chances(prompt_id: str, count: int, seed: int = 0) -> Array:
     """A prompt's random numbers in [0, 1), one for each token of its answer."""
     # Of numpy's streams of random numbers, this one stays as it is in every release (NEP 19).
-    return np.random.RandomState([SEED, int(prompt_id)]).random_sample(count)
+    return np.random.RandomState([seed, int(prompt_id)]).random_sample(count)
 
 
 def draw(logits_BV: torch.Tensor, chances_B: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from components.registry.records import PairedDifference
+from components.shared.answers import label, normal
 from components.shared.metrics import Metric, metric_of
 from components.shared.paired import Pairs, bounds
-from ray_jobs.scoring.marks import label, normal
 
 MAX_CLASSES = 30
 OTHER = "(another answer)"

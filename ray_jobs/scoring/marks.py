@@ -5,11 +5,11 @@ import json
 import math
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
+from components.shared.answers import label, normal
 from components.shared.errors import ConfigError, DataError
 
 Mark = Callable[[str, str], float]
@@ -68,16 +68,6 @@ def named(keys: Iterable[str]) -> dict[str, Mark]:
         ConfigError: there is no such function here.
     """
     return {key: MARKS.get(key) or _own(key) for key in keys if key in MARKS or ":" in key}
-
-
-def normal(text: str) -> str:
-    """One Unicode form, single spaces, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def label(text: str) -> str:
-    """What makes an answer the same class as another: neither case, nor punctuation and white space around it."""
-    return normal(text).strip(string.punctuation + " ").casefold()
 
 
 def _own(key: str) -> Mark:

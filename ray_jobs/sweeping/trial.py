@@ -23,7 +23,7 @@ from components.config.schema import RunConfig
 from components.registry.records import Role, TextLosses
 from components.registry.store import Store
 from components.registry.sweep_records import Trial
-from components.shared.errors import ConfigError
+from components.shared.errors import Diverged
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.held_base import HeldBase
@@ -33,15 +33,11 @@ from ray_jobs.base.packed import records_nll
 from ray_jobs.probes.texts import Texts
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
-from ray_jobs.training.job import TrainJob
+from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.worker import fit
 
 ENDING_S = 60
 """How long a trial that is stopped may take to let go of what it holds, before its process is given up for another."""
-
-
-class Diverged(Exception):
-    """The loss is above its start, or no number."""
 
 
 @dataclass
@@ -186,10 +182,6 @@ def train_trial(
     try:
         adapted, _, _ = fit(config, job, worker, store, train_split, validation, report=hear, load=load)
     except Diverged as exc:
-        return course.record(status="diverged", loss=None, why=str(exc))
-    except ConfigError as exc:
-        if "training diverged" not in str(exc):
-            raise
         return course.record(status="diverged", loss=None, why=str(exc))
     nll = measure(adapted)
     if reads:

@@ -1,59 +1,17 @@
-"""What each Ray Train worker is given. Ray Train's controller reads it too, and waits for what this imports: little."""
+"""The training function of Ray Train. Its controller imports this as well and waits for it, so it imports little."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.config.ray import MatmulDtype
-from components.registry import lineage
-from components.registry.records import Took
-from components.registry.versions import Version
 from components.shared import garbage
 from components.shared.errors import JobError
 from ray_jobs.training import standby
+from ray_jobs.training.train_job import TrainJob
 
 if TYPE_CHECKING:
     from ray_jobs.adapters.held_base import HeldBase
-
-
-@dataclass
-class Stopwatch:
-    """What passes before the first step, one part after the other, in whichever process each of them passes."""
-
-    began: float = field(default_factory=time.time)
-    """Seconds since the epoch, which processes and machines agree on."""
-    parts: list[Took] = field(default_factory=list)
-
-    def lap(self, part: str) -> None:
-        """The part that ends now."""
-        passed = sum(each.seconds for each in self.parts)
-        self.parts.append(Took(part=part, seconds=round(time.time() - self.began - passed, 3)))
-
-    @property
-    def began_at(self) -> str:
-        """ISO 8601, in UTC."""
-        return datetime.fromtimestamp(self.began, UTC).isoformat()
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs, small enough to travel to each of them."""
-
-    config_toml: str
-    run_id: str
-    dataset: lineage.Dataset
-    base: lineage.Base
-    """The identity that the driver resolved; each worker finds the files on its own machine."""
-    pad: int
-    dense_base: bool = False
-    """The plan has workers hold the base dense, where memory is free for it when they start."""
-    start: Version | None = None
-    """The version that the training goes on from; None begins afresh."""
-    started: lineage.Started = lineage.NOBODY_SAID
-    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from components.config.schema import RunConfig, TrainConfig
 from components.registry.store import Store
-from components.shared.errors import ConfigError
+from components.shared.errors import Diverged
 from ray_jobs.base import packed
 from ray_jobs.base.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
@@ -237,6 +237,6 @@ def take_step(
 
 def _require_finite(loss: float, *, step: int, learning_rate: float) -> None:
     if not math.isfinite(loss):
-        raise ConfigError(
+        raise Diverged(
             f"training diverged: the loss at step {step} is {loss}; lower train.learning_rate, now {learning_rate:g}"
         )

@@ -32,8 +32,8 @@ from ray_jobs.base import architecture, base_config, base_model, chat_format, pr
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
-from ray_jobs.training.job import TrainJob
 from ray_jobs.training.model_card import model_card
+from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from components.registry.aliases import Cause, promote, read_alias, rollback
-from components.registry.event_log import Event, events
+from components.registry.event import Event
+from components.registry.event_log import events
 from components.registry.history import moves
 from components.registry.store import Store
 from components.registry.versions import publish_version, resolve, verify_version

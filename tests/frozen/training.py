@@ -31,8 +31,8 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.group import Worker
-    from ray_jobs.training.job import TrainJob
     from ray_jobs.training.splits import of_dataset
+    from ray_jobs.training.train_job import TrainJob
     from tests.frozen.config_to_come import to_come
 
     started_at = datetime.now(UTC)

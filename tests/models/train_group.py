@@ -172,7 +172,7 @@ def fit_in_rank(
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training.group import Worker
-    from ray_jobs.training.job import TrainJob
+    from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit
 
     base = base_model.resolve(config.model)

@@ -19,7 +19,7 @@ from components.promote import http_api
 from components.promote.announce import announce
 from components.promote.webhook import signature
 from components.registry import aliases, runs, versions
-from components.registry.event_log import Event
+from components.registry.event import Event
 from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.shared.errors import ConfigError

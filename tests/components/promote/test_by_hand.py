@@ -10,7 +10,7 @@ from components.promote.by_hand import (
     roll_back_by_hand,
 )
 from components.registry import aliases, event_log, runs, versions
-from components.registry.event_log import EventKind
+from components.registry.event import EventKind
 from components.registry.records import Decision, Evaluation, Measured
 from components.registry.store import Store
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError

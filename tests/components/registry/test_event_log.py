@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from components.registry.audit import audit
-from components.registry.event_log import EventKind, append_event, events
+from components.registry.event import EventKind
+from components.registry.event_log import append_event, events
 from components.registry.looks import looks
 from components.registry.store import Store
 

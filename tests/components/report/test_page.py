@@ -11,6 +11,8 @@ from components.registry.records import RuleResult, StepRecord
 from components.report.html import TEMPLATES
 from components.report.page import build_report
 from components.report.run_files import RunFiles
+from components.report.sections import samples
+from ray_jobs.scoring.marks import exact_match
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CHAMPION
 
@@ -261,6 +263,17 @@ def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
     assert text.count("▲ newly right") == 2
     assert text.count("▼ newly wrong") == 1
     assert "(empty answer)" in text
+
+
+def test_a_sample_is_right_as_the_metric_counts_it() -> None:
+    """In another Unicode form too: an e with an accent is one code point, or two."""
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    sample = {**run.evaluation.samples[0], "reference": "\u00c9pilepsie", "candidate": "E\u0301pilepsie"}
+    (shown, *_) = samples(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
+    (said,) = [answer for answer in shown.answers if answer.role == "candidate"]
+    assert said.right
+    assert exact_match(sample["candidate"], sample["reference"]) == 1
 
 
 def test_a_conversation_shows_who_spoke_and_a_long_text_is_cut() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ray_jobs.adapters import fused_attention
 from ray_jobs.adapters.attention_layout import Heads
-from ray_jobs.base.packed import Packing
+from ray_jobs.base.packing import Packing
 
 HEADS = Heads(queries=6, keys=2, scaling=0.3)
 PACKINGS = {

@@ -33,7 +33,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from ray_jobs.base.batching import tokenize
     from ray_jobs.probes import general_text
     from ray_jobs.sweeping.trial import Course, train_trial
-    from ray_jobs.training.job import TrainJob
+    from ray_jobs.training.train_job import TrainJob
 
     first = config_file.loads(configs[0])
     base = base_model.resolve(first.model)

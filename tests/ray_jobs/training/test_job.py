@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from components.registry import lineage
-from ray_jobs.training.job import Stopwatch, TrainJob
+from ray_jobs.training.train_job import Stopwatch, TrainJob
 
 ROOT = Path(__file__).parents[3]
 

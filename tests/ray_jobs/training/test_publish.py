@@ -14,7 +14,7 @@ from ray_jobs.base import base_model
 from ray_jobs.training import worker
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
-from ray_jobs.training.job import TrainJob
+from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES

@@ -18,7 +18,7 @@ from ray_jobs.base import base_model
 from ray_jobs.training import starting, worker, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
-from ray_jobs.training.job import TrainJob
+from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group

@@ -1,0 +1,46 @@
+"""What each worker of a training is given."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from components.registry import lineage
+from components.registry.records import Took
+from components.registry.versions import Version
+
+
+@dataclass
+class Stopwatch:
+    """What passes before the first step, one part after the other, in whichever process each of them passes."""
+
+    began: float = field(default_factory=time.time)
+    """Seconds since the epoch, which processes and machines agree on."""
+    parts: list[Took] = field(default_factory=list)
+
+    def lap(self, part: str) -> None:
+        """The part that ends now."""
+        passed = sum(each.seconds for each in self.parts)
+        self.parts.append(Took(part=part, seconds=round(time.time() - self.began - passed, 3)))
+
+    @property
+    def began_at(self) -> str:
+        """ISO 8601, in UTC."""
+        return datetime.fromtimestamp(self.began, UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs, small enough to travel to each of them."""
+
+    config_toml: str
+    run_id: str
+    dataset: lineage.Dataset
+    base: lineage.Base
+    """The identity that the driver resolved; each worker finds the files on its own machine."""
+    pad: int
+    dense_base: bool = False
+    """The plan has workers hold the base dense, where memory is free for it when they start."""
+    start: Version | None = None
+    """The version that the training goes on from; None begins afresh."""
+    started: lineage.Started = lineage.NOBODY_SAID
+    watch: Stopwatch = field(default_factory=Stopwatch)
