@@ -36,7 +36,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             bucket: the registry's bucket.
             prefix: its folder in the bucket.
             trusted_keys: public keys; where there are any, one of them must have signed the version.
-            announce: the config's section announce: whom the move is told to.
+            announce: the config's section announce: servers to notify.
         """
         moved = move_by_hand(
             adapter_name=adapter_name,

@@ -66,7 +66,7 @@ def new_run_id(adapter: str) -> str:
 
 
 def started(environment: Mapping[str, str], ray_job_id: str) -> Started:
-    """As what Ray runs this driver, and for whom.
+    """As which job Ray runs this driver, and for which user.
 
     Ray's Jobs API hands an entry point the metadata of its submission (ray/dashboard/modules/job/job_supervisor.py);
     whoever runs the module by hand has none.

@@ -236,7 +236,7 @@ def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
 
 
 def _path(where: Sequence[str | int]) -> str:
-    """The key at a location, dotted; pydantic tells of each branch of a union, and people know of none."""
+    """The key at a location, dotted; pydantic names each branch of a union, which people do not know."""
     parts: list[str] = []
     for depth, part in enumerate(where):
         field = _located(where[:depth])[0]

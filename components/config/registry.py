@@ -1,4 +1,4 @@
-"""Where the registry lies, and whom it trusts."""
+"""Where the registry lies, and which keys it trusts."""
 
 import base64
 from typing import Annotated

@@ -27,7 +27,7 @@ TEXTS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Compared:
-    """Candidate and another model, of whom a rule asks something."""
+    """The candidate and another model, which a rule compares."""
 
     evaluation: Evaluation
     evidence: Evidence
@@ -41,7 +41,7 @@ class Compared:
 
     @property
     def amounts(self) -> Metric:
-        """What differences are told in."""
+        """The unit of differences."""
         return RELATIVE if self.relative else self.metric
 
     @property

@@ -104,7 +104,7 @@ def dataset_id(train: Iterable[Record], evaluation: Iterable[Record]) -> str:
 
 
 def _identity(record: Record) -> list[Any]:
-    """What tells records apart."""
+    """The identity of a record."""
     turns = [turn.as_json() for turn in record.prompt]
     # A dataset without any of them is named as by a release that knew nothing of them.
     tools = [record.calls, record.tools] if record.calls or record.tools or record.group else []

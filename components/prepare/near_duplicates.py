@@ -1,4 +1,4 @@
-"""Which prompts hardly differ from one that is held out, so that to train on them tells what is to be judged; pure.
+"""Training prompts that hardly differ from a held-out one, and so would leak it; pure.
 
 Found exactly, and not by MinHash: with what is held out on one side, prefix filtering leaves few pairs to compare
 (Bayardo, Ma and Srikant, Scaling Up All Pairs Similarity Search, WWW 2007, section 4.3).
@@ -17,7 +17,7 @@ Shingles = npt.NDArray[np.uint64]
 CHARS = 5
 ROUNDING = 1e-9
 COMMON, COMMON_AT_LEAST = 0.05, 3
-"""What stands in more than this share of the held-out prompts, and in more than so many, tells none from another."""
+"""What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
 FACTORS: Shingles = np.array(
     [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5],
     dtype=np.uint64,

@@ -31,7 +31,7 @@ secrets are."""
 def announce(
     config: AnnounceConfig, store: "Store", name: str, event: "Event", environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Tell whom the config names; returns for each key of it `TOLD`, or why it could not be told."""
+    """Notify the servers that the config names; returns for each key of it `TOLD`, or why that failed."""
     addresses = {key: address for key, address in config if address}
     outcomes: dict[str, str] = {}
     for key, address in addresses.items():
@@ -45,7 +45,7 @@ def announce(
 
 
 def untold(steps: Iterable[StepRecord]) -> dict[str, str]:
-    """Whom the steps of a run could not tell of its promotion, by the key of the config, and why."""
+    """Notifications of a run's promotion that failed, by the key of the config, with the reason."""
     announced = {key: why for step in steps for key, why in step.result.get("announced", {}).items()}
     return {key: why for key, why in announced.items() if why != TOLD}
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Announcement:
-    """What is told. Text that nobody recorded is empty."""
+    """The content of a notification. Text that was not recorded is empty."""
 
     event_id: str
-    """The same whenever the move is told again."""
+    """The same whenever the notification is repeated."""
     kind: "EventKind"
     time: str
     """ISO 8601, in UTC."""
@@ -47,7 +47,7 @@ class Announcement:
 
 
 def announcement(store: "Store", name: str, event: "Event") -> Announcement:
-    """What there is to tell of a move of one of the adapter's aliases.
+    """The notification of a moved alias.
 
     Raises:
         StoreError: the version cannot be read.

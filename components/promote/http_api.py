@@ -1,4 +1,4 @@
-"""JSON over HTTP to whoever is told of a promotion: few tries, short waits, nothing that can hold a run up."""
+"""JSON over HTTP for notifications: few tries, short waits, nothing that can hold a run up."""
 
 import time
 from collections.abc import Mapping

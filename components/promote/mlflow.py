@@ -1,4 +1,4 @@
-"""A move of an alias, told to an MLflow server over its REST API (mlflow.org/docs/latest/rest-api.html, 2.0).
+"""Notifying an MLflow server of a moved alias, over its REST API (mlflow.org/docs/latest/rest-api.html, 2.0).
 
 MLflow's own client is a dozen packages, which the image of a step would carry for these few calls.
 """

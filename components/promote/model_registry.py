@@ -1,4 +1,4 @@
-"""A move of an alias, told to a Kubeflow Model Registry over its REST API (kubeflow/hub, api/openapi).
+"""Notifying a Kubeflow Model Registry of a moved alias, over its REST API (kubeflow/hub, api/openapi).
 
 Its Python client configures logging and patches asyncio for the whole process, and waits without an end. The registry
 knows no aliases: each is a property of the registered model, whose value is the version.

@@ -18,7 +18,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
 
     `decision_sha256` is that of the record that the gate wrote; no other is obeyed. The version is signed for it where
-    the environment holds a key. Then the move is announced to whom the config names.
+    the environment holds a key. Then the servers that the config names are notified.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.

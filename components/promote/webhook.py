@@ -17,7 +17,7 @@ SECRET = "FINELOOP_WEBHOOK_SECRET"
 def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     """Post it, signed where the environment holds a secret.
 
-    A receiver that is told twice knows it by X-Fineloop-Delivery, the event's id.
+    A receiver recognises a repeated notification by X-Fineloop-Delivery, the event's id.
 
     Raises:
         AnnounceError: the receiver is away, or did not take it.

@@ -34,7 +34,7 @@ class KueueQueue:
 def waits_for(workloads: Sequence[Resource]) -> str:
     """What the newest workload of a job says: why it was put back, and why it is not let in.
 
-    A request that never fits reads "request > maximum capacity", one that was preempted by whom.
+    A request that never fits reads "request > maximum capacity"; a preempted one names what took its place.
     """
     if not workloads:
         return QUOTA

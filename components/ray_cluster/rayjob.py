@@ -72,7 +72,7 @@ class RayJobs:
             self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
-        """Watch it, tell what changes, and copy its log."""
+        """Watch it, report changes, and copy its log."""
         watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
         job_log, running_on, queue = JobLog(self._api, job_id, log), "", KueueQueue(self._api)
         found = watched.wait(0)

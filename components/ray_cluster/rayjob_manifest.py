@@ -103,7 +103,7 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
 
 
 def rayjob_name(job: Job, attempt: int) -> str:
-    """A DNS label of at most 47 characters; what does not fit or is not allowed in one is told apart by a hash."""
+    """A DNS label of at most 47 characters; what does not fit or is not allowed in one is replaced by a hash."""
     plain = f"fineloop-{job.run_id}-{job.task}"
     slug = _slug(plain)
     if slug == plain and len(f"{slug}-{attempt}") <= MAX_NAME:

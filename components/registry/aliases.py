@@ -3,7 +3,7 @@
 An alias is one small object that names a version and the sha256 of its manifest; it moves only by compare-and-swap.
 The swap is the commit: the pointer carries the whole event that moved it, so when the writer dies before the event is
 in the log, whoever runs the move again, or makes the next one, writes it. Each move names the one before it by sha256
-and the one that a rollback returns to: from the pointer, which only compare-and-swap changes, the way back is known.
+and the one that a rollback returns to: the pointer, which only compare-and-swap changes, leads to that version.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why an alias moves, and by whom; the event keeps all of it."""
+    """Why an alias moves, and who moves it; the event keeps all of it."""
 
     run_id: str = ""
     """The run that moves it; empty for a person."""

@@ -107,7 +107,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
 def remove(store: Store, removal: Removal) -> bool:
     """Carry one out; False where an alias, or a run that began meanwhile, may have come to need it.
 
-    Of a version the log is told first. What makes a folder exist goes next, and then the rest: no reader sees a part.
+    A version's removal is logged first. What makes a folder exist goes next, and then the rest: no reader sees a part.
     """
     if removal.kind == "checkpoints":
         store.delete(removal.keys)

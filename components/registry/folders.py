@@ -289,7 +289,7 @@ def beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch) / "folder"  # unlike the scratch folder itself, readable by whom the umask lets
+        folder = Path(scratch) / "folder"  # unlike the scratch folder itself, readable as the umask allows
         folder.mkdir()
         yield folder
 

@@ -39,7 +39,7 @@ def remembered(
     """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
 
     What `read` says must never change. Ids of which it says None are left out, and asked for again the next time.
-    `is_so` tells whether the index's value of an id can be what `read` would say; else that is asked.
+    `is_so` decides whether the index's value of an id can be what `read` would say; else that is asked.
     """
     wanted = list(ids)
     indexed = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}

@@ -80,7 +80,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Started:
-    """By whom, and as what, a training was started; empty where nobody said."""
+    """Who started a training, and as which run and job; empty where unknown."""
 
     user: str = ""
     """Whose process submitted it: an account's name, never what proves it."""
@@ -174,7 +174,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor's model as Linux tells it, else its architecture."""
+    """The processor's model as Linux names it, else its architecture."""
     try:
         described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

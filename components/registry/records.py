@@ -237,7 +237,7 @@ class SliceResult(Part):
 
 
 class RuleResult(Part):
-    """One rule of the gate as it was applied, with the words that tell of it."""
+    """One rule of the gate as it was applied, with its wording."""
 
     name: str
     field: str
@@ -267,11 +267,11 @@ class RuleResult(Part):
     confidence: float | None = None
     passed: bool
     undecided: bool = False
-    """Neither passed nor failed: the records do not tell."""
+    """Neither passed nor failed: the records do not decide it."""
     needs_approval: bool = False
     """Whether it is a person who lets it pass."""
     records_needed: int | None = None
-    """Of an undecided rule, how many records would tell; None where no number is worth naming."""
+    """Of an undecided rule, how many records would decide it; None where no number is worth naming."""
     slices: tuple[SliceResult, ...] = ()
     """Of the rule that judges them, those that were judged, the worst first."""
     text: str

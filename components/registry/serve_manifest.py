@@ -1,4 +1,4 @@
-"""What a server of LoRA adapters is told so that it serves versions: three servers, each in its own words.
+"""Manifests for servers of LoRA adapters: three servers, each in its own words.
 
 A version is served under its own id and never an alias's: vLLM answers from the prefixes that it cached of an earlier
 adapter of the same name (vllm-project/vllm#42125), so that moving an alias is asking for another name.

@@ -56,7 +56,7 @@ def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serv
 
 
 def recorded(lineage: Mapping[str, Any]) -> Serving:
-    """What a version's lineage says of its serving; a lineage from before that was recorded still tells the kind."""
+    """What a version's lineage says of its serving; an older lineage still has the kind."""
     recipe = lineage["recipe"]
     if "serving" in recipe:
         return Serving(**recipe["serving"])

@@ -61,7 +61,7 @@ class Store:
         field: str = "registry.bucket",
         trusted_keys: Sequence[str] = (),
     ) -> None:
-        """`field` is what an error message tells the user to change when the bucket does not exist."""
+        """`field` is the config key that an error message names when the bucket does not exist."""
         self.trusted_keys = tuple(trusted_keys)
         """Public keys one of which must have signed a version before an alias moves to it or anybody fetches it."""
         self.bucket = bucket

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "FINELOOP_LORA_CONFIG"
-"""A config whose section `registry` says where the registry lies and whom it trusts; without it, the default's."""
+"""A config whose section `registry` names the registry and the keys that it trusts; without it, the default's."""
 ANY_VARIABLE = "FINELOOP_LORA_ANY_VERSION"
 """1 serves what no alias points at and none ever held, such as a version that the gate refused."""
 NAME = "fineloop"

@@ -1,4 +1,4 @@
-"""Kubeflow step: one page that tells the whole run, however it ended."""
+"""Kubeflow step: one page about the whole run, however it ended."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ def find_afresh(store: "Store", run: RunFiles) -> Afresh | None:
         return None
     try:
         return _like(store, run.adapter, run.lineage, run.evaluation)
-    except IntegrityError:  # an audit tells; the report is of this run
+    except IntegrityError:  # an audit reports it; this report is of the run
         return None
 
 

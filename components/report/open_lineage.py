@@ -1,4 +1,4 @@
-"""A run as OpenLineage tells it (openlineage.io, spec 2-0-2): that it began and how it ended, from what and to what.
+"""A run as OpenLineage events (openlineage.io, spec 2-0-2): that it began and how it ended, from what and to what.
 
 OpenLineage's own client sends it, to where its variables say: OPENLINEAGE_URL and OPENLINEAGE_API_KEY, or the file that
 OPENLINEAGE_CONFIG names. Both events go when the run has ended: only then it is known what its version was made from.
@@ -30,7 +30,7 @@ PRODUCER = "urn:fineloop"
 
 
 def tell(config: RunConfig, store: Store, run: RunFiles) -> None:
-    """Send that the run began and how it ended, where somebody wants to be told; a warning where that does not work."""
+    """Send that the run began and how it ended, where a server is configured; a warning where that fails."""
     if not any(os.environ.get(name) for name in CONFIGURED_BY):
         return
     try:

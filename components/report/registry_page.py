@@ -22,7 +22,7 @@ PAGES = "pages/"
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
-"""Parts of the lineage that a change from one version to the next is told of."""
+"""Parts of the lineage whose changes between versions are shown."""
 HAPPENED = {
     "published": "published",
     "promoted": "promoted by its run or by a person",
@@ -78,7 +78,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Listed:
-    """What the list of adapters tells of one."""
+    """An adapter in the list of adapters."""
 
     name: str
     in_production: str
@@ -89,7 +89,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class AdapterPage:
-    """What the page of one adapter tells, newest first."""
+    """The page of one adapter, newest first."""
 
     name: str
     pointer: "Pointer | None"
@@ -110,7 +110,7 @@ class AdapterPage:
 
 
 def list_adapter(store: "Store", name: str) -> Listed:
-    """Read what the list tells of the adapter; a damaged alias is told as one."""
+    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
     num_versions = len(versions.version_ids(store, name))
     try:
         pointer = read_alias(store, name, PRODUCTION)
@@ -140,7 +140,7 @@ def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
 
 
 def read_adapter(store: "Store", name: str) -> AdapterPage:
-    """Read what the page of the adapter tells.
+    """Read what the page of the adapter shows.
 
     Raises:
         IntegrityError: the alias is damaged.
@@ -263,7 +263,7 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
 def _lineage(store: "Store", name: str, version: str) -> Mapping[str, Any]:
     try:
         return versions.read_lineage(store, versions.resolve(store, f"{name}@{version}"))
-    except (IntegrityError, ObjectMissing):  # an audit tells; the page shows what there is
+    except (IntegrityError, ObjectMissing):  # an audit reports it; the page shows what there is
         return {}
 
 

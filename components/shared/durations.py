@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def estimated_duration(seconds: float) -> str:
-    """An estimated one, told no finer than it is known: in whole seconds below 90, else in whole minutes."""
+    """An estimated one, no finer than it is known: in whole seconds below 90, else in whole minutes."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -14,7 +14,7 @@ FineloopError                    exit 1: something failed that the user's input 
 ├── JobError                     a Ray job ended without success (RuntimeError)
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
 │   └── KubeflowAway             it could not be reached just now; asking again may help
-├── AnnounceError                whom a move of an alias is told to is away, or refuses (RuntimeError)
+├── AnnounceError                a server to notify of a moved alias is away, or refuses (RuntimeError)
 └── GroundError                  the local store or Ray head could not be started (RuntimeError)
 
 To add one: subclass the branch that sets its exit code, keep `__init__` to one message so that it survives pickling
@@ -97,7 +97,7 @@ class KubeflowAway(KubeflowError):
 
 
 class AnnounceError(FineloopError, RuntimeError):
-    """A server that is told of a move of an alias was away, or answered otherwise than with success."""
+    """A server to notify of a moved alias was away, or answered otherwise than with success."""
 
 
 class GroundError(FineloopError, RuntimeError):

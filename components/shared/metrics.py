@@ -38,7 +38,7 @@ class Metric:
     of_prompts: bool = False
     """Whether it says how much answers depend on their prompts."""
     differs_in_points: bool = True
-    """Whether differences of a share are told in points, and not in per cent."""
+    """Whether differences of a share are shown in points, and not in per cent."""
     on_request: bool = False
     """Whether it is measured only where the config names it."""
     probe: str = ""
@@ -207,7 +207,7 @@ RELATIVE = Metric(
     is_share=True,
     differs_in_points=False,
 )
-"""What differences are told in where margins are relative."""
+"""The unit of differences where margins are relative."""
 OWN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 """How a config names a metric of its own: the function's import path."""
 

@@ -169,7 +169,7 @@ def least_loss(records: int, margin: float, confidence: float) -> int | None:
 
 
 def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
-    """How many records would tell in four cases of five, if the gain is what it is here, on which side of `required`.
+    """How many records would decide in four cases of five, if the gain is what it is here, on which side of `required`.
 
     None where the gain is so near to it that no number of records is worth naming.
     """

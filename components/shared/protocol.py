@@ -91,7 +91,7 @@ def end_of(log: str, text: str) -> int | None:
 
 
 def find_failure(log: str) -> Failure | None:
-    """The last failure that a log tells of."""
+    """The last failure in a log."""
     for text in reversed(log.splitlines()):
         line = parse_line(text)
         if line is not None and line.failure is not None:

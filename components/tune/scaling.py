@@ -1,4 +1,4 @@
-"""Where the best rate may lie after rank, batch size or data have changed: advice, until a sweep tells."""
+"""Where the best rate may lie after rank, batch size or data have changed: advice, until a sweep measures it."""
 
 import math
 from collections.abc import Sequence

@@ -200,7 +200,7 @@ def _rollback(options: argparse.Namespace) -> Answer:
 
 
 def _moved(options: argparse.Namespace, store: "Store", name: str, before: "Pointer | None", event: "Event") -> Answer:
-    """The move, told to whom the config names; none where the alias was there before."""
+    """Print the move, and notify the servers that the config names; not where the alias was there before."""
     from components.promote.announce import announce
     from pipelines.commands.registry_answers import move_shown
 

@@ -38,7 +38,7 @@ class Recorded:
         return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
 
     def untold(self) -> dict[str, str]:
-        """Whom a promotion could not be announced to, and why."""
+        """Notifications of the promotion that failed, and why."""
         nothing: list[StepRecord] = []
         return untold(self._read(runs.steps, nothing))
 

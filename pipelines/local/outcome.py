@@ -38,7 +38,7 @@ class Outcome:
     store: dict[str, str]
     timings_s: dict[str, float]
     untold: dict[str, str] = field(default_factory=dict)
-    """Whom a promotion could not be announced to, and why."""
+    """Notifications of the promotion that failed, and why."""
 
     def as_json(self) -> dict[str, Any]:
         """The object, with the keys that scripts rely on."""

@@ -18,7 +18,7 @@ CLOCK_SKEW = timedelta(days=1)
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made where it is missing, and closed to everybody but its owner.
+    """The folder, made where it is missing, and closed to all users but its owner.
 
     Raises:
         UserError: it cannot be made or written.

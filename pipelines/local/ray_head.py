@@ -39,7 +39,7 @@ PORT_FLAGS = (
 # (session_2026-11-25_00-44-43_123456_4194304/sockets/plasma_store).
 LONGEST_TEMP_DIR = 40
 RAY_DIR = "ray"
-"""Ray lets everybody write in this part of the temporary directory, and only the owner may enter what holds it."""
+"""Ray makes this part of the temporary directory writable for all users; only the owner may enter its parent."""
 
 
 @dataclass(frozen=True)

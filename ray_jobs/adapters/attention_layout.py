@@ -60,12 +60,12 @@ class Rows:
         return self._by_keys(x_NSKD).reshape(-1, x_NSKD.shape[-1])
 
     def together(self, flat: Tensor) -> Tensor:
-        """The way back from the queries."""
+        """The inverse of `queries`."""
         by_keys = flat.view(self.num_records, self.heads.keys, self.num_tokens, self.heads.per_key, -1)
         return by_keys.transpose(1, 2).reshape(self.num_records, self.num_tokens, self.heads.queries, -1)
 
     def gradients(self, flat: Tensor) -> Tensor:
-        """The way back from all."""
+        """The inverse of `apart`."""
         heads = self.heads.queries + 2 * self.heads.keys
         found = flat.new_empty(self.num_records, self.num_tokens, heads, flat.shape[-1])
         for of_row, of_part in self._pairs(found, flat):
@@ -98,9 +98,9 @@ class Packed:
     behind: Tensor
     """Which of the queries are behind a record."""
     back: Tensor
-    """The way back from the queries: (T, K)."""
+    """The inverse of `queries`: (T, K)."""
     all_back: Tensor
-    """The way back from all: (T, X)."""
+    """The inverse of `apart`: (T, X)."""
 
     def apart(self, qkv_NSXD: Tensor) -> Tensor:
         """What parts are made of."""
@@ -111,11 +111,11 @@ class Packed:
         return x_NSKD.reshape(-1, x_NSKD.shape[-1]).index_select(0, self.of_queries).index_fill_(0, self.behind, 0)
 
     def together(self, flat: Tensor) -> Tensor:
-        """The way back from the queries."""
+        """The inverse of `queries`."""
         return flat.index_select(0, self.back).view(1, -1, self.heads.queries, flat.shape[-1])
 
     def gradients(self, flat: Tensor) -> Tensor:
-        """The way back from all: every record has looked at the common beginning, which has its own besides."""
+        """The gradient of `apart`: every record attended to the common prefix, which has its own gradient besides."""
         K, G, C = self.heads.queries, self.heads.keys, self.common
         found = flat.index_select(0, self.all_back).view(1, -1, K + 2 * G, flat.shape[-1])
         batch, tokens, looked_at = self.shapes[0]

@@ -143,7 +143,7 @@ class DvoraLinear(VeraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base's weight, each as `forward` adds it.
 
-        What was added is kept until it is unmerged: the merged weight no longer tells the norm.
+        What was added is kept until it is unmerged: the norm cannot be recovered from the merged weight.
 
         Raises:
             ValueError: with `safe_merge`, the merged weight holds numbers that are not finite.

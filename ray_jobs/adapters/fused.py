@@ -3,7 +3,7 @@
 peft's layers take the same product in eight steps, each of which reads or writes a whole activation, and round four
 times on the way to 16 bits; here the update is added to the base's product in place, and rounded once with it. What is
 trained, stored and published is peft's own. What a layer cannot do this way it does peft's: DoRA and other variants,
-dropout, several adapters at once, weights that ZeRO-3 shards, and on GPUs what keeps nothing for a way back: there
+dropout, several adapters at once, weights that ZeRO-3 shards, and on GPUs what keeps nothing for a backward pass: there
 bitsandbytes multiplies the one token of an answer with four bits as they are.
 
 Shapes: I input, O output, R rank, T tokens.

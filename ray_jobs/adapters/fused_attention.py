@@ -1,4 +1,4 @@
-"""Attention with its way back, as the fused layer calls it: of records in rows, or packed in one row.
+"""Attention, forward and backward, as the fused layer calls it: of records in rows, or packed in one row.
 
 PyTorch's kernel takes each record's each head by itself: of short records products of 30 by 40 numbers, which take
 longer to begin than to do. Here the heads that share keys are rows of one product, and all records are taken at once,
@@ -20,8 +20,8 @@ from ray_jobs.base import float32_products
 from ray_jobs.base.packing import Packing
 
 LONG = 512
-"""Tokens looked at, from which on the way back may round operands as the products around it do, to bfloat16: it is a
-third of a step by then, and transformers rounds on both ways."""
+"""From so many tokens on the backward pass may round operands to bfloat16, as the products around it do: it is a third
+of a step by then, and transformers rounds forward and backward."""
 BLOCK = 2**20
 """Scores that a thread has at a time: 4 MiB, about its cache."""
 TOKENS = 64

@@ -104,7 +104,7 @@ class Products:
         return found
 
     def joined(self, *, on_the_way_back: bool = False) -> Joined:
-        """M, with the factors as they are now; on the way back still there, unless somebody has come between."""
+        """M, with the factors as they are now; kept for the backward pass, unless another forward pass came between."""
         found = self._kept.get(self._name)
         if found is None or not found.holds(self.layers):
             found = Joined(self.layers)
@@ -300,8 +300,8 @@ def _form(
 ) -> Form | None:
     """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
     goes by `fused`, a mask (but that of packed records), a cache, dropout or another kernel is asked for, somebody
-    counts on a module's being called, or it is computed again on the way back: memory is short then, and here a layer's
-    is held all at once."""
+    counts on a module's being called, or it is recomputed in the backward pass: memory is short then, and here that of
+    a layer is held all at once."""
     attn, mlp = layer.self_attn, layer.mlp
     if not torch.is_grad_enabled() or cache is not None or use_cache:
         return None
@@ -369,7 +369,7 @@ def _spread(x_UH: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
 
 
 def _rotate(qkv_NSXD: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-    """Llama's rotary positions, in place, whose halves turn together; those of -sin are the way back."""
+    """Llama's rotary positions, in place, whose halves turn together; those of -sin are the backward pass."""
     first, second = qkv_NSXD[:, :, : heads.queries + heads.keys].chunk(2, dim=-1)
     (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     before = first.clone()

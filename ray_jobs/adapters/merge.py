@@ -36,7 +36,7 @@ class Agreement:
 
     @property
     def is_same(self) -> bool:
-        """Whether only the order of additions can tell the two apart."""
+        """Whether the two differ in the order of additions alone."""
         return self.argmax_agreement >= MIN_ARGMAX_AGREEMENT and self.mean_kl_nats <= MAX_MEAN_KL_NATS
 
     def told(self) -> str:

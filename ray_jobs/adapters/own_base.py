@@ -3,7 +3,7 @@
 `method.init` says which. A base of an adapter's own belongs to it and to no other. It is a folder of the store, made
 once by all workers and from then on only pulled:
 
-bases/<id>/chosen.json   which folder beside it everybody stands on: that of the first run to finish one
+bases/<id>/chosen.json   which folder beside it all adapters use: that of the first run to finish one
 bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
      <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
      <init>.json               what it was made from, and what the making found

@@ -49,7 +49,7 @@ def next_token_nll(model: Any, input_ids: torch.Tensor, targets: torch.Tensor, *
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
     if len(targets) > positions and _may_be_chunked(head):
-        if head not in _after_head and not _is_shared(head):  # a pass more would be everybody's
+        if head not in _after_head and not _is_shared(head):  # a further pass would be a collective
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :1], wanted.new_ones(1, 1), use_cache=False)
         if (after := _after_head.get(head)) is not None:

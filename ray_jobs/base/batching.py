@@ -96,7 +96,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
     """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; the last answer is never cut.
 
     Raises:
-        DataError: a record cannot be told in the base's chat.
+        DataError: a record cannot be formatted with the base's chat template.
     """
     starts = range(0, max(1, len(records)), AT_ONCE)
     parts = [_tokenized(records[start : start + AT_ONCE], chat, max_length, loss_on) for start in starts]

@@ -32,7 +32,7 @@ def by_onednn(*, may_round: bool = False) -> Iterator[None]:
 def pays() -> bool:
     """Whether oneDNN takes float32 products faster than what PyTorch has for them, and as exactly.
 
-    Not measured, but told by the processor: a training that is resumed is to take the same sums as before.
+    Not measured, but known from the processor: a training that is resumed is to take the same sums as before.
     """
     cpu = this_cpu()
     return cpu.name.startswith("AMD") and cpu.kind != "AMX" and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -117,7 +117,7 @@ def named_device(config: RunConfig) -> Device:
 
 
 def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Device:
-    """What a Ray cluster has, as `ray.nodes()` tells it; a GPU that the config names wins."""
+    """What a Ray cluster has, as `ray.nodes()` reports it; a GPU that the config names wins."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not config.ray.use_gpu:
         # A head that runs no workers (num-cpus 0) lends them no memory.

@@ -18,7 +18,7 @@ from ray_jobs.probes import texts
 from ray_jobs.scoring.contender import Contender
 
 MAX_TOKENS = 128
-"""Of a passage: the beginning tells as much as the whole, in less time."""
+"""Of a passage: the beginning shows as much as the whole, in less time."""
 
 
 class Passages(texts.Texts):

@@ -42,7 +42,7 @@ BYTES_PER_LOGIT, MEMORY_SHARE = 12, 0.5
 
 @dataclass(frozen=True)
 class Tasks:
-    """What is to be run, and on whom."""
+    """The tasks to run, and the roles to run them on."""
 
     include: str
     roles: frozenset[Role]
@@ -94,7 +94,7 @@ def check(config: RunConfig) -> None:
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Tasks:
-    """The tasks of the config, for those of whom no earlier run has told the same.
+    """The tasks of the config, for the contenders that no earlier run has measured on them.
 
     Raises:
         ConfigError: as `check`.

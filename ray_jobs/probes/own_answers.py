@@ -31,7 +31,7 @@ from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import Findings, Subject
 
 NEW_TOKENS = 64
-"""Where an answer is cut: the beginning tells as much as the whole, in less time."""
+"""Where an answer is cut: the beginning shows as much as the whole, in less time."""
 SEED = 0
 """The same in every run, so that a later one finds the answers of an earlier."""
 
@@ -98,7 +98,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
-    """The first `evaluate.own_answers` prompts, as the base's chat template tells them; nobody has answered them."""
+    """The first `evaluate.own_answers` prompts, formatted with the base's chat template; nobody has answered them."""
     source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
     asked = source["prompts"][: config.evaluate.own_answers]
     longest = min(NEW_TOKENS, config.model.max_length // 2)

@@ -34,7 +34,7 @@ Passes = Callable[[str, Mapping[str, Any]], bool]
 
 @dataclass(frozen=True)
 class Asked:
-    """One suite, and whom it is still to be put to."""
+    """One suite, and the roles that have not answered it yet."""
 
     split: TokenizedSplit
     roles: frozenset[Role]

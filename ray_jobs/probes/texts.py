@@ -33,7 +33,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Texts(ABC):
-    """What is to be read, and by whom."""
+    """The texts to read, and the roles that have to read them."""
 
     split: TokenizedSplit
     roles: frozenset[Role]
@@ -77,7 +77,7 @@ class Texts(ABC):
         return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **found}}))
 
     def without_known(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
-        """The texts, for those of whom no earlier run has told what they make of them."""
+        """The texts, for the contenders that no earlier run has measured on them."""
         if not len(self.split):
             return self
 

@@ -33,7 +33,7 @@ class Calls:
 
     @classmethod
     def of(cls, chat: ChatFormat, tools: Mapping[str, Json]) -> "Calls | None":
-        """The template's way; None where it takes no tools, or tells nobody of the calls that an answer makes."""
+        """The template's way; None where it takes no tools, or leaves an answer's calls out."""
         probe = Record("probe", [Message("user", "?")], "", _as_call(NAME, {KEY: VALUE}), offered(tools, [*tools][:1]))
         try:
             text = chat.rows(probe)[-1][-1]

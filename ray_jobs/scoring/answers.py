@@ -58,7 +58,7 @@ def changed_share(before: Sequence[Score], after: Sequence[Score]) -> float:
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
     """How often each label was answered by which: labels, and counts[reference][answer].
 
-    A label is told as the references write it most often. None where the answers are no classes: more than
+    A label is shown as the references write it most often. None where the answers are no classes: more than
     MAX_CLASSES distinct references, or hardly any said twice.
     """
     expected, given = [label(each) for each in references], [label(each) for each in answers]

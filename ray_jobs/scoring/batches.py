@@ -22,7 +22,7 @@ CACHE_SHARE = 0.7
 
 
 def is_shared(model: torch.nn.Module) -> bool:
-    """Whether workers hold its weights together, so that each pass through it is everybody's (ZeRO-3)."""
+    """Whether workers hold its weights together, so that each pass through it is collective (ZeRO-3)."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

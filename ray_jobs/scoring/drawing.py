@@ -1,4 +1,4 @@
-"""What was measured of held-out records, and how many more it takes to tell; pure."""
+"""What was measured of held-out records, and how many more it takes to decide; pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ boundary of Haybittle and Peto, British Journal of Cancer 34, 1976)."""
 
 def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
     """So many that a candidate as good as champion and best version is seen to be, in four cases of five; 0 where the
-    records at hand tell.
+    records at hand decide.
 
     What decides is how much the models differ from record to record and not which is ahead, so that to look before
     drawing more makes no verdict likelier (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
@@ -74,7 +74,7 @@ class Found:
 
 
 def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
-    """Records to measure as well, of those that are left: as many as tell, and no more than `evaluate.max_records`."""
+    """Records to measure as well: as many of those left as decide, and no more than `evaluate.max_records`."""
     policy, groups = config.gate, [record.group for record in found.records]
     compared = {
         role: pairs_of(

@@ -32,7 +32,7 @@ def greedy(
     """The greedy answer to each prompt of `split`, without special tokens and outer white space.
 
     It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
-    answered at once, and fewer where their keys and values would not fit. `tell` hears the answer to a single prompt
+    answered at once, and fewer where their keys and values would not fit. `tell` receives the answer to a single prompt
     word by word as it comes: the pieces joined are the answer.
     """
     result = [""] * len(split)
@@ -141,7 +141,7 @@ class _Words(TextStreamer):
     def __init__(self, tokenizer: Any, tell: Tell) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._tell = tell
-        self._space: str | None = None  # white space that is told if more follows; None before the first word
+        self._space: str | None = None  # white space, passed on if more follows; None before the first word
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by `generate` with each piece."""

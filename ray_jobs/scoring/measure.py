@@ -190,7 +190,7 @@ def _only(asked: Asked, ids: set[str]) -> Asked:
 
 
 class Progress:
-    """How far a worker is. One tells it to a person; the others keep pace with that one."""
+    """How far a worker is. One of them prints it."""
 
     def __init__(self, total: int, *, tells: bool) -> None:
         self.role = ""

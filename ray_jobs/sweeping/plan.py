@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def num_to_come(self) -> int:
-        """How many trials are to end yet, as far as can be told: a grid that widens has more, and a method of which
+        """How many trials are to end yet, as far as is known: a grid that widens has more, and a method of which
         every training diverges is not compared."""
         tune = self._config.tune
         searching = sum(

@@ -59,7 +59,7 @@ class PlanSearcher(Searcher):
 
 
 class Ledger(tune.Callback):
-    """Writes every trial that has ended to the plan and wherever `keep` puts it; `tell` hears how each one goes."""
+    """Writes every trial that has ended to the plan and wherever `keep` puts it; `tell` receives a line about each."""
 
     def __init__(self, plan: Plan, keep: Callable[[Trial], None], tell: Callable[[Trial], None]) -> None:
         self._plan, self._keep, self._tell = plan, keep, tell

@@ -1,4 +1,4 @@
-"""What a person is told of a trial: a row of a table that grows, which the command line aligns, and why it failed."""
+"""A trial as a person reads it: a row of a table, which the command line aligns, and why it failed."""
 
 import re
 
@@ -31,7 +31,7 @@ def row(trial: Trial) -> str:
 
 
 def cause(told: str) -> str:
-    """What failed, in a line, from what Ray tells of it: a traceback, or that a process is gone."""
+    """What failed, in a line, from what Ray reports: a traceback, or that a process is gone."""
     _, *lines = [line for line in told.splitlines() if line.strip()] or [""]
     errors = [found for line in lines if (found := _ERROR.match(line))]
     if errors:

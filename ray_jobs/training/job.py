@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to.
 
-    With a `board` among them workers are told there what to train, once the driver knows, and stand by afterwards.
+    With a `board` among them workers receive their job there, once the driver knows it, and stand by afterwards.
     """
     import ray
     import ray.train

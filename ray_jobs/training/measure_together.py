@@ -1,6 +1,6 @@
 """Measuring models on a base that no worker holds whole: its workers hold it together, as they do to train on it.
 
-All workers take the same steps: under ZeRO-3 every pass through a layer is everybody's.
+All workers take the same steps: under ZeRO-3 every pass through a layer is a collective operation.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ def read(
 
 
 def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, tell: Tell) -> TokenizedSplit:
-    """A split as tokens; `tell` is told of records that are left out or cut.
+    """A split as tokens; `tell` receives a line about records that are left out or cut.
 
     Raises:
         DataError: more of them than `data.max_reject_share` allows.

@@ -164,7 +164,7 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
     total = torch.zeros(2, dtype=torch.float64)
     mine = np.arange(worker.rank, len(split), worker.num_workers)
     rounds = [mine[indices] for indices in by_length(split.lengths[mine], batch_size)]
-    # Under ZeRO-3 a forward pass is everybody's: who has no more records repeats one, uncounted, until all are through.
+    # Under ZeRO-3 a forward pass is collective: a worker without further records repeats one, uncounted.
     idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
     for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
         nll = packed.records_nll(engine.module, split, indices, pad, device=worker.device)
