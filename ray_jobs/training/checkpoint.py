@@ -52,6 +52,14 @@ class TrainingProgress:
     held_out: str = ""
     """Names the records that `best_loss` was measured on; a checkpoint that does not say measured on others."""
 
+    def measured(self, loss: float) -> bool:
+        """Note a held-out loss, and whether it is the best so far."""
+        if not loss < self.best_loss:  # as no number is
+            self.evals_without_gain += 1
+            return False
+        self.best_loss, self.best_step, self.evals_without_gain = loss, self.step, 0
+        return True
+
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by name."""

@@ -44,6 +44,11 @@ class TrainedAdapter:
     resumed_from: int = 0
     evals: list[dict[str, float]] = field(default_factory=list)
 
+    def stepped(self, loss: float) -> None:
+        """Note the loss of a step."""
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
+
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: float) -> float:
     """Rate of optimizer step `step`, counted from 0: a linear warm-up, then a cosine to zero after the last."""
@@ -86,25 +91,14 @@ def run(
 
     `report` gets one record for each step and each measurement, on every rank.
     """
-    train = config.train
-    total = num_steps(train, len(train_split))
-    measured = eval_steps(train, len(train_split))
-    progress = TrainingProgress(
-        config.digest,
-        worker.num_workers,
-        matmul_dtype=worker.matmul_dtype,
-        magnitudes="change",
+    train, num_records = config.train, len(train_split)
+    total, measured = num_steps(train, num_records), eval_steps(train, num_records)
+    fresh = TrainingProgress(
+        config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype, magnitudes="change",
         held_out=eval_split.digest,
-    )
-    best = checkpoint.weights(engine.module)
-    resumed_from = _agreed(checkpoint.newest(store, run_id) if worker.rank == 0 else 0, worker)
-    if worker.rank == 0:
-        checkpoint.discard_after(store, run_id, resumed_from)
-    dist.barrier()
-    if resumed_from:
-        progress, best = checkpoint.resume(store, run_id, resumed_from, engine, progress, rank=worker.rank)
-        logger.info("resumed from step %d", resumed_from)
-    trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=resumed_from)
+    )  # fmt: skip
+    progress, best = _resumed(engine, fresh, run_id=run_id, store=store, worker=worker)
+    trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started = time.monotonic() - progress.elapsed_s
 
     for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
@@ -115,10 +109,8 @@ def run(
         _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
         progress.step += 1
         progress.tokens += num_tokens
-        ended = time.monotonic()
-        progress.elapsed_s = ended - started
-        trained.first_loss = loss if trained.first_loss is None else trained.first_loss
-        trained.last_loss = loss
+        progress.elapsed_s = (ended := time.monotonic()) - started
+        trained.stepped(loss)
         report({
             "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
             "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"], "tokens": progress.tokens,
@@ -126,28 +118,37 @@ def run(
         })  # fmt: skip
         if progress.step in measured:
             loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-            report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
             trained.eval_loss = loss
-            if loss < progress.best_loss:
-                progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
+            report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
+            if progress.measured(loss):
                 best = checkpoint.weights(engine.module)
-            else:
-                progress.evals_without_gain += 1
             trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
-        finished = trained.stopped_early or progress.step == total
-        every = train.checkpoint_every_steps
-        if every and progress.step % every == 0 and not finished:
+        if trained.stopped_early or progress.step == total:
+            break
+        if train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
             checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
             if worker.rank == 0:
                 checkpoint.keep_newest(store, run_id, train.keep_checkpoints)
-        if finished:
-            break
 
     if train.early_stopping_patience:
         trained.weights, trained.eval_loss = best, progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
     return trained
+
+
+def _resumed(
+    engine: Any, fresh: TrainingProgress, *, run_id: str, store: Store, worker: Worker
+) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
+    """The progress and the best weights of the newest complete checkpoint, which the engine goes on from; or afresh."""
+    step = _agreed(checkpoint.newest(store, run_id) if worker.rank == 0 else 0, worker)
+    if worker.rank == 0:
+        checkpoint.discard_after(store, run_id, step)
+    dist.barrier()
+    if not step:
+        return fresh, checkpoint.weights(engine.module)
+    logger.info("resumed from step %d", step)
+    return checkpoint.resume(store, run_id, step, engine, fresh, rank=worker.rank)
 
 
 def _agreed(step: int, worker: Worker) -> int:

@@ -1,14 +1,12 @@
 """What each Ray Train worker does: load the base, attach the adapter, train, and, on rank 0, publish the version."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ import torch
 from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from components.registry import lineage, runs, watermark
+from components.registry import lineage, watermark
 from components.registry.records import TrainResult
 from components.registry.serving import serving
 from components.registry.store import Store
@@ -32,6 +30,7 @@ from ray_jobs.base import architecture, base_config, base_model, chat_format, pr
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
+from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_EVERY_S = 1.0
-METRICS_EVERY_S = 15.0
 
 LoadModel = Callable[..., "PreTrainedModel"]
 """As `base_model.load_model`."""
@@ -115,68 +111,37 @@ def fit(
 
     What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory.
     """
-    use_gpu = config.ray.use_gpu
-    zero.prepare_environment(use_gpu=use_gpu)
-    if not use_gpu:
+    zero.prepare_environment(use_gpu=config.ray.use_gpu)
+    if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
         allocator.keep_freed_memory()
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
     original = base_model.resolve(config.model)
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
-    worker = replace(
-        worker, dtype=precision.agree(precision.dtype_here(config.train.dtype, use_gpu=use_gpu), worker.device)
-    )
-    if worker.dtype is torch.float16 and base_model.is_quantised(base):
-        raise ConfigError(
-            f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
-            "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
-        )
     on_cpu = _matmul_dtype(config, original, store, job.run_id)
-    if not use_gpu:
-        worker = replace(worker, matmul_dtype=on_cpu)
-    probe = step_zero.probe(train_split, job.pad)
+    worker = _agreed(config, worker, base, on_cpu)
     start = starting.weights(store, job.start) if job.start else None
-    is_read_alone = config.train.zero_stage == 3 and not base_model.is_quantised(base)
-    if config.train.zero_stage == 3 and worker.rank == 0:
-        if is_read_alone:
-            plain_loss = step_zero.base_loss(config, base, probe, on_cpu)
-        else:
-            whole = _adapted(config, base, use_gpu=False, matmul_dtype=on_cpu, start=start)
-            plain_loss = step_zero.probe_loss(whole, probe, torch.device("cpu"))
-            del whole
+    check = _FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
+    check.measure_whole(worker)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = _adapted(
             config,
             base,
-            use_gpu=use_gpu,
+            use_gpu=config.ray.use_gpu,
             matmul_dtype=worker.matmul_dtype,
             dtype=worker.dtype,
             load=load,
             start=start,
         )
         job.watch.lap("base and adapter")
-        if config.train.zero_stage < 3:
-            plain_loss = step_zero.probe_loss(adapted, probe, worker.device)
+        check.measure_unsharded(adapted, worker)
         recipe = _recipe(config, adapted, original, base, worker)
-        engine = zero.initialize(adapted, config, worker.dtype)
+        engine = _engine(config, job, adapted, worker)
         ends.callback(engine.destroy)
-        # DeepSpeed has by now brought what was wider than 16 bits into as many, and the recipe has counted the base.
-        if config.train.dense_base:
-            widened.widen(adapted, worker.matmul_dtype)
-        elif job.dense_base:
-            widened.widen_if_room(adapted, worker.matmul_dtype, sharers=worker.num_workers)
-        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
-        is_fresh = start is None and config.method.row.init == "default"
-        with_adapter = is_fresh or not is_read_alone
-        loss = step_zero.probe_loss(engine.module, probe, worker.device, with_adapter=with_adapter)
-        zero.finish_forward(engine)
-        expected = plain_loss if worker.rank == 0 else math.nan
-        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=config.train.zero_stage)
+        check.require_same(engine, worker)
         if worker.rank == 0:
-            products = ", products in float32" if worker.matmul_dtype == "float32" else ""
-            products += ", in float16" if worker.dtype is torch.float16 else ""
-            say("finetune", f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}")
+            say("finetune", _how(worker))
         job.watch.lap("optimizer and first check")
         trained = train_loop.run(
             engine,
@@ -189,11 +154,91 @@ def fit(
             pad=job.pad,
             report=report,
         )
-    # Whole on every worker, whatever was sharded: what is published is read from here.
+    _take_whole(adapted, trained)
+    return adapted, trained, recipe
+
+
+def _take_whole(adapted: "PeftModel", trained: TrainedAdapter) -> None:
+    """The final weights, whole on every worker, whatever was sharded: what is published is read from here."""
     for name, parameter in checkpoint.trainable(adapted).items():
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
-    return adapted, trained, recipe
+
+
+def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Worker) -> Any:
+    """DeepSpeed's, on a base that is dense where the config or the plan says so."""
+    engine = zero.initialize(adapted, config, worker.dtype)
+    # DeepSpeed has by now brought what was wider than 16 bits into as many, and the recipe has counted the base.
+    if config.train.dense_base:
+        widened.widen(adapted, worker.matmul_dtype)
+    elif job.dense_base:
+        widened.widen_if_room(adapted, worker.matmul_dtype, sharers=worker.num_workers)
+    return engine
+
+
+def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: MatmulDtype) -> Worker:
+    """The worker with the dtypes that all of them compute in.
+
+    Raises:
+        ConfigError: the base is quantised for bfloat16, and some GPU has only float16.
+    """
+    use_gpu = config.ray.use_gpu
+    dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=use_gpu), worker.device)
+    if dtype is torch.float16 and base_model.is_quantised(base):
+        raise ConfigError(
+            f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
+            "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
+        )
+    return replace(worker, dtype=dtype, matmul_dtype=worker.matmul_dtype if use_gpu else on_cpu)
+
+
+def _how(worker: Worker) -> str:
+    products = ", products in float32" if worker.matmul_dtype == "float32" else ""
+    products += ", in float16" if worker.dtype is torch.float16 else ""
+    return f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}"
+
+
+@dataclass
+class _FirstCheck:
+    """Whether the sharded model gives the loss of the unsharded one before its first step; see `step_zero`."""
+
+    config: RunConfig
+    base: base_model.Base
+    probe: dict[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor] | None
+    on_cpu: MatmulDtype
+    """What the whole model multiplies in on a CPU."""
+    expected: float = math.nan
+
+    @property
+    def is_read_alone(self) -> bool:
+        """Whether the base's loss is read layer by layer from its files, without an adapter."""
+        return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
+
+    def measure_whole(self, worker: Worker) -> None:
+        """Under ZeRO-3, on rank 0, before anything is sharded."""
+        if self.config.train.zero_stage < 3 or worker.rank > 0:
+            return
+        if self.is_read_alone:
+            self.expected = step_zero.base_loss(self.config, self.base, self.probe, self.on_cpu)
+        else:
+            whole = _adapted(self.config, self.base, use_gpu=False, matmul_dtype=self.on_cpu, start=self.start)
+            self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
+
+    def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
+        """Below ZeRO-3, where every worker holds the whole model."""
+        if self.config.train.zero_stage < 3:
+            self.expected = step_zero.probe_loss(adapted, self.probe, worker.device)
+
+    def require_same(self, engine: Any, worker: Worker) -> None:
+        """Compare; raises as `step_zero.require_same_loss`."""
+        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
+        is_fresh = self.start is None and self.config.method.row.init == "default"
+        with_adapter = is_fresh or not self.is_read_alone
+        loss = step_zero.probe_loss(engine.module, self.probe, worker.device, with_adapter=with_adapter)
+        zero.finish_forward(engine)
+        expected = self.expected if worker.rank == 0 else math.nan
+        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=self.config.train.zero_stage)
 
 
 def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
@@ -240,54 +285,6 @@ def _adapted(
         model.disable_input_require_grads()
         model.enable_input_require_grads()
     return adapted.train()
-
-
-class MetricsLog:
-    """runs/<run_id>/metrics.jsonl, and the line that a person watches."""
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self._store = store
-        self._key = runs.run_key(run_id, runs.METRICS)
-        found = store.read(self._key)
-        # After a restart the curve goes on; records beyond the checkpoint are replaced as their steps come again.
-        self._records: list[dict[str, Any]] = [json.loads(line) for line in found[0].splitlines()] if found else []
-        self._said_at = 0.0
-        self._uploaded_at = time.monotonic()
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Record a step or a measurement."""
-        step, kind = record["step"], record["kind"]
-        later = []  # what a restart comes to again
-        while self._records and self._records[-1]["step"] >= step:
-            later.append(self._records.pop())
-        self._records += [r for r in reversed(later) if r["step"] == step and r["kind"] != kind]
-        self._records.append(dict(record))
-        now = time.monotonic()
-        if record["kind"] == "eval":
-            on = counted(record["records"], "record")
-            say("finetune", f"step {step}: held-out loss {record['loss']:.4f} on {on}")
-        elif now - self._said_at >= PROGRESS_EVERY_S or step == record["num_steps"]:
-            self._said_at = now
-            say("finetune", progress_line(record))
-        if now - self._uploaded_at >= METRICS_EVERY_S:
-            self.upload()
-
-    def upload(self) -> None:
-        """Write the whole file: objects cannot be appended to."""
-        body = "".join(json.dumps(record) + "\n" for record in self._records)
-        self._store.put(self._key, body.encode(), content_type="application/x-ndjson")
-        self._uploaded_at = time.monotonic()
-
-
-def progress_line(record: Mapping[str, Any]) -> str:
-    """One step for a person: where, how good, how fast, how long still."""
-    step, total = record["step"], record["num_steps"]
-    left_s = record["elapsed_s"] / step * (total - step)
-    minutes, seconds = divmod(math.ceil(left_s), 60)
-    return (
-        f"step {step}/{total}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
-        f"{record['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
-    )
 
 
 def _ignore(_: Mapping[str, Any]) -> None:
