@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,6 @@ class TrainedAdapter:
     last_loss: float | None = None
     eval_loss: float | None = None
     resumed_from: int = 0
-    evals: list[dict[str, float]] = field(default_factory=list)
 
     def stepped(self, loss: float) -> None:
         """Note the loss of a step."""
