@@ -94,7 +94,7 @@ class Live:
         where = [each for key in self.settings if key.startswith("registry.") for each in ("--set", key)]
         answered = self.fineloop("adapters", "list", self.adapter, *where)
         if answered.exit_code:
-            assert answered.body["error"]["kind"] == "ObjectMissing", answered.told
+            assert answered.body["error"]["kind"] == "UnknownName", answered.told
             return None
         promoted = [each["version"] for each in answered.body["versions"] if "production" in each["aliases"]]
         return promoted[0] if promoted else None

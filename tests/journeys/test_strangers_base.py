@@ -13,7 +13,7 @@ import pytest
 
 from tests.journeys.conftest import Person
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 MODELING = """
 import pathlib
@@ -94,7 +94,6 @@ def test_nothing_of_another_base_runs_for_chat_or_export(stranger: tuple[Person,
         assert not ran.exists(), line
 
 
-@pytest.mark.full
 def test_nothing_of_another_base_runs_where_its_version_is_the_champion(stranger: tuple[Person, str, Path]) -> None:
     person, _, ran = stranger
     done = person.types("fineloop run -c colours.toml --set train.max_steps=2")

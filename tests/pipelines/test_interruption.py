@@ -18,8 +18,8 @@ from tests.waiting import PATIENCE_S, wait_until
     ("command", "number"),
     [
         ("run", signal.SIGINT),
-        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("run", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("run", signal.SIGTERM, marks=pytest.mark.full),
         pytest.param("train", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )

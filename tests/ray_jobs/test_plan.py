@@ -71,7 +71,7 @@ def test_a_training_fits_a_gpu_when_a_margin_is_left_and_a_cpu_when_the_plan_doe
     assert gpu_device(None).holds(1) is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_plan_says_whether_its_evaluation_fits_and_with_how_many_records():
     config = configured("llama-2-7b", "method.name=qlora", "ray.gpu='T4'", "model.max_length=1024")
     body = plan.planned(config, LLAMA_2_7B, gpu_device("T4"))
@@ -82,7 +82,7 @@ def test_the_plan_says_whether_its_evaluation_fits_and_with_how_many_records():
     assert plan.planned(again, LLAMA_2_7B, gpu_device("T4"))["evaluation"]["fits"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_worker_that_offloads_more_than_its_pod_has_is_told_so():
     rayjob = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "ray.cluster.worker.memory_gib=24"]
     offloaded = ["train.zero_stage=3", "train.cpu_offload=true", "ray.num_workers=2", *rayjob]
@@ -118,7 +118,7 @@ def test_without_a_number_of_records_there_is_a_price_for_a_million_tokens(tmp_p
     assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are(tmp_path):
     config = configured(tmp_path, "ray.use_gpu=false", "data.max_records=10")
     body = plan.planned(config, small(), cpu_device("this machine", 8 * GIB, 1))
@@ -129,7 +129,7 @@ def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are
     assert body["fits"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     rows = {row["method"]: row for row in plan.compared(configured(tmp_path, "train.learning_rate=0.5"), small())}
     assert len(rows) == 8

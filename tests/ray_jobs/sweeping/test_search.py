@@ -67,7 +67,7 @@ def five(config):
     return config_file.loads(config_file.dumps(config), settings)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, tmp_path):
     best, kept = swept_elsewhere(five, tmp_path, failing={3.16e-4: "dies", 1e-2: "raises"}, scheduler="none")
     assert {rate: trial.status for rate, trial in kept.items()} == {

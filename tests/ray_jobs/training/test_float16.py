@@ -71,7 +71,7 @@ def test_a_base_of_few_bits_that_was_made_for_bfloat16_is_refused(config, store,
         pytest.param(3, 2**12, id="3-fitting", marks=pytest.mark.full),
         pytest.param(0, 2**22, id="0-far too large", marks=pytest.mark.slow),
         pytest.param(2, 2**22, id="2-far too large", marks=pytest.mark.full),
-        pytest.param(3, 2**22, id="3-far too large", marks=pytest.mark.slow),
+        pytest.param(3, 2**22, id="3-far too large", marks=pytest.mark.full),
     ],
 )
 def test_a_training_in_float16_takes_the_steps_of_a_plain_loop_once_its_scale_fits(
