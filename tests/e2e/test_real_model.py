@@ -97,7 +97,7 @@ def test_the_alias_points_at_the_version_and_its_bytes_verify(home: Home, first:
     assert home.fineloop("adapters", "verify", "icd10-chapters").exit_code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done, tmp_path: Path, monkeypatch):
     pulled = home.fineloop("adapters", "pull", "icd10-chapters", "--to", str(tmp_path / "adapter")).answer
     assert pulled["verified"] is True
