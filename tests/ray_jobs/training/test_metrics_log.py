@@ -3,7 +3,7 @@ from typing import Any
 
 from components.registry import runs
 from components.registry.store import Store
-from ray_jobs.training.worker import MetricsLog
+from ray_jobs.training.metrics_log import MetricsLog
 
 
 class Counted(int):
