@@ -1,5 +1,6 @@
 """The documentation says what the code says: generated pages, links, and the config keys that pages name."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def anchors(document: Path) -> set[str]:
 @pytest.mark.parametrize("document", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
 def test_every_config_key_that_a_page_names_exists(document: Path) -> None:
     known = keys_of((ROOT / "docs" / "config.md").read_text(encoding="utf-8"))
-    named = set(re.findall(rf"`({SECTIONS})((?:\.[a-z_0-9]+)+)(?!\.?\w)", document.read_text(encoding="utf-8")))
+    named = set(re.findall(rf"`({SECTIONS})((?:\.[a-z][a-z_0-9]*)+)(?!\.?\w)", document.read_text(encoding="utf-8")))
     keys = {section + key for section, key in named if not key.endswith(".py")}
     assert keys - known == set()
 
@@ -67,3 +68,43 @@ def test_a_newcomer_reads_no_more_than_they_want_to() -> None:
 def test_every_command_says_what_its_json_holds() -> None:
     named = {name.removeprefix("fineloop ") for name, _ in commands(cli.parser(), "fineloop")}
     assert {*JSON_KEYS, *FREE} == named
+
+
+LIBRARIES = {"accelerate", "bitsandbytes", "deepspeed", "gguf", "kfp", "peft", "ray", "torch", "transformers"}
+
+
+def test_every_file_that_patches_a_library_is_in_the_table_of_patches() -> None:
+    table = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").partition("## Patched libraries")[2]
+    files = [path for package in ("components", "pipelines", "ray_jobs") for path in (ROOT / package).rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in files if patches(path)} == set(
+        re.findall(r"`(\w+/[\w/]+\.py)`", table)
+    )
+
+
+def patches(path: Path) -> bool:
+    """Whether a file assigns to what it imports from a library, or to a module's class, or imports what is private."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and of_library(node.module or "")]
+    imports = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names = {alias.asname or alias.name for node in froms for alias in node.names}
+    names |= {alias.asname or alias.name.partition(".")[0] for alias in imports if of_library(alias.name)}
+    assigned = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    is_private = any(re.search(r"\._[a-z]", node.module or "") for node in froms)
+    return is_private or any(is_theirs(target, names) for each in assigned for target in flat(each))
+
+
+def of_library(module: str) -> bool:
+    return module.partition(".")[0] in LIBRARIES
+
+
+def flat(target: ast.expr) -> list[ast.expr]:
+    return [each for inner in target.elts for each in flat(inner)] if isinstance(target, ast.Tuple) else [target]
+
+
+def is_theirs(target: ast.expr, names: set[str]) -> bool:
+    if isinstance(target, ast.Attribute) and target.attr == "__class__":
+        return True
+    root = target
+    while isinstance(root, ast.Attribute | ast.Subscript):
+        root = root.value
+    return root is not target and isinstance(root, ast.Name) and root.id in names
