@@ -36,6 +36,40 @@ def decide(
         raise DataError(
             f"the evaluation of run {evaluation.run_id} names no candidate version: publish it, then evaluate it"
         )
+    _, best = _best(evaluation)
+    rules = [*_compared(evaluation, evidence, policy, adapter, look), *_limited(candidate, evidence, policy)]
+    rules += _broken_numbers(candidate, {rule.metric for rule in rules})
+    rules += _approval(policy.approval, evaluation, adapter.alias)
+    verdict, telling = verdict_of(rules)
+    decision = Decision(
+        decision="promote" if verdict == "promote" else "hold",
+        verdict=verdict,
+        adapter=adapter.name,
+        alias=adapter.alias,
+        run_id=evaluation.run_id,
+        reasons=tuple(rule.text for rule in telling),
+        rules=tuple(rules),
+        version=candidate.version,
+        champion=champion.version if champion is not None else None,
+        anchor=_anchor(rules, candidate.version, best),
+        look=look,
+        test_set=evaluation.test_set,
+        policy=policy.model_dump(mode="json"),
+    )
+    return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, policy, decision)})
+
+
+def _best(evaluation: Evaluation) -> tuple[Role, Measured | None]:
+    """The best version so far, and its role: the champion where no other was measured."""
+    role: Role = "champion" if evaluation.model("anchor") is None else "anchor"
+    return role, evaluation.model(role)
+
+
+def _compared(
+    evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapter: AdapterConfig, look: int
+) -> list[RuleResult]:
+    """The rules that compare the candidate with other models."""
+    candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
 
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
         called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
@@ -43,13 +77,12 @@ def decide(
         return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative)
 
     rules: list[RuleResult] = []
-    if champion is not None and champion.version is not None:
+    if champion is not None and champion.version is not None and candidate.version is not None:
         rules.append(_is_new(candidate.version, champion.version, adapter.alias))
     rules.extend(_too_few_records(evidence, policy.min_records))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(comparisons.not_worse_than_champion(policy, champion, against("champion", policy.metric)))
-    best_role: Role = "champion" if evaluation.model("anchor") is None else "anchor"
-    best = evaluation.model(best_role)
+    best_role, best = _best(evaluation)
     # Of the champion itself, this asks nothing that a broken rule about it has not said.
     if best is not None and best.version is not None and (best_role == "anchor" or rules[-1].passed):
         compared = against(best_role, policy.metric, confidence_at(look, policy.confidence))
@@ -68,36 +101,18 @@ def decide(
         rules.append(suites.no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
     if policy.kl_from_base_at_most is not None:
         rules.append(comparisons.stays_near_base(policy.kl_from_base_at_most, against("base", "kl_from_base")))
+    return rules
+
+
+def _limited(candidate: Measured, evidence: Evidence, policy: GateConfig) -> Iterator[RuleResult]:
+    """The rules that bound the candidate's own metrics."""
     for index, limit in enumerate(policy.limits):
         metric = metric_of(limit.metric)
         prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
         if limit.min is not None and prompts is not None:
-            rules.append(
-                comparisons.depends_on_prompts(limit.min, index, metric, candidate, prompts, policy.confidence)
-            )
+            yield comparisons.depends_on_prompts(limit.min, index, metric, candidate, prompts, policy.confidence)
         else:
-            rules.extend(_within(limit, index, candidate))
-    rules.extend(_broken_numbers(candidate, {rule.metric for rule in rules}))
-
-    rules.extend(_approval(policy.approval, evaluation, adapter.alias))
-
-    verdict, telling = verdict_of(rules)
-    decision = Decision(
-        decision="promote" if verdict == "promote" else "hold",
-        verdict=verdict,
-        adapter=adapter.name,
-        alias=adapter.alias,
-        run_id=evaluation.run_id,
-        reasons=tuple(rule.text for rule in telling),
-        rules=tuple(rules),
-        version=candidate.version,
-        champion=champion.version if champion is not None else None,
-        anchor=_anchor(rules, candidate.version, best),
-        look=look,
-        test_set=evaluation.test_set,
-        policy=policy.model_dump(mode="json"),
-    )
-    return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, policy, decision)})
+            yield from _within(limit, index, candidate)
 
 
 def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResult]]:
