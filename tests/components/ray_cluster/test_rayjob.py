@@ -1,17 +1,15 @@
 """What only a RayJob can meet: the queue, refusals of the API server, watches that break, and clusters that fail."""
 
 import contextlib
-import gc
 import io
-import os
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.ray_cluster.kubernetes_api import Watched
 from components.ray_cluster.submit import connect
 from components.shared.errors import JobError, UserError
 from tests.components.ray_cluster.conftest import Cluster, config
@@ -273,16 +271,24 @@ def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_i
 
 
 def end_this_step(cluster: Cluster, tmp_path: Path) -> None:
-    """Submit a job that waits for a file, and be told to end as soon as it runs."""
-    cluster.when(lambda found: deployment(found) == "Running", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    with warnings.catch_warnings():
-        # The signal may land inside a request: a step's process would end there, and its socket with it.
-        warnings.simplefilter("ignore", ResourceWarning)
+    """Submit a job that waits for a file, and be told to end as soon as it runs.
+
+    A step's process ends by that; this one goes on. So the signal arrives where the step waits, and not where it may
+    hold a lock, such as that of logging, for which other threads would wait for ever.
+    """
+    waits = Watched.wait
+
+    def wait(watched: Watched, seconds: float) -> Any:
+        if watched.newest and deployment(watched.newest) == "Running":
+            signal.raise_signal(signal.SIGTERM)
+        return waits(watched, seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watched, "wait", wait)
         with pytest.raises(SystemExit):
             cluster.submit(
                 f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)"
             )
-        gc.collect()
 
 
 def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(
