@@ -16,7 +16,7 @@ from components.registry.store import Store
 from components.registry.sweep_records import SweepResult, Trial
 from tests.e2e.conftest import Done, Tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 RUN = f"cut-{uuid.uuid4().hex[:8]}"
 RATES = [1e-3, 3e-3, 3e-2]

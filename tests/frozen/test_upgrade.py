@@ -13,7 +13,7 @@ from tests.pipelines.command_line import ROOT, body, fineloop
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_meets_the_release_s_champion_takes_its_place_and_is_rolled_back(frozen: Frozen, tmp_path):
     old = frozen.version("promoted")
     changes = ["--set", "train.seed=1", "--set", "gate.worse_than_champion_by=0.5"]

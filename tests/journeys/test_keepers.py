@@ -33,7 +33,7 @@ def proxy(s3_server: Endpoint) -> Iterator[FaultyProxy]:
         yield made
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: Keeper, s3_server: Endpoint) -> None:
     champion, start, unneeded = (keeper.publishes(weights) for weights in ("1.5", "1.4", "1.3"))
     keeper.does(f"fineloop adapters promote sums@{champion} -c sums.toml")

@@ -249,12 +249,14 @@ def rotated(first: First, second: str) -> tuple[Person, str]:
     return person, new
 
 
+@pytest.mark.full
 def test_a_second_run_meets_its_champion_and_is_signed_too(first: First, second: str) -> None:
     assert second != first.answer["version"]
     (statement,) = statements_by(first.public, envelopes(first.person, second))
     assert statement["subject"][0]["name"] == f"colours/{second}"
 
 
+@pytest.mark.full
 def test_once_all_that_is_needed_is_signed_anew_an_old_key_goes_and_a_rollback_still_works(
     first: First, second: str, rotated: tuple[Person, str]
 ) -> None:
@@ -270,6 +272,7 @@ def test_once_all_that_is_needed_is_signed_anew_an_old_key_goes_and_a_rollback_s
     assert person.does("fineloop adapters rollback colours -c colours.toml --json").answer["to"] == before
 
 
+@pytest.mark.full
 def test_a_revoked_version_is_fetched_and_promoted_no_more(second: str, rotated: tuple[Person, str]) -> None:
     person, new = rotated
     person.types("fineloop adapters rollback colours -c colours.toml")  # as the test before has, where it ran

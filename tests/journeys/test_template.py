@@ -85,6 +85,7 @@ def test_a_hostile_template_ends_with_one_sentence_and_leaves_no_process(trainer
         wait_until(lambda mark=configs[name]: not processes(mark), lambda mark=configs[name]: commands(mark))
 
 
+@pytest.mark.full
 def test_who_is_killed_while_a_template_goes_on_leaves_no_process_for_long(trainer: Person) -> None:
     config = config_on(trainer, "killed", HOSTILE["a power"])
     command = ["python", "-m", "ray_jobs.finetune", "--config", config]

@@ -67,6 +67,7 @@ def status_of(url: str, token: str | None) -> int:
             return refused.code
 
 
+@pytest.mark.slow
 def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_with_the_user(machine):
     user = machine.user(ray=True)
     head, shared = ray_service(machine.home), store_service(machine.home)
@@ -98,7 +99,7 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert (machine.home / "ray" / "logs" / "raylet.out").is_file()  # kept for whoever looks for the reason
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     user = machine.user(ray=True)
     answer = run_job(user.environment, "long")
@@ -117,7 +118,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     assert not temp_dir.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_down(machine, monkeypatch):
     environment = ray_up(machine.home, bucket="bucket-one")
     head = ray_service(machine.home)
@@ -145,7 +146,7 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
         assert machine.keeper_pid(head) not in processes
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_store_goes_down_at_once_behind_a_run_whose_head_is_still_ending(machine):
     user = machine.user(ray=True)
     processes = machine.processes(ray_service(machine.home)) | machine.processes(store_service(machine.home))

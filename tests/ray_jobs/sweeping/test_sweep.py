@@ -54,6 +54,7 @@ def sweeps(config, store: Store, tmp_path: Path) -> Sweeps:
     return Sweeps(config_file.dumps(config_file.loads(config_file.dumps(config), place)), tmp_path, environment)
 
 
+@pytest.mark.full
 def test_two_trials_share_one_download_one_quantisation_and_one_dataset(sweeps, store, tiny_base):
     """Counted by a proxy before the S3 server, and by the worker."""
     folder = store.uri("origin")
