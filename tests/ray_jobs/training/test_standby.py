@@ -196,9 +196,9 @@ def driver() -> Iterator[ProcessPoolExecutor]:
     ("do", "max_failures", "result", "ended"),
     [
         pytest.param(stays_and_ends, 0, ..., 2, marks=pytest.mark.full),  # which each run on a real Ray shows
-        (is_refused, 0, None, 2),
+        pytest.param(is_refused, 0, None, 2, marks=pytest.mark.full),
         (loses_one_that_waits, 1, (None, False, None), 0),
-        (loses_one_that_measures, 0, (None, False), 0),
+        pytest.param(loses_one_that_measures, 0, (None, False), 0, marks=pytest.mark.full),
         pytest.param(loses_the_board, 0, (None, False), 2, marks=pytest.mark.full),
     ],
 )
@@ -215,8 +215,8 @@ def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failu
 @pytest.mark.parametrize(
     ("train", "trained", "ended"),
     [
-        (has_nothing_to_train, 0, NUM_WORKERS),
-        (loses_one_before_its_training, NUM_WORKERS, NUM_WORKERS),
+        pytest.param(has_nothing_to_train, 0, NUM_WORKERS, marks=pytest.mark.full),
+        pytest.param(loses_one_before_its_training, NUM_WORKERS, NUM_WORKERS, marks=pytest.mark.full),
         (loses_the_board_before_its_training, 0, 0),
     ],
 )
