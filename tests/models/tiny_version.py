@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
+from components.registry import runs
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from tests.models.tiny import colour_rows
@@ -56,6 +58,20 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
+
+
+def remember(store: Store, config: RunConfig, version: Version, **found: Any) -> None:
+    """Keep an evaluation as of the run that made the version, with what its probes `found`."""
+    from ray_jobs.base import base_model
+
+    measured = Evaluation(
+        run_id=version.run_id,
+        records=1,
+        base={"identity": base_model.resolve(config.model).identity},
+        models={"candidate": Measured(version=version.version, metrics={})},
+        **found,
+    )
+    runs.write(store, version.run_id, measured)
 
 
 def contenders(config: RunConfig, *versions: Version) -> "list[Contender]":

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry import runs
-from components.registry.records import Evaluation, Measured, TextLosses
 from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from ray_jobs.base import base_model, chat_format
@@ -23,7 +21,7 @@ from ray_jobs.probes.general_text import Passages, prepare
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import contenders, publish
+from tests.models.tiny_version import contenders, publish, remember
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
 SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text(encoding="utf-8"))
@@ -43,17 +41,6 @@ def version(config: RunConfig, store: Store, tmp_path) -> Version:
 def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     return prepare(store, chat, config, contenders(config, *versions))
-
-
-def remember(store: Store, config: RunConfig, version: Version, found: TextLosses) -> None:
-    measured = Evaluation(
-        run_id=version.run_id,
-        records=1,
-        base={"identity": base_model.resolve(config.model).identity},
-        models={"candidate": Measured(version=version.version, metrics={})},
-        general_text=found,
-    )
-    runs.write(store, version.run_id, measured)
 
 
 def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() -> None:
@@ -118,7 +105,7 @@ def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, 
     champion = replace(version, run_id="earlier")
     text = asked(config, store, champion).known
     known = text.model_copy(update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}})
-    remember(store, config, champion, known)
+    remember(store, config, champion, general_text=known)
     candidate = replace(version, version="0" * 12, run_id="later")
     passages = asked(config, store, champion, candidate)
     assert passages.roles == {"candidate"}
@@ -126,7 +113,7 @@ def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, 
 
     store.put(f"runs/{champion.run_id}/evaluation.json", b"{")
     assert asked(config, store, champion, candidate).roles == {"base", "champion", "candidate"}
-    remember(store, config, champion, known)
+    remember(store, config, champion, general_text=known)
     fewer = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=4"])
     assert asked(fewer, store, champion, candidate).roles == {"base", "champion", "candidate"}
     dense = config_file.loads(config_file.dumps(config), ["method.base=nf4"])

@@ -14,18 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry import runs
 from components.registry.harness_records import HarnessScores, TaskScore
-from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
-from ray_jobs.base import base_model
 from ray_jobs.probes import harness
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.measure import measure_shard
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import contenders, publish
+from tests.models.tiny_version import contenders, publish, remember
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(2)]
 DOCUMENTS = [
@@ -88,17 +85,6 @@ def asked(config: RunConfig, store: Store, *versions: Version) -> harness.Tasks:
     return harness.prepare(store, None, config, contenders(config, *versions))
 
 
-def remember(store: Store, config: RunConfig, version: Version, found: HarnessScores) -> None:
-    measured = Evaluation(
-        run_id=version.run_id,
-        records=1,
-        base={"identity": base_model.resolve(config.model).identity},
-        models={"candidate": Measured(version=version.version, metrics={})},
-        harness=found,
-    )
-    runs.write(store, version.run_id, measured)
-
-
 def test_without_lm_eval_tasks_are_refused_before_anything_is_trained(config, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     harness._manager.cache_clear()
@@ -140,7 +126,7 @@ def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, 
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     tasks = asked(config, store, champion, candidate)
     assert tasks.roles == EVERYBODY
-    remember(store, config, champion, tasks.outcome([{"base": SCORES, "candidate": SCORES}], None).record)
+    remember(store, config, champion, harness=tasks.outcome([{"base": SCORES, "candidate": SCORES}], None).record)
     again = asked(config, store, champion, candidate)
     assert again.roles == {"candidate"}
     assert again.known.scores == {"base": SCORES, "champion": SCORES}
@@ -158,7 +144,8 @@ def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, 
 def test_another_lm_eval_has_other_tasks(config, store, version, known_tasks, monkeypatch) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     ran = [{"base": SCORES, "candidate": SCORES}]
-    remember(store, config, champion, asked(config, store, champion).outcome(ran, None).record)
+    before = asked(config, store, champion).outcome(ran, None).record
+    remember(store, config, champion, harness=before)
     monkeypatch.setattr(harness.metadata, "version", lambda name: "0.4.14")
     assert asked(config, store, champion, candidate).roles == EVERYBODY
 

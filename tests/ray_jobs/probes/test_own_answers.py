@@ -17,8 +17,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate.evidence import Evidence, of_texts
 from components.prepare.dataset import Message, Record
-from components.registry import runs
-from components.registry.records import Evaluation, Measured, TextLosses
+from components.registry.records import Evaluation, TextLosses
 from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.metrics import METRICS
@@ -32,7 +31,7 @@ from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings
 from ray_jobs.scoring.scoring import label_nll
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import contenders, publish, randomise
+from tests.models.tiny_version import contenders, publish, randomise, remember
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
 SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("own_answers.json").read_text(encoding="utf-8"))
@@ -183,17 +182,6 @@ def read(config: RunConfig, version: Version, to_measure: OwnAnswers) -> Finding
     return share["own"]
 
 
-def remember(store: Store, config: RunConfig, version: Version, losses: TextLosses) -> None:
-    evaluation = Evaluation(
-        run_id=version.run_id,
-        records=1,
-        base={"identity": base_model.resolve(config.model).identity},
-        models={"candidate": Measured(version=version.version, metrics={})},
-        own_answers=losses,
-    )
-    runs.write(store, version.run_id, evaluation)
-
-
 def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
     config, store, version, monkeypatch
 ) -> None:
@@ -206,7 +194,7 @@ def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
 
     monkeypatch.setattr(sampling, "sample", None)
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
-    remember(store, config, champion, losses)
+    remember(store, config, champion, own_answers=losses)
     later = asked(config, store, champion, candidate)
     assert later.roles == {"candidate"}
     assert later.known.nll == {"base": losses.nll["base"], "champion": losses.nll["candidate"]}
@@ -226,7 +214,7 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
     losses = first.answered([[1, 2, 3]] * 5).known.model_copy(
         update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}}
     )
-    remember(store, config, champion, losses)
+    remember(store, config, champion, own_answers=losses)
     assert asked(config, store, champion, candidate).new_tokens == 0
     if change == "model.revision":
         other = [

@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry import runs
-from components.registry.records import Evaluation, Measured
 from components.registry.store import Store
 from components.registry.versions import Version
 from ray_jobs.base import base_model, chat_format
@@ -19,7 +17,7 @@ from ray_jobs.probes.suites import Questions, prepare, shipped
 from ray_jobs.scoring.measure import measure_shard
 from tests.models.chat_families import TOOLS
 from tests.models.tiny import colour_rows
-from tests.models.tiny_version import contenders, publish
+from tests.models.tiny_version import contenders, publish, remember
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(2)]
 FEW = 4  # items of each suite, for the time that they take
@@ -61,17 +59,11 @@ def roles_of(questions: Questions) -> dict[str, set[str]]:
     return {each.known.name: set(each.roles) for each in questions.suites}
 
 
-def remember(store: Store, config: RunConfig, version: Version, questions: Questions) -> None:
+def asked_before(store: Store, config: RunConfig, version: Version, questions: Questions) -> None:
     """An evaluation in which base and candidate pass what only an earlier run can have found."""
     passes = {"base": [True] * FEW, "candidate": [False] * FEW}
-    measured = Evaluation(
-        run_id=version.run_id,
-        records=1,
-        base={"identity": base_model.resolve(config.model).identity},
-        models={"candidate": Measured(version=version.version, metrics={})},
-        suites=tuple(each.known.model_copy(update={"passes": passes}) for each in questions.suites),
-    )
-    runs.write(store, version.run_id, measured)
+    suites = tuple(each.known.model_copy(update={"passes": passes}) for each in questions.suites)
+    remember(store, config, version, suites=suites)
 
 
 def test_an_answer_is_what_transformers_generates_behind_the_chat_template(config, store, version) -> None:
@@ -122,7 +114,7 @@ def test_shares_are_judged_in_the_order_of_the_whole(config, store, version) -> 
 
 def test_what_an_earlier_run_has_found_is_not_asked_again(config, store, version) -> None:
     champion = replace(version, run_id="earlier")
-    remember(store, config, champion, asked(config, store, champion))
+    asked_before(store, config, champion, asked(config, store, champion))
     candidate = replace(version, version="0" * 12, run_id="later")
     questions = asked(config, store, champion, candidate)
     assert roles_of(questions) == {"json": {"candidate"}, "refusal": {"candidate"}}
@@ -142,7 +134,7 @@ def test_what_an_earlier_run_has_found_is_not_asked_again(config, store, version
 @pytest.mark.parametrize("changes", ["items", "max_new_tokens", "version"])
 def test_other_questions_answers_or_checks_are_asked_anew(config, store, version, changes, monkeypatch) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
-    remember(store, config, champion, asked(config, store, champion))
+    asked_before(store, config, champion, asked(config, store, champion))
     suite = suites.shipped()["refusal"]
     if changes == "items":
         suite["items"] = [{"prompt": "Another?"}, *suite["items"][1:]]
