@@ -28,6 +28,15 @@ def test_every_link_leads_somewhere(document: Path) -> None:
     assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not leads_somewhere(document, link)] == []
 
 
+@pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(document: Path) -> None:
+    tops = "components|docs|infra|pipelines|ray_jobs|tests"
+    named = re.findall(
+        rf"(?<![\w/.])((?:{tops})(?:/[\w.-]+)+\.(?:py|json|md|toml|yaml|lock))", document.read_text("utf-8")
+    )
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def leads_somewhere(document: Path, link: str) -> bool:
     if "://" in link:
         return True
