@@ -245,23 +245,6 @@ def course(somebody: Traveller) -> Iterator[Course]:
 
 
 @pytest.mark.full
-def test_a_run_that_was_stopped_and_one_that_was_killed_end_in_the_version_of_an_undisturbed_one(
-    somebody: Traveller, undisturbed: str
-) -> None:
-    course = Course(somebody, f"{RUN} --home home --run-id ours", home="home")
-    at = course.begins(TRAINS)
-    at.ctrl_c()
-    assert at.ends()[0] == 130, at.screen
-    course.is_told(at)
-    at = course.begins(TRAINS)
-    os.kill(somebody.process("pipelines.local.run_pipeline"), signal.SIGKILL)
-    at.ends()
-    course.is_told(at)
-    assert somebody.does(course.line).answer["version"] == undisturbed
-    course.all_ends()
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("shown", [PREPARES, LOADS, TRAINS], ids=["prepares", "loads", "trains"])
 def test_at_ctrl_c_the_prompt_comes_back_when_nothing_runs_and_says_how_to_go_on(course: Course, shown: str) -> None:
     at = course.begins(shown)
