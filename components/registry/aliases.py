@@ -164,8 +164,9 @@ def rollback(
 ) -> Event:
     """Point the alias back at `to`, or else at the version that held it before the present one.
 
-    A second rollback goes one further back, not forward again. With a `cause.run_id`, or the `expected` holder, to
-    repeat it changes nothing. The event is "overridden" when a gate holds `to` back from it and it never held it.
+    A second rollback goes one further back, not forward again. With a `cause.run_id`, or with the version
+    that is `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden" when a gate
+    holds `to` back from this alias, which `to` never held.
 
     Raises:
         UnknownName: the alias does not exist, or nothing held it before.

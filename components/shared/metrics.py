@@ -1,7 +1,7 @@
 """The metrics of an evaluation: the one table that config, evaluation, gate, report and command line read.
 
-A new metric is a row here and its computation in `ray_jobs/scoring/`. A config may name a function of its own as
-`module:function`, which is a row like the others.
+A new metric is a row here and its computation in `ray_jobs/scoring/` or `ray_jobs/probes/`. A config may name a
+function of its own as `module:function`, which is a row like the others.
 """
 
 import re

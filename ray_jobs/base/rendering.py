@@ -62,7 +62,7 @@ def together(tokenizer: Any, asked: Iterable[Mapping[str, Any]]) -> list[str | R
         for arguments in asked:
             try:
                 tokenizer.apply_chat_template(**arguments, tokenize=False)  # gets as far as `_apart`
-            except Exception as exc:  # transformers' own, of turns that it does not take
+            except Exception as exc:  # of many kinds, for turns that it refuses; callers name the record
                 calls.append(RefusedByTemplate(str(exc)))
     finally:
         _local.calls = None
