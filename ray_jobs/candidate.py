@@ -6,11 +6,11 @@ of them holds a whole one. A job that is run again takes the version that the ru
 """
 
 from components.config.schema import RunConfig
-from components.registry import runs
-from components.registry.records import TrainResult
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import TrainResult
 from components.shared import garbage
 from components.shared.protocol import TRAINED, say
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs import finetune as training
 from ray_jobs.probes import PROBES

@@ -10,10 +10,10 @@ from typing import Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
 from components.shared import garbage
 from components.shared.errors import FineloopError
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_config, base_model, chat_format

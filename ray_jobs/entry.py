@@ -13,11 +13,11 @@ from pathlib import Path
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.lineage import Started
-from components.registry.store import open_uri
 from components.shared import garbage
 from components.shared.account import account
 from components.shared.errors import FineloopError
 from components.shared.protocol import say, say_failure
+from components.store.store import open_uri
 
 
 def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:

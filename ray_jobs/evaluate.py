@@ -18,18 +18,18 @@ from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.prepare.judges import judges
-from components.registry import runs
+from components.records import runs
+from components.records.steps import ROLES, Evaluation, Measured, Role, TrainResult
 from components.registry.aliases import read_alias
 from components.registry.event_log import events
 from components.registry.history import promotion
-from components.registry.records import ROLES, Evaluation, Measured, Role, TrainResult
 from components.registry.signing import is_revoked
-from components.registry.store import Store
 from components.registry.versions import Version, resolve
 from components.shared.counted import counted
 from components.shared.errors import ConfigError, FineloopError, JobError, ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_config, base_model, chat_format, processor

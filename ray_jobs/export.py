@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
-from components.registry.folders import beside
-from components.registry.store import Store
 from components.registry.versions import Version, pull_version, resolve
 from components.shared import garbage
 from components.shared.errors import ObjectMissing, UserError
 from components.shared.protocol import say
+from components.store.folders import beside
+from components.store.store import Store
 
 with garbage.importing():
     from ray_jobs import entry

@@ -13,13 +13,14 @@ from typing import Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
-from components.registry import lineage, runs
-from components.registry.records import TrainResult
-from components.registry.store import Store
-from components.registry.sweep_records import TunedRate
+from components.records import runs
+from components.records.steps import TrainResult
+from components.records.sweep import TunedRate
+from components.registry import lineage
 from components.shared import garbage
 from components.shared.counted import counted
 from components.shared.protocol import say
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model, chat_format
 from ray_jobs.training import splits, starting

@@ -16,12 +16,13 @@ from pathlib import Path
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
-from components.registry import lineage, runs
-from components.registry.store import Store
-from components.registry.sweep_records import SweepResult, Trial, Tuned
+from components.records import runs
+from components.records.sweep import SweepResult, Trial, Tuned
+from components.registry import lineage
 from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import say
+from components.store.store import Store
 
 with garbage.importing():
     from ray_jobs import entry

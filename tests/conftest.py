@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.local import seaweedfs, server
 
 if TYPE_CHECKING:

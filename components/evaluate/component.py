@@ -18,7 +18,7 @@ def evaluate(
     """Evaluate the version and return the evaluation's URI. Few distinct answers also give a confusion matrix."""
     from components.evaluate.evaluate import evaluate as compare
     from components.evaluate.evaluate import flat_metrics
-    from components.registry import runs
+    from components.records import runs
     from components.step.step import step
 
     with step("evaluate", run_uri, config_digest) as step_run:

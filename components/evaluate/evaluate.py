@@ -4,8 +4,8 @@ The work is done by the Ray job that trained the version. Where that is gone, an
 """
 
 from components.ray_cluster.submit import submit_step
-from components.registry import runs
-from components.registry.records import ROLES, Evaluation
+from components.records import runs
+from components.records.steps import ROLES, Evaluation
 from components.shared.errors import JobError, ObjectMissing
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun

@@ -5,9 +5,9 @@ cluster once, and nobody else's comes between.
 """
 
 from components.ray_cluster.submit import submit_step
-from components.registry import runs
-from components.registry.records import TrainResult
-from components.registry.sweep_records import TunedRate
+from components.records import runs
+from components.records.steps import TrainResult
+from components.records.sweep import TunedRate
 from components.shared.errors import ConfigError, JobError, ObjectMissing
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun

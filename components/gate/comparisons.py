@@ -12,7 +12,7 @@ from annotated_types import Le
 from components.config.gate import GateConfig, Guard
 from components.config.schema import EvaluateConfig
 from components.gate.evidence import Evidence
-from components.registry.records import Evaluation, Measured, Role, RuleResult, finite
+from components.records.steps import Evaluation, Measured, Role, RuleResult, finite
 from components.shared.metrics import RELATIVE, Metric
 from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
 

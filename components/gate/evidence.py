@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from components.registry import runs
-from components.registry.records import Evaluation, Role, TextLosses
+from components.records import runs
+from components.records.steps import Evaluation, Role, TextLosses
 from components.shared.errors import IntegrityError
 from components.shared.metrics import METRICS, Metric
 from components.shared.paired import Array, Pairs
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 Names = npt.NDArray[np.str_]
 

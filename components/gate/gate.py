@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 from components.config.schema import RunConfig
 from components.gate import evidence
 from components.gate.policy import decide
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry.event import EventKind
 from components.registry.event_log import append_event, events
 from components.registry.history import promotion
 from components.registry.looks import looks
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation, RuleResult
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 logger = logging.getLogger(__name__)
 

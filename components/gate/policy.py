@@ -15,11 +15,11 @@ from components.config.section import identity
 from components.gate import comparisons, slices, suites
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
+from components.records.steps import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
 from components.registry.looks import confidence_at
-from components.registry.records import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
-from components.registry.store import decode_json, encode_json
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
+from components.store.store import decode_json, encode_json
 
 
 def decide(

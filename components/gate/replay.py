@@ -7,14 +7,14 @@ from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import evidence
 from components.gate.policy import decide
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Decision, Evaluation
 from components.registry.event_log import events
 from components.registry.history import decisions
-from components.registry.records import Decision, Evaluation
 from components.shared.errors import DataError, UnknownName
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from components.config.gate import GateConfig
 from components.gate import holm
 from components.gate.comparisons import ROUNDING, Compared, unmeasured
-from components.registry.records import RuleResult, SliceResult
+from components.records.steps import RuleResult, SliceResult
 from components.shared.paired import Bounds, Pairs, bounds
 
 

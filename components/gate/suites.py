@@ -2,8 +2,8 @@
 
 from components.config.gate import GateConfig
 from components.gate import holm
-from components.registry.records import Evaluation, RuleResult
-from components.registry.suite_records import Suite
+from components.records.steps import Evaluation, RuleResult
+from components.records.suites import Suite
 from components.shared.paired import least_loss, mcnemar, shown_worse
 
 FIELD = "gate.suite_worse_by"

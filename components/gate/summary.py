@@ -1,6 +1,6 @@
 """The decision as Markdown, which the Kubeflow UI shows with the step; pure."""
 
-from components.registry.records import Decision, RuleResult
+from components.records.steps import Decision, RuleResult
 from components.shared.metrics import metric_of
 
 

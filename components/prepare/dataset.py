@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from components.registry import folders
 from components.shared.errors import Conflict, IntegrityError
+from components.store import folders
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from functools import partial
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import folds, validation_and_test
-from components.registry import runs
+from components.records import runs
 from components.registry.event_log import events
 from components.registry.looks import looks, next_part
-from components.registry.store import Store
 from components.shared.errors import DataError
+from components.store.store import Store
 
 SAMPLED = 16
 """Records of a test set by which it is known again."""

@@ -12,16 +12,16 @@ from components.prepare.judges import require_enough
 from components.prepare.profile import build_profile
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
-from components.registry import runs
-from components.registry.records import Decision
+from components.records import runs
+from components.records.steps import Decision
 from components.shared import memory
 from components.shared.counted import counted
 from components.shared.errors import DataError
 from components.step.step import StepRun
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
     from components.registry.watermark import Consumed
+    from components.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
     Raises:
         FineloopError: as for `prepare`.
     """
-    from components.registry import folders, watermark
+    from components.registry import watermark
+    from components.store import folders
 
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
     consumed = watermark.read(step_run.store, step_run.config.adapter.name)

@@ -47,7 +47,7 @@ def read_rows(source: Source, *, group: str = "") -> Iterator[SourceRow]:
 
         yield from (SourceRow(line, row) for line, row in enumerate(icd10.rows(), start=1))
     elif source.name.startswith("s3://"):
-        from components.registry.store import open_uri
+        from components.store.store import open_uri
 
         store, key = open_uri(source.name, field="data.source")
         with tempfile.TemporaryDirectory(prefix="fineloop-source-") as scratch:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
-    from components.registry.store import ObjectInfo, Store
+    from components.store.store import ObjectInfo, Store
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
@@ -141,7 +141,7 @@ def _is_visible(parts: tuple[str, ...]) -> bool:
 
 
 def _find_s3(entry: str) -> Iterator[Source]:
-    from components.registry.store import open_uri
+    from components.store.store import open_uri
 
     store, key = open_uri(entry, field="data.source")
     if key and not key.endswith("/"):

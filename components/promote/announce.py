@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from components.config.announce import AnnounceConfig
 from components.promote import mlflow, model_registry, webhook
 from components.promote.announcement import Announcement, announcement
-from components.registry.records import StepRecord
+from components.records.steps import StepRecord
 from components.shared.errors import FineloopError
 
 if TYPE_CHECKING:
     from components.registry.event import Event
-    from components.registry.store import Store
+    from components.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from components.records.steps import finite
 from components.registry import versions
-from components.registry.records import finite
 
 if TYPE_CHECKING:
     from components.registry.event import Event, EventKind
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.promote.promote import take_alias
-from components.registry import aliases, event_log, runs, versions
+from components.records import runs
+from components.records.steps import Decision, finite
+from components.registry import aliases, event_log, versions
 from components.registry.history import is_held, is_override
-from components.registry.records import Decision, finite
 from components.shared.errors import IntegrityError, UserError
 from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.event import Event
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 @dataclass(frozen=True)

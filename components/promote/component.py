@@ -61,7 +61,7 @@ def move_by_hand(
     from components.config.schema import AnnounceConfig, RegistryConfig
     from components.promote.announce import announce as tell_others
     from components.promote.by_hand import Request, as_markdown, carry_out
-    from components.registry.store import Store
+    from components.store.store import Store
 
     others = AnnounceConfig.model_validate(announce)
     request = Request(adapter_name, action, version, alias, reason, person, job_id)

@@ -6,12 +6,13 @@ A run that has decided has consumed its data: the adapter's watermark moves with
 import os
 
 from components.promote.announce import announce
-from components.registry import aliases, runs, signing, watermark
+from components.records import runs
+from components.records.steps import Decision
+from components.registry import aliases, signing, watermark
 from components.registry.event import Event
-from components.registry.records import Decision
-from components.registry.store import Store
 from components.shared.errors import DataError
 from components.step.step import StepRun
+from components.store.store import Store
 
 
 def promote(step_run: StepRun, decision_sha256: str) -> str:

@@ -21,7 +21,7 @@ from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubefl
 from components.ray_cluster.jobs_api import JobsApi
 from components.ray_cluster.rayjob import RayJobs
 from components.ray_cluster.workflow import own_workflow
-from components.registry import runs
+from components.records import runs
 from components.shared.account import account
 from components.shared.errors import JobError, UserError
 from components.shared.protocol import find_failure

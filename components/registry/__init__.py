@@ -1,1 +1,1 @@
-"""The adapter registry on S3: folders with manifests, versions, aliases, lineage."""
+"""The adapter registry on a store: versions, aliases, the log of what happened to them, and what vouches for each."""

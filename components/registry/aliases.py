@@ -18,13 +18,13 @@ from pydantic import TypeAdapter
 
 from components.registry.event import Body, Event, event_sha256
 from components.registry.event_log import ID_LENGTH, append_event, events, read_event, require_published
-from components.registry.folders import find_manifest, now
 from components.registry.history import is_chain, is_override, moves, standing
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.signing import require_signed
-from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
+from components.store.folders import find_manifest, now
+from components.store.store import JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 

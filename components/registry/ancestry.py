@@ -8,9 +8,9 @@ from typing import Any, Literal, cast, get_args
 from components.registry import versions
 from components.registry.index import remembered
 from components.registry.names import version_key
-from components.registry.store import Store
 from components.registry.versions import LINEAGE, Version, read_lineage
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
+from components.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -7,17 +7,18 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from components.registry import aliases, runs, signing, versions
+from components.records import runs
+from components.records.steps import Decision, Evaluation
+from components.registry import aliases, signing, versions
 from components.registry.aliases import Pointer, read_alias
 from components.registry.event import Event
 from components.registry.event_log import read_log
-from components.registry.folders import Manifest, verify
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
-from components.registry.records import Decision, Evaluation
-from components.registry.store import Store, encode_json
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
+from components.store.folders import Manifest, verify
+from components.store.store import Store, encode_json
 
 BASES, CHOSEN = "bases/", "chosen.json"
 

@@ -17,18 +17,20 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from components.config.methods import METHODS, OWN_BASE
-from components.registry import folders, runs, versions
+from components.records import runs
+from components.records.steps import Decision, Evaluation, TrainResult
+from components.registry import versions
 from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor, of_record
 from components.registry.event_log import append_event, read_log
-from components.registry.folders import MANIFEST
 from components.registry.history import MOVE_KINDS, waiting
 from components.registry.index import READS_AT_ONCE
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation, TrainResult
-from components.registry.store import JSON, ObjectInfo, Store, decode_json
 from components.registry.versions import LINEAGE
 from components.shared.errors import IntegrityError
+from components.store import folders
+from components.store.folders import MANIFEST
+from components.store.store import JSON, ObjectInfo, Store, decode_json
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
 A_RUN_RESTS = timedelta(days=1)

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import Field
 
-from components.registry.part import Part
-from components.registry.store import encode_json
+from components.records.part import Part
+from components.store.store import encode_json
 
 EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected"]
 

@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from components.registry.event import Body, Event, EventKind, Reference, event_sha256
-from components.registry.folders import Manifest, now
 from components.registry.history import MOVE_KINDS
 from components.registry.index import remembered
 from components.registry.names import adapter_key
-from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.store.folders import Manifest, now
+from components.store.store import JSON, Store, encode_json
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import hashlib
 import re
 from collections.abc import Mapping
 
-from components.registry.folders import FileDigest, Manifest, verify
-from components.registry.store import Store
 from components.shared.errors import IntegrityError
+from components.store.folders import FileDigest, Manifest, verify
+from components.store.store import Store
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

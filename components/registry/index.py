@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from components.registry.names import adapter_key
-from components.registry.store import Store, encode_json
 from components.shared.errors import StoreError
+from components.store.store import Store, encode_json
 
 logger = logging.getLogger(__name__)
 

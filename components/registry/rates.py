@@ -9,9 +9,9 @@ import hashlib
 from typing import ClassVar
 
 from components.config.schema import RunConfig
+from components.records.steps import Record
 from components.registry.names import adapter_key
-from components.registry.records import Record
-from components.registry.store import JSON, Store, encode_json
+from components.store.store import JSON, Store, encode_json
 
 
 class FoundRate(Record):

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from components.registry import aliases, folders, signing
+from components.registry import aliases, signing
 from components.registry.names import adapter_key, version_key
-from components.registry.store import Store
+from components.store import folders
+from components.store.store import Store
 
 
 class Signed(NamedTuple):

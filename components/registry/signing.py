@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from components.registry import folders, runs
+from components.records import runs
+from components.records.steps import Decision, Evaluation
 from components.registry.event_log import require_published
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
-from components.registry.records import Decision, Evaluation
-from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import IntegrityError, UserError
+from components.store import folders
+from components.store.store import JSON, Store, encode_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from components.registry import folders, runs
+from components.records import runs
+from components.records.steps import Evaluation
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
 from components.registry.event_log import append_event, events, publication, require_published
-from components.registry.folders import Manifest
 from components.registry.identity import (
     ID_DIGITS,
     IDENTITY,
@@ -20,10 +20,11 @@ from components.registry.identity import (
 )
 from components.registry.index import remembered
 from components.registry.names import adapter_key, checked_name, version_key
-from components.registry.records import Evaluation
 from components.registry.signing import require_signed
-from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, UnknownName, UserError
+from components.store import folders
+from components.store.folders import Manifest
+from components.store.store import JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 

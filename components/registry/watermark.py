@@ -9,10 +9,10 @@ import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from components.registry import runs
+from components.records import runs
 from components.registry.names import adapter_key
-from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.store.store import JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 

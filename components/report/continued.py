@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.registry import ancestry, runs, versions
-from components.registry.records import Evaluation
+from components.records import runs
+from components.records.steps import Evaluation
+from components.registry import ancestry, versions
 from components.report.run_files import Afresh, RunFiles
 from components.shared.errors import IntegrityError
 from components.shared.metrics import METRICS
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 def parent_of(lineage: Mapping[str, Any] | None) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.registry.records import finite
+from components.records.steps import finite
 from components.report.numbers import count, number
 
 MAX_POINTS = 400  # more would not be seen and would only make the page larger

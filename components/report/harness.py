@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from components.registry.harness_records import score_text
-from components.registry.records import ROLES, Role
+from components.records.harness import score_text
+from components.records.steps import ROLES, Role
 from components.report.run_files import RunFiles
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from components.records.steps import Role
 from components.registry.aliases import PRODUCTION
-from components.registry.records import Role
 from components.report import continued
 from components.report.numbers import count
 from components.report.run_files import RunFiles

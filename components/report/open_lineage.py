@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from components.config.schema import RunConfig
-from components.registry import runs
+from components.records import runs
 from components.registry.ancestry import Ancestor, of_record
 from components.registry.names import version_key
-from components.registry.store import Store
 from components.report.run_files import RunFiles
+from components.store.store import Store
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent

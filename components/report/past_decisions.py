@@ -1,6 +1,6 @@
 """What the gate decided on this alias before, each time on the gain over the champion of that day."""
 
-from components.registry.records import Decision, RuleResult
+from components.records.steps import Decision, RuleResult
 from components.report import forest
 from components.report.run_files import RunFiles
 from components.shared.metrics import RELATIVE, metric_of

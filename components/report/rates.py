@@ -6,7 +6,7 @@ The picture is an SVG that stands by itself: in the report's page, and as a file
 import math
 from dataclasses import dataclass
 
-from components.registry.sweep_records import RateLoss, SweepResult, Tuned
+from components.records.sweep import RateLoss, SweepResult, Tuned
 from components.report.html import template
 from components.report.numbers import number
 

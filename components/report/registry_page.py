@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from components.registry import event_log, runs, versions
+from components.records import runs
+from components.records.steps import Evaluation, PairedDifference
+from components.registry import event_log, versions
 from components.registry.aliases import PRODUCTION, read_alias
-from components.registry.records import Evaluation, PairedDifference
 from components.report.html import template
 from components.report.numbers import moment, parse_moment
 from components.shared.errors import IntegrityError, ObjectMissing
@@ -15,8 +16,8 @@ from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
     from components.registry.event import Event
-    from components.registry.store import Store
     from components.registry.versions import Version
+    from components.store.store import Store
 
 PAGES = "pages/"
 MOST_VERSIONS = 60

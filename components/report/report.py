@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Decision, Evaluation
+from components.records.sweep import SweepResult, TunedRate
 from components.registry.event_log import events
 from components.registry.names import version_key
-from components.registry.records import Decision, Evaluation
-from components.registry.sweep_records import SweepResult, TunedRate
 from components.registry.versions import LINEAGE
 from components.report import open_lineage
 from components.report.continued import find_afresh
@@ -24,7 +24,7 @@ from components.report.run_files import RunFiles
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 MOST_DECISIONS = 20
 

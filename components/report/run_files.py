@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from components.registry.records import Decision, Evaluation, Measured, Role, StepRecord, Took
-from components.registry.sweep_records import SweepResult, TunedRate
+from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
+from components.records.sweep import SweepResult, TunedRate
 from components.report.numbers import parse_moment
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from components.registry.records import ROLES
+from components.records.steps import ROLES
 from components.report.comparison import names
 from components.report.numbers import count, moment, parse_moment
 from components.report.run_files import RunFiles

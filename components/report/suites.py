@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config.gate import GateConfig
-from components.registry.records import ROLES, Role
-from components.registry.suite_records import LostItem, Suite
+from components.records.steps import ROLES, Role
+from components.records.suites import LostItem, Suite
 from components.report.run_files import RunFiles
 from components.report.sections import clipped
 from components.shared.paired import least_loss, mcnemar

@@ -17,12 +17,12 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry import runs
-from components.registry.records import Status, StepRecord
-from components.registry.store import Store, open_uri
+from components.records import runs
+from components.records.steps import Status, StepRecord
 from components.shared import garbage
 from components.shared.errors import ConfigError, Conflict, FineloopError, IntegrityError
 from components.shared.protocol import STARTED, say, say_failure
+from components.store.store import Store, open_uri
 
 PARAMETER = "run parameter"
 """As the form of the Kubeflow UI calls its fields."""

@@ -3,11 +3,13 @@
 from components.config.schema import RunConfig
 from components.config.tune import When
 from components.ray_cluster.submit import submit_step
-from components.registry import folders, rates, runs
+from components.records import runs
+from components.records.sweep import SweepResult, TunedRate
+from components.registry import rates
 from components.registry.rates import FoundRate
-from components.registry.sweep_records import SweepResult, TunedRate
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
+from components.store import folders
 from components.tune import scaling
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from components.promote.by_hand import Person
     from components.registry.aliases import Pointer
     from components.registry.event import Event
-    from components.registry.store import Store
     from components.registry.versions import Version
+    from components.store.store import Store
 
 SERVERS = ("ray-serve", "kserve", "vllm", "vllm-resolver")
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
@@ -302,7 +302,7 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
 
     import yaml
 
-    from components.registry.serve_manifest import manifest, served
+    from components.handover.serve_manifest import manifest, served
     from components.registry.versions import resolve
 
     with opened_registry(options) as store:
@@ -313,10 +313,10 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
 
 
 def _page(options: argparse.Namespace) -> Answer:
-    from components.registry.client import disk_errors
     from components.report.numbers import moment
     from components.report.registry_page import build_pages, list_adapter, read_adapter
     from components.shared.errors import UserError
+    from components.store.client import disk_errors
 
     with opened_registry(options) as store:
         names = _names(options, store)
@@ -351,9 +351,9 @@ def _pull(options: argparse.Namespace) -> Answer:
 
 
 def _pull_base(store: "Store", version: "Version", target: Path) -> None:
-    from components.registry import folders
     from components.registry.versions import read_lineage
     from components.shared.errors import IntegrityError, UserError
+    from components.store import folders
 
     recipe = read_lineage(store, version)["recipe"]
     stands_on, sha256 = recipe.get("stands_on", ""), recipe.get("stands_on_sha256")

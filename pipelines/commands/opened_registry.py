@@ -10,7 +10,7 @@ from components.shared.errors import UserError
 from pipelines.commands.arguments import load_config
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
         UserError: the home holds no store and none is configured.
         GroundError: the home's store does not start.
     """
-    from components.registry.store import Store
+    from components.store.store import Store
     from pipelines.local.local_services import local_services, store_configured
 
     config = load_config(options)

@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from components.handover import serving
 from components.promote.announce import TOLD
-from components.registry import aliases, event_log, serving, versions
+from components.records.steps import finite
+from components.registry import aliases, event_log, versions
 from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
 from components.registry.collect import Removal
 from components.registry.event import Event
-from components.registry.records import finite
-from components.registry.store import Store
 from components.registry.versions import Version
 from components.shared.counted import counted
 from components.shared.metrics import metrics_of
+from components.store.store import Store
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table
 

@@ -78,7 +78,7 @@ def _list(options: argparse.Namespace) -> Answer:
 
 
 def _show(options: argparse.Namespace) -> Answer:
-    from components.registry.runs import run_key
+    from components.records.runs import run_key
     from pipelines.kubeflow import runs
     from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
 

@@ -14,7 +14,7 @@ POLL_S = 2.0
 STEP_LABEL = "pipelines.kubeflow.org/v2_component"
 """By which the network policies know a step."""
 TRY = (
-    "from components.config.schema import RegistryConfig; from components.registry.store import Store; "
+    "from components.config.schema import RegistryConfig; from components.store.store import Store; "
     "Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check(); print('fineloop: the store is sound')"
 )
 

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 
 from components.config.schema import RegistryConfig
 from components.promote.announce import untold, warning
-from components.registry import runs
-from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord
 from components.shared.durations import estimated_duration
 from components.shared.errors import ConfigError, FineloopError
+from components.store.store import Store
 from pipelines.kubeflow.run import Run
 
 LOGS = "kubectl -n fineloop logs -l pipeline/runid={run_id} -c main --tail 50"

@@ -118,7 +118,7 @@ def _store(home: Path, registry: RegistryConfig | None) -> Check:
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or (endpoint or {})["url"]
     if registry is None:
         return Check(name, True, f"{url} (not tried: no config)", "")
-    from components.registry.store import Store
+    from components.store.store import Store
 
     try:
         with in_environment({} if configured else local_services.store_environment(home)):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.promote.announce import untold, warning
-from components.registry import runs
+from components.records import runs
+from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.registry.aliases import PRODUCTION
-from components.registry.records import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.shared.errors import FineloopError
 from components.shared.metrics import metrics_of
 from pipelines.local.local_services import store_configured
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pipelines.local.service import python_path
 from pipelines.local.watch import Ended, watch
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 LOG = "pipeline.log"
 What = Literal["retrain", "train", "sweep"]
@@ -212,8 +212,8 @@ def _read(
     began: float,
 ) -> Read:
     """Raise what a step failed with, or else read the outcome: how the process ended says little of it."""
-    from components.registry import runs
-    from components.registry.store import Store
+    from components.records import runs
+    from components.store.store import Store
 
     store = Store.open(config.registry)
     try:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from components.config import config_file
 from components.config.legality import setting
 from components.config.schema import RunConfig
-from components.registry import runs
-from components.registry.sweep_records import SweepResult, Tuned
+from components.records import runs
+from components.records.sweep import SweepResult, Tuned
 from components.report.rates import picture
 from components.shared.errors import ConfigError
 from pipelines.local.run import Place, run_and_read
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 BAR = 24  # characters of the longest
 

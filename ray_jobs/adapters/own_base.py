@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import Init
 from components.config.schema import MethodConfig, RunConfig
-from components.registry import folders
-from components.registry.store import JSON, Store, decode_json, encode_json
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
+from components.store import folders
+from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.adapters.loftq import loftq
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base

@@ -9,9 +9,9 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.store import Store
 from components.registry.versions import Version, read_lineage
 from components.shared.errors import IntegrityError
+from components.store.store import Store
 
 
 @dataclass(frozen=True)

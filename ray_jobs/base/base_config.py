@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config.schema import ModelConfig
-from components.registry.store import open_uri
 from components.shared.errors import ConfigError, ObjectMissing
+from components.store.store import open_uri
 from ray_jobs.base.base_model import FILES, cache_dir, snapshot
 from ray_jobs.base.digests import remembered
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
-from components.registry.store import open_uri
 from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError
+from components.store.store import open_uri
 from ray_jobs.base import architecture, attention, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse

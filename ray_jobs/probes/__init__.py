@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from components.config.schema import RunConfig
-from components.registry.store import Store
+from components.store.store import Store
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import general_text, harness, own_answers, suites
 from ray_jobs.scoring.contender import Contender

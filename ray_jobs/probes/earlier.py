@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from components.config.schema import RunConfig
-from components.registry.records import Evaluation, Role
-from components.registry.store import Store
+from components.records.steps import Evaluation, Role
 from components.registry.versions import evaluation
 from components.shared.errors import IntegrityError
+from components.store.store import Store
 from ray_jobs.scoring.contender import Contender
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import resources
 
 from components.config.schema import RunConfig
-from components.registry.records import Role, TextLosses
-from components.registry.store import Store
+from components.records.steps import Role, TextLosses
+from components.store.store import Store
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import texts

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from components.config.schema import EvaluateConfig, RunConfig
-from components.registry.harness_records import HarnessScores, TaskScore
-from components.registry.records import ROLES, Evaluation, Role
-from components.registry.store import Store
+from components.records.harness import HarnessScores, TaskScore
+from components.records.steps import ROLES, Evaluation, Role
 from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
+from components.store.store import Store
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier
 from ray_jobs.scoring.contender import Contender

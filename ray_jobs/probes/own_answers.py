@@ -21,8 +21,8 @@ from typing import Self
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.records import Role, TextLosses
-from components.registry.store import Store
+from components.records.steps import Role, TextLosses
+from components.store.store import Store
 from ray_jobs.base.batching import tokenize
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier, texts

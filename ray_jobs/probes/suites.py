@@ -14,9 +14,9 @@ from typing import Any
 
 from components.config.schema import RunConfig, SuiteName
 from components.prepare.dataset import Message, Record
-from components.registry.records import ROLES, Evaluation, Role
-from components.registry.store import Store
-from components.registry.suite_records import Suite
+from components.records.steps import ROLES, Evaluation, Role
+from components.records.suites import Suite
+from components.store.store import Store
 from ray_jobs.base import base_config, base_model
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat, without_reasoning

@@ -10,8 +10,8 @@ from typing import ClassVar, Self, TypeVar
 import numpy as np
 
 from components.config.schema import RunConfig
-from components.registry.records import Evaluation, Role, TextLosses
-from components.registry.store import Store
+from components.records.steps import Evaluation, Role, TextLosses
+from components.store.store import Store
 from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier

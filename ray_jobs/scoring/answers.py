@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from components.registry.records import PairedDifference
+from components.records.steps import PairedDifference
 from components.shared.answers import label, normal
 from components.shared.metrics import Metric, metric_of
 from components.shared.paired import Pairs, bounds

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config.schema import RunConfig
-from components.registry.records import Role
+from components.records.steps import Role
 from components.registry.versions import Version
 
 

@@ -7,7 +7,7 @@ from components.config.gate import GateConfig
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.records import Role
+from components.records.steps import Role
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.scoring.answers import Score, pairs_of
 from ray_jobs.scoring.measure import ShardResult

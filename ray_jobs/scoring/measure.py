@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.records import Role
-from components.registry.store import Store
+from components.records.steps import Role
 from components.registry.versions import pull_version
 from components.shared.errors import DataError
 from components.shared.protocol import say
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.held_base import HeldBase

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from components.registry.records import Role
+from components.records.steps import Role
 from ray_jobs.base.chat_format import ChatFormat
 
 Findings = dict[Role, Any]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from components.registry.sweep_records import Forgotten, Trial
+from components.records.sweep import Forgotten, Trial
 from ray_jobs.sweeping.intervals import interval
 
 

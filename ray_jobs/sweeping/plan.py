@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from components.config.schema import RunConfig
-from components.registry.sweep_records import RateLoss, Trial, Tuned
+from components.records.sweep import RateLoss, Trial, Tuned
 from ray_jobs.sweeping import grid, points
 from ray_jobs.sweeping.forgetting import forgotten
 from ray_jobs.sweeping.grid import Grid

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from components.registry.sweep_records import Trial
+from components.records.sweep import Trial
 from components.shared.durations import estimated_duration
 from ray_jobs.sweeping.plan import Plan
 

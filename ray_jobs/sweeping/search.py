@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.config.tune import Scheduler
-from components.registry.sweep_records import Trial
+from components.records.sweep import Trial
 from ray_jobs.sweeping import points
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Point

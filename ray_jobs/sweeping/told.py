@@ -2,7 +2,7 @@
 
 import re
 
-from components.registry.sweep_records import Trial
+from components.records.sweep import Trial
 from components.shared.durations import duration
 from components.shared.errors import FineloopError
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.records import Role, TextLosses
-from components.registry.store import Store
-from components.registry.sweep_records import Trial
+from components.records.steps import Role, TextLosses
+from components.records.sweep import Trial
 from components.shared.errors import Diverged
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.held_base import HeldBase

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from components.registry.serving import ServableAs
-from components.registry.sweep_records import Forgotten, MethodComparison, Trial, Tuned
+from components.handover.serving import ServableAs
+from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
 from ray_jobs.sweeping.intervals import paired_gain
 
 PLAIN = ("lora", "qlora")

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.config.ray import MatmulDtype
-from components.registry import folders, runs
-from components.registry.store import Store
+from components.records import runs
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.store import folders
+from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
 from ray_jobs.training import optimizer, zero

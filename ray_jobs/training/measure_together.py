@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from components.prepare.dataset import Record
-from components.registry.records import Role
+from components.records.steps import Role
 from components.shared.errors import JobError, UserError
 from ray_jobs import entry
 from ray_jobs.adapters import build

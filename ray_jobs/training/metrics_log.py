@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from components.registry import runs
-from components.registry.store import Store
+from components.records import runs
 from components.shared.counted import counted
 from components.shared.protocol import say
+from components.store.store import Store
 
 PROGRESS_EVERY_S = 1.0
 METRICS_EVERY_S = 15.0

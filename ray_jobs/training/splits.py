@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import validation_and_test
-from components.registry import folders, lineage
-from components.registry.store import Store
+from components.registry import lineage
 from components.shared.counted import counted
 from components.shared.errors import DataError
+from components.store import folders
+from components.store.store import Store
 from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.base.chat_format import ChatFormat
 

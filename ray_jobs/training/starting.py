@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.registry import folders, runs
+from components.records import runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import require_published
 from components.registry.identity import WEIGHTS, require_identity
 from components.registry.names import version_key
 from components.registry.signing import require_signed
-from components.registry.store import JSON, Store, decode_json, encode_json
 from components.registry.versions import Version, resolve
 from components.shared.errors import ConfigError, IntegrityError
+from components.store import folders
+from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
 

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from components.records.steps import Took
 from components.registry import lineage
-from components.registry.records import Took
 from components.registry.versions import Version
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from components.config.schema import RunConfig, TrainConfig
-from components.registry.store import Store
 from components.shared.errors import Diverged
+from components.store.store import Store
 from ray_jobs.base import packed
 from ray_jobs.base.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero

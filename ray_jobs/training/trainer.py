@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from components.config.schema import RunConfig
-from components.registry import runs
-from components.registry.store import Store
+from components.records import runs
 from components.shared import errors
 from components.shared.errors import JobError
+from components.store.store import Store
 
 
 def run(

@@ -16,14 +16,14 @@ import torch
 from components.config import config_file
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
+from components.handover.serving import serving
+from components.records.steps import TrainResult
 from components.registry import lineage, watermark
-from components.registry.records import TrainResult
-from components.registry.serving import serving
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from components.shared.counted import counted
 from components.shared.errors import ConfigError, JobError, UserError
 from components.shared.protocol import say
+from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import architecture, base_config, base_model, chat_format, precision, processor, widened

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from components.config import config_file
 from components.prepare import icd10
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.local import seaweedfs, server
 
 ROOT = Path(__file__).parents[2]

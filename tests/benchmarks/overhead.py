@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import config_file
-from components.registry import runs
-from components.registry.records import Evaluation, TrainResult
+from components.records import runs
+from components.records.steps import Evaluation, TrainResult
 from components.report.run_files import RunFiles
 from pipelines.local.run import Place, run_and_read
 
 if TYPE_CHECKING:
-    from components.registry.store import Store
+    from components.store.store import Store
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WORK = ("training steps", "evaluation")

@@ -19,8 +19,8 @@ from components.promote.by_hand import Person, promote_by_hand
 from components.registry import ancestry
 from components.registry.aliases import promote, rollback
 from components.registry.event_log import append_event, events
-from components.registry.store import Store, encode_json
 from components.registry.versions import list_versions, publish_version, resolve
+from components.store.store import Store, encode_json
 from pipelines.commands.table import table
 from pipelines.local import seaweedfs, server
 

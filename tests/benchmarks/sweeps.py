@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from components.registry.sweep_records import MethodComparison, RateLoss, SweepResult, Trial, Tuned
+from components.records.sweep import MethodComparison, RateLoss, SweepResult, Trial, Tuned
 from components.shared.cpus import this_cpu
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
+from components.store.store import Store
 from tests.cluster.live import Live
 
 SHORT = (

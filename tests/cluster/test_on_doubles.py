@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.jobs_api import TOKEN
 from tests.doubles.kfp_server.server import KfpServer, serving

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 
 from components.config import config_file
 from components.prepare.dataset import load_split
+from components.records.steps import Evaluation
 from components.registry import aliases, versions
-from components.registry.records import Evaluation
-from components.registry.store import Store, open_uri
 from components.shared.errors import DataError
 from components.shared.protocol import TRAINED, say, say_failure
+from components.store.store import Store, open_uri
 from tests.components.gate.evidenced import as_parquet, evidence
 
 BASE_LOSS = 2.0

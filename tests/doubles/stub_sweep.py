@@ -3,10 +3,11 @@
 import argparse
 
 from components.config import config_file
-from components.registry import folders, runs
-from components.registry.store import Store, open_uri
-from components.registry.sweep_records import RateLoss, SweepResult, Tuned
+from components.records import runs
+from components.records.sweep import RateLoss, SweepResult, Tuned
 from components.shared.protocol import say
+from components.store import folders
+from components.store.store import Store, open_uri
 
 
 def main() -> None:

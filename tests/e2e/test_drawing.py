@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import runs
-from components.registry.records import Decision, Evaluation
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Decision, Evaluation
+from components.store.store import Store
 from tests.e2e.conftest import Tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
+from components.store.store import Store
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.e2e.conftest import CHECKOUT, Home, Tiny
 

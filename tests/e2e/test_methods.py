@@ -21,9 +21,9 @@ from components.config.methods import METHODS, BaseFormat
 from components.config.schema import RunConfig
 from components.prepare import icd10
 from components.prepare.validate import validate
-from components.registry import folders
-from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
+from components.store import folders
+from components.store.store import Store
 from ray_jobs.adapters import build, dora, dvora, merge
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll

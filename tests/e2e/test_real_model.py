@@ -164,7 +164,7 @@ def _turns(prompt: str) -> list[dict[str, str]]:
 def _evaluated(home: Home, run: Done, monkeypatch: pytest.MonkeyPatch, scratch: Path) -> list[dict[str, str]]:
     """What the evaluation recorded for each held-out record."""
     from components.config.schema import RegistryConfig
-    from components.registry.store import Store
+    from components.store.store import Store
 
     for name, value in home.store_environment().items():
         monkeypatch.setenv(name, value)

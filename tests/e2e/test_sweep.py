@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import runs
-from components.registry.store import Store
-from components.registry.sweep_records import SweepResult, Trial
+from components.records import runs
+from components.records.sweep import SweepResult, Trial
+from components.store.store import Store
 from tests.e2e.conftest import Done, Tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]

@@ -17,9 +17,9 @@ from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
 from components.registry.identity import verify_whole
 from components.registry.names import version_key
-from components.registry.store import Store
 from components.registry.versions import Version, list_versions, resolve, verify_version
 from components.shared.errors import IntegrityError, StoreError
+from components.store.store import Store
 from pipelines.local import guard, seaweedfs, server
 
 WRITES = ("put_object", "complete_multipart_upload", "delete_objects")
@@ -104,7 +104,7 @@ PROMOTER = """
 import sys
 from components.config.schema import RegistryConfig
 from components.registry.aliases import promote
-from components.registry.store import Store
+from components.store.store import Store
 from components.registry.versions import publish_version
 store = Store.open(RegistryConfig(bucket=sys.argv[1], prefix=sys.argv[2]))
 for number in range(int(sys.argv[3]), 10**6):

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import client
-from components.registry import store as store_module
 from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
-from components.registry.store import Store
 from components.shared.errors import Conflict, StoreError
+from components.store import client
+from components.store import store as store_module
+from components.store.store import Store
 from tests.doubles.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 
 CAUSE = Cause("run-2", reason="better")

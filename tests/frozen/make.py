@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.local import seaweedfs, server
 from tests.frozen.registry import ADAPTER, BUCKET, HERE, PREFIX
 from tests.models.tiny import build_base, colour_rows

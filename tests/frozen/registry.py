@@ -7,7 +7,7 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
-from components.registry.store import Store
+from components.store.store import Store
 
 HERE = Path(__file__).parent
 RELEASES = sorted(folder.parent.name for folder in HERE.glob("*/registry"))

@@ -14,7 +14,8 @@ from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.prepare.dataset import load_split
 from components.promote.promote import promote
-from components.registry import aliases, identity, runs, versions
+from components.records import runs
+from components.registry import aliases, identity, versions
 from components.step.step import first_step
 from ray_jobs import evaluate
 from ray_jobs.export import ExportRequest, export

@@ -26,7 +26,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from components.config import config_file
     from components.prepare.dataset import load_split
     from components.registry import lineage
-    from components.registry.store import Store
+    from components.store.store import Store
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training import worker as jobs

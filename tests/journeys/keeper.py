@@ -10,8 +10,8 @@ from typing import Any
 import boto3
 
 from components.config.schema import RegistryConfig
-from components.registry.store import Store
 from components.registry.versions import publish_version
+from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from tests.journeys.conftest import Person
 

@@ -32,9 +32,10 @@ import sys
 from pathlib import Path
 from components.config import config_file
 from components.config.schema import ModelConfig
-from components.registry import folders, versions
+from components.store import folders
+from components.registry import versions
 from components.registry.names import version_key
-from components.registry.store import Store
+from components.store.store import Store
 from ray_jobs.base import base_model
 strangers = sys.argv[1]
 store = Store.open(config_file.load(Path("colours.toml")).registry)

@@ -7,7 +7,7 @@ import torch
 
 from components.config import config_file
 from components.prepare.validate import validate
-from components.registry.store import Store
+from components.store.store import Store
 from ray_jobs.adapters import build, own_base
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.base.answer_loss import answer_nll

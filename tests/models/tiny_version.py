@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Evaluation, Measured
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
-from components.registry.records import Evaluation, Measured
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version
+from components.store.store import Store
 from tests.models.tiny import colour_rows
 
 if TYPE_CHECKING:

@@ -168,7 +168,7 @@ def fit_in_rank(
     from components.config import config_file
     from components.prepare.validate import validate
     from components.registry import lineage
-    from components.registry.store import Store
+    from components.store.store import Store
     from ray_jobs.base import base_model, chat_format
     from ray_jobs.base.batching import tokenize
     from ray_jobs.training.group import Worker

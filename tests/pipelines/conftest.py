@@ -9,7 +9,7 @@ import pytest
 from components.config.config_file import loads
 from components.config.schema import RunConfig
 from components.registry import aliases, versions
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles import jobs_api
 from tests.doubles.jobs_api import TOKEN, JobsApi

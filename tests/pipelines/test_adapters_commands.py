@@ -9,10 +9,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.registry import folders
 from components.registry.aliases import promote, read_alias
-from components.registry.store import Store
 from components.registry.versions import publish_version
+from components.store import folders
+from components.store.store import Store
 from pipelines.cli import main
 from tests.doubles.http_server import serving
 

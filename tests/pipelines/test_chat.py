@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from components.config import config_file
-from components.registry.store import Store
+from components.store.store import Store
 from tests.models.tiny import build_base
 from tests.models.tiny_version import publish
 from tests.pipelines.command_line import fineloop

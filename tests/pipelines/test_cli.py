@@ -11,8 +11,9 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
-from components.registry import aliases, folders, signing, versions
-from components.registry.store import Store
+from components.registry import aliases, signing, versions
+from components.store import folders
+from components.store.store import Store
 from pipelines import cli
 from pipelines.configs import DEFAULT_CONFIG
 from tests.doubles.jobs_api import JobsApi

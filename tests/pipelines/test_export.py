@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from components.config import config_file
-from components.registry.store import Store
 from components.registry.versions import Version
+from components.store.store import Store
 from tests.models.tiny import build_base
 from tests.models.tiny_version import publish
 from tests.pipelines.command_line import body, fineloop

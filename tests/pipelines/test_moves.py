@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from components.registry import aliases, event_log, runs
-from components.registry.records import Decision
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Decision
+from components.registry import aliases, event_log
+from components.store.store import Store
 from tests.pipelines.command_line import body, fineloop
 
 

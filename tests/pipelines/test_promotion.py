@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
 from components.registry import aliases, event_log, signing, versions
-from components.registry.store import Store
+from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_promotion
 from pipelines.local.seaweedfs import Endpoint

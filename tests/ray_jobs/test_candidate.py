@@ -3,9 +3,9 @@
 import pytest
 
 from components.config.schema import RegistryConfig, RunConfig
-from components.registry import runs
-from components.registry.records import TrainResult
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import TrainResult
+from components.store.store import Store
 from ray_jobs import candidate
 from ray_jobs.training.standby import Standby
 

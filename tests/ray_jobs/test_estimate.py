@@ -15,8 +15,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
-from components.registry.store import Store
 from components.shared.cpus import Cpu
+from components.store.store import Store
 from ray_jobs.base import base_model, chat_format, processor
 from ray_jobs.base.batching import tokenize
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated

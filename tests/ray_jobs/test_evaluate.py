@@ -16,14 +16,15 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate import evidence
 from components.prepare.dataset import Message, Record
-from components.registry import runs, signing
+from components.records import runs
+from components.records.steps import TrainResult
+from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
-from components.registry.records import TrainResult
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, read_lineage
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
+from components.store.store import Store
 from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import Contender, _contenders, _write_records, compared, measure_shard, with_room_for_answers

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
-from components.registry.store import Store
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
+from components.store.store import Store
 from ray_jobs.adapters import merge
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export

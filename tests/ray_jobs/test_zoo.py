@@ -19,8 +19,8 @@ from peft import PeftModel
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.validate import validate
-from components.registry.store import Store
 from components.shared.errors import ConfigError
+from components.store.store import Store
 from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
 from ray_jobs.base import attention, base_config, base_model, chat_format

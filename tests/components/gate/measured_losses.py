@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from components.gate.evidence import Evidence
-from components.registry.records import Evaluation, Measured
+from components.records.steps import Evaluation, Measured
 from components.shared.metrics import METRICS
 from components.shared.paired import Array
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from components.config.gate import ApprovalConfig, GateConfig
-from components.registry.records import Decision
+from components.records.steps import Decision
 from tests.components.gate.evidenced import decide, evaluation, model, rule
 
 

@@ -10,8 +10,8 @@ import pytest
 from components.config.gate import GateConfig, Guard
 from components.config.section import Added
 from components.gate.evidence import Evidence
+from components.records.steps import Decision, Evaluation
 from components.registry.looks import confidence_at
-from components.registry.records import Decision, Evaluation
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 
 

@@ -10,11 +10,12 @@ from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.gate.replay import replay
 from components.promote.promote import take_alias
-from components.registry import event_log, runs
-from components.registry.records import Decision, Evaluation, RuleResult
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Decision, Evaluation, RuleResult
+from components.registry import event_log
 from components.registry.versions import publish_version
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
+from components.store.store import Store
 from tests.components.gate.evidenced import as_parquet, evidence
 
 RUN = "run-1"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.registry.records import Decision, TextLosses
+from components.records.steps import Decision, TextLosses
 from components.shared.metrics import METRICS
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 

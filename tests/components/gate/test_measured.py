@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.registry.records import Decision
+from components.records.steps import Decision
 from tests.components.gate.evidenced import decide, rule
 from tests.components.gate.measured_losses import read
 

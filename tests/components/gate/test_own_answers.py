@@ -9,10 +9,10 @@ from components.config import config_file
 from components.config.gate import GateConfig
 from components.gate.gate import run_gate
 from components.gate.replay import replay
-from components.registry import runs
-from components.registry.records import Decision, Evaluation, TextLosses
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Decision, Evaluation, TextLosses
 from components.shared.errors import ConfigError, IntegrityError
+from components.store.store import Store
 from tests.components.config.loading import GOOD
 from tests.components.gate.evidenced import as_parquet, decide, evaluation, evidence, model, rule
 

@@ -12,7 +12,7 @@ from scipy import stats
 from components.config.gate import GateConfig
 from components.gate import evidence
 from components.gate.evidence import Evidence
-from components.registry.records import Decision
+from components.records.steps import Decision
 from tests.components.gate.evidenced import TOKENS, decide, evaluation, model, rule
 
 

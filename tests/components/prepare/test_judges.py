@@ -10,9 +10,9 @@ from components.config.schema import RunConfig
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.prepare.judges import judges, require_enough
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Decision
 from components.registry.event_log import append_event
-from components.registry.records import Decision
 from components.shared.errors import DataError
 
 NUMBER = 400

@@ -9,8 +9,8 @@ import pytest
 from components.config import config_file
 from components.prepare.component import prepare
 from components.prepare.parameters import KEYS, overrides
-from components.registry.store import Store
 from components.shared.errors import ConfigError, FineloopError
+from components.store.store import Store
 
 CONFIG = """
 [adapter]

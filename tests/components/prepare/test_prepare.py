@@ -13,9 +13,9 @@ import pytest
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
-from components.registry import folders
-from components.registry.store import Store
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
+from components.store import folders
+from components.store.store import Store
 
 Write = Callable[..., str]
 Config = Callable[..., RunConfig]

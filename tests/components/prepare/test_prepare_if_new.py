@@ -12,9 +12,9 @@ from components.prepare import intake
 from components.prepare.dataset import load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
 from components.registry import watermark
-from components.registry.store import Store
 from components.shared.errors import DataError
 from components.step.step import StepRun
+from components.store.store import Store
 
 Write = Callable[..., str]
 Prepare = Callable[..., tuple[PreparedDataset | None, StepRun]]

@@ -9,8 +9,8 @@ import pytest
 from components.prepare import rows
 from components.prepare.rows import Unreadable, read_rows
 from components.prepare.sources import find_sources
-from components.registry.store import Store
 from components.shared.errors import DataError
+from components.store.store import Store
 
 
 def read(name: str) -> list[tuple[int, object]]:

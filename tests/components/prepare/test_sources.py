@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from components.prepare.sources import find_sources
-from components.registry.store import Store
 from components.shared.errors import DataError, StoreError
+from components.store.store import Store
 
 
 @pytest.fixture

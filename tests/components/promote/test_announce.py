@@ -18,11 +18,12 @@ from components.config.schema import AnnounceConfig
 from components.promote import http_api
 from components.promote.announce import announce
 from components.promote.webhook import signature
-from components.registry import aliases, runs, versions
+from components.records import runs
+from components.records.steps import Evaluation, Measured
+from components.registry import aliases, versions
 from components.registry.event import Event
-from components.registry.records import Evaluation, Measured
-from components.registry.store import Store
 from components.shared.errors import ConfigError
+from components.store.store import Store
 from tests.doubles.http_server import Answer, serving
 from tests.doubles.mlflow_server import Mlflow
 from tests.doubles.model_registry import ModelRegistry

@@ -9,11 +9,12 @@ from components.promote.by_hand import (
     promote_by_hand,
     roll_back_by_hand,
 )
-from components.registry import aliases, event_log, runs, versions
+from components.records import runs
+from components.records.steps import Decision, Evaluation, Measured
+from components.registry import aliases, event_log, versions
 from components.registry.event import EventKind
-from components.registry.records import Decision, Evaluation, Measured
-from components.registry.store import Store
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
+from components.store.store import Store
 from pipelines.commands.registry_answers import move_shown
 
 

@@ -7,9 +7,9 @@ import pytest
 from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
 from components.registry import aliases, event_log, versions, watermark
-from components.registry.store import Store
 from components.shared.errors import AliasConflict, DataError, IntegrityError, ObjectMissing
 from components.step.step import StepRun
+from components.store.store import Store
 
 Decide = Callable[..., StepRun]
 

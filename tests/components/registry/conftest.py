@@ -2,8 +2,8 @@
 
 import pytest
 
-from components.registry.store import Store
 from components.registry.versions import publish_version
+from components.store.store import Store
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from components.registry.aliases import Cause, list_aliases, move_alias, promote
 from components.registry.audit import audit
 from components.registry.event import Event
 from components.registry.event_log import append_event, events
-from components.registry.store import Store
 from components.registry.versions import resolve
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
+from components.store.store import Store
 
 
 def holder(store: Store, alias: str = "production") -> str | None:

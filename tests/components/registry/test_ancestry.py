@@ -5,9 +5,9 @@ import gzip
 import pytest
 
 from components.registry import ancestry, index
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from components.shared.errors import UserError
+from components.store.store import Store
 
 
 def published(store: Store, number: int, *, parents: tuple[str, ...] = ()) -> Version:

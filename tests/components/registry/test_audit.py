@@ -6,14 +6,15 @@ from collections.abc import Callable
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.registry import runs, signing
+from components.records import runs
+from components.records.steps import Decision
+from components.registry import signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.event_log import append_event, events, publication
-from components.registry.folders import find_manifest
-from components.registry.records import Decision
-from components.registry.store import Store
 from components.registry.versions import publish_version
+from components.store.folders import find_manifest
+from components.store.store import Store
 
 GONE = object()
 ALIAS = "adapters/icd/aliases/production.json"

@@ -6,15 +6,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from components.registry import collect, folders, runs
+from components.records import runs
+from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
+from components.registry import collect
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import append_event, events
-from components.registry.records import Decision, Evaluation, StepRecord, TrainResult
-from components.registry.store import ObjectInfo, Store
 from components.registry.versions import Version, list_versions, publish_version
 from components.shared.errors import IntegrityError
+from components.store import folders
+from components.store.store import ObjectInfo, Store
 
 LATER = datetime.now(UTC) + timedelta(days=60)
 

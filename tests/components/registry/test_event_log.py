@@ -11,7 +11,7 @@ from components.registry.audit import audit
 from components.registry.event import EventKind
 from components.registry.event_log import append_event, events
 from components.registry.looks import looks
-from components.registry.store import Store
+from components.store.store import Store
 
 KINDS: tuple[EventKind, ...] = ("published", "promoted", "refused", "proposed")
 SOUND = {"alias": "production", "run_id": "r", "test_set": ["a"], "from": None, "to": "v0", "manifest_sha256": "0"}

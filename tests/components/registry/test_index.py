@@ -15,9 +15,9 @@ from components.promote import by_hand
 from components.registry import aliases, ancestry, event_log, versions
 from components.registry.history import is_held
 from components.registry.looks import looks
-from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import UserError
+from components.store.store import Store
 
 NUMBER = 105
 TEST_SET = ["a", "b"]

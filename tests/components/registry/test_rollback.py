@@ -8,10 +8,10 @@ import pytest
 
 from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.event_log import append_event, events, publication
-from components.registry.folders import find_manifest
 from components.registry.history import is_chain
-from components.registry.store import Store
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing
+from components.store.folders import find_manifest
+from components.store.store import Store
 
 
 def holder(store: Store, alias: str = "production") -> str | None:

@@ -15,14 +15,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import ValidationError
 
 from components.config.registry import RegistryConfig
-from components.registry import runs, signing
+from components.records import runs
+from components.records.steps import Decision, Evaluation
+from components.registry import signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
-from components.registry.records import Decision, Evaluation
 from components.registry.rotation import sign_held
-from components.registry.store import Store
 from components.registry.versions import publish_version, pull_version, resolve
 from components.shared.errors import IntegrityError, UserError
+from components.store.store import Store
 
 
 @pytest.fixture

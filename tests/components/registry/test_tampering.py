@@ -10,9 +10,9 @@ import pytest
 from components.registry.aliases import promote, read_alias, rollback
 from components.registry.audit import audit
 from components.registry.names import version_key
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version, pull_version, resolve, verify_version
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
+from components.store.store import Store
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md", "lineage.json", "manifest.json")
 KINDS: dict[str, Callable[[bytes, bytes], bytes | None]] = {

@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Evaluation, Measured
 from components.registry.aliases import promote, read_alias, rollback
 from components.registry.event_log import events
-from components.registry.folders import MANIFEST
 from components.registry.names import version_key
-from components.registry.records import Evaluation, Measured
-from components.registry.store import Store
 from components.registry.versions import (
     Version,
     all_evaluated,
@@ -26,6 +24,8 @@ from components.registry.versions import (
     verify_version,
 )
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.store.folders import MANIFEST
+from components.store.store import Store
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 

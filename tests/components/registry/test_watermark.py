@@ -1,9 +1,9 @@
 import pytest
 
 from components.registry import watermark
-from components.registry.store import Store
 from components.registry.watermark import Consumed
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.store.store import Store
 
 
 def consumed(run_id: str, hour: int) -> Consumed:

@@ -9,9 +9,9 @@ from typing import Any
 from components.config import config_file
 from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
+from components.records.steps import Decision, Evaluation, Measured, PairedDifference, StepRecord, TextLosses
+from components.records.suites import LostItem, Suite
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
-from components.registry.records import Decision, Evaluation, Measured, PairedDifference, StepRecord, TextLosses
-from components.registry.suite_records import LostItem, Suite
 from components.report.run_files import RunFiles
 from tests.components.gate.evidenced import evidence
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from components.config.gate import GateConfig, Limit
-from components.registry.records import RuleResult, SliceResult
+from components.records.steps import RuleResult, SliceResult
 from components.report.comparison import intervals, panels, rules
 from components.report.run_files import RunFiles
 from components.report.slices import slices

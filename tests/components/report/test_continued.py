@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from components.registry import runs
-from components.registry.records import Evaluation, Measured
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Evaluation, Measured
 from components.registry.versions import Version, publish_version
 from components.report.continued import sentence
 from components.report.headline import headline
 from components.report.report import read_run
+from components.store.store import Store
 from tests.components.report.example_runs import CONFIG
 
 NAME = CONFIG.adapter.name

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from components.registry.harness_records import HarnessScores, TaskScore
-from components.registry.records import Evaluation
+from components.records.harness import HarnessScores, TaskScore
+from components.records.steps import Evaluation
 from components.report.harness import harness
 from components.report.page import build_report
 from components.report.run_files import RunFiles

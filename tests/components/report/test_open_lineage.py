@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from components.registry.records import StepRecord
-from components.registry.store import Store
+from components.records.steps import StepRecord
 from components.report import open_lineage
+from components.store.store import Store
 from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.registry.records import RuleResult, StepRecord
+from components.records.steps import RuleResult, StepRecord
 from components.report.html import TEMPLATES
 from components.report.page import build_report
 from components.report.run_files import RunFiles

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
+from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
 from components.report import rates
 from components.report.page import build_report
 from components.report.run_files import RunFiles

@@ -4,12 +4,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from components.registry import runs
+from components.records import runs
+from components.records.steps import Evaluation, Measured, PairedDifference
 from components.registry.aliases import Cause, promote, rollback
-from components.registry.records import Evaluation, Measured, PairedDifference
-from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.report.registry_page import build_pages, list_adapter, picture, read_adapter, sentence, write_pages
+from components.store.store import Store
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 

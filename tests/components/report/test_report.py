@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from components.registry import runs
+from components.records import runs
 from components.registry.event_log import append_event
-from components.registry.store import Store
 from components.report.page import build_report
 from components.report.past_decisions import past_decisions
 from components.report.report import parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
 from components.shared.errors import IntegrityError
+from components.store.store import Store
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CONFIG, DATASET
 

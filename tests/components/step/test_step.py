@@ -9,11 +9,11 @@ import pytest
 from google.protobuf import json_format, struct_pb2
 
 from components.config import config_file
-from components.registry.store import Store
 from components.shared import errors
 from components.shared.errors import ConfigError, DataError, FineloopError, IntegrityError, UserError
 from components.shared.protocol import Line, find_failure, parse_line, say, say_failure
 from components.step.step import first_step, last_step, step
+from components.store.store import Store
 
 CONFIG = """
 [adapter]

@@ -4,11 +4,13 @@ import pytest
 
 from components.config import config_file
 from components.finetune.finetune import finetune
-from components.registry import folders, rates, runs
+from components.records import runs
+from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
+from components.registry import rates
 from components.registry.rates import FoundRate
-from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.step.step import StepRun
+from components.store import folders
 from components.tune import scaling
 from components.tune import tune as step_file
 from components.tune.tune import is_due, tune

@@ -13,10 +13,10 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.registry.aliases import Cause, promote, read_alias, rollback
-from components.registry.store import Store
 from components.registry.versions import Version, list_versions, publish_version
 from components.report.registry_page import write_pages
 from components.shared.errors import StoreError
+from components.store.store import Store
 from tests.infra.aws.iam import Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration, source
 

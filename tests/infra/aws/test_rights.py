@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from components.registry import runs
+from components.records import runs
 from components.registry.aliases import adapter_key, version_key
 from tests.infra.aws.iam import ROLES, STRANGER, Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration, source

@@ -12,8 +12,8 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.registry.aliases import read_alias
 from components.registry.lineage import Code
-from components.registry.store import Store
 from components.registry.versions import read_lineage, resolve, verify_version
+from components.store.store import Store
 from pipelines.local import seaweedfs
 from tests.infra.images.containers import Done, on_loopback, podman, podman_tier
 from tests.infra.images.locks import pins, text_of

@@ -8,8 +8,8 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry import runs as run_files
-from components.registry.store import Store
+from components.records import runs as run_files
+from components.store.store import Store
 from pipelines.kubeflow import package, submit
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines

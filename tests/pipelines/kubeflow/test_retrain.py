@@ -9,7 +9,7 @@ import pytest
 
 from components.config import config_file
 from components.registry import aliases
-from components.registry.store import Store
+from components.store.store import Store
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.pipelines.kubeflow.conftest import Fineloop

@@ -10,8 +10,8 @@ import pytest
 
 from components.config.schema import RunConfig
 from components.registry import aliases, event_log, versions
-from components.registry.store import Store
 from components.shared.errors import ConfigError, DataError, JobError, UserError
+from components.store.store import Store
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run
 from tests.doubles.jobs_api import JobsApi

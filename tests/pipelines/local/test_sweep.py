@@ -9,11 +9,11 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry import runs
-from components.registry.store import Store
-from components.registry.sweep_records import RateLoss, SweepResult, Tuned, TunedRate
+from components.records import runs
+from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
 from components.shared.errors import ConfigError
 from components.shared.protocol import Line
+from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
 from pipelines.local.run import Place, run

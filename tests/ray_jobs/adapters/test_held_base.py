@@ -25,8 +25,8 @@ def changed(config: RunConfig, *overrides: str) -> RunConfig:
 
 def measured(config: RunConfig, version_id: str, **how: Any) -> Any:
     """What a task measures."""
-    from components.registry.store import Store
     from components.registry.versions import resolve
+    from components.store.store import Store
     from ray_jobs.evaluate import _contenders
     from ray_jobs.scoring.measure import measure_shard
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
 from components.prepare.validate import validate
-from components.registry import folders
-from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import ConfigError
+from components.store import folders
+from components.store.store import Store
 from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.loftq.make import find_layers
 from ray_jobs.adapters.loftq.split import NF4, split

@@ -8,9 +8,9 @@ import pytest
 
 from components.config import config_file, methods
 from components.config.schema import RunConfig
-from components.registry import folders
-from components.registry.store import Store
 from components.shared.errors import ObjectMissing, UserError
+from components.store import folders
+from components.store.store import Store
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.loftq import loftq, make
 from ray_jobs.base import base_model

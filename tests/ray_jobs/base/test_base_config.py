@@ -5,8 +5,8 @@ import pytest
 from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from components.config.schema import ModelConfig
-from components.registry.store import Store
 from components.shared.errors import ConfigError
+from components.store.store import Store
 from ray_jobs.base import base_config
 from tests.models.shapes import LLAMA_2_7B, small
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from components.config.schema import ModelConfig
-from components.registry.store import ObjectInfo, Store
 from components.shared.errors import ConfigError, IntegrityError
+from components.store.store import ObjectInfo, Store
 from ray_jobs.base import base_model, chat_format
 from tests.doubles import hub
 from tests.models.tiny_gguf import build_package

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from components.config import config_file
 from components.gate.policy import decide
-from components.registry.records import Evaluation
+from components.records.steps import Evaluation
 from components.shared.metrics import METRICS, Metric
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.store import Store
 from components.registry.versions import Version, resolve
+from components.store.store import Store
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared
 from ray_jobs.probes.general_text import Passages, prepare

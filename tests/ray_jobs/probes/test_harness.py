@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.harness_records import HarnessScores, TaskScore
-from components.registry.store import Store
+from components.records.harness import HarnessScores, TaskScore
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
+from components.store.store import Store
 from ray_jobs.probes import harness
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.measure import measure_shard

@@ -17,11 +17,11 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate.evidence import Evidence, of_texts
 from components.prepare.dataset import Message, Record
-from components.registry.records import Evaluation, TextLosses
-from components.registry.store import Store
+from components.records.steps import Evaluation, TextLosses
 from components.registry.versions import Version
 from components.shared.metrics import METRICS
 from components.shared.paired import bounds
+from components.store.store import Store
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.evaluate import compared

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.store import Store
 from components.registry.versions import Version
+from components.store.store import Store
 from ray_jobs.base import base_model, chat_format
 from ray_jobs.probes import suites
 from ray_jobs.probes.suites import Questions, prepare, shipped

@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from components.config import config_file
-from components.registry import runs
-from components.registry.records import TextLosses
-from components.registry.sweep_records import MethodComparison, Trial, Tuned
+from components.records import runs
+from components.records.steps import TextLosses
+from components.records.sweep import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import points, told, verdict

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from components.config import config_file
-from components.registry import runs
-from components.registry.store import Store, open_uri
-from components.registry.sweep_records import SweepResult
+from components.records import runs
+from components.records.sweep import SweepResult
+from components.store.store import Store, open_uri
 from tests.doubles.faulty_proxy import faulty_proxy
 from tests.models.tiny import build_base, colour_rows
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
-from components.registry.sweep_records import Trial
+from components.records.sweep import Trial
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
 

@@ -1,8 +1,8 @@
 import json
 from typing import Any
 
-from components.registry import runs
-from components.registry.store import Store
+from components.records import runs
+from components.store.store import Store
 from ray_jobs.training.metrics_log import MetricsLog
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.store import Store
+from components.store.store import Store
 from ray_jobs.training import zero
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
 from components.prepare.validate import validate
-from components.registry.store import Store
 from components.shared.errors import ConfigError
+from components.store.store import Store
 from ray_jobs.base import base_model, chat_format, packed
 from ray_jobs.base.batching import tokenize
 from ray_jobs.training import checkpoint, train_loop

@@ -2,8 +2,8 @@
 
 from typing import Any, ClassVar, Literal
 
-from components.registry.part import Part
-from components.registry.records import Record, TextLosses
+from components.records.part import Part
+from components.records.steps import Record, TextLosses
 
 TrialStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from components.handover.serve_manifest import CONFIG, MANIFESTS, Served, manifest, served
 from components.registry import signing
-from components.registry.serve_manifest import CONFIG, MANIFESTS, Served, manifest, served
-from components.registry.store import Store
 from components.registry.versions import Version, publish_version
 from components.shared.errors import IntegrityError, UserError
+from components.store.store import Store
 from tests.frozen import registry
 
 FACTS = Served("icd", "v1", "s3://b/adapters/icd/versions/v1", "org/base", "abc", 16)

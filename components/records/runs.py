@@ -18,10 +18,10 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
 import hashlib
 from typing import TypeVar
 
-from components.registry.records import Decision, Evaluation, Record, StepRecord, TrainResult
-from components.registry.store import JSON, Store
-from components.registry.sweep_records import SweepResult, Trial
+from components.records.steps import Decision, Evaluation, Record, StepRecord, TrainResult
+from components.records.sweep import SweepResult, Trial
 from components.shared.errors import IntegrityError
+from components.store.store import JSON, Store
 
 CONFIG = "config.toml"
 CONSUMED = "consumed.json"

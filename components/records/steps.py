@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
-from components.registry.harness_records import HarnessScores
-from components.registry.part import Part
-from components.registry.store import decode_json, encode_json
-from components.registry.suite_records import Suite
+from components.records.harness import HarnessScores
+from components.records.part import Part
+from components.records.suites import Suite
 from components.shared.errors import IntegrityError
+from components.store.store import decode_json, encode_json
 
 Role = Literal["base", "champion", "candidate", "anchor"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")

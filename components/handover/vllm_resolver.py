@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
+from components.handover.serve_manifest import served
+from components.handover.serving import FOLDER_VARIABLE
 from components.registry.aliases import list_aliases
 from components.registry.event_log import read_event
-from components.registry.serve_manifest import served
-from components.registry.serving import FOLDER_VARIABLE
-from components.registry.store import Store
 from components.registry.versions import pull_version, resolve
 from components.shared.errors import ObjectMissing, UserError
+from components.store.store import Store
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -10,15 +10,22 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.client import PART_BYTES
-from components.registry.store import Store, open_uri
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.store.client import PART_BYTES
+from components.store.store import Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
 
 
 def test_importing_the_registry_does_not_import_boto3() -> None:
-    modules = ("store", "client", "folders", "versions", "aliases", "lineage")
-    imports = "; ".join(f"import components.registry.{module}" for module in modules)
+    modules = (
+        "store.store",
+        "store.client",
+        "store.folders",
+        "registry.versions",
+        "registry.aliases",
+        "registry.lineage",
+    )
+    imports = "; ".join(f"import components.{module}" for module in modules)
     code = (
         f"import sys; {imports}; sys.exit(' '.join({{'boto3', 'botocore', 'torch', 'kfp', 'ray'}} & set(sys.modules)))"
     )
@@ -66,7 +73,7 @@ def test_a_large_file_travels_in_parts_and_comes_back_whole(
             file.write(block)
         file.write(b"end")
     assert path.stat().st_size > 2 * PART_BYTES
-    with caplog.at_level(logging.INFO, "components.registry"):
+    with caplog.at_level(logging.INFO, "components.store"):
         store.put("large", path)
     assert "uploading large: " in caplog.text
     found = store.read("large")

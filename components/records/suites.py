@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from components.registry.part import Part
+from components.records.part import Part
 
 MOST_LOST, MOST_CHARS = 3, 300
 

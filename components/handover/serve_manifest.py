@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.config.config_file import COMMIT
-from components.registry import serving
-from components.registry.serving import FOLDER_VARIABLE
+from components.handover import serving
+from components.handover.serving import FOLDER_VARIABLE
 from components.registry.signing import require_signed
-from components.registry.store import Store
 from components.registry.versions import Version, read_file, read_lineage
 from components.shared.errors import IntegrityError, UserError
+from components.store.store import Store
 
 Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
 KSERVE_MAX_RANK = 64

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import client
-from components.registry.store import Store, open_uri
 from components.shared.errors import Conflict, FineloopError, StoreError
+from components.store import client
+from components.store.store import Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
 
 
@@ -141,7 +141,7 @@ def test_a_store_that_is_busy_for_a_while_is_waited_for(
     lenient: type[Lenient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
-    monkeypatch.setattr("components.registry.client.BUSY_PAUSE_S", 0.001)
+    monkeypatch.setattr("components.store.client.BUSY_PAUSE_S", 0.001)
     store = Store.open(RegistryConfig(bucket="bucket"))
     lenient.busy.extend(["PUT"] * (client.ATTEMPTS_WHERE_BUSY - 1))
     assert store.create("key", b"mine") == etag(b"mine")
@@ -161,8 +161,8 @@ def test_a_body_that_breaks_off_is_asked_for_again(lenient: type[Lenient]) -> No
 def test_a_store_that_does_not_answer_is_no_full_disk(
     s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("components.registry.client.READ_TIMEOUT_S", 0.1)
-    monkeypatch.setattr("components.registry.client.ATTEMPTS", 1)
+    monkeypatch.setattr("components.store.client.READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("components.store.client.ATTEMPTS", 1)
     (tmp_path / "file").write_bytes(b"x")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")

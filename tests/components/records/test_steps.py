@@ -3,10 +3,10 @@ import math
 
 import pytest
 
-from components.registry import runs
-from components.registry.records import Decision, Evaluation, Measured, StepRecord, TrainResult
-from components.registry.store import Store
+from components.records import runs
+from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult
 from components.shared.errors import IntegrityError, ObjectMissing
+from components.store.store import Store
 
 STEP = StepRecord(step="gate", status="succeeded", started_at="2026-11-24T02:00:00+00:00", seconds=1.5)
 EVALUATION = Evaluation(

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from components.registry.client import (
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
+from components.store.client import (
     ATTEMPTS,
     ATTEMPTS_WHERE_BUSY,
     TransferProgress,
@@ -26,7 +27,6 @@ from components.registry.client import (
     transfer_config,
     translated,
 )
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
 
 if TYPE_CHECKING:
     from components.config.schema import RegistryConfig

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from components.registry import vllm_resolver
+from components.handover import vllm_resolver
 from components.registry.aliases import promote
 from components.registry.event_log import append_event
-from components.registry.store import Store
 from components.registry.versions import publish_version
 from components.shared.errors import IntegrityError
+from components.store.store import Store
 from tests.doubles import vllm
 from tests.doubles.vllm import Server
 

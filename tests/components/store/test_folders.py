@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry import folders
-from components.registry.folders import MANIFEST, Manifest, find_manifest, publish, pull, read_manifest, verify
-from components.registry.store import JSON, Store, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.store import folders
+from components.store.folders import MANIFEST, Manifest, find_manifest, publish, pull, read_manifest, verify
+from components.store.store import JSON, Store, encode_json
 from pipelines.local.seaweedfs import Endpoint
 
 KEY = "datasets/d1"
@@ -56,8 +56,8 @@ def test_a_publication_killed_before_its_manifest_is_invisible_and_the_next_comp
 ) -> None:
     program = f"""
 import os
-from components.registry import folders
-from components.registry.store import Store
+from components.store import folders
+from components.store.store import Store
 from components.config.schema import RegistryConfig
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
 create = store.create
@@ -269,8 +269,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_at_the_target(
     program = f"""
 import resource, sys
 from pathlib import Path
-from components.registry import folders
-from components.registry.store import Store
+from components.store import folders
+from components.store.store import Store
 from components.config.schema import RegistryConfig
 from components.shared.errors import FineloopError
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -293,8 +293,8 @@ def test_a_pull_that_is_killed_leaves_nothing_at_the_target(store: Store, s3_ser
     program = f"""
 import os
 from pathlib import Path
-from components.registry import folders
-from components.registry.store import Store
+from components.store import folders
+from components.store.store import Store
 from components.config.schema import RegistryConfig
 store = Store.open(RegistryConfig(bucket={store.bucket!r}, prefix={store.prefix!r}))
 download = store.download

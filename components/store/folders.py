@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
-from components.registry.client import disk_errors
-from components.registry.store import BINARY, CHUNK_BYTES, JSON, Store, decode_json, encode_json
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.store.client import disk_errors
+from components.store.store import BINARY, CHUNK_BYTES, JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What servers of adapters are given: how a version can be served, manifests, and versions by name for vLLM."""
