@@ -16,8 +16,9 @@ from components.shared.errors import FineloopError
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, recorded
-from ray_jobs.base import base_config, base_model, chat_format
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.base import base_config, base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.chat_format import ChatFormat
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -110,8 +111,8 @@ def _system_message(store: Store, dataset_uri: str) -> str:
 
 def _answer(who: str, model: Any, chat_as: ChatFormat, turns: list[Message], config: RunConfig, longest: int) -> None:
     """Say an answer word by word, as it comes."""
-    from ray_jobs.base.batching import tokenize
     from ray_jobs.scoring.generation import greedy
+    from ray_jobs.text.batching import tokenize
 
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], chat_as, config.model.max_length)

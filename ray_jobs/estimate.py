@@ -19,10 +19,11 @@ from components.shared.errors import UserError
 from ray_jobs import entry
 
 with garbage.importing():
-    from ray_jobs.base import attention, base_config, base_model, chat_format, packed, reference
-    from ray_jobs.base.batching import TokenizedSplit, by_length, tokenize
+    from ray_jobs.base import attention, base_config, base_model, reference
     from ray_jobs.planning.capacity import records_at_once
     from ray_jobs.scoring.answers import NEW_TOKENS
+    from ray_jobs.text import chat_format, packed
+    from ray_jobs.text.batching import TokenizedSplit, by_length, tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

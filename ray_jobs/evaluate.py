@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.prepare.judges import judges
@@ -25,15 +24,13 @@ from components.registry.event_log import events
 from components.registry.history import promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
-from components.shared.counted import counted
-from components.shared.errors import ConfigError, FineloopError, JobError, ObjectMissing
+from components.shared.errors import ConfigError, ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import base_config, base_model, chat_format, processor
-from ray_jobs.base.chat_format import ChatFormat, without_reasoning
+from ray_jobs.base import base_config, base_model
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, drawing
 from ray_jobs.scoring.answers import (
@@ -47,8 +44,10 @@ from ray_jobs.scoring.answers import (
 )
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.probe import NO_PROBES, Outcome, Probes
+from ray_jobs.scoring.probe import Outcome
+from ray_jobs.text import chat_format
+from ray_jobs.text.chat_format import ChatFormat, without_reasoning
+from ray_jobs.training.measuring import measured_apart, measured_together
 from ray_jobs.training.standby import Standby
 
 logger = logging.getLogger(__name__)
@@ -90,8 +89,6 @@ def evaluate(
         UserError: dataset, version or base do not exist, or no held-out record fits the context.
         JobError: a Ray task failed.
     """
-    import ray
-
     started = time.monotonic()
     store = Store.open(config.registry)
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
@@ -102,25 +99,11 @@ def evaluate(
             standby.end()
         return runs.read(store, run_id, Evaluation)
     judging = judges(store, dataset_uri, config, run_id=run_id)
-    records = judging.records[: config.evaluate.records]
     base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
     chat = chat_format.load(base, config.model)
-    config = with_room_for_answers(config, chat, records)
+    config = with_room_for_answers(config, chat, judging.records[: config.evaluate.records])
     contenders = _contenders(config, store, candidate, run_id)
-    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
-    entry.connect()
-    if _must_be_shared(config, base, ray.nodes()):
-        probes = {key: probe.held_together() for key, probe in probes.items()}
-        measured = partial(_measured_together, config, base, contenders, store=store, run_id=run_id)
-    else:
-        measured = partial(_measured_apart, config, base, contenders, standby=standby)
-    found = measured(records, probes)
-    outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
-    if further := drawing.further(config, judging.records[len(records) :], found):
-        say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
-        found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
-    if standby is not None:
-        standby.end()
+    found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
     kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
@@ -145,83 +128,35 @@ def evaluate(
     return evaluation
 
 
-def _names(contenders: Sequence[Contender]) -> str:
-    return ", ".join(contender.role for contender in contenders)
-
-
-def _measured_apart(
+def _measured(
     config: RunConfig,
     base: base_model.Base,
+    chat: ChatFormat,
     contenders: Sequence[Contender],
-    records: Sequence[Record],
-    probes: Probes = NO_PROBES,
-    *,
-    matmul_dtype: MatmulDtype | None = None,
-    standby: Standby | None = None,
-) -> Found:
-    """A share of records and probes by each of several workers, which hold the base by themselves.
-
-    They are the training's where those are still there, and Ray tasks where they are not.
-    """
-    import ray
-
-    # Two records at least in each: an answer is also read behind another record's prompt.
-    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
-    say(STEP, f"{counted(len(records), 'held-out record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
-    shards = [records[start::num_shards] for start in range(num_shards)]
-    shares = [
-        {
-            "contenders": contenders,
-            "records": shard,
-            "probes": {key: probe.at(partial(_dealt, i, num_shards)) for key, probe in probes.items()},
-            "shard_index": i,
-        }
-        for i, shard in enumerate(shards)
-    ]
-    if standby is not None and standby.is_there:
-        if (results := standby.measure(shares)) is not None:
-            dtype, *_ = [dtype for dtype, _ in results]
-            return Found.of(dtype, shards, [result for _, result in results])
-        say(STEP, "the training's workers are gone: others take their place")
-    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    task = ray.remote(max_retries=1, **resources)(measure_shard)
-    try:
-        dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
-        results = ray.get([task.remote(**share, matmul_dtype=dtype) for share in shares])
-    except ray.exceptions.RayTaskError as exc:
-        raise (
-            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
-        ) from exc
-    return Found.of(dtype, shards, results)
-
-
-def _dealt(index: int, of: int, count: int) -> range:
-    """A worker's rows of so many: every `of`-th from `index` on."""
-    return range(index, count, of)
-
-
-def _measured_together(
-    config: RunConfig,
-    base: base_model.Base,
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    probes: Probes = NO_PROBES,
-    *,
+    held_out: Sequence[Record],
     store: Store,
     run_id: str,
-    matmul_dtype: MatmulDtype | None = None,
-) -> Found:
-    """All records by a group of workers, which share the base out as they do to train on it."""
-    from ray_jobs.training import measure_together, trainer
+    standby: Standby | None,
+) -> tuple[Found, dict[str, Outcome]]:
+    """Scores on as many held-out records as decide, and what each probe found; the training's workers are let go of."""
+    import ray
 
-    workers = f"{config.ray.num_workers} workers that hold the base together"
-    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
-    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
-    name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
-    arguments = {"contenders": contenders, "records": records, "probes": probes, "matmul_dtype": dtype}
-    answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
-    return Found.of(dtype, [records], [answer["result"]])
+    records = held_out[: config.evaluate.records]
+    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
+    entry.connect()
+    if _must_be_shared(config, base, ray.nodes()):
+        probes = {key: probe.held_together() for key, probe in probes.items()}
+        measured = partial(measured_together, config, base, contenders, store=store, run_id=run_id)
+    else:
+        measured = partial(measured_apart, config, base, contenders, standby=standby)
+    found = measured(records, probes)
+    outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
+    if further := drawing.further(config, held_out[len(records) :], found):
+        say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
+        found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
+    if standby is not None:
+        standby.end()
+    return found, outside
 
 
 def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
@@ -249,34 +184,9 @@ def _told(evaluation: Evaluation, role: Role) -> Iterator[str]:
             yield f"{metric.label} {metric.text(value)}"
 
 
-def _matmul_dtype(
-    config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]
-) -> MatmulDtype:
-    """What every task multiplies in: measured where they run, the slowest of each dtype counts."""
-    import ray
-
-    if config.ray.use_gpu:
-        return "bfloat16"
-    if fixed := processor.fixed(config.ray.cpu_matmul_dtype):
-        return fixed
-    shape = processor.typical_shape(base_config.load(base.path, config.model))
-    measure = ray.remote(max_retries=1, **resources)(_rates)
-    measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
-    return processor.slowest(ray.get(measured)).faster
-
-
-def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
-    """What this worker multiplies at; runs as a Ray task, whose process the shard's own will find warm."""
-    import torch
-
-    entry.quiet_libraries()
-    torch.set_num_threads(num_threads)
-    return processor.measure(shape)
-
-
 def with_room_for_answers(config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> RunConfig:
     """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.text.batching import tokenize
 
     if config.evaluate.max_new_tokens is not None:
         return config

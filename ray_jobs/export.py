@@ -31,12 +31,13 @@ with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.adapters import build, convert, merge, own_base, recorded
     from ray_jobs.adapters.merge import Agreement
-    from ray_jobs.base import architecture, base_config, base_model, chat_format, processor, stored_format
+    from ray_jobs.base import architecture, base_config, base_model, processor, stored_format
     from ray_jobs.base.base_model import Base
-    from ray_jobs.base.batching import TokenizedSplit, tokenize
-    from ray_jobs.base.chat_format import ChatFormat
     from ray_jobs.planning import placement
     from ray_jobs.scoring.answers import NEW_TOKENS
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import TokenizedSplit, tokenize
+    from ray_jobs.text.chat_format import ChatFormat
     from ray_jobs.training import model_card
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from components.shared.counted import counted
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.base import base_config, base_model, chat_format
+from ray_jobs.base import base_config, base_model
+from ray_jobs.text import chat_format
 from ray_jobs.training import splits, starting
 from ray_jobs.training.job import train
 from ray_jobs.training.standby import Standby

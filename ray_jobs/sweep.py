@@ -27,9 +27,8 @@ from components.store.store import Store
 with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.adapters import own_base
-    from ray_jobs.base import base_config, base_model, chat_format
+    from ray_jobs.base import base_config, base_model
     from ray_jobs.base.base_model import Base
-    from ray_jobs.base.batching import TokenizedSplit
     from ray_jobs.probes import general_text
     from ray_jobs.probes.texts import Texts
     from ray_jobs.sweeping import points, verdict
@@ -37,6 +36,8 @@ with garbage.importing():
     from ray_jobs.sweeping.points import Arm, Point
     from ray_jobs.sweeping.progress import Progress
     from ray_jobs.sweeping.told import header, row
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import TokenizedSplit
     from ray_jobs.training import splits, train_loop
     from ray_jobs.training.train_job import TrainJob
 

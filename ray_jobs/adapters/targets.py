@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
-from ray_jobs.base.bounded import SECONDS, bounded
+from ray_jobs.text.bounded import SECONDS, bounded
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,1 +1,1 @@
-"""The frozen base: from a reference to a model in memory, its batches, its loss and its products."""
+"""The frozen base: from a reference to files, and from files to a model in memory."""

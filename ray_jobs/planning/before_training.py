@@ -10,7 +10,6 @@ from components.shared.errors import ConfigError
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_config
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.capacity import (
     Device,
     WorstBatch,
@@ -24,6 +23,7 @@ from ray_jobs.planning.capacity import (
 from ray_jobs.planning.memory import GIB, parts_told
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
+from ray_jobs.text.batching import TokenizedSplit
 
 
 @dataclass(frozen=True)

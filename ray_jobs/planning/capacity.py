@@ -12,10 +12,10 @@ from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
-from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_told, plan, reading, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 from ray_jobs.scoring.answers import NEW_TOKENS
+from ray_jobs.text.batching import TokenizedSplit
 
 BASE_SHARE = 0.8
 """Of one worker's memory that a base may take to be evaluated there: keys, values and activations want the rest."""

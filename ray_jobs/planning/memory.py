@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 
 from components.config.methods import BaseFormat
 from components.config.train import Optimizer
-from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.planning.rehearsal import ModelStats, StepMemory
+from ray_jobs.text.answer_loss import chunk_positions
 from ray_jobs.training.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 BF16, FLOAT32 = 2, 4

@@ -83,7 +83,7 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
     labels[:, : -min(batch.answers, length - 1)] = -100
     next_tokens = torch.randint(VOCABULARY, (batch.generated, 1))
 
-    from ray_jobs.base.answer_loss import answer_nll
+    from ray_jobs.text.answer_loss import answer_nll
 
     def train() -> None:
         answer_nll(adapted, tokens, labels).sum().backward()

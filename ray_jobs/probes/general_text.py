@@ -12,10 +12,10 @@ from importlib import resources
 from components.config.schema import RunConfig
 from components.records.steps import Role, TextLosses
 from components.store.store import Store
-from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import texts
 from ray_jobs.scoring.contender import Contender
+from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.chat_format import ChatFormat
 
 MAX_TOKENS = 128
 """Of a passage: the beginning shows as much as the whole, in less time."""

@@ -25,10 +25,10 @@ from components.records.steps import ROLES, Evaluation, Role
 from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
 from components.store.store import Store
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.text.chat_format import ChatFormat
 
 SEED = 1234
 """Of whatever a task draws, such as the examples before a question."""

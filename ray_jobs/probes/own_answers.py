@@ -23,12 +23,12 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records.steps import Role, TextLosses
 from components.store.store import Store
-from ray_jobs.base.batching import tokenize
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier, texts
 from ray_jobs.probes.texts import Read
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import Findings, Subject
+from ray_jobs.text.batching import tokenize
+from ray_jobs.text.chat_format import ChatFormat
 
 NEW_TOKENS = 64
 """Where an answer is cut: the beginning shows as much as the whole, in less time."""

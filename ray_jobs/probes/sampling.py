@@ -9,9 +9,9 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from components.shared.paired import Array
-from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.generation import answer_all, generated
+from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.chat_format import ChatFormat
 
 
 @torch.inference_mode()

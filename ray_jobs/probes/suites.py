@@ -18,13 +18,13 @@ from components.records.steps import ROLES, Evaluation, Role
 from components.records.suites import Suite
 from components.store.store import Store
 from ray_jobs.base import base_config, base_model
-from ray_jobs.base.batching import TokenizedSplit, tokenize
-from ray_jobs.base.chat_format import ChatFormat, without_reasoning
 from ray_jobs.probes import checks, earlier
 from ray_jobs.probes.texts import in_order
 from ray_jobs.probes.tool_calls import Calls, offered
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 
 AMPLE = 4096
 """Tokens of the longest question, where the base sets no limit."""

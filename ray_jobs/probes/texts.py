@@ -12,11 +12,11 @@ import numpy as np
 from components.config.schema import RunConfig
 from components.records.steps import Evaluation, Role, TextLosses
 from components.store.store import Store
-from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.probes import earlier
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.chat_format import ChatFormat
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.text.chat_format import ChatFormat
 
 NAME, KEY, VALUE = "probe_function", "probe_argument", "probe value"
 MOST_WRITTEN = 64

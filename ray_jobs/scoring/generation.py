@@ -10,10 +10,10 @@ import torch
 from transformers import TextStreamer
 
 from ray_jobs.base import base_config
-from ray_jobs.base.batching import TokenizedSplit
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring.batches import agreed, free_bytes, in_batches, is_shared, with_room
 from ray_jobs.scoring.reading import Read, Reader, Tokens
+from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.chat_format import ChatFormat
 
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]

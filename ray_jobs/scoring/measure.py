@@ -20,14 +20,15 @@ from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.held_base import HeldBase
-from ray_jobs.base import base_model, chat_format, precision, widened
+from ray_jobs.base import base_model, precision, widened
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.batching import TokenizedSplit, tokenize
-from ray_jobs.base.chat_format import ChatFormat
 from ray_jobs.scoring import STEP, marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from components.records.steps import Role
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.text.chat_format import ChatFormat
 
 Findings = dict[Role, Any]
 """What a probe's share found in each model that it had to measure."""

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
-from ray_jobs.base.answer_loss import next_token_nll
 from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
-from ray_jobs.base.batching import IGNORED, common_beginning
 from ray_jobs.scoring.batches import is_shared
+from ray_jobs.text.answer_loss import next_token_nll
+from ray_jobs.text.batching import IGNORED, common_beginning
 
 ATTENTION = (FLOAT32, RECORDS, "sdpa", "eager")
 """Kernels that take a mask with holes."""

@@ -10,8 +10,8 @@ from components.shared.counted import counted
 from components.shared.errors import DataError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.base.batching import TokenizedSplit, tokenize
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text.chat_format import ChatFormat
 
 Tell = Callable[[str], None]
 

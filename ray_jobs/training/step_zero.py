@@ -20,10 +20,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
-from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.base.base_model import Base, load_model
-from ray_jobs.base.batching import TokenizedSplit, by_length, collate
 from ray_jobs.base.streamed import streamed
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import TokenizedSplit, by_length, collate
 from ray_jobs.training.group import Worker
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from components.config.schema import RunConfig, TrainConfig
 from components.shared.errors import Diverged
 from components.store.store import Store
-from ray_jobs.base import packed
-from ray_jobs.base.batching import TokenizedSplit, by_length, plan_epoch, share
+from ray_jobs.text import packed
+from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker

@@ -26,8 +26,9 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import architecture, base_config, base_model, chat_format, precision, processor, widened
-from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.base import architecture, base_config, base_model, precision, processor, widened
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog

@@ -20,11 +20,12 @@ from components.prepare import icd10
 from components.shared.paired import Array, Pairs, bounds
 from ray_jobs import entry
 from ray_jobs.adapters import build
-from ray_jobs.base import base_config, base_model, chat_format, processor, widened
-from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.base import base_config, base_model, processor, widened
 from ray_jobs.probes import general_text, own_answers
 from ray_jobs.probes.sampling import sample
 from ray_jobs.scoring.scoring import label_nll
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import zero
 from tests.models.plain import plain_training
 

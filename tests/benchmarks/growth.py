@@ -79,7 +79,8 @@ def _trained(length: int, threads: int) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from ray_jobs.base import base_model, chat_format
+    from ray_jobs.base import base_model
+    from ray_jobs.text import chat_format
     from tests.benchmarks import our_loop
     from tests.benchmarks.peers import task
     from tests.benchmarks.peers.sides import side_fineloop
@@ -114,8 +115,9 @@ def _prepared(count: int) -> dict[str, float]:
     from components.prepare.prepare import read_split
     from components.prepare.sources import find_sources
     from ray_jobs import entry
-    from ray_jobs.base import base_model, chat_format
-    from ray_jobs.base.batching import plan_epoch, tokenize
+    from ray_jobs.base import base_model
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import plan_epoch, tokenize
 
     entry.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:

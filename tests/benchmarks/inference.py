@@ -136,7 +136,8 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, chat_format, processor
+    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.text import chat_format
 
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
@@ -153,8 +154,8 @@ def _teach(options: argparse.Namespace) -> dict[str, Any]:
 
     from ray_jobs.adapters import build
     from ray_jobs.base import base_model
-    from ray_jobs.base.answer_loss import answer_nll
-    from ray_jobs.base.batching import collate, plan_epoch, tokenize
+    from ray_jobs.text.answer_loss import answer_nll
+    from ray_jobs.text.batching import collate, plan_epoch, tokenize
 
     config, base, chat, records, dtype = _parts(options)
     model = base_model.load_model(base, config.model, "nf4", use_gpu=False, matmul_dtype=dtype)
@@ -202,9 +203,9 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     from components.prepare.dataset import Message, Record
     from ray_jobs.adapters import build, one_row
     from ray_jobs.base import base_model, widened
-    from ray_jobs.base.batching import tokenize
     from ray_jobs.scoring.generation import greedy
     from ray_jobs.scoring.scoring import score
+    from ray_jobs.text.batching import tokenize
 
     config, base, chat, records, dtype = _parts(options)
     records = _held_out(options, records)
@@ -243,7 +244,7 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, TextStreamer
 
     from ray_jobs.base import float32_layers
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.text.batching import tokenize
 
     config, base, chat, records, dtype = _parts(options)
     records = _held_out(options, records)

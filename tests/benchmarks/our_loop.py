@@ -13,7 +13,7 @@ from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model, widened
-from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import allocator, train_loop, zero
 from ray_jobs.training.group import Worker
 

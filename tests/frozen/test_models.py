@@ -19,6 +19,7 @@ from components.registry import aliases, identity, versions
 from components.step.step import first_step
 from ray_jobs import evaluate
 from ray_jobs.export import ExportRequest, export
+from ray_jobs.scoring.measure import measure_shard
 from tests.frozen.registry import ADAPTER, PLACE, Frozen
 from tests.frozen.training import Done, train_and_publish
 from tests.models.train_group import in_group
@@ -77,7 +78,7 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
     contenders = evaluate._contenders(config, frozen.store, versions.resolve(frozen.store, f"{ADAPTER}@{new}"))
     dataset_uri = frozen.json("runs/promoted/finetune.json")["dataset_uri"]
     records = load_split(frozen.store, dataset_uri, "eval")[: config.evaluate.records]
-    measured = evaluate.measure_shard(contenders, records, shard_index=0)
+    measured = measure_shard(contenders, records, shard_index=0)
     tokens = list(measured.tokens.values())
     evaluation = evaluate.compared(config, contenders, records, tokens, measured.scores, run_id="next")
     measured_by_the_release = frozen.json("runs/promoted/evaluation.json")["models"]

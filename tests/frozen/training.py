@@ -27,8 +27,9 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from components.prepare.dataset import load_split
     from components.registry import lineage
     from components.store.store import Store
-    from ray_jobs.base import base_model, chat_format
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base import base_model
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import tokenize
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.group import Worker
     from ray_jobs.training.splits import of_dataset

@@ -16,7 +16,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import AutoModelForCausalLM
 
 from ray_jobs.adapters import fused
-from ray_jobs.base import attention, packed
+from ray_jobs.base import attention
+from ray_jobs.text import packed
 from tests.models import zoo
 
 NAME = "absent"

@@ -19,9 +19,10 @@ from bitsandbytes.functional import dequantize_4bit
 from components.config import config_file
 from components.prepare.validate import validate
 from ray_jobs.adapters import build, dora
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import by_length, collate, tokenize
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import by_length, collate, tokenize
 from tests.models.plain import plain_training
 
 BATCH = 32

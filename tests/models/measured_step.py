@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
-from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.text.answer_loss import answer_nll
 
 
 @dataclass(frozen=True)

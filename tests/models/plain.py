@@ -9,9 +9,10 @@ from components.config import config_file
 from components.prepare.validate import validate
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import collate, plan_epoch, tokenize
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import collate, plan_epoch, tokenize
 from ray_jobs.training.train_loop import learning_rate_at, num_steps
 
 

@@ -112,7 +112,7 @@ def in_group(
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
     """What one rank does for `train_all`."""
     from components.config import config_file
-    from ray_jobs.base import answer_loss
+    from ray_jobs.text import answer_loss
     from ray_jobs.training import checkpoint, zero
 
     answer_loss.CHUNK_LOGITS = 45 * 260  # so that the losses of some micro-batches come in chunks, of others at once
@@ -169,8 +169,9 @@ def fit_in_rank(
     from components.prepare.validate import validate
     from components.registry import lineage
     from components.store.store import Store
-    from ray_jobs.base import base_model, chat_format
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base import base_model
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import tokenize
     from ray_jobs.training.group import Worker
     from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit

@@ -17,11 +17,12 @@ from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.shared.cpus import Cpu
 from components.store.store import Store
-from ray_jobs.base import base_model, chat_format, processor
-from ray_jobs.base.batching import tokenize
+from ray_jobs.base import base_model, processor
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
 from ray_jobs.planning import pace
 from ray_jobs.planning.pace import MeanBatch, Pace
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import tokenize
 from tests.models import zoo
 from tests.models.tiny import colour_rows
 

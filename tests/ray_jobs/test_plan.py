@@ -8,12 +8,12 @@ from components.config.gpus import GPUS
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan
-from ray_jobs.base.batching import TokenizedSplit
 from ray_jobs.planning import capacity
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
 from ray_jobs.planning.memory import GIB, MARGIN
 from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.text.batching import TokenizedSplit
 from tests.models import zoo
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
 

@@ -23,15 +23,16 @@ from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
-from ray_jobs.base import attention, base_config, base_model, chat_format
-from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.scoring.generation import greedy
 from ray_jobs.scoring.scoring import score
+from ray_jobs.text import chat_format
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import TokenizedSplit, collate, tokenize
 from tests.models import zoo
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows

@@ -46,8 +46,9 @@ def write(
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, chat_format, processor
-    from ray_jobs.base.batching import IGNORED, plan_epoch, tokenize
+    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import IGNORED, plan_epoch, tokenize
     from tests.benchmarks.peers import bases
 
     entry.quiet_libraries()

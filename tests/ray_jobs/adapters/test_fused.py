@@ -11,7 +11,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.adapters import fused
 from ray_jobs.base import base_model, float32_layers, widened
-from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import worker
 
 TOKENS, INPUTS, OUTPUTS, RANK, SCALING = 37, 1000, 1100, 8, 0.75  # a weight larger than a block, and no multiple of one

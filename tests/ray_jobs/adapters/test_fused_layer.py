@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from ray_jobs.adapters import fused, fused_attention, fused_layer
-from ray_jobs.base import attention, float32_layers, float32_products, packed
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import TokenizedSplit
+from ray_jobs.base import attention, float32_layers, float32_products
+from ray_jobs.text import packed
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import TokenizedSplit
 
 KINDS = {
     "Llama, biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),

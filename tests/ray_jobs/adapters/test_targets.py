@@ -15,7 +15,7 @@ from ray_jobs.adapters import build, targets
 from ray_jobs.adapters.targets import find, left_dense
 from ray_jobs.base import base_model
 from ray_jobs.base.architecture import auto_class
-from ray_jobs.base.bounded import bounded
+from ray_jobs.text.bounded import bounded
 from tests.models import zoo
 from tests.models.zoo import on_no_device
 

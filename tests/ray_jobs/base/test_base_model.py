@@ -19,7 +19,8 @@ import torch.distributed as dist
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
 from components.store.store import ObjectInfo, Store
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
 from tests.doubles import hub
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group

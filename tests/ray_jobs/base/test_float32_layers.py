@@ -21,7 +21,7 @@ from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model, float32_layers
-from ray_jobs.base.answer_loss import answer_nll
+from ray_jobs.text.answer_loss import answer_nll
 
 HALF_STEP = 2.0**-8  # bfloat16 has 8 significant bits: rounding once moves a number by at most this share of it
 SUMMED = 1e-5  # and what a float32 sum of a thousand terms may be off by, as a share of the sum of their sizes

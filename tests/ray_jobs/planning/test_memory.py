@@ -10,7 +10,6 @@ from transformers import LlamaForCausalLM
 
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig
-from ray_jobs.base.answer_loss import chunk_positions
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import (
     FLOAT32,
@@ -25,6 +24,7 @@ from ray_jobs.planning.memory import (
     weight_bytes,
 )
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
+from ray_jobs.text.answer_loss import chunk_positions
 from tests.models import zoo
 from tests.models.measured_step import load, measure, measure_reading
 from tests.models.shapes import LLAMA_2_7B, MIXTRAL_8X7B, llama, small

@@ -6,11 +6,12 @@ from components.config import config_file
 from components.gate.policy import decide
 from components.records.steps import Evaluation
 from components.shared.metrics import METRICS, Metric
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes.texts import in_order
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.text import chat_format
 from tests.components.gate.evidenced import evidence
 from tests.models.tiny_version import RECORDS, contenders, publish
 

@@ -15,11 +15,12 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.versions import Version, resolve
 from components.store.store import Store
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes.general_text import Passages, prepare
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings
+from ray_jobs.text import chat_format
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
 

@@ -23,13 +23,14 @@ from components.shared.metrics import METRICS
 from components.shared.paired import bounds
 from components.store.store import Store
 from ray_jobs.adapters import build
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes import sampling, texts
 from ray_jobs.probes.own_answers import OwnAnswers, prepare, undrawn
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings
 from ray_jobs.scoring.scoring import label_nll
+from ray_jobs.text import chat_format
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, randomise, remember
 

@@ -11,10 +11,11 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.versions import Version
 from components.store.store import Store
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
 from ray_jobs.probes import suites
 from ray_jobs.probes.suites import Questions, prepare, shipped
 from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.text import chat_format
 from tests.models.chat_families import TOOLS
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember

@@ -3,7 +3,8 @@
 import pytest
 
 from components.config.schema import ModelConfig
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import collate, tokenize
+from ray_jobs.base import base_model
 from ray_jobs.scoring.generation import greedy
 from ray_jobs.scoring.scoring import score
+from ray_jobs.text import chat_format
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import collate, tokenize
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 from tests.models.tiny import COLOURS

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from components.prepare.dataset import Message, Record
-from ray_jobs.base.batching import TokenizedSplit, tokenize
 from ray_jobs.scoring.scoring import greedy, other_prompts, score
+from ray_jobs.text.batching import TokenizedSplit, tokenize
 
 RECORDS = [
     Record(str(i), [Message("user", prompt)], answer)

@@ -5,8 +5,8 @@ import torch
 from transformers import TextStreamer
 
 from components.prepare.dataset import Message, Record
-from ray_jobs.base.batching import tokenize
 from ray_jobs.scoring.generation import _Words, greedy
+from ray_jobs.text.batching import tokenize
 
 
 def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tiny):

@@ -29,10 +29,11 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from components.prepare.validate import validate
     from components.registry import lineage
     from ray_jobs.adapters.held_base import HeldBase
-    from ray_jobs.base import base_model, chat_format
-    from ray_jobs.base.batching import tokenize
+    from ray_jobs.base import base_model
     from ray_jobs.probes import general_text
     from ray_jobs.sweeping.trial import Course, train_trial
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import tokenize
     from ray_jobs.training.train_job import TrainJob
 
     first = config_file.loads(configs[0])

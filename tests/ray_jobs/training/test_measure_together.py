@@ -5,12 +5,13 @@ import torch
 
 from components.config import config_file
 from components.registry.aliases import promote
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
 from ray_jobs.evaluate import _contenders
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.probes import PROBES, suites
 from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.text import chat_format
 from tests.models.shapes import small
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group

@@ -7,8 +7,8 @@ from transformers import AutoConfig, modeling_utils
 
 from components.config import config_file
 from ray_jobs.base import base_model
-from ray_jobs.base.answer_loss import answer_nll
 from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training.worker import _adapted
 from tests.ray_jobs.conftest import CONFIG
 

@@ -7,7 +7,8 @@ from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.prepare.judges import judges
 from components.shared.errors import DataError
-from ray_jobs.base import base_model, chat_format
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
 from ray_jobs.training import splits
 
 

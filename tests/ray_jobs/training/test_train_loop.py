@@ -21,8 +21,9 @@ from components.config.schema import RunConfig, TrainConfig
 from components.prepare.validate import validate
 from components.shared.errors import ConfigError
 from components.store.store import Store
-from ray_jobs.base import base_model, chat_format, packed
-from ray_jobs.base.batching import tokenize
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format, packed
+from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.models.plain import plain_training

@@ -12,8 +12,9 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs import entry
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.batching import IGNORED, TokenizedSplit
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import IGNORED, TokenizedSplit
 from tests.benchmarks import our_loop
 from tests.benchmarks.peers import task
 

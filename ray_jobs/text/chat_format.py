@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.config.schema import LossOn, ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
-from ray_jobs.base import rendering
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.rendering import RefusedByTemplate
+from ray_jobs.text import rendering
+from ray_jobs.text.rendering import RefusedByTemplate
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

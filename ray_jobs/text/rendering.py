@@ -26,7 +26,7 @@ from typing import Any
 
 from components.shared import memory
 from components.shared.errors import ConfigError, JobError
-from ray_jobs.base.bounded import MORE_BYTES, SECONDS
+from ray_jobs.text.bounded import MORE_BYTES, SECONDS
 
 CALLS = 32
 """In one message, so that waiting for another process does not cost more than the templates."""
@@ -112,7 +112,7 @@ def _running() -> Any:
     global _child
     if _child is None or _child.poll() is not None:
         path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
-        command = [sys.executable, "-P", "-m", "ray_jobs.base.rendering"]
+        command = [sys.executable, "-P", "-m", "ray_jobs.text.rendering"]
         _child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
         )

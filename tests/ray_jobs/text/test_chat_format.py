@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
-from ray_jobs.base import chat_format, rendering
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.bounded import MORE_BYTES
+from ray_jobs.text import chat_format, rendering
+from ray_jobs.text.bounded import MORE_BYTES
 from tests.models import chat_families
 from tests.models.chat_families import CHATML, FAMILIES
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from components.config.schema import LossOn
 from components.prepare.dataset import Record
-from ray_jobs.base.chat_format import ChatFormat
+from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from components.config.schema import RunConfig
-from ray_jobs.base.answer_loss import answer_nll, next_token_nll
 from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
-from ray_jobs.base.batching import IGNORED, TokenizedSplit, collate, common_beginning
 from ray_jobs.base.packing import Packing
+from ray_jobs.text.answer_loss import answer_nll, next_token_nll
+from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_beginning
 
 CPU = torch.device("cpu")
 WORTH = 0.1

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from ray_jobs.base.batching import IGNORED
+from ray_jobs.text.batching import IGNORED
 
 CHUNK_LOGITS = 2**26
 """Logits that are held at once: 256 MiB of float32, and still matrix products of hundreds of rows."""

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model, chat_format
-from ray_jobs.base.batching import AT_ONCE, IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import AT_ONCE, IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 

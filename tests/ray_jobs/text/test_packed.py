@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from ray_jobs.base import attention, packed
+from ray_jobs.base import attention
 from ray_jobs.base.architecture import auto_class
-from ray_jobs.base.batching import IGNORED, TokenizedSplit
+from ray_jobs.text import packed
+from ray_jobs.text.batching import IGNORED, TokenizedSplit
 from tests.models import zoo
 
 if TYPE_CHECKING:

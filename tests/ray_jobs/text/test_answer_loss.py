@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from ray_jobs.base import answer_loss, attention
-from ray_jobs.base.answer_loss import answer_nll
-from ray_jobs.base.batching import IGNORED
+from ray_jobs.base import attention
+from ray_jobs.text import answer_loss
+from ray_jobs.text.answer_loss import answer_nll
+from ray_jobs.text.batching import IGNORED
 from tests.models.measured_step import measure
 
 

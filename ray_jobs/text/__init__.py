@@ -1,0 +1,1 @@
+"""Text for a base: a conversation in its chat template, batches of tokens, and the loss on their answers."""

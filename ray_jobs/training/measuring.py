@@ -1,0 +1,124 @@
+"""The workers that measure an evaluation's models: each by itself, or all together on a base that none holds whole."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record
+from components.shared.counted import counted
+from components.shared.errors import FineloopError, JobError
+from components.shared.protocol import say
+from components.store.store import Store
+from ray_jobs import entry
+from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.scoring import STEP
+from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.drawing import Found
+from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.probe import NO_PROBES, Probes
+from ray_jobs.training.standby import Standby
+
+
+def measured_apart(
+    config: RunConfig,
+    base: base_model.Base,
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    probes: Probes = NO_PROBES,
+    *,
+    matmul_dtype: MatmulDtype | None = None,
+    standby: Standby | None = None,
+) -> Found:
+    """A share of records and probes by each of several workers, which hold the base by themselves.
+
+    They are the training's where those are still there, and Ray tasks where they are not.
+    """
+    import ray
+
+    # Two records at least in each: an answer is also read behind another record's prompt.
+    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
+    say(STEP, f"{counted(len(records), 'held-out record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
+    shards = [records[start::num_shards] for start in range(num_shards)]
+    shares = [
+        {
+            "contenders": contenders,
+            "records": shard,
+            "probes": {key: probe.at(partial(_dealt, i, num_shards)) for key, probe in probes.items()},
+            "shard_index": i,
+        }
+        for i, shard in enumerate(shards)
+    ]
+    if standby is not None and standby.is_there:
+        if (results := standby.measure(shares)) is not None:
+            dtype, *_ = [dtype for dtype, _ in results]
+            return Found.of(dtype, shards, [result for _, result in results])
+        say(STEP, "the training's workers are gone: others take their place")
+    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
+    task = ray.remote(max_retries=1, **resources)(measure_shard)
+    try:
+        dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
+        results = ray.get([task.remote(**share, matmul_dtype=dtype) for share in shares])
+    except ray.exceptions.RayTaskError as exc:
+        raise (
+            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
+        ) from exc
+    return Found.of(dtype, shards, results)
+
+
+def measured_together(
+    config: RunConfig,
+    base: base_model.Base,
+    contenders: Sequence[Contender],
+    records: Sequence[Record],
+    probes: Probes = NO_PROBES,
+    *,
+    store: Store,
+    run_id: str,
+    matmul_dtype: MatmulDtype | None = None,
+) -> Found:
+    """All records by a group of workers, which share the base out as they do to train on it."""
+    from ray_jobs.training import measure_together, trainer
+
+    workers = f"{config.ray.num_workers} workers that hold the base together"
+    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
+    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
+    dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
+    name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
+    arguments = {"contenders": contenders, "records": records, "probes": probes, "matmul_dtype": dtype}
+    answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
+    return Found.of(dtype, [records], [answer["result"]])
+
+
+def _names(contenders: Sequence[Contender]) -> str:
+    return ", ".join(contender.role for contender in contenders)
+
+
+def _dealt(index: int, of: int, count: int) -> range:
+    """A worker's rows of so many: every `of`-th from `index` on."""
+    return range(index, count, of)
+
+
+def _matmul_dtype(
+    config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]
+) -> MatmulDtype:
+    """What every task multiplies in: measured where they run, the slowest of each dtype counts."""
+    import ray
+
+    if config.ray.use_gpu:
+        return "bfloat16"
+    if fixed := processor.fixed(config.ray.cpu_matmul_dtype):
+        return fixed
+    shape = processor.typical_shape(base_config.load(base.path, config.model))
+    measure = ray.remote(max_retries=1, **resources)(_rates)
+    measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
+    return processor.slowest(ray.get(measured)).faster
+
+
+def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
+    """What this worker multiplies at; runs as a Ray task, whose process the shard's own will find warm."""
+    import torch
+
+    entry.quiet_libraries()
+    torch.set_num_threads(num_threads)
+    return processor.measure(shape)
