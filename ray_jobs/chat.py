@@ -5,9 +5,8 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.registry.versions import pull_version, resolve
@@ -19,6 +18,9 @@ from ray_jobs.adapters import build, recorded
 from ray_jobs.base import base_config, base_model
 from ray_jobs.text import chat_format
 from ray_jobs.text.chat_format import ChatFormat
+
+if TYPE_CHECKING:
+    from ray_jobs.kernels.door import Kernels
 
 LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
@@ -57,8 +59,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         IntegrityError: its base is not there any more as it was trained on.
     """
     with garbage.importing():
-        from ray_jobs.adapters import one_row, own_base
-        from ray_jobs.base import processor
+        from ray_jobs.adapters import own_base
+        from ray_jobs.kernels import door, one_row
         from ray_jobs.planning import placement
 
     store = Store.open(config.registry)
@@ -70,17 +72,16 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     _tell(f"loading {own.model.base}")
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
     stands_on = own_base.find(own, base, store)
-    shape = processor.typical_shape(base_config.load(base.path, own.model))
     use_gpu = placement.on_gpus(own, base)
-    dtype = processor.choose(config.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
-    model = _load(stands_on, own, dtype, use_gpu=use_gpu)
-    alone = model if stands_on == base else _load(base, own, dtype, use_gpu=use_gpu)
+    kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
+    model = _load(stands_on, own, kernels, use_gpu=use_gpu)
+    alone = model if stands_on == base else _load(base, own, kernels, use_gpu=use_gpu)
     _tell(f"loading {version.name} {version.version}")
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
         chat_as = chat_format.load(base, own.model, folder)
-        adapted = build.load(model, folder, matmul_dtype=dtype).eval()
+        adapted = kernels.adopt(build.load(model, folder)).eval()
     for each in (alone, adapted):
         one_row.adopt(each)
     if system:
@@ -93,13 +94,11 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         _answer(version.name, adapted, chat_as, turns, own, longest)
 
 
-def _load(base: base_model.Base, own: RunConfig, dtype: MatmulDtype, *, use_gpu: bool) -> Any:
-    from ray_jobs.base import widened
+def _load(base: base_model.Base, own: RunConfig, kernels: "Kernels", *, use_gpu: bool) -> Any:
+    from ray_jobs.kernels import door
 
-    model = base_model.load_model(
-        base, own.model, own.method.row.base, use_gpu=use_gpu, across_gpus=True, matmul_dtype=dtype
-    ).eval()
-    widened.widen_if_room(model, dtype)
+    model = door.load_model(base, own.model, own.method.row.base, kernels, use_gpu=use_gpu, across_gpus=True).eval()
+    kernels.hold_dense_if_room(model)
     return model
 
 

@@ -116,7 +116,7 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
     except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
         return {**body, "unknown_because": str(exc)}
     speed = tokens_per_s(config, found, cpu, work.computed if work else 1.0)
-    body |= {"matmul_dtype": found.matmul_dtype, "tokens_per_s": speed}
+    body |= {"matmul_dtype": found.kernels.dtype, "tokens_per_s": speed}
     return body if work is None else {**body, **asdict(estimate_of(config, work, found, cpu))}
 
 

@@ -115,7 +115,7 @@ def evaluate(
             "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": base.identity},
-            "matmul_dtype": found.matmul_dtype,
+            "matmul_dtype": found.kernels.dtype,
             "first_scored_at": found.first_scored_at,
             "seconds": {"total": round(time.monotonic() - started, 3)},
         }
@@ -153,7 +153,7 @@ def _measured(
     outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
     if further := drawing.further(config, held_out[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
-        found = found.and_then(measured(further, matmul_dtype=found.matmul_dtype))
+        found = found.and_then(measured(further, kernels=found.kernels))
     if standby is not None:
         standby.end()
     return found, outside

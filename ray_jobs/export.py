@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.registry.versions import Version, pull_version, resolve
@@ -31,8 +30,10 @@ with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.adapters import build, convert, merge, own_base, recorded
     from ray_jobs.adapters.merge import Agreement
-    from ray_jobs.base import architecture, base_config, base_model, processor, stored_format
+    from ray_jobs.base import architecture, base_config, base_model, stored_format
     from ray_jobs.base.base_model import Base
+    from ray_jobs.kernels import door
+    from ray_jobs.kernels.door import Kernels
     from ray_jobs.planning import placement
     from ray_jobs.scoring.answers import NEW_TOKENS
     from ray_jobs.text import chat_format
@@ -91,8 +92,8 @@ class ExportSource:
     split: TokenizedSplit
     """The records, tokenised."""
     max_new_tokens: int
-    matmul_dtype: MatmulDtype
-    """What this machine multiplies bfloat16 in."""
+    kernels: Kernels
+    """What takes its products on this machine."""
     use_gpu: bool
     """Whether the base is read with its GPUs."""
 
@@ -151,8 +152,6 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
     import torch
 
-    from ray_jobs.base import float32_layers
-
     row, rows = source.config.method.row, source.rows
     weights: BaseWeights = "original" if row.base == "bf16" else request.base or "dequantised"
     is_exact = row.base == "bf16" or weights == "dequantised"
@@ -186,8 +185,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     loader = architecture.auto_class(merged.config)
     del merged
     reloaded = loader.from_pretrained(folder, dtype=dtype).eval()
-    if source.matmul_dtype == "float32":
-        float32_layers.multiply_in_float32(reloaded)
+    source.kernels.adopt(reloaded)
     saved = list(merge.logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
     if is_exact and request.dtype == "float32":
@@ -234,13 +232,12 @@ def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> E
     if not rows:
         length = min(64, config.model.max_length)
         rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
-    shape = processor.typical_shape(base_config.load(original.path, config.model))
     placement.require_float32(config, original)
     use_gpu = placement.on_gpus(config, original)
-    dtype = processor.choose(asked.ray.cpu_matmul_dtype, shape, use_gpu=use_gpu)
+    kernels = door.choose(asked, base_config.load(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or NEW_TOKENS[-1])
-    return ExportSource(version, config, folder, original, stands_on, chat, *compared, dtype, use_gpu)
+    return ExportSource(version, config, folder, original, stands_on, chat, *compared, kernels, use_gpu)
 
 
 def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tuple[list[Record], TokenizedSplit]:
@@ -259,13 +256,8 @@ def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tupl
 def _loaded(source: ExportSource) -> "PreTrainedModel":
     """The base as it is trained on and evaluated."""
     method, model = source.config.method, source.config.model
-    return base_model.load_model(
-        source.stands_on,
-        model,
-        method.row.base,
-        use_gpu=source.use_gpu,
-        across_gpus=True,
-        matmul_dtype=source.matmul_dtype,
+    return door.load_model(
+        source.stands_on, model, method.row.base, source.kernels, use_gpu=source.use_gpu, across_gpus=True
     )
 
 
@@ -286,7 +278,7 @@ def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedM
 
 def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, float], "PreTrainedModel"]:
     """The logits and the answers of the adapter as evaluation runs it, and the base without it in float32."""
-    adapted: PeftModel = build.load(_loaded(source), source.folder, matmul_dtype=source.matmul_dtype).eval()
+    adapted: PeftModel = source.kernels.adopt(build.load(_loaded(source), source.folder)).eval()
     evaluated = list(merge.logits(adapted, source.rows))
     answers = _answers(source, adapted)
     return evaluated, answers, _trained_on(source, adapted.unload())

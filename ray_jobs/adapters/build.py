@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.config.ray import MatmulDtype
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters.targets import Targets, find
@@ -55,11 +54,8 @@ def attach(
     *,
     base_reference: str,
     seed: int,
-    matmul_dtype: MatmulDtype = "bfloat16",
 ) -> "PeftModel":
     """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker.
-
-    `matmul_dtype` is what the base was loaded with.
 
     Raises:
         ConfigError: `method.target_modules` matches no layer of this base, or one that cannot be adapted like this.
@@ -67,7 +63,7 @@ def attach(
     import torch
     from peft import get_peft_model
 
-    from ray_jobs.adapters import dora, dvora, fused, fused_layer
+    from ray_jobs.adapters import dora, dvora
 
     targets = find(model, method, base_reference=base_reference)
     torch.manual_seed(seed)
@@ -83,9 +79,6 @@ def attach(
     dvora.unify_dtype(adapted, model.dtype)
     # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
-    _multiply_in(matmul_dtype, adapted)
-    fused.adopt(adapted)
-    fused_layer.adopt(adapted)
     return adapted
 
 
@@ -102,15 +95,15 @@ def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "bfloat16") -> "PeftModel":
-    """Put a saved adapter on its base, for inference; every method of the table. `matmul_dtype` is the base's.
+def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put a saved adapter on its base, for inference; every method of the table.
 
     It computes what was trained: on a base of 16 bits peft would widen what was trained, and published, in as many.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from ray_jobs.adapters import dora, dvora, fused, fused_layer  # dvora makes its method known to peft
+    from ray_jobs.adapters import dora, dvora  # dvora makes its method known to peft
 
     with _either_way_round():
         adapted = PeftModel.from_pretrained(base, folder)
@@ -120,9 +113,6 @@ def load(base: "PreTrainedModel", folder: Path, *, matmul_dtype: MatmulDtype = "
             layer.lora_A.to(base.dtype)
             layer.lora_B.to(base.dtype)
     dvora.unify_dtype(adapted, base.dtype)
-    _multiply_in(matmul_dtype, adapted)
-    fused.adopt(adapted)
-    fused_layer.adopt(adapted)
     return adapted
 
 
@@ -148,11 +138,3 @@ def _either_way_round() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         yield
-
-
-def _multiply_in(matmul_dtype: MatmulDtype, adapted: "PeftModel") -> None:
-    if matmul_dtype == "float32":
-        from ray_jobs.adapters import float32_layers
-        from ray_jobs.base.float32_layers import multiply_in_float32
-
-        multiply_in_float32(adapted, float32_layers.LAYERS)

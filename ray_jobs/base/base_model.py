@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
-from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
 from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError
@@ -119,7 +118,6 @@ def load_model(
     use_gpu: bool,
     in_host_memory: bool = False,
     across_gpus: bool = False,
-    matmul_dtype: MatmulDtype = "bfloat16",
     dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
     """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
@@ -127,8 +125,7 @@ def load_model(
     `in_host_memory` leaves the model there for who will move it to the GPU; `across_gpus` lets the machine's GPUs hold
     some layers each, which answer one after the other. Within `deepspeed.sharding` a bfloat16 base
     is sharded as it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means
-    bfloat16, or float16 on a GPU that does not know that. `matmul_dtype` is what a CPU multiplies in; whatever it is,
-    weights and activations are the same 16 bits.
+    bfloat16, or float16 on a GPU that does not know that.
 
     Raises:
         ConfigError: the base is no causal language model, does not know `model.attention`, or is quantised already and
@@ -163,10 +160,6 @@ def load_model(
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if base_format == "nf4":
             _never_repack(model)
-        if matmul_dtype == "float32":
-            from ray_jobs.base import float32_layers
-
-            float32_layers.multiply_in_float32(model)
     if base_format != "bf16":
         _never_replace()
     return model

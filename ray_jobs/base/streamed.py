@@ -1,7 +1,7 @@
 """A base whose layers come from disk when they run and go when they have: one layer's weights in memory at a time."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,8 @@ import torch
 from torch.nn.functional import linear
 
 from components.config.methods import BaseFormat
-from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
-from ray_jobs.base import architecture, attention, float32_layers, four_bits
+from ray_jobs.base import architecture, attention, four_bits
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def streamed(
-    base: Base, config: ModelConfig, base_format: BaseFormat, *, matmul_dtype: MatmulDtype = "bfloat16"
+    base: Base, config: ModelConfig, base_format: BaseFormat, *, linear: Callable[..., torch.Tensor] = linear
 ) -> Iterator["PreTrainedModel"]:
     """The base on the CPU in bfloat16; of nf4, each weight as it comes back from four bits. For forward passes alone.
 
-    The folder must hold 16-bit weights.
+    The folder must hold 16-bit weights. `linear` takes the products of its linear layers.
     """
     from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoConfig
@@ -43,13 +42,12 @@ def streamed(
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         ).eval()
-        multiply = float32_layers.linear if matmul_dtype == "float32" else linear
         if shape.get_text_config() is not shape:
             _keep(model.get_input_embeddings())  # Gemma 4's whole model reads a row of them by itself
         head = model.get_output_embeddings()
         for module in model.modules():
             if type(module) in (torch.nn.Linear, Conv1D):  # not their kin: Llama 4's router gives more than a product
-                module._old_forward = _Product(module, multiply, nf4=base_format == "nf4" and module is not head)
+                module._old_forward = _Product(module, linear, nf4=base_format == "nf4" and module is not head)
         yield model
         remove_hook_from_submodules(model)
 

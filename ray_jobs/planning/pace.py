@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
-from ray_jobs.base import processor, widened
 from ray_jobs.base.architecture import from_config
-from ray_jobs.base.base_model import Base, load_model
+from ray_jobs.base.base_model import Base
+from ray_jobs.kernels import door, processor
+from ray_jobs.kernels.door import Kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +55,7 @@ class Pace:
     """For a token, forward alone."""
     write_s: float
     """For one more token of every answer that is generated together."""
-    matmul_dtype: MatmulDtype
+    kernels: Kernels
 
 
 def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pace:
@@ -66,15 +66,15 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
     """
     torch.set_num_threads(config.ray.cpus_per_worker)
     rates = processor.measure(processor.typical_shape(base))
-    dtype = processor.fixed(config.ray.cpu_matmul_dtype) or rates.faster
-    rate: float = getattr(rates, dtype)
+    kernels = door.fixed(config) or Kernels(rates.faster)
+    rate: float = getattr(rates, kernels.dtype)
     text = base.get_text_config()
     with tempfile.TemporaryDirectory(prefix="fineloop-pace-") as scratch:
-        adapted, num_layers = _few_layers(config, base, Path(scratch), dtype)
+        adapted, num_layers = _few_layers(config, base, Path(scratch), kernels)
     times = text.num_hidden_layers / num_layers
     weights = sum(layer.in_features * layer.out_features for layer in _linear_layers(adapted))
-    if _holds_dense(config, round(times * weights), dtype):
-        widened.widen(adapted, dtype)
+    if _holds_dense(config, round(times * weights), kernels):
+        kernels.hold_dense(adapted)
     affordable = int(SECONDS * rate / (4 * weights))
     length = max(FEWEST_TOKENS, min(batch.length, affordable))
     records = max(1, min(batch.records, affordable // length))
@@ -105,18 +105,18 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
         train_s=times * train_s / tokens.numel() + 2 * share * head_s,
         read_s=times * read_s / tokens.numel() + share * head_s,
         write_s=times * write_s + batch.generated * head_s,
-        matmul_dtype=dtype,
+        kernels=kernels,
     )
 
 
-def _holds_dense(config: RunConfig, num_weights: int, dtype: MatmulDtype) -> bool:
+def _holds_dense(config: RunConfig, num_weights: int, kernels: Kernels) -> bool:
     """Whether a training here would hold so many weights dense; its evaluation does where memory allows."""
     if config.train.dense_base is not None:
         return config.train.dense_base
-    return config.train.zero_stage < 3 and widened.has_room(num_weights, dtype, sharers=config.ray.num_workers)
+    return config.train.zero_stage < 3 and kernels.has_room(num_weights, sharers=config.ray.num_workers)
 
 
-def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtype: MatmulDtype) -> tuple[Any, int]:
+def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, kernels: Kernels) -> tuple[Any, int]:
     """A model of the base's shape with its first layers alone and random weights, adapted, and how many those are."""
     from ray_jobs.adapters import build
     from ray_jobs.planning.rehearsal import period
@@ -136,8 +136,8 @@ def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, dtyp
     from_config(few, dtype=torch.bfloat16).save_pretrained(scratch)
     files = Base("a few layers", scratch, {})
     method = config.method
-    model = load_model(files, config.model, method.row.base, use_gpu=False, matmul_dtype=dtype)
-    adapted = build.attach(model, method, base_reference="", seed=0, matmul_dtype=dtype)
+    model = door.load_model(files, config.model, method.row.base, kernels, use_gpu=False)
+    adapted = kernels.adopt(build.attach(model, method, base_reference="", seed=0))
     build.to_training(adapted, torch.bfloat16)
     return adapted.train(), num_layers
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from components.config.gate import GateConfig
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
 from components.shared.paired import Pairs, bounds, records_to_decide
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.scoring.answers import Score, pairs_of
 from ray_jobs.scoring.measure import ShardResult
 from ray_jobs.scoring.probe import Findings
@@ -40,7 +40,7 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
 class Found:
     """Of the records that fit every contender's context."""
 
-    matmul_dtype: MatmulDtype
+    kernels: Kernels
     records: list[Record]
     tokens: list[int]
     scores: dict[Role, list[Score]]
@@ -50,12 +50,10 @@ class Found:
     """When the first batch was done; ISO 8601, in UTC."""
 
     @classmethod
-    def of(
-        cls, matmul_dtype: MatmulDtype, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]
-    ) -> "Found":
+    def of(cls, kernels: Kernels, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]) -> "Found":
         """What the workers have measured, each of its shard."""
         return cls(
-            matmul_dtype,
+            kernels,
             [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
             [count for result in results for count in result.tokens.values()],
             {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},

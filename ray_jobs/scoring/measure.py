@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
@@ -19,12 +18,14 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.held_base import HeldBase
-from ray_jobs.base import base_model, precision, widened
+from ray_jobs.base import base_model, precision
 from ray_jobs.base.base_model import Base
+from ray_jobs.kernels import door
+from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, marks
 from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
@@ -68,20 +69,20 @@ class Asked:
 
     def load_base(
         self,
-        matmul_dtype: MatmulDtype,
+        kernels: Kernels,
         *,
         in_host_memory: bool = False,
-        load: Callable[..., Any] = base_model.load_model,
+        load: Callable[..., Any] = door.load_model,
     ) -> Any:
-        """The base in memory; `load` as `base_model.load_model`."""
+        """The base in memory; `load` as `door.load_model`."""
         config = self.config
         return load(
             self.base,
             config.model,
             config.method.row.base,
+            kernels,
             use_gpu=config.ray.use_gpu,
             in_host_memory=in_host_memory,
-            matmul_dtype=matmul_dtype,
             dtype=self.dtype,
         )
 
@@ -130,7 +131,7 @@ def measure_shard(
     probes: Probes = NO_PROBES,
     *,
     shard_index: int,
-    matmul_dtype: MatmulDtype = "bfloat16",
+    kernels: Kernels = PLAIN,
     held: HeldBase | None = None,
 ) -> ShardResult:
     """Measure every contender on some records and by some probes, one after the other; runs as a Ray task.
@@ -152,12 +153,12 @@ def measure_shard(
         scores: dict[Role, list[Score]] = {}
         found: dict[str, Findings] = {key: {} for key in probes}
         for each in all_asked:
-            base = each.load_base(matmul_dtype, load=held.load)
+            base = each.load_base(kernels, load=held.load)
             if held.num_loaded != seen:
-                widened.widen_if_room(base, matmul_dtype, sharers=candidate.ray.num_workers)
+                kernels.hold_dense_if_room(base, sharers=candidate.ray.num_workers)
                 seen = held.num_loaded
             progress.role = each.role
-            model = build.load(base, each.adapter, matmul_dtype=matmul_dtype) if each.adapter else base
+            model = kernels.adopt(build.load(base, each.adapter)) if each.adapter else base
             try:
                 scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
                 run_all(probes, each.subject(model), found)

@@ -26,9 +26,9 @@ from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
-from ray_jobs.adapters.held_base import HeldBase
 from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
+from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.packed import records_nll
 from ray_jobs.training import zero

@@ -27,6 +27,7 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.training import optimizer, zero
 
 logger = logging.getLogger(__name__)
@@ -157,11 +158,11 @@ def resume(
     return progress, best
 
 
-def matmul_dtype(store: Store, run_id: str) -> MatmulDtype | None:
-    """What the run's checkpoints were trained in, and so must go on in; None without one that can be read."""
+def kernels(store: Store, run_id: str) -> Kernels | None:
+    """What the run's checkpoints were trained with, and so must go on with; None without one that can be read."""
     for step in _complete(store, run_id):
         with contextlib.suppress(IntegrityError, ObjectMissing):
-            return _progress(store, run_id, step).matmul_dtype
+            return Kernels(_progress(store, run_id, step).matmul_dtype)
     return None
 
 

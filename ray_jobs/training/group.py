@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from components.config.ray import MatmulDtype
+from ray_jobs.kernels.door import PLAIN, Kernels
 
 
 @dataclass(frozen=True)
@@ -16,5 +16,5 @@ class Worker:
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     """What weights, activations and gradients are in, the same for all of the group."""
-    matmul_dtype: MatmulDtype = "bfloat16"
-    """What its products are taken in, the same for all of the group."""
+    kernels: Kernels = PLAIN
+    """What takes its products, the same for all of the group."""

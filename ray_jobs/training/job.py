@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.config.ray import MatmulDtype
 from components.shared import garbage
 from components.shared.errors import JobError
 from ray_jobs.training import standby
 from ray_jobs.training.train_job import TrainJob
 
 if TYPE_CHECKING:
-    from ray_jobs.adapters.held_base import HeldBase
+    from ray_jobs.kernels.door import Kernels
+    from ray_jobs.scoring.held_base import HeldBase
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if board is not None and standby.is_trained(board, rank):
         return {}
     with garbage.importing():
-        from ray_jobs.adapters.held_base import HeldBase
+        from ray_jobs.scoring.held_base import HeldBase
         from ray_jobs.training import worker
 
     what = arguments if board is None else standby.given(board)
@@ -47,19 +47,18 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _measuring(held: "HeldBase", rank: int) -> standby.Measure:
     """How a worker measures on the base that it has trained on, once it has given back what only a training needs."""
     from ray_jobs import entry
+    from ray_jobs.kernels import allocator
     from ray_jobs.scoring import STEP
     from ray_jobs.scoring.measure import ShardResult, measure_shard
-    from ray_jobs.training import allocator
 
     if rank == 0:
         entry.log_as(STEP)
     held.strip()
     allocator.give_back()
 
-    def measure(task: standby.Task) -> tuple[MatmulDtype, ShardResult]:
-        if held.matmul_dtype is None:
+    def measure(task: standby.Task) -> "tuple[Kernels, ShardResult]":
+        if held.kernels is None:
             raise JobError("a worker failed before it held a base to measure on")
-        dtype = held.matmul_dtype
-        return dtype, measure_shard(**task, held=held, matmul_dtype=dtype)
+        return held.kernels, measure_shard(**task, held=held, kernels=held.kernels)
 
     return measure

@@ -34,7 +34,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     entry.quiet_libraries()
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, matmul_dtype=arguments["matmul_dtype"])
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, kernels=arguments["kernels"])
     try:
         result = measure_together(contenders, arguments["records"], arguments["probes"], worker)
     except (UserError, JobError) as exc:
@@ -69,9 +69,9 @@ def measure_together(
         for each in all_asked:
             progress.role = each.role
             with zero.sharding(each.config, each.dtype):
-                model = each.load_base(worker.matmul_dtype, in_host_memory=True)
+                model = each.load_base(worker.kernels, in_host_memory=True)
                 if each.adapter:
-                    model = build.load(model, each.adapter, matmul_dtype=worker.matmul_dtype)
+                    model = worker.kernels.adopt(build.load(model, each.adapter))
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
                     found = each.scores(sharded, kept, mine, progress)
                     run_all(my_probes, each.subject(sharded), probed)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.shared.counted import counted
@@ -11,7 +10,9 @@ from components.shared.errors import FineloopError, JobError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.base import base_config, base_model, processor
+from ray_jobs.base import base_config, base_model
+from ray_jobs.kernels import door, processor
+from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.drawing import Found
@@ -27,7 +28,7 @@ def measured_apart(
     records: Sequence[Record],
     probes: Probes = NO_PROBES,
     *,
-    matmul_dtype: MatmulDtype | None = None,
+    kernels: Kernels | None = None,
     standby: Standby | None = None,
 ) -> Found:
     """A share of records and probes by each of several workers, which hold the base by themselves.
@@ -51,19 +52,19 @@ def measured_apart(
     ]
     if standby is not None and standby.is_there:
         if (results := standby.measure(shares)) is not None:
-            dtype, *_ = [dtype for dtype, _ in results]
-            return Found.of(dtype, shards, [result for _, result in results])
+            held_with, *_ = [held_with for held_with, _ in results]
+            return Found.of(held_with, shards, [result for _, result in results])
         say(STEP, "the training's workers are gone: others take their place")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     task = ray.remote(max_retries=1, **resources)(measure_shard)
     try:
-        dtype = matmul_dtype or _matmul_dtype(config, base, num_shards, resources)
-        results = ray.get([task.remote(**share, matmul_dtype=dtype) for share in shares])
+        kernels = kernels or _kernels(config, base, num_shards, resources)
+        results = ray.get([task.remote(**share, kernels=kernels) for share in shares])
     except ray.exceptions.RayTaskError as exc:
         raise (
             exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
         ) from exc
-    return Found.of(dtype, shards, results)
+    return Found.of(kernels, shards, results)
 
 
 def measured_together(
@@ -75,7 +76,7 @@ def measured_together(
     *,
     store: Store,
     run_id: str,
-    matmul_dtype: MatmulDtype | None = None,
+    kernels: Kernels | None = None,
 ) -> Found:
     """All records by a group of workers, which share the base out as they do to train on it."""
     from ray_jobs.training import measure_together, trainer
@@ -83,11 +84,11 @@ def measured_together(
     workers = f"{config.ray.num_workers} workers that hold the base together"
     say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    dtype = matmul_dtype or _matmul_dtype(config, base, config.ray.num_workers, resources)
-    name = "ray-evaluate" if matmul_dtype is None else "ray-evaluate-more"
-    arguments = {"contenders": contenders, "records": records, "probes": probes, "matmul_dtype": dtype}
+    name = "ray-evaluate" if kernels is None else "ray-evaluate-more"
+    kernels = kernels or _kernels(config, base, config.ray.num_workers, resources)
+    arguments = {"contenders": contenders, "records": records, "probes": probes, "kernels": kernels}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
-    return Found.of(dtype, [records], [answer["result"]])
+    return Found.of(kernels, [records], [answer["result"]])
 
 
 def _names(contenders: Sequence[Contender]) -> str:
@@ -99,20 +100,18 @@ def _dealt(index: int, of: int, count: int) -> range:
     return range(index, count, of)
 
 
-def _matmul_dtype(
-    config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]
-) -> MatmulDtype:
+def _kernels(config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]) -> Kernels:
     """What every task multiplies in: measured where they run, the slowest of each dtype counts."""
     import ray
 
     if config.ray.use_gpu:
-        return "bfloat16"
-    if fixed := processor.fixed(config.ray.cpu_matmul_dtype):
+        return PLAIN
+    if fixed := door.fixed(config):
         return fixed
     shape = processor.typical_shape(base_config.load(base.path, config.model))
     measure = ray.remote(max_retries=1, **resources)(_rates)
     measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
-    return processor.slowest(ray.get(measured)).faster
+    return Kernels(processor.slowest(ray.get(measured)).faster)
 
 
 def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
-from ray_jobs.base.base_model import Base, load_model
+from ray_jobs.base.base_model import Base
 from ray_jobs.base.streamed import streamed
+from ray_jobs.kernels.door import Kernels, load_model
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, by_length, collate
 from ray_jobs.training.group import Worker
@@ -53,16 +53,16 @@ def probe_loss(
     return loss
 
 
-def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], matmul_dtype: MatmulDtype) -> float:
+def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels) -> float:
     """The base's loss, unsharded and on the CPU; memory holds a layer at a time where that is possible."""
     cpu, base_format = torch.device("cpu"), config.method.row.base
     try:
-        with streamed(base, config.model, base_format, matmul_dtype=matmul_dtype) as model:
+        with streamed(base, config.model, base_format, linear=kernels.linear) as model:
             return probe_loss(model, probe, cpu)
     except NotImplementedError as exc:
         # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
         logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
-    model = load_model(base, config.model, base_format, use_gpu=False, matmul_dtype=matmul_dtype)
+    model = load_model(base, config.model, base_format, kernels, use_gpu=False)
     return probe_loss(model, probe, cpu)
 
 

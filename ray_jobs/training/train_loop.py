@@ -93,7 +93,7 @@ def run(
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
     fresh = TrainingProgress(
-        config.digest, worker.num_workers, matmul_dtype=worker.matmul_dtype, magnitudes="change",
+        config.digest, worker.num_workers, matmul_dtype=worker.kernels.dtype, magnitudes="change",
         held_out=eval_split.digest,
     )  # fmt: skip
     progress, best = _resumed(engine, fresh, run_id=run_id, store=store, worker=worker)

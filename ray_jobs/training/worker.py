@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from components.config import config_file
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from components.handover.serving import serving
 from components.records.steps import TrainResult
@@ -26,10 +25,12 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import architecture, base_config, base_model, precision, processor, widened
+from ray_jobs.base import architecture, base_config, base_model, precision
+from ray_jobs.kernels import allocator, door
+from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit
-from ray_jobs.training import allocator, checkpoint, starting, step_zero, train_loop, zero
+from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
@@ -43,11 +44,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LoadModel = Callable[..., "PreTrainedModel"]
-"""As `base_model.load_model`."""
+"""As `door.load_model`."""
 
 
 def train(
-    job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, *, load: LoadModel = base_model.load_model
+    job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, *, load: LoadModel = door.load_model
 ) -> dict[str, Any]:
     """Gives, on rank 0, the published version, or the user's mistake. `load` reads the base into memory.
 
@@ -106,7 +107,7 @@ def fit(
     eval_split: TokenizedSplit,
     *,
     report: Report,
-    load: LoadModel = base_model.load_model,
+    load: LoadModel = door.load_model,
 ) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
     """Train in an initialised process group: the model with its final weights, how it went, what was built.
 
@@ -120,7 +121,7 @@ def fit(
         say("finetune", f"loading {config.model.base}")
     original = base_model.resolve(config.model)
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
-    on_cpu = _matmul_dtype(config, original, store, job.run_id)
+    on_cpu = _kernels(config, original, store, job.run_id)
     worker = _agreed(config, worker, base, on_cpu)
     start = starting.weights(store, job.start) if job.start else None
     check = _FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
@@ -130,7 +131,7 @@ def fit(
             config,
             base,
             use_gpu=config.ray.use_gpu,
-            matmul_dtype=worker.matmul_dtype,
+            kernels=worker.kernels,
             dtype=worker.dtype,
             load=load,
             start=start,
@@ -171,13 +172,13 @@ def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Work
     engine = zero.initialize(adapted, config, worker.dtype)
     # DeepSpeed has by now brought what was wider than 16 bits into as many, and the recipe has counted the base.
     if config.train.dense_base:
-        widened.widen(adapted, worker.matmul_dtype)
+        worker.kernels.hold_dense(adapted)
     elif job.dense_base:
-        widened.widen_if_room(adapted, worker.matmul_dtype, sharers=worker.num_workers)
+        worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
     return engine
 
 
-def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: MatmulDtype) -> Worker:
+def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: Kernels) -> Worker:
     """The worker with the dtypes that all of them compute in.
 
     Raises:
@@ -190,11 +191,11 @@ def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: Ma
             f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
             "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
         )
-    return replace(worker, dtype=dtype, matmul_dtype=worker.matmul_dtype if use_gpu else on_cpu)
+    return replace(worker, dtype=dtype, kernels=worker.kernels if use_gpu else on_cpu)
 
 
 def _how(worker: Worker) -> str:
-    products = ", products in float32" if worker.matmul_dtype == "float32" else ""
+    products = ", products in float32" if worker.kernels.dtype == "float32" else ""
     products += ", in float16" if worker.dtype is torch.float16 else ""
     return f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}"
 
@@ -207,8 +208,8 @@ class _FirstCheck:
     base: base_model.Base
     probe: dict[str, torch.Tensor]
     start: Mapping[str, torch.Tensor] | None
-    on_cpu: MatmulDtype
-    """What the whole model multiplies in on a CPU."""
+    on_cpu: Kernels
+    """What takes the products of the whole model on a CPU."""
     expected: float = math.nan
 
     @property
@@ -223,7 +224,7 @@ class _FirstCheck:
         if self.is_read_alone:
             self.expected = step_zero.base_loss(self.config, self.base, self.probe, self.on_cpu)
         else:
-            whole = _adapted(self.config, self.base, use_gpu=False, matmul_dtype=self.on_cpu, start=self.start)
+            whole = _adapted(self.config, self.base, use_gpu=False, kernels=self.on_cpu, start=self.start)
             self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
 
     def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
@@ -242,15 +243,15 @@ class _FirstCheck:
         step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=self.config.train.zero_stage)
 
 
-def _matmul_dtype(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> MatmulDtype:
+def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> Kernels:
     """What CPU workers multiply in: as the checkpoint that they go on from, or what all of them are fastest with.
 
     Of GPU workers each asks for itself alone: only what it computes on its CPU is meant.
     """
-    wanted, shape = config.ray.cpu_matmul_dtype, processor.typical_shape(base_config.load(original.path, config.model))
+    shape = base_config.load(original.path, config.model)
     if config.ray.use_gpu:
-        return processor.choose(wanted, shape)
-    return checkpoint.matmul_dtype(store, run_id) or processor.agree(wanted, shape)
+        return door.choose(config, shape)
+    return checkpoint.kernels(store, run_id) or door.agree(config, shape)
 
 
 def _adapted(
@@ -258,9 +259,9 @@ def _adapted(
     base: base_model.Base,
     *,
     use_gpu: bool,
-    matmul_dtype: MatmulDtype = "bfloat16",
+    kernels: Kernels = PLAIN,
     dtype: torch.dtype = torch.bfloat16,
-    load: LoadModel = base_model.load_model,
+    load: LoadModel = door.load_model,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> "PeftModel":
     """The base with a fresh adapter, or one with the weights `start`, to train in `dtype`. The same on every worker."""
@@ -268,14 +269,13 @@ def _adapted(
         base,
         config.model,
         config.method.row.base,
+        kernels,
         use_gpu=use_gpu,
         in_host_memory=config.train.zero_stage == 3,
-        matmul_dtype=matmul_dtype,
         dtype=dtype,
     )
-    adapted = build.attach(
-        model, config.method, base_reference=base.reference, seed=config.train.seed, matmul_dtype=matmul_dtype
-    )
+    adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
+    kernels.adopt(adapted)
     own_base.begin(config, adapted, base)
     if start is not None:
         starting.begin(adapted, start)
@@ -312,7 +312,7 @@ def _recipe(
         "stands_on": base.reference,
         "auto_class": architecture.auto_class(adapted.config).__name__,
         "dtype": str(worker.dtype).removeprefix("torch."),
-        "matmul_dtype": worker.matmul_dtype,
+        "matmul_dtype": worker.kernels.dtype,
         "chat": chat_format.load(original, config.model).recipe(),
         **own_base.recipe(config, base),
     }

@@ -20,7 +20,8 @@ from components.prepare import icd10
 from components.shared.paired import Array, Pairs, bounds
 from ray_jobs import entry
 from ray_jobs.adapters import build
-from ray_jobs.base import base_config, base_model, processor, widened
+from ray_jobs.base import base_config, base_model
+from ray_jobs.kernels import door
 from ray_jobs.probes import general_text, own_answers
 from ray_jobs.probes.sampling import sample
 from ray_jobs.scoring.scoring import label_nll
@@ -50,11 +51,9 @@ def main() -> None:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     passages = general_text.read(chat, config)
-    dtype = processor.choose(
-        config.ray.cpu_matmul_dtype, processor.typical_shape(base_config.load(base.path, config.model))
-    )
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype=dtype)
-    widened.widen_if_room(model, dtype)
+    kernels = door.choose(config, base_config.load(base.path, config.model))
+    model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=False)
+    kernels.hold_dense_if_room(model)
     asked = own_answers.undrawn(chat, config)
     started = time.perf_counter()
     drawn = sample(model.eval(), chat, asked.split, BATCH, asked.new_tokens)
@@ -73,7 +72,7 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory(prefix="fineloop-forgetting-") as folder:
             build.save(trained.model, Path(folder))
-            adapted = build.load(model, Path(folder), matmul_dtype=dtype)
+            adapted = kernels.adopt(build.load(model, Path(folder)))
         for kind, split in kinds.items():
             after, seconds = read(adapted, split, chat.pad)
             rise = bounds(Pairs(after, before[kind], split.num_answer_tokens.astype(float)), 0.95)

@@ -80,6 +80,7 @@ def _trained(length: int, threads: int) -> dict[str, float]:
     import torch
 
     from ray_jobs.base import base_model
+    from ray_jobs.kernels.door import Kernels
     from ray_jobs.text import chat_format
     from tests.benchmarks import our_loop
     from tests.benchmarks.peers import task
@@ -101,7 +102,7 @@ def _trained(length: int, threads: int) -> dict[str, float]:
         config = side_fineloop.config_of(given)
         split = side_fineloop.split_of(given["orders"]["shuffled"]["rows"])
     base = base_model.resolve(config.model)
-    engine = our_loop.make(config, base, given["dtype"], dense_base=True)
+    engine = our_loop.make(config, base, Kernels(given["dtype"]), dense_base=True)
     plan = list(np.arange(len(split)).reshape(-1, batch_size))
     ended = [
         time.perf_counter()

@@ -136,7 +136,8 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.base import base_config, base_model
+    from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
 
     entry.quiet_libraries()
@@ -145,21 +146,21 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
-    shape = processor.typical_shape(base_config.load(base.path, config.model))
-    return config, base, chat, [each.record for each in keyed], processor.choose("auto", shape)
+    kernels = door.choose(config, base_config.load(base.path, config.model))
+    return config, base, chat, [each.record for each in keyed], kernels
 
 
 def _teach(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ray_jobs.adapters import build
-    from ray_jobs.base import base_model
+    from ray_jobs.kernels import door
     from ray_jobs.text.answer_loss import answer_nll
     from ray_jobs.text.batching import collate, plan_epoch, tokenize
 
-    config, base, chat, records, dtype = _parts(options)
-    model = base_model.load_model(base, config.model, "nf4", use_gpu=False, matmul_dtype=dtype)
-    adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype).train()
+    config, base, chat, records, kernels = _parts(options)
+    model = door.load_model(base, config.model, "nf4", kernels, use_gpu=False)
+    adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0)).train()
     optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-3)
     split = tokenize(records[:TAUGHT], chat, config.model.max_length)
     for indices in plan_epoch(split.lengths, batch_size=16, group_by_length=True, seed=0, epoch=0):
@@ -201,18 +202,18 @@ def _chatted(answer: Callable[[Callable[[], None]], object]) -> dict[str, float]
 
 def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     from components.prepare.dataset import Message, Record
-    from ray_jobs.adapters import build, one_row
-    from ray_jobs.base import base_model, widened
+    from ray_jobs.adapters import build
+    from ray_jobs.kernels import door, one_row
     from ray_jobs.scoring.generation import greedy
     from ray_jobs.scoring.scoring import score
     from ray_jobs.text.batching import tokenize
 
-    config, base, chat, records, dtype = _parts(options)
+    config, base, chat, records, kernels = _parts(options)
     records = _held_out(options, records)
-    model = base_model.load_model(base, config.model, "nf4", use_gpu=False, matmul_dtype=dtype).eval()
+    model = door.load_model(base, config.model, "nf4", kernels, use_gpu=False).eval()
     started = time.perf_counter()  # what evaluation does before it can begin counts
-    widened.widen_if_room(model, dtype)
-    adapted = build.load(model, options.adapter, matmul_dtype=dtype).eval()
+    kernels.hold_dense_if_room(model)
+    adapted = kernels.adopt(build.load(model, options.adapter)).eval()
     split = tokenize(records, chat, config.model.max_length)
     scores = score(
         adapted,
@@ -243,10 +244,10 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, TextStreamer
 
-    from ray_jobs.base import float32_layers
+    from ray_jobs.kernels import float32_layers
     from ray_jobs.text.batching import tokenize
 
-    config, base, chat, records, dtype = _parts(options)
+    config, base, chat, records, kernels = _parts(options)
     records = _held_out(options, records)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -257,7 +258,7 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
     started = time.perf_counter()
     model = PeftModel.from_pretrained(model, options.adapter).eval()
-    if dtype == "float32":  # the same products for both, so that the loops are compared
+    if kernels.dtype == "float32":  # the same products for both, so that the loops are compared
         float32_layers.multiply_in_float32(model)
     tokenizer = chat.tokenizer
     split = tokenize(records, chat, config.model.max_length)

@@ -9,16 +9,17 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from components.config.ray import MatmulDtype
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
-from ray_jobs.base import base_model, widened
+from ray_jobs.base import base_model
+from ray_jobs.kernels import allocator, door
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.batching import TokenizedSplit
-from ray_jobs.training import allocator, train_loop, zero
+from ray_jobs.training import train_loop, zero
 from ray_jobs.training.group import Worker
 
 
-def make(config: RunConfig, base: base_model.Base, dtype: MatmulDtype, *, dense_base: bool) -> Any:
+def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_base: bool) -> Any:
     """The base with its adapter in DeepSpeed, in a group of one or in the one that the environment names."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
@@ -30,11 +31,11 @@ def make(config: RunConfig, base: base_model.Base, dtype: MatmulDtype, *, dense_
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=use_gpu, matmul_dtype=dtype)
-    adapted = build.attach(model, config.method, base_reference="bench", seed=0, matmul_dtype=dtype)
+    model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=use_gpu)
+    adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0))
     engine = zero.initialize(adapted.train(), config)
     if dense_base:
-        widened.widen(adapted, dtype)
+        kernels.hold_dense(adapted)
     return engine
 
 

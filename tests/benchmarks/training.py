@@ -165,7 +165,8 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.base import base_config, base_model
+    from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
 
@@ -174,13 +175,14 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     num_workers = int(os.environ.get("WORLD_SIZE", "1"))
     workers = [f"ray.num_workers={num_workers}", f"train.micro_batch_size={BATCH_SIZE // num_workers}"]
     workers.append(f"ray.cpus_per_worker={options.threads}")
+    workers.append(f"ray.cpu_matmul_dtype={options.matmul_dtype}")
     config = config_file.load(CONFIG, [*workers, f"method.base={options.base}"])
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
     split = tokenize([each.record for each in keyed[: options.records]], chat, config.model.max_length)
-    shape = processor.typical_shape(base_config.load(base.path, config.model))
-    return config, base, chat, split, processor.choose(options.matmul_dtype, shape)
+    kernels = door.choose(config, base_config.load(base.path, config.model))
+    return config, base, chat, split, kernels
 
 
 def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
@@ -191,8 +193,8 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     from ray_jobs.text.batching import plan_epoch
     from tests.benchmarks import our_loop
 
-    config, base, chat, split, dtype = _parts(options)
-    engine = our_loop.make(config, base, dtype, dense_base=options.dense_base)
+    config, base, chat, split, kernels = _parts(options)
+    engine = our_loop.make(config, base, kernels, dense_base=options.dense_base)
     plan = plan_epoch(split.lengths, batch_size=BATCH_SIZE, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
     for step, (loss, seen) in enumerate(our_loop.steps(engine, config, split, chat.pad, plan)):
@@ -215,9 +217,9 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
         TrainingArguments,
     )
 
-    from ray_jobs.base import float32_layers
+    from ray_jobs.kernels import float32_layers
 
-    config, base, chat, split, dtype = _parts(options)
+    config, base, chat, split, kernels = _parts(options)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -228,7 +230,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization, dtype=torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
-    if dtype == "float32":  # the same products for both, so that the loops are compared
+    if kernels.dtype == "float32":  # the same products for both, so that the loops are compared
         float32_layers.multiply_in_float32(model)
     rows = []
     for index in range(len(split)):
@@ -256,7 +258,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
             warmup_steps=1,
             train_sampling_strategy="group_by_length",
             use_cpu=True,
-            bf16=dtype == "bfloat16",  # autocast would take the products back to bfloat16
+            bf16=kernels.dtype == "bfloat16",  # autocast would take the products back to bfloat16
             save_strategy="no",
             report_to=[],
             logging_steps=1,

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-from ray_jobs.adapters import fused
 from ray_jobs.base import attention
+from ray_jobs.kernels import fused
 from ray_jobs.text import packed
 from tests.models import zoo
 

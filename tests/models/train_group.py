@@ -170,6 +170,7 @@ def fit_in_rank(
     from components.registry import lineage
     from components.store.store import Store
     from ray_jobs.base import base_model
+    from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training.group import Worker
@@ -201,7 +202,7 @@ def fit_in_rank(
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
     store = Store.open(config.registry)
-    load = load or base_model.load_model
+    load = load or door.load_model
     adapted, trained, recipe = fit(config, job, worker, store, *splits, report=report, load=load)
     return Fitted(job, worker, store, adapted, trained, recipe, seen)
 

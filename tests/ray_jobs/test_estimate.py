@@ -17,8 +17,10 @@ from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.shared.cpus import Cpu
 from components.store.store import Store
-from ray_jobs.base import base_model, processor
+from ray_jobs.base import base_model
 from ray_jobs.estimate import OVERHEAD, Work, counted, estimate_of, estimated
+from ray_jobs.kernels import processor
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.planning import pace
 from ray_jobs.planning.pace import MeanBatch, Pace
 from ray_jobs.text import chat_format
@@ -28,7 +30,7 @@ from tests.models.tiny import colour_rows
 
 TWO_CORES = Cpu("any", "AVX2", 2)
 WORK = Work(train_records=1600, eval_records=200, length=30.0, answers=4.0, new_tokens=8)
-PACE = Pace(train_s=0.01, read_s=0.004, write_s=0.25, matmul_dtype="float32")
+PACE = Pace(train_s=0.01, read_s=0.004, write_s=0.25, kernels=Kernels("float32"))
 
 
 def with_changes(config: RunConfig, *changes: str) -> RunConfig:
@@ -107,7 +109,7 @@ def test_a_pace_grows_with_the_layers_and_with_the_vocabulary(config: RunConfig)
             return pace.measure(config, base, batch)
 
     few, many = measured(2, 300), measured(24, 300)
-    assert many.matmul_dtype == "float32"
+    assert many.kernels == Kernels("float32")
     assert few.train_s == pytest.approx(1 / 40, rel=0.01)  # one second for 2 records of 20 tokens, on all its layers
     assert many.train_s == pytest.approx(12 * few.train_s, rel=0.01)
     assert many.write_s == pytest.approx(12, rel=0.01)

@@ -46,14 +46,15 @@ def write(
     from components.prepare import icd10
     from components.prepare.validate import validate
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model, processor
+    from ray_jobs.base import base_config, base_model
+    from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import IGNORED, plan_epoch, tokenize
     from tests.benchmarks.peers import bases
 
     entry.quiet_libraries()
     torch.set_num_threads(threads)
-    config = config_file.load(CONFIG)
+    config = config_file.load(CONFIG, [f"ray.cpu_matmul_dtype={matmul_dtype}"])
     base = base_model.resolve(config.model)
     keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
     enough = keyed[: records * max(1, record_tokens // FEWEST_TOKENS)]
@@ -92,12 +93,11 @@ def write(
             "rows": str(path),
             **counts([[rows[i]["labels"] for i in batch] for batch in plan[WARM_UP_STEPS:]], IGNORED),
         }
-    products = processor.typical_shape(base_config.load(base.path, config.model))
     return {
         "base": str(bases.write(folder / "base", shape, base.path) if shape else base.path),
         "format": base_format,
         "gpu": use_gpu,
-        "dtype": processor.choose(matmul_dtype, products, use_gpu=use_gpu),
+        "dtype": door.choose(config, base_config.load(base.path, config.model), on_gpu=use_gpu).dtype,
         "orders": orders,
         "batch_size": batch_size,
         "max_length": max(lengths),

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from components.config.schema import ModelConfig
 from ray_jobs.base import base_model
 from ray_jobs.base.streamed import streamed
+from ray_jobs.kernels.door import Kernels, load_model
 from tests.models import zoo
 from tests.models.tiny import build_base
 
@@ -21,10 +22,11 @@ IDS = torch.arange(24).reshape(2, 12)
 def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype, tiny_base: Path):
     config = ModelConfig(base=str(tiny_base))
     base = base_model.resolve(config)
-    loaded = base_model.load_model(base, config, base_format, use_gpu=False, matmul_dtype=matmul_dtype).eval()
+    kernels = Kernels(matmul_dtype)
+    loaded = load_model(base, config, base_format, kernels, use_gpu=False).eval()
     with torch.inference_mode():
         expected = loaded(input_ids=IDS).logits.float()
-        with streamed(base, config, base_format, matmul_dtype=matmul_dtype) as model:
+        with streamed(base, config, base_format, linear=kernels.linear) as model:
             found = model(input_ids=IDS).logits.float()
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
     # Four bits are seen: the same base in 16 bits says something else.
@@ -42,7 +44,7 @@ def test_a_base_whose_model_reads_its_embeddings_by_itself_is_streamed_too(tmp_p
 
 
 @pytest.mark.slow
-def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
     config = ModelConfig(base=str(build_base(tmp_path, width=256)))
     base = base_model.resolve(config)
     whole = sum(p.nbytes for p in base_model.load_model(base, config, "bf16", use_gpu=False).parameters())
@@ -55,7 +57,6 @@ def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path, monke
         most = max(most, sum({t.untyped_storage().data_ptr(): t.nbytes for t in weights}.values()))
         return linear(*inputs)
 
-    monkeypatch.setattr("ray_jobs.base.streamed.linear", look_and_multiply)
-    with streamed(base, config, "bf16") as model, torch.inference_mode():
+    with streamed(base, config, "bf16", linear=look_and_multiply) as model, torch.inference_mode():
         model(input_ids=IDS)
     assert 0 < most < 0.3 * whole

@@ -18,6 +18,7 @@ from components.records.harness import HarnessScores, TaskScore
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
 from components.store.store import Store
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.probes import harness
 from ray_jobs.scoring.drawing import Found
 from ray_jobs.scoring.measure import measure_shard
@@ -182,12 +183,12 @@ def test_a_model_scores_what_plain_transformers_computes(
             RECORDS,
             {"tasks": tasks.at(lambda count, index=index: range(index, count, 2))},
             shard_index=index,
-            matmul_dtype=matmul_dtype,
+            kernels=Kernels(matmul_dtype),
         )
         for index in range(2)
     )
     assert other.shares == [{"tasks": {}}]
-    shares = Found.of(matmul_dtype, [RECORDS, RECORDS], [first, other]).shares
+    shares = Found.of(Kernels(matmul_dtype), [RECORDS, RECORDS], [first, other]).shares
     found = tasks.outcome([share["tasks"] for share in shares], None).record
     assert found.scores.keys() == {"base", "candidate"}
     assert "loglikelihood requests" not in capfd.readouterr().err  # the bar of progress

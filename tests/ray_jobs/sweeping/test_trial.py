@@ -28,9 +28,9 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     """What a worker does with one trial after the other, in its only process."""
     from components.prepare.validate import validate
     from components.registry import lineage
-    from ray_jobs.adapters.held_base import HeldBase
     from ray_jobs.base import base_model
     from ray_jobs.probes import general_text
+    from ray_jobs.scoring.held_base import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize

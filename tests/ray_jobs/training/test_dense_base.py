@@ -11,7 +11,7 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
-from ray_jobs.base import widened
+from ray_jobs.kernels import widened
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 

@@ -56,7 +56,7 @@ def test_workers_that_hold_the_base_together_find_the_scores_of_one_that_holds_i
     probes = {key: kind.prepare(store, chat, three, contenders) for key, kind in PROBES.items()}
     threads = torch.get_num_threads()
     # Sharded, LoRA goes peft's way: here it does too, as a model of chance has ties that rounding breaks.
-    monkeypatch.setattr("ray_jobs.adapters.fused.adopt", lambda model: None)
+    monkeypatch.setattr("ray_jobs.kernels.fused.adopt", lambda model: None)
     expected = measure_shard(contenders, records, probes, shard_index=1)
     torch.set_num_threads(threads)
     found, same = in_group(measure_in_rank, contenders, records, probes, directory=tmp_path / "logs", num_workers=2)

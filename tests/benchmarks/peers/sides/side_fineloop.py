@@ -13,6 +13,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs import entry
 from ray_jobs.base import base_model
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import IGNORED, TokenizedSplit
 from tests.benchmarks import our_loop
@@ -27,7 +28,7 @@ def main() -> None:
     base = base_model.resolve(config.model)
     split = split_of(given["rows"])
     plan = np.arange(len(split)).reshape(-1, given["batch_size"])
-    engine = our_loop.make(config, base, given["dtype"], dense_base=not given["gpu"])
+    engine = our_loop.make(config, base, Kernels(given["dtype"]), dense_base=not given["gpu"])
     ended, losses = [], []
     for loss, _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, list(plan)):
         ended.append(time.perf_counter())

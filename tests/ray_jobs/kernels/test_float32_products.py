@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from components.shared.cpus import Cpu
-from ray_jobs.base import float32_products
+from ray_jobs.kernels import float32_products
 
 settings = torch.backends.mkldnn.matmul
 

@@ -9,8 +9,8 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from ray_jobs.adapters import fused, fused_attention, fused_layer
-from ray_jobs.base import attention, float32_layers, float32_products
+from ray_jobs.base import attention
+from ray_jobs.kernels import float32_layers, float32_products, fused, fused_attention, fused_layer
 from ray_jobs.text import packed
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit

@@ -14,7 +14,7 @@ import pytest
 FAULTS = """
 import ctypes, resource, sys
 import torch
-from ray_jobs.training import allocator
+from ray_jobs.kernels import allocator
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault for each small page, also where pages are huge
 if sys.argv[1] == "keep":
@@ -32,7 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 GIVEN_BACK = """
 import torch
-from ray_jobs.training import allocator
+from ray_jobs.kernels import allocator
 
 def resident():  # proc(5), statm, in pages of 4 KiB
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -14,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
 from components.config.ray import MatmulDtype
 from components.shared.memory import available_bytes
-from ray_jobs.base import float32_layers
+from ray_jobs.kernels import float32_layers
 
 logger = logging.getLogger(__name__)
 
@@ -22,37 +22,37 @@ MEMORY_SHARE = 0.5
 """Of the memory that is free: keys, values and activations want the rest."""
 
 
-def widen(model: torch.nn.Module, matmul_dtype: MatmulDtype) -> None:
+def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
     """Turn the frozen layers of a model on the CPU into dense ones, in place; an adapter's that are trained stay.
 
-    `matmul_dtype` is what the base was loaded with. The layers answer as before, but for the order of sums. An int8
-    base that is multiplied in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
+    `products` is what they are multiplied in. The layers answer as before, but for the order of sums. An int8 base
+    that is multiplied in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
     """
-    dtype = _dtype(matmul_dtype)
+    dtype = _dtype(products)
     for layer in _layers(model, dtype):
         weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
         layer.__class__ = float32_layers.Linear if dtype is torch.float32 else torch.nn.Linear
         layer.weight = weight
 
 
-def widen_if_room(model: torch.nn.Module, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
+def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int = 1) -> bool:
     """The same where memory allows, which `sharers` processes of this machine share; gives whether it did."""
-    dtype = _dtype(matmul_dtype)
+    dtype = _dtype(products)
     num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
-    if not has_room(num_weights, matmul_dtype, sharers=sharers):
+    if not has_room(num_weights, products, sharers=sharers):
         logger.info("the base is read as it is stored: free memory has no room for %d dense weights", num_weights)
         return False
-    widen(model, matmul_dtype)
+    widen(model, products)
     return num_weights > 0
 
 
-def has_room(num_weights: int, matmul_dtype: MatmulDtype, *, sharers: int = 1) -> bool:
+def has_room(num_weights: int, products: MatmulDtype, *, sharers: int = 1) -> bool:
     """Whether so many weights may be held dense by each of `sharers` processes of this machine."""
-    return num_weights * _dtype(matmul_dtype).itemsize <= MEMORY_SHARE * available_bytes() / sharers
+    return num_weights * _dtype(products).itemsize <= MEMORY_SHARE * available_bytes() / sharers
 
 
-def _dtype(matmul_dtype: MatmulDtype) -> torch.dtype:
-    return torch.float32 if matmul_dtype == "float32" else torch.bfloat16
+def _dtype(products: MatmulDtype) -> torch.dtype:
+    return torch.float32 if products == "float32" else torch.bfloat16
 
 
 def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:

@@ -20,13 +20,17 @@ from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
-from ray_jobs.base import base_model, float32_layers
+from ray_jobs.base import base_model
+from ray_jobs.kernels import door, float32_layers
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.answer_loss import answer_nll
 
 HALF_STEP = 2.0**-8  # bfloat16 has 8 significant bits: rounding once moves a number by at most this share of it
 SUMMED = 1e-5  # and what a float32 sum of a thousand terms may be off by, as a share of the sum of their sizes
 # Larger than a block, and no multiple of one.
 INPUTS, OUTPUTS, ROWS = 1000, 1100, 7
+
+FLOAT32 = Kernels("float32")
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -154,8 +158,8 @@ class Products(TorchDispatchMode):
 
 def trained_once(config: RunConfig, base: base_model.Base) -> Products:
     """One step with dropout, and one pass in evaluation."""
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False, matmul_dtype="float32")
-    adapted = build.attach(model, config.method, base_reference="", seed=0, matmul_dtype="float32").train()
+    model = door.load_model(base, config.model, config.method.row.base, FLOAT32, use_gpu=False)
+    adapted = FLOAT32.adopt(build.attach(model, config.method, base_reference="", seed=0)).train()
     build.to_training(adapted, torch.bfloat16)
     tokens = torch.arange(24).reshape(2, 12)
     with Products() as products:
@@ -179,7 +183,7 @@ def test_no_method_is_left_with_a_product_in_16_bits(name: str, base_format: str
 def test_the_loss_is_that_of_the_same_model_in_float32(config: RunConfig, tiny_base: Path):
     base = base_model.resolve(config.model)
     tokens = torch.arange(40).reshape(2, 20)
-    widened = base_model.load_model(base, config.model, "bf16", use_gpu=False, matmul_dtype="float32")
+    widened = door.load_model(base, config.model, "bf16", FLOAT32, use_gpu=False)
     dense = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     with torch.no_grad():
         found, expected = (answer_nll(model, tokens, tokens).mean().item() for model in (widened, dense))

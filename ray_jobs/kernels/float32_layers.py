@@ -6,7 +6,7 @@ of the input: never less precise than bfloat16's own. What is stored, trained an
 
 Each class stands in for one of torch's, transformers' or bitsandbytes', under the same name, which peft reads.
 `multiply_in_float32` turns a model's layers into them in place; products of other modules stay as they are. What
-adapters need beside these has `ray_jobs.adapters.float32_layers`.
+adapters need beside these has `float32_adapters`.
 
 Shapes: I input, O output, N tokens, K experts of a token.
 """
@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from ray_jobs.base import float32_products
 from ray_jobs.base.gathered import gathered
+from ray_jobs.kernels import float32_products
 
 # Elements of a weight that are widened at a time: 4 MiB in float32, about what the caches of one core hold.
 BLOCK_ELEMENTS = 2**20

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from components.config.ray import CpuMatmulDtype, MatmulDtype
+from components.config.ray import MatmulDtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,18 +47,11 @@ class Rates:
         return "float32" if self.float32 > CLEARLY * self.bfloat16 else "bfloat16"
 
 
-def choose(wanted: CpuMatmulDtype, shape: tuple[int, int], *, use_gpu: bool = False) -> MatmulDtype:
-    """What this process multiplies in, by itself. `wanted` is ray.cpu_matmul_dtype, `shape` as `typical_shape` says."""
-    return "bfloat16" if use_gpu else fixed(wanted) or measure(shape).faster
-
-
-def agree(wanted: CpuMatmulDtype, shape: tuple[int, int]) -> MatmulDtype:
-    """The same for all workers of a gloo group, each of which must call it: of each dtype the slowest rate counts."""
-    if dtype := fixed(wanted):
-        return dtype
+def agreed(shape: tuple[int, int]) -> Rates:
+    """What all workers of a gloo group can count on; each of them must call it. `shape` as `typical_shape` says."""
     measured: list[Rates] = [measure(shape)] * dist.get_world_size()
     dist.all_gather_object(measured, measured[0])
-    return slowest(measured).faster
+    return slowest(measured)
 
 
 def slowest(measured: Sequence[Rates]) -> Rates:
@@ -66,17 +59,12 @@ def slowest(measured: Sequence[Rates]) -> Rates:
     return Rates(min(rates.bfloat16 for rates in measured), min(rates.float32 for rates in measured))
 
 
-def fixed(wanted: CpuMatmulDtype) -> MatmulDtype | None:
-    """What the config says; None where it leaves that to a measurement."""
-    return None if wanted == "auto" else wanted
-
-
 def measure(shape: tuple[int, int]) -> Rates:
     """Both rates here and now, for a layer of so many outputs and inputs: the best of a few, taken in turn.
 
     Takes some 20 ms, and on the slowest processors half a second.
     """
-    from ray_jobs.base import float32_layers
+    from ray_jobs.kernels import float32_layers
 
     outputs, inputs = (min(max(size, SMALLEST), LARGEST) for size in shape)
     x = torch.randn(ROWS, inputs).bfloat16().requires_grad_()

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_jobs.adapters import attention_layout
-from ray_jobs.adapters.attention_layout import Heads, Shape
-from ray_jobs.base import float32_products
 from ray_jobs.base.packing import Packing
+from ray_jobs.kernels import attention_layout, float32_products
+from ray_jobs.kernels.attention_layout import Heads, Shape
 
 LONG = 512
 """From so many tokens on the backward pass may round operands to bfloat16, as the products around it do: it is a third

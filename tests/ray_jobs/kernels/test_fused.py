@@ -9,8 +9,9 @@ from peft import LoraConfig
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from ray_jobs.adapters import fused
-from ray_jobs.base import base_model, float32_layers, widened
+from ray_jobs.base import base_model
+from ray_jobs.kernels import float32_layers, fused, widened
+from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import worker
 
@@ -80,7 +81,7 @@ def fresh(folder, base_format, matmul_dtype, *, dense_base=False):
     """A base with its adapter, as a worker trains it."""
     toml = f'[adapter]\nname = "a"\n[model]\nbase = "{folder}"\n[data]\nsource = "none"\n[method]\nname = "lora"\n'
     config: RunConfig = config_file.loads(toml, ["method.rank=4", f"method.base={base_format}"])
-    adapted = worker._adapted(config, base_model.resolve(config.model), use_gpu=False, matmul_dtype=matmul_dtype)
+    adapted = worker._adapted(config, base_model.resolve(config.model), use_gpu=False, kernels=Kernels(matmul_dtype))
     if dense_base:
         widened.widen(adapted, matmul_dtype)
     return adapted

@@ -7,10 +7,10 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
-from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig
-from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
+from ray_jobs.kernels import door
+from ray_jobs.kernels.door import Kernels
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class HeldBase:
-    """Loads as `base_model.load_model` does, and gives the same model again to whoever asks for the same one.
+    """Loads as `door.load_model` does, and gives the same model again to whoever asks for the same one.
 
     One model at a time: the one before is let go of before another is read.
     """
@@ -31,22 +31,24 @@ class HeldBase:
         """What it makes of each passage of general text, likewise."""
         self.free_since: float | None = None
         """When whoever had it last was done with it, on the monotonic clock."""
-        self.matmul_dtype: MatmulDtype | None = None
-        """What it multiplies in."""
+        self.kernels: Kernels | None = None
+        """What takes its products."""
         self._asked: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
         self._wide: dict[str, torch.Tensor] = {}
 
-    def load(self, base: Base, config: ModelConfig, base_format: BaseFormat, **how: Any) -> "PreTrainedModel":
+    def load(
+        self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
+    ) -> "PreTrainedModel":
         """The base without any adapter; whoever had it before must be done with it."""
-        asked = (base.identity, config.attention, config.trust_remote_code, base_format, how)
+        asked = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or asked != self._asked:
             self._model = self.start_loss = self.general_nll = None
             self._wide = {}
             gc.collect()  # an adapted model and its engine hold each other in circles, so do 4-bit weights and layers
-            self._model = base_model.load_model(base, config, base_format, **how)
+            self._model = door.load_model(base, config, base_format, kernels, **how)
             self._wide = _wider_than_16_bits(self._model)
-            self._asked, self.matmul_dtype = asked, how.get("matmul_dtype")
+            self._asked, self.kernels = asked, kernels
             self.num_loaded += 1
         else:
             self.strip()
@@ -72,8 +74,6 @@ def strip(model: "PreTrainedModel") -> bool:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from ray_jobs.adapters import fused_layer
-
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name in wrapped:
         if not any(name.startswith(f"{outer}.") for outer in wrapped):  # a wrapper may wrap another
@@ -81,7 +81,7 @@ def strip(model: "PreTrainedModel") -> bool:
     for note in ("peft_config", "_hf_peft_config_loaded"):
         if note in vars(model):
             delattr(model, note)
-    fused_layer.part(model)
+    door.part(model)
     model.disable_input_require_grads()
     if model.is_activation_checkpointing:
         model.activation_checkpointing_disable()

@@ -31,11 +31,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from ray_jobs.adapters import fused, fused_attention
-from ray_jobs.adapters.attention_layout import Heads
-from ray_jobs.adapters.fused import Adapted
-from ray_jobs.base import attention, float32_products
+from ray_jobs.base import attention
 from ray_jobs.base.packing import Packing
+from ray_jobs.kernels import float32_products, fused, fused_attention
+from ray_jobs.kernels.attention_layout import Heads
+from ray_jobs.kernels.fused import Adapted
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Whose forward is the formula above."""

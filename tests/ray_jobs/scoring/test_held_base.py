@@ -9,8 +9,9 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
-from ray_jobs.adapters.held_base import HeldBase
 from ray_jobs.base import base_model
+from ray_jobs.kernels.door import PLAIN, Kernels
+from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.training import worker
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import RECORDS
@@ -32,8 +33,8 @@ def measured(config: RunConfig, version_id: str, **how: Any) -> Any:
 
     store = Store.open(config.registry)
     contenders = _contenders(config, store, resolve(store, f"{config.adapter.name}@{version_id}"))
-    matmul_dtype = config.ray.cpu_matmul_dtype
-    return measure_shard(contenders, RECORDS[:11], shard_index=1, matmul_dtype=matmul_dtype, **how)
+    kernels = Kernels(config.ray.cpu_matmul_dtype)
+    return measure_shard(contenders, RECORDS[:11], shard_index=1, kernels=kernels, **how)
 
 
 def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[str, Any, int]:
@@ -101,7 +102,7 @@ def test_a_model_scores_where_it_was_trained_as_in_a_process_of_its_own(
 @pytest.fixture
 def loading(config):
     """How a base is asked for."""
-    return base_model.resolve(config.model), config.model, "bf16"
+    return base_model.resolve(config.model), config.model, "bf16", PLAIN
 
 
 def test_what_deepspeed_brings_into_16_bits_is_as_wide_again_as_it_was_read(config, loading, monkeypatch):
@@ -131,7 +132,7 @@ def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config
     held = HeldBase()
     model = held.load(*loading, use_gpu=False)
     fresh = {name: weight.clone() for name, weight in model.named_parameters()}
-    adapted = build.attach(model, config.method, base_reference="", seed=0)
+    adapted = PLAIN.adopt(build.attach(model, config.method, base_reference="", seed=0))
     build.to_training(adapted, torch.bfloat16)
     adapted.train()(input_ids=torch.arange(8)[None], use_cache=False).logits.sum().backward()
     moved = [name for name, weight in model.named_parameters() if not weight.is_contiguous()]
@@ -144,7 +145,7 @@ def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config
 def test_nothing_of_a_training_stays_on(config, loading):
     held = HeldBase()
     worker._adapted(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
-    how = {"in_host_memory": False, "matmul_dtype": "bfloat16", "dtype": torch.bfloat16}
+    how = {"in_host_memory": False, "dtype": torch.bfloat16}
     model = held.load(*loading, use_gpu=False, **how)
     assert held.num_loaded == 1
     hooks = {"_forward_hooks", "_backward_hooks", "_forward_pre_hooks"}

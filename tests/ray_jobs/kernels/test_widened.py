@@ -9,7 +9,9 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from components.config.schema import ModelConfig
-from ray_jobs.base import base_model, widened
+from ray_jobs.base import base_model
+from ray_jobs.kernels import door, widened
+from ray_jobs.kernels.door import Kernels
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -17,7 +19,7 @@ IDS = torch.arange(40).view(2, 20)
 def loaded(folder, base_format, matmul_dtype):
     config = ModelConfig(base=str(folder))
     base = base_model.resolve(config)
-    return base_model.load_model(base, config, base_format, use_gpu=False, matmul_dtype=matmul_dtype).eval()
+    return door.load_model(base, config, base_format, Kernels(matmul_dtype), use_gpu=False).eval()
 
 
 @torch.inference_mode()

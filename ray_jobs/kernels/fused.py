@@ -20,8 +20,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
-from ray_jobs.base import float32_layers, float32_products
-from ray_jobs.base.float32_layers import Blocks
+from ray_jobs.kernels import float32_layers, float32_products
+from ray_jobs.kernels.float32_layers import Blocks
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from ray_jobs.adapters import fused, one_row
+from ray_jobs.kernels import fused, one_row
 
 INPUTS, OUTPUTS, RANK, SCALING = 1000, 1100, 8, 0.75
 ONCE = 2.0**-8  # rounding a number to bfloat16 once moves it by at most this share

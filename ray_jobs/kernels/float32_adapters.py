@@ -1,4 +1,4 @@
-"""Adapters' layers that multiply in float32, beside those of `ray_jobs.base.float32_layers`, which LoRA's factors are.
+"""Adapters' layers that multiply in float32, beside those of `float32_layers`, which LoRA's factors are.
 
 Shapes: I input, O output, R rank.
 """
@@ -9,8 +9,8 @@ import peft.tuners.vera.layer
 from torch import Tensor
 
 from ray_jobs.adapters import dvora
-from ray_jobs.base import float32_layers
-from ray_jobs.base.float32_layers import linear
+from ray_jobs.kernels import float32_layers
+from ray_jobs.kernels.float32_layers import linear
 
 
 class VeraLinear(peft.tuners.vera.layer.Linear):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_jobs.adapters import fused
+from ray_jobs.kernels import fused
 
 ENOUGH_BYTES = 256_000_000
 """Of weights to try both ways on: more than caches hold, and read in a tenth of a second."""

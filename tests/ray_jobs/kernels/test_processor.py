@@ -12,8 +12,10 @@ import pytest
 import torch.distributed as dist
 from transformers import AutoConfig, GPT2Config
 
-from ray_jobs.base import processor
-from ray_jobs.base.processor import Rates
+from components.config import config_file
+from components.config.schema import RunConfig
+from ray_jobs.kernels import door, processor
+from ray_jobs.kernels.processor import Rates
 from tests.models.train_group import in_group
 
 FAST, SLOW = Rates(bfloat16=160e9, float32=80e9), Rates(bfloat16=4.7e9, float32=75e9)
@@ -42,11 +44,19 @@ def test_of_a_group_the_slowest_of_each_dtype_counts():
     assert processor.slowest([FAST, SLOW]) == Rates(bfloat16=4.7e9, float32=75e9)
 
 
-def test_the_config_decides_without_a_measurement():
+def test_the_config_decides_without_a_measurement(config: RunConfig):
+    shape = GPT2Config()
+
+    def chosen(wanted: str, *, on_gpu: bool = False) -> str:
+        asked = config_file.loads(config_file.dumps(config), [f"ray.cpu_matmul_dtype={wanted}"])
+        return door.choose(asked, shape, on_gpu=on_gpu).dtype
+
     with mock.patch.object(processor, "measure", side_effect=AssertionError("measured")):
-        assert processor.choose("bfloat16", SHAPE) == "bfloat16"
-        assert processor.choose("float32", SHAPE) == "float32"
-        assert processor.choose("auto", SHAPE, use_gpu=True) == "bfloat16"
+        assert chosen("bfloat16") == "bfloat16"
+        assert chosen("float32") == "float32"
+        assert chosen("auto", on_gpu=True) == "bfloat16"
+    with mock.patch.object(processor, "measure", return_value=SLOW):
+        assert chosen("auto") == "float32"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="takes instructions of x86-64 away")
@@ -58,7 +68,7 @@ def test_the_config_decides_without_a_measurement():
     ],
 )
 def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):
-    script = f"from ray_jobs.base.processor import choose; print(choose('auto', {SHAPE}))"
+    script = f"from ray_jobs.kernels.processor import measure; print(measure({SHAPE}).faster)"
     environment = {**os.environ, **taken_away, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["float32"]
@@ -69,7 +79,7 @@ def agreed(groups: list[list[Rates]]) -> list[str]:
     found = []
     for rates in groups:
         with mock.patch.object(processor, "measure", return_value=rates[dist.get_rank()]):
-            found.append(processor.agree("auto", SHAPE))
+            found.append(processor.agreed(SHAPE).faster)
     return found
 
 
