@@ -1,7 +1,7 @@
 """The table of methods: every name people know, as a row over orthogonal axes.
 
 Torch-free, so that the config refuses an illegal run before anything is started. Adding a method means adding a row
-here and, where peft has no class for it, one file in `ray_jobs/adapters/`.
+here and, where peft has no class for it or its start changes the base, one file in `ray_jobs/adapters/`.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,6 @@ Scaling = Literal["classic", "rslora"]
 Init = Literal["default", "loftq"]
 BaseFormat = Literal["bf16", "nf4", "int8"]
 MethodName = Literal["lora", "qlora", "rslora", "dora", "qdora", "vera", "dvora", "loftq"]
-
-OWN_BASE: frozenset[Init] = frozenset({"loftq"})
-"""The starts that leave an adapter with a base of its own; `ray_jobs/adapters/own_base.py` has how each is made."""
 
 # LoRA's own usual peak rate with Adam, which the table's rates are relative to.
 LORA_LEARNING_RATE = 2e-4
@@ -66,3 +63,5 @@ METHODS: dict[str, Method] = {
     "dvora": Method("dvora", "classic", "default", "bf16", 256, 30.0, "arXiv:2402.09353, section on DVoRA"),
     "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }
+OWN_BASE = frozenset(row.init for row in METHODS.values()) - {"default"}
+"""The starts that leave an adapter with a base of its own: `ray_jobs/adapters/<init>/start.py` makes it."""

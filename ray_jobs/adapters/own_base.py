@@ -11,12 +11,13 @@ bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it 
 Other hardware may compute otherwise, so each content has a folder: files of two makings never mix. Release 0.1.0 wrote
 the files to bases/<id>/ itself, which is still read.
 
-How one is made is an entry of `STARTS`: a module with the four functions of `Start`, as LoftQ's has them. Nobody else
-asks for a start by its name.
+How one is made says `ray_jobs/adapters/<init>/start.py`, a module with the four functions of `Start`, as LoftQ's is.
+No other code asks for a start by its name.
 """
 
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import shutil
@@ -25,12 +26,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from components.config.methods import Init
+from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig, RunConfig
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
-from ray_jobs.adapters.loftq import loftq
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 
@@ -70,12 +70,16 @@ class Start(Protocol):
         """
 
 
-STARTS: dict[Init, Start] = {"loftq": loftq}
+def start_of(init: Init) -> Start:
+    """The module that makes the base of adapters with this start, one of OWN_BASE."""
+    module: Any = importlib.import_module(f"ray_jobs.adapters.{init}.start")
+    start: Start = module
+    return start
 
 
 def is_needed(method: MethodConfig) -> bool:
     """Whether adapters of this method stand on a base of their own."""
-    return method.row.init in STARTS
+    return method.row.init in OWN_BASE
 
 
 def check(config: RunConfig, original: Base) -> None:
@@ -84,8 +88,8 @@ def check(config: RunConfig, original: Base) -> None:
     Raises:
         ConfigError: `method.init` makes no base of the original.
     """
-    if start := STARTS.get(config.method.row.init):
-        start.check(config, original)
+    if is_needed(config.method):
+        start_of(config.method.row.init).check(config, original)
 
 
 def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
@@ -97,9 +101,9 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
     Raises:
         ConfigError: no such base can be made of the original.
     """
-    start = STARTS.get(config.method.row.init)
-    if start is None:
+    if not is_needed(config.method):
         return original
+    start = start_of(config.method.row.init)
     key = folder_key(config.method, original)
     with _gloo_group(num_workers) as group:
         is_missing = rank == 0 and _chosen(store, key) is None
@@ -124,7 +128,7 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
         ObjectMissing: it was never made.
     """
     init = config.method.row.init
-    if init not in STARTS:
+    if init not in OWN_BASE:
         return original
     key = folder_key(config.method, original)
     chosen = _chosen(store, key)
@@ -148,7 +152,7 @@ def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
     from safetensors import safe_open
 
     init = config.method.row.init
-    if init not in STARTS:
+    if init not in OWN_BASE:
         return
     with safe_open(_init_path(base.path, init), framework="pt") as made, torch.no_grad():
         for layer in adapted.targeted_module_names:
@@ -161,7 +165,7 @@ def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
     """For the lineage: how the base was made, what that gained and which bytes it has; nothing for the original."""
     init = config.method.row.init
-    if init not in STARTS:
+    if init not in OWN_BASE:
         return {}
     made = json.loads(_report_path(base.path, init).read_text(encoding="utf-8"))
     return {init: made, "stands_on_sha256": base.identity["manifest_sha256"]}
@@ -169,7 +173,7 @@ def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
 
 def folder_key(method: MethodConfig, original: Base) -> str:
     """Where the base of this method's own lies in the store: all that it depends on is in the name, no more."""
-    made_from = STARTS[method.row.init].made_from(method, original)
+    made_from = start_of(method.row.init).made_from(method, original)
     return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
 
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,7 +13,7 @@ from components.shared.errors import ObjectMissing, UserError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import own_base
-from ray_jobs.adapters.loftq import loftq, make
+from ray_jobs.adapters.loftq import make, start
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 
@@ -38,9 +39,13 @@ def stood(config: RunConfig, store: Store) -> Base:
     return own_base.prepare(config, base_model.resolve(config.model), store)
 
 
-def test_every_start_with_a_base_of_its_own_is_known_as_one_before_ray_is():
-    """Which bases may be collected is asked where nothing of Ray's jobs is imported."""
-    assert own_base.STARTS.keys() == methods.OWN_BASE
+def test_every_start_but_the_default_is_a_module_that_makes_its_base():
+    """The table of methods says whose bases to keep, where nothing of Ray's jobs is imported."""
+    assert {*get_args(methods.Init)} - {"default"} == methods.OWN_BASE
+    wanted = {name for name in vars(own_base.Start) if not name.startswith("_")}
+    assert wanted == {"check", "made_from", "compute", "write"}
+    for init in methods.OWN_BASE:
+        assert all(callable(getattr(own_base.start_of(init), name)) for name in wanted)
 
 
 def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
@@ -59,7 +64,7 @@ def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed
     splits = make.split_together(otherwise, original, rank=0, num_workers=1, group=None)
     key = own_base.folder_key(config.method, original)
     # As by a run on other hardware that began before the first one ended.
-    own_base._publish(loftq, config, original, store, splits)
+    own_base._publish(start, config, original, store, splits)
     assert stood(config, store) == own_base.find(config, original, store) == first
     contents = list(store.folders(f"{key}/"))
     assert len(contents) == 2
