@@ -72,9 +72,7 @@ def finetune(
         say(STEP, f"preparing {config.data.source}")
         dataset_uri = prepare(config, store).uri
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
-    if tuned := runs.find(store, run_id, TunedRate):
-        at_rate = config.train.model_copy(update={"learning_rate": tuned.learning_rate})
-        config = config.model_copy(update={"train": at_rate})
+    config = _at_tuned_rate(config, store, run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     with garbage.importing():
@@ -116,15 +114,30 @@ def finetune(
         watch=watch,
     )
     what = {"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
-    if standby is not None and _stay(config):
-        if not standby.is_there:
-            _begin(config, store, run_id, standby)
-        answer = trainer.checked(standby.train(what))
-    else:
-        answer = _run(what, config, store, run_id)
-    result = TrainResult(**answer)
+    result = TrainResult(**_trained(what, config, store, run_id, standby))
     runs.write(store, run_id, result)
     return result
+
+
+def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
+    """The config at the rate that the run's own sweep has found, if it had one."""
+    tuned = runs.find(store, run_id, TunedRate)
+    if tuned is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": tuned.learning_rate})})
+
+
+def _trained(
+    what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str, standby: Standby | None
+) -> dict[str, Any]:
+    """What rank 0 returns, by workers that stay or by some that end with the training."""
+    from ray_jobs.training import trainer
+
+    if standby is None or not _stay(config):
+        return _run(what, config, store, run_id)
+    if not standby.is_there:
+        _begin(config, store, run_id, standby)
+    return trainer.checked(standby.train(what))
 
 
 def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:

@@ -8,19 +8,19 @@ and the one that a rollback returns to: the pointer, which only compare-and-swap
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from components.registry.event import Body, Event, event_sha256
-from components.registry.event_log import ID_LENGTH, append_event, events, read_event, require_published
-from components.registry.history import is_chain, is_override, moves, standing
+from components.registry.event import Body, Event, Reference, event_sha256
+from components.registry.event_log import ID_LENGTH, append_event, events, require_published
+from components.registry.history import is_override
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
+from components.registry.rollback_path import move_beneath_to, moves_beneath
 from components.registry.signing import require_signed
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.store.folders import find_manifest, now
@@ -185,7 +185,7 @@ def rollback(
     elif expected not in (ANYONE, holder.version):
         raise _conflict(store, name, alias, to or "the one before", expected, holder)
     elif to is None:
-        back_to = next(_ways_back(store, name, _record(store, name, holder)), None)
+        back_to = next(moves_beneath(store, name, _record(store, name, holder)), None)
         if back_to is None:
             raise UnknownName(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = str(back_to.body["to"])
@@ -193,7 +193,7 @@ def rollback(
         log = events(store, name)
         if is_override(log, to, alias):
             kind = "overridden"
-        back_to = _way_back_to(store, name, _record(store, name, holder), to, log)
+        back_to = move_beneath_to(store, name, _record(store, name, holder), to, log)
     return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to)
 
 
@@ -204,7 +204,7 @@ def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
         IntegrityError: an event on that way is damaged or gone.
     """
     move = _event(pointer)
-    every = [move, *_ways_back(store, name, move)]
+    every = [move, *moves_beneath(store, name, move)]
     return {str(each.body["to"]): str(each.body["manifest_sha256"]) for each in reversed(every)}
 
 
@@ -249,13 +249,9 @@ def move_alias(
         "run_id": cause.run_id,
         "actor": cause.actor,
         "reason": cause.reason,
-        "evidence": {**(back_to.body.get("evidence", {}) if back_to else {}), **cause.evidence},
         "previous": last,
+        **_returning(back_to, cause, last),
     }
-    if back_to is None:
-        body["beneath"] = last
-    elif "beneath" in back_to.body:  # else release 0.1.0 wrote it, and the log has to tell
-        body["beneath"] = back_to.body["beneath"]
     since = _after(expected.since) if expected else now()
     fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": cause.run_id}
     pointer = encode_json({"format": FORMAT, **fields, "kind": kind, "event": body})
@@ -276,13 +272,28 @@ def move_alias(
         return _held(store, name, moved)
     except ObjectMissing:
         if expected is not None:
-            undo = replace(cause, reason=f"{version} was removed meanwhile", evidence={})
-            came = _record(store, name, expected)
-            with contextlib.suppress(AliasConflict):  # somebody else has moved it on
-                move_alias(
-                    store, name, alias, expected.version, expected=moved, kind="rolled_back", cause=undo, back_to=came
-                )
+            _undo(store, name, moved, expected, cause)
         raise
+
+
+def _returning(back_to: Event | None, cause: Cause, last: Reference | None) -> dict[str, Any]:
+    """By what a version is held, and on which move it lies."""
+    if back_to is None:
+        return {"evidence": dict(cause.evidence), "beneath": last}
+    kept = {key: back_to.body[key] for key in ("beneath",) if key in back_to.body}  # release 0.1.0 did not write it
+    return {"evidence": {**back_to.body.get("evidence", {}), **cause.evidence}, **kept}
+
+
+def _undo(store: Store, name: str, moved: Pointer, before: Pointer, cause: Cause) -> None:
+    """Move an alias back from a version that was removed while the alias took it."""
+    undo, came = (
+        replace(cause, reason=f"{moved.version} was removed meanwhile", evidence={}),
+        _record(store, name, before),
+    )
+    with contextlib.suppress(AliasConflict):  # another command has moved it on
+        move_alias(
+            store, name, moved.alias, before.version, expected=moved, kind="rolled_back", cause=undo, back_to=came
+        )
 
 
 def _held(store: Store, name: str, pointer: Pointer) -> Event:
@@ -314,43 +325,6 @@ def _event(pointer: Pointer) -> Event:
     # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
     body = {**pointer.event, "since": pointer.since}
     return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)
-
-
-def _ways_back(
-    store: Store, name: str, move: Event, known: Mapping[str, Event] = MappingProxyType({})
-) -> Iterator[Event]:
-    """The moves that rollbacks from `move` return to, one after the other; `known` are events by sha256.
-
-    Raises:
-        IntegrityError: one of them is damaged or gone.
-    """
-    while "beneath" in move.body:
-        beneath = move.body["beneath"]
-        if beneath is None:
-            return
-        try:
-            move = known.get(beneath["sha256"]) or read_event(store, name, beneath)
-        except IntegrityError as exc:
-            raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
-        yield move
-    log = moves(events(store, name), move.body["alias"])
-    chain = [event for event in log if event.time <= move.time]
-    if not is_chain(chain) or chain[-1].id != move.id:
-        raise IntegrityError(
-            f"the events of {name}@{move.body['alias']} are not the whole way to {move.body['to']}: one is missing, "
-            "damaged or was added, so name the version to go back to with --to"
-        )
-    yield from reversed(standing(chain)[:-1])
-
-
-def _way_back_to(store: Store, name: str, move: Event, to: str, log: Sequence[Event]) -> Event | None:
-    """The one of them that is to `to`; None where there is none, or the way is damaged before it."""
-    try:
-        known = {event.sha256: event for event in log}
-        return next((event for event in _ways_back(store, name, move, known) if event.body["to"] == to), None)
-    except IntegrityError as exc:
-        logger.warning("%s", exc)
-        return None
 
 
 def _promoted_before(store: Store, name: str, alias: str, version: str, run_id: str) -> Event | None:

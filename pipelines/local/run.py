@@ -83,17 +83,10 @@ def run_and_read(
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
-    cluster = config.ray.cluster
-    needs_head = cluster.has_address and not place.address
-    if place.address and not cluster.has_address:
-        raise UserError(
-            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
-            "Drop --address, or --set ray.cluster.kind=jobs-api"
-        )
-    if lack := lacking(config, address=place.address):
-        raise ConfigError(lack)
     from components.step.step import require_run_id
 
+    _require_runnable(config, place)
+    needs_head = config.ray.cluster.has_address and not place.address
     run_id = run_id or new_run_id()
     require_run_id(run_id)
     began = time.monotonic()
@@ -125,6 +118,17 @@ def run_and_read(
     except BaseException:
         display.fail()
         raise
+
+
+def _require_runnable(config: RunConfig, place: Place) -> None:
+    cluster = config.ray.cluster
+    if place.address and not cluster.has_address:
+        raise UserError(
+            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
+            "Drop --address, or --set ray.cluster.kind=jobs-api"
+        )
+    if lack := lacking(config, address=place.address):
+        raise ConfigError(lack)
 
 
 @contextlib.contextmanager
