@@ -11,6 +11,8 @@ from components.config.section import Added, Section
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
 ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+IMAGE = "fineloop/train:0.2.0"
+"""What `make images` builds of this release."""
 MatmulDtype = Literal["bfloat16", "float32"]
 CpuMatmulDtype = Literal["auto"] | MatmulDtype
 NVIDIA_GPU = "nvidia.com/gpu"
@@ -80,7 +82,7 @@ class RayJobCluster(Section):
     kind: Literal["rayjob"]
     """A cluster that KubeRay makes for the job and takes down after it."""
     has_address: ClassVar[bool] = False
-    image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = "fineloop/train:0.1.0"
+    image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = IMAGE
     """Image of every Ray pod, with a tag other than latest or a digest."""
     image_pull_secrets: list[DnsName] = []
     """Secrets with which the image is pulled."""

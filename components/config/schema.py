@@ -16,7 +16,7 @@ from components.config.announce import AnnounceConfig as AnnounceConfig
 from components.config.gate import GateConfig, RequestedMetric
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
-from components.config.ray import RayConfig
+from components.config.ray import IMAGE, RayConfig
 from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
 from components.config.train import TrainConfig as TrainConfig
@@ -357,11 +357,13 @@ class RunConfig(Section):
 
         A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it, unless what the
         config means has changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate
-        asks for by default has no part in a training.
+        asks for by default, and which release's image is the default, have no part in a training.
         """
         values = identity(self)
         if self.gate.limits == GateConfig().limits:
             values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # release 0.1.0's default
+        if values["ray"]["cluster"].get("image") == IMAGE:
+            values["ray"]["cluster"]["image"] = "fineloop/train:0.1.0"  # likewise
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -346,6 +346,7 @@ def test_every_config_names_the_schema_that_lies_beside_it() -> None:
 FROZEN = ROOT / "tests" / "frozen" / "0.1.0" / "icd10.toml"
 EXAMPLE_IN_0_1_0 = "d149ebc1d6ad9d69ee4ad1707755af96dac5dd9fcc1eea4665497cca1ee996a1"
 RAYJOB_IN_0_1_0 = "8ffa1d80e146ef4be2db84aa46892b2bf619a789620d9bf3fec9cf0f80defea3"
+RAYJOB_ON_ITS_IMAGE_IN_0_1_0 = "c5ac090d891f78caf35e8aba3e60e66a30906be4018ad75ca3824a794d71f60d"
 RSLORA_IN_0_1_0 = "8034b60351c0896e814da3eecdbbbd60c39814c1c01e7a1a4930a2f4f223bc61"
 RSLORA_OF_RANK_64_IN_0_1_0 = "85b6e4e962288e37c8b67cc7ac6bf6386e5e05292ba86b735ba178b589de461a"
 RAYJOB = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "gate.metric=exact_match"]
@@ -354,6 +355,8 @@ RAYJOB = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "gate.metric=exa
 def test_the_digest_of_a_config_is_the_one_that_0_1_0_gave_it():
     assert config_file.load(FROZEN).digest == EXAMPLE_IN_0_1_0
     assert config_file.load(FROZEN, RAYJOB).digest == RAYJOB_IN_0_1_0
+    on_its_image = config_file.load(FROZEN, ["ray.cluster.kind=rayjob", "ray.cluster.namespace=ml"])
+    assert on_its_image.digest == RAYJOB_ON_ITS_IMAGE_IN_0_1_0
 
 
 def test_a_key_that_is_added_with_a_default_leaves_every_digest_as_it_was():

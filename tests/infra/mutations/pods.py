@@ -113,7 +113,7 @@ def an_image_has_no_tag(m: list[Manifest]) -> None:
 
 @breaks(pods.images_have_a_digest)
 def an_image_has_a_tag_alone(m: list[Manifest]) -> None:
-    container(m)["image"] = "registry.invalid/fineloop/train:0.1.0"
+    container(m)["image"] = "registry.invalid/fineloop/train:0.2.0"
 
 
 @breaks(pods.what_pods_refer_to_exists)

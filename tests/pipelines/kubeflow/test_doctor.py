@@ -22,7 +22,7 @@ RAYJOB = tuple(
     shlex.split(next(line for line in RUNBOOK.splitlines() if line.startswith('export CLUSTER="--set'))[16:-1])
 )
 """The laptop's, as the runbook gives it."""
-IMAGE = ("--image", "fineloop/step:0.1.0")
+IMAGE = ("--image", "fineloop/step:0.2.0")
 
 
 @pytest.fixture
