@@ -17,14 +17,10 @@ from components.config import config_file
 from docs.generate import commands
 from pipelines import cli
 from pipelines.configs import DEFAULT_CONFIG
+from tests.documents import DOCUMENTS, commands_in
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
-DOCUMENTS = (
-    "README.md",
-    ".github/CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
-)
 MAX_LINES = 400
 
 IMPORT_ALL = """
@@ -65,17 +61,6 @@ def imported_by(path: Path) -> set[str]:
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     return modules | {f"{node.module}.{alias.name}" for node in found for alias in node.names}
-
-
-def commands_in(document: str, program: str) -> list[str]:
-    """Each command line of a document's fenced code blocks, or between back-ticks, that starts with `program`."""
-    text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
-    # A command begins its line, or follows a pipe, `$(` or a folder.
-    starts = re.compile(rf"(?:^\s*|[|;(]\s*|/){program} (?P<rest>[^|;)#>`]*)")
-    return [f"{program} {found['rest'].strip()}" for line in lines for found in starts.finditer(line)]
 
 
 def fineloop_commands() -> list[str]:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ from components.config.schema import RunConfig
 from docs.generate import commands, pages
 from docs.json_keys import FREE, JSON_KEYS
 from pipelines import cli
+from tests.documents import DOCUMENTS, commands_in
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 LINKED = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "infra").rglob("README.md"))]
 SECTIONS = "|".join(RunConfig.model_fields)
+RUN_BY = ("cluster", "e2e", "faults", "frozen", "journeys", "pipelines")
+"""Folders of tests that run commands."""
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
@@ -50,6 +55,35 @@ def anchors(document: Path) -> set[str]:
     prose = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_command_that_a_page_shows_is_run_by_a_test() -> None:
+    """By its verb and options; docs/cli.md, which is the parser's own text, aside.
+
+    The values of --set are loaded by `test_every_fineloop_command_of_the_documents_exists`.
+    """
+    run = list(commands_of_tests())
+    shown = {command for page in DOCUMENTS if page != "docs/cli.md" for command in commands_in(page, "fineloop")}
+    verbs = {tuple(name.split()[1:]) for name, _ in commands(cli.parser(), "fineloop")}
+    missing = []
+    for command in sorted(shown):
+        words = shlex.split(command)[1:]
+        verb = next((verb for verb in sorted(verbs, key=len, reverse=True) if tuple(words[: len(verb)]) == verb), None)
+        options = {word.partition("=")[0] for word in words if word.startswith("-")} - {"--set"}
+        if verb and not any(f" {' '.join(verb)} " in f" {' '.join(each)} " and options <= {*each} for each in run):
+            missing.append(command)
+    assert missing == []
+    assert len(shown) > 50
+
+
+def commands_of_tests() -> Iterator[list[str]]:
+    """The words of each call, list and tuple in a test that runs commands, the name of what is called first."""
+    for path in sorted(path for folder in RUN_BY for path in (ROOT / "tests" / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call | ast.List | ast.Tuple | ast.Assign):
+                called = [node.func.id] if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else []
+                texts = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+                yield [*called, *(word for text in texts if isinstance(text, str) for word in text.split())]
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)

@@ -37,7 +37,7 @@ def store(up: dict[str, str]) -> Iterator[Store]:
 def killed(tiny: Tiny, store: Store) -> tuple[Done, dict[str, Trial]]:
     """A sweep whose job was killed when its first trial had ended, and the trials that had ended by then."""
     process = subprocess.Popen(
-        tiny.home.command("sweep", *tiny.settings, *SWEEP),
+        tiny.home.command("sweep", "--methods", "lora", *tiny.settings, *SWEEP),
         env=tiny.home.environment,
         cwd=tiny.home.path.parent,
         stdout=subprocess.DEVNULL,
@@ -67,7 +67,7 @@ def _driver() -> int:
 @pytest.fixture(scope="module")
 def resumed(tiny: Tiny, killed: object) -> Done:
     """The same command once more."""
-    return tiny.home.fineloop("sweep", *tiny.settings, *SWEEP)
+    return tiny.home.fineloop("sweep", "--methods", "lora", *tiny.settings, *SWEEP)
 
 
 def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial]]):

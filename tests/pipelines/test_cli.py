@@ -1,5 +1,6 @@
 """The command line as a process: exit codes, what goes to which stream, and what help loads."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -162,11 +163,16 @@ def test_every_config_loads_and_names_its_schema() -> None:
         assert "fineloop run" in path.read_text()
 
 
-def test_compile_writes_where_told(tmp_path: Path) -> None:
-    done = fineloop("compile", "-o", "out.yaml", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert body(done).keys() == {"path", "sha256", "pipeline", "image"}
-    assert (tmp_path / "out.yaml").is_file()
+def test_compile_writes_either_pipeline_where_it_is_asked_to(tmp_path: Path) -> None:
+    for pipeline, step in (("retrain", "comp-finetune"), ("promotion", "comp-move-by-hand")):
+        done = fineloop("compile", "--pipeline", pipeline, "-o", "out.yaml", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = body(done)
+        assert printed.keys() == {"path", "sha256", "pipeline", "image"}
+        written = (tmp_path / "out.yaml").read_bytes()
+        assert printed["sha256"] == hashlib.sha256(written).hexdigest()
+        specification = next(yaml.safe_load_all(written))
+        assert any(name.startswith(step) for name in specification["components"])
 
 
 def test_relative_paths_mean_the_users_directory(tmp_path: Path) -> None:
