@@ -33,7 +33,7 @@ from pipelines.commands import (
     sweep,
     train,
 )
-from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, tell
+from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, print_err
 
 INTERRUPTED = 130
 
@@ -75,14 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer: Answer = options.command(options)
     except KeyboardInterrupt as exc:
-        tell("\n".join(["interrupted: nothing of this command is left running", *_notes(exc)]))
+        print_err("\n".join(["interrupted: nothing of this command is left running", *_notes(exc)]))
         return _fail(options, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
     except FineloopError as exc:
-        tell("\n".join([f"fineloop: {exc}", *_notes(exc)]))
+        print_err("\n".join([f"fineloop: {exc}", *_notes(exc)]))
         return _fail(options, exc.as_json(), exc.exit_code)
     except Exception as exc:  # the process's entry point: a mistake of ours, told whole
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # or the machine's
-            tell("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
+            print_err("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
         else:
             traceback.print_exc()
         return _fail(options, {"error": {"kind": type(exc).__name__, "message": str(exc)}}, 1)

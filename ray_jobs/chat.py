@@ -38,15 +38,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the adapter's copy is removed
-    # What takes its time is told, such as converting a base that is here for the first time.
+    # What takes long is announced, such as converting a base that is here for the first time.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ray_jobs").setLevel(logging.INFO)
-    _tell("starting PyTorch and transformers")
+    _print_err("starting PyTorch and transformers")
     entry.quiet_libraries()
     try:
         chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
     except FineloopError as exc:  # a person reads this, not a submitter
-        _tell(f"fineloop: {exc}")
+        _print_err(f"fineloop: {exc}")
         sys.exit(exc.exit_code)
 
 
@@ -69,14 +69,14 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     own, longest = its_run.config, its_run.max_new_tokens or LONGEST_ANSWER
     if system is None:
         system = _system_message(store, its_run.dataset_uri)
-    _tell(f"loading {own.model.base}")
+    _print_err(f"loading {own.model.base}")
     base = base_model.resolve(own.model, recorded=its_run.base_identity)
     stands_on = own_base.find(own, base, store)
     use_gpu = placement.on_gpus(own, base)
     kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
     model = _load(stands_on, own, kernels, use_gpu=use_gpu)
     alone = model if stands_on == base else _load(base, own, kernels, use_gpu=use_gpu)
-    _tell(f"loading {version.name} {version.version}")
+    _print_err(f"loading {version.name} {version.version}")
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
@@ -85,8 +85,8 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     for each in (alone, adapted):
         one_row.adopt(each)
     if system:
-        _tell(f"each prompt follows the system message {system!r}, as in training")
-    _tell("ready: type a prompt, or Ctrl-D to end")
+        _print_err(f"each prompt follows the system message {system!r}, as in training")
+    _print_err("ready: type a prompt, or Ctrl-D to end")
     while prompt := _read():
         turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
         with adapted.disable_adapter():
@@ -116,13 +116,13 @@ def _answer(who: str, model: Any, chat_as: ChatFormat, turns: list[Message], con
     # An answer is needed to make a record; generation sees the prompt alone.
     split = tokenize([Record("prompt", turns, "-")], chat_as, config.model.max_length)
     _say(f"{who:>24} | ")
-    greedy(model, chat_as, split, 1, longest, tell=_say)
+    greedy(model, chat_as, split, 1, longest, on_text=_say)
     _say("\n")
 
 
 def _read() -> str:
     while True:
-        _tell("> ", end="")
+        _print_err("> ", end="")
         line = sys.stdin.readline()
         if not line or line.strip():
             return line.strip()
@@ -133,7 +133,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tell(text: str, end: str = "\n") -> None:
+def _print_err(text: str, end: str = "\n") -> None:
     sys.stderr.write(text + end)
     sys.stderr.flush()
 

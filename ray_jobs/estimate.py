@@ -102,7 +102,7 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
     cpu = this_cpu()
     body: dict[str, Any] = {
         "processor": asdict(cpu),
-        "processor_told": cpu.told,
+        "processor_told": cpu.summary,
         "matmul_dtype": None,
         **dict.fromkeys(Estimate.__dataclass_fields__),
         "unknown_because": None,

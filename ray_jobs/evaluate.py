@@ -122,7 +122,7 @@ def evaluate(
     )
     runs.write(store, run_id, evaluation)
     for contender in contenders:
-        say(STEP, f"{contender.role}: {', '.join(_told(evaluation, contender.role))}")
+        say(STEP, f"{contender.role}: {', '.join(_metric_texts(evaluation, contender.role))}")
     for line in [line for outcome in outside.values() for line in outcome.lines]:
         say(STEP, line)
     return evaluation
@@ -176,7 +176,7 @@ def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Ma
     return must_be_shared(config, rehearsal, cluster_device(config, nodes))
 
 
-def _told(evaluation: Evaluation, role: Role) -> Iterator[str]:
+def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
     measured = evaluation.model(role)
     for metric in metrics_of(measured.metrics if measured else ()):
         value = evaluation.metric(role, metric.key)

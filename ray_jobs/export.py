@@ -190,7 +190,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
     if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
-    _tell(parity)
+    _log_parity(parity)
     both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
     for who, found in both.items():
         right, loss = found["exact_match"], found["loss"]
@@ -213,14 +213,14 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
     build.save(plain, folder)
-    _tell(parity)
+    _log_parity(parity)
     return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
-def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
+def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
     import torch
 
-    its_run = recorded.read(asked, store, version)
+    its_run = recorded.read(given, store, version)
     config = its_run.config
     pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
@@ -234,7 +234,7 @@ def _source(asked: RunConfig, store: Store, version: Version, folder: Path) -> E
         rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
     placement.require_float32(config, original)
     use_gpu = placement.on_gpus(config, original)
-    kernels = door.choose(asked, base_config.load(original.path, config.model), on_gpu=use_gpu)
+    kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or NEW_TOKENS[-1])
     return ExportSource(version, config, folder, original, stands_on, chat, *compared, kernels, use_gpu)
@@ -329,9 +329,9 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
     }
 
 
-def _tell(parity: dict[str, Agreement]) -> None:
+def _log_parity(parity: dict[str, Agreement]) -> None:
     for name, found in parity.items():
-        say(STEP, f"{name}: {found.told()}")
+        say(STEP, f"{name}: {found.summary()}")
 
 
 if __name__ == "__main__":

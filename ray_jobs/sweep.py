@@ -35,7 +35,7 @@ with garbage.importing():
     from ray_jobs.sweeping.plan import Plan
     from ray_jobs.sweeping.points import Arm, Point
     from ray_jobs.sweeping.progress import Progress
-    from ray_jobs.sweeping.told import header, row
+    from ray_jobs.sweeping.trial_rows import header, row
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import TokenizedSplit
     from ray_jobs.training import splits, train_loop
@@ -190,7 +190,7 @@ def _run_trials(
         search.scheduler(
             config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))
         ),
-        search.Ledger(plan, keep, lambda trial: say(STEP, progress.told(trial))),
+        search.Ledger(plan, keep, lambda trial: say(STEP, progress.line(trial))),
         storage_path=store.uri(runs.run_key(job.run_id).rstrip("/")),
     )
 

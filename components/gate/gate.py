@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
-    """Decide by the config's policy, write runs/<run_id>/decision.json, and tell the adapter's event log who is held;
-    of a candidate that is the champion itself it is told nothing.
+    """Decide by the config's policy, write runs/<run_id>/decision.json, and append a held candidate to the adapter's
+    event log, unless it is the champion itself.
 
     `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
     same decision and no second event; what was carried out is not decided anew.

@@ -40,14 +40,14 @@ def decide(
     rules = [*_compared(evaluation, evidence, policy, adapter, look), *_limited(candidate, evidence, policy)]
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
     rules += _approval(policy.approval, evaluation, adapter.alias)
-    verdict, telling = verdict_of(rules)
+    verdict, decisive = verdict_of(rules)
     decision = Decision(
         decision="promote" if verdict == "promote" else "hold",
         verdict=verdict,
         adapter=adapter.name,
         alias=adapter.alias,
         run_id=evaluation.run_id,
-        reasons=tuple(rule.text for rule in telling),
+        reasons=tuple(rule.text for rule in decisive),
         rules=tuple(rules),
         version=candidate.version,
         champion=champion.version if champion is not None else None,

@@ -46,8 +46,8 @@ def replay(store: "Store", run_id: str) -> Replayed:
     recorded = runs.read(store, run_id, Decision)
     if recorded.decision == "skipped":
         raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")
-    if (told := decisions(events(store, recorded.adapter)).get(run_id)) is not None:
-        runs.read(store, run_id, Decision, sha256=told[0])
+    if (logged := decisions(events(store, recorded.adapter)).get(run_id)) is not None:
+        runs.read(store, run_id, Decision, sha256=logged[0])
     evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None)
     found = decide(
         evaluation,

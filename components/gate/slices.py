@@ -98,16 +98,16 @@ def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
 def _text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
     metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
 
-    def told(each: SliceResult) -> str:
+    def described(each: SliceResult) -> str:
         ends = " and ".join(compared.amounts.signed_text(end) for end in (each.lower, each.upper))
         return f"{each.kind} {each.name!r} ({each.records} records, gain between {ends})"
 
     if worse:
         return (
             f"The candidate's {metric.label} is worse than {called}'s by more than {allowed} in {len(worse)} of "
-            f"{len(results)} slices of the records: {'; '.join(map(told, worse))}."
+            f"{len(results)} slices of the records: {'; '.join(map(described, worse))}."
         )
     return (
         f"In none of {len(results)} slices of the records is the candidate's {metric.label} shown to be worse than "
-        f"{called}'s by more than {allowed}; lowest is {told(results[0])}."
+        f"{called}'s by more than {allowed}; lowest is {described(results[0])}."
     )

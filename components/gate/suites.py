@@ -16,9 +16,9 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
     judged. Where none is left, the gate cannot tell. Of those that are, all together are mistaken no more often than
     one may be (Holm).
     """
-    asked = [suite for suite in evaluation.suites if not suite.left_out]
-    unknown = [suite.name for suite in asked if suite.won_and_lost("base") is None]
-    judged = [suite for suite in asked if not unknown and _can_tell(suite, margin, policy.confidence)]
+    measured = [suite for suite in evaluation.suites if not suite.left_out]
+    unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]
+    judged = [suite for suite in measured if not unknown and _can_show(suite, margin, policy.confidence)]
 
     def shows(index: int, level: float) -> bool:
         return shown_worse(*_counts(judged[index]), judged[index].items, margin, level)
@@ -40,7 +40,7 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
     )
 
 
-def _can_tell(suite: Suite, margin: float, confidence: float) -> bool:
+def _can_show(suite: Suite, margin: float, confidence: float) -> bool:
     """Whether it would show if the candidate lost all that the base passes."""
     return shown_worse(0, suite.passed("base") or 0, suite.items, margin, confidence)
 
@@ -51,7 +51,7 @@ def _counts(suite: Suite) -> tuple[int, int]:
     return counts
 
 
-def _told(suite: Suite) -> str:
+def _summary(suite: Suite) -> str:
     won, lost = _counts(suite)
     return (
         f"{suite.title} ({suite.passed('candidate')} of {suite.items} items against {suite.passed('base')}; {lost} "
@@ -76,10 +76,10 @@ def _text(
     sure = f"The fewest lost items that show, with {level * 100:.4g} % confidence in each: {floor}."
     if worse:
         how = f"The candidate passes fewer items than the base model{than} in {len(worse)} of {len(judged)} suites"
-        return f"{how}: {'; '.join(map(_told, worse))}. {sure}{unjudged}"
+        return f"{how}: {'; '.join(map(_summary, worse))}. {sure}{unjudged}"
     lowest = min(judged, key=lambda each: _counts(each)[0] - _counts(each)[1])
     how = f"In none of {len(judged)} suites is the candidate shown to pass fewer items than the base model{than}"
-    return f"{how}; lowest is {_told(lowest)}. {sure}{unjudged}"
+    return f"{how}; lowest is {_summary(lowest)}. {sure}{unjudged}"
 
 
 def _why(suite: Suite) -> str:

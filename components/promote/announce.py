@@ -1,7 +1,7 @@
-"""Tell others of a move of an alias: Kubeflow's Model Registry, MLflow, a webhook.
+"""Notify Kubeflow's Model Registry, MLflow and a webhook of a moved alias.
 
-The move has happened, and stands. Who cannot be told is named in a warning, with the command that tells again: each
-teller makes what is missing, and telling twice changes nothing.
+The move has happened, and stands. A server that cannot be notified is named in a warning, with the command that
+notifies it again: each notification creates what is missing, and repeating it changes nothing.
 """
 
 import logging
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOLD = "told"
-"""What became of an announcement; anything else is why it could not be made."""
-Tell = Callable[[str, Announcement, Mapping[str, str]], None]
-TELLERS: dict[str, Tell] = {"model_registry": model_registry.tell, "mlflow": mlflow.tell, "webhook": webhook.tell}
+NOTIFIED = "told"
+"""The outcome of a notification that arrived; any other outcome is the reason why it failed."""
+Notify = Callable[[str, Announcement, Mapping[str, str]], None]
+NOTIFIERS: dict[str, Notify] = {
+    "model_registry": model_registry.notify,
+    "mlflow": mlflow.notify,
+    "webhook": webhook.notify,
+}
 """By the key of the config that holds the address. Each takes address, announcement and the environment, where its
 secrets are."""
 
@@ -31,26 +35,26 @@ secrets are."""
 def announce(
     config: AnnounceConfig, store: "Store", name: str, event: "Event", environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Notify the servers that the config names; returns for each key of it `TOLD`, or why that failed."""
+    """Notify the servers that the config names; returns for each key of it `NOTIFIED`, or why that failed."""
     addresses = {key: address for key, address in config if address}
     outcomes: dict[str, str] = {}
     for key, address in addresses.items():
         try:
-            TELLERS[key](address, announcement(store, name, event), environment)
-            outcomes[key] = TOLD
+            NOTIFIERS[key](address, announcement(store, name, event), environment)
+            outcomes[key] = NOTIFIED
         except (FineloopError, LookupError, TypeError) as exc:  # the last two: an answer that is not what the API's is
             outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
             logger.warning("%s", warning(key, name, event.body["alias"], outcomes[key]))
     return outcomes
 
 
-def untold(steps: Iterable[StepRecord]) -> dict[str, str]:
+def failed_notifications(steps: Iterable[StepRecord]) -> dict[str, str]:
     """Notifications of a run's promotion that failed, by the key of the config, with the reason."""
     announced = {key: why for step in steps for key, why in step.result.get("announced", {}).items()}
-    return {key: why for key, why in announced.items() if why != TOLD}
+    return {key: why for key, why in announced.items() if why != NOTIFIED}
 
 
 def warning(key: str, name: str, alias: str, why: str) -> str:
-    """That somebody could not be told of a move, for people."""
-    again = f"`fineloop adapters announce {name}@{alias}` tells it again"
-    return f"announce.{key} was not told of {name}@{alias}: {why}; {again}"
+    """The warning that a server could not be notified of a move."""
+    again = f"`fineloop adapters announce {name}@{alias}` notifies it again"
+    return f"announce.{key} was not notified of {name}@{alias}: {why}; {again}"

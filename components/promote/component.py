@@ -59,7 +59,7 @@ def move_by_hand(
     from pathlib import Path
 
     from components.config.schema import AnnounceConfig, RegistryConfig
-    from components.promote.announce import announce as tell_others
+    from components.promote.announce import announce as notify
     from components.promote.by_hand import Request, as_markdown, carry_out
     from components.store.store import Store
 
@@ -68,5 +68,5 @@ def move_by_hand(
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
-    tell_others(others, store, adapter_name, event, os.environ)
+    notify(others, store, adapter_name, event, os.environ)
     return event.uri

@@ -114,8 +114,8 @@ class HttpApi:
 
     def _successful(self, response: "Response") -> "Response":
         if not 200 <= response.status_code < 300:
-            told = " ".join(response.text.split())[:SHOWN]
-            raise AnnounceError(f"{response.request.method} {response.url} answered {response.status_code}: {told}")
+            excerpt = " ".join(response.text.split())[:SHOWN]
+            raise AnnounceError(f"{response.request.method} {response.url} answered {response.status_code}: {excerpt}")
         return response
 
 

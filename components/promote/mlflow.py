@@ -15,7 +15,7 @@ VERSION = "fineloop.version"
 """Tag by which a version's run is found again."""
 
 
-def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
+def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
     """Record the version's run and the version, each once, and set the alias.
 
     Raises:
@@ -24,50 +24,67 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")
     api = HttpApi(f"{url.rstrip('/')}{API}", token=token, login=(user, password) if user else None)
-    if api.find("/registered-models/get", name=told.adapter) is None:
-        api.send("POST", "/registered-models/create", {"name": told.adapter})
-    number = _find_version(api, told) or _create_version(api, told)
-    alias = {"name": told.adapter, "alias": told.alias, "version": number}
+    if api.find("/registered-models/get", name=announcement.adapter) is None:
+        api.send("POST", "/registered-models/create", {"name": announcement.adapter})
+    number = _find_version(api, announcement) or _create_version(api, announcement)
+    alias = {"name": announcement.adapter, "alias": announcement.alias, "version": number}
     api.send("POST", "/registered-models/alias", alias)
 
 
-def _find_version(api: HttpApi, told: Announcement) -> str | None:
+def _find_version(api: HttpApi, announcement: Announcement) -> str | None:
     """MLflow's number of the version, which it knows by where it lies."""
-    asked = f"name = '{told.adapter}' and source_path = '{told.version_uri}'"
-    found = api.get("/model-versions/search", filter=asked).get("model_versions", [])
+    query = f"name = '{announcement.adapter}' and source_path = '{announcement.version_uri}'"
+    found = api.get("/model-versions/search", filter=query).get("model_versions", [])
     return str(found[0]["version"]) if found else None
 
 
-def _create_version(api: HttpApi, told: Announcement) -> str:
-    version = {"name": told.adapter, "source": told.version_uri, "run_id": _run(api, told), "tags": _tags(told)}
+def _create_version(api: HttpApi, announcement: Announcement) -> str:
+    version = {
+        "name": announcement.adapter,
+        "source": announcement.version_uri,
+        "run_id": _run(api, announcement),
+        "tags": _tags(announcement),
+    }
     return str(api.send("POST", "/model-versions/create", version)["model_version"]["version"])
 
 
-def _run(api: HttpApi, told: Announcement) -> str:
+def _run(api: HttpApi, announcement: Announcement) -> str:
     """The run of the version, in the experiment of the adapter's name, whole; what is there of it stays."""
-    found = api.find("/experiments/get-by-name", experiment_name=told.adapter)
-    experiment = found["experiment"] if found else api.send("POST", "/experiments/create", {"name": told.adapter})
-    asked = {"experiment_ids": [experiment["experiment_id"]], "filter": f"tags.`{VERSION}` = '{told.version}'"}
-    runs = api.send("POST", "/runs/search", asked).get("runs", [])
-    time_ms = int(datetime.fromisoformat(told.time).timestamp() * 1000)
+    found = api.find("/experiments/get-by-name", experiment_name=announcement.adapter)
+    experiment = (
+        found["experiment"] if found else api.send("POST", "/experiments/create", {"name": announcement.adapter})
+    )
+    query = {"experiment_ids": [experiment["experiment_id"]], "filter": f"tags.`{VERSION}` = '{announcement.version}'"}
+    runs = api.send("POST", "/runs/search", query).get("runs", [])
+    time_ms = int(datetime.fromisoformat(announcement.time).timestamp() * 1000)
     begun = {
         "experiment_id": experiment["experiment_id"],
-        "run_name": told.trained_by or told.version,
+        "run_name": announcement.trained_by or announcement.version,
         "start_time": time_ms,
-        "tags": _tags(told),
+        "tags": _tags(announcement),
     }
     run = runs[0] if runs else api.send("POST", "/runs/create", begun)["run"]
     run_id = str(run["info"]["run_id"])
-    metrics = [{"key": key, "value": value, "timestamp": time_ms, "step": 0} for key, value in told.metrics.items()]
+    metrics = [
+        {"key": key, "value": value, "timestamp": time_ms, "step": 0} for key, value in announcement.metrics.items()
+    ]
     params = [
         {"key": key, "value": value}
-        for key, value in {"method": told.method, "base": told.base, "dataset_uri": told.dataset_uri}.items()
+        for key, value in {
+            "method": announcement.method,
+            "base": announcement.base,
+            "dataset_uri": announcement.dataset_uri,
+        }.items()
     ]
     api.send("POST", "/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params})
     api.send("POST", "/runs/update", {"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
     return run_id
 
 
-def _tags(told: Announcement) -> list[dict[str, Any]]:
-    tags = {VERSION: told.version, "fineloop.run_id": told.trained_by, "fineloop.manifest_sha256": told.manifest_sha256}
+def _tags(announcement: Announcement) -> list[dict[str, Any]]:
+    tags = {
+        VERSION: announcement.version,
+        "fineloop.run_id": announcement.trained_by,
+        "fineloop.manifest_sha256": announcement.manifest_sha256,
+    }
     return [{"key": key, "value": value} for key, value in tags.items()]

@@ -17,32 +17,37 @@ NEWEST, OLDER = "v1", "v1alpha3"
 AUTHOR = "fineloop"
 
 
-def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
+def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
     """Register adapter, version and where it lies, each once, and let the alias name the version.
 
     Raises:
         AnnounceError: the registry is away, or refuses.
     """
     api = _newest_api(url.rstrip("/"), environment.get(TOKEN, ""))
-    model = api.find("/registered_model", name=told.adapter) or api.send(
-        "POST", "/registered_models", {"name": told.adapter, "owner": AUTHOR}
+    model = api.find("/registered_model", name=announcement.adapter) or api.send(
+        "POST", "/registered_models", {"name": announcement.adapter, "owner": AUTHOR}
     )
-    version = api.find("/model_version", name=told.version, parentResourceId=model["id"]) or api.send(
+    version = api.find("/model_version", name=announcement.version, parentResourceId=model["id"]) or api.send(
         "POST",
         "/model_versions",
         {
-            "name": told.version,
+            "name": announcement.version,
             "registeredModelId": model["id"],
             "author": AUTHOR,
-            "customProperties": _properties(told),
+            "customProperties": _properties(announcement),
         },
     )
     artifacts = f"/model_versions/{version['id']}/artifacts"
     if not api.get(artifacts).get("items"):
         # Named as the model, for its own client looks for it so: get_model_artifact.
-        artifact = {"artifactType": "model-artifact", "name": told.adapter, "uri": told.version_uri, "state": "LIVE"}
+        artifact = {
+            "artifactType": "model-artifact",
+            "name": announcement.adapter,
+            "uri": announcement.version_uri,
+            "state": "LIVE",
+        }
         api.send("POST", artifacts, {**artifact, "modelFormatName": "peft", "modelFormatVersion": "1"})
-    properties = {**model.get("customProperties", {}), told.alias: _text(told.version)}
+    properties = {**model.get("customProperties", {}), announcement.alias: _text(announcement.version)}
     api.send("PATCH", f"/registered_models/{model['id']}", {"customProperties": properties})
 
 
@@ -51,16 +56,17 @@ def _newest_api(url: str, token: str) -> HttpApi:
     return older if newest.find("/registered_models", pageSize="1") is None else newest
 
 
-def _properties(told: Announcement) -> dict[str, Any]:
+def _properties(announcement: Announcement) -> dict[str, Any]:
     texts = {
-        "manifest_sha256": told.manifest_sha256,
-        "run_id": told.trained_by,
-        "method": told.method,
-        "base": told.base,
-        "dataset_uri": told.dataset_uri,
+        "manifest_sha256": announcement.manifest_sha256,
+        "run_id": announcement.trained_by,
+        "method": announcement.method,
+        "base": announcement.base,
+        "dataset_uri": announcement.dataset_uri,
     }
     numbers = {
-        key: {"metadataType": "MetadataDoubleValue", "double_value": value} for key, value in told.metrics.items()
+        key: {"metadataType": "MetadataDoubleValue", "double_value": value}
+        for key, value in announcement.metrics.items()
     }
     return {**{key: _text(value) for key, value in texts.items()}, **numbers}
 

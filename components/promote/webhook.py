@@ -14,7 +14,7 @@ from components.promote.http_api import HttpApi
 SECRET = "FINELOOP_WEBHOOK_SECRET"
 
 
-def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
+def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
     """Post it, signed where the environment holds a secret.
 
     A receiver recognises a repeated notification by X-Fineloop-Delivery, the event's id.
@@ -22,11 +22,11 @@ def tell(url: str, told: Announcement, environment: Mapping[str, str]) -> None:
     Raises:
         AnnounceError: the receiver is away, or did not take it.
     """
-    body = json.dumps(told.as_json(), sort_keys=True).encode()
+    body = json.dumps(announcement.as_json(), sort_keys=True).encode()
     headers = {
         "Content-Type": "application/json",
-        "X-Fineloop-Event": told.kind,
-        "X-Fineloop-Delivery": told.event_id,
+        "X-Fineloop-Event": announcement.kind,
+        "X-Fineloop-Delivery": announcement.event_id,
     }
     if secret := environment.get(SECRET):
         headers["X-Hub-Signature-256"] = signature(body, secret)

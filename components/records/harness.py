@@ -51,15 +51,15 @@ class HarnessScores(Part):
         return list(dict.fromkeys((each.task, each.metric) for scores in self.scores.values() for each in scores))
 
     @property
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """A line a task: of those that the config names, or of all where it names more than tasks and groups."""
         if self.left_out:
             return [f"lm-eval: left out, {self.left_out}"]
         measured = list(dict.fromkeys(task for task, _ in self.rows))
         shown = self.tasks if set(self.tasks) <= set(measured) else measured
-        return [f"lm-eval {task}: {', '.join(self._told(task))}" for task in shown]
+        return [f"lm-eval {task}: {', '.join(self._scores_of(task))}" for task in shown]
 
-    def _told(self, task: str) -> Sequence[str]:
+    def _scores_of(self, task: str) -> Sequence[str]:
         result = []
         for metric in (metric for name, metric in self.rows if name == task):
             found: Mapping[str, TaskScore | None] = {role: self.score(role, task, metric) for role in self.scores}

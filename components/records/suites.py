@@ -39,7 +39,7 @@ class Suite(Part):
         return sum(self.passes[role]) if role in self.passes else None
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Who passes how many, in a line."""
         if self.left_out:
             return f"suite {self.name}: left out, {self.left_out}"

@@ -344,13 +344,13 @@ def _conflict(
 ) -> AliasConflict:
     by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "nobody"
     if holder and holder.version == expected and not since:
-        told = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
+        message = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
     else:
-        told = (
+        message = (
             f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is "
             f"held by {by}: compare {version} with that one, then promote it by a run of its own"
         )
-    conflict = AliasConflict(told)
+    conflict = AliasConflict(message)
     conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}
     return conflict
 

@@ -27,7 +27,7 @@ class Ancestor:
     config's sha256, a version's URI."""
 
 
-def asked(terms: Iterable[str]) -> dict[Kind, str]:
+def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
     """KIND=NAME, each once, as `descendants` takes them.
 
     Raises:
@@ -84,14 +84,14 @@ def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancest
     return found
 
 
-def descendants(store: Store, name: str, asked: Mapping[Kind, str]) -> list[Version]:
+def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
     """Versions of the adapter, newest first, whose lineage names all that is asked for.
 
     A base, commit, config or dataset may be given by its beginning, a source and a parent whole.
     """
 
     def names(made_from: Iterable[Ancestor]) -> bool:
-        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in asked.items())
+        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
 
     known = made_from(store, name)
     return [version for version in versions.list_versions(store, name) if names(known.get(version.version, []))]

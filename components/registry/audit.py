@@ -84,25 +84,25 @@ def audit(store: Store, name: str) -> Audit:
 def _publications(
     store: Store, name: str, log: list[Event], whole: dict[str, Manifest], damaged: set[str]
 ) -> Iterator[Finding]:
-    told: dict[str, Event] = {}
+    published: dict[str, Event] = {}
     collected: set[str] = set()
     for event in log:
         version = str(event.body.get("version"))
         if event.kind == "collected":
             collected.add(version)
         elif event.kind == "published":
-            first = told.get(version, event)
+            first = published.get(version, event)
             if version not in collected and first.body.get("manifest_sha256") != event.body.get("manifest_sha256"):
                 yield Finding(event.uri, f"says of {version} another manifest than {first.uri} does")
-            told[version] = event
+            published[version] = event
             collected.discard(version)  # the same training again publishes it anew
     for version, manifest in whole.items():
         uri = store.uri(version_key(name, version))
-        if version not in told:
+        if version not in published:
             yield Finding(uri, "has no event that says it was published")
-        elif told[version].body.get("manifest_sha256") != manifest.sha256:
-            yield Finding(uri, f"has another manifest than was published ({told[version].uri})")
-    for version, event in told.items():
+        elif published[version].body.get("manifest_sha256") != manifest.sha256:
+            yield Finding(uri, f"has another manifest than was published ({published[version].uri})")
+    for version, event in published.items():
         uri = store.uri(version_key(name, version))
         if version not in whole and uri not in damaged and version not in collected:
             yield Finding(uri, f"was published ({event.uri}), and is gone")

@@ -105,12 +105,12 @@ def _lead(run: RunFiles) -> str:
         metric = metric_of(key)
         better = "lower" if metric.lower_is_better else "higher"
         sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
-    told = " ".join(sentences) or "The candidate's metrics were not measured."
-    return f"{told} {continued.sentence(run)}".strip()
+    text = " ".join(sentences) or "The candidate's metrics were not measured."
+    return f"{text} {continued.sentence(run)}".strip()
 
 
 def _others(run: RunFiles, key: str) -> str:
     called: dict[Role, str] = {"champion": f"{run.alias}'s version so far", "base": "the base model"}
     values = {name: run.metric(role, key) for role, name in called.items()}
-    told = [f"{metric_of(key).text(value)} for {name}" for name, value in values.items() if value is not None]
-    return f", against {' and '.join(told)}" if told else ""
+    others = [f"{metric_of(key).text(value)} for {name}" for name, value in values.items() if value is not None]
+    return f", against {' and '.join(others)}" if others else ""

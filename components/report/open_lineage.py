@@ -29,7 +29,7 @@ NAMESPACE = "fineloop"
 PRODUCER = "urn:fineloop"
 
 
-def tell(config: RunConfig, store: Store, run: RunFiles) -> None:
+def emit(config: RunConfig, store: Store, run: RunFiles) -> None:
     """Send that the run began and how it ended, where a server is configured; a warning where that fails."""
     if not any(os.environ.get(name) for name in CONFIGURED_BY):
         return
@@ -42,9 +42,11 @@ def tell(config: RunConfig, store: Store, run: RunFiles) -> None:
             client.emit(event)
         client.close()
     except ImportError as exc:
-        logger.warning("OpenLineage is not told of this run: install Fineloop with its extra openlineage (%s)", exc)
+        logger.warning(
+            "OpenLineage does not get the events of this run: install Fineloop with its extra openlineage (%s)", exc
+        )
     except (OSError, ValueError, TypeError) as exc:  # what requests raises are OSErrors
-        logger.warning("OpenLineage is not told of this run: %s", exc)
+        logger.warning("OpenLineage did not get the events of this run: %s", exc)
 
 
 def events_of(config: RunConfig, store: Store, run: RunFiles) -> list["RunEvent"]:

@@ -13,7 +13,7 @@ from components.report.numbers import number
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 24, 48
 TICKS = 5
-# Told apart by most who do not see all colours (Okabe and Ito).
+# Distinguishable to most people with a colour vision deficiency (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#8c6d31")
 
 

@@ -182,15 +182,15 @@ def sentence(page: AdapterPage) -> str:
         return "It was compared with no version in production before it."
     metric = metric_of(paired.metric)
     better = "better" if paired.difference > 0 else "worse" if paired.difference < 0 else "neither better nor worse"
-    told = f"On {paired.records} held-out records its {metric.label} was {better} than the champion's of that day"
+    text = f"On {paired.records} held-out records its {metric.label} was {better} than the champion's of that day"
     if paired.difference:
-        told += f", by {metric.amount_text(paired.difference)}"
+        text += f", by {metric.amount_text(paired.difference)}"
     if paired.ci95 is None:
-        return f"{told}; no interval was measured."
+        return f"{text}; no interval was measured."
     low, high = paired.ci95
     sure = "which leaves out no difference" if low > 0 or high < 0 else "so that it may be chance"
     gain = f"{metric.signed_text(low)} to {metric.signed_text(high)}"
-    return f"{told}; the 95 % interval of the gain is {gain}, {sure}."
+    return f"{text}; the 95 % interval of the gain is {gain}, {sure}."
 
 
 def picture(page: AdapterPage) -> Picture | None:
@@ -230,8 +230,8 @@ def build_pages(
     common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
-        told = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}
-        built[f"{page.name}.html"] = page_template.render(**common, **told, page=page)
+        content = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}
+        built[f"{page.name}.html"] = page_template.render(**common, **content, page=page)
     return built
 
 

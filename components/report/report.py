@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
 
-    The registry's pages are written with it, where they can be: what is in production may have changed. OpenLineage is
-    told of the run.
+    The registry's pages are written with it, where they can be: what is in production may have changed. OpenLineage
+    gets the events of the run.
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
@@ -50,7 +50,7 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
         logger.info("the registry's pages at %s", pages)
     except FineloopError as exc:  # a report that is there is no failure
         logger.warning("the registry's pages are not written: %s", exc)
-    open_lineage.tell(config, store, run)
+    open_lineage.emit(config, store, run)
     return store.uri(key)
 
 

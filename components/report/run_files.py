@@ -78,12 +78,12 @@ class RunFiles:
     @property
     def until_first_step(self) -> list[Took]:
         """What passed from the finetune step's start to the first step of the training; empty where it does not say."""
-        step, told = self.step("finetune"), self._result("finetune")
-        began, submitted = parse_moment(told.get("began_at")), parse_moment(step.started_at) if step else None
+        step, result = self.step("finetune"), self._result("finetune")
+        began, submitted = parse_moment(result.get("began_at")), parse_moment(step.started_at) if step else None
         if began is None or submitted is None:
             return []
         first = Took(part="Ray job", seconds=(began - submitted).total_seconds())
-        return [first, *(Took.model_validate(each) for each in told.get("until_first_step", []))]
+        return [first, *(Took.model_validate(each) for each in result.get("until_first_step", []))]
 
     def _result(self, step: str) -> Mapping[str, Any]:
         record = self.step(step)

@@ -13,7 +13,7 @@ from components.shared.answers import normal
 from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
-TOLD_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
+SHOWN_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
 """Of all that lineage.json names."""
 _MAX_ANSWERS = 10
 _DROPPED = {
@@ -176,8 +176,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     if seconds:
         facts.append(("Time", duration(seconds)))
     if parts := run.until_first_step:
-        told = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
-        facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {told}"))
+        parts_text = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
+        facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {parts_text}"))
     if run.until_compared_s is not None:
         facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return facts
@@ -211,12 +211,12 @@ def origin(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
         "Hardware": lineage.pop("hardware", None),
         "Environment": {
             **environment,
-            "packages": {name: packages[name] for name in TOLD_PACKAGES if name in packages},
+            "packages": {name: packages[name] for name in SHOWN_PACKAGES if name in packages},
         },
         "Also recorded": {key: value for key, value in lineage.items() if key not in ("schema_version", "adapter")},
     }
-    told = [(title, list(_flat(value))) for title, value in groups.items()]
-    return [(title, lines) for title, lines in told if lines]
+    flat = [(title, list(_flat(value))) for title, value in groups.items()]
+    return [(title, lines) for title, lines in flat if lines]
 
 
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ class Cpu:
     """That this process may use."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """For a person."""
         return f"{self.cores} core{'s' * (self.cores != 1)} of {self.name}, {self.kind}"
 

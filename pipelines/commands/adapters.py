@@ -217,7 +217,7 @@ def _announce(options: argparse.Namespace) -> Answer:
     config = load_config(options).announce
     if not any(dict(config).values()):
         raise UserError(
-            "the config names nobody to tell: set announce.model_registry, announce.mlflow or announce.webhook"
+            "the config names nothing to notify: set announce.model_registry, announce.mlflow or announce.webhook"
         )
     name, _, alias = options.alias.partition("@")
     with opened_registry(options) as store:
@@ -243,11 +243,11 @@ def _lineage(options: argparse.Namespace) -> Answer:
     from components.registry.versions import read_lineage, require_adapter, resolve
     from pipelines.commands.registry_answers import ancestry_shown, descendants_shown
 
-    asked = ancestry.asked(options.of)
+    terms = ancestry.parse_terms(options.of)
     with opened_registry(options) as store:
-        if asked:
+        if terms:
             require_adapter(store, options.reference)
-            return descendants_shown(options.reference, ancestry.descendants(store, options.reference, asked))
+            return descendants_shown(options.reference, ancestry.descendants(store, options.reference, terms))
         version = resolve(store, options.reference)
         if options.tree:
             return ancestry_shown(ancestry.ancestors(store, version))
@@ -344,9 +344,9 @@ def _pull(options: argparse.Namespace) -> Answer:
         if base is not None:
             _pull_base(store, version, base)
     body = {"path": str(target), "version": version.version, "verified": True}
-    told = f"{version.name} {version.version} is at {target}, verified"
+    text = f"{version.name} {version.version} is at {target}, verified"
     return (
-        Answer(body, told) if base is None else Answer({**body, "base_path": str(base)}, f"{told}; its base at {base}")
+        Answer(body, text) if base is None else Answer({**body, "base_path": str(base)}, f"{text}; its base at {base}")
     )
 
 

@@ -127,6 +127,6 @@ def home_option(options: argparse.Namespace) -> str:
     return "" if default else f" --home {shlex.quote(str(options.home))}"
 
 
-def tell(text: str) -> None:
-    """Tell a person how it goes."""
+def print_err(text: str) -> None:
+    """Print progress, a warning or an error on stderr; stdout is for the answer."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201

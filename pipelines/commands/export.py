@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, add_home, tell
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home, print_err
 from pipelines.commands.opened_registry import opened_registry
 
 FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
@@ -57,9 +57,9 @@ def _export(options: argparse.Namespace) -> Answer:
         target = (options.to or Path(f"{version.name}-{version.version}-{options.form}")).absolute()
         arguments = ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
         job = Job("ray_jobs.export", str(options.config.absolute()), [*arguments, *chosen], options.overrides)
-        record = answer(job, tell=tell, verbose=options.verbose)
-    told = ("version", "form", "base", "dtype", "exact", "parity", "answers")
-    return Answer({"path": str(target), **{key: record.get(key) for key in told}})
+        record = answer(job, on_line=print_err, verbose=options.verbose)
+    keys = ("version", "form", "base", "dtype", "exact", "parity", "answers")
+    return Answer({"path": str(target), **{key: record.get(key) for key in keys}})
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, load_config, tell
+from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
@@ -35,20 +35,20 @@ def add(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> Answer:
     from pipelines.local.job import Job, answer
 
-    config = load_config(options)  # a mistake in it is told before PyTorch is loaded
+    config = load_config(options)  # a mistake in it is reported before PyTorch is loaded
     job = Job(
         "ray_jobs.plan",
         str(options.config.absolute()),
         ["--all-methods"] if options.all_methods else [],
         options.overrides,
     )
-    body = answer(job, tell=tell, verbose=options.verbose)
-    return Answer(body, "\n".join(_told(config, body)), exit_code=1 if body["fits"] is False else 0)
+    body = answer(job, on_line=print_err, verbose=options.verbose)
+    return Answer(body, "\n".join(_lines(config, body)), exit_code=1 if body["fits"] is False else 0)
 
 
-def _told(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
+def _lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
-    from pipelines.local.estimate import told
+    from pipelines.local.estimate import estimate_lines
 
     if body["estimate"]:
         yield body["estimate"]["processor_told"]
@@ -57,17 +57,17 @@ def _told(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         f"{body['parameters'] + body['trainable_parameters']:,} parameters ({_percent(body['trainable_share'])})"
     )
     yield ""
-    yield from _memory_told(body)
+    yield from _memory_lines(body)
     yield ""
-    yield from told(config, body["estimate"]) if body["estimate"] else _progress_told(body)
+    yield from estimate_lines(config, body["estimate"]) if body["estimate"] else _speed_lines(body)
     yield ""
-    yield from _advice_told(body)
+    yield from _advice_lines(body)
     if "methods" in body:
         yield ""
-        yield from _methods_told(body["methods"])
+        yield from _method_lines(body["methods"])
 
 
-def _memory_told(body: dict[str, Any]) -> Iterator[str]:
+def _memory_lines(body: dict[str, Any]) -> Iterator[str]:
     parts = {name: size / GIB for name, size in body["memory_bytes"].items()}
     total = parts.pop("total")
     largest = max(parts.values())
@@ -123,16 +123,16 @@ def _host_verdict(body: dict[str, Any]) -> str:
 
 def _evaluation_verdict(body: dict[str, Any]) -> str:
     evaluation = body["evaluation"]
-    told = f"of {evaluation['batch_size']} records at once, the base whole on one device"
+    text = f"of {evaluation['batch_size']} records at once, the base whole on one device"
     if evaluation["fits"] is False:
         fitting = evaluation["fitting_batch_size"]
-        return f"{told}: DOES NOT FIT" + (
+        return f"{text}: DOES NOT FIT" + (
             f", evaluate.batch_size={fitting} does" if fitting else ", whatever the batch"
         )
-    return told
+    return text
 
 
-def _progress_told(body: dict[str, Any]) -> Iterator[str]:
+def _speed_lines(body: dict[str, Any]) -> Iterator[str]:
     from components.shared.durations import estimated_duration
 
     if body["tokens_per_s"] is None:
@@ -161,7 +161,7 @@ def _progress_told(body: dict[str, Any]) -> Iterator[str]:
     yield f"cost    at most ${body['cost']:.2f}, at {price}; {million}"
 
 
-def _advice_told(body: dict[str, Any]) -> Iterator[str]:
+def _advice_lines(body: dict[str, Any]) -> Iterator[str]:
     from components.config.legality import setting
 
     advice = body["advice"]
@@ -181,7 +181,7 @@ def _advice_told(body: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _methods_told(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _method_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "method   base  rank       trained     share  memory, GiB     rate"
     for row in rows:
         if "refused" in row:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from components.handover import serving
-from components.promote.announce import TOLD
+from components.promote.announce import NOTIFIED
 from components.records.steps import finite
 from components.registry import aliases, event_log, versions
 from components.registry.ancestry import Ancestor, tree
@@ -19,7 +19,7 @@ from components.store.store import Store
 from pipelines.commands.arguments import Answer
 from pipelines.commands.table import table
 
-TOLD_LENGTH = 100
+LONGEST_EVENT = 100
 
 
 def adapters_shown(store: Store) -> Answer:
@@ -89,22 +89,22 @@ def version_shown(store: Store, version: Version) -> Answer:
 
 
 def move_shown(name: str, event: Event, announced: Mapping[str, str], *, moved: bool) -> Answer:
-    """A promotion or a rollback, and what became of telling others; `moved` is False where it changed nothing."""
+    """A promotion or a rollback, and the outcome of its notifications; `moved` is False where it changed nothing."""
     move = event.move()
-    told = f"{move['from'] or 'nobody'} -> {move['to']}"
+    text = f"{move['from'] or 'nobody'} -> {move['to']}"
     if not moved:
-        told = f"already {move['to']} since {event.time[:16].replace('T', ' ')} UTC"
+        text = f"already {move['to']} since {event.time[:16].replace('T', ' ')} UTC"
     elif before := event.body.get("evidence", {}).get("anchor_before"):
-        told += f"\nlater candidates are held to {move['to']} as the best version so far, in the place of {before}"
+        text += f"\nlater candidates are held to {move['to']} as the best version so far, in the place of {before}"
     body: dict[str, Any] = {**move, **({} if moved else {"moved": False})}
-    return Answer({**body, **({"announced": dict(announced)} if announced else {})}, f"{name}@{move['alias']}: {told}")
+    return Answer({**body, **({"announced": dict(announced)} if announced else {})}, f"{name}@{move['alias']}: {text}")
 
 
 def announced_shown(name: str, event: Event, announced: Mapping[str, str]) -> Answer:
-    """Who was told of an alias; exit code 1 where somebody could not be."""
+    """What was notified of an alias; exit code 1 where a notification failed."""
     alias, version = event.body["alias"], event.body["to"]
     rows = [(f"announce.{key}", outcome) for key, outcome in announced.items()]
-    failed = any(outcome != TOLD for outcome in announced.values())
+    failed = any(outcome != NOTIFIED for outcome in announced.values())
     body = {"name": name, "alias": alias, "version": version, "announced": dict(announced)}
     return Answer(body, f"{name}@{alias} is {version}\n{table(rows)}", exit_code=1 if failed else 0)
 
@@ -117,7 +117,7 @@ def history_shown(store: Store, name: str) -> Answer:
     """
     versions.require_adapter(store, name)
     log = event_log.events(store, name)
-    rows = [(event.time[:19], event.kind, _told(event)) for event in log]
+    rows = [(event.time[:19], event.kind, _event_text(event)) for event in log]
     return Answer({"name": name, "events": [vars(event) for event in log]}, table(rows))
 
 
@@ -148,9 +148,9 @@ def removals_shown(found: Sequence[Removal], *, deleted: bool) -> Answer:
             for each in found
         ],
     }
-    told = f"{len(found)} {'removed' if deleted else 'would go (--delete removes them)'}, {size / 1e6:.1f} MB"
+    text = f"{len(found)} {'removed' if deleted else 'would go (--delete removes them)'}, {size / 1e6:.1f} MB"
     rows = [(each.kind, each.name, f"{each.size_bytes / 1e6:.1f} MB", each.why) for each in found]
-    return Answer(body, "\n".join([*([table(rows)] if rows else []), told]))
+    return Answer(body, "\n".join([*([table(rows)] if rows else []), text]))
 
 
 def audit_shown(audits: Sequence[Audit]) -> Answer:
@@ -163,20 +163,20 @@ def audit_shown(audits: Sequence[Audit]) -> Answer:
     counts = {"version": sum(audit.versions for audit in audits), "event": sum(audit.events for audit in audits)}
     read = ", ".join(counted(number, noun) for noun, number in {"adapter": len(audits), **counts}.items())
     found = counted(len(findings), "finding") if findings else "no findings"
-    told = [f"{finding.where}: {finding.what}" for finding in findings]
-    return Answer(body, "\n".join([f"{read}: {found}", *told]), exit_code=1 if findings else 0)
+    lines = [f"{finding.where}: {finding.what}" for finding in findings]
+    return Answer(body, "\n".join([f"{read}: {found}", *lines]), exit_code=1 if findings else 0)
 
 
-def _told(event: Event) -> str:
+def _event_text(event: Event) -> str:
     body = event.body
     if "to" in body:
         by = f" by {body['actor']}" if body.get("actor") else ""
         why = f": {body['reason']}" if body.get("reason") else ""
-        told = f"{body['alias']}: {body['from'] or 'nobody'} -> {body['to']}{by}{why}"
+        text = f"{body['alias']}: {body['from'] or 'nobody'} -> {body['to']}{by}{why}"
     else:
         reasons = "; ".join(body.get("reasons", []))
-        told = f"{body.get('version', '')}{': ' + reasons if reasons else ''}"
-    return told if len(told) <= TOLD_LENGTH else told[: TOLD_LENGTH - 3] + "..."
+        text = f"{body.get('version', '')}{': ' + reasons if reasons else ''}"
+    return text if len(text) <= LONGEST_EVENT else text[: LONGEST_EVENT - 3] + "..."
 
 
 def _described(version: Version) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _list(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import schedule
 
     found = schedule.listed(connected(options))
-    told = [one.as_json() for one in found]
+    schedules = [one.as_json() for one in found]
     rows = [("schedule", "state", "when (UTC)", "next", "adapter")]
     rows += [
         (
@@ -143,10 +143,10 @@ def _list(options: argparse.Namespace) -> Answer:
             _short(one["next"][:1]) or "-",
             one["adapter"],
         )
-        for one in told
+        for one in schedules
     ]
     return Answer(
-        {"schedules": told}, table(rows) if told else "no schedules yet: `fineloop schedule create` makes one"
+        {"schedules": schedules}, table(rows) if schedules else "no schedules yet: `fineloop schedule create` makes one"
     )
 
 

@@ -55,9 +55,9 @@ def _sign(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         if options.held:
             signed = sign_held(store, options.held, key)
-            told = [f"{each.version} {f'for {each.alias}' if each.alias else 'as revoked'}" for each in signed]
+            lines = [f"{each.version} {f'for {each.alias}' if each.alias else 'as revoked'}" for each in signed]
             body = {"name": options.held, "signed": [each._asdict() for each in signed], "public_key": public}
-            return Answer(body, "\n  ".join([f"of {options.held}, {len(told)} signed by {public}", *told]))
+            return Answer(body, "\n  ".join([f"of {options.held}, {len(lines)} signed by {public}", *lines]))
         version = resolve(store, options.reference)
         alias = options.alias or version.asked_as or PRODUCTION
         uri = signing.sign(store, version.name, version.version, key, alias=alias)

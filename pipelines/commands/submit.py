@@ -4,7 +4,7 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, tell
+from pipelines.commands.arguments import Answer, add_command, add_config, print_err
 from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared
 
 if TYPE_CHECKING:
@@ -47,18 +47,18 @@ def _submit(options: argparse.Namespace) -> Answer:
         run_name=options.run_name or f"{built.config.adapter.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
         service_account=options.service_account,
     )
-    tell(f"run {run.run_id}: {run.url}")
+    print_err(f"run {run.run_id}: {run.url}")
     if options.no_wait:
         return Answer(_body(run), f"{run.name} is started; fineloop runs show {run.run_id}")
     recorded = Recorded(run)
     try:
-        run = follow(run, tell, progress=recorded.progress)
+        run = follow(run, print_err, progress=recorded.progress)
     except KeyboardInterrupt:
-        told = (
+        text = (
             f"no longer followed; {run.name} goes on\n"
             f"  see it    fineloop runs show {run.run_id}\n  stop it   fineloop runs stop {run.run_id}"
         )
-        return Answer({**_body(run), "interrupted": True}, told, INTERRUPTED, is_aside=True)
+        return Answer({**_body(run), "interrupted": True}, text, INTERRUPTED, is_aside=True)
     body = {**_body(run), **as_json(run, recorded)}
     lines = [f"{run.name} {run.state.lower()}", *outcome_lines(run, recorded), run.url]
     return Answer(body, "\n".join(lines), 0 if run.succeeded else 1)

@@ -39,7 +39,7 @@ def _sweep(options: argparse.Namespace) -> Answer:
             f"--apply would write into the built-in example, {DEFAULT_CONFIG}: name a config of your own with -c"
         )
     from pipelines.local.run import Place
-    from pipelines.local.sweep import apply, picture_path, sweep, told
+    from pipelines.local.sweep import apply, picture_path, sweep, sweep_lines
 
     if options.methods:
         names = [name.strip() for name in options.methods.split(",")]
@@ -48,15 +48,15 @@ def _sweep(options: argparse.Namespace) -> Answer:
     place = Place(options.home, sys.stderr, verbose=options.verbose, address=options.address)
     result = sweep(config, place, run_id=options.run_id)
     picture = str(picture_path(place, result.run_id))
-    lines = [*told(result), "", f"picture: {picture}"]
+    lines = [*sweep_lines(result), "", f"picture: {picture}"]
     body = {**result.model_dump(mode="json"), "picture": picture}
     if options.apply:
         body["applied"] = apply(options.config, config, result.best)
-        lines.append(_applied_told(body["applied"], options.config))
+        lines.append(_applied_text(body["applied"], options.config))
     return Answer(body, "\n".join(lines))
 
 
-def _applied_told(applied: dict[str, Any], path: Any) -> str:
+def _applied_text(applied: dict[str, Any], path: Any) -> str:
     if not applied:
         return f"{path} trains at it already"
     return f"{path} now has {', '.join(f'{key} = {value}' for key, value in applied.items())}"

@@ -1,4 +1,4 @@
-"""Cron of five fields, as crontab has it: checked, told in words, and put as Kubeflow Pipelines wants it.
+"""Cron of five fields, as crontab has it: checked, explained in words, and written as Kubeflow Pipelines wants it.
 
 Kubeflow reads cron with robfig/cron v1: SECONDS come first, and five fields are accepted and mean something else
 (`0 2 * * *` is the second minute of every hour). Sunday is 0 only, and there is no L, W or #.
@@ -29,7 +29,7 @@ RANGES = {
     "month": "1-12 or JAN-DEC",
     "day-of-week": "0-7 or SUN-SAT",
 }
-NUM_TOLD = 5
+NUM_NEXT = 5
 NEVER = "there is no such day in these months"
 
 
@@ -93,7 +93,7 @@ def next_times(
 ) -> list[datetime]:
     """The next five times, fewer where the end comes first."""
     times = CronSim(expression, max(now, start or now).astimezone(UTC))
-    return list(itertools.takewhile(lambda time: end is None or time <= end, itertools.islice(times, NUM_TOLD)))
+    return list(itertools.takewhile(lambda time: end is None or time <= end, itertools.islice(times, NUM_NEXT)))
 
 
 def _mistake(fields: Sequence[str], field: str) -> str:

@@ -114,5 +114,5 @@ def _stuck(found: Resource) -> str:
 
 def _why(found: Resource) -> str:
     conditions = found.get("status", {}).get("conditions") or []
-    told = [each["message"] for each in conditions if each.get("status") != "True" and each.get("message")]
-    return "; ".join(told) or found.get("status", {}).get("phase", "it was never made")
+    messages = [each["message"] for each in conditions if each.get("status") != "True" and each.get("message")]
+    return "; ".join(messages) or found.get("status", {}).get("phase", "it was never made")

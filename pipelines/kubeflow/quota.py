@@ -35,7 +35,7 @@ def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
     for name, quota, borrowed in _quotas(cluster_queue):
         room[name] = max(room.get(name, Decimal(0)), parse_quantity(quota) + parse_quantity(borrowed))
     return [
-        f"{name}: {_told(need)} asked for, at most {_told(room[name])} given"
+        f"{name}: {_formatted(need)} asked for, at most {_formatted(room[name])} given"
         if name in room
         else f"{name}: not covered by the queue"
         for name, need in wanted.items()
@@ -52,6 +52,6 @@ def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                 yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
 
 
-def _told(quantity: Decimal) -> str:
+def _formatted(quantity: Decimal) -> str:
     gib = quantity / 2**30
     return f"{gib:.0f} GiB" if gib >= 1 else f"{quantity.normalize():f}"

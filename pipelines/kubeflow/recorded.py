@@ -1,4 +1,4 @@
-"""What a run's steps have recorded in the store: Kubeflow itself tells neither why a step failed nor how far one is."""
+"""What a run's steps have recorded in the store: Kubeflow itself reports neither why a step failed nor its progress."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from components.config.schema import RegistryConfig
-from components.promote.announce import untold, warning
+from components.promote.announce import failed_notifications, warning
 from components.records import runs
 from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord
 from components.shared.durations import estimated_duration
@@ -37,10 +37,10 @@ class Recorded:
         failed = [step for step in self._read(runs.steps, nothing) if not step.succeeded]
         return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
 
-    def untold(self) -> dict[str, str]:
+    def failed_notifications(self) -> dict[str, str]:
         """Notifications of the promotion that failed, and why."""
         nothing: list[StepRecord] = []
-        return untold(self._read(runs.steps, nothing))
+        return failed_notifications(self._read(runs.steps, nothing))
 
     def progress(self) -> str:
         """How far the training is; empty before its first steps are recorded."""
@@ -101,7 +101,9 @@ def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
     decision = recorded.decision()
     lines = [*(_decision_lines(decision) if decision else []), *failures(run, recorded)]
     if decision and decision.promoted:
-        lines += [warning(key, decision.adapter, decision.alias, why) for key, why in recorded.untold().items()]
+        lines += [
+            warning(key, decision.adapter, decision.alias, why) for key, why in recorded.failed_notifications().items()
+        ]
     refused = f"what it recorded cannot be read from here: {recorded.refused}" if recorded.refused else ""
     return [*lines, *([refused] if refused else [])]
 

@@ -10,7 +10,7 @@ from typing import TextIO
 from components.shared.protocol import STARTED, Line
 
 PLAIN_EVERY_S = 5.0
-"""Without a terminal, such as in a CI log, progress is told this often."""
+"""Without a terminal, such as in a CI log, progress is printed this often."""
 ROW = "| "
 """What a line begins with that is a row of a table, its cells apart by spaces: a sweep's trials."""
 WIDTHS = (8, 4, 5, 9, 4, 8, 9)
@@ -32,7 +32,7 @@ class Display:
         self._note = ""
         self._result = ""
         self._began = 0.0
-        self._told_at = float("-inf")
+        self._printed_at = float("-inf")
         self._seconds: float | None = None
 
     def start(self, step: str) -> None:
@@ -40,7 +40,7 @@ class Display:
         self._settle()
         self._over.discard(step)
         self._step, self._note, self._result, self._began, self._seconds = step, "", "", self._clock(), None
-        self._told_at = float("-inf")
+        self._printed_at = float("-inf")
         if self._live:
             self.tick()
         else:
@@ -62,12 +62,12 @@ class Display:
 
     def finish(self, seconds: float | None = None) -> None:
         """The running step succeeded, in `seconds` where it measured them itself."""
-        told = self._seconds
+        reported_s = self._seconds
         self._note = self._result or self._note
         self._seconds = seconds if seconds is not None else self._clock() - self._began
         if self._live:
             self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}")
-        elif told is None:
+        elif reported_s is None:
             self._write(f"[{self._step}] finished in {self._seconds:.1f} s\n")
 
     def fail(self) -> None:
@@ -87,7 +87,7 @@ class Display:
             mark = _SPINNER[int(now * 8) % len(_SPINNER)]
             self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
 
-    def tell(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line of its own, above that of the running step."""
         if self._live and self._step and self._seconds is None:
             self._rewrite(f"{text}\n")
@@ -108,10 +108,10 @@ class Display:
             self.tick()
             return
         is_progress = _PROGRESS.search(text) is not None
-        if is_progress and self._clock() - self._told_at < PLAIN_EVERY_S:
+        if is_progress and self._clock() - self._printed_at < PLAIN_EVERY_S:
             return
         if is_progress:
-            self._told_at = self._clock()
+            self._printed_at = self._clock()
         self._write(f"[{self._step}] {text}\n")
 
     def _add_row(self, text: str) -> None:

@@ -18,7 +18,7 @@ from components.shared.errors import FineloopError, StoreError
 from components.shared.memory import machine_bytes
 from pipelines.check import Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
-from pipelines.local.estimate import told_here
+from pipelines.local.estimate import estimate_here
 from pipelines.local.gpus import lacking
 from pipelines.local.ports import LOOPBACK
 
@@ -52,7 +52,7 @@ def time_of_a_run(config: RunConfig, home: Path) -> Check:
     with tempfile.TemporaryDirectory(prefix="fineloop-doctor-") as scratch:
         path = Path(scratch) / "config.toml"
         path.write_text(config_file.dumps(config), encoding="utf-8")
-        return Check(name, True, "; ".join(told_here(config, path, home)), "")
+        return Check(name, True, "; ".join(estimate_here(config, path, home)), "")
 
 
 def _machine(home: Path) -> Iterator[Check]:

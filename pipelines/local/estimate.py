@@ -1,4 +1,4 @@
-"""What a person is told of a run's length on this machine, before it starts or as it does."""
+"""Estimates of how long a run takes on this machine, before it starts or while it starts."""
 
 import os
 import threading
@@ -18,18 +18,18 @@ from pipelines.local.job import Job, answer
 LONG_S = 1800.0
 
 
-def told_here(config: RunConfig, config_path: Path, home: Path) -> list[str]:
+def estimate_here(config: RunConfig, config_path: Path, home: Path) -> list[str]:
     """Lines for a person on how long a run takes here; no run fails for want of an estimate."""
-    return _told_by(_job(config_path, home), config)
+    return _lines_of(_job(config_path, home), config)
 
 
 @contextmanager
-def told_meanwhile(config: RunConfig, config_path: Path, home: Path) -> Iterator[Callable[[], list[str]]]:
-    """The same beside a run that starts. What is given returns the lines once, when they are there, and else nothing.
+def estimate_in_background(config: RunConfig, config_path: Path, home: Path) -> Iterator[Callable[[], list[str]]]:
+    """The same in a thread beside a run that starts. The callable returns the lines once they are there, and only once.
 
     A base that a package ships is converted first, which the run then need not do. All of it ends with the context.
     """
-    is_over, is_told = threading.Event(), False
+    is_over, is_reported = threading.Event(), False
     job = replace(_job(config_path, home), arguments=("--convert",))
 
     def unless_over() -> None:
@@ -37,14 +37,14 @@ def told_meanwhile(config: RunConfig, config_path: Path, home: Path) -> Iterator
             raise CancelledError
 
     def news() -> list[str]:
-        nonlocal is_told
-        if is_told or not made.done():
+        nonlocal is_reported
+        if is_reported or not made.done():
             return []
-        is_told = True
+        is_reported = True
         return made.result()
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        made = pool.submit(_told_by, job, config, unless_over)
+        made = pool.submit(_lines_of, job, config, unless_over)
         try:
             yield news
         finally:
@@ -56,14 +56,14 @@ def _job(config_path: Path, home: Path) -> Job:
     return Job("ray_jobs.estimate", str(config_path.absolute()), environment={"FINELOOP_CACHE": cache})
 
 
-def _told_by(job: Job, config: RunConfig, on_tick: Callable[[], None] = lambda: None) -> list[str]:
+def _lines_of(job: Job, config: RunConfig, on_tick: Callable[[], None] = lambda: None) -> list[str]:
     try:
-        return list(told(config, answer(job, on_tick=on_tick)))
+        return list(estimate_lines(config, answer(job, on_tick=on_tick)))
     except FineloopError as exc:
         return [f"how long it takes here is unknown: {exc}"]
 
 
-def told(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
+def estimate_lines(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
     """Lines for a person, from what `ray_jobs.estimate` says."""
     if estimate["tokens_per_s"] is None:
         yield f"how long it takes here is unknown: {estimate['unknown_because']}"

@@ -20,7 +20,7 @@ from pipelines.local.service import job_environment
 from pipelines.local.step_secrets import without_secrets
 from pipelines.local.watch import run_heard
 
-LOG_TAIL = 20  # lines told of a process that ended without a word
+LOG_TAIL = 20  # lines of stderr shown of a process that ended without an error of ours
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Job:
 def answer(
     job: Job,
     *,
-    tell: Callable[[str], None] = lambda text: None,
+    on_line: Callable[[str], None] = lambda text: None,
     verbose: bool = False,
     on_tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run the job and return its answer. `tell` gets what it tells people meanwhile; its stderr is seen if `verbose`.
+    """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is seen if `verbose`.
 
     What `on_tick` raises, which is called several times a second, ends the job.
 
@@ -68,7 +68,7 @@ def answer(
         if line is not None and line.failure is not None:
             failures.append(line.failure)
         elif line is not None:
-            tell(line.text)
+            on_line(line.text)
 
     with tempfile.TemporaryFile() as log:
         exit_code = run_heard(

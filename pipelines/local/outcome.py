@@ -1,4 +1,4 @@
-"""What a finished run left in the store, as the command line tells it."""
+"""What a finished run left in the store, as the command line reports it."""
 
 import shlex
 import textwrap
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.promote.announce import untold, warning
+from components.promote.announce import failed_notifications, warning
 from components.records import runs
 from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.registry.aliases import PRODUCTION
@@ -79,7 +79,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         report=str(report_path),
         store=_where(store),
         timings_s={"ground": ground_s, **_seconds(steps), "total": total_s},
-        untold=untold(steps),
+        untold=failed_notifications(steps),
     )
 
 

@@ -20,7 +20,7 @@ from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
-from pipelines.local.estimate import told_meanwhile
+from pipelines.local.estimate import estimate_in_background
 from pipelines.local.gpus import lacking
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
@@ -102,8 +102,8 @@ def run_and_read(
             (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
             news: Callable[[], list[str]] = list
             if trains_here and what != "sweep":
-                print(f"{this_cpu().told}; trying a few layers of the base", file=place.terminal, flush=True)
-                news = while_it_runs.enter_context(told_meanwhile(config, folder / "config.toml", place.home))
+                print(f"{this_cpu().summary}; trying a few layers of the base", file=place.terminal, flush=True)
+                news = while_it_runs.enter_context(estimate_in_background(config, folder / "config.toml", place.home))
             ground_began = time.monotonic()
             display.start("servers")
             services = local_services(place.home, bucket=config.registry.bucket, ray=needs_head)
@@ -176,7 +176,7 @@ def _execute(
 ) -> Ended:
     def on_tick() -> None:
         for text in news():
-            display.tell(text)
+            display.message(text)
         display.tick()
 
     ended: Ended | None = None

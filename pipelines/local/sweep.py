@@ -42,16 +42,16 @@ def picture_path(place: Place, run_id: str) -> Path:
     return place.home.absolute() / "runs" / run_id / "sweep.svg"
 
 
-def told(result: SweepResult) -> Iterator[str]:
-    """What was found, for a person."""
+def sweep_lines(result: SweepResult) -> Iterator[str]:
+    """What was found, as lines of text."""
     for tuned in result.tuned:
         yield f"{tuned.method}, rank {tuned.rank}, {tuned.batch_size} records a step"
-        yield from _rates_told(tuned)
+        yield from _rate_lines(tuned)
         yield ""
     yield result.verdict
 
 
-def _rates_told(tuned: Tuned) -> Iterator[str]:
+def _rate_lines(tuned: Tuned) -> Iterator[str]:
     known = [rate.loss for rate in tuned.rates if rate.loss is not None]
     least, span = min(known), (max(known) - min(known)) or 1.0
     for rate in tuned.rates:

@@ -39,8 +39,8 @@ class Agreement:
         """Whether the two differ in the order of additions alone."""
         return self.argmax_agreement >= MIN_ARGMAX_AGREEMENT and self.mean_kl_nats <= MAX_MEAN_KL_NATS
 
-    def told(self) -> str:
-        """The figures for a person."""
+    def summary(self) -> str:
+        """The figures in a line."""
         return (
             f"{self.argmax_agreement:.2%} of {self.positions} positions agree, largest logit difference "
             f"{self.max_abs_logit_difference:.2g}, mean KL {self.mean_kl_nats:.2g} nats"
@@ -78,7 +78,7 @@ def require_same(found: Agreement, what: str) -> None:
     """
     if not found.is_same:
         raise FineloopError(
-            f"nothing is exported, for {what} does not say what the adapter on its base says: {found.told()}; at "
+            f"nothing is exported, for {what} does not say what the adapter on its base says: {found.summary()}; at "
             f"least {MIN_ARGMAX_AGREEMENT:.1%} must agree, with a mean KL of at most {MAX_MEAN_KL_NATS:g} nats"
         )
 

@@ -89,12 +89,12 @@ def require_same(base: Base, recorded: Mapping[str, str]) -> None:
     )
     if was != now:
         raise IntegrityError(
-            f"the adapter was trained on {base.reference} with {_told(was)}, and today that is {_told(now)}: put the "
+            f"the adapter was trained on {base.reference} with {_text(was)}, and today that is {_text(now)}: put the "
             "files that it was trained on back there, or train it again"
         )
 
 
-def _told(identity: Mapping[str, str | None]) -> str:
+def _text(identity: Mapping[str, str | None]) -> str:
     return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
 
 

@@ -35,7 +35,7 @@ def quantization(
     if base_format not in (possible := formats(shape)):
         mend = f"set method.base={possible[0]}, or name" if possible else "name"
         raise ConfigError(
-            f"method.base {base_format}: the weights of {reference} are quantised already, as {_told(stored)}: {mend} "
+            f"method.base {base_format}: the weights of {reference} are quantised already, as {_named(stored)}: {mend} "
             "the unquantised model that they were made from"
         )
     if not stored:
@@ -68,7 +68,7 @@ def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
     return found if isinstance(found, dict) else found.to_dict()
 
 
-def _told(stored: dict[str, Any]) -> str:
+def _named(stored: dict[str, Any]) -> str:
     kind = stored.get("quant_method", "a kind that it does not name")
     if kind != "bitsandbytes":
         return str(kind)

@@ -103,14 +103,14 @@ class Products:
         found[:, width:] = 0
         return found
 
-    def joined(self, *, on_the_way_back: bool = False) -> Joined:
+    def joined(self, *, backward: bool = False) -> Joined:
         """M, with the factors as they are now; kept for the backward pass, unless another forward pass came between."""
         found = self._kept.get(self._name)
         if found is None or not found.holds(self.layers):
             found = Joined(self.layers)
             if found.is_kept:
                 self._kept[self._name] = found
-        if on_the_way_back and found.filled_by is self:
+        if backward and found.filled_by is self:
             return found
         found.filled_by = self
         for layer, A_RI, B_OR in zip(self.layers, found.A, found.B, strict=True):
@@ -134,7 +134,7 @@ class Products:
 
         The former only where it is asked to go `down`.
         """
-        M, g_TO, g_TR = self.joined(on_the_way_back=True), g[:, : self.outputs], g[:, self.outputs :]
+        M, g_TO, g_TR = self.joined(backward=True), g[:, : self.outputs], g[:, self.outputs :]
         for B_OR, rows, ranks in zip(M.B, M.rows, M.ranks, strict=True):
             torch.mm(g_TO[:, rows], B_OR, out=g_TR[:, ranks])
         A_RI = (g_TR.T @ x[:, : self.inputs]).mul_(self.scaling)

@@ -20,7 +20,7 @@ from ray_jobs.planning.capacity import (
     records_to_evaluate,
     require_fit,
 )
-from ray_jobs.planning.memory import GIB, parts_told
+from ray_jobs.planning.memory import GIB, parts_text
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 from ray_jobs.text.batching import TokenizedSplit
@@ -30,8 +30,8 @@ from ray_jobs.text.batching import TokenizedSplit
 class Outlook:
     """What the plan says of a training that may begin."""
 
-    told: list[str]
-    """For a person."""
+    lines: list[str]
+    """Printed before the training."""
     dense_base: bool = False
     """Whether workers hold the base dense, where memory is free for it when they start."""
 
@@ -56,7 +56,7 @@ def before_training(
     choice = require_fit(config, rehearsal, batch, device)
     parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
     counted = counts(rehearsal.stats)
-    needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_told(parts)})"
+    needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_text(parts)})"
     if is_dense:
         needs += ", the base held dense,"
     if device.memory is None:
@@ -64,13 +64,13 @@ def before_training(
     else:
         verdict = "fits" if device.holds(parts.total) else "may not fit"
         fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"
-    told = [
+    lines = [
         f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
         f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
         needs + fits,
-        *_evaluation_told(config, rehearsal, batch, device),
+        *_evaluation_lines(config, rehearsal, batch, device),
     ]
-    return Outlook(told, is_dense)
+    return Outlook(lines, is_dense)
 
 
 def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -> int | None:
@@ -87,11 +87,11 @@ def _worst_batch(config: RunConfig, split: TokenizedSplit) -> WorstBatch:
     return WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
 
 
-def _evaluation_told(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:
-    asked, fitting = config.evaluate.batch_size, records_to_evaluate(config, rehearsal, batch, device)
-    if fitting < asked:
+def _evaluation_lines(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:
+    wanted, fitting = config.evaluate.batch_size, records_to_evaluate(config, rehearsal, batch, device)
+    if fitting < wanted:
         needs = (
-            f"evaluating {asked} records at once needs about {evaluated(config, rehearsal, batch).total / GIB:.1f} GiB"
+            f"evaluating {wanted} records at once needs about {evaluated(config, rehearsal, batch).total / GIB:.1f} GiB"
         )
         yield f"{needs} and may not fit: " + (
             f"set evaluate.batch_size={fitting}" if fitting else "the base alone takes more than one device has"

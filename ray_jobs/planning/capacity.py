@@ -12,7 +12,7 @@ from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
-from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_told, plan, reading, weight_bytes
+from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_text, plan, reading, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 from ray_jobs.scoring.answers import NEW_TOKENS
 from ray_jobs.text.batching import TokenizedSplit
@@ -228,7 +228,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     memory, safe = device.memory or limit, device.safe or limit
     raise ConfigError(
         f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
-        f"({parts_told(parts)}) and has {memory / GIB:.1f}. "
+        f"({parts_text(parts)}) and has {memory / GIB:.1f}. "
         f"{_way_out(choice, advised(config, rehearsal, batch, safe), batch)}"
     )
 

@@ -242,7 +242,7 @@ def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, train
     return result
 
 
-def parts_told(parts: Parts) -> str:
+def parts_text(parts: Parts) -> str:
     """The parts for a sentence, largest first, those below one in a hundred left out."""
     named = {name: size for name, size in parts.as_json().items() if name != "total" and size >= parts.total / 100}
     return ", ".join(f"{name} {named[name] / GIB:.3g}" for name in sorted(named, key=named.__getitem__, reverse=True))

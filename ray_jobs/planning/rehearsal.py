@@ -102,8 +102,8 @@ class Rehearsal:
         try:
             self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
         except ImportError as exc:
-            told = " ".join(str(exc).split())
-            raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {told}") from exc
+            message = " ".join(str(exc).split())
+            raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {message}") from exc
         self.formats = tuple(
             each for each in stored_format.formats(base) if each == "bf16" or not left_dense(self._model)
         )

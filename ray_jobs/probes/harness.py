@@ -70,7 +70,7 @@ class Tasks:
         for share in shares:
             scores.update((role, found) for role, found in share.items())
         record = self.known.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
-        return Outcome(record, lines=record.told)
+        return Outcome(record, lines=record.summary)
 
 
 NO_TASKS = Tasks("", frozenset(), HarnessScores(lm_eval="", tasks=()))

@@ -77,8 +77,8 @@ class OwnAnswers(texts.Texts):
             [len(prompt) for prompt in prompts],
             ids=self.split.ids,
         )
-        told = {"answers": [list(answer) for answer in answers], "tokens": split.num_answer_tokens.tolist()}
-        known = self.known.model_copy(update={**told, "text_sha256": texts.sha256(split)})
+        update = {"answers": [list(answer) for answer in answers], "tokens": split.num_answer_tokens.tolist()}
+        known = self.known.model_copy(update={**update, "text_sha256": texts.sha256(split)})
         return replace(self, split=split, known=known, new_tokens=0)
 
 
@@ -104,9 +104,9 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     longest = min(NEW_TOKENS, config.model.max_length // 2)
     # An answer is needed to make a record; its prompt alone is taken.
     records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(asked)]
-    told = tokenize(records, chat, config.model.max_length - longest)
-    rows = [told.prompt(row).tolist() for row in range(len(told))]
-    split = texts.as_split(rows, [len(row) for row in rows], ids=told.ids)
+    tokenized = tokenize(records, chat, config.model.max_length - longest)
+    rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
+    split = texts.as_split(rows, [len(row) for row in rows], ids=tokenized.ids)
     how = json.dumps([texts.sha256(split), split.ids, sorted(chat.stops), longest, SEED])
     known = TextLosses(
         text_sha256="",

@@ -33,7 +33,7 @@ Passes = Callable[[str, Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingSuite:
     """One suite, and the roles that have not answered it yet."""
 
     split: TokenizedSplit
@@ -47,7 +47,7 @@ class Asked:
 class Questions:
     """All suites that a run asks for."""
 
-    suites: tuple[Asked, ...]
+    suites: tuple[PendingSuite, ...]
 
     def at(self, rows: Rows) -> "Questions":
         """Of each suite the questions at these places."""
@@ -75,7 +75,7 @@ class Questions:
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
         """Who passes what."""
         record = tuple(_judged(each, chat, shares) for each in self.suites)
-        return Outcome(record, lines=[suite.told for suite in record])
+        return Outcome(record, lines=[suite.summary for suite in record])
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Questions:
@@ -87,15 +87,15 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
         return Questions(())
     base_format, reach = config.method.row.base, _reach(config, contenders[0])
     roles = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
-    asked = []
+    suites = []
     for name in dict.fromkeys(config.evaluate.suites):
-        suite = _unasked(name, chat, base_format, reach)
+        suite = _pending(name, chat, base_format, reach)
         passes = earlier.known(store, config, contenders, partial(_passes, suite.known.sha256))
         passes = {role: found for role, found in passes.items() if role in ROLES}
         left = roles - passes.keys() if len(suite.split) else ()
         known = suite.known.model_copy(update={"passes": passes})
-        asked.append(replace(suite, roles=frozenset(left), known=known))
-    return Questions(tuple(asked))
+        suites.append(replace(suite, roles=frozenset(left), known=known))
+    return Questions(tuple(suites))
 
 
 def passing(name: str, chat: ChatFormat) -> Passes:
@@ -120,7 +120,7 @@ def shipped() -> dict[str, Any]:
     return dict(found["suites"])
 
 
-def _unasked(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) -> Asked:
+def _pending(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) -> PendingSuite:
     """A suite that nobody was asked, or that is left out."""
     suite = shipped()[name]
     tools, most = suite.get("tools", {}), suite["max_new_tokens"]
@@ -154,22 +154,22 @@ def _unasked(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) ->
         left_out=left_out,
         passes={},
     )
-    return Asked(split, frozenset(), most, known)
+    return PendingSuite(split, frozenset(), most, known)
 
 
-def _judged(asked: Asked, chat: ChatFormat, shares: Sequence[Findings]) -> Suite:
-    name = asked.known.name
-    if not asked.roles:
-        return asked.known
+def _judged(pending: PendingSuite, chat: ChatFormat, shares: Sequence[Findings]) -> Suite:
+    name = pending.known.name
+    if not pending.roles:
+        return pending.known
     items, passes = shipped()[name]["items"], passing(name, chat)
-    count = len(asked.split)
-    said = {role: in_order([share[role][name] for share in shares], count) for role in ROLES if role in asked.roles}
+    count = len(pending.split)
+    said = {role: in_order([share[role][name] for share in shares], count) for role in ROLES if role in pending.roles}
     found: dict[str, list[bool]] = {
         role: [passes(answer, item) for answer, item in zip(answers, items, strict=True)]
         for role, answers in said.items()
     }
-    return asked.known.with_answers(
-        {**asked.known.passes, **found}, said.get("candidate"), [item["prompt"] for item in items]
+    return pending.known.with_answers(
+        {**pending.known.passes, **found}, said.get("candidate"), [item["prompt"] for item in items]
     )
 
 

@@ -16,7 +16,7 @@ from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat
 
 Advance = Callable[[int], None]
-Tell = Callable[[str], None]
+OnText = Callable[[str], None]
 
 
 @torch.inference_mode()
@@ -27,13 +27,13 @@ def greedy(
     batch_size: int,
     max_new_tokens: int,
     advance: Advance = lambda _: None,
-    tell: Tell | None = None,
+    on_text: OnText | None = None,
 ) -> list[str]:
     """The greedy answer to each prompt of `split`, without special tokens and outer white space.
 
     It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
-    answered at once, and fewer where their keys and values would not fit. `tell` receives the answer to a single prompt
-    word by word as it comes: the pieces joined are the answer.
+    answered at once, and fewer where their keys and values would not fit. `on_text` receives the answer to a single
+    prompt word by word as it comes: the pieces joined are the answer.
     """
     result = [""] * len(split)
     prompts = [split.prompt(row) for row in range(len(split))]
@@ -41,7 +41,7 @@ def greedy(
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         asked = [prompts[index] for index in indices]
-        words = None if tell is None else _Words(chat.tokenizer, tell)
+        words = None if on_text is None else _Words(chat.tokenizer, on_text)
         if reader is None:
             found = _texts(chat, generated(model, chat, asked, max_new_tokens, streamer=words))
         else:
@@ -138,9 +138,9 @@ def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
 class _Words(TextStreamer):
     """Hands on an answer as transformers' streamer finds its words whole, without outer white space."""
 
-    def __init__(self, tokenizer: Any, tell: Tell) -> None:
+    def __init__(self, tokenizer: Any, on_text: OnText) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._tell = tell
+        self._on_text = on_text
         self._space: str | None = None  # white space, passed on if more follows; None before the first word
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -151,5 +151,5 @@ class _Words(TextStreamer):
         if not words:
             self._space = None if self._space is None else self._space + text
             return
-        self._tell((self._space or "") + words)
+        self._on_text((self._space or "") + words)
         self._space = text[len(words) :]

@@ -33,7 +33,7 @@ class HeldBase:
         """When whoever had it last was done with it, on the monotonic clock."""
         self.kernels: Kernels | None = None
         """What takes its products."""
-        self._asked: tuple[Any, ...] = ()
+        self._key: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
         self._wide: dict[str, torch.Tensor] = {}
 
@@ -41,14 +41,14 @@ class HeldBase:
         self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
     ) -> "PreTrainedModel":
         """The base without any adapter; whoever had it before must be done with it."""
-        asked = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
-        if self._model is None or asked != self._asked:
+        key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
+        if self._model is None or key != self._key:
             self._model = self.start_loss = self.general_nll = None
             self._wide = {}
             gc.collect()  # an adapted model and its engine hold each other in circles, so do 4-bit weights and layers
             self._model = door.load_model(base, config, base_format, kernels, **how)
             self._wide = _wider_than_16_bits(self._model)
-            self._asked, self.kernels = asked, kernels
+            self._key, self.kernels = key, kernels
             self.num_loaded += 1
         else:
             self.strip()

@@ -51,7 +51,7 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LocalContender:
     """One contender with its files on this machine, and the records as it reads them."""
 
     role: Role
@@ -109,14 +109,16 @@ class Asked:
 
 
 @contextmanager
-def asking(contenders: Sequence[Contender], records: Sequence[Record]) -> Iterator[tuple[list[Record], list[Asked]]]:
+def local_contenders(
+    contenders: Sequence[Contender], records: Sequence[Record]
+) -> Iterator[tuple[list[Record], list[LocalContender]]]:
     """The records that fit every contender's context, and the contenders; their adapters are gone afterwards.
 
     Raises:
         DataError: no record fits.
     """
     with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
-        found = [_asked(contender, records, Path(scratch) / contender.role) for contender in contenders]
+        found = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
         fitting = set.intersection(*(set(each.split.ids) for each in found))
         kept = [record for record in records if record.id in fitting]
         if not kept:
@@ -147,12 +149,12 @@ def measure_shard(
     candidate = contenders[-1].config
     if not candidate.ray.use_gpu:
         torch.set_num_threads(candidate.ray.cpus_per_worker)
-    with asking(contenders, records) as (kept, all_asked):
-        progress = Progress(2 * len(kept) * len(contenders), tells=shard_index == 0)
+    with local_contenders(contenders, records) as (kept, local):
+        progress = Progress(2 * len(kept) * len(contenders), prints=shard_index == 0)
         held, seen = held or HeldBase(), 0
         scores: dict[Role, list[Score]] = {}
         found: dict[str, Findings] = {key: {} for key in probes}
-        for each in all_asked:
+        for each in local:
             base = each.load_base(kernels, load=held.load)
             if held.num_loaded != seen:
                 kernels.hold_dense_if_room(base, sharers=candidate.ray.num_workers)
@@ -166,16 +168,16 @@ def measure_shard(
                 if each.adapter:
                     model.unload()  # the base is as it was
             del base, model  # whose memory another base may need
-        return ShardResult(answer_tokens(all_asked), scores, [found], progress.first_scored_at)
+        return ShardResult(answer_tokens(local), scores, [found], progress.first_scored_at)
 
 
-def answer_tokens(all_asked: Sequence[Asked]) -> dict[str, int]:
+def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
     """Of each record, as the candidate counts them."""
-    split = all_asked[-1].split
+    split = local[-1].split
     return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
 
 
-def _asked(contender: Contender, records: Sequence[Record], folder: Path) -> Asked:
+def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
     config = contender.config
     base, adapter = base_model.resolve(config.model, recorded=contender.base_identity), None
     if contender.version is not None:
@@ -184,20 +186,23 @@ def _asked(contender: Contender, records: Sequence[Record], folder: Path) -> Ask
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
     split = tokenize(records, chat, config.model.max_length)
-    return Asked(contender.role, config, base, adapter, chat, split)
+    return LocalContender(contender.role, config, base, adapter, chat, split)
 
 
-def _only(asked: Asked, ids: set[str]) -> Asked:
-    return replace(asked, split=asked.split.take([row for row, name in enumerate(asked.split.ids) if name in ids]))
+def _only(contender: LocalContender, ids: set[str]) -> LocalContender:
+    return replace(
+        contender,
+        split=contender.split.take([row for row, name in enumerate(contender.split.ids) if name in ids]),
+    )
 
 
 class Progress:
     """How far a worker is. One of them prints it."""
 
-    def __init__(self, total: int, *, tells: bool) -> None:
+    def __init__(self, total: int, *, prints: bool) -> None:
         self.role = ""
         self.first_scored_at = ""
-        self._tells = tells
+        self._prints = prints
         self._total = total
         self._done = 0
         self._said_at = 0.0
@@ -207,6 +212,6 @@ class Progress:
         self._done += count
         self.first_scored_at = self.first_scored_at or datetime.now(UTC).isoformat(timespec="microseconds")
         now = time.monotonic()
-        if self._tells and now - self._said_at >= PROGRESS_EVERY_S:
+        if self._prints and now - self._said_at >= PROGRESS_EVERY_S:
             self._said_at = now
             say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")

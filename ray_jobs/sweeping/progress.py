@@ -21,7 +21,7 @@ class Progress:
         self._began: float | None = None
         self._under_way: dict[str, float] = {}
 
-    def told(self, trial: Trial) -> str:
+    def line(self, trial: Trial) -> str:
         """A measurement of a trial that is under way, for a person."""
         now = self._clock()
         if self._began is None:

@@ -19,7 +19,7 @@ from components.records.sweep import Trial
 from ray_jobs.sweeping import points
 from ray_jobs.sweeping.plan import Plan
 from ray_jobs.sweeping.points import Point
-from ray_jobs.sweeping.told import cause
+from ray_jobs.sweeping.trial_rows import cause
 from ray_jobs.training import train_loop
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,13 @@ class PlanSearcher(Searcher):
 
 
 class Ledger(tune.Callback):
-    """Writes every trial that has ended to the plan and wherever `keep` puts it; `tell` receives a line about each."""
+    """Writes every trial that has ended to the plan and wherever `keep` puts it.
 
-    def __init__(self, plan: Plan, keep: Callable[[Trial], None], tell: Callable[[Trial], None]) -> None:
-        self._plan, self._keep, self._tell = plan, keep, tell
+    `report` receives each measurement of a running trial.
+    """
+
+    def __init__(self, plan: Plan, keep: Callable[[Trial], None], report: Callable[[Trial], None]) -> None:
+        self._plan, self._keep, self._report = plan, keep, report
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as of the searcher."""
@@ -71,7 +74,7 @@ class Ledger(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
         """A measurement."""
         if (record := _record(result["trial"])).status == "running":
-            self._tell(record)
+            self._report(record)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """It ended by itself, or the scheduler stopped it."""

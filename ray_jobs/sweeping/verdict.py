@@ -53,18 +53,18 @@ def advised(comparisons: Sequence[MethodComparison], reference: str, margin: flo
     return max(clearly, key=lambda each: each.gain).method if clearly else reference
 
 
-def rate_told(tuned: Tuned) -> str:
+def rate_sentence(tuned: Tuned) -> str:
     """One sentence on an arm's best rate."""
     where = "inside the grid" if tuned.is_inside else "at the end of the grid, so that a better one may lie beyond"
-    told = f"{tuned.method}: best rate {tuned.learning_rate:.3g}, validation loss {tuned.loss:.4f}, {where}"
+    text = f"{tuned.method}: best rate {tuned.learning_rate:.3g}, validation loss {tuned.loss:.4f}, {where}"
     if tuned.learning_rate == tuned.prior:
-        return f"{told}; it is the rate in force"
+        return f"{text}; it is the rate in force"
     if tuned.gain_over_prior is None:
-        return f"{told}; {tuned.prior:.3g}, the rate in force, diverged or was not tried"
-    return f"{told}; {tuned.gain_over_prior:.4f} better than {tuned.prior:.3g}, the rate in force"
+        return f"{text}; {tuned.prior:.3g}, the rate in force, diverged or was not tried"
+    return f"{text}; {tuned.gain_over_prior:.4f} better than {tuned.prior:.3g}, the rate in force"
 
 
-def comparison_told(each: MethodComparison) -> str:
+def comparison_sentence(each: MethodComparison) -> str:
     """One sentence on a method against the reference."""
     low, high = each.ci95
     direction = "better" if each.gain > 0 else "worse"
@@ -82,17 +82,17 @@ def comparison_told(each: MethodComparison) -> str:
     )
 
 
-def forgotten_told(tuned: Sequence[Tuned]) -> str:
+def forgotten_sentence(tuned: Sequence[Tuned]) -> str:
     """One sentence on what the methods forget; nothing where that was not measured."""
     known = [(each.method, each.forgotten) for each in tuned if each.forgotten]
     if not known:
         return ""
     (_, first), *_ = known
-    each_told = ", ".join(_rise_told(method, forgotten) for method, forgotten in known)
-    return f" What is forgotten: on {first.passages} passages of general text, the loss less the base's is {each_told}."
+    rises = ", ".join(_rise_text(method, forgotten) for method, forgotten in known)
+    return f" What is forgotten: on {first.passages} passages of general text, the loss less the base's is {rises}."
 
 
-def _rise_told(method: str, forgotten: Forgotten) -> str:
+def _rise_text(method: str, forgotten: Forgotten) -> str:
     low, high = forgotten.ci95
     return f"{forgotten.rise:+.4f} with {method} (95 % interval {low:+.4f} to {high:+.4f})"
 
@@ -102,9 +102,9 @@ def verdict(
 ) -> str:
     """The whole answer."""
     if not comparisons:
-        return f"{rate_told(best)}."
+        return f"{rate_sentence(best)}."
     chosen = advised(comparisons, reference, margin)
-    others = ". ".join(comparison_told(each) for each in comparisons) + f".{forgotten_told(tuned)}"
+    others = ". ".join(comparison_sentence(each) for each in comparisons) + f".{forgotten_sentence(tuned)}"
     if chosen == reference:
         least = f"no method's interval lies above the margin of {margin:g} (tune.margin)"
         return f"Keep {reference}: tuned alike, {least}. {others}"

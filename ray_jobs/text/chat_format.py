@@ -39,7 +39,7 @@ _TEXT = "0xTEXT"  # stands for a text where only what the template writes around
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Rendering:
     """What a template is to write."""
 
     turns: Sequence[Turn]
@@ -85,13 +85,13 @@ class ChatFormat:
 
     def rows_of(self, records: Sequence[Record], loss_on: LossOn = "last") -> Iterator[list[list[str]]]:
         """`rows` of each, all of them rendered together."""
-        told = [(record, self._answers(record, loss_on)) for record in records]
+        answered = [(record, self._answers(record, loss_on)) for record in records]
         found = iter(
             _rendered(
                 self.tokenizer,
                 [
-                    _Asked(turns, add_generation_prompt=not with_answer, tools=record.tools)
-                    for record, answers in told
+                    _Rendering(turns, add_generation_prompt=not with_answer, tools=record.tools)
+                    for record, answers in answered
                     for asked, answer in answers
                     for with_answer, turns in ((False, asked), (True, [*asked, answer]))
                 ],
@@ -99,7 +99,7 @@ class ChatFormat:
                 in_parts=self.in_parts,
             )
         )
-        for record, answers in told:
+        for record, answers in answered:
             rows = [self._asked_and_answered(record, *each, next(found), next(found)) for each in answers]
             yield _joined(rows)
 
@@ -252,7 +252,7 @@ def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
 
 
 def _rendered(
-    tokenizer: Any, asked: Sequence[_Asked], *, thinking: bool, in_parts: bool
+    tokenizer: Any, renderings: Sequence[_Rendering], *, thinking: bool, in_parts: bool
 ) -> list[str | RefusedByTemplate]:
     """What the template makes of each; raises ConfigError where it takes more time or memory than a template needs."""
     return rendering.together(
@@ -267,7 +267,7 @@ def _rendered(
                 "add_generation_prompt": each.add_generation_prompt,
                 **dict.fromkeys(SWITCHES, thinking),
             }
-            for each in asked
+            for each in renderings
         ),
     )
 
@@ -281,8 +281,8 @@ def _shown(
     add_generation_prompt: bool = False,
 ) -> str:
     """What the template makes of such turns; nothing where it refuses them."""
-    asked = _Asked(turns, add_generation_prompt=add_generation_prompt)
-    (found,) = _rendered(tokenizer, [asked], thinking=thinking, in_parts=in_parts)
+    rendering = _Rendering(turns, add_generation_prompt=add_generation_prompt)
+    (found,) = _rendered(tokenizer, [rendering], thinking=thinking, in_parts=in_parts)
     return found if isinstance(found, str) else ""
 
 

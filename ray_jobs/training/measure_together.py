@@ -17,7 +17,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.contender import Contender
-from ray_jobs.scoring.measure import Progress, ShardResult, answer_tokens, asking
+from ray_jobs.scoring.measure import Progress, ShardResult, answer_tokens, local_contenders
 from ray_jobs.scoring.probe import Findings, Probes, run_all
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
@@ -60,13 +60,13 @@ def measure_together(
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
-    with asking(contenders, records) as (kept, all_asked):
+    with local_contenders(contenders, records) as (kept, local):
         mine = _dealt(len(kept), worker)
         my_probes = {key: probe.at(lambda count: _dealt(count, worker)) for key, probe in probes.items()}
         probed: dict[str, Findings] = {key: {} for key in probes}
-        progress = Progress(2 * len(mine) * len(contenders), tells=worker.rank == 0)
+        progress = Progress(2 * len(mine) * len(contenders), prints=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
-        for each in all_asked:
+        for each in local:
             progress.role = each.role
             with zero.sharding(each.config, each.dtype):
                 model = each.load_base(worker.kernels, in_host_memory=True)
@@ -78,7 +78,7 @@ def measure_together(
             scores[each.role] = _gathered(mine, found, worker)
         shares = [probed] * worker.num_workers
         dist.all_gather_object(shares, probed)
-        return ShardResult(answer_tokens(all_asked), scores, shares, progress.first_scored_at)
+        return ShardResult(answer_tokens(local), scores, shares, progress.first_scored_at)
 
 
 def _dealt(count: int, worker: Worker) -> list[int]:

@@ -22,7 +22,7 @@ def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
     return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
 
 
-def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Callable[[str], None]) -> None:
+def wait_for_room(per_worker: Mapping[str, float], num_workers: int, log: Callable[[str], None]) -> None:
     """Return once all workers have room at the same time; at once where the cluster is large enough as it is.
 
     Raises:
@@ -41,7 +41,7 @@ def wait_for_room(per_worker: Mapping[str, float], num_workers: int, tell: Calla
     most = state.get_max_resources_from_cluster_config()
     if most and (scarce := _short_of(needed, most)):
         raise _too_small(scarce, needed, f"the cluster grows to {most.get(scarce, 0):g} at most")
-    tell(f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s: waiting for it to grow")
+    log(f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s: waiting for it to grow")
     group = placement_group([dict(per_worker)] * num_workers)
     refused: set[int] = set()
     try:

@@ -13,11 +13,11 @@ from components.store.store import Store
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def read(
-    store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, tell: Tell
+    store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
 ) -> tuple[TokenizedSplit, TokenizedSplit]:
     """The training records and those that checkpoints, and the trainings of a sweep, are chosen on, as tokens.
 
@@ -27,13 +27,13 @@ def read(
     held_out = load_split(store, dataset_uri, "eval")
     validation, _ = validation_and_test(held_out, validation_share=config.data.validation_share)
     train_split, eval_split = (
-        tokenized(records, chat, config, tell) for records in (load_split(store, dataset_uri, "train"), validation)
+        tokenized(records, chat, config, log) for records in (load_split(store, dataset_uri, "train"), validation)
     )
     return train_split, eval_split.take(range(min(config.train.eval_records, len(eval_split))))
 
 
-def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, tell: Tell) -> TokenizedSplit:
-    """A split as tokens; `tell` receives a line about records that are left out or cut.
+def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, log: Log) -> TokenizedSplit:
+    """A split as tokens; `log` receives a line about records that are left out or cut.
 
     Raises:
         DataError: more of them than `data.max_reject_share` allows.
@@ -41,24 +41,24 @@ def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, te
     limit, allowed = config.model.max_length, config.data.max_reject_share
     split = tokenize(records, chat, limit, config.data.loss_on)
 
-    def told(ids: list[str]) -> str:
+    def share(ids: list[str]) -> str:
         return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"
 
     if len(split.too_long) > allowed * len(records) or not len(split):
         raise DataError(
-            f"the answers of {told(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
+            f"the answers of {share(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
             f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
         )
     if len(split.cut) > allowed * len(records):
         raise DataError(
-            f"the prompts of {told(split.cut)} are too long for model.max_length {limit} and would lose their "
+            f"the prompts of {share(split.cut)} are too long for model.max_length {limit} and would lose their "
             "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
             f"with data.max_reject_share (now {allowed:g})"
         )
     if split.too_long:
-        tell(f"left out {counted(len(split.too_long), 'record')}: their answers do not fit model.max_length {limit}")
+        log(f"left out {counted(len(split.too_long), 'record')}: their answers do not fit model.max_length {limit}")
     if split.cut:
-        tell(f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
+        log(f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
     return split
 
 

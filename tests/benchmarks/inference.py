@@ -232,7 +232,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     one_row.adopt(adapted)  # as chat does
 
     def answer(told: Callable[[], None]) -> object:
-        return greedy(adapted, endless, prompt, 1, CHAT_TOKENS, tell=lambda _: told())
+        return greedy(adapted, endless, prompt, 1, CHAT_TOKENS, on_text=lambda _: told())
 
     with adapted.disable_adapter():
         base_figures = _chatted(answer)

@@ -49,7 +49,7 @@ def swept(arguments: Sequence[str], home: Path, *, run_id: str) -> SweepResult:
     subprocess.run([*command, "--home", str(home), "--run-id", run_id], cwd=home, env=os.environ, check=True)
     record = SweepResult.from_json((home / "runs" / run_id / SweepResult.FILE).read_bytes(), SweepResult.FILE)
     code = record.environment["code"]
-    known = {"cpu": this_cpu().told, "code": code and {key: code[key] for key in ("commit", "dirty")}}
+    known = {"cpu": this_cpu().summary, "code": code and {key: code[key] for key in ("commit", "dirty")}}
     return record.model_copy(update={"environment": {**record.environment, **known}})
 
 

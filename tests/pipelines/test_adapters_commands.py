@@ -44,7 +44,7 @@ def test_a_move_is_announced_and_told_again_on_request(
 
     away = ["--set", "announce.webhook=http://127.0.0.1:9/"]
     assert adapters("promote", f"sums@{version}", *away)["to"] == version
-    assert "`fineloop adapters announce sums@production` tells it again" in caplog.text
+    assert "`fineloop adapters announce sums@production` notifies it again" in caplog.text
     assert adapters("announce", "sums@production", *away, exit_code=1)["announced"]["webhook"] != "told"
     with serving(handle) as url:
         here = ["--set", f"announce.webhook={url}"]
@@ -52,7 +52,7 @@ def test_a_move_is_announced_and_told_again_on_request(
         assert again == {"name": "sums", "alias": "production", "version": version, "announced": {"webhook": "told"}}
         assert adapters("promote", f"sums@{version}", "--alias", "staging", *here)["announced"] == {"webhook": "told"}
     assert [(each["alias"], each["version"]) for each in heard] == [("production", version), ("staging", version)]
-    assert "names nobody to tell" in adapters("announce", "sums", exit_code=2)["error"]["message"]
+    assert "names nothing to notify" in adapters("announce", "sums", exit_code=2)["error"]["message"]
 
 
 def a_key() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands.plan import _methods_told
+from pipelines.commands.plan import _method_lines
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -109,5 +109,5 @@ def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
 
 def test_a_method_that_does_not_go_with_the_base_is_told_with_its_reason():
     row = {"method": "qdora", "base": "nf4", "rank": 16, "learning_rate": 2e-4, "refused": "method.base nf4: no"}
-    *_, told = _methods_told([row])
+    *_, told = _method_lines([row])
     assert told == "qdora    nf4     16  refused: method.base nf4: no"

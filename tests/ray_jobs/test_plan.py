@@ -83,7 +83,7 @@ def test_the_plan_says_whether_its_evaluation_fits_and_with_how_many_records():
 
 
 @pytest.mark.full
-def test_a_worker_that_offloads_more_than_its_pod_has_is_told_so():
+def test_a_worker_that_offloads_more_than_its_pod_has_is_reported():
     rayjob = ["ray.cluster.kind=rayjob", "ray.cluster.image=a/b:1", "ray.cluster.worker.memory_gib=24"]
     offloaded = ["train.zero_stage=3", "train.cpu_offload=true", "ray.num_workers=2", *rayjob]
     body = plan.planned(configured("llama-2-70b", *offloaded), LLAMA_2_70B, gpu_device("A10G"))
@@ -306,12 +306,12 @@ def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
     small().save_pretrained(tmp_path)
     config = configured(tmp_path, "ray.use_gpu=false")
     records = split([40, 90, 20], [3, 5, 10])
-    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)]).told
+    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)]).lines
     assert trained.startswith("lora trains ")
     assert "each worker needs about 0.6 GiB" in needed
     assert needed.endswith("of 7.5 on this cluster: fits")
     gpu = before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
-    assert gpu.told[1].endswith("on A10G: fits")
+    assert gpu.lines[1].endswith("on A10G: fits")
 
 
 def test_micro_batches_by_tokens_are_planned_for_as_many_as_their_longest_records_fill(lora_7b):
@@ -338,14 +338,14 @@ def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_
 
     config, found = outlook()
     assert found.dense_base
-    assert ", the base held dense, of 8.0 on this cluster: fits" in found.told[1]
+    assert ", the base held dense, of 8.0 on this cluster: fits" in found.lines[1]
     dense = config.model_copy(update={"train": config.train.model_copy(update={"dense_base": True})})
     needed = chosen(dense, Rehearsal.of(config, small()), WorstBatch.of(records, 8)).parts.total * (1 + MARGIN)
     assert outlook(memory=int(needed) + 1)[1].dense_base
     tight = outlook(memory=int(needed) - 1)[1]
     assert not tight.dense_base
-    assert tight.told[1].endswith(": fits")
-    assert "dense" not in tight.told[1]
+    assert tight.lines[1].endswith(": fits")
+    assert "dense" not in tight.lines[1]
     assert outlook("train.dense_base=true", memory=int(needed) - 1)[1].dense_base
     assert not outlook("train.dense_base=false")[1].dense_base
     assert not outlook("train.zero_stage=3", "ray.num_workers=2")[1].dense_base
@@ -360,7 +360,7 @@ def test_the_plan_counts_a_base_that_is_held_dense(tmp_path):
     assert bodies[0]["memory_bytes"]["weights"] > 2 * bodies[1]["memory_bytes"]["weights"]
 
 
-def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tmp_path):
+def test_layers_that_the_base_does_not_have_are_reported_before_any_worker_starts(tmp_path):
     small().save_pretrained(tmp_path)
     config = configured(tmp_path, "method.target_modules=['no_such_layer']")
     with pytest.raises(ConfigError, match=r"method\.target_modules"):
@@ -370,5 +370,5 @@ def test_layers_that_the_base_does_not_have_are_told_before_any_worker_starts(tm
 def test_a_base_that_cannot_be_planned_for_is_trained_all_the_same(tmp_path):
     shape = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2}  # without heads of attention
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    (told,) = before_training(configured(tmp_path), tmp_path, split([10], [2]), []).told
-    assert "cannot be planned for" in told
+    (line,) = before_training(configured(tmp_path), tmp_path, split([10], [2]), []).lines
+    assert "cannot be planned for" in line

@@ -143,15 +143,15 @@ def test_a_webhook_gets_the_move_once_it_is_no_longer_busy(
         outcome = announce(AnnounceConfig(webhook=f"{url}/hook?a=b"), store, name, event, environment)
     assert (outcome, len(got)) == ({"webhook": "told"}, 3)
     body, headers = got[-1]
-    told = json.loads(body)
-    assert (told["adapter"], told["alias"], told["version"]) == (name, "production", event.body["to"])
-    assert (told["previous"], told["actor"], told["reason"]) == (None, "ada", "better")
-    assert (told["event_id"], told["metrics"]) == (headers["X-Fineloop-Delivery"], {"loss": 0.25})
+    sent = json.loads(body)
+    assert (sent["adapter"], sent["alias"], sent["version"]) == (name, "production", event.body["to"])
+    assert (sent["previous"], sent["actor"], sent["reason"]) == (None, "ada", "better")
+    assert (sent["event_id"], sent["metrics"]) == (headers["X-Fineloop-Delivery"], {"loss": 0.25})
     signed = headers["X-Hub-Signature-256"]
     assert signed == (signature(body, "hush") if environment else None)
 
 
-def test_whoever_cannot_be_told_is_a_warning_with_what_tells_again(
+def test_a_failed_notification_is_a_warning_with_the_command_that_repeats_it(
     store: Store, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     event = promoted(store, name)
@@ -168,11 +168,11 @@ def test_whoever_cannot_be_told_is_a_warning_with_what_tells_again(
             assert "told" not in outcomes.values()
             strange.pop(0)
     assert "not yours" in outcomes["mlflow"]
-    assert f"`fineloop adapters announce {name}@production` tells it again" in caplog.text
+    assert f"`fineloop adapters announce {name}@production` notifies it again" in caplog.text
     assert "hush" not in caplog.text
 
 
-def test_nobody_is_told_by_default(store: Store, name: str) -> None:
+def test_nothing_is_notified_by_default(store: Store, name: str) -> None:
     assert announce(AnnounceConfig(), store, name, promoted(store, name), {}) == {}
 
 

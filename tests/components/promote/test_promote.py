@@ -94,7 +94,7 @@ def test_a_promotion_stands_whether_others_can_be_told_or_not(
     promoted(run)
     assert holder(store) == published[0]
     assert "Connection refused" in run.result["announced"]["webhook"]
-    assert "`fineloop adapters announce sums@production` tells it again" in caplog.text
+    assert "`fineloop adapters announce sums@production` notifies it again" in caplog.text
 
 
 def test_promoting_again_changes_nothing(store: Store, published: list[str], decided: Decide) -> None:

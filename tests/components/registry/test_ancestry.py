@@ -35,7 +35,7 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert "dataset d1" in drawn
 
     def made_of(*terms: str) -> list[str]:
-        return [each.run_id for each in ancestry.descendants(store, "icd", ancestry.asked(terms))]
+        return [each.run_id for each in ancestry.descendants(store, "icd", ancestry.parse_terms(terms))]
 
     assert made_of("dataset=d0") == ["r2", "r0"]
     assert made_of("source=s3://data/a/") == ["r2", "r1", "r0"]
@@ -45,7 +45,7 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert made_of("base=org/b", "dataset=d") == ["r2", "r1", "r0"]
     assert made_of("commit=1234") == []
     with pytest.raises(UserError, match="--of data=d0: write KIND=NAME, where KIND is one of dataset, source"):
-        ancestry.asked(["data=d0"])
+        ancestry.parse_terms(["data=d0"])
 
 
 def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_is_junk(

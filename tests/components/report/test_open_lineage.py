@@ -1,4 +1,4 @@
-"""What an OpenLineage server is told of a run, by OpenLineage's own client, over HTTP."""
+"""What an OpenLineage server receives of a run, by OpenLineage's own client, over HTTP."""
 
 import json
 import threading
@@ -16,12 +16,12 @@ from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DA
 
 
 class Server(HTTPServer):
-    """Takes events, and answers as it is told to."""
+    """Takes events, and answers as it is set to."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = 201
-        self.told: list[tuple[str, str | None, dict[str, Any]]] = []
+        self.received: list[tuple[str, str | None, dict[str, Any]]] = []
         """Path, Authorization and event."""
 
 
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.told.append((self.path, self.headers["Authorization"], json.loads(body)))
+        self.server.received.append((self.path, self.headers["Authorization"], json.loads(body)))
         self.send_response(self.server.answer)
         self.end_headers()
 
@@ -50,12 +50,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_run_that_succeeded_is_told_from_its_sources_base_dataset_and_parent_to_its_version(
+def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(
     server: Server, store: Store
 ) -> None:
-    open_lineage.tell(CONFIG, store, promoted_run())
-    assert {(path, key) for path, key, _ in server.told} == {("/api/v1/lineage", "Bearer the-key")}
-    start, complete = (event for _, _, event in server.told)
+    open_lineage.emit(CONFIG, store, promoted_run())
+    assert {(path, key) for path, key, _ in server.received} == {("/api/v1/lineage", "Bearer the-key")}
+    start, complete = (event for _, _, event in server.received)
     # The keys that RunEvent requires, in spec/OpenLineage.json 2-0-2, as BaseEvent does.
     for event in (start, complete):
         assert {"eventTime", "producer", "schemaURL", "run", "job"} <= event.keys()
@@ -83,28 +83,28 @@ def test_a_run_that_failed_says_where_and_why(server: Server, store: Store) -> N
     step = StepRecord(
         step="prepare", status="failed", started_at="2026-11-24T02:00:00+00:00", seconds=1, result={"error": error}
     )
-    open_lineage.tell(
+    open_lineage.emit(
         CONFIG, store, replace(promoted_run(), steps=[step], lineage=None, evaluation=None, decision=None)
     )
-    _, _, event = server.told[-1]
+    _, _, event = server.received[-1]
     assert event["eventType"] == "FAIL"
     assert event["run"]["facets"]["errorMessage"]["message"] == "prepare: no record is usable"
     assert event["outputs"] == []
-    assert event["inputs"] == server.told[0][2]["inputs"] != []
+    assert event["inputs"] == server.received[0][2]["inputs"] != []
 
 
 def test_a_server_that_refuses_fails_no_run(server: Server, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     server.answer = 403
-    open_lineage.tell(CONFIG, store, promoted_run())
-    assert "OpenLineage is not told of this run: 403" in caplog.text
+    open_lineage.emit(CONFIG, store, promoted_run())
+    assert "OpenLineage did not get the events of this run: 403" in caplog.text
     assert "the-key" not in caplog.text
 
 
-def test_nobody_is_told_where_no_server_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_where_no_server_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in open_lineage.CONFIGURED_BY:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(open_lineage, "events_of", None)
-    open_lineage.tell(CONFIG, store, promoted_run())
+    open_lineage.emit(CONFIG, store, promoted_run())
 
 
 def test_a_run_is_known_by_kubeflow_s_id_or_by_one_that_its_name_gives(store: Store) -> None:

@@ -52,4 +52,4 @@ def test_a_processor_is_named_by_what_it_makes_of_bfloat16(cpuinfo: str, machine
 
 def test_this_machine_has_one_too() -> None:
     assert this_cpu().cores >= 1
-    assert this_cpu().kind in this_cpu().told
+    assert this_cpu().kind in this_cpu().summary

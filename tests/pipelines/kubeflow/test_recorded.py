@@ -81,8 +81,8 @@ def test_whoever_a_promotion_could_not_be_announced_to_is_told_with_it(start: St
     assert outcome_lines(run, Recorded(run)) == [
         "promoted: sums@production is now v1",
         "  better",
-        "announce.webhook was not told of sums@production: it answered 403; "
-        "`fineloop adapters announce sums@production` tells it again",
+        "announce.webhook was not notified of sums@production: it answered 403; "
+        "`fineloop adapters announce sums@production` notifies it again",
     ]
 
 

@@ -45,9 +45,9 @@ def test_a_line_of_its_own_stands_above_the_step_that_runs(clock: Clock) -> None
         stream = io.StringIO()
         display = Display(stream, live=live, clock=clock)
         display.start("prepare")
-        display.tell("about 2 min")
+        display.message("about 2 min")
         display.finish(3.0)
-        display.tell("after it")
+        display.message("after it")
         display.line(Line("finetune", "started"))
         display.close()
         shown = [line.rpartition("\r\x1b[2K")[2] for line in stream.getvalue().split("\n")]

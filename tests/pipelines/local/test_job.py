@@ -47,11 +47,11 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_job_gets_its_config_and_overrides_and_its_last_line_is_the_answer() -> None:
-    told: list[str] = []
-    body = answer(Job("asked", "s3://b/c.toml", ["--all"], ["a.b=1", "c.d=2"]), tell=told.append)
+    lines: list[str] = []
+    body = answer(Job("asked", "s3://b/c.toml", ["--all"], ["a.b=1", "c.d=2"]), on_line=lines.append)
     assert body["arguments"] == ["--config", "s3://b/c.toml", "--set", "a.b=1", "--set", "c.d=2", "--all"]
     assert len(body["long"]) == 100_000  # more than a pipe holds at once
-    assert told == ["half way"]
+    assert lines == ["half way"]
 
 
 def test_where_there_is_no_gpu_a_job_does_not_load_the_compiler(

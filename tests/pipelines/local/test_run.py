@@ -52,7 +52,7 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(
     first = run(make_config("announce.webhook=http://127.0.0.1:9/"), place, what="retrain")
     told = terminal.getvalue()
     assert "Connection refused" in first.as_json()["untold"]["webhook"]
-    assert "`fineloop adapters announce sums@production` tells it again" in summary(first, home_option="")
+    assert "`fineloop adapters announce sums@production` notifies it again" in summary(first, home_option="")
     second = run(make_config("train.weight_decay=1.5"), place, what="retrain")
 
     assert (first.decision, first.promoted) == ("promote", True)

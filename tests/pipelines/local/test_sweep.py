@@ -1,4 +1,4 @@
-"""What a sweep found, as it is told and as it is written to a config."""
+"""What a sweep found, as it is printed and as it is written to a config."""
 
 import io
 import tomllib
@@ -17,7 +17,7 @@ from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
 from pipelines.local.run import Place, run
-from pipelines.local.sweep import apply, changes, sweep, told, with_key
+from pipelines.local.sweep import apply, changes, sweep, sweep_lines, with_key
 from tests.doubles.jobs_api import JobsApi
 
 BEST = Tuned(
@@ -95,7 +95,7 @@ def test_on_a_terminal_a_row_says_whole_why_its_trial_failed(monkeypatch: pytest
     assert len(live.rpartition("\r")[2]) < 60 + len("\x1b[2K\x1b[36m\x1b[0m")
 
 
-def test_a_sweep_here_is_told_as_it_goes_and_leaves_its_record_and_picture(
+def test_a_sweep_here_is_shown_as_it_goes_and_leaves_its_record_and_picture(
     stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     terminal = io.StringIO()
@@ -106,7 +106,7 @@ def test_a_sweep_here_is_told_as_it_goes_and_leaves_its_record_and_picture(
     folder = tmp_path / "home" / "runs" / "s1"
     assert SweepResult.from_json((folder / "sweep.json").read_bytes(), "sweep.json") == result
     assert (folder / "sweep.svg").read_text().startswith("<svg")
-    lines = list(told(result))
+    lines = list(sweep_lines(result))
     assert lines[-1] == "a verdict"
     assert [line.split()[0] for line in lines[1:4]] == [f"{prior:.3g}", "*", f"{100 * prior:.3g}"]
 

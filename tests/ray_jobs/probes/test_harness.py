@@ -116,8 +116,8 @@ def test_results_are_read_as_lm_eval_writes_them() -> None:
 def test_tasks_are_told_in_a_line_each() -> None:
     worse = SCORES[0].model_copy(update={"value": 0.25, "stderr": None})
     group = HarnessScores(lm_eval="0.4.13", tasks=("colours",), scores={"base": SCORES, "candidate": (worse,)})
-    assert group.told == ["lm-eval colours: acc base 0.5 ± 0.25, candidate 0.25"]
-    assert group.model_copy(update={"tasks": ("a_tag",)}).told == group.told
+    assert group.summary == ["lm-eval colours: acc base 0.5 ± 0.25, candidate 0.25"]
+    assert group.model_copy(update={"tasks": ("a_tag",)}).summary == group.summary
     tasks = harness.Tasks("", frozenset({"candidate"}), group).held_together()
     assert tasks.roles == frozenset()
     assert tasks.outcome([], None).lines == ["lm-eval: left out, as its workers hold the base together"]

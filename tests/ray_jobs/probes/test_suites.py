@@ -156,7 +156,7 @@ def test_a_base_whose_template_takes_no_tools_is_not_asked_to_call_them(config, 
     both = changed(config, 'evaluate.suites=["tool_calls", "json"]')
     tools, json = asked(both, store, version).suites
     assert (len(tools.split), tools.roles) == (0, frozenset())
-    assert tools.known.told == "suite tool_calls: left out, the base's chat template takes no tools"
+    assert tools.known.summary == "suite tool_calls: left out, the base's chat template takes no tools"
     assert json.roles == {"base", "candidate"}
 
     chat = chat_of(both)

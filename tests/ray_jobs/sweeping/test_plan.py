@@ -11,7 +11,7 @@ from components.records.steps import TextLosses
 from components.records.sweep import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
-from ray_jobs.sweeping import points, told, verdict
+from ray_jobs.sweeping import points, trial_rows, verdict
 from ray_jobs.sweeping.forgetting import forgotten
 from ray_jobs.sweeping.grid import Grid
 from ray_jobs.sweeping.plan import Plan
@@ -82,8 +82,8 @@ def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(conf
     assert found.is_inside
     assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
     assert len(begun) == len(set(begun)) == 9
-    assert "0.00562" in verdict.rate_told(found)
-    assert "inside the grid" in verdict.rate_told(found)
+    assert "0.00562" in verdict.rate_sentence(found)
+    assert "inside the grid" in verdict.rate_sentence(found)
 
 
 def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(config):
@@ -139,7 +139,7 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
     found = verdict.compare(tuned[vera], plan.seeds_of(vera), tuned[lora], plan.seeds_of(lora))
     assert found.gain == pytest.approx(0.1)
     assert {arm.method: points.servable_as(both, arm) for arm in tuned} == {"lora": "lora", "vera": "lora-export"}
-    assert verdict.comparison_told(found.model_copy(update={"servable_as": "merged"})).endswith(
+    assert verdict.comparison_sentence(found.model_copy(update={"servable_as": "merged"})).endswith(
         "it takes 1.00 times the time of a step; servers load it merged into its base alone"
     )
     assert verdict.advised([found], "lora", margin=0.05) == "vera"
@@ -200,7 +200,7 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
         ". What is forgotten: on 2 passages of general text, the loss less the base's is +0.6000 with lora "
         f"(95 % interval {low:+.4f} to {high:+.4f})."
     )
-    assert told.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
+    assert trial_rows.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
 
 
 @pytest.mark.parametrize(
@@ -216,11 +216,11 @@ def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid
     named = changed(config, *overrides)
     centers = {arm.method: points.prior(named, arm) for arm in points.arms(named)}
     _, begun = swept(named, lambda point: bowl(centers[point.arm.method])(point))
-    plan, told = Plan(named, list(points.arms(named))), []
+    plan, left = Plan(named, list(points.arms(named))), []
     while (point := plan.next()) != "done":
-        told.append(plan.num_to_come)
+        left.append(plan.num_to_come)
         plan.add(ended(point, named, bowl(centers[point.arm.method])(point)))
-    assert told == list(range(len(begun), 0, -1))
+    assert left == list(range(len(begun), 0, -1))
     assert plan.num_to_come == 0
 
 
@@ -232,12 +232,12 @@ def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(confi
     first, second = (ended(_at(three, rate), three, 1.5) for rate in (1e-3, 3e-3))
     half = {"status": "running", "steps": 4, "num_steps": 8, "seconds": 70.0, "ready_s": 40.0}
     # Half a training in the 30 s after its start-up.
-    assert progress.told(first.model_copy(update=half)) == (
+    assert progress.line(first.model_copy(update=half)) == (
         "0/3 trials, about 2 min left; lora 0.001 step 4/8: loss 1.5000"
     )
     plan.add(first)
     # One and a half in 150 s, and as much is to come.
-    assert progress.told(second.model_copy(update=half)).startswith("1/3 trials, about 2 min left; lora 0.003 ")
+    assert progress.line(second.model_copy(update=half)).startswith("1/3 trials, about 2 min left; lora 0.003 ")
 
 
 def test_an_arm_that_is_no_legal_config_is_refused_by_its_method(config):

@@ -11,7 +11,7 @@ import pytest
 
 from components.config import config_file
 from components.shared.errors import DataError
-from ray_jobs.sweeping import points, told
+from ray_jobs.sweeping import points, trial_rows
 from ray_jobs.sweeping.plan import Plan
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
@@ -102,4 +102,4 @@ def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
     ],
 )
 def test_of_what_ray_tells_of_a_failure_the_line_that_says_why_is_kept(text, why):
-    assert told.cause(text) == why
+    assert trial_rows.cause(text) == why

@@ -30,9 +30,9 @@ def row(trial: Trial) -> str:
     )
 
 
-def cause(told: str) -> str:
+def cause(message: str) -> str:
     """What failed, in a line, from what Ray reports: a traceback, or that a process is gone."""
-    _, *lines = [line for line in told.splitlines() if line.strip()] or [""]
+    _, *lines = [line for line in message.splitlines() if line.strip()] or [""]
     errors = [found for line in lines if (found := _ERROR.match(line))]
     if errors:
         return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
