@@ -75,7 +75,10 @@ class DataConfig(Section):
     together, and the gate counts them as one observation. Empty: no groups."""
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
-    five-character shingles, without case, punctuation and what all prompts share. 0 leaves none out."""
+    five-character shingles, without case and punctuation, both in whole and in what is left without the text that
+    many prompts share. 0 leaves none out."""
+    max_near_share: Annotated[Share, Added("0.2.0")] = 0.05
+    """Stop when more than this share of what would be trained on is left out as near what is held out."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""

@@ -1,72 +1,210 @@
-"""Training prompts that hardly differ from a held-out one, and so would leak it; pure.
+"""Which prompts say nearly the same as another, between training and what is held out and within training; pure.
 
-Found exactly, and not by MinHash: with what is held out on one side, prefix filtering leaves few pairs to compare
-(Bayardo, Ma and Srikant, Scaling Up All Pairs Similarity Search, WWW 2007, section 4.3).
+Two prompts are near when they are as similar as asked **in whole and in what each says of its own**. Similarity is
+Jaccard's, of the sets of five characters in a row, without case, punctuation and white space. Of its own a prompt says
+what is no shared text, and shared text is every run of eight words that stands in more than ten different prompts: a
+task's instruction, a document with its many questions, a form letter. So instructions before many messages make no two
+messages near, and no question is near another because both are on the same page. A question that is asked of several
+pages is not near itself, because in whole the pages differ. Prompts that are the same word for word are always near.
+
+The bound is that of GPT-3's authors, to whom what overlaps with more than ten documents was boilerplate and no leak
+(arXiv:2005.14165, appendix C). A page with ten questions or fewer is no shared text, and its questions are near where
+it is most of what they say: data.group keeps them together.
+
+Five characters that stand in more than a twentieth of the held-out prompts count in neither set, so that a short form,
+of fewer than eight words, is no similarity where many prompts have it.
+
+Candidates come from `minhash`, and each decision from the exact sets. The cost grows with the number of prompts and
+not with its square, and texts are read in batches.
 """
 
-import math
-import re
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Shingles = npt.NDArray[np.uint64]
-"""Hashes of all that stands in a text, a few characters at a time, each once."""
+from components.prepare.minhash import MinHash, Numbers, Signatures
+from components.prepare.shingles import CHARS, Batch, Hashes, Marks, Rows, frequent, in_batches, is_in
 
-CHARS = 5
-ROUNDING = 1e-9
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
-FACTORS: Shingles = np.array(
-    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5],
-    dtype=np.uint64,
-)
-"""xxHash's primes, one for each character of a shingle."""
+SHARED, SHARED_AT_LEAST = 0.01, 10
+"""A run of words in more than this share of all prompts, and in more than so many different ones, is shared text."""
+ROUNDING = 1e-9
+MOST_IN_BAND, MOST_COMPARED = 64, 16
+"""Of the held-out prompts that a band finds so many are looked at, and of those that all bands find the most similar so
+many are compared: a bound to the work on prompts that are all alike, of which any may stand for the others."""
+AT_ONCE = 4096
+KEPT_SETS = 20_000
+"""Sets of shingles that are kept for the next comparison."""
 
 
-def near_duplicates(prompts: Iterable[str], held_out: Sequence[str], *, similarity: float) -> list[bool]:
-    """Of each prompt, whether it shares at least this much of what it says with one that is held out.
+class _Said(NamedTuple):
+    """What one text says, and of that what it says of its own: each hash once, sorted."""
 
-    `similarity`, above 0 and at most 1, is Jaccard's, of the sets of five characters in a row. Case, punctuation and
-    white space count for nothing, nor does what a good part of all prompts say in the same words.
-    """
-    in_held_out = [_shingles(text) for text in held_out]
-    seen, counts = np.unique(np.concatenate(in_held_out), return_counts=True)
-    most = max(COMMON_AT_LEAST, COMMON * len(held_out))
-
-    def rarest_first(shingles: Shingles) -> Shingles:
-        places = np.searchsorted(seen, shingles).clip(max=len(seen) - 1)
-        often = np.where(seen[places] == shingles, counts[places], 0)
-        order = np.lexsort((shingles, often))
-        return shingles[order][: np.count_nonzero(often <= most)]
-
-    def prefix(shingles: Shingles) -> list[int]:
-        # Two sets that are as similar have one of these in common. A product that is whole may come out above itself.
-        first: list[int] = shingles[: len(shingles) - math.ceil(similarity * len(shingles) - ROUNDING) + 1].tolist()
-        return first
-
-    known = [rarest_first(each) for each in in_held_out]
-    rows_with: dict[int, list[int]] = {}
-    for row, each in enumerate(known):
-        for shingle in prefix(each):
-            rows_with.setdefault(shingle, []).append(row)
-
-    def is_near(text: str) -> bool:
-        ours = rarest_first(_shingles(text))
-        rows = {row for shingle in prefix(ours) for row in rows_with.get(shingle, ())}
-        return any(_jaccard(ours, known[row]) >= similarity - ROUNDING for row in rows)
-
-    return [is_near(text) for text in prompts]
+    whole: Hashes
+    own: Hashes
 
 
-def _shingles(text: str) -> Shingles:
-    said = " ".join(re.findall(r"\w+", text.casefold())).ljust(CHARS)
-    characters = np.frombuffer(said.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(characters, CHARS)
-    return np.unique((windows * FACTORS).sum(axis=1, dtype=np.uint64))
+class _Shingled(NamedTuple):
+    """The shingles of a batch of texts."""
+
+    hashes: Hashes
+    rows: Rows
+    is_own: Marks
+    """Of each, whether it reaches into what no shared text covers."""
+    equals: Hashes
+    """Of each text the hash of all of it."""
 
 
-def _jaccard(one: Shingles, other: Shingles) -> float:
+class Comparison:
+    """How near prompts of one corpus are: it learns what is shared among `prompts` and `held_out` together."""
+
+    def __init__(self, prompts: Sequence[str], held_out: Sequence[str], *, similarity: float) -> None:
+        """`similarity` is above 0 and at most 1. The texts are kept, and not copied."""
+        self._held_out = held_out
+        self._similarity = similarity
+        self._minhash = MinHash(similarity)
+        most = max(COMMON_AT_LEAST, COMMON * len(held_out))
+        self._common = frequent(lambda: _shingles_in(held_out), more_than=most)
+        self._shared = frequent(
+            lambda: _runs_in(held_out, prompts), more_than=max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
+        )
+
+    def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
+        """For each prompt, in order, the held-out one that it is near to, if any; lazy, some thousand at a time."""
+        theirs, equals = self._signatures(self._held_out)
+        bands = [theirs.in_band(band) for band in range(self._minhash.bands)]
+        place_of = {value: row for row, value in reversed(list(enumerate(equals.tolist())))}
+        sets = _Sets(self, self._held_out)
+        pending = iter(prompts)
+        while batch := list(islice(pending, AT_ONCE)):
+            ours, equals = self._signatures(batch)
+            found = [place_of.get(value) for value in equals.tolist()]
+            open_rows = np.flatnonzero(ours.is_found & np.array([each is None for each in found]))
+            for row, candidates in self._candidates(ours, open_rows, theirs, bands):
+                said = self.said(batch[row])
+                found[row] = next((each for each in candidates if self._are_near(said, sets[each])), None)
+            yield from found
+
+    def repeats(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are near an earlier one.
+
+        Of those that share a band each is compared with the first and with the one before it, not with all.
+        """
+        ours, equals = self._signatures(prompts)
+        is_repeat = np.ones(len(prompts), bool)
+        is_repeat[np.unique(equals, return_index=True)[1]] = False
+        pairs = []
+        for band in range(self._minhash.bands):
+            keys, rows = ours.in_band(band)
+            starts = np.searchsorted(keys, keys)
+            places = np.arange(len(keys))
+            for others in (starts, np.maximum(places - 1, starts)):
+                pairs.append(np.stack([rows, rows[others]], axis=1)[others < places])
+        candidates = np.unique(np.concatenate(pairs), axis=0)
+        candidates = candidates[~is_repeat[candidates[:, 0]]]
+        likely = self._minhash.likely(ours, candidates[:, 0], ours, candidates[:, 1]) >= 0
+        sets = _Sets(self, prompts)
+        for row, other in candidates[likely].tolist():
+            is_repeat[row] = is_repeat[row] or self._are_near(sets[row], sets[other])
+        return int(np.count_nonzero(is_repeat))
+
+    def said(self, text: str) -> _Said:
+        """The sets that the text is compared by."""
+        (found,) = self._shingled([text])
+        return _Said(np.unique(found.hashes), np.unique(found.hashes[found.is_own]))
+
+    def _are_near(self, one: _Said, other: _Said) -> bool:
+        least = self._similarity - ROUNDING
+        return _jaccard(one.own, other.own) >= least and _jaccard(one.whole, other.whole) >= least
+
+    def _shingled(self, texts: Iterable[str]) -> Iterator[_Shingled]:
+        for said in in_batches(texts):
+            batch = Batch.of(said)
+            hashes, rows, first = batch.shingles()
+            own_before = np.concatenate([[0], np.cumsum(batch.words().outside(self._shared))])
+            kept = ~is_in(hashes, self._common)
+            is_own = own_before[first + CHARS] > own_before[first]
+            yield _Shingled(hashes[kept], rows[kept], is_own[kept], batch.texts())
+
+    def _signatures(self, texts: Iterable[str]) -> tuple[Signatures, Hashes]:
+        parts = [
+            (self._minhash.signatures(found.hashes, found.rows, found.is_own, texts=len(found.equals)), found.equals)
+            for found in self._shingled(texts)
+        ]
+        return Signatures.joined([part for part, _ in parts]), np.concatenate([equals for _, equals in parts])
+
+    def _candidates(
+        self,
+        ours: Signatures,
+        rows: Numbers,
+        theirs: Signatures,
+        bands: Sequence[tuple[npt.NDArray[np.uint32], Numbers]],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Of each row that has any, whom to compare it with, the most similar first."""
+        pairs = [np.zeros((0, 2), np.int64)]
+        for band, (keys, others) in enumerate(bands):
+            begin = np.searchsorted(keys, ours.bands[rows, band], "left")
+            found = np.minimum(np.searchsorted(keys, ours.bands[rows, band], "right") - begin, MOST_IN_BAND)
+            offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
+            pairs.append(np.stack([np.repeat(rows, found), others[np.repeat(begin, found) + offsets]], axis=1))
+        candidates = np.unique(np.concatenate(pairs), axis=0)
+        likely = self._minhash.likely(ours, candidates[:, 0], theirs, candidates[:, 1])
+        order = np.lexsort((candidates[:, 1], -likely, candidates[:, 0]))
+        sorted_pairs = candidates[order[likely[order] >= 0]].tolist()
+        for row, group in groupby(sorted_pairs, key=lambda pair: pair[0]):
+            yield row, [other for _, other in islice(group, MOST_COMPARED)]
+
+
+class _Sets:
+    """The sets of some texts, made when they are first asked for; the ones asked for lately are kept."""
+
+    def __init__(self, comparison: Comparison, texts: Sequence[str]) -> None:
+        self._comparison = comparison
+        self._texts = texts
+        self._kept: OrderedDict[int, _Said] = OrderedDict()
+
+    def __getitem__(self, row: int) -> _Said:
+        if row not in self._kept:
+            self._kept[row] = self._comparison.said(self._texts[row])
+            if len(self._kept) > KEPT_SETS:
+                self._kept.popitem(last=False)
+        return self._kept[row]
+
+
+def near_duplicates(prompts: Sequence[str], held_out: Sequence[str], *, similarity: float) -> list[bool]:
+    """Of each prompt, whether it is near one that is held out."""
+    comparison = Comparison(prompts, held_out, similarity=similarity)
+    return [row is not None for row in comparison.near_held_out(prompts)]
+
+
+def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
+    for said in in_batches(texts):
+        hashes, rows, _ = Batch.of(said).shingles()
+        yield hashes, rows
+
+
+def _runs_in(*parts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
+    """The runs of words of each different text."""
+    seen: set[int] = set()
+    for part in parts:
+        for said in in_batches(part):
+            batch = Batch.of(said)
+            is_new = np.zeros(len(said), bool)
+            for row, value in enumerate(batch.texts().tolist()):
+                is_new[row] = value not in seen
+                seen.add(value)
+            words = batch.words()
+            hashes, first = words.runs()
+            rows = words.row_of[first]
+            yield hashes[is_new[rows]], rows[is_new[rows]]
+
+
+def _jaccard(one: Hashes, other: Hashes) -> float:
     both = len(np.intersect1d(one, other, assume_unique=True))
-    return both / (len(one) + len(other) - both)
+    either = len(one) + len(other) - both
+    return both / either if either else 0.0

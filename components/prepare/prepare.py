@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REASONS_TOLD = 3
 MEMORY_SHARE = 0.8
 """Of what is free: records are all held at once, and small files may unpack to more than any machine has."""
 
@@ -39,13 +40,21 @@ class PreparedDataset:
     eval_records: int
     rejected: int
     """Unusable rows of this run's sources."""
+    left_out: dict[str, int]
+    """Rows of this run's sources that are in neither split, by the reason."""
+    near_in_train: int
+    """Records to train on that hardly differ from another one."""
     created: bool
     """False when the store already held these records: nothing was written."""
 
     @property
     def told(self) -> str:
         """For a person."""
-        return f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
+        kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
+        reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items() if count]
+        left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
+        alike = f"; {self.near_in_train:,} of those to train on are near another" if self.near_in_train else ""
+        return kept + left_out + alike
 
 
 @contextlib.contextmanager
@@ -141,6 +150,7 @@ def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Trai
         eval_share=data.eval_share,
         max_records=data.max_records,
         near_duplicates=data.near_duplicates,
+        max_near_share=data.max_near_share,
         window=news.in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
     )
@@ -155,27 +165,33 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
         rejects=read.rejects,
         profile=build_profile(read, unique, parts, group=config.data.group),
     )
-    logger.info(
-        "%s %s: %d records in train, %d in eval; left out: %d duplicates, %d outdated, %d near what is held out, "
-        "%d before the window, %d beyond data.max_records",
-        "published" if folder.created else "already there:",
-        folder.uri,
-        len(parts.train),
-        len(parts.evaluation),
-        unique.duplicates,
-        unique.superseded,
-        parts.near_duplicate_of_eval,
-        parts.before_window,
-        parts.over_max_records,
-    )
-    return PreparedDataset(
+    prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
         train_records=len(parts.train),
         eval_records=len(parts.evaluation),
         rejected=len(read.rejects),
+        left_out=_left_out(read, unique, parts),
+        near_in_train=parts.near_in_train,
         created=folder.created,
     )
+    logger.info("%s %s: %s", "published" if folder.created else "already there:", folder.uri, prepared.told)
+    return prepared
+
+
+def _left_out(read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) -> dict[str, int]:
+    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons()[:REASONS_TOLD]}
+    others = len(read.rejects) - sum(unusable.values())
+    return {
+        **unusable,
+        "unusable for other reasons": others,
+        "repeated": unique.duplicates,
+        "replaced by a later row of their id": unique.superseded,
+        "with a held-out prompt": parts.prompt_in_eval,
+        "near what is held out": parts.near_duplicate_of_eval,
+        "before the window": parts.before_window,
+        "beyond data.max_records": parts.over_max_records,
+    }
 
 
 def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:

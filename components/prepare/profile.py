@@ -39,6 +39,11 @@ def build_profile(
             "before_window": split.before_window,
             "over_max_records": split.over_max_records,
         },
+        "near_duplicates": {
+            "left_out_share": round(split.near_share, 6),
+            "most_are_near": [{"begins": words, "records": count} for words, count in split.near_clusters],
+            "in_train": split.near_in_train,
+        },
         "system_message": _shared_system_message([*split.train, *split.evaluation]),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},

@@ -4,13 +4,20 @@ All of it is decided by hashes of the records themselves, so that the order of f
 that adds rows never moves a record from eval to train.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from components.prepare.dataset import Record
 from components.prepare.news import narrow
 from components.prepare.validate import KeyedRecord, canonical_prompt
 from components.shared.errors import DataError
+
+if TYPE_CHECKING:
+    from components.prepare.near_duplicates import Comparison
+
+CLUSTERS_SHOWN, WORDS_SHOWN, CHARS_SHOWN = 5, 12, 100
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,12 @@ class TrainEvalSplit:
     """In train although they stand before the window."""
     over_max_records: int
     """Left out by data.max_records."""
+    near_share: float = 0.0
+    """Of the records that were compared with what is held out, the share that was left out."""
+    near_clusters: tuple[tuple[str, int], ...] = ()
+    """The first words of what most of them are near to, and how many are."""
+    near_in_train: int = 0
+    """In train although a prompt much like it stands there too."""
 
 
 def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
@@ -93,6 +106,7 @@ def split(
     eval_share: float,
     max_records: int,
     near_duplicates: float = 0.0,
+    max_near_share: float = 1.0,
     window: Set[bytes] | None = None,
     replay_share: float = 0.0,
 ) -> TrainEvalSplit:
@@ -102,22 +116,25 @@ def split(
         records: Distinct records in any order.
         eval_share: Records whose hash, as a fraction of all hashes, is below this are held out.
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
-        near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out.
+        near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out. With
+            max_records and without a window only as many records are compared as are needed.
+        max_near_share: Share of the compared records that may be left out so.
         window: Contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
 
     Raises:
-        DataError: a split is empty.
+        DataError: a split is empty, or too much is near what is held out.
     """
     ordered = sorted(records, key=lambda each: (each.place, each.key, each.content))
     evaluation = [each for each in ordered if position(each.place) < eval_share]
     held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
     rest = ordered[len(evaluation) :]
     others = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
-    trainable = _unlike(others, evaluation, similarity=near_duplicates) if near_duplicates and evaluation else others
-    narrowed = narrow(trainable, window, replay_share=replay_share)
+    enough = None if window is not None or not max_records else _most_train(max_records, len(evaluation), eval_share)
+    unlike = _unlike(others, evaluation, similarity=near_duplicates, enough=enough)
+    _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
+    narrowed = narrow(unlike.records, window, replay_share=replay_share)
     train = narrowed.records
-    num_distinct = len(train) + len(evaluation)
     num_train, num_eval = _sizes(len(train), len(evaluation), eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
         limited = f" and data.max_records = {max_records}" if max_records else ""
@@ -131,24 +148,77 @@ def split(
         train=[each.record for each in train[:num_train]],
         evaluation=[each.record for each in evaluation[:num_eval]],
         prompt_in_eval=len(rest) - len(others),
-        near_duplicate_of_eval=len(others) - len(trainable),
+        near_duplicate_of_eval=unlike.left_out,
         before_window=narrowed.before_window,
         replayed=narrowed.replayed,
-        over_max_records=num_distinct - num_train - num_eval,
+        over_max_records=len(train) - num_train + len(evaluation) - num_eval + unlike.unread,
+        near_share=unlike.share,
+        near_clusters=unlike.clusters,
+        near_in_train=unlike.repeats(train[:num_train]),
     )
+
+
+@dataclass(frozen=True)
+class _Unlike:
+    """The records that are near none held out, as far as they were looked at."""
+
+    records: list[KeyedRecord]
+    left_out: int = 0
+    unread: int = 0
+    clusters: tuple[tuple[str, int], ...] = ()
+    comparison: "Comparison | None" = None
+
+    @property
+    def share(self) -> float:
+        """Of those that were looked at, how many were left out."""
+        return self.left_out / max(1, self.left_out + len(self.records))
+
+    def repeats(self, records: Sequence[KeyedRecord]) -> int:
+        """How many of them are near an earlier one."""
+        return self.comparison.repeats([_asked(each) for each in records]) if self.comparison and records else 0
 
 
 def _unlike(
-    records: Sequence[KeyedRecord], evaluation: Sequence[KeyedRecord], *, similarity: float
-) -> list[KeyedRecord]:
-    from components.prepare.near_duplicates import near_duplicates
+    records: Sequence[KeyedRecord], evaluation: Sequence[KeyedRecord], *, similarity: float, enough: int | None
+) -> _Unlike:
+    """In their order, until there are enough; None goes through all."""
+    if not similarity or not evaluation or not records:
+        return _Unlike(list(records))
+    from components.prepare.near_duplicates import Comparison
 
-    asked, held_out = (
-        ["\n".join(turn.content for turn in each.record.prompt if turn.role != "system") for each in part]
-        for part in (records, evaluation)
+    asked, held_out = [_asked(each) for each in records], [_asked(each) for each in evaluation]
+    comparison = Comparison(asked, held_out, similarity=similarity)
+    unlike: list[KeyedRecord] = []
+    near: Counter[str] = Counter()
+    for record, row in zip(records, comparison.near_held_out(asked), strict=True):
+        if row is None:
+            unlike.append(record)
+        else:
+            near[" ".join(held_out[row].split()[:WORDS_SHOWN])[:CHARS_SHOWN]] += 1
+        if len(unlike) == enough:
+            break
+    left_out = near.total()
+    return _Unlike(
+        unlike, left_out, len(records) - len(unlike) - left_out, tuple(near.most_common(CLUSTERS_SHOWN)), comparison
     )
-    are_near = near_duplicates(asked, held_out, similarity=similarity)
-    return [each for each, is_near in zip(records, are_near, strict=True) if not is_near]
+
+
+def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -> None:
+    if unlike.share <= max_near_share:
+        return
+    lines = "".join(f"\n  {count} x near {words!r}" for words, count in unlike.clusters)
+    raise DataError(
+        f"{unlike.share:.1%} of what would be trained on is near what is held out ({unlike.left_out} of "
+        f"{unlike.left_out + len(unlike.records)} records), more than data.max_near_share = {max_near_share:g} "
+        f"allows:{lines}\n"
+        "Where such records belong together, as questions on one document do, name the column that says so in "
+        f"data.group. Where they do not, raise data.near_duplicates, which is {similarity:g}; 0 compares none. "
+        "Raise data.max_near_share to train without them."
+    )
+
+
+def _asked(record: KeyedRecord) -> str:
+    return "\n".join(turn.content for turn in record.record.prompt if turn.role != "system")
 
 
 def position(place: bytes) -> float:
@@ -160,6 +230,10 @@ def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int
     """How many of each split to keep; where one is too short for its part, the other fills up."""
     if not max_records or num_train + num_eval <= max_records:
         return num_train, num_eval
-    kept_eval = min(num_eval, max(1, round(max_records * eval_share)))
-    kept_train = min(num_train, max_records - kept_eval)
+    kept_train = min(num_train, _most_train(max_records, num_eval, eval_share))
     return kept_train, min(num_eval, max_records - kept_train)
+
+
+def _most_train(max_records: int, num_eval: int, eval_share: float) -> int:
+    """How many of max_records are train's, where it has as many."""
+    return max_records - min(num_eval, max(1, round(max_records * eval_share)))

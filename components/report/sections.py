@@ -119,6 +119,7 @@ def data_profile(run: RunFiles) -> dict[str, Any] | None:
             for name, rows in profile.get("dropped", {}).items()
             if rows
         ],
+        "near": _near(profile.get("near_duplicates", {})),
         "lengths": [
             (f"{title}, {words}", _lengths(splits[name].get(key, {})))
             for key, title in (("prompt_chars", "Prompt"), ("answer_chars", "Answer"))
@@ -139,6 +140,15 @@ def data_profile(run: RunFiles) -> dict[str, Any] | None:
             for each in profile.get("sources", [])
         ],
     }
+
+
+def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the rows that hardly differ from a held-out prompt are near to, and how many are near within training."""
+    near = [(f"near “{each['begins']} …”", count(each["records"])) for each in profile.get("most_are_near", [])]
+    in_train = profile.get("in_train", 0)
+    return near + (
+        [("training records that hardly differ from another, and stay", count(in_train))] if in_train else []
+    )
 
 
 def step_times(run: RunFiles) -> list[StepTime]:

@@ -1,10 +1,13 @@
 import random
 import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from components.prepare import icd10
-from components.prepare.near_duplicates import COMMON, near_duplicates
+from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison, near_duplicates
 
 
 def terms(count: int) -> list[str]:
@@ -63,3 +66,167 @@ def test_a_share_that_is_just_the_one_asked_for_is_as_similar() -> None:
     text = "".join(chr(0x4E00 + place) for place in range(104))
     assert near_duplicates([text], [text[:59]], similarity=0.55) == [True]
     assert near_duplicates([text], [text[:58]], similarity=0.55) == [False]
+
+
+# What follows is judged by `Judge`, which reckons with sets of texts and loops over all pairs.
+
+VOCABULARY = ["".join(random.Random(n).choices("etaoinshrdlucmfwyp", k=2 + n % 8)) for n in range(6000)]
+
+
+def prose(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choices(VOCABULARY, k=words))
+
+
+def edited(rng: random.Random, text: str) -> str:
+    """Another case and punctuation, or a word added, lost or changed."""
+    words = text.split()
+    place = rng.randrange(len(words))
+    changes = [
+        [word.upper() for word in words],
+        [*words[:place], prose(rng, 1), *words[place:]],
+        [*words[:place], *words[place + 1 :]],
+        [*words[:place], prose(rng, 1), *words[place + 1 :]],
+    ]
+    return ", ".join(rng.choice(changes)) + "!"
+
+
+class Judge:
+    """The rule by its words: five characters in a row, but for common ones, with and without shared runs of words."""
+
+    def __init__(self, corpus: list[str], held_out: list[str]) -> None:
+        fives = Counter(each for text in held_out for each in self.fives(_said(text)))
+        self.common = {each for each, count in fives.items() if count > max(3, len(held_out) / 20)}
+        runs = Counter(run for words in {_said(text) for text in corpus} for run in set(self.runs(words.split())))
+        self.shared = {run for run, count in runs.items() if count > max(10, len(corpus) / 100)}
+
+    @staticmethod
+    def fives(said: str) -> set[str]:
+        return {said[start : start + 5] for start in range(len(said) - 4)}
+
+    @staticmethod
+    def runs(words: list[str]) -> list[str]:
+        return [" ".join(words[start : start + 8]) for start in range(len(words) - 7)]
+
+    def sets(self, text: str) -> tuple[set[str], set[str]]:
+        said = _said(text)
+        is_own = [True] * len(said)
+        words, start = said.split(), 0
+        for place, word in enumerate(words):
+            if any(run in self.shared for run in self.runs(words[max(0, place - 7) : place + 8])):
+                is_own[start : start + len(word)] = [False] * len(word)
+            if start:
+                is_own[start - 1] = False
+            start += len(word) + 1
+        places = range(len(said) - 4)
+        own = {said[start : start + 5] for start in places if any(is_own[start : start + 5])}
+        return self.fives(said) - self.common, own - self.common
+
+    def are_near(self, one: str, other: str) -> bool:
+        if _said(one) == _said(other):
+            return True
+        pairs = zip(self.sets(one), self.sets(other), strict=True)
+        return all(len(a & b) >= 0.8 * len(a | b) and a and b for a, b in pairs)
+
+
+@pytest.mark.parametrize("instructions", [0, 10, 30, 60])
+def test_planted_near_duplicates_are_found_among_templates_and_nothing_else_is(instructions: int) -> None:
+    rng = random.Random(instructions)
+    forms = [prose(rng, 70) + "\n" for _ in range(instructions)] or [""]
+    held_out = [prose(rng, rng.randint(8, 40)) for _ in range(400)]
+    fresh = [prose(rng, rng.randint(8, 40)) for _ in range(2000)]
+    planted = [edited(rng, text) for text in held_out]
+    asked, known = ([rng.choice(forms) + text for text in texts] for texts in (fresh, held_out))
+    again = [text.replace(own, copy) for text, own, copy in zip(known, held_out, planted, strict=True)]
+    judge = Judge([*asked, *again, *known], known)
+    expected = [judge.are_near(copy, text) for copy, text in zip(again, known, strict=True)]
+    found = near_duplicates([*asked, *again], known, similarity=0.8)
+    assert sum(expected) > 150
+    assert not any(found[: len(fresh)])
+    missed, wrong = (
+        sum(theirs > ours for theirs, ours in pairs)
+        for pairs in (zip(expected, found[len(fresh) :], strict=True), zip(found[len(fresh) :], expected, strict=True))
+    )
+    assert missed <= 0.01 * sum(expected)
+    assert wrong == 0
+
+
+@pytest.mark.parametrize("instructions", [10, 30, 60])
+def test_a_tasks_instruction_makes_no_two_messages_near(instructions: int) -> None:
+    rng = random.Random(0)
+    forms = [prose(rng, 70) for _ in range(instructions)]
+    rows = [f"{rng.choice(forms)}\n\n{prose(rng, rng.randint(6, 14))}" for _ in range(8000)]
+    assert not any(near_duplicates(rows[800:], rows[:800], similarity=0.8))
+
+
+def test_a_document_makes_no_two_of_its_questions_near() -> None:
+    rng = random.Random(0)
+    pages = [prose(rng, 150) for _ in range(50)]
+    rows = [f"{page}\n\n{prose(rng, 9)}?" for page in pages for _ in range(20)]
+    rng.shuffle(rows)
+    assert not any(near_duplicates(rows[100:], rows[:100], similarity=0.8))
+
+
+def test_a_question_that_is_asked_of_other_documents_is_not_near_itself() -> None:
+    rng = random.Random(0)
+    pages = [prose(rng, 150) for _ in range(60)]
+    asked = [prose(rng, 7) for _ in range(20)]
+    rows = [f"{page}\n\n{question}?" for page in pages for question in asked]
+    rng.shuffle(rows)
+    assert not any(near_duplicates(rows[120:], rows[:120], similarity=0.8))
+
+
+def test_prompts_that_are_all_shared_text_are_near_their_equals_alone() -> None:
+    rng = random.Random(0)
+    form = prose(rng, 30)
+    rows = [f"{form} {prose(rng, 9)}" for _ in range(200)]
+    assert near_duplicates([*rows, form.upper(), f"{form} {form}"], [form], similarity=0.8) == [
+        *[False] * 200,
+        True,
+        False,
+    ]
+
+
+def test_repeats_are_counted_once_each() -> None:
+    rng = random.Random(0)
+    rows = [prose(rng, 30) for _ in range(300)]
+    copies = [edited(rng, text) for text in rows[:50]]
+    held_out = [prose(rng, 30)]
+    judge = Judge([*rows, *copies], held_out)
+    expected = sum(judge.are_near(text, copy) for text, copy in zip(rows, copies, strict=False))
+    assert expected > 20
+    comparison = Comparison([*rows, *copies], held_out, similarity=0.8)
+    assert comparison.repeats([*rows, *copies]) == expected
+    assert comparison.repeats([*rows, *rows[:7], *rows[:7]]) == 14
+    assert comparison.repeats(rows) == 0
+
+
+def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are() -> None:
+    """They share no run of eight words, and most pairs are candidates: at most sixteen of them are compared."""
+    rng = random.Random(0)
+    gaps = [prose(rng, 4) for _ in range(6)]
+    rows = [" ".join(f"{part} {prose(rng, 1)}" for part in gaps) for _ in range(1200)]
+    compared: list[object] = []
+
+    class Counting(Comparison):
+        def _are_near(self, one: Any, other: Any) -> bool:
+            compared.append(one)
+            return super()._are_near(one, other)
+
+    comparison = Counting(rows[600:], rows[:600], similarity=0.8)
+    assert len(list(comparison.near_held_out(rows[600:]))) == 600
+    assert len(compared) <= 600 * MOST_COMPARED
+
+
+def test_what_is_asked_for_lazily_is_compared_no_further() -> None:
+    rng = random.Random(0)
+    rows = [prose(rng, 10) for _ in range(60)]
+    read: list[str] = []
+
+    def reading() -> Iterator[str]:
+        for row in rows * 400:
+            read.append(row)
+            yield row
+
+    found = Comparison(rows, rows[:10], similarity=0.8).near_held_out(reading())
+    assert [next(found) for _ in range(11)] == [*range(10), None]
+    assert len(read) <= 4096

@@ -92,6 +92,34 @@ def test_the_profile_accounts_for_every_row(store: Store, write_rows: Write, run
     assert profile["rejected"][0]["reason"] == "prompt is missing"
 
 
+def test_the_steps_line_says_what_is_left_out_and_why(store: Store, write_rows: Write, run_config: Config) -> None:
+    copies = [{"id": f"copy {i}", "prompt": f"Question {i}!", "completion": "other"} for i in range(60)]
+    empty = [{"prompt": "p", "completion": ""}] * 2
+    changed = {"id": 5, "prompt": "question 5", "completion": "corrected"}
+    source = write_rows([*rows(200), rows(1)[0], changed, *copies, *empty, "no JSON"])
+    config = run_config(source, eval_share=0.3, max_records=180, max_near_share=0.5)
+    prepared = prepare(config, store)
+    profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
+    dropped = profile["dropped"]
+    assert dropped["near_duplicate_of_eval"] > 0
+    assert prepared.near_in_train > 0
+    assert prepared.told == (
+        f"{prepared.train_records} records to train on, {prepared.eval_records} held out; left out: 2 unusable "
+        "(completion is empty), 1 unusable (not JSON: Expecting value at column 1), 1 repeated, "
+        f"1 replaced by a later row of their id, {dropped['near_duplicate_of_eval']} near what is held out, "
+        f"{dropped['over_max_records']} beyond data.max_records; {prepared.near_in_train} of those to train on are "
+        "near another"
+    )
+    assert profile["near_duplicates"]["in_train"] == prepared.near_in_train
+    assert profile["near_duplicates"]["most_are_near"][0]["records"] >= 1
+    compared = dropped["near_duplicate_of_eval"] + prepared.train_records
+    assert profile["near_duplicates"]["left_out_share"] == pytest.approx(
+        dropped["near_duplicate_of_eval"] / compared, abs=0.01
+    )
+    with pytest.raises(DataError, match=r"near what is held out .*data\.max_near_share = 0\.05"):
+        prepare(run_config(source, eval_share=0.3), store)
+
+
 def test_rows_without_the_group_that_the_config_names_are_rejects(
     store: Store, write_rows: Write, run_config: Config
 ) -> None:
@@ -195,6 +223,7 @@ def test_a_dataset_without_manifest_is_not_loaded(store: Store, write_rows: Writ
 def test_the_example_gives_the_2000_training_records_it_was_tuned_on(store: Store, run_config: Config) -> None:
     prepared = prepare(run_config("example://icd10", max_records=2300, eval_share=0.13), store)
     assert (prepared.train_records, prepared.eval_records, prepared.rejected) == (2001, 299, 0)
+    assert prepared.dataset_id == "d980e810724629ab"
 
 
 def test_importing_the_step_loads_nothing_heavy() -> None:

@@ -126,6 +126,65 @@ def test_a_train_record_whose_prompt_is_much_like_one_in_eval_is_dropped() -> No
     assert ids(split(rows, eval_share=0.5, max_records=0).train) == {near, other}
 
 
+def with_copies(count: int) -> list[KeyedRecord]:
+    """Records of which every fifth has another that says the same in capitals, and most have a third."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghij ", k=60)) for _ in range(count)]
+    copies = [text.upper() for text in texts[::5]]
+    return [validate({"prompt": text, "completion": "a"}) for text in [*texts, *copies, *(f"{x}." for x in copies)]]
+
+
+@pytest.mark.parametrize("max_records", [1, 20, 300, 1000, 1300, 1400, 5000])
+def test_max_records_gives_what_comparing_all_records_gives(max_records: int) -> None:
+    """However few of them are compared."""
+    rows = with_copies(1000)
+    everything = split(rows, eval_share=0.2, max_records=0, near_duplicates=0.8)
+    if max_records == 1:
+        with pytest.raises(DataError, match=r"data\.max_records = 1, 0 are in train"):
+            split(rows, eval_share=0.2, max_records=1, near_duplicates=0.8)
+        return
+    limited = split(rows, eval_share=0.2, max_records=max_records, near_duplicates=0.8)
+    # The parts of a split without near-duplicates, of which nothing is compared.
+    apart = [*everything.train, *everything.evaluation]
+    distinct = [each for each in rows if each.record in apart]
+    expected = split(distinct, eval_share=0.2, max_records=max_records)
+    assert limited.train == expected.train
+    assert limited.evaluation == expected.evaluation
+    left_out = limited.near_duplicate_of_eval + limited.over_max_records
+    assert len(limited.train) + len(limited.evaluation) + left_out == len(rows) - limited.prompt_in_eval
+    assert (limited.near_duplicate_of_eval < everything.near_duplicate_of_eval) == (max_records < 1300)
+
+
+def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most_are_near_to() -> None:
+    held_out = [named(name_in(0, 0.5, f"h{i}-"), f"{letter * 8} the question") for i, letter in enumerate("abc")]
+    near = [
+        named(name_in(0.5, 1, f"n{i}-"), f"{letter * 8} THE question" + "!" * i) for i, letter in enumerate("aaaab")
+    ]
+    other = [named(name_in(0.5, 1, f"o{i}-"), letter * 12) for i, letter in enumerate("vwxyz")]
+    rows = [*held_out, *near, *other]
+    allowed = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.5)
+    assert (allowed.near_share, allowed.near_clusters[0]) == (0.5, ("aaaaaaaa the question", 4))
+    with pytest.raises(DataError) as caught:
+        split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)
+    told = str(caught.value).splitlines()
+    assert told[0] == (
+        "50.0% of what would be trained on is near what is held out (5 of 10 records), more than "
+        "data.max_near_share = 0.49 allows:"
+    )
+    assert told[1:3] == ["  4 x near 'aaaaaaaa the question'", "  1 x near 'bbbbbbbb the question'"]
+    for remedy in ("data.group", "data.near_duplicates, which is 0.8", "Raise data.max_near_share"):
+        assert remedy in told[3]
+    with pytest.raises(DataError, match=r"100\.0% of what would be trained on"):  # and not: too few records
+        split([*held_out, *near], eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)
+
+
+def test_near_duplicates_within_train_are_counted_and_stay() -> None:
+    rows = with_copies(100)
+    result = split(rows, eval_share=0.2, max_records=0, near_duplicates=0.8)
+    said = [record.prompt[0].content.lower().rstrip(".") for record in result.train]
+    assert result.near_in_train == len(said) - len(set(said)) > 10
+
+
 def test_a_group_stands_on_one_side_and_stays_there_when_it_grows() -> None:
     def rows(of_each: range) -> list[KeyedRecord]:
         given = [

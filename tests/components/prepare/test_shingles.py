@@ -1,0 +1,87 @@
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from components.prepare import shingles
+from components.prepare.shingles import Batch, frequent, in_batches, said
+
+
+def words_of(text: str) -> list[str]:
+    """The words as the hashes have them: equal hashes, equal words."""
+    batch = Batch.of([said(text)])
+    found = batch.words()
+    spans: dict[int, str] = {}
+    for point, word, is_word in zip(batch.characters.tolist(), found.word_of.tolist(), found.is_word, strict=True):
+        if is_word:
+            spans[word] = spans.get(word, "") + chr(point)
+    return list(spans.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Stye, left EYE!", ["stye", "left", "eye"]),
+        ("a", ["a"]),
+        ("...", []),
+        ("", []),
+        ("请问 Mpox是什么", ["请", "问", "mpox", "是", "什", "么"]),
+        ("สวัสดี abc", [*"สวสด", "abc"]),
+        ("안녕 세상", ["안녕", "세상"]),
+    ],
+)
+def test_words_are_what_stands_between_spaces_and_characters_where_scripts_have_none(
+    text: str, words: list[str]
+) -> None:
+    assert words_of(text) == words
+
+
+def test_equal_words_have_equal_hashes_wherever_they_stand_and_others_have_others() -> None:
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["ab", "ba", "abc", "a", "aa", "b"], k=rng.randint(1, 9))) for _ in range(300)]
+    found = Batch.of([said(text) for text in texts]).words()
+    flat = [word for text in texts for word in text.split()]
+    assert len(flat) == len(found.hashes)
+    assert len(set(zip(flat, found.hashes.tolist(), strict=True))) == len(set(flat)) == len(set(found.hashes.tolist()))
+    assert found.row_of.tolist() == [row for row, text in enumerate(texts) for _ in text.split()]
+
+
+def test_texts_of_a_batch_do_not_run_into_each_other() -> None:
+    texts = ["one two three four five", "six seven eight nine ten", "a b c d e f g h i"]
+    batch = Batch.of([said(text) for text in texts])
+    hashes, rows, first = batch.shingles()
+    assert Counter(rows.tolist()) == {row: len(text) - 4 for row, text in enumerate(texts)}
+    alone = np.concatenate([Batch.of([said(text)]).shingles()[0] for text in texts])
+    assert hashes.tolist() == alone.tolist()
+    assert [int(batch.characters[place]) for place in first[:3]] == [ord(each) for each in "one"]
+    runs, begin = batch.words().runs()
+    assert begin.tolist() == [10, 11]
+    assert len(set(runs.tolist())) == 2
+    assert len(set(batch.texts().tolist())) == 3
+
+
+@pytest.mark.parametrize("cells", [4, 2**12])
+def test_frequent_is_what_more_texts_hold_than_asked(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fall into one counter of the coarse count."""
+    monkeypatch.setattr(shingles, "CELLS", cells)
+    rng = np.random.default_rng(0)
+    texts = [np.unique(rng.zipf(1.3, 40).astype(np.uint64)) for _ in range(200)]
+    counts = Counter(value for text in texts for value in text.tolist())
+
+    def batches() -> Iterator[tuple[shingles.Hashes, shingles.Rows]]:
+        for start in range(0, len(texts), 10):
+            part = [np.concatenate([text, text[:3]]) for text in texts[start : start + 10]]
+            yield np.concatenate(part), np.repeat(np.arange(len(part)), [len(text) for text in part])
+
+    for most in (0, 3, 19.5, 1000):
+        expected = sorted(value for value, count in counts.items() if count > most)
+        assert frequent(batches, more_than=most).tolist() == expected
+
+
+def test_batches_hold_every_text_in_order_and_stay_small() -> None:
+    texts = ["abcdef"] * 5 + ["x" * 50] + ["ghijkl"] * 3
+    found = list(in_batches(texts, max_texts=4, max_chars=40))
+    assert [text for batch in found for text in batch] == texts
+    assert [len(batch) for batch in found] == [4, 2, 3]
