@@ -1,6 +1,6 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
-One job is let into a cluster once: nobody else's comes between the training and the comparison, and no cluster starts
+One job is admitted to a cluster once: no other job runs between training and comparison, and no cluster starts
 twice. The training's workers start while the data are read, and stay to compare, on the base that they hold, where each
 of them holds a whole one. A job that is run again takes the version that the run has published as it is.
 """

@@ -1,4 +1,4 @@
-"""What every Ray job's entry point does alike: arguments, config, logging, and failing in words."""
+"""What all entry points of Ray jobs share: arguments, config, logging, and errors as messages."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def started(environment: Mapping[str, str], ray_job_id: str) -> Started:
     """As which job Ray runs this driver, and for which user.
 
     Ray's Jobs API hands an entry point the metadata of its submission (ray/dashboard/modules/job/job_supervisor.py);
-    whoever runs the module by hand has none.
+    a module that is run by hand has none.
     """
     about = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return Started(

@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict[str, Any]:
-    """The processor, what it multiplies in and the estimate; with a reason in place of what nobody can know."""
+    """The processor, what it multiplies in and the estimate; with a reason in place of what cannot be known."""
     from ray_jobs.planning import pace  # which imports for seconds what converting a base does not need
 
     cpu = this_cpu()

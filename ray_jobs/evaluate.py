@@ -1,9 +1,9 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
 The records are shared out over the workers of a training that has just ended, or over Ray tasks. Each loads the base
-once and puts the adapters on it one after the other, in the base's dtype, as they were trained: what is measured is the
-function that was trained, of the published files. A base that no worker can hold is shared out over all of them, as it
-was to be trained on.
+once and attaches the adapters to it one after the other, in the base's dtype, as they were trained: the published files
+are measured as the function that was trained. A base that no worker can hold is sharded over all of them, as for
+training.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ def _measured(
     run_id: str,
     standby: Standby | None,
 ) -> tuple[Found, dict[str, Outcome]]:
-    """Scores on as many held-out records as decide, and what each probe found; the training's workers are let go of."""
+    """Scores on as many held-out records as decide, and what each probe found; the training's workers are released."""
     import ray
 
     records = held_out[: config.evaluate.records]

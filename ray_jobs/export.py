@@ -4,7 +4,7 @@ merged   the adapter's update in the weights of its base: a transformers folder 
 lora     the same function as plain LoRA, where it is one
 
 Either is compared with the adapter on its base before anything appears at DIR: the merge before it is rounded to the
-dtype that is saved. What export.json then says there is the last line of stdout.
+dtype that is saved. The last line of stdout is what export.json there says.
 """
 
 import json

@@ -211,7 +211,7 @@ def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
 
 
 def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: Device) -> Mapping[str, Any]:
-    """Speed, time and cost; null where nobody can know, with the reason."""
+    """Speed, time and cost; null where it cannot be known, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
         unknown = (

@@ -1,8 +1,8 @@
-"""Plain LoRA from what is one in other clothes, for servers that know nothing else.
+"""Converting adapters to plain LoRA, for servers that support nothing else.
 
 rsLoRA   W + (alpha / sqrt(r)) B A          alpha' = alpha sqrt(r), so that alpha' / r is the same (arXiv:2312.03732)
 VeRA     W + diag(b) B diag(d) A            A' = diag(d) A, B' = diag(b) B, scaling 1 (arXiv:2310.11454)
-DoRA     m (W + s B A) / norm(W + s B A)    no LoRA: the magnitude scales W too; `nearest_lora` is the best there is
+DoRA     m (W + s B A) / norm(W + s B A)    not a LoRA: the magnitude scales W too; `nearest_lora` is the closest
 """
 
 import math

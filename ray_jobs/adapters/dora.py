@@ -2,10 +2,10 @@
 
     W' = m * (W + s B A) / ||W + s B A||_c
 
-A training moves m / norm from one by a few thousandths, and near one bfloat16 knows steps of 0.4 to 0.8 % only: stored
-or divided in it, most of what m learned would be lost. So norm and ratio are taken in float32. And while m is trained,
-which DeepSpeed does in 16 bits with float32 masters, its parameter holds how far it has moved, a small number that 16
-bits tell exactly enough, from a start that is kept beside it in float32. What is saved is m itself, in float32.
+Training moves m / norm away from one by a few thousandths, and near one bfloat16 has steps of 0.4 to 0.8 % only:
+stored or divided in it, most of what m learned would be lost. So norm and ratio are computed in float32. While m is
+trained, which DeepSpeed does in 16 bits with float32 masters, its parameter holds the difference from its start, a
+small number that 16 bits represent well enough; the start is kept beside it in float32. m itself is saved, in float32.
 
 Shapes: I input, O output, R rank, T tokens.
 """

@@ -1,4 +1,4 @@
-"""The base that an adapter stands on: the original, or one of its own that its start was chosen together with.
+"""The base of an adapter: the original, or one of its own that was computed together with the adapter's first weights.
 
 `method.init` says which. A base of an adapter's own belongs to it and to no other. It is a folder of the store, made
 once by all workers and from then on only pulled:
@@ -8,11 +8,11 @@ bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it 
      <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
      <init>.json               what it was made from, and what the making found
 
-Other hardware may compute otherwise, so each content has a folder: files of two makings never mix. Release 0.1.0 wrote
+Other hardware may give other numbers, so each content has a folder: files of two builds never mix. Release 0.1.0 wrote
 the files to bases/<id>/ itself, which is still read.
 
-How one is made says `ray_jobs/adapters/<init>/start.py`, a module with the four functions of `Start`, as LoftQ's is.
-No other code asks for a start by its name.
+`ray_jobs/adapters/<init>/start.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
+No other code refers to a start by its name.
 """
 
 import contextlib

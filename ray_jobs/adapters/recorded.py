@@ -1,6 +1,6 @@
-"""What running a version takes of its lineage: the base and the method of its own run, and what they were used on.
+"""What is read of a version's lineage to run it: the base and method of its own run, and the device they were used on.
 
-A lineage says what was, and permits nothing: whether a base's own code may run is for the caller's config to say.
+A lineage records and permits nothing: the caller's config decides whether a base's own code may run.
 """
 
 from collections.abc import Mapping

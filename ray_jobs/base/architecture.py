@@ -1,7 +1,7 @@
 """Which of transformers' classes a base is: one that reads text from left to right, and writes it.
 
-Most are causal language models. Some transformers knows only as models that answer to images, such as Mistral 3 and
-Qwen3-VL: without an image they are language models too.
+Most are causal language models. A few, such as Mistral 3 and Qwen3-VL, transformers has only as models that take
+images: without an image they are language models too.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def _is_known_by_images_alone(base: "PretrainedConfig") -> bool:
 
 
 def _sees_ahead(base: "PretrainedConfig") -> bool:
-    """Whether it is an encoder, or has one: transformers lends those a causal class too."""
+    """Whether it is an encoder, or has one: transformers has a causal class for those too."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     is_encoder = type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)

@@ -122,10 +122,10 @@ def load_model(
 ) -> "PreTrainedModel":
     """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
 
-    `in_host_memory` leaves the model there for who will move it to the GPU; `across_gpus` lets the machine's GPUs hold
-    some layers each, which answer one after the other. Within `deepspeed.sharding` a bfloat16 base
-    is sharded as it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means
-    bfloat16, or float16 on a GPU that does not know that.
+    `in_host_memory` leaves the model there, for the caller to move to the GPU; `across_gpus` lets the machine's GPUs
+    hold some layers each, which answer one after the other. Within `deepspeed.sharding` a bfloat16 base is sharded as
+    it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means bfloat16, or
+    float16 on a GPU that does not know that.
 
     Raises:
         ConfigError: the base is no causal language model, does not know `model.attention`, or is quantised already and
@@ -298,7 +298,7 @@ def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
 def once(path: Path, build: Callable[[Path], object]) -> None:
     """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen.
 
-    What one that was killed has left is removed: whoever has the lock is alone.
+    What a killed process has left is removed: only the holder of the lock builds.
     """
     from filelock import FileLock
 

@@ -2,8 +2,8 @@
 
 bitsandbytes 0.50 has a kernel for GPUs; on processors it looks for each weight by bisection among the midpoints of its
 16 numbers (backends/default/ops.py), 20 to 30 ns a weight: minutes for 7 billion of them, in every worker. Here all
-weights of a piece that caches hold are compared with one midpoint after the other, and a weight's place among the
-numbers is how many midpoints are less than it.
+weights of a block that fits the cache are compared with one midpoint after the other, and a weight's place among the
+numbers is the count of midpoints below it.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Weights that ZeRO-3 shards, in one piece for as long as somebody reads them."""
+"""Weights that ZeRO-3 shards, gathered whole for as long as they are read."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""Where the records of a packed row lie, and which of its tokens look at which."""
+"""Where the records of a packed row are, and which of its tokens attend to which."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ class Packing:
     rests: tuple[int, ...]
     """Tokens of each record after the common beginning, 1 or more."""
     read: Tensor | None = field(default=None, compare=False)
-    """Tokens whose last hidden states somebody reads, int64 (A,) on the CPU; None where that may be all."""
+    """Tokens whose last hidden states are read, int64 (A,) on the CPU; None where that may be all."""
     device: torch.device = CPU
     """Where its tables are."""
 
@@ -59,7 +59,7 @@ class Packing:
         return torch.cat([torch.arange(self.common), *rests])[None].to(self.device)
 
     def mask(self) -> Tensor:
-        """Which token of the row looks at which, for a kernel that does not know of records: bool (1, 1, T, T)."""
+        """Which token of the row attends to which, for a kernel that does not know of records: bool (1, 1, T, T)."""
         record = torch.repeat_interleave(torch.arange(len(self.rests)), torch.tensor(self.rests)) + 1
         record = torch.cat([torch.zeros(self.common, dtype=torch.long), record]).to(self.device)
         related = (record[:, None] == record) | (record == 0)

@@ -1,8 +1,8 @@
 """How a base's weights are stored, and how they come to be what `method.base` says.
 
 A folder is 16 bits wide, quantised in one of our formats (NF4 or int8 of bitsandbytes), which is loaded as it is, or
-quantised in one that is only for storage: MXFP4, as gpt-oss, or FP8, which are widened to bfloat16. Anything else under
-another name than its own would make plan, lineage and serving untrue, and is refused.
+quantised in one that is only for storage: MXFP4, as gpt-oss, or FP8, which are widened to bfloat16. Any other
+format is refused: under a name that is not its own, plan, lineage and serving would be wrong.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,1 @@
-"""What processors compute instead of PyTorch's and peft's own products; `door` is the one way in and out."""
+"""What processors compute in place of the products of PyTorch and peft; `door` is the only interface to it."""

@@ -1,6 +1,6 @@
-"""The memory that one step frees is the next one's.
+"""Keep freed memory in the process, so that the next training step reuses it.
 
-glibc gives large blocks back to the system, which hands them out again page by page, each cleared: some 2,000 faults
+glibc returns large blocks to the system, which hands them out again page by page, each cleared: some 2,000 page faults
 for each layer of the example's base in each step, a tenth of its time.
 """
 
@@ -16,7 +16,7 @@ LARGEST_BLOCK = 2**30
 
 
 def keep_freed_memory() -> None:
-    """From now on, in this process; nothing where the C library is not glibc. The peak stays what it was."""
+    """Switch this on for the whole process; does nothing where the C library is not glibc. The peak does not change."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """What this process has freed goes to the system, or the GPU, where whoever asks what is free will find it."""
+    """Return what this process has freed to the system, or to the GPU, so that it counts as free memory there."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

@@ -1,12 +1,12 @@
-"""Where attention's vectors are: in a row of tokens, whose heads are together, or in parts, by the keys that they meet.
+"""How attention's vectors are laid out: as rows of tokens with their heads together, or in parts by the keys they meet.
 
-A part is one batch of products. Records in rows of their own are one part; of packed records the rests are one, and the
-common beginning is another. Parts are held flat, a vector of D after the other: of each part all queries, then all
-keys, then all values.
+A part is one batch of products. Records in rows of their own are one part. Packed records are two: the rests are one
+part, the common prefix is the other. Parts are stored flat, one vector of D after another: of each part all queries,
+then all keys, then all values.
 
 Shapes: N records of S tokens, X heads of D: K of queries, then G of keys and G of values; R = K / G queries of a token
-look at the same keys. Packed (see `base.packed`): T tokens of the row, C of the common beginning, S of the longest
-rest. L tokens are looked at, C + S.
+attend to the same keys. Packed (see `base.packed`): T tokens of the row, C of the common prefix, S of the longest
+rest. L tokens are attended to, C + S.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""The door to the kernels: what this process takes products in, a model that adopts them, and the model given back.
+"""The interface to the kernels: choose the dtype of products, adopt a model's layers, and restore them.
 
-Loading a base and attaching an adapter know nothing of kernels. Who runs the model chooses once (`choose`, `agree`),
-loads by `load_model`, and lets `Kernels.adopt` have the model again when an adapter is on it. `part` undoes what an
-adapter's training needs before the base is lent to the next one. On a GPU, and on a processor with fast bfloat16
-products, weights stay in the layers that transformers, bitsandbytes and peft made.
+Code that loads a base or attaches an adapter knows nothing of kernels. The caller that runs the model chooses once
+(`choose`, `agree`), loads with `load_model`, and calls `Kernels.adopt` again once an adapter is attached. `part` undoes
+what an adapter's training needs, before the base is reused for the next one. On a GPU, and on a processor with fast
+bfloat16 products, weights stay in the layers that transformers, bitsandbytes and peft made.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound="nn.Module")
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a process, or all of a group alike, take the products of a model on the CPU in.
+    """What a process, or every process of a group, computes the products of a model on the CPU in.
 
     Whatever it is, weights and activations are the same 16 bits.
     """
@@ -90,9 +90,9 @@ def load_model(
 
 
 def part(model: "PreTrainedModel") -> None:
-    """Give a base back whose adapter is off: its decoder layers are transformers' own again.
+    """Restore a base after its adapter is removed: its decoder layers are transformers' own again.
 
-    What reads the base's own weights stays, as the next use of the process takes its products alike.
+    The layers that read the base's own weights stay: the next use in this process computes its products the same way.
     """
     from ray_jobs.kernels import fused_layer
 

@@ -1,4 +1,4 @@
-"""Adapters' layers that multiply in float32, beside those of `float32_layers`, which LoRA's factors are.
+"""VeRA and DVoRA layers that multiply in float32; LoRA's factors are linear layers, as `float32_layers` has them.
 
 Shapes: I input, O output, R rank.
 """

@@ -1,12 +1,12 @@
 """Layers that store few bits and multiply in float32, for processors that multiply bfloat16 slowly.
 
 Without AMX or AVX-512 BF16 a bfloat16 product takes two to forty times as long as one in float32 (torch 2.13). Here
-operands are widened for the length of one product, forward and backward, and the result is rounded once, to the dtype
-of the input: never less precise than bfloat16's own. What is stored, trained and published stays as it is.
+operands are converted to float32 for one product at a time, forward and backward, and the result is rounded once, to
+the dtype of the input: never less precise than bfloat16's own. What is stored, trained and published does not change.
 
-Each class stands in for one of torch's, transformers' or bitsandbytes', under the same name, which peft reads.
-`multiply_in_float32` turns a model's layers into them in place; products of other modules stay as they are. What
-adapters need beside these has `float32_adapters`.
+Each class replaces the class of the same name of torch, transformers or bitsandbytes; peft reads that name.
+`multiply_in_float32` converts a model's layers in place; products of other modules stay as they are. The layers of
+other adapters are in `float32_adapters`.
 
 Shapes: I input, O output, N tokens, K experts of a token.
 """
@@ -177,7 +177,7 @@ def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[slice, Tensor]]:
-    # To 16 bits first: the very weights that an export dequantises and that other processors multiply with.
+    # To 16 bits first: exactly the weights that an export dequantises and that other processors multiply with.
     yield from _dense_blocks(bitsandbytes.functional.dequantize_4bit(weight.data, quant_state))
 
 

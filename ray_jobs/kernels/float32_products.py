@@ -1,8 +1,8 @@
 """Float32 products by oneDNN in place of a BLAS, where that is faster and as exact.
 
 PyTorch gives float32 products to MKL, which does not use the AVX-512 of AMD's processors. oneDNN does: 461 GFLOP/s in
-place of 205 on two cores of an EPYC (torch 2.13, 320 x 576 by 576 x 3072). It is asked by allowing it to round operands
-to bfloat16 on the way, which it makes use of with AMX alone.
+place of 205 on two cores of an EPYC (torch 2.13, 320 x 576 by 576 x 3072). PyTorch calls it where
+operands may be rounded to bfloat16, a permission that oneDNN uses with AMX alone.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from components.shared.cpus import this_cpu
 
 @contextmanager
 def by_onednn(*, may_round: bool = False) -> Iterator[None]:
-    """Within, float32 products go by oneDNN where that pays; where they `may_round` operands, wherever it can."""
+    """Within, oneDNN computes float32 products where that pays; where they `may_round` operands, wherever it can."""
     if not may_round and not pays():
         yield
         return

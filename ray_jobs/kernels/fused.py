@@ -1,10 +1,10 @@
 """LoRA on a frozen layer as one product with one backward pass: y = x W^T + b + s (x A^T) B^T.
 
-peft's layers take the same product in eight steps, each of which reads or writes a whole activation, and round four
-times on the way to 16 bits; here the update is added to the base's product in place, and rounded once with it. What is
-trained, stored and published is peft's own. What a layer cannot do this way it does peft's: DoRA and other variants,
-dropout, several adapters at once, weights that ZeRO-3 shards, and on GPUs what keeps nothing for a backward pass: there
-bitsandbytes multiplies the one token of an answer with four bits as they are.
+peft's layers compute the same product in eight steps, each of which reads or writes a whole activation, and round four
+times to 16 bits; here the update is added to the base's product in place, and rounded once with it. What is trained,
+stored and published is peft's own. peft's forward stays in use for DoRA and other variants, dropout, several adapters
+at once, weights that ZeRO-3 shards, and on GPUs wherever nothing is kept for a backward pass: there bitsandbytes
+multiplies the one token of an answer with the 4-bit weights as they are.
 
 Shapes: I input, O output, R rank, T tokens.
 """
@@ -128,7 +128,7 @@ def adopt(model: nn.Module) -> None:
 
 
 def fused(layer: Any, x: Tensor) -> Tensor | None:
-    """What a layer of peft's gives, in one product; None where it must go peft's way."""
+    """The output of a peft layer, in one product; None where peft's own forward must compute it."""
     found = adapted(layer, x)
     if found is None:
         return None
@@ -139,7 +139,7 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def adapted(layer: Any, x: Tensor) -> Adapted | None:
-    """What a layer's product with such an input is taken of; None where it must go peft's way."""
+    """The factors of a layer's product with such an input; None where peft's own forward must compute it."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or x.dtype not in HALF:
         return None
     (name,) = layer.active_adapters
@@ -155,7 +155,7 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
         return None
     if x.device.type != "cpu" and not torch.is_grad_enabled():
         return None
-    if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # somebody counts on its being called
+    if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # hooks rely on its being called
         return None
     return Adapted(base.weight, base.bias, blocks, A_RI, B_OR, layer.scaling[name], dtype)
 

@@ -1,9 +1,10 @@
-"""Attention, forward and backward, as the fused layer calls it: of records in rows, or packed in one row.
+"""Attention forward and backward, as the fused layer calls it: of records in rows, or packed in one row.
 
-PyTorch's kernel takes each record's each head by itself: of short records products of 30 by 40 numbers, which take
-longer to begin than to do. Here the heads that share keys are rows of one product, and all records are taken at once,
-or of long ones as many queries as caches hold scores of. All in float32. Queries, keys and values are kept for the way
-back, and the attention's weights too where they are no more than what it finds; otherwise they are computed again.
+PyTorch's kernel computes each head of each record by itself: for short records products of 30 by 40 numbers, which take
+longer to start than to compute. Here the heads that share keys are rows of one product, and all records are computed at
+once; of long ones as many queries at a time as have scores that fit the caches. Everything is in float32. Queries, keys
+and values are kept for the backward pass, and the attention weights too where they take no more room than the output;
+otherwise they are recomputed.
 
 Shapes: see `attention_layout`.
 """
@@ -19,12 +20,12 @@ from ray_jobs.kernels import attention_layout, float32_products
 from ray_jobs.kernels.attention_layout import Heads, Shape
 
 LONG = 512
-"""From so many tokens on the backward pass may round operands to bfloat16, as the products around it do: it is a third
-of a step by then, and transformers rounds forward and backward."""
+"""From this many tokens on the backward pass may round operands to bfloat16, as the products around it do: it is a
+third of a step by then, and transformers rounds forward and backward."""
 BLOCK = 2**20
-"""Scores that a thread has at a time: 4 MiB, about its cache."""
+"""Scores that a thread computes at a time: 4 MiB, about its cache."""
 TOKENS = 64
-"""Whose queries are taken at a time, where not all are: the fewer, the less is computed of what none looks at."""
+"""Tokens whose queries are computed at a time, where not all are: fewer means fewer masked scores."""
 
 Block = tuple[slice, slice]
 ALL: Block = (slice(None), slice(None))
@@ -34,7 +35,7 @@ softmax_backward = torch.ops.aten._softmax_backward_data
 
 @dataclass(frozen=True)
 class Part:
-    """Queries of some tokens, and the keys and values that they look at: the last of as many, and all before."""
+    """Queries of some tokens, and the keys and values that they attend to: their own, the last, and all before."""
 
     q: Tensor
     """(batch, tokens R, D), a token's R one after the other."""
@@ -96,7 +97,7 @@ class Part:
 
 
 def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What each token finds, (N, S, K, D), and what `backward` needs. All are float32."""
+    """The attention output of each token, (N, S, K, D), and what `backward` needs. All are float32."""
     layout = attention_layout.of(qkv_NSXD, heads, packing)
     flat = layout.apart(qkv_NSXD)
     found = flat.new_empty(sum(batch * tokens for batch, tokens, _ in layout.shapes) * heads.per_key, flat.shape[-1])
@@ -143,6 +144,6 @@ def _queries(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Tensor]:
 
 
 def _unseen(num_tokens: int, per_key: int) -> Tensor:
-    """What is added to scores of tokens with themselves: minus infinity for what comes later, (tokens R, tokens)."""
+    """The causal mask added to scores of tokens with themselves: minus infinity for later ones, (tokens R, tokens)."""
     later = torch.full((num_tokens, num_tokens), -torch.inf).triu(diagonal=1)
     return later.repeat_interleave(per_key, dim=0)

@@ -3,16 +3,16 @@
     n = norm(x)     q, k, v = products of n            y = x + product of attention(q, k, v)
     m = norm(y)     gate, up = products of m           z = y + product of (silu(gate) up)
 
-Of a small base's step most is not multiplying: activations are written and read again, and every operation is made
-known to autograd. Here sums are taken within products, attention and rotary positions stay in float32, and the factors
-cost no product of their own: the layers that read one input have their W, A and B in one matrix M,
+Most of a small base's step is not multiplication: activations are written and read again, and autograd records every
+operation. Here sums are taken within products, attention and rotary positions stay in float32, and the factors need no
+product of their own: the layers that read one input have their W, A and B in one matrix M,
 
     y = [x, x s A^T] [W, B]^T          gradient of x: [g, g B] [W; s A]          M = [W, B; s A, 0]
 
-Of packed records the last layer computes for tokens that nobody reads, a prompt's, no more than keys and values.
+Of packed records the last layer computes only keys and values for tokens that are not read, such as a prompt's.
 
-What is trained, stored and published is peft's own, and a layer that this does not cover goes its own way: see `_form`.
-To the same function in float64 it is nearer than transformers' and peft's modules, which round after each operation.
+What is trained, stored and published is peft's own, and a layer that this does not cover uses its own forward: see
+`_form`. Results are closer to float64 than those of transformers' and peft's modules, which round after each operation.
 
 Shapes: N records of S tokens, T = N S, U of them read, H hidden, I input, O output, R ranks, X heads of D, the first K
 of them queries. A + stands for the columns of the factors, R rounded up. Packed records (see `base.packed`) are one of
@@ -78,7 +78,7 @@ class Joined:
                 layer.weight.data = place
 
     def holds(self, layers: Sequence[Adapted]) -> bool:
-        """Whether it holds these layers' weights, and not what they were before somebody changed them."""
+        """Whether it holds these layers' weights, and not those of before a change."""
         return all(_lies_at(own, layer.weight) for layer, own in zip(layers, self.weights, strict=True))
 
 
@@ -132,7 +132,7 @@ class Products:
     def backward(self, g: Tensor, x: Tensor, *, down: bool = True) -> tuple[Tensor | None, list[Tensor]]:
         """From g (T, O+), whose last columns it fills, and `forward`'s x, to gradients of the input and of the factors.
 
-        The former only where it is asked to go `down`.
+        The former only where `down` is set.
         """
         M, g_TO, g_TR = self.joined(backward=True), g[:, : self.outputs], g[:, self.outputs :]
         for B_OR, rows, ranks in zip(M.B, M.rows, M.ranks, strict=True):
@@ -175,7 +175,7 @@ class Form:
     heads: Heads
     packing: Packing | None
     read: Tensor | None
-    """The tokens that somebody reads after this layer, int64 (U,); None for all."""
+    """The tokens that are read after this layer, int64 (U,); None for all."""
 
     def rows(self, tokens: int) -> int:
         """Of the products of so many."""
@@ -253,7 +253,7 @@ class Layer(torch.autograd.Function):
 
 
 def adopt(model: nn.Module) -> None:
-    """Let a model's layers of this form go this way where they can; what is one already stays."""
+    """Convert a model's layers of this form to the function above where it applies; what is one already stays."""
     for module in model.modules():
         module.__class__ = ADOPTED.get(type(module), type(module))
 
@@ -269,7 +269,7 @@ def part(model: nn.Module) -> None:
 
 
 def _adopted(layer_class: Any) -> type:
-    """A layer of that class which goes this way where it can, and otherwise its own."""
+    """A layer of that class which uses the function above where it applies, and otherwise its own forward."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         form = None if args else _form(self, hidden_states, **kwargs)
@@ -298,10 +298,10 @@ def _form(
     packing: Packing | None = None,
     **_: Any,
 ) -> Form | None:
-    """What a layer is made of; None where it must go its own way: no gradients are wanted, not all of it is adapted and
-    goes by `fused`, a mask (but that of packed records), a cache, dropout or another kernel is asked for, somebody
-    counts on a module's being called, or it is recomputed in the backward pass: memory is short then, and here that of
-    a layer is held all at once."""
+    """What a layer is made of; None where it must use its own forward: no gradients are wanted, not all of it is
+    adapted and covered by `fused`, it has a mask (but that of packed records), a cache, dropout or another kernel,
+    hooks rely on a module's being called, or it is recomputed in the backward pass: memory is short then, and this
+    function holds all activations of a layer at once."""
     attn, mlp = layer.self_attn, layer.mlp
     if not torch.is_grad_enabled() or cache is not None or use_cache:
         return None

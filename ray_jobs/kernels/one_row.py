@@ -1,9 +1,9 @@
-"""Layers that multiply a single row, as a vector where that is faster: what answering one prompt takes for every token.
+"""Layers that multiply a single row as a vector where that is faster: decoding one prompt does so for every token.
 
 A product of two 16-bit matrices reads its weights twice where oneDNN packs them first; with a vector PyTorch reads them
-once. The processor says which is faster: on two cores the vector won with AMX, and with AVX-512 BF16 alone the matrix,
-by 1.8. Both add up in float32. An adapter's factors are so small that a vector always wins. More rows than one go as
-before, and so does what an adapter cannot do in one product: see `fused`.
+once. Which is faster depends on the processor: on two cores the vector with AMX, and with AVX-512 BF16 alone the
+matrix, by 1.8. Both accumulate in float32. An adapter's factors are so small that a vector always wins. Several rows
+are multiplied as before, and so is an adapter that one product cannot express: see `fused`.
 
 Shapes: I input, O output, R rank.
 """
@@ -53,7 +53,7 @@ class AdaptedLinear(fused.Linear):
 
 
 def adopt(model: nn.Module) -> None:
-    """Let a model's dense layers go this way, for answering alone: no gradient comes back through them."""
+    """Convert a model's dense layers, for decoding alone: they have no backward pass."""
     convert(model, by_vector=vectors_win([each.weight for each in model.modules() if type(each) is nn.Linear]))
 
 

@@ -1,7 +1,7 @@
-"""What CPU workers multiply bfloat16 operands in: bfloat16 or float32, whichever this processor is faster at.
+"""What CPU workers multiply bfloat16 operands in: bfloat16 or float32, whichever is faster on this processor.
 
 Measured, in milliseconds, rather than looked up: the list of instruction sets never ends, and which of them PyTorch has
-kernels for changes. The ratios lie far from the limit: FLOP/s in float32 over those in bfloat16, one thread, forward
+kernels for changes. The ratios are far from the limit: FLOP/s in float32 over those in bfloat16, one thread, forward
 and backward, torch 2.13, are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone and 15 and more with AVX2.
 """
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLEARLY = 1.2
-"""Float32 must be so many times as fast: far from every ratio above, so that no noise of a busy machine decides."""
+"""Float32 must be this many times as fast: far from every ratio above, so that no noise of a busy machine decides."""
 ROWS = 128
 """About a micro-batch of short records."""
 SMALLEST, LARGEST = 512, 1024
-"""Outputs and inputs that are measured: in a smaller product starting it takes most of the time, and for a larger one
-the slowest processors take seconds."""
+"""Bounds of the outputs and inputs that are measured: starting a smaller product takes most of its time, and for a
+larger one the slowest processors take seconds."""
 REPEATS = 2, 6
 BUDGET_S = 0.3
-"""So often both are measured, in turn, and beyond the fewest only for so long."""
+"""Fewest and most measurements of each dtype, alternating; beyond the fewest, only while the budget lasts."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def slowest(measured: Sequence[Rates]) -> Rates:
 
 
 def measure(shape: tuple[int, int]) -> Rates:
-    """Both rates here and now, for a layer of so many outputs and inputs: the best of a few, taken in turn.
+    """Both rates here and now, for a layer of so many outputs and inputs: the best of a few alternating measurements.
 
     Takes some 20 ms, and on the slowest processors half a second.
     """

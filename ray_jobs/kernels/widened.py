@@ -1,7 +1,7 @@
-"""A frozen base with its weights once in the type that products are taken in, instead of before each product.
+"""A frozen base with its weights converted once to the dtype of its products, instead of before each product.
 
-An answer takes a pass through the base for every token, and most of such a pass on a quantised base is reading its
-weights out of four bits; of a training step it is a fifth. They are the very weights that each pass would read.
+An answer takes a forward pass for every token, and most of such a pass on a quantised base is dequantising its 4-bit
+weights; of a training step it is a fifth. The converted weights are exactly those that each pass would read.
 """
 
 import logging

@@ -29,7 +29,7 @@ class Device:
 
     name: str
     memory: int | None
-    """Bytes for one worker; None when nobody knows."""
+    """Bytes for one worker; None when unknown."""
     gpu: Gpu | None = None
     whole: int | None = None
     """Of CPU workers, the memory that all of them share."""
@@ -42,7 +42,7 @@ class Device:
         return int(self.memory / (1 + MARGIN))
 
     def holds(self, num_bytes: int) -> bool | None:
-        """Whether what is planned with so many bytes fits; None where nobody knows."""
+        """Whether what is planned with so many bytes fits; None where the memory is unknown."""
         return None if self.safe is None else num_bytes <= self.safe
 
 
@@ -134,7 +134,7 @@ def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Dev
 
 
 def gpu_device(name: str | None) -> Device:
-    """One GPU of the table; with no name, one that nobody knows."""
+    """One GPU of the table; with no name, an unknown one."""
     if name is None:
         return Device("an unnamed GPU", None)
     return Device(name, int(GPUS[name].memory_gib * GIB), GPUS[name])
@@ -203,8 +203,8 @@ def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: 
 
 
 def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> bool:
-    """Whether the base is to be held by all workers together, for inference too: it was trained so, and the memory of
-    one does not hold it, or nobody knows."""
+    """Whether the workers have to shard the base for inference too: they did in training, and the memory of one does
+    not hold it or is unknown."""
     if config.train.zero_stage < 3 or config.ray.num_workers == 1:
         return False
     whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))

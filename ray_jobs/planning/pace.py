@@ -1,7 +1,7 @@
-"""How fast this processor goes: a few layers of the base really train and read, in a second or two.
+"""The speed of this processor, measured: a few layers of the base train and read for a second or two.
 
 A processor's data sheet says little about a step: how fast weights are dequantised and widened, what memory keeps up
-with and what an adapter costs differ by more than arithmetic does. Layers repeat, so a few of them tell of all.
+with and what an adapter costs differ by more than arithmetic does. Layers repeat, so a few of them are enough.
 """
 
 import copy

@@ -355,7 +355,7 @@ def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
 
 
 def _heads_width(base: "PretrainedConfig", *counts: str) -> int:
-    """Heads times their size, the mean over the layers, of which some may have others; `counts` are tried in turn."""
+    """Heads times their size, the mean over the layers, of which some may have others; `counts` are tried in order."""
     layers = list(base.per_layer_config) if base.is_heterogeneous else [base]
     widths = []
     for layer in layers:

@@ -1,7 +1,7 @@
 """What earlier runs have measured of this run's contenders, which then is not measured again.
 
-Whoever stands on another base than the first contender is no part of it: it has other tokens, and never could or knew
-what that base can and knows.
+A contender on another base than the first one is left out: its tokens differ, and it never had what that base can do
+and knows.
 """
 
 import logging

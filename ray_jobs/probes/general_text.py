@@ -1,7 +1,7 @@
-"""Text of no domain, on which it shows whether an adapter forgets what its base knows.
+"""Text of no domain, which shows whether an adapter forgets what its base knows.
 
 general_text.json holds the passages and says where they are from: modern encyclopaedic and technical prose, fiction and
-old science, in an order in which any beginning holds all of them alike. A passage is read as it stands, without a chat
+old science, ordered so that any prefix holds all kinds evenly. A passage is read as it stands, without a chat
 template, and every token of it but the first counts.
 """
 
@@ -37,7 +37,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def unread(chat: ChatFormat, config: RunConfig) -> Passages:
-    """The passages, which nobody has read."""
+    """The passages, which no model has read yet."""
     split = read(chat, config)
     known = TextLosses(
         text_sha256=texts.sha256(split),

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness by their names, where that is installed: what else than the domain a model can do.
 
-A task says itself how it is told and how many examples stand before it; no chat template is put around it, as lm-eval
-does by default. Each model is measured where it is in memory anyway, by one worker: tasks are not shared out. No rule
-of the gate reads what they say.
+A task defines its own prompt and number of few-shot examples; no chat template is applied, as lm-eval's default. Each
+model is measured where it is in memory anyway, by one worker: tasks are not shared out. No rule of the gate reads the
+scores.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Tasks:
         return self if len(rows(1)) else replace(self, roles=frozenset())
 
     def held_together(self) -> "Tasks":
-        """Nobody runs what is not known yet."""
+        """Left out, unless the scores are known already."""
         left_out = "as its workers hold the base together" if self.roles else ""
         return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
 

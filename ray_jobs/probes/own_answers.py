@@ -1,8 +1,8 @@
-"""What the base itself answers to prompts of no domain: how far a model has moved from it where nobody taught it.
+"""How far a model has moved from its base outside the training data, measured on answers of the base itself.
 
-own_answers.json holds the prompts, in an order in which any beginning holds all kinds alike. The base answers each
-once, in the run's chat template, at temperature 1 and from its whole distribution: to leave out tokens would bias what
-follows. Then every model reads these answers, the base among them, and
+own_answers.json holds the prompts, ordered so that any prefix holds all kinds evenly. The base answers each once, in
+the run's chat template, at temperature 1 and from its whole distribution: to leave out tokens would bias the estimate.
+Then every model reads these answers, the base among them, and
 
     KL(base || model) = E [log p_base(y | x) - log p_model(y | x)]   over answers y that the base draws
 
@@ -38,7 +38,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class OwnAnswers(texts.Texts):
-    """Answers to read; where nobody has drawn them, `split` holds the prompts."""
+    """Answers to read; before they are drawn, `split` holds the prompts."""
 
     new_tokens: int = 0
     """How long the base's answers may be that have to be drawn first; 0 draws none."""
@@ -98,7 +98,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
-    """The first `evaluate.own_answers` prompts, formatted with the base's chat template; nobody has answered them."""
+    """The first `evaluate.own_answers` prompts, formatted with the base's chat template; not answered yet."""
     source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
     asked = source["prompts"][: config.evaluate.own_answers]
     longest = min(NEW_TOKENS, config.model.max_length // 2)

@@ -1,7 +1,7 @@
-"""Small sets of questions outside the domain, on which it shows whether an adapter unlearns what its base can do.
+"""Small sets of questions outside the domain, which show whether an adapter unlearns what its base can do.
 
-suites.json holds them and says whose they are. A question is told in the base's chat template and answered greedily, by
-every model in the same tokens; plain functions say whether the answer passes (`checks`, `tool_calls`).
+suites.json holds them and names their authors. A question is formatted with the base's chat template and answered
+greedily, by every model from the same tokens; plain functions say whether the answer passes (`checks`, `tool_calls`).
 """
 
 import hashlib
@@ -121,7 +121,7 @@ def shipped() -> dict[str, Any]:
 
 
 def _pending(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) -> PendingSuite:
-    """A suite that nobody was asked, or that is left out."""
+    """A suite that no model has answered, or that is left out."""
     suite = shipped()[name]
     tools, most = suite.get("tools", {}), suite["max_new_tokens"]
     records = [

@@ -1,4 +1,4 @@
-"""Texts of no domain that models read, and how surprising each finds them: general text, and the base's own answers."""
+"""Texts of no domain that models read, and the loss of each model on them: general text, and the base's own answers."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ class Read:
     nll: list[float]
     """-log p of each, in nats."""
     answers: list[list[int]] | None = None
-    """What the base answered first; None where nobody had to ask it."""
+    """What the base answered first; None where it did not have to answer."""
 
 
 @dataclass(frozen=True)

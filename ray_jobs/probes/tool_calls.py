@@ -1,7 +1,7 @@
-"""Whether an answer calls the right tool: read as the base's own chat template writes calls, whatever its way is.
+"""Whether an answer calls the right tool, read in the format in which the base's own chat template writes calls.
 
-Most templates write JSON with the function's name and its arguments under keys of their own; those are found by having
-the template write a call of known parts. Of any other way, an answer is right when it is what the template writes.
+Most templates write JSON with the function's name and its arguments under keys of their own; those are found by
+rendering a call of known parts. In any other format, an answer is right when it is what the template writes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How many records go through a model at once: what was asked for, as far as memory goes."""
+"""How many records go through a model at once: the configured number, as far as memory allows."""
 
 import logging
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def in_batches(
 ) -> None:
     """Do `work` on all indices in batches of like length, longest first, with half as many whenever memory runs out.
 
-    `together` is set where other workers take the same steps: then nobody may take more of them, and memory must do.
+    `together` is set where other workers take the same steps: then none may take more of them, and memory must do.
 
     Raises:
         JobError: memory does not hold even one record.
@@ -85,7 +85,7 @@ def cache_bytes_per_token(base: "PretrainedConfig") -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU, what nobody uses and what PyTorch keeps in reserve; None elsewhere, where memory is not ours alone."""
+    """Of a GPU, unused memory and what PyTorch keeps in reserve; None elsewhere, where memory is not ours alone."""
     if device.type != "cuda":
         return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

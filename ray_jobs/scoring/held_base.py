@@ -1,6 +1,6 @@
-"""One frozen base in a process, lent to one use after the other: what a training adds to it comes off again.
+"""One frozen base in a process, reused one use after the other: what a training adds to it is removed again.
 
-Reading and quantising a base takes longer than many a trial trains, and as long as many records take to be scored.
+Reading and quantising a base takes longer than many trials train, and as long as scoring many records.
 """
 
 import gc
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 class HeldBase:
-    """Loads as `door.load_model` does, and gives the same model again to whoever asks for the same one.
+    """Loads as `door.load_model` does, and returns the same model again for the same arguments.
 
-    One model at a time: the one before is let go of before another is read.
+    One model at a time: the previous one is released before another is read.
     """
 
     def __init__(self) -> None:
         self.num_loaded = 0
         self.start_loss: float | None = None
-        """Of the model that is held, once somebody has measured it."""
+        """Of the model that is held, once it was measured."""
         self.general_nll: list[float] | None = None
         """What it makes of each passage of general text, likewise."""
         self.free_since: float | None = None
-        """When whoever had it last was done with it, on the monotonic clock."""
+        """When its last use ended, on the monotonic clock."""
         self.kernels: Kernels | None = None
-        """What takes its products."""
+        """What computes its products."""
         self._key: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
         self._wide: dict[str, torch.Tensor] = {}
@@ -40,7 +40,7 @@ class HeldBase:
     def load(
         self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
     ) -> "PreTrainedModel":
-        """The base without any adapter; whoever had it before must be done with it."""
+        """The base without any adapter; its previous use must have ended."""
         key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or key != self._key:
             self._model = self.start_loss = self.general_nll = None

@@ -85,7 +85,7 @@ def _own(key: str) -> Mark:
     def mark(answer: str, reference: str) -> float:
         try:
             value = float(found(answer, reference))
-        except Exception as exc:  # somebody else's code, which may raise anything
+        except Exception as exc:  # the user's code, which may raise anything
             raise DataError(f"{key}({answer!r}, {reference!r}) failed: {type(exc).__name__}: {exc}") from exc
         if not (math.isfinite(value) and 0 <= value <= 1):
             raise DataError(f"{key}({answer!r}, {reference!r}) is {value}: a metric's function gives a number in 0..1")

@@ -1,4 +1,4 @@
-"""Base, champion and candidate on the same records: who they are, how each reads the records, and what each scores."""
+"""Base, champion and candidate on the same records: their files, the records as tokens of each, and their scores."""
 
 import tempfile
 import time
@@ -138,7 +138,7 @@ def measure_shard(
 ) -> ShardResult:
     """Measure every contender on some records and by some probes, one after the other; runs as a Ray task.
 
-    `held` is a base that this process holds already: whoever stands on it need not read it.
+    `held` is a base that this process holds already: contenders on it need not read it.
 
     Raises:
         DataError: no record fits the context.

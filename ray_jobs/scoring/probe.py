@@ -1,4 +1,4 @@
-"""What is measured beside the held-out records: each kind is a probe, and all that measure know this protocol alone."""
+"""What is measured beside the held-out records: each kind is a probe, and measuring knows this protocol alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Probe(Protocol):
         """A worker's share: of `count` items those at `rows(count)`."""
 
     def held_together(self) -> "Probe":
-        """The probe for workers that hold the base together, where every pass is a collective of all of them."""
+        """The probe for workers that hold the base together, where every forward pass is a collective operation."""
 
     def run(self, subject: Subject, found: Findings) -> Any | None:
         """Measure a model on this share; None where that is known. `found` is of the models before, the base first."""

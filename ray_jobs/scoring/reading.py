@@ -1,7 +1,7 @@
-"""Prompts that are read once, for whatever is asked behind them: the losses of answers, and the greedy answer.
+"""Prompts that are read once, for the losses of answers and for the greedy answer.
 
-What all of them begin with, such as a system message and an instruction, is read once for all. That takes a model which
-keeps keys and values of every token and nothing else: one with windows, chunks or recurrent states goes its own way.
+A prefix that all share, such as a system message and an instruction, is read once for all. That takes a model which
+keeps keys and values of every token and nothing else: no windows, chunks or recurrent states.
 
 Shapes: B prompts, T places in the cache of each, S tokens that are read at once.
 """

@@ -33,7 +33,7 @@ def score(
 ) -> list[Score]:
     """Score `model`, in evaluation mode, on every record; `split` and `with_other_prompts` hold the same ones in order.
 
-    `advance` is told how many records each finished batch held, twice over: once for its loss, once for its answers.
+    `advance` receives the number of records of each finished batch twice: once for its loss, once for its answers.
     """
     nll: list[list[float]]
     if len(split) and Reader.takes(model):

@@ -1,6 +1,6 @@
 """Which rates a sweep tries next, from the losses that it knows: pure, and the same after a restart.
 
-Rates lie on a grid of quarter decades around a centre and are told by their place on it: place q is centre x 10^(q/4).
+Rates lie on a grid of quarter decades around a centre. Each is identified by its place on it: q is centre x 10^(q/4).
 First come half decades, which widen while the best is at an end; then the quarter decades beside the best.
 """
 

@@ -1,4 +1,4 @@
-"""Ray Tune as a sweep uses it: who is tried next, who is stopped halfway, and what is kept of who has ended."""
+"""Ray Tune as a sweep uses it: which trial is next, which is stopped early, and what is kept of those that ended."""
 
 import json
 import logging

@@ -11,7 +11,7 @@ PLAIN = ("lora", "qlora")
 
 
 def reference_of(methods: Sequence[str]) -> str:
-    """The method that the others are held against."""
+    """The method that the others are compared with."""
     return next((name for name in PLAIN if name in methods), methods[0])
 
 
@@ -20,7 +20,7 @@ SERVED = {
     "lora-export": "; servers load it after `adapters export --lora`",
     "merged": "; servers load it merged into its base alone",
 }
-"""What a method costs who serves it, by how it is servable."""
+"""What serving a method takes, by how it is servable."""
 
 
 def compare(

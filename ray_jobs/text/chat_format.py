@@ -1,6 +1,6 @@
 """How a conversation reads to a base: its tokenizer, its chat template, and the tokens that end an answer.
 
-Training, scoring, chat and export all take it from here, so that a model is asked as it was taught.
+Training, scoring, chat and export all take it from here, so that a model is prompted as it was trained.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class ChatFormat:
         return int(self.tokenizer.pad_token_id)
 
     def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
-        """The record as rows of text, each in pieces: what is given and what is answered to it, in turn.
+        """The record as rows of text, each in pieces: prompt and answer, alternating.
 
         A row ends with an answer and what ends it; before that stands its prompt, as generation will see it. With
         `loss_on` all, every assistant turn after the first user's is an answer: in one row where the template only ever

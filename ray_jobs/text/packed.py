@@ -1,12 +1,12 @@
-"""A micro-batch in one row: what all its records begin with once, then the rest of each, with no padding in between.
+"""A micro-batch in one row: the common prefix of its records once, then the rest of each, with no padding in between.
 
     [common] [rest of record 1] [rest of record 2] ... [rest of record N]
 
-A causal model reads the common beginning, a system message and an instruction, alike in every record; so it is read
-once, and the gradients of all records meet in it. All that a layer does to each token by itself takes fewer tokens;
-attention alone sees records: each token looks at the common beginning and at what its own record has before it.
+A causal model computes the common prefix, a system message and an instruction, alike for every record; so it is
+computed once, and receives the gradients of all records. What a layer does to each token by itself takes fewer tokens;
+only attention knows of records: each token attends to the common prefix and to the earlier tokens of its own record.
 
-Shapes: N records, T tokens of the row, C of the common beginning, S of the longest rest, X heads of D.
+Shapes: N records, T tokens of the row, C of the common prefix, S of the longest rest, X heads of D.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def takes(model: Any, longest: int) -> bool:
 
 
 def wanted(config: RunConfig) -> bool:
-    """Whether a training's records may be. With dropout the common beginning would lose the same for all of them."""
+    """Whether a training's records may be. With dropout the common prefix would lose the same for all of them."""
     return config.train.packing and not config.method.dropout
 
 

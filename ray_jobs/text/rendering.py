@@ -1,10 +1,10 @@
-"""Chat templates, rendered in a process of their own that the kernel ends.
+"""Chat templates, rendered in a child process whose time and memory the kernel limits.
 
-A template is a program that comes with a base. jinja's sandbox keeps it from the machine and lets it take all the time
-and memory that there is, and a power or a comparison that stays within one function of C is ended by no signal handler.
-Any record may be the one that takes a template there. So each process that renders has one child, which does what
-transformers' `render_jinja_template` does for call after call, with a limit of processor time for each message. What
-`install` puts in that function's place asks the child, for whoever calls `apply_chat_template`: lm-eval does, too.
+A template is a program that comes with a base. jinja's sandbox keeps it from the machine but lets it take all time and
+memory, and no signal handler ends a power or a comparison that stays within one function of C. Any record may be the
+one that triggers this. So each process that renders has one child, which does what transformers'
+`render_jinja_template` does, call after call, with a limit of processor time for each message. `install` replaces that
+function by one that calls the child, for all callers of `apply_chat_template`, lm-eval among them.
 """
 
 import atexit
@@ -41,7 +41,7 @@ class RefusedByTemplate(Exception):
 
 
 def install() -> None:
-    """From now on transformers renders chat templates there, in this process; nobody waits here for the child."""
+    """Let transformers render chat templates in the child from now on, in this process; does not wait for the child."""
     from transformers import tokenization_utils_base
 
     tokenization_utils_base.render_jinja_template = _apart
@@ -95,7 +95,7 @@ def _answer(calls: Sequence[Call]) -> list[Any]:
             child.stdin.flush()
             line = child.stdout.readline()
         finally:
-            if not line:  # it has ended, or nobody waits for it any more
+            if not line:  # it has ended, or the wait for it was interrupted
                 _end(child)
     if not line and child.returncode > 0:
         raise JobError(f"the process that renders chat templates ended with exit code {child.returncode}")
@@ -127,7 +127,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _serve() -> None:
-    """The child: an answer a line for a message a line, until nobody asks any more."""
+    """The child: answers each line of input by a line, until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -1,9 +1,9 @@
 """Room for the workers: what the cluster has, or else what its autoscaler can make of it.
 
-A cluster that can grow is one whose autoscaler, version 2, tells the GCS how it stands (KubeRay runs one beside a head
-where the RayCluster says so): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it.
-How far it can grow the GCS knows only where a platform reports it; with that Ray Train compares. Otherwise the
-autoscaler is asked: a placement group is a demand, which it serves or calls infeasible.
+A cluster can grow where its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head where
+the RayCluster says so): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it. The
+GCS knows how far the cluster can grow only where a platform reports that; Ray Train compares with it. Otherwise a
+placement group is a demand to the autoscaler, which it serves or calls infeasible.
 """
 
 from collections.abc import Callable, Mapping

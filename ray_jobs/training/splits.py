@@ -1,4 +1,4 @@
-"""What a training reads of a prepared dataset: the records to learn from, and those that it is judged on meanwhile."""
+"""What a training reads of a prepared dataset: the records to train on, and those to validate on."""
 
 from collections.abc import Callable, Sequence
 

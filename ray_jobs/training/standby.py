@@ -1,17 +1,17 @@
-"""Workers that are there before their training, and stay after it to measure what it made on the base that they hold.
+"""Workers that start before their training, and stay after it to measure the result on the base that they hold.
 
-Starting them and importing what they need takes as long as getting the data ready, which the driver does meanwhile. And
-new processes for the measurement would import everything again, and read and quantise the base again, which takes
+Starting them and importing what they need takes as long as preparing the data, which the driver does at the same time.
+New processes for the measurement would import everything again, and read and quantise the base again, which takes
 longer than many records.
 
-Ray Train's `fit` returns when the last worker has ended, so the driver waits for it in a thread. Meanwhile it speaks
-with the workers through an actor, the board: the driver puts there what is to be trained and then what is to be
-measured, rank 0 the training's result, each worker what it found. Whoever loses a worker has lost all of them: Ray
-Train ends the group, or starts another, which trains again, or finds its training done and ends. The driver sees that
-in its thread, and measures by other means.
+Ray Train's `fit` returns when the last worker has ended, so the driver waits for it in a thread. It communicates with
+the workers through an actor, the board: the driver puts there what to train and then what to measure, rank 0 puts the
+training's result, and each worker its measurements. Losing one worker loses all of them: Ray Train ends the group, or
+starts another, which trains again, or finds its training done and ends. The driver notices in its thread, and measures
+on other processes.
 
-Ray Train's controller and the board read this module, and wait for what it imports: little. What passes through the
-board is a reference in a list, which Ray leaves closed: to open it, the board would import all model code first.
+Ray Train's controller and the board import this module, so it imports little. What passes through the board is an
+object reference in a list, which Ray does not resolve: to do so, the board would import all model code first.
 """
 
 import asyncio
@@ -102,7 +102,7 @@ class Standby:
         self._outcome: dict[str, Any] | BaseException = {}
 
     def begin(self, run: Callable[[Any], dict[str, Any]], *, num_workers: int) -> None:
-        """Have `run` start the workers; it is given the board, and returns when all of them have ended."""
+        """Have `run` start the workers; it receives the board, and returns when all of them have ended."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -112,7 +112,7 @@ class Standby:
         def run_to_the_end() -> None:
             try:
                 self._outcome = run(board)
-            except BaseException as exc:  # for whoever waits, in another thread
+            except BaseException as exc:  # raised in the thread that waits
                 self._outcome = exc
 
         self._board = board
@@ -160,7 +160,7 @@ class Standby:
         return results
 
     def end(self) -> None:
-        """Let the workers go; they may still be on their way out afterwards."""
+        """Release the workers; they may still be ending afterwards."""
         if self._board is not None:
             self._board.end.remote()
             self._board = None
@@ -234,4 +234,4 @@ def stand_by(board: Any, rank: int, answer: dict[str, Any], prepare: Callable[[]
                 found = exc
             ray.get(board.found.remote(rank, [ray.put(found)]))
     except ray.exceptions.RayError:
-        return  # without the board there is nobody to speak with; what was trained is told by returning
+        return  # without the board there is no driver to serve; returning reports what was trained

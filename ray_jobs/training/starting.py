@@ -61,7 +61,7 @@ def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
 
     Raises:
         IntegrityError: they are not what the version's manifest lists, that is not the one that was published, or
-            nobody trusted signed it.
+            no trusted key signed it.
     """
     from safetensors.torch import load
 

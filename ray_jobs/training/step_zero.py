@@ -4,8 +4,8 @@ A library that shards weights it does not understand trains on wrong ones withou
 under ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records by a plain forward pass, before DeepSpeed
 has touched anything; then every worker computes it through its engine.
 
-So that nobody need hold the model whole, the plain pass of ZeRO-3 reads the base layer by layer and leaves out what the
-adapter begins with. Only a base that is stored in few bits is read whole.
+So that no process has to hold the whole model, the plain pass of ZeRO-3 reads the base layer by layer and leaves out
+what the adapter begins with. Only a base that is stored in few bits is read whole.
 """
 
 import logging

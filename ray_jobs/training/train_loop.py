@@ -1,7 +1,7 @@
 """The training loop of one worker: steps, measurements on held-out records, early stopping, checkpoints.
 
 Nothing here depends on chance beyond `train.seed`: batches are a pure function of seed and epoch, dropout is seeded by
-step and rank, so a resumed training takes the very steps that an uninterrupted one takes.
+step and rank, so a resumed training takes exactly the steps of an uninterrupted one.
 """
 
 import logging

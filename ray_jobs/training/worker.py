@@ -368,7 +368,7 @@ def _publish(
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
         build.save(adapted, folder)
-        # Whoever serves the adapter asks it as it was trained: a base may have no chat template, or change its own.
+        # A server must prompt the adapter as it was trained: a base may have no chat template, or change its own.
         chat_format.load(base_model.resolve(config.model), config.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()

@@ -266,7 +266,7 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 @contextmanager
 def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Within, each weight of a base that is read is shared out before the next one is: nobody ever holds it whole.
+    """Within, each weight of a base is sharded before the next one is read: no process ever holds the whole base.
 
     transformers reads and quantises them one after the other, in the order of their names, and every worker does
     (5.24, core_model_loading.py, convert_and_load_state_dict_in_model); what is quantised already it would read ahead.
