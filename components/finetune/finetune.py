@@ -1,7 +1,7 @@
 """The finetune step: a dataset in, a published version of the adapter out.
 
-The work is a Ray job that goes on to compare the version, which the evaluate step waits for: one job is let into the
-cluster once, and nobody else's comes between.
+The work is a Ray job that goes on to compare the version, which the evaluate step waits for: one job is admitted to the
+cluster once, and no other job runs in between.
 """
 
 from components.ray_cluster.submit import submit_step

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
-    """Decide by the config's policy, write runs/<run_id>/decision.json, and append a held candidate to the adapter's
-    event log, unless it is the champion itself.
+    """Decide by the config's policy, write runs/<run_id>/decision.json, and append an event to the adapter's log where
+    the candidate is held, unless it is the champion itself.
 
     `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
     same decision and no second event; what was carried out is not decided anew.
@@ -63,7 +63,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 
 def _record(store: "Store", decision: Decision) -> None:
-    """What was refused, or waits for a person, who will name this very decision."""
+    """Record what was refused, or waits for a person, who will name exactly this decision."""
     kind: EventKind = "proposed" if decision.waits else "refused"
     about = {"version", "champion", "alias", "run_id"}
     body = decision.model_dump(mode="json", include={*about, "verdict", "test_set", "reasons", "rules"})

@@ -1,6 +1,6 @@
-"""Several comparisons that together are mistaken no more often than one may be; pure.
+"""Several comparisons with one error rate for all together; pure.
 
-Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more there are, the surer each must be.
+Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more comparisons, the higher the confidence of each.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ def level(confidence: float, comparisons: int) -> float:
 
 
 def found(comparisons: int, confidence: float, shows: Callable[[int, float], bool]) -> set[int]:
-    """Those that show what is asked; `shows` says it of one at a level.
+    """The comparisons that are significant; `shows` says it of one at a level.
 
-    First all of them share the chance of a mistake, then those that no earlier step has found.
+    First all of them share the error rate, then those that no earlier step has found.
     """
     result: set[int] = set()
     while len(result) < comparisons:

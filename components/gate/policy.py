@@ -1,9 +1,9 @@
 """The gate's rules: an evaluation and its records in, a decision with its reasons out. No I/O.
 
 A rule passes, fails, or, where it compares models, is undecided. A candidate is promoted when all pass; one that fails
-any is held; where none fails and some are undecided, the gate cannot tell, and the candidate is held as well. What no
-other rule holds may still need a person's approval. A new rule is a function here or in `comparisons` that words
-itself, called in `decide`; its bound is a key of `GateConfig`.
+any is held; where none fails and some are undecided, the gate cannot tell, and the candidate is held as well. A
+candidate that no other rule holds may still need a person's approval. A new rule is a function here or in `comparisons`
+that writes its own text, called in `decide`; its bound is a key of `GateConfig`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A decision once more, from what the run left: neither Ray nor a model has a part in it."""
+"""Repeat a decision from what the run left: it takes neither Ray nor a model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The held-out records part by part: a mean that is kept may hide that one kind of record got worse; pure."""
+"""The held-out records part by part: an unchanged mean may hide that one kind of record got worse; pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Manifests for servers of LoRA adapters: three servers, each in its own words.
+"""Manifests for three servers of LoRA adapters.
 
-A version is served under its own id and never an alias's: vLLM answers from the prefixes that it cached of an earlier
-adapter of the same name (vllm-project/vllm#42125), so that moving an alias is asking for another name.
+A version is served under its own id, never under an alias: vLLM answers from the prefixes that it cached of an earlier
+adapter of the same name (vllm-project/vllm#42125), so after an alias has moved, requests use another name.
 """
 
 import re

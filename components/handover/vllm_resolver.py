@@ -1,9 +1,9 @@
-"""The registry as a source of adapters for vLLM: what is asked for by NAME@ALIAS or NAME@VERSION is fetched, verified.
+"""The registry as a source of adapters for vLLM: a request for NAME@ALIAS or NAME@VERSION is fetched and verified.
 
 vLLM calls `register` when it starts, by the entry point group vllm.general_plugins, and asks a resolver for each
-adapter that it does not serve yet (vllm/entrypoints/openai/models/serving.py, OpenAIServingModels.resolve_lora). What
-it gets is named by its version: vLLM answers from the prefixes that it cached of an adapter's name
-(vllm-project/vllm#42125), and no two versions share one. What NAME@ALIAS was resolved to, it keeps until POST
+adapter that it does not serve yet (vllm/entrypoints/openai/models/serving.py, OpenAIServingModels.resolve_lora). The
+adapter that it gets is named by its version: vLLM answers from the prefixes that it cached under an adapter's name
+(vllm-project/vllm#42125), and no two versions share one. It keeps what NAME@ALIAS was resolved to until POST
 /v1/unload_lora_adapter names that.
 """
 
@@ -37,7 +37,7 @@ ANY_VARIABLE = "FINELOOP_LORA_ANY_VERSION"
 """1 serves what no alias points at and none ever held, such as a version that the gate refused."""
 NAME = "fineloop"
 COPIES = "copies"
-"""Below the folder, which may hold what is somebody's own."""
+"""Below the folder, which may hold files of others."""
 
 
 class RegistryResolver:
@@ -86,7 +86,7 @@ class RegistryResolver:
 
 def _held(store: Store, name: str) -> set[str]:
     """Versions that an alias points at or held, by each alias's moves as the pointer knows them: not by the whole log,
-    to which whoever trains may add.
+    to which every training may add.
 
     Raises:
         IntegrityError: one of the moves is damaged or gone.
@@ -102,7 +102,7 @@ def _held(store: Store, name: str) -> set[str]:
 
 
 def _taken(folder: Path) -> int:
-    """A lock on a folder for copies until this process ends: vLLM may read one again. Emptied where nobody has it."""
+    """A lock on a folder for copies until this process ends: vLLM may read one again. Emptied where none holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.suppress(BlockingIOError):

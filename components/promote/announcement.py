@@ -1,4 +1,4 @@
-"""A move of an alias, with what others want to know of the version that it went to."""
+"""A move of an alias, with facts about the version that it moved to."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ class Announcement:
     alias: str
     version: str
     previous: str | None
-    """Who held the alias before; None when nobody did."""
+    """The version that held the alias before; None when there was none."""
     actor: str
     reason: str
     run_id: str

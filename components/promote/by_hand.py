@@ -56,13 +56,13 @@ def promote_by_hand(
 
     The event is "overridden" when a gate holds the version back from this alias, which takes a name and a reason; else
     it is "promoted". `run_id` is the run that the person started for it, if any, not the one that made the version:
-    what that promoted once and somebody rolled back, a person may promote again. From then on the gate holds later
+    a person may promote again what that run promoted and what was rolled back. From then on the gate holds later
     candidates to this version as the best so far; the event names the one that was, as `anchor_before`.
 
     Raises:
         UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
         ObjectMissing: there is no such version.
-        AliasConflict: the alias is not at `expected`, or moved meanwhile.
+        AliasConflict: the alias is not at `expected`, or was moved at the same time.
     """
     version = versions.resolve(store, reference)
     held = is_held(event_log.events(store, version.name), version.version, alias)
@@ -88,7 +88,7 @@ def approve(store: "Store", reference: str, person: Person, *, alias: str = alia
     """Carry out the decision that left the version to a person. Doing it again changes nothing.
 
     Raises:
-        UserError: name or reason is missing, or the version waits for nobody's approval.
+        UserError: name or reason is missing, or the version does not wait for approval.
         ObjectMissing: there is no such version, or its run's decision is gone.
         IntegrityError: the decision is another than the gate made, or the version is damaged.
         AliasConflict: another version took the alias after this one was compared with its holder.
@@ -167,7 +167,7 @@ def carry_out(store: "Store", request: Request) -> "Event":
     Raises:
         UserError: the action is none of them, the reference fits no version, or a name or reason is missing.
         ObjectMissing: there is no such version, or nothing to go back to.
-        AliasConflict: somebody moved the alias meanwhile.
+        AliasConflict: the alias was moved at the same time.
     """
     name, alias, run_id = request.name, request.alias, request.job_id
     person = Person(request.person, request.reason, otherwise="Kubeflow UI")

@@ -24,9 +24,9 @@ SHOWN = 200
 
 
 class HttpApi:
-    """One server, which has PATIENCE_S for all that it is asked.
+    """One server, which has PATIENCE_S for all requests together.
 
-    A server that is away or busy is asked again; a redirect is not followed, lest a token go along.
+    Requests to a server that is away or busy are repeated; redirects are not followed, which would forward the token.
     """
 
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
@@ -57,7 +57,7 @@ class HttpApi:
         return self._object(self._send(verb, path, json=body))
 
     def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
-        """Post bytes to the address itself; nobody reads the answer.
+        """Post bytes to the address itself; the answer is not read.
 
         Raises:
             AnnounceError: it is no success.
@@ -65,7 +65,7 @@ class HttpApi:
         self._successful(self._send("POST", "", data=body, headers=headers))
 
     def _send(self, verb: str, path: str, *, query: Mapping[str, str] | None = None, **sent: Any) -> "Response":
-        """Ask in a thread of its own: who sends a byte now and then would never run into a limit on a single wait."""
+        """Send in a thread: a server that sends a byte now and then would never exceed a limit on a single wait."""
         url = f"{self._url}{path}"
         found: Future[Response] = Future()
 

@@ -32,7 +32,7 @@ def notify(url: str, announcement: Announcement, environment: Mapping[str, str])
 
 
 def _find_version(api: HttpApi, announcement: Announcement) -> str | None:
-    """MLflow's number of the version, which it knows by where it lies."""
+    """MLflow's number of the version, found by the version's address."""
     query = f"name = '{announcement.adapter}' and source_path = '{announcement.version_uri}'"
     found = api.get("/model-versions/search", filter=query).get("model_versions", [])
     return str(found[0]["version"]) if found else None

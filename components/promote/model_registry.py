@@ -1,6 +1,6 @@
 """Notifying a Kubeflow Model Registry of a moved alias, over its REST API (kubeflow/hub, api/openapi).
 
-Its Python client configures logging and patches asyncio for the whole process, and waits without an end. The registry
+Its Python client configures logging and patches asyncio for the whole process, and has no timeouts. The registry
 knows no aliases: each is a property of the registered model, whose value is the version.
 """
 
@@ -13,12 +13,12 @@ from components.promote.http_api import HttpApi
 TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
 API = "/api/model_registry/{version}"
 NEWEST, OLDER = "v1", "v1alpha3"
-"""Servers of before 2026 know only the older one, which is to end with April 2027; what is asked is alike in both."""
+"""Servers of before 2026 know only the older one, which is to end with April 2027; requests are the same in both."""
 AUTHOR = "fineloop"
 
 
 def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Register adapter, version and where it lies, each once, and let the alias name the version.
+    """Register adapter, version and its address, each once, and let the alias name the version.
 
     Raises:
         AnnounceError: the registry is away, or refuses.

@@ -1,4 +1,4 @@
-"""A move of an alias, posted as JSON and signed as GitHub signs its webhooks, so that their receivers know how.
+"""A move of an alias, posted as JSON and signed as GitHub signs its webhooks, so that receivers of those know how.
 
 https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
 """

@@ -1,1 +1,1 @@
-"""The way to Ray: a job on a cluster that exists, or on one that KubeRay makes for it."""
+"""Ray clusters: a job on one that exists, or on one that KubeRay makes for it."""

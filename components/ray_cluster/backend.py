@@ -1,4 +1,4 @@
-"""What the two ways to a Ray cluster have in common: a job, its attempts, its log and how it ended."""
+"""What the two backends have in common: a job, its attempts, its log and how it ended."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ STOP_S = 10.0
 READING_SHARE = 0.1
 """Of the time that may go into reading a log: every source gives it whole each time, however long it has become."""
 LONGEST_REST_S = 15.0
-"""Nobody waits longer than this for what a log says, however slowly it was read the last time."""
+"""The longest pause between two readings of a log, however slow the last one was."""
 
 State = Literal["live", "succeeded", "ended"]
 """Of an attempt: live may still end well or badly; ended is failed, stopped or on its way to be deleted."""
@@ -35,11 +35,11 @@ class Job:
     kfp_run_id: str = ""
     """The Kubeflow run that waits for it; empty outside Kubeflow."""
     patience_s: float = 0.0
-    """After this nobody waits for it any more, time in a queue included; 0 means timeout_s."""
+    """After this no step waits for it any more, time in a queue included; 0 means timeout_s."""
 
     @property
     def lifetime_s(self) -> int:
-        """The age, in whole seconds, at which nobody waits for it any more."""
+        """The age, in whole seconds, at which no step waits for it any more."""
         return round(self.patience_s or self.timeout_s)
 
     @property
@@ -79,7 +79,7 @@ class LiveJob:
 
 
 class Backend(Protocol):
-    """One way to a Ray cluster. Each method raises JobError when the cluster is out of reach or refuses."""
+    """One kind of access to a Ray cluster. Each method raises JobError when the cluster is out of reach or refuses."""
 
     noun: str
     """What people call a job there."""
@@ -103,10 +103,10 @@ class Backend(Protocol):
         """
 
     def stop_now(self, job_id: str) -> None:
-        """Ask once, and quickly, that it stop."""
+        """Request once, and quickly, that it stop."""
 
     def stop(self, job_id: str) -> None:
-        """Ask that it stop and see it end, as far as the cluster lets us. Raises nothing."""
+        """Request that it stop and wait for its end, as far as the cluster allows. Raises nothing."""
 
     def live(self) -> list[LiveJob]:
         """Every job of ours that has not ended, of any run."""
@@ -155,14 +155,14 @@ class LogCopy:
 
 
 class Turns:
-    """When a log is read again: what one reading took says how long it is left alone after it."""
+    """When a log is read again: the duration of one reading sets the pause after it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._rests_until = clock, 0.0
 
     @property
     def is_due(self) -> bool:
-        """Whether it has been left alone for long enough."""
+        """Whether the pause is over."""
         return self._clock() >= self._rests_until
 
     @contextlib.contextmanager

@@ -60,7 +60,7 @@ class JobsApi:
                     self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=job.about)
                     return
                 except (ConnectionError, requests.RequestException):
-                    dropped = True  # and nobody has said whether the job was taken
+                    dropped = True  # and the answer that says whether the job was taken is lost
                     if time.monotonic() > deadline:
                         raise
                 except RuntimeError as exc:

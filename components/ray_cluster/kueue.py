@@ -13,7 +13,7 @@ QUOTA = "waiting for quota"
 
 
 class KueueQueue:
-    """Asks for the Workload that Kueue makes of a job; where that is refused, says so once and asks no more."""
+    """Asks for the Workload that Kueue makes of a job; where that is refused, says so once and does not ask again."""
 
     def __init__(self, api: KubernetesApi) -> None:
         self._api = api

@@ -1,4 +1,4 @@
-"""Jobs as RayJobs: KubeRay makes a cluster for each, Kueue lets it in when there is room, and it goes with the job.
+"""Jobs as RayJobs: KubeRay makes a cluster for each, Kueue admits it when there is room, and it ends with the job.
 
 What can be seen of a RayJob is its status, which KubeRay writes, and `spec.suspend`, which Kueue owns. A RayJob is
 stopped by deleting it: suspended, Kueue would start it again.

@@ -1,13 +1,13 @@
 """The RayJob of one attempt at a job, from its config alone: https://ray-project.github.io/kuberay/reference/api/.
 
-What the schema does not say, and Kubernetes, Kueue or KubeRay insist on:
+What Kubernetes, Kueue or KubeRay require beyond the schema:
 
-- Kueue lets in head and workers together or not at all, for the sizes it reads here: replicas never change.
+- Kueue admits head and workers together or not at all, for the sizes it reads here: replicas never change.
 - Kueue refuses a RayJob whose cluster would stay, and `deletionStrategy`: so shutdownAfterJobFinishes with a ttl.
 - The namespace admits restricted pods alone. KubeRay copies a worker's security context to its init container, but
   gives neither the sidecar of SidecarMode nor the default submitter of K8sJobMode one; only the latter can be replaced.
 - HTTPMode has no submitter, and no log once the cluster is gone: hence K8sJobMode, whose submitter keeps the job's log.
-- Kueue lets no job in that asks for what its ClusterQueue does not cover, as ephemeral-storage: the volumes on the
+- Kueue admits no job that requests what its ClusterQueue does not cover, such as ephemeral-storage: the volumes on the
   node's disk are bounded by a sizeLimit each, without a request.
 """
 
@@ -142,7 +142,7 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
             "num-cpus": "0",  # no training on the head
             "num-gpus": "0",
             "dashboard-host": "0.0.0.0",
-            "object-store-memory": _object_store(shared_memory_gib, share=0.9),  # nobody else uses it here
+            "object-store-memory": _object_store(shared_memory_gib, share=0.9),  # no other process uses it here
         },
         "template": _pod(cluster, job, "head", container, cluster.disk_gib, shared_memory_gib=shared_memory_gib),
     }
@@ -176,7 +176,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
 
 
 def _submitter(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
-    """Posts the job and follows its log. It needs no S3, so it gets none, and runs as nobody in particular."""
+    """Posts the job and follows its log. It needs no S3, so it gets none, and no account of its own."""
     container = {
         "name": "ray-job-submitter",
         "image": cluster.image,

@@ -1,8 +1,8 @@
-"""Run one entry point on a Ray cluster and wait for it: one set of rules, whichever way leads to the cluster.
+"""Run one entry point on a Ray cluster and wait for it, by the same rules for every backend.
 
 A step that is retried finds the job that its first attempt left behind: a running one is followed, a finished one is
 taken as it is, and only a failed or stopped one is run again, under the next number. The job's log is copied to stdout.
-`ray.cluster.kind` says which way: an entry of `BACKENDS`.
+`ray.cluster.kind` names the backend: an entry of `BACKENDS`.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
     "jobs-api": lambda _: JobsApi(os.environ.get("RAY_ADDRESS", "")),
     "rayjob": RayJobs,
 }
-"""By `ray.cluster.kind`: from the config to the way there."""
+"""By `ray.cluster.kind`: makes the backend of a config."""
 
 
 def submit_and_wait(

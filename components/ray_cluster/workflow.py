@@ -1,6 +1,6 @@
-"""The Argo workflow of the Kubeflow run that this step belongs to, and with it what the step starts.
+"""The Argo workflow of the Kubeflow run that this step belongs to. It owns what the step starts.
 
-Not to the step's pod, which a drained node takes away while the run goes on: Argo runs the step again in another.
+The step's pod does not: a drained node takes it away while the run goes on, and Argo runs the step again in another.
 """
 
 import logging

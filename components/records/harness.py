@@ -31,7 +31,7 @@ class HarnessScores(Part):
     base_format: str = ""
     """What the base was in: bf16, nf4 or int8."""
     left_out: str = ""
-    """Why nobody was measured; empty where somebody was."""
+    """Why no model was measured; empty where one was."""
     scores: dict[str, tuple[TaskScore, ...]] = {}
     """By role; roles on another base than the candidate's are left out."""
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where in it, and its records. Nobody else spells its paths.
+"""The folder of a run: its layout and its records. No other module spells its paths.
 
 runs/<run_id>/config.toml                  the resolved config, overrides applied
               steps/<step>.json            how each step went

@@ -317,7 +317,7 @@ class Decision(Record):
     policy: dict[str, Any] = {}
     """The config's section `gate`."""
     basis_sha256: str = ""
-    """Of all that the verdict follows from, and the verdict: whoever decides again by the same arrives at the same."""
+    """Of all that the verdict follows from, and the verdict: equal where a decision is repeated on the same."""
     since_run: str | None = None
     """Of a skipped run, the one that consumed the data before."""
 
@@ -332,7 +332,7 @@ class Decision(Record):
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the candidate is the very version that held the alias, so that nothing was there to decide."""
+        """Whether the candidate is the version that held the alias already, so that there was nothing to decide."""
         return self.version is not None and self.version == self.champion
 
 

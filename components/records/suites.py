@@ -23,12 +23,12 @@ class Suite(Part):
     meaning: str
     """What passes, in a few words."""
     sha256: str
-    """Of the questions as the base's tokenizer reads them, of what is asked of answers, and of their longest length."""
+    """Of the questions as the base's tokenizer reads them, the criteria of answers, and their longest length."""
     base_format: str = ""
     """What the base was in: bf16, nf4 or int8."""
     items: int
     left_out: str = ""
-    """Why nobody was asked; empty where somebody was."""
+    """Why no model was asked; empty where one was."""
     passes: dict[str, list[bool]]
     """By role, of each item; roles on another base than the candidate's are left out."""
     lost: tuple[LostItem, ...] = ()

@@ -1,9 +1,9 @@
 """Aliases of an adapter, and how they move.
 
 An alias is one small object that names a version and the sha256 of its manifest; it moves only by compare-and-swap.
-The swap is the commit: the pointer carries the whole event that moved it, so when the writer dies before the event is
-in the log, whoever runs the move again, or makes the next one, writes it. Each move names the one before it by sha256
-and the one that a rollback returns to: the pointer, which only compare-and-swap changes, leads to that version.
+The swap is the commit: the pointer carries the whole event that moved it. When the writer dies before the event is in
+the log, repeating the move, or the next move, writes it. Each move names by sha256 the one before it and the one that a
+rollback returns to: so the pointer, which only compare-and-swap changes, leads to that version.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MoveKind = Literal["promoted", "overridden", "rolled_back"]
 PRODUCTION = "production"
 ANYONE = "*"
-"""For `promote`: take the alias from whoever holds it."""
+"""For `promote`: take the alias from any holder."""
 FORMAT = 1
 
 
@@ -133,8 +133,8 @@ def promote(
 ) -> Event:
     """Point the alias at a version. Running it again once it succeeded changes nothing and gives the same event.
 
-    A run promotes a version once: repeating it after somebody rolled that back is a conflict, not a second promotion.
-    `expected` is the version that the candidate was compared with, None when there was none, ANYONE to ask nothing.
+    A run promotes a version once: repeating it after a rollback is a conflict, not a second promotion.
+    `expected` is the version that the candidate was compared with, None when there was none, ANYONE to skip the check.
 
     Raises:
         ObjectMissing: there is no such version.
@@ -171,7 +171,7 @@ def rollback(
     Raises:
         UnknownName: the alias does not exist, or nothing held it before.
         IntegrityError: the event that brought the version before is damaged or gone, or the version is.
-        AliasConflict: another version than `expected` holds the alias, or somebody moved it meanwhile.
+        AliasConflict: another version than `expected` holds the alias, or it was moved at the same time.
     """
     holder = read_alias(store, name, alias)
     if holder is None:

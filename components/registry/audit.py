@@ -1,6 +1,6 @@
 """A whole registry, read and compared with itself: files, ids, signatures, the log and what the aliases say.
 
-Nothing is believed of an index, and one bad object does not hide another.
+No index is trusted, and one bad object does not hide another.
 """
 
 import hashlib

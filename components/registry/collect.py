@@ -4,7 +4,7 @@ Kept is every version that an alias points at or that ever held one (a decision 
 it), that waits for a person's approval, or that a run under way made or goes on from; the parents of what is kept, the
 newest ones, and all that is younger than an age. Datasets and the bases of adapters' own stay for the versions that are
 kept and for the runs under way. A run is under way until it ends or has written nothing for the age, a day at least.
-Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is believed.
+Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is trusted.
 """
 
 import json

@@ -25,7 +25,7 @@ _EVENT = TypeAdapter(Event)
 def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:
     """Add an event to the log and return its URI. An event of equal kind and body that is there already is left alone.
 
-    `at` is the time to file it under, now when absent; whoever knows it makes a repetition cheap.
+    `at` is the time to file it under, now when absent; giving it makes a repetition cheap.
     """
     sha256 = event_sha256(kind, body)
     event_id = sha256[:ID_LENGTH]

@@ -12,7 +12,7 @@ MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 
 
 def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
-    """Whether a gate refused the version for this alias, or left it to a person and nobody has approved it."""
+    """Whether a gate refused the version for this alias, or left it to a person and it is not approved yet."""
     about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
     about = [event for event in about if not changed_nothing(event)]
     if any(event.kind == "refused" for event in about):
@@ -43,7 +43,7 @@ def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
 
 
 def changed_nothing(event: "Event") -> bool:
-    """Whether the candidate was the very version that held the alias: up to release 0.1.0 a gate filed that too."""
+    """Whether the candidate was the version that held the alias already: up to release 0.1.0 a gate filed that too."""
     version = event.body.get("version")
     return event.kind == "refused" and version is not None and version == event.body.get("champion")
 
@@ -84,7 +84,7 @@ def is_chain(moves: Sequence["Event"]) -> bool:
 
 
 def standing(moves: Sequence["Event"]) -> list["Event"]:
-    """The moves that nobody has rolled back, oldest first: where each rollback goes one further."""
+    """The moves that are not rolled back, oldest first; a rollback drops those after the one that it returns to."""
     held: list[Event] = []
     for event in moves:
         version = event.body["to"]

@@ -1,4 +1,4 @@
-"""What makes a version of an adapter that version and no other: two of its files, from which its id is made."""
+"""The identity of a version: two of its files, from which its id is made."""
 
 import hashlib
 import re

@@ -1,8 +1,8 @@
-"""What was read of an adapter's unchanging objects before, so that ten thousand of them cost one request.
+"""A cache of an adapter's immutable objects, so that ten thousand of them cost one request.
 
 adapters/<name>/index/<what>.json.gz is no part of the registry: what it lacks is read, what is no longer there is left
-out, and whoever deletes it loses a minute. What it says is checked before it is believed (`is_so`): of events against
-the object's own etag; the rest is only shown, and nothing that moves an alias, verifies or audits asks for it.
+out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events against the object's
+own etag; the rest is only shown, and nothing that moves an alias, verifies or audits reads it.
 """
 
 import gzip
@@ -38,8 +38,8 @@ def remembered(
 ) -> dict[str, Any]:
     """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
 
-    What `read` says must never change. Ids of which it says None are left out, and asked for again the next time.
-    `is_so` decides whether the index's value of an id can be what `read` would say; else that is asked.
+    What `read` says must never change. Ids for which it returns None are left out, and read again the next time.
+    `is_so` decides whether the index's value of an id can be what `read` would return; else `read` is called.
     """
     wanted = list(ids)
     indexed = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}
@@ -84,7 +84,7 @@ def _keep(store: Store, name: str, what: str, known: dict[str, Any]) -> None:
     key = _key(name, what)
     try:
         store.put(key, gzip.compress(encode_json(known), compresslevel=1, mtime=0), content_type="application/gzip")
-    except StoreError as exc:  # whoever may only read has to read
+    except StoreError as exc:  # without the right to write, every reader reads the objects
         logger.debug("%s is not written: %s", store.uri(key), exc)
 
 

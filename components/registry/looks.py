@@ -1,4 +1,4 @@
-"""How often a test set was decided by, and what that means: how sure the next decision is, which part is next; pure."""
+"""How often a test set was used to decide, and the confidence and the part that follow for the next decision; pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ def looks(
 ) -> int:
     """How often the alias was decided on by this test set, with the decision of `run_id`; 1 is the first time.
 
-    `test_set` is the sample of it that an evaluation names; where there is none, nothing is known of earlier looks.
+    `test_set` is the sample of it that an evaluation names; without it, earlier looks are unknown.
     `has_decided` says of a run that an event names whether it made a decision: a training may write events too.
     """
     ours = set(test_set)

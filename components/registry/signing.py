@@ -3,9 +3,9 @@
 The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary): of the version, by the sha256 of
 its manifest and the address that it has, that it passed the policy of a decision and may hold an alias; or FAILED, that
 it is revoked, which wins. It names no time, so that signing again gives the same bytes, in
-adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the envelope>.dsse.json: a name that nobody
-without the key can foresee, and so take. The private key comes from the environment of whoever signs, and goes nowhere;
-or a KMS keeps it.
+adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the envelope>.dsse.json: a name that only the
+holder of the key can foresee, and so take. The private key comes from the signer's environment, and goes nowhere; or a
+KMS keeps it.
 """
 
 import base64
@@ -46,12 +46,12 @@ MOST_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Said:
-    """What trusted keys say of these very bytes of a version."""
+    """What trusted keys say of exactly these bytes of a version."""
 
     passed: frozenset[str]
     """Aliases that it may hold."""
     revoked_by: str
-    """Address of the statement that it may hold none and be fetched by nobody, or empty."""
+    """Address of the statement that it may hold no alias and not be fetched, or empty."""
     reason: str
     """The statement's."""
     junk: Mapping[str, str]
@@ -90,7 +90,7 @@ def signer_from(environment: Mapping[str, str]) -> Signer | None:
             signer: Signer = getattr(importlib.import_module(module), function)()
             if not isinstance(public := signer.public_key(), Ed25519PublicKey):
                 raise TypeError(f"it gives a {type(public).__name__}")
-        except Exception as exc:  # what somebody else's code raises
+        except Exception as exc:  # what the user's code raises
             raise UserError(
                 f"{SIGNER_VARIABLE} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION, of a function that takes "
                 f"nothing and gives an Ed25519 key: {exc}"
@@ -155,7 +155,7 @@ def sign(
 
 
 def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
-    """Sign that the version may hold no alias and be fetched by nobody, and return the statement's URI.
+    """Sign that the version may hold no alias and not be fetched, and return the statement's URI.
 
     Raises:
         ObjectMissing: there is no such version.

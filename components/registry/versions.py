@@ -61,8 +61,8 @@ def publish_version(
 
     `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version, such as
     README.md. Of two writers at once, and of one that completes what another left, the lineage that was stored first is
-    the version's, and names its run and files: nobody adds another, and of one that only its first writer has and did
-    not store, an empty one takes the place. The same goes for the content of each file that describes it.
+    the version's, and names its run and files: no other file is added, and an empty one takes the place of one that
+    only the first writer has and did not store. The same goes for the content of each file that describes it.
 
     Raises:
         UserError: one of the two is missing, or lineage.json is among the files.
@@ -84,7 +84,7 @@ def publish_version(
         about = {"name": name, "version": version, "run_id": str(claimed.get("run_id", ""))}
         try:
             manifest = folders.publish(store, key, {**agreed, LINEAGE: first}, about=about, identity=IDENTITY)
-        except Conflict:  # another run published the same adapter meanwhile, and describes it otherwise
+        except Conflict:  # another run published the same adapter at the same time, with another description
             manifest = folders.find_manifest(store, key)
             if manifest is None:
                 raise

@@ -79,7 +79,7 @@ def advance(store: Store, name: str, run_id: str) -> bool:
 
     Raises:
         ObjectMissing: the run noted nothing.
-        Conflict: other runs kept moving the mark meanwhile.
+        Conflict: other runs kept moving the mark.
     """
     as_of = _note(store, run_id).as_of
     body = encode_json({"format": FORMAT, "run_id": run_id, "as_of": as_of})

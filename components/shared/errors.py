@@ -9,8 +9,8 @@ FineloopError                    exit 1: something failed that the user's input 
 ├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
 │   ├── ObjectMissing            no such object, or a folder without its manifest
 │   ├── IntegrityError           bytes differ from the manifest that vouches for them
-│   └── Conflict                 somebody else moved an alias or created an object first
-│       └── AliasConflict        an alias is held by another version than the move began from; tells who holds it
+│   └── Conflict                 another process moved an alias or created an object first
+│       └── AliasConflict        an alias is held by another version than the move began from; names the holder
 ├── JobError                     a Ray job ended without success (RuntimeError)
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
 │   └── KubeflowAway             it could not be reached just now; asking again may help
@@ -66,7 +66,7 @@ class IntegrityError(StoreError):
 
 
 class UnknownName(UserError, ObjectMissing):
-    """Somebody asks for an adapter, a version, an alias or a run that there is not."""
+    """There is no adapter, version, alias or run of the given name."""
 
 
 class Conflict(StoreError):
@@ -77,10 +77,10 @@ class AliasConflict(Conflict):
     """The alias is held by another version than the caller took as its start."""
 
     holder: Mapping[str, str] | None = None
-    """Who holds it now: alias, version, since and run_id. None when nobody does."""
+    """What holds it now: alias, version, since and run_id. None when no version does."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same, and under `conflict` who holds the alias."""
+        """The same, and under `conflict` the holder of the alias."""
         return {**super().as_json(), "conflict": dict(self.holder or {})}
 
 

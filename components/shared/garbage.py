@@ -1,8 +1,8 @@
-"""Python's collector of garbage, kept from looking at what never becomes any: the modules of large libraries.
+"""Keep Python's garbage collector from scanning what never becomes garbage: the modules of large libraries.
 
 torch, transformers and peft are hundreds of thousands of functions and classes. While they are imported, or as much is
-made of something else, the collector looks at all of it again and again, for a quarter of the time and more; and when a
-process ends it looks once more, for up to a second and a half.
+made of something else, the collector scans all of it again and again, for a quarter of the time and more; and when a
+process ends it scans once more, for up to a second and a half.
 """
 
 import atexit

@@ -32,9 +32,9 @@ def available_bytes() -> int:
 
 @contextlib.contextmanager
 def at_most(more_bytes: int) -> Iterator[None]:
-    """Let this process take so much more memory, all threads together; what asks for more is a MemoryError.
+    """Let this process take this much more memory, all threads together; more raises MemoryError.
 
-    Without it the kernel ends a process that takes all there is, or another one, and nobody learns what was too large.
+    Without it the kernel ends a process that takes all there is, or another one, and no error says what was too large.
     Memory counts once it may be written to (RLIMIT_DATA), used or not. Where that is not known, as outside Linux,
     there is no limit. A thread waits for another's to end: of two that overlap, one would be put back for good.
     """

@@ -1,4 +1,4 @@
-"""The lines that a step or a Ray job prints, for people and for whoever started it.
+"""The lines that a step or a Ray job prints, for people and for the process that started it.
 
 `[<step>] text` is for people. A failure is one such line, from which another process raises the same error:
 `[<step>] failed {"error": "<class>", "message": "...", "exit_code": N}`.

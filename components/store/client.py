@@ -1,4 +1,4 @@
-"""The boto3 client that a store speaks through, and what its errors mean to the person who has to fix them.
+"""The boto3 client of a store, and its errors as messages to the person who has to fix them.
 
 boto3 and botocore are imported inside the functions, so that importing the registry stays cheap.
 """

@@ -47,7 +47,7 @@ class Manifest:
     created_at: str
     """UTC, ISO 8601 with microseconds, so that order as text is order in time."""
     sha256: str
-    """Of the manifest's own bytes: whoever holds it vouches for every byte of the folder."""
+    """Of the manifest's own bytes: it vouches for every byte of the folder."""
     body: bytes
     """The stored bytes."""
 

@@ -63,7 +63,7 @@ class Store:
     ) -> None:
         """`field` is the config key that an error message names when the bucket does not exist."""
         self.trusted_keys = tuple(trusted_keys)
-        """Public keys one of which must have signed a version before an alias moves to it or anybody fetches it."""
+        """Public keys one of which must have signed a version before an alias moves to it or it is fetched."""
         self.bucket = bucket
         self.prefix = prefix
         self.endpoint: str = client.meta.endpoint_url
@@ -161,7 +161,7 @@ class Store:
 
         Raises:
             Conflict: it exists. Of `bytes`, an object that holds these very ones, met after a lost answer, counts as
-                ours; of a `Path`, whoever asks has to look.
+                ours; of a `Path`, the caller has to look.
         """
         if isinstance(body, bytes):
             return self._put_if(key, body, content_type, IfNoneMatch="*")
@@ -169,7 +169,7 @@ class Store:
             return create_from_file(self._client, self.bucket, self._full(key), body, content_type=content_type)
 
     def claim(self, key: str, body: bytes, *, content_type: str = BINARY) -> bytes:
-        """Write only when there is no such object yet, and return what stands there: whoever comes first decides."""
+        """Write only when there is no such object yet, and return what is stored: the first writer decides."""
         try:
             self.create(key, body, content_type=content_type)
         except Conflict:
@@ -274,7 +274,7 @@ class Store:
             return self._put_if(key, body, BINARY, **condition)
         except Conflict as exc:
             found = self.read(key)
-            if found is not None and found[0] == body:  # nobody else writes this key: our own came twice
+            if found is not None and found[0] == body:  # only this check writes this key: our own came twice
                 return found[1]
             raise self._unconditional(header, "refuses a write whose condition holds") from exc
 
