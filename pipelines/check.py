@@ -14,5 +14,5 @@ class Check:
 
 
 def check(name: str, ok: bool, detail: str, fix: str) -> Check:
-    """A finding whose fix is told only where one is needed."""
+    """A finding, with its fix where one is needed."""
     return Check(name, ok, detail, "" if ok else fix)

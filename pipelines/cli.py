@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FineloopError as exc:
         print_err("\n".join([f"fineloop: {exc}", *_notes(exc)]))
         return _fail(options, exc.as_json(), exc.exit_code)
-    except Exception as exc:  # the process's entry point: a mistake of ours, told whole
+    except Exception as exc:  # the entry point: a bug of ours, shown with its traceback
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # or the machine's
             print_err("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
         else:
@@ -97,7 +97,7 @@ def _finish(options: argparse.Namespace, answer: Answer) -> int:
         if options.json:
             print(json.dumps(answer.body), flush=True)  # noqa: T201
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return answer.exit_code
 

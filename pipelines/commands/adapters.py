@@ -77,11 +77,11 @@ def add(commands: Any) -> None:
     for parser in (promote, approve, rollback):
         parser.add_argument("--alias", default="production", metavar="ALIAS", help="default: production")
 
-    does = "Tell Model Registry, MLflow and webhook, as far as the config names them, where an alias points."
+    does = "Notify Model Registry, MLflow and webhook, as far as the config names them, of where an alias points."
     announced = _add(verbs, "announce", _announce, does, "fineloop adapters announce icd10-chapters@production")
     announced.add_argument("alias", metavar="NAME[@ALIAS]", help="adapter, and alias if it is not production")
 
-    history = _add(verbs, "history", _history, "Tell what happened to an adapter.", "fineloop adapters history NAME")
+    history = _add(verbs, "history", _history, "Print what happened to an adapter.", "fineloop adapters history NAME")
     history.add_argument("name", metavar="NAME", help="adapter")
 
     does = "Print what a version was made of: config, data, base, code; or which versions were made of something."
@@ -105,7 +105,7 @@ def add(commands: Any) -> None:
     audited = _add(verbs, "audit", _audit, audit, "fineloop adapters audit")
     audited.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
 
-    does = "Tell what nothing needs: versions, checkpoints, datasets and bases; --delete removes it."
+    does = "Print what nothing needs: versions, checkpoints, datasets and bases; --delete removes it."
     collect = _add(verbs, "gc", _gc, does, "fineloop adapters gc icd10-chapters --keep-last 5")
     collect.add_argument(
         "name", nargs="?", default="", metavar="NAME", help="default: every adapter, and what they share"
@@ -113,7 +113,7 @@ def add(commands: Any) -> None:
     collect.add_argument("--keep-last", type=int, default=10, metavar="N", help="newest of an adapter to keep (10)")
     collect.add_argument("--older-than-days", type=float, default=30, metavar="DAYS", help="leave younger alone (30)")
     act = collect.add_mutually_exclusive_group()
-    act.add_argument("--dry-run", action="store_true", help="only tell what would go; the default")
+    act.add_argument("--dry-run", action="store_true", help="only print what would go; the default")
     act.add_argument("--delete", action="store_true", help="remove it")
 
     pull = _add(verbs, "pull", _pull, "Fetch a version, verified, for peft or a server.", "fineloop adapters pull NAME")

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say: `body` for --json, `text` for people."""
+    """What a command prints: `body` for --json, `text` for people."""
 
     body: dict[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -62,7 +62,7 @@ def add_command(
     )
     parser.set_defaults(command=command, parser=parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell everything that happens, on stderr")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print everything that happens, on stderr")
     return parser
 
 

@@ -19,8 +19,8 @@ def add(verbs: Any, *, reference: str) -> None:
         _export,
         does="Write a version merged into its base, or as plain LoRA.",
         more="The result is compared with the adapter on its base on held-out records, in float32 and before it is "
-        "rounded to bfloat16; one that does not say the same is not written. Of what is written, the answers to those "
-        "records are told beside the adapter's.",
+        "rounded to bfloat16; one that does not say the same is not written. The answers of the result to those "
+        "records are printed beside the adapter's.",
         example="fineloop adapters export icd10-chapters@production --merged",
     )
     export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)

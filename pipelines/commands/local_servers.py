@@ -8,7 +8,7 @@ from pipelines.commands.arguments import Answer, home_option
 
 
 def is_up(title: str, address: str, group: str, options: argparse.Namespace) -> str:
-    """What a person is told of a server that stays: how to use it and how to end it."""
+    """The answer of `up`: how to use the server and how to end it."""
     use = f'eval "$(fineloop {group} env{home_option(options)})"'
     return f"{title} is up at {address}, until `fineloop {group} down{home_option(options)}`; to use it: {use}"
 

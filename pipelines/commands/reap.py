@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         commands,
         "reap",
         _reap,
-        does="Stop the Ray jobs that nobody waits for any more.",
+        does="Stop the Ray jobs that no run waits for any more.",
         more="These are jobs past their deadline, and jobs whose Kubeflow run is finished, canceled or gone. It looks "
         "at the RayJobs of a namespace and at the cluster of RAY_ADDRESS. A job in doubt is kept.",
         example="fineloop reap --dry-run",

@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         "stop",
         _stop,
         does="Stop a run and wait until it is over.",
-        more="Its steps are told to end, and stop the Ray jobs that they have started.",
+        more="Its steps are terminated, and stop the Ray jobs that they have started.",
         example="fineloop runs stop 3f2a",
     )
     for parser in (show, stop):

@@ -1,4 +1,4 @@
-"""The one place that makes a `kfp.Client`, and that puts what the server refuses into words.
+"""The one place that makes a `kfp.Client` and turns the server's refusals into messages.
 
 Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT; in a pod the service ml-pipeline of its
 namespace, or else of namespace kubeflow; elsewhere that of namespace kubeflow too, behind the API server that the
@@ -107,9 +107,9 @@ def one_of(key: str, *values: str) -> str:
 
 
 class _Client(kfp.Client):
-    """kfp's, without its patience: it asks a server five times how it is, and prints each refusal whole.
+    """kfp's, without its patience: it checks a server's health five times, and prints each refusal whole.
 
-    And with its way through a kubeconfig: kfp sets the host to Kubeflow's service behind the Kubernetes API, and the
+    It also keeps the host of a kubeconfig: kfp sets the host to Kubeflow's service behind the Kubernetes API, and the
     kubernetes package sets it back whenever it is asked for the user's token (kubernetes 30, kube_config.py).
     """
 
@@ -139,7 +139,7 @@ class _Client(kfp.Client):
 
 
 def _give_up_in_time(client: kfp.Client) -> None:
-    """Let every request time out; kfp's methods cannot be told to."""
+    """Let every request time out; kfp's methods have no option for it."""
     api = client.runs.api_client  # the one that all of its services share
     unlimited = api.request
 

@@ -36,7 +36,7 @@ class Cluster:
         """The object at a path of the API; None where there is none.
 
         Raises:
-            NotSeen: we may not read it, or nobody answers.
+            NotSeen: we may not read it, or no server answers.
         """
         return self._ask("GET", path)
 
@@ -44,7 +44,7 @@ class Cluster:
         """What the API server makes of a body, such as the answer to an access review.
 
         Raises:
-            NotSeen: we may not create it, or nobody answers.
+            NotSeen: we may not create it, or no server answers.
         """
         return self._ask("POST", path, body) or {}
 
@@ -52,7 +52,7 @@ class Cluster:
         """Have an object deleted, if it is there.
 
         Raises:
-            NotSeen: we may not, or nobody answers.
+            NotSeen: we may not, or no server answers.
         """
         self._ask("DELETE", path)
 

@@ -1,4 +1,4 @@
-"""Whether a cluster can run a config: `fineloop doctor --host URL`. Every question that a run would answer too late.
+"""Whether a cluster can run a config: `fineloop doctor --host URL`. It answers what a run would only find out late.
 
 It reads, and has the API server judge a RayJob and a step's pod without making them (dryRun). With an image it also
 starts one pod in the place of a step, which tries the store, and deletes it again.
@@ -143,12 +143,12 @@ def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:
 
 
 def _open_lineage(cluster: Cluster) -> Iterator[Check]:
-    """Whether a server is told of runs, and with which key; one in plain text would be anybody's."""
+    """Whether a server gets events of runs, and with which key; without TLS anyone could read the key."""
     found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
     url = (found.get("data") or {}).get("OPENLINEAGE_URL", "")
     secret = (cluster.get(_in(cluster, f"secrets/{REPORT_SECRET}")) or {}) if url else {}
     has_key = "OPENLINEAGE_API_KEY" in (secret.get("data") or {})
-    detail = f"{url}, {'with' if has_key else 'without'} the key of secret {REPORT_SECRET}" if url else "nobody is told"
+    detail = f"{url}, {'with' if has_key else 'without'} the key of secret {REPORT_SECRET}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
     yield check("openlineage", not (has_key and url.startswith("http://")), detail, fix)
 

@@ -26,7 +26,7 @@ from pipelines.kubeflow.compile import compile_pipeline
 
 PIPELINE = "fineloop-retrain"
 ATTEMPTS = 3
-"""How often a name is chosen anew that somebody else has just taken."""
+"""How often another name is chosen after another client has just taken one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Package:
 
     @property
     def content(self) -> str:
-        """What tells this content from others: the description of its version on the server."""
+        """What identifies this content: the description of its version on the server."""
         return f"sha256 {hashlib.sha256(self.text.encode()).hexdigest()}"
 
 
@@ -120,7 +120,7 @@ def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -
 
 
 def _or_none_if_exists(create: Any) -> Any:
-    """None when somebody else has just created the same."""
+    """None when another client has just created the same."""
     try:
         return create()
     except kfp_server_api.ApiException as exc:

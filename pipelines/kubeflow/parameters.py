@@ -1,4 +1,4 @@
-"""What a run's parameters must be, told by the compiled pipeline itself, before anything is sent."""
+"""Check a run's parameters against the compiled pipeline itself, before anything is sent."""
 
 import difflib
 import json

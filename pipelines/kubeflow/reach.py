@@ -1,4 +1,4 @@
-"""Data and base of a run on Kubeflow must lie where its pods can read them: not on the disk of whoever submits it."""
+"""Data and base of a run on Kubeflow must lie where its pods can read them, not on the disk of the submitter."""
 
 import re
 from collections.abc import Mapping

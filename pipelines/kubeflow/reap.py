@@ -1,4 +1,4 @@
-"""Ray jobs that nobody waits for any more: a Kubeflow run that is terminated has hardly time to stop its own."""
+"""Ray jobs that no step waits for any more: a Kubeflow run that is terminated has hardly time to stop its own."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

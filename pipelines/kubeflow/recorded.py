@@ -74,7 +74,7 @@ class Recorded:
 
 
 def failures(run: Run, recorded: Recorded) -> list[str]:
-    """Why each failed step failed, for people, and where to look for what nobody recorded."""
+    """Why each failed step failed, for people, and where to look for what is not recorded."""
     failed = [task for task in run.task_runs() if task.state == "FAILED"] if run.state == "FAILED" else []
     errors = recorded.errors() if failed else {}
     silent = ", ".join(task.name for task in failed if task.step not in errors)

@@ -15,7 +15,7 @@ OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task of a run as the server tells of it; one that was never started has no times."""
+    """One task of a run as the server reports it; one that was never started has no times."""
 
     name: str
     """The sentence that people see, or the key where it has none."""

@@ -12,7 +12,7 @@ from pipelines.kubeflow.package import Package, publish
 from pipelines.kubeflow.run import Run, TaskRun
 
 POLL_S = (0.5, 10.0)
-"""Asked again this soon after something changed, and ever later while nothing does."""
+"""Seconds until the next request: the first after a change, growing to the second while nothing changes."""
 PROGRESS_S = 30.0
 """How often the training is asked how far it is."""
 OUTAGE_S = 300.0
@@ -53,7 +53,7 @@ def follow(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Run:
-    """Wait until the run is over, however it ends, and tell each change of a task, and what `progress` says in between.
+    """Wait until the run is over, however it ends; `say` each change of a task, and what `progress` says in between.
 
     kfp's own wait does not know that a canceled run is over.
 

@@ -28,8 +28,8 @@ OF_ITS_OWN = {
     "move-by-hand": (PROMOTE_SECRET, PROMOTE_KEYS),
     "report": (REPORT_SECRET, REPORT_KEYS),
 }
-"""By a step's name, the secret that it alone is given, and its keys: who moves an alias signs and announces it, and who
-reports tells an OpenLineage server."""
+"""By a step's name, the secret that it alone is given, and its keys: a step that moves an alias signs and announces it,
+and the report sends events to an OpenLineage server."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600

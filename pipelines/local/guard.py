@@ -1,11 +1,11 @@
 """Run one command so that nothing of it outlives the process that asked for it.
 
 `python guard.py SIGNAL GRACE_S STDIN COMMAND...` starts the command, STDIN its standard input, and waits until (a) the
-guard's own standard input, a pipe from whoever started it, reaches its end: that process is gone, however it went; (b)
-the guard receives SIGTERM or SIGINT; (c) the command ends. Then it ends the command with SIGTERM, after GRACE_S by
-force, and with it whatever descends from it. On Linux the guard is the subreaper of all of these, so that daemons and
-sessions of their own do not get away, and a guard that dies by SIGKILL takes the command with it: the kernel sends
-SIGNAL.
+guard's own standard input, a pipe from the process that started it, reaches its end: that process is gone, however it
+went; (b) the guard receives SIGTERM or SIGINT; (c) the command ends. Then it ends the command with SIGTERM, after
+GRACE_S by force, and with it whatever descends from it. On Linux the guard is the subreaper of all of these, so that
+daemons and sessions of their own do not get away, and a guard that dies by SIGKILL takes the command with it: the
+kernel sends SIGNAL.
 
 It runs outside the package (`python -I -S guard.py`), so that it starts in some 20 ms: only the standard library here.
 """
@@ -30,7 +30,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def run(command: list[str], *, orphan_signal: int, grace_s: float, stdin: int) -> int:
-    """Run `command` until it ends, this process is told to stop, or standard input ends. Returns its exit status.
+    """Run `command` until it ends, this process gets a signal to stop, or standard input ends. Returns its exit status.
 
     `stdin` is the command's own standard input, a descriptor or subprocess.DEVNULL.
     """
@@ -106,7 +106,7 @@ def descendants(ancestor: int) -> set[int]:
     """Every process that descends from `ancestor`, zombies included. Empty where there is no /proc."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+        with contextlib.suppress(OSError, ValueError):  # it has ended by now
             parents[int(stat.parent.name)] = int(stat.read_text(errors="replace").rsplit(")", 1)[1].split()[1])
     found = {ancestor}
     while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:

@@ -1,8 +1,8 @@
-"""The process that keeps one shared server up while somebody uses it: `python -m pipelines.local.keeper store|ray`.
+"""The process that keeps one shared server up while any process uses it: `python -m pipelines.local.keeper store|ray`.
 
-service.py starts it and says what the locks mean. It belongs to nobody's session, so that Ctrl-C at a terminal ends the
-user and not the server under other users. Killed with SIGKILL it leaves nothing: the server runs under guard.py, whose
-standard input ends with this process.
+service.py starts it and says what the locks mean. It belongs to no user's session, so that Ctrl-C at a terminal ends
+the user and not the server under other users. Killed with SIGKILL it leaves nothing: the server runs under guard.py,
+whose standard input ends with this process.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def keep(service: Service, server: Server) -> None:
 
 
 def _unused(service: Service, users: int) -> bool:
-    """Whether nobody uses the server; then nobody new can until this process has ended."""
+    """Whether no process uses the server; then none can until this process has ended."""
     if service.pinned:
         return False
     try:

@@ -130,7 +130,7 @@ def store_down(home: Path) -> bool:
     """Stop the embedded store; False when it was not up.
 
     Raises:
-        GroundError: somebody uses it.
+        GroundError: a process uses it.
     """
     head = ray_service(home)
     if head.directory.is_dir() and not head.pinned and not head.in_use():
@@ -142,7 +142,7 @@ def ray_down(home: Path) -> bool:
     """Stop the local head; False when it was not up.
 
     Raises:
-        GroundError: somebody uses it.
+        GroundError: a process uses it.
     """
     return ray_service(home).down(stop_with="end that run first")
 

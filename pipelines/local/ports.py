@@ -12,9 +12,9 @@ NEW = range(20_000, 32_768)
 
 
 def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
-    """`count` different ports that nobody listens on now, `earlier` ones first and in their order.
+    """`count` different ports that no process listens on now, `earlier` ones first and in their order.
 
-    Another process may take one before its server binds it: whoever starts a server tries again with other ports.
+    Another process may take one before its server binds it: a caller that starts a server tries again with other ports.
     """
     start = random.randrange(len(NEW))
     # Side by side: servers that start at once then choose the same port a fifth as often as with each drawn by itself.

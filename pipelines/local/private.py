@@ -38,7 +38,7 @@ def private_folder(path: Path) -> Path:
 
 
 def write_certificate(directory: Path) -> tuple[Path, Path]:
-    """Write a new certificate, which is its own authority, and its key; whoever reads the key may use the server.
+    """Write a new certificate, which is its own authority, and its key; any reader of the key may use the server.
 
     A server that is both ends of its connections needs no other: SeaweedFS compares no host name.
     """

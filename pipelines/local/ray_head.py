@@ -1,7 +1,7 @@
 """A Ray head on loopback, reached through the Jobs API with a token: `ray start --head` and nothing that is not needed.
 
 Ray listens on every interface unless its node address is 127.0.0.1, and replaces that address by the machine's own
-unless it is told that it is on a platform without clusters: so it is told that. `ray stop` would end every Ray of the
+unless a variable says that the platform has no clusters, which is set here. `ray stop` would end every Ray of the
 machine and is never used.
 """
 
@@ -103,8 +103,8 @@ class RayHead:
         }
 
     def answers(self, ports: Sequence[int]) -> bool:
-        """Whether its Jobs API does, and the agent that starts the jobs: where somebody else took the agent's port, the
-        head goes on without it, and refuses every job."""
+        """Whether its Jobs API does, and the agent that starts the jobs: where another process took the agent's port,
+        the head goes on without it, and refuses every job."""
         agent = f"http://{LOOPBACK}:{ports[PORT_FLAGS.index(AGENT)]}/api/local_raylet_healthz"
         return _is_ok(agent) and answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
 
@@ -169,7 +169,7 @@ def head_environment(
         "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this node away with notice
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this node is never preempted
         "RAY_worker_niceness": "0",  # a worker's 15 would starve the training beside anything else
     }
 

@@ -79,7 +79,7 @@ def run_and_read(
 
     Raises:
         UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
-            are asked of it, the home cannot be written, or another command is at this run.
+            it asks for, the home cannot be written, or another command is at this run.
         FineloopError: what a step failed with, of its own class.
         GroundError: the store or the Ray head did not start.
     """
@@ -92,7 +92,7 @@ def run_and_read(
     began = time.monotonic()
     home = place.home.absolute()
     folder = private_folder(private_folder(home / "runs") / run_id)
-    private_folder(home / "kfp")  # the steps' outputs, reports among them: of an open home too they are nobody else's
+    private_folder(home / "kfp")  # the steps' outputs, reports among them: private even where the home is open
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:

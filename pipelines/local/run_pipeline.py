@@ -14,7 +14,7 @@ from pipelines.local.step_secrets import of_step, without_secrets
 
 
 def main(arguments: list[str]) -> int:
-    """Run to the end. On SIGTERM every step is told to end as well, for kfp.local does not tell them.
+    """Run to the end. On SIGTERM every step gets one as well, which kfp.local does not send.
 
     Each step inherits this process's environment but for secrets, of which it is given its own.
     """

@@ -77,7 +77,7 @@ class SeaweedFS:
         (self.directory / "security.toml").write_text(_security(*write_certificate(self.directory)), encoding="utf-8")
         command = [
             find_binary(),
-            "-logtostderr=true",  # into server.log, and not also into files of /tmp that nobody removes
+            "-logtostderr=true",  # into server.log, and not also into files of /tmp that are never removed
             "mini",
             f"-dir={data}",
             f"-ip={LOOPBACK}",
@@ -93,7 +93,7 @@ class SeaweedFS:
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-s3.autoCreateBucket=false",
-            "-volume.preStopSeconds=0",  # nobody else routes to this volume
+            "-volume.preStopSeconds=0",  # no other server routes to this volume
         ]
         for service, port, grpc_port in zip(SERVICES, ports[: len(SERVICES)], ports[len(SERVICES) :], strict=True):
             command += [f"-{service}.port={port}", f"-{service}.port.grpc={grpc_port}"]

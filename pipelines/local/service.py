@@ -3,7 +3,7 @@
 Under HOME/<name> lie the locks, all of them flock(2), which the kernel releases on any death:
 
     users.lock    held shared by every process that uses the server; the keeper stops the server when it gets it whole
-    keeper.lock   held by the keeper while it lives: endpoint.json counts only then, so a stale one fools nobody
+    keeper.lock   held by the keeper while it lives: endpoint.json counts only then, so a stale one is ignored
     start.lock    held for moments, so that looking for a keeper and starting one is one act
     pinned        a plain file: while it is there the server stays without users (`fineloop store up`)
 
@@ -57,7 +57,7 @@ class Service:
         """Use the server, started when it is not up; it stays while this context, or another one, is open.
 
         Yields the endpoint once it answers. `arguments` and `environment` are the keeper's, and do nothing when one
-        lives already. Ctrl-C waits until a server that nobody else uses is gone.
+        lives already. Ctrl-C waits until a server without other users is gone.
 
         Raises:
             GroundError: the server did not start; the message is the keeper's. Or something failed here because it
@@ -92,7 +92,7 @@ class Service:
             return None if free is not None else self._read_endpoint()
 
     def in_use(self) -> list[int] | None:
-        """Process ids of the users, None when there is none. Empty when they cannot be told (no /proc)."""
+        """Process ids of the users, None when there is none. Empty when they cannot be determined (no /proc)."""
         try:
             with _locked(self.path("users.lock"), fcntl.LOCK_EX, wait_s=0.0, title=self.title):
                 return None
@@ -125,7 +125,7 @@ class Service:
         return self._wait_until_stopped()
 
     def _wait_until_stopped(self) -> bool:
-        """Wait for the end of a server that nobody uses; False when it was not up."""
+        """Wait for the end of a server without users; False when it was not up."""
         was_up = False
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -147,7 +147,7 @@ class Service:
 
     @contextlib.contextmanager
     def _keeper_lock(self) -> Iterator[int | None]:
-        """The keeper's lock, None when a keeper has it. Nobody else looks meanwhile."""
+        """The keeper's lock, None when a keeper has it. No other process looks for one at the same time."""
         with _locked(self.path("start.lock"), fcntl.LOCK_EX, wait_s=STOP_TIMEOUT_S, title=self.title):
             descriptor = os.open(self.path("keeper.lock"), os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -185,7 +185,7 @@ class Service:
             self.path(stale).unlink(missing_ok=True)
         command = [sys.executable, "-P", "-m", "pipelines.local.keeper", self.name, "--home", str(self.home)]
         with self.path("keeper.log").open("ab") as log:
-            # It forks and the first process ends at once, so that the keeper is nobody's child.
+            # It forks and the first process ends at once, so that the keeper is a child of init.
             subprocess.run(
                 [*command, "--lock", str(lock), *arguments],
                 pass_fds=[lock],
@@ -229,7 +229,7 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What the processes of this machine's jobs have of their own.
 
     Without a GPU nothing here is compiled, and bitsandbytes would load PyTorch's compiler in each of them, which takes
-    0.8 s; somebody's own setting stays.
+    0.8 s; a user's own setting stays.
     """
     compiles = "TORCHDYNAMO_DISABLE" in environment or shutil.which("nvidia-smi")
     return {"PYTHONPATH": python_path(environment)} | ({} if compiles else {"TORCHDYNAMO_DISABLE": "1"})

@@ -9,8 +9,8 @@ OF_ITS_OWN = {
     "promote": ("FINELOOP_SIGN", "FINELOOP_WEBHOOK_SECRET", "FINELOOP_MODEL_REGISTRY_TOKEN", "MLFLOW_TRACKING_"),
     "report": ("OPENLINEAGE_",),
 }
-"""By a step's name, how the variables begin that it alone is given: who moves an alias signs and announces it, and who
-reports tells an OpenLineage server."""
+"""By a step's name, how the variables begin that it alone is given: promote signs and announces
+the alias, report sends events to an OpenLineage server."""
 
 
 def of_step(name: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Run a command under a guard, so that it leaves nothing behind, and hear what it says.
+"""Run a command under a guard, so that it leaves nothing behind, and read what it prints.
 
 kfp.local prints much, leaves a step running when it is killed, and reports success where a branch was skipped in
 silence. So the pipeline runs in a process of its own; all it prints goes to a log, and only the lines of steps, which
@@ -24,7 +24,7 @@ DRAIN_S = 1.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How the process ended, and the first failure that it told of: the report's own, after it, follows from it."""
+    """How the process ended, and the first failure that it reported: a later one of the report follows from it."""
 
     exit_code: int
     failure: Failure | None

@@ -151,7 +151,7 @@ def test_a_static_key_may_be_absent(ask: Callable[..., dict[str, Any]], cluster:
 def test_an_openlineage_server_is_told_with_a_key_that_nobody_else_can_read(
     ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
 ) -> None:
-    assert ask()["openlineage"]["detail"] == "nobody is told"
+    assert ask()["openlineage"]["detail"] == "not configured"
     environment = cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]
     environment["OPENLINEAGE_URL"] = "http://marquez:5000"
     assert ask()["openlineage"]["ok"]
