@@ -190,18 +190,20 @@ class Rehearsal:
             if num_layers <= more:
                 kept, workspace = self._run(batch, length, checkpointing, num_layers)
                 return StepMemory(kept, workspace)
-            fewer, _ = self._run(batch, length, checkpointing, few)
+            fewer, _ = self._run(batch, length, checkpointing, few, backward=False)
             kept, workspace = self._run(batch, length, checkpointing, more)
         return StepMemory(kept + (num_layers - more) * (kept - fewer) // (more - few), workspace)
 
-    def _run(self, batch: int, length: int, checkpointing: bool, num_layers: int) -> tuple[int, int]:
+    def _run(
+        self, batch: int, length: int, checkpointing: bool, num_layers: int, *, backward: bool = True
+    ) -> tuple[int, int]:
         with self._fake, _first_layers(self._decoder, num_layers), _checkpointing(self._model, on=checkpointing):
             input_ids = torch.zeros(batch, length, dtype=torch.long)
             with LiveBytes() as live:
                 # As in `answer_loss`: no mask, no cache.
                 hidden = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 kept = live.now if torch.is_grad_enabled() else 0
-                if torch.is_grad_enabled():
+                if torch.is_grad_enabled() and backward:
                     hidden.backward(torch.ones_like(hidden))
                 del hidden
         return kept, live.peak - kept
