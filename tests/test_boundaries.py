@@ -2,11 +2,13 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -17,15 +19,22 @@ from components.config import config_file
 from docs.generate import commands
 from pipelines import cli
 from pipelines.configs import DEFAULT_CONFIG
+from pipelines.local.service import job_environment
 from tests.documents import DOCUMENTS, commands_in
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
 MAX_LINES = 400
 
+JOBS = ("candidate", "finetune", "evaluate", "sweep", "chat", "export", "plan", "estimate")
 IMPORT_ALL = """
-import importlib, json, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
+import contextlib, importlib, json, pkgutil, runpy, sys
+_, package, *jobs = sys.argv
+for job in jobs:
+    sys.argv = [job, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(f"{package}.{job}", run_name="__main__", alter_sys=True)
+package = importlib.import_module(package)
 names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
 imported = [name for name in names if not name.endswith(".component")]
 for name in imported:
@@ -34,14 +43,35 @@ print(json.dumps({"imported": imported, "loaded": sorted(sys.modules)}))
 """
 
 
-def import_all(package: str) -> tuple[set[str], set[str]]:
-    """What a new process imported of a package, and every top-level module it has then loaded."""
+@dataclass(frozen=True)
+class Imported:
+    """What a new process imported of a package, every top-level module it has then loaded, and what jobs told of
+    themselves before."""
+
+    modules: set[str]
+    loaded: set[str]
+    help: str
+
+
+def import_all(package: str, *jobs: str) -> Imported:
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, package], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IMPORT_ALL, package, *jobs],
+        cwd=ROOT,
+        env={**os.environ, **job_environment(os.environ)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    return set(found["imported"]), {name.partition(".")[0] for name in found["loaded"]}
+    told, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    found = json.loads(last)
+    return Imported(set(found["imported"]), {name.partition(".")[0] for name in found["loaded"]}, told)
+
+
+@pytest.fixture(scope="module")
+def ray_jobs() -> Imported:
+    """In one process, as each would import torch anew."""
+    return import_all("ray_jobs", *JOBS)
 
 
 def module_names(package: str) -> set[str]:
@@ -78,16 +108,24 @@ def make_targets() -> list[str]:
 
 
 def test_no_component_loads_a_model_library_or_ray_or_kfp() -> None:
-    imported, loaded = import_all("components")
-    assert imported == module_names("components")
-    assert not loaded & {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "ray", "kfp"}
+    components = import_all("components")
+    assert components.modules == module_names("components")
+    assert not components.loaded & {
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "deepspeed",
+        "accelerate",
+        "ray",
+        "kfp",
+    }
 
 
-def test_no_ray_job_loads_kfp() -> None:
-    imported, loaded = import_all("ray_jobs")
-    assert imported == module_names("ray_jobs")
-    assert "torch" in loaded
-    assert "kfp" not in loaded
+def test_no_ray_job_loads_kfp(ray_jobs: Imported) -> None:
+    assert ray_jobs.modules == module_names("ray_jobs")
+    assert "torch" in ray_jobs.loaded
+    assert "kfp" not in ray_jobs.loaded
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -96,22 +134,9 @@ def test_our_top_level_names_are_ours_alone(package: str) -> None:
     assert Path(str(import_module(package).__file__)).resolve() == ROOT / package / "__init__.py"
 
 
-EXPLAIN = """
-import contextlib, runpy, sys
-for job in sys.argv[1:]:
-    sys.argv = [job, "--help"]
-    with contextlib.suppress(SystemExit):
-        runpy.run_module(f"ray_jobs.{job}", run_name="__main__", alter_sys=True)
-"""
-
-
-def test_every_entry_point_explains_itself() -> None:
-    """In one process, as each would import torch anew."""
-    jobs = ["candidate", "finetune", "evaluate", "sweep", "chat", "export", "plan", "estimate"]
-    done = subprocess.run([sys.executable, "-c", EXPLAIN, *jobs], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    usages = re.findall(r"^usage: python -m ray_jobs\.(\w+)(.*?)\n\n", done.stdout, flags=re.DOTALL | re.MULTILINE)
-    assert [job for job, _ in usages] == jobs
+def test_every_entry_point_explains_itself(ray_jobs: Imported) -> None:
+    usages = re.findall(r"^usage: python -m ray_jobs\.(\w+)(.*?)\n\n", ray_jobs.help, flags=re.DOTALL | re.MULTILINE)
+    assert tuple(job for job, _ in usages) == JOBS
     assert all("--config" in options for _, options in usages)
 
 
