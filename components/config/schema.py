@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from components.config.announce import AnnounceConfig as AnnounceConfig
+from components.config.columns import ColumnsConfig
 from components.config.gate import GateConfig, RequestedMetric
 from components.config.legality import Cell, nearest_legal, refusals
 from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
@@ -64,7 +65,8 @@ class DataConfig(Section):
     """Data source and validation."""
 
     source: str | list[str]
-    """JSONL or Parquet: a path, a glob, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, or example://icd10. Or a list."""
+    """JSONL, JSON, CSV, TSV or Parquet, also packed by gzip or zstd: a path, a glob, a folder, s3://BUCKET/KEY,
+    s3://BUCKET/FOLDER/, hf://ORG/NAME, or example://icd10. Or a list."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
     validation_share: Annotated[float, Field(gt=0, lt=1), Added("0.2.0")] = 0.2
@@ -73,6 +75,7 @@ class DataConfig(Section):
     group: Annotated[str, Added("0.2.0")] = ""
     """Column that names the group of a row, such as a patient or a document. Records of one group are held out
     together, and the gate counts them as one observation. Empty: no groups."""
+    columns: Annotated[ColumnsConfig, Added("0.2.0")] = ColumnsConfig()
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
     five-character shingles, without case and punctuation, both in whole and in what is left without the text that

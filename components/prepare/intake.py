@@ -4,18 +4,23 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
-from components.prepare.rows import SourceRow, Unreadable, read_rows
+from components.prepare.local_copies import local_copies
+from components.prepare.row import SourceRow, Unreadable
+from components.prepare.rows import read_rows
+from components.prepare.shapes import EXPECTED, Shape, advice, as_record, columns_read, recognised
 from components.prepare.sources import Source
-from components.prepare.validate import EXPECTED, KeyedRecord, has_known_form, validate
+from components.prepare.validate import KeyedRecord, validate
 from components.shared.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _MAX_ROW_CHARS = 2000
+_MAX_SHOWN_CHARS = 300
 _MAX_NAMES_SHOWN = 20
 _REASONS_SHOWN = 3
 
@@ -39,6 +44,8 @@ class Intake:
     """Rows that have each column."""
     num_known_form: int = 0
     """Rows whose columns are those of a record, whatever they hold."""
+    shapes: Counter[str] = field(default_factory=Counter)
+    """Rows in each shape that we know."""
     sources: list[SourceCount] = field(default_factory=list)
 
     @property
@@ -74,39 +81,72 @@ class Intake:
         ]
 
 
-def read(sources: Iterable[Source], *, group: str = "") -> Intake:
-    """Validate every row of every source; `group` is data.group.
+def read(sources: Sequence[Source], *, group: str = "", columns: ColumnsConfig | None = None) -> Intake:
+    """Validate every row of every source; `group` is data.group, and `columns` data.columns.
+
+    What shape the rows are in is said at the first row that can be used, with the row and the record that it becomes.
 
     Raises:
         DataError: a source cannot be opened.
         StoreError: an s3:// source cannot be read.
     """
-    intake = Intake()
-    shapes: Counter[tuple[str, ...]] = Counter()
-    for source in sources:
+    intake, named = Intake(), columns or ColumnsConfig()
+    found: Counter[tuple[str, ...]] = Counter()
+    shapes: dict[tuple[str, ...], Shape | None] = {}
+    shown: set[str] = set()
+    for source, path in local_copies(sources):
         rows_before, rejected_before = intake.num_rows, len(intake.rejects)
-        for row in read_rows(source, group=group):
+        for row in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
+            shape = None
             if isinstance(row.value, dict):
-                shapes[tuple(row.value) + row.unread_columns] += 1
+                names = tuple(row.value) + row.unread_columns
+                found[names] += 1
+                if names not in shapes:
+                    shapes[names] = recognised(names, named)
+                shape = shapes[names]
             try:
                 if isinstance(row.value, Unreadable):
                     raise DataError(row.value.reason)
-                intake.accepted.append(validate(row.value, group=group, source=source.entry))
+                value = as_record(row.value, shape, named, group=group) if isinstance(row.value, dict) else row.value
+                record = validate(value, group=group, source=source.entry)
             except DataError as exc:
                 intake.rejects.append(Reject(source.name, row.line, str(exc), _row_text(row)))
+                continue
+            intake.accepted.append(record)
+            if shape and shape.name not in shown:
+                shown.add(shape.name)
+                _show(source, row, shape, record)
         counted = SourceCount(source, intake.num_rows - rows_before, len(intake.rejects) - rejected_before)
         intake.sources.append(counted)
         logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
-    for columns, count in shapes.items():
-        for column in columns:
+    for names, count in found.items():
+        for column in names:
             intake.columns[column] += count
-        if has_known_form(columns):
+        if shape := shapes[names]:
             intake.num_known_form += count
+            intake.shapes[shape.name] += count
     return intake
 
 
-def require_usable(intake: Intake, *, max_reject_share: float) -> None:
-    """Stop on data that should not be trained on.
+def _show(source: Source, row: SourceRow, shape: Shape, record: KeyedRecord) -> None:
+    asked = (
+        record.record.asked
+        if isinstance(record.record.asked, str)
+        else json.dumps(record.record.asked, ensure_ascii=False)
+    )
+    logger.info(
+        "%s:%d is read as %s: %s becomes the prompt %r and the answer %r",
+        source.name,
+        row.line,
+        shape.name,
+        _row_text(row)[:_MAX_SHOWN_CHARS],
+        asked[:_MAX_SHOWN_CHARS],
+        record.record.told[:_MAX_SHOWN_CHARS],
+    )
+
+
+def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
+    """Stop on data that should not be trained on; `columns` is data.columns, as for `read`.
 
     Raises:
         DataError: no rows, none with the columns of a record, none usable, or too many unusable.
@@ -117,7 +157,8 @@ def require_usable(intake: Intake, *, max_reject_share: float) -> None:
     if intake.columns and not intake.num_known_form:
         raise DataError(
             f"data.source has no row with the expected columns ({names}): "
-            f"found {_listed([repr(column) for column, _ in intake.columns.most_common()])}; expected {EXPECTED}"
+            f"found {_listed([repr(column) for column, _ in intake.columns.most_common()])}; expected {EXPECTED}. "
+            f"{advice(list(intake.columns), columns or ColumnsConfig())}"
         )
     share = intake.rejected_share
     if not intake.accepted:

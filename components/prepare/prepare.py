@@ -10,6 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
 from components.prepare.judges import require_enough
 from components.prepare.profile import build_profile
+from components.prepare.shapes import columns_read
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
 from components.records import runs
@@ -138,8 +139,8 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
 
 
 def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, Deduplicated]:
-    read = intake.read(sources, group=config.data.group)
-    intake.require_usable(read, max_reject_share=config.data.max_reject_share)
+    read = intake.read(sources, group=config.data.group, columns=config.data.columns)
+    intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     return read, deduplicate(read.accepted)
 
 
@@ -158,12 +159,13 @@ def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Trai
 
 def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
     parts = _split(config, read, unique)
+    used = columns_read(read.columns, config.data.columns, group=config.data.group)
     folder = dataset.publish(
         store,
         train=parts.train,
         evaluation=parts.evaluation,
         rejects=read.rejects,
-        profile=build_profile(read, unique, parts, group=config.data.group),
+        profile=build_profile(read, unique, parts, used=used),
     )
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,

@@ -1,13 +1,12 @@
 """What a person wants to see of a dataset before trusting it: profile.json."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from components.prepare.dataset import FORMAT, Record
 from components.prepare.intake import Intake
 from components.prepare.split import Deduplicated, TrainEvalSplit
-from components.prepare.validate import KNOWN_COLUMNS
 
 _TOP_ANSWERS = 20
 _SAMPLES = 3
@@ -15,10 +14,10 @@ _MAX_SAMPLE_CHARS = 2000
 
 
 def build_profile(
-    intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, group: str = ""
+    intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, used: Collection[str]
 ) -> dict[str, Any]:
-    """Account for every row: rows read = rejected + dropped + the records of both splits. `group` is data.group."""
-    used = {*KNOWN_COLUMNS, group}
+    """Account for every row: rows read = rejected + dropped + the records of both splits. `used` are the columns that
+    were read."""
     return {
         "format": FORMAT,
         "rows": {
@@ -45,6 +44,7 @@ def build_profile(
             "in_train": split.near_in_train,
         },
         "system_message": _shared_system_message([*split.train, *split.evaluation]),
+        "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
         "replayed": split.replayed,

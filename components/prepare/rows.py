@@ -1,80 +1,81 @@
-"""The rows of one source, streamed: line by line from JSONL, batch by batch from Parquet."""
+"""The rows of one file, streamed: line by line, element by element, or batch by batch."""
 
 import json
+import re
+import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, cast
 
-from components.prepare.sources import EXAMPLES, PARQUET, Source
-from components.prepare.validate import KNOWN_COLUMNS
+from components.prepare.formats import Form, form_of, opened
+from components.prepare.row import SourceRow, Unreadable, Wanted
+from components.prepare.sources import EXAMPLES, Source
 from components.shared.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
-_BATCH_ROWS = 4096
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BEGINNING_BYTES = 4096
 MAX_LINE_BYTES = 16 * 2**20
-"""Of a JSONL file, its end included: several times the longest context that any model has."""
+"""Of a line of JSON or a cell of CSV, its end included: several times the longest context that any model has."""
 
 
-class Unreadable(NamedTuple):
-    """Stands in for a row that could not even be parsed."""
-
-    reason: str
-
-
-class SourceRow(NamedTuple):
-    """One row with where it came from."""
-
-    line: int
-    """1-based: the line of a JSONL file (blank ones count), the row of anything else."""
-    value: object
-    """What was parsed, or `Unreadable`."""
-    raw: bytes | None = None
-    """The line itself, where there is one."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns that the row has and `value` leaves out, because no record needs them."""
-
-
-def read_rows(source: Source, *, group: str = "") -> Iterator[SourceRow]:
-    """Stream the source's rows; blank lines are skipped. `group` is a column to read beside those of a record.
+def read_rows(source: Source, path: Path | None, *, wanted: Wanted) -> Iterator[SourceRow]:
+    """Stream the rows of a source that lies at `path` here, and of the example, which lies nowhere; blank lines are
+    skipped.
 
     Raises:
-        DataError: the file cannot be opened or is not Parquet.
-        StoreError: an s3:// source cannot be read.
+        DataError: the file cannot be opened, or is not what its name says.
     """
     if source.name in EXAMPLES:
         from components.prepare import icd10
 
         yield from (SourceRow(line, row) for line, row in enumerate(icd10.rows(), start=1))
-    elif source.name.startswith("s3://"):
-        from components.store.store import open_uri
-
-        store, key = open_uri(source.name, field="data.source")
-        with tempfile.TemporaryDirectory(prefix="fineloop-source-") as scratch:
-            path = Path(scratch, Path(key).name)
-            store.download(key, path)
-            yield from _read_file(path, source.name, group)
-    else:
-        yield from _read_file(Path(source.name), source.name, group)
-
-
-def _read_file(path: Path, name: str, group: str) -> Iterator[SourceRow]:
-    if path.suffix.lower() in PARQUET:
-        return _read_parquet(path, name, (*KNOWN_COLUMNS, group))
-    return _read_json_lines(path, name)
-
-
-def _read_json_lines(path: Path, name: str) -> Iterator[SourceRow]:
+        return
+    form, name = form_of(source.name), source.name
+    assert form is not None
+    assert path is not None
     try:
-        file = path.open("rb")
+        if form.kind == "parquet":
+            yield from _read_parquet(path, name, form, wanted)
+        else:
+            with opened(path, form.packed) as file:
+                yield from _read_text(file, name, form)
+    except (EOFError, zlib.error) as exc:
+        raise DataError(f"data.source {name} cannot be unpacked: {exc}") from exc
     except OSError as exc:
-        raise DataError(f"data.source {name} cannot be read: {exc.strerror}") from exc
-    with file:
-        for line, raw in enumerate(_lines(file), start=1):
-            if line == 1:
-                raw = raw.removeprefix(_BOM)
-            if not raw.isspace() and raw:
-                yield SourceRow(line, _parse(raw), raw)
+        raise DataError(f"data.source {name} cannot be read: {exc.strerror or exc}") from exc
+
+
+def _read_text(file: BinaryIO, name: str, form: Form) -> Iterator[SourceRow]:
+    if form.kind == "csv":
+        from components.prepare.tables import read_csv
+
+        return read_csv(file, name, tabs=form.ending == ".tsv", max_cell=MAX_LINE_BYTES)
+    beginning = cast(Any, file).peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES].removeprefix(_BOM).lstrip()
+    if _is_array(beginning) or (form.kind == "json" and not _is_lines(beginning)):
+        return _read_document(file, name)
+    return _read_json_lines(file)
+
+
+def _is_array(beginning: bytes) -> bool:
+    """Whether it is a list of objects; a line that is a list of anything else is a bad row."""
+    return beginning.startswith(b"[") and beginning[1:].lstrip()[:1] in (b"{", b"]", b"")
+
+
+def _is_lines(beginning: bytes) -> bool:
+    """Whether the first line is a whole object and another line follows, or the line is too long to tell."""
+    first, _, rest = beginning.partition(b"\n")
+    return isinstance(_parse(first), dict) if rest.strip() else len(beginning) > _BEGINNING_BYTES // 2
+
+
+def _read_json_lines(file: BinaryIO) -> Iterator[SourceRow]:
+    for line, raw in enumerate(_lines(file), start=1):
+        if line == 1:
+            raw = raw.removeprefix(_BOM)
+        if not raw.isspace() and raw:
+            yield SourceRow(line, _parse(raw), raw)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -90,57 +91,78 @@ def _parse(raw: bytes) -> object:
     if len(raw) > MAX_LINE_BYTES:
         return Unreadable(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        value = json.loads(raw.rstrip(b"\r\n").decode())
-        if isinstance(value, dict):
-            "".join(value).encode()
+        return _with_names(json.loads(raw.rstrip(b"\r\n").decode()))
     except UnicodeDecodeError as exc:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
-    except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
-        return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
     except json.JSONDecodeError as exc:
         return Unreadable(f"not JSON: {exc.msg} at column {exc.colno}")
     except ValueError as exc:  # a whole number with thousands of digits
         return Unreadable(f"not JSON: {exc}")
     except RecursionError:
         return Unreadable("not JSON: nested too deeply")
+
+
+def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
+    """The elements of one JSON list, or of the one list of objects that a JSON object holds."""
+    try:
+        text = file.read().decode("utf-8-sig")
+        start = len(text) - len(text.lstrip())
+        if text.startswith("[", start):
+            yield from _elements(text, start + 1)
+            return
+        document = json.loads(text) if text.strip() else []
+    except UnicodeDecodeError as exc:
+        raise DataError(f"data.source {name} is not UTF-8 at byte {exc.start + 1}: save it as UTF-8") from exc
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"data.source {name} is not JSON: {exc}") from exc
+    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
+    rows = [each for each in lists if each and all(isinstance(row, dict) for row in each)]
+    is_record = isinstance(document, dict) and bool({"messages", "conversations"} & set(document))
+    found = rows[0] if len(rows) == 1 and not is_record else [document] if document else []
+    yield from (SourceRow(line, row) for line, row in enumerate(found, start=1))
+
+
+def _elements(text: str, place: int) -> Iterator[SourceRow]:
+    """One after the other, so that the objects of all are never held at once."""
+    decoder, row = json.JSONDecoder(), 0
+    place = _after_space(text, place)
+    while not text.startswith("]", place):
+        value, place = decoder.raw_decode(text, place)
+        row += 1
+        yield SourceRow(row, _with_names(value))
+        place = _after_space(text, place)
+        if text.startswith(",", place):
+            place = _after_space(text, place + 1)
+        elif not text.startswith("]", place):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+    if rest := text[place + 1 :].strip():
+        raise json.JSONDecodeError(f"Something follows the list: {rest[:20]!r}", text, place + 1)
+
+
+def _after_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    assert found is not None
+    return found.end()
+
+
+def _with_names(value: object) -> object:
+    """The value, where its columns have names that can be written down."""
+    try:
+        if isinstance(value, dict):
+            "".join(value).encode()
+    except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
+        return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
     return value
 
 
-def _read_parquet(path: Path, name: str, wanted: tuple[str, ...]) -> Iterator[SourceRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _read_parquet(path: Path, name: str, form: Form, wanted: Wanted) -> Iterator[SourceRow]:
+    from components.prepare.tables import read_parquet
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            known = [column for column in wanted if column in names]
-            unread = tuple(column for column in names if column not in wanted)
-            line = 0
-            # Without threads of Arrow's own: one that finds no memory ends the process, where ours raises.
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False):
-                for value in _values(batch):
-                    line += 1
-                    yield SourceRow(line, value, None, unread)
-    except MemoryError:  # Arrow's is one of its exceptions too
-        raise
-    except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
-
-
-def _values(batch: Any) -> Iterator[object]:
-    """The batch as objects without their nulls, so that a null cell reads like a missing one."""
-    try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python's do not reach
-        rows = [_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
-    for row in rows:
-        yield row if isinstance(row, Unreadable) else {name: cell for name, cell in row.items() if cell is not None}
-
-
-def _value(one_row: Any) -> object:
-    try:
-        return one_row.to_pylist()[0]
-    except UnicodeDecodeError as exc:
-        return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
-    except (ValueError, OverflowError) as exc:
-        return Unreadable(f"a value that cannot be read: {exc}")
+    if not form.packed:
+        yield from read_parquet(path, name, wanted)
+        return
+    with tempfile.NamedTemporaryFile(prefix="fineloop-source-", suffix=".parquet") as whole:
+        with opened(path, form.packed) as file:
+            shutil.copyfileobj(file, whole)
+        whole.flush()
+        yield from read_parquet(Path(whole.name), name, wanted)

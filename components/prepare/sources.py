@@ -1,23 +1,28 @@
 """Which files `data.source` names: local paths, globs, folders, S3 objects and folders, and the built-in example."""
 
 import glob
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from components.prepare import hub
+from components.prepare.buckets import Buckets
+from components.prepare.formats import ENDINGS, FIRST, form_of
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
     from components.store.store import ObjectInfo, Store
 
-JSON_LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet",)
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 EXAMPLES = ("example://icd10",)
 
-_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/ or {', '.join(EXAMPLES)}"
-_ENDINGS = "a name ending in .jsonl, .ndjson or .parquet"
+_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, {hub.FORM} or {', '.join(EXAMPLES)}"
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,34 @@ def find_sources(source: str | list[str]) -> list[Source]:
         DataError: a source has no form we know, does not exist, or holds no data files.
         StoreError: an s3:// source cannot be reached.
     """
+    buckets = Buckets()
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise DataError(f"data.source is an empty list: expected {_FORMS}")
     found: dict[str, Source] = {}
     for entry in entries:
-        for each in _find(entry):
+        for each in _find(entry, buckets):
             found.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
     return list(found.values())
 
 
-def is_data_file(name: str) -> bool:
-    """Whether the name's ending says JSONL or Parquet."""
-    return PurePosixPath(name).suffix.lower() in JSON_LINES + PARQUET
-
-
-def _find(entry: str) -> Iterator[Source]:
+def _find(entry: str, buckets: Buckets) -> Iterator[Source]:
     scheme, separator, _ = entry.partition("://")
     if not separator:
         return _find_local(entry)
     if scheme == "s3":
-        return _find_s3(entry)
+        return _find_s3(entry, buckets)
+    if hub.is_address(entry):
+        return _find_on_hub(entry)
     if entry in EXAMPLES:
         return iter([_example(entry)])
+    if scheme == "file":
+        raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}")
+
+
+def _find_on_hub(entry: str) -> Iterator[Source]:
+    return (Source(each.address, each.size_bytes, each.fingerprint, None) for each in hub.find(entry))
 
 
 def _find_local(entry: str) -> Iterator[Source]:
@@ -77,8 +86,8 @@ def _find_local(entry: str) -> Iterator[Source]:
         files = [each for each in path.rglob("*") if each.is_file() and _is_visible(each.relative_to(path).parts)]
         return _select(entry, path, files)
     if path.exists():
-        if not is_data_file(path.name):
-            raise DataError(f"data.source is {entry!r}: expected {_ENDINGS}")
+        if form_of(path.name) is None:
+            raise DataError(f"data.source is {entry!r}: expected {ENDINGS}")
         if not path.is_file():
             raise DataError(f"data.source is {entry!r}, which is no file: expected {_FORMS}")
         return iter([_local(path)])
@@ -92,7 +101,10 @@ def _find_local(entry: str) -> Iterator[Source]:
         if not any(part.startswith(".") for part in pattern.parts):  # as shells have it, a name with a dot is asked for
             files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(root).parts)]
         return _select(entry, root, files)
-    raise DataError(f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()}): expected {_FORMS}")
+    missing = f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()})"
+    if hub.is_id(entry):
+        raise DataError(f"{missing}: write hf://{entry} for the Hugging Face data set of that name")
+    raise DataError(f"{missing}: expected {_FORMS}")
 
 
 def _split_glob(path: Path) -> tuple[Path, Path]:
@@ -102,10 +114,10 @@ def _split_glob(path: Path) -> tuple[Path, Path]:
 
 
 def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
-    chosen = sorted((each for each in files if is_data_file(each.name)), key=str)
+    chosen = sorted(_of_one_kind(entry, {each: each.name for each in files}), key=str)
     if not chosen:
         others = f", only {len(files)} other files such as {min(files)}" if files else ""
-        raise DataError(f"data.source is {entry!r}, which holds no data files{others}: expected {_ENDINGS}")
+        raise DataError(f"data.source is {entry!r}, which holds no data files{others}: expected {ENDINGS}")
     within = root.resolve()
     for each in chosen:
         # Whoever can put a link there would have any file of this machine read, and its lines shown as rejects.
@@ -115,6 +127,20 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
                 "copy the file, or name it in data.source itself"
             )
     return (_local(each) for each in chosen)
+
+
+def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
+    """The data files among these: JSONL and Parquet where there are any, for then others only lie beside them."""
+    found = {each: form for each, name in names.items() if (form := form_of(name))}
+    first = [each for each, form in found.items() if form.ending in FIRST and not form.packed]
+    if beside := [names[each] for each in found if first and each not in first]:
+        logger.warning(
+            "%s: %d files beside JSONL and Parquet are not read, such as %s: name them in data.source if they are data",
+            entry,
+            len(beside),
+            min(beside),
+        )
+    return first or list(found)
 
 
 def _local(path: Path) -> Source:
@@ -140,26 +166,21 @@ def _is_visible(parts: tuple[str, ...]) -> bool:
     return not any(part.startswith((".", "_")) for part in parts)
 
 
-def _find_s3(entry: str) -> Iterator[Source]:
-    from components.store.store import open_uri
-
-    store, key = open_uri(entry, field="data.source")
+def _find_s3(entry: str, buckets: Buckets) -> Iterator[Source]:
+    store, key = buckets.open(entry)
     if key and not key.endswith("/"):
-        if not is_data_file(key):
-            raise DataError(f"data.source is {entry!r}: expected {_ENDINGS}, or a folder with / at the end")
+        if form_of(key) is None:
+            raise DataError(f"data.source is {entry!r}: expected {ENDINGS}, or a folder with / at the end")
         found = next((info for info in store.list(key) if info.key == key), None)
         if found is None:
             raise DataError(
                 f"data.source is {entry!r}, which does not exist: check bucket and key (globs are for local paths)"
             )
         return iter([_object(store, found)])
-    listed = [
-        info
-        for info in store.list(key)
-        if is_data_file(info.key) and _is_visible(PurePosixPath(info.key[len(key) :]).parts)
-    ]
+    visible = [info for info in store.list(key) if _is_visible(PurePosixPath(info.key[len(key) :]).parts)]
+    listed = _of_one_kind(entry, {info: info.key for info in visible})
     if not listed:
-        raise DataError(f"data.source is {entry!r}, which holds no data files: expected {_ENDINGS}")
+        raise DataError(f"data.source is {entry!r}, which holds no data files: expected {ENDINGS}")
     return (_object(store, info) for info in sorted(listed, key=lambda info: info.key))
 
 

@@ -23,6 +23,7 @@ from components.shared.errors import DataError
 
 KNOWN_COLUMNS = ("id", "prompt", "completion", "messages", "tools")
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # What a tool's message says beside its result.
@@ -140,6 +141,8 @@ def _completion(completion: object) -> Message:
 
 
 def _messages(messages: object, field: str) -> list[Message]:
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = _parsed(messages, field)
     if not isinstance(messages, list):
         raise DataError(f"{field} is {_kind(messages)}: expected a list of {{role, content}}")
     if not messages:
@@ -162,10 +165,25 @@ def _message(message: object, field: str) -> Message:
         more["tool_calls"] = _calls(message["tool_calls"], f"{field}.tool_calls")
     if role == "tool":
         more |= {name: _text(message[name], f"{field}.{name}") for name in _OF_A_RESULT if message.get(name)}
-    content = message.get("content")
+    content = _content(message.get("content"), f"{field}.content")
     said_nothing = content is None or (isinstance(content, str) and not content.strip())
     text = "" if "tool_calls" in more and said_nothing else _text(content, f"{field}.content")
     return Message(_ROLES[role], text, _json(more) if more else "")
+
+
+def _content(content: object, field: str) -> object:
+    """The content as text, of OpenAI's parts the texts on lines of their own, as vLLM hands them to a template."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if not isinstance(part, Mapping) or kind not in _TEXT_PARTS:
+            raise DataError(
+                f"{field}[{index}] is of type {_value(kind)}: expected text, as models read nothing else here"
+            )
+        texts.append(_text(part.get("text"), f"{field}[{index}].text"))
+    return "\n".join(texts)
 
 
 def _calls(calls: object, field: str) -> list[dict[str, Any]]:

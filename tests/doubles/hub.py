@@ -1,6 +1,6 @@
 """A model hub on loopback that serves one repository from a folder, and remembers which files it was asked for.
 
-It answers what `huggingface_hub.snapshot_download` asks: the listing, and each file with its headers.
+It answers what `huggingface_hub` asks about a model or a data set: the listing, and each file with its headers.
 """
 
 import json
@@ -24,8 +24,8 @@ class Hub:
 
 
 @contextmanager
-def serving(name: str, folder: Path) -> Iterator[Hub]:
-    """Serve `folder` as the repository `name`."""
+def serving(name: str, folder: Path, kind: str = "models") -> Iterator[Hub]:
+    """Serve `folder` as the repository `name`, of models or datasets."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -37,15 +37,18 @@ def serving(name: str, folder: Path) -> Iterator[Hub]:
         def _answer(self, *, with_body: bool) -> None:
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
             file = self.path.partition("/resolve/")[2].partition("/")[2]
-            if self.path.startswith(f"/api/models/{name}/tree/"):
+            if self.path.startswith(f"/api/{kind}/{name}/tree/"):
                 body = json.dumps(
                     [
                         {"type": "file", "path": each, "size": path.stat().st_size, "oid": each}
                         for each, path in sorted(files.items())
                     ]
                 ).encode()
-            elif self.path.startswith(f"/api/models/{name}"):
-                body = json.dumps({"id": name, "sha": COMMIT}).encode()
+            elif self.path.startswith(f"/api/{kind}/{name}") and "convert" not in self.path:
+                siblings = [
+                    {"rfilename": each, "size": path.stat().st_size, "blobId": each} for each, path in files.items()
+                ]
+                body = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
             elif file in files:
                 body = files[file].read_bytes()
             else:

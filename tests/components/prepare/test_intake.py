@@ -103,10 +103,10 @@ def test_unknown_columns_are_refused_by_name_with_what_is_expected(write_rows: C
 
 def test_unknown_columns_of_parquet_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"instruction": ["a", "b"], "output": ["c", "d"]}), path)
+    pq.write_table(pa.table({"topic": ["a", "b"], "output": ["c", "d"]}), path)
     intake = intake_of(str(path))
     assert intake.num_rows == 2
-    with pytest.raises(DataError, match=r"found 'instruction', 'output'; expected"):
+    with pytest.raises(DataError, match=r"found 'topic', 'output'; expected"):
         require_usable(intake, max_reject_share=1.0)
 
 

@@ -58,6 +58,8 @@ def test_a_list_keeps_its_order_and_gives_each_file_once(folder: Path) -> None:
         ("*.jsonl", r"'\*.jsonl', which holds no data files"),
         ("", "is empty"),
         ([], "is an empty list"),
+        ("file:///x.jsonl", "write the path alone, '/x.jsonl'"),
+        ("org/name", "does not exist .*: write hf://org/name for the Hugging Face data set of that name"),
         ("https://host/x.jsonl", "'https://host/x.jsonl': expected a path, a glob, a folder, s3://BUCKET/KEY"),
         ("example://icd9", "example://icd10"),
         ("s3://bucket/folder", "or a folder with / at the end"),
@@ -72,7 +74,10 @@ def test_a_source_that_cannot_be_read_is_named(
 
 
 def test_an_unknown_kind_of_file_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"notes.txt': expected a name ending in .jsonl, .ndjson or .parquet"):
+    with pytest.raises(
+        DataError,
+        match=r"notes.txt': expected a name ending in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, each also",
+    ):
         find_sources(str(folder / "notes.txt"))
 
 
@@ -146,3 +151,19 @@ def test_a_glob_takes_hidden_files_only_where_it_says_so(folder: Path) -> None:
     assert names(str(folder / ".h*.jsonl"), folder) == [".hidden.jsonl"]
     with pytest.raises(DataError, match=r"which is no glob: "):
         find_sources(str(folder / "a**.jsonl"))
+
+
+def test_other_formats_beside_jsonl_and_parquet_are_not_read_which_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are a data set's own description more often than data."""
+    for name in ("dataset_info.json", "stats.csv", "old.jsonl.gz"):
+        (folder / name).write_text("{}")
+    caplog.set_level("WARNING")
+    assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
+    assert "3 files beside JSONL and Parquet are not read, such as dataset_info.json" in caplog.text
+    assert names([str(folder / "*.csv"), str(folder / "old.jsonl.gz")], folder) == ["stats.csv", "old.jsonl.gz"]
+    for path in folder.rglob("*"):
+        if path.suffix in (".jsonl", ".parquet", ".NDJSON"):
+            path.unlink()
+    assert names(str(folder), folder) == ["dataset_info.json", "old.jsonl.gz", "stats.csv"]

@@ -108,8 +108,13 @@ def test_prompts_that_only_look_alike_when_joined_differ() -> None:
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages[0].content is a list: expected text",
+            "messages[0].content[0].text is missing",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ANSWER]},
+            "messages[0].content[1] is of type 'image_url': expected text",
+        ),
+        ({"messages": [{"role": "user", "content": ["a"]}, ANSWER]}, "messages[0].content[0] is of type 'a'"),
         (
             {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
             "messages[1].tool_calls[0] names no function: expected {function: {name, arguments}}",
@@ -219,3 +224,13 @@ def test_records_differ_by_their_tools_and_calls() -> None:
     found = [validate(row) for row in rows]
     assert len({each.content for each in found}) == len(rows)
     assert len({dataset_id([each.record], []) for each in found}) == len(rows)
+
+
+def test_content_in_parts_is_the_text_of_all_of_them() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}]
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "three"}]}
+    record = validate({"messages": [{"role": "user", "content": parts}, answer]}).record
+    assert record.prompt[0].content == "one\ntwo"
+    assert record.answer == "three"
+    as_text = json.dumps([{"role": "user", "content": parts}, answer])
+    assert validate({"messages": as_text}).record == record

@@ -1,0 +1,186 @@
+"""In which shape a row says what it says, and the same row as prompt and completion or as messages; pure.
+
+A row is known by its columns, or by what data.columns says of them. A shape only moves texts to where `validate` looks
+for them, which then judges whether they will do.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+from components.config.columns import ColumnsConfig
+from components.prepare.validate import KNOWN_COLUMNS, has_known_form
+from components.shared.errors import DataError
+
+Row = Mapping[str, Any]
+
+EXPECTED = (
+    "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer), or "
+    "instruction and output (Alpaca), conversations (ShareGPT), question and answer"
+)
+_SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+_PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
+_ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "summary")
+
+
+class Shape(NamedTuple):
+    """A form that rows have."""
+
+    name: str
+    columns: tuple[str, ...]
+    """What is read of a row, beside the columns that every shape may have."""
+    convert: Callable[[Row], dict[str, Any]]
+    """The row's texts as prompt and completion, or as messages."""
+
+
+def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
+    """The shape of rows with these columns; None where it is none that we know."""
+    if named.messages or named.completion or named.prompt:
+        return _as_named(columns, named)
+    if has_known_form(tuple(columns)):
+        return MESSAGES if "messages" in columns else PLAIN
+    if "instruction" in columns and "output" in columns:
+        return ALPACA
+    if "conversations" in columns:
+        return SHARE_GPT
+    if "question" in columns and "answer" in columns:
+        return QUESTIONS
+    return None
+
+
+def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str = "") -> Row:
+    """The row with the columns that `validate` reads.
+
+    Raises:
+        DataError: a text is missing, or a turn of a conversation is from nobody that we know.
+    """
+    if named == ColumnsConfig() and (shape is None or shape in (PLAIN, MESSAGES)):
+        return row
+    record = {**row, **shape.convert(row)} if shape in (PLAIN, MESSAGES) else shape.convert(row) if shape else dict(row)
+    kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}
+    record |= {name: row[column] for name, column in kept.items() if column and column in row}
+    return _with_system(record, row.get(named.system or "system")) if named.system or shape in _WITH_SYSTEM else record
+
+
+def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str = "") -> set[str]:
+    """Of rows with these columns, the ones that are needed."""
+    shape = recognised(columns, named)
+    read = {*KNOWN_COLUMNS, group, named.id, named.tools, named.system}
+    return (read | set(shape.columns) if shape else read) & set(columns)
+
+
+def advice(columns: Collection[str], named: ColumnsConfig) -> str:
+    """What to do about rows in no shape that we know."""
+    if named != ColumnsConfig():
+        told = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
+        return f"No row has the columns that data.columns names: {told}"
+    if {"chosen", "rejected"} <= set(columns):
+        return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
+    prompt, answer = (
+        next((each for name in names for each in columns if each.lower() == name), None)
+        for names in (_PROMPTS, _ANSWERS)
+    )
+    if answer is None and prompt in ("text", "body", "sentence") and len(columns) == 1:
+        return f"A column {prompt!r} alone does not say which part is the answer: write prompt and completion apart"
+    return (
+        "Or say which column is which: "
+        f"--set data.columns.prompt={prompt or 'COLUMN'} --set data.columns.completion={answer or 'COLUMN'}"
+    )
+
+
+def _as_named(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
+    if named.messages:
+        wanted: tuple[str, ...] = (named.messages,)
+        convert = _conversation(named.messages)
+    else:
+        prompts = [named.prompt] if isinstance(named.prompt, str) else named.prompt
+        prompts = [each for each in prompts if each] or ["prompt"]
+        answer = named.completion or "completion"
+        wanted = (*prompts, answer)
+        convert = _joined(prompts, answer)
+    return Shape("data.columns", wanted, convert) if set(wanted) & set(columns) else None
+
+
+def _joined(prompts: list[str], answer: str) -> Callable[[Row], dict[str, Any]]:
+    def convert(row: Row) -> dict[str, Any]:
+        for needed in (prompts[0], answer):
+            if row.get(needed) is None:
+                raise DataError(f"{needed} is missing")
+        texts = [_text(row.get(column)) for column in prompts]
+        if len(texts) > 1:
+            texts = [text for text in texts if text is not None and text != ""]
+        if len(texts) > 1 and all(isinstance(text, str) for text in texts):
+            texts = ["\n\n".join(texts)]
+        return {"prompt": texts[0] if texts else "", "completion": _text(row.get(answer))}
+
+    return convert
+
+
+def _text(value: Any) -> Any:
+    """A whole number as text: labels often are."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    record = _joined(["instruction", "input"], "output")(row)
+    if not row.get("history"):
+        return record
+    earlier = [
+        {"role": role, "content": text}
+        for turn in row["history"]
+        for role, text in zip(("user", "assistant"), turn, strict=False)
+    ]
+    return {**record, "prompt": [*earlier, {"role": "user", "content": record["prompt"]}]}
+
+
+def _conversation(column: str) -> Callable[[Row], dict[str, Any]]:
+    def convert(row: Row) -> dict[str, Any]:
+        turns = row.get(column)
+        if isinstance(turns, str) and turns.lstrip().startswith("["):  # as in a cell of CSV
+            try:
+                turns = json.loads(turns)
+            except (ValueError, RecursionError) as exc:
+                raise DataError(f"{column} is text that is not JSON: {exc}") from exc
+        if not isinstance(turns, list):
+            return {"messages": turns}
+        return {"messages": [_turn(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]}
+
+    return convert
+
+
+def _turn(turn: Any, field: str) -> Any:
+    if not isinstance(turn, Mapping) or "from" not in turn or "role" in turn:
+        return turn
+    speaker = turn["from"]
+    if speaker not in _SPEAKERS:
+        raise DataError(f"{field}.from is {str(speaker)[:40]!r}: expected {', '.join(_SPEAKERS)}")
+    return {"role": _SPEAKERS[speaker], "content": turn.get("value")}
+
+
+def _with_system(record: dict[str, Any], system: Any) -> dict[str, Any]:
+    if system in (None, ""):
+        return record
+    first = {"role": "system", "content": system}
+    if record.get("messages") is not None:
+        turns = record["messages"]
+        return {**record, "messages": [first, *turns] if isinstance(turns, list) else turns}
+    prompt = record.get("prompt")
+    return {
+        **record,
+        "prompt": [first, *prompt] if isinstance(prompt, list) else [first, {"role": "user", "content": prompt}],
+    }
+
+
+def _as_it_is(row: Row) -> dict[str, Any]:
+    return dict(row)
+
+
+PLAIN = Shape("prompt and completion", ("prompt", "completion"), _as_it_is)
+MESSAGES = Shape("messages", ("messages",), _as_it_is)
+ALPACA = Shape("Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca)
+SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
+QUESTIONS = Shape("question and answer", ("question", "answer"), _joined(["question"], "answer"))
+_WITH_SYSTEM = (ALPACA, SHARE_GPT)

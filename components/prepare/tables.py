@@ -1,0 +1,116 @@
+"""Rows of files that are tables: CSV row by row, Parquet batch by batch. An empty cell reads like a missing column."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from components.prepare.row import SourceRow, Unreadable, Wanted
+from components.shared.errors import DataError
+
+_BATCH_ROWS = 4096
+_DELIMITERS = ",;\t|"
+
+
+def read_csv(file: BinaryIO, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
+    """The first row names the columns. Every cell is text; of .csv the header shows what divides them.
+
+    Raises:
+        DataError: the header names a column twice, or a quotation mark is never closed.
+    """
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        yield from _csv_rows(text, name, tabs=tabs, max_cell=max_cell)
+    finally:
+        text.detach()  # whoever opened the file closes it
+
+
+def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
+    csv.field_size_limit(max_cell)
+    first = text.readline()
+    delimiter = "\t" if tabs else max(_DELIMITERS, key=first.count)
+    rows = csv.reader(_behind(first, text), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = rows.line_num + 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as exc:
+            if "unexpected end" in str(exc):
+                raise DataError(
+                    f"data.source {name} opens a quotation mark in line {line} and never closes it"
+                ) from exc
+            yield SourceRow(line, Unreadable(f"not CSV: {exc}"))
+            continue
+        if cells is None:
+            return
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header):
+                twice = next(cell for cell in header if header.count(cell) > 1)
+                raise DataError(f"data.source {name} has two columns {twice!r}: give each a name of its own")
+        elif cells:
+            yield _csv_row(line, cells, header, delimiter)
+
+
+def _behind(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _csv_row(line: int, cells: list[str], header: list[str], delimiter: str) -> SourceRow:
+    raw = delimiter.join(cells).encode(errors="surrogateescape")
+    try:
+        raw.decode()
+    except UnicodeDecodeError as exc:
+        return SourceRow(line, Unreadable(f"not UTF-8 at byte {exc.start + 1}"), raw)
+    if len(cells) != len(header):
+        return SourceRow(line, Unreadable(f"{len(cells)} cells where the header has {len(header)}"), raw)
+    return SourceRow(line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}, raw)
+
+
+def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[SourceRow]:
+    """The rows of a Parquet file with the columns that are wanted.
+
+    Raises:
+        DataError: it is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            read = wanted(names)
+            known = [column for column in names if column in read]
+            unread = tuple(column for column in names if column not in read)
+            line = 0
+            # Without threads of Arrow's own: one that finds no memory ends the process, where ours raises.
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False):
+                for value in _values(batch):
+                    line += 1
+                    yield SourceRow(line, value, None, unread)
+    except MemoryError:  # Arrow's is one of its exceptions too
+        raise
+    except (pa.ArrowException, OSError) as exc:
+        raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
+
+
+def _values(batch: Any) -> Iterator[object]:
+    """The batch as objects without their nulls, so that a null cell reads like a missing one."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python's do not reach
+        rows = [_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for row in rows:
+        yield row if isinstance(row, Unreadable) else {name: cell for name, cell in row.items() if cell is not None}
+
+
+def _value(one_row: Any) -> object:
+    try:
+        return one_row.to_pylist()[0]
+    except UnicodeDecodeError as exc:
+        return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
+    except (ValueError, OverflowError) as exc:
+        return Unreadable(f"a value that cannot be read: {exc}")

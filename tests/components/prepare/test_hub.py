@@ -1,0 +1,95 @@
+"""Against a double of the Hugging Face hub on loopback, which answers what huggingface_hub asks for."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.prepare import hub
+from components.shared.errors import DataError
+from tests.doubles.hub import COMMIT, serving
+
+READ = """
+import json, sys
+from components.prepare import intake, sources
+from components.shared.errors import DataError
+try:
+    found = sources.find_sources(sys.argv[1])
+    read = intake.read(found)
+    print(json.dumps([[each.name for each in found], [each.record.answer for each in read.accepted]]))
+except DataError as exc:
+    print(json.dumps(str(exc)))
+"""
+ROW = '{"question": "a", "answer": "%s"}\n'
+Ask = Callable[..., object]
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Ask:
+    """In a process of its own, as huggingface_hub reads its settings when it is imported."""
+
+    def asked(entry: str, endpoint: str, **variables: str) -> object:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **variables}
+        command = [sys.executable, "-c", READ, entry]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return asked
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "served"
+    for name, answer in {"main/train-0.jsonl": "m", "main/test-0.jsonl": "t", "socratic/train-0.jsonl": "s"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(ROW % answer)
+    (root / "README.md").write_text("about")
+    (root / "dataset_infos.json").write_text("{}")
+    return root
+
+
+def test_the_training_files_of_a_data_set_are_read_at_one_commit(ask: Ask, folder: Path) -> None:
+    with serving("org/name", folder, "datasets") as served:
+        for entry in ("hf://org/name/main", "hf://datasets/org/name@v1/main/train-*.jsonl"):
+            assert ask(entry, served.url) == [[f"hf://datasets/org/name@{COMMIT}/main/train-0.jsonl"], ["m"]]
+        assert ask("hf://org/name/main/test-0.jsonl", served.url) == [
+            [f"hf://datasets/org/name@{COMMIT}/main/test-0.jsonl"],
+            ["t"],
+        ]
+        assert served.sent == {"main/train-0.jsonl", "main/test-0.jsonl"}
+
+
+def test_of_several_folders_one_has_to_be_named(ask: Ask, folder: Path) -> None:
+    with serving("org/name", folder, "datasets") as served:
+        told = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
+        assert told in str(ask("hf://org/name", served.url))
+
+
+def test_a_data_set_that_there_is_not_or_that_has_no_data_is_named(ask: Ask, folder: Path) -> None:
+    with serving("org/name", folder, "datasets") as served:
+        assert "'hf://org/other', and the hub refuses it: " in str(ask("hf://org/other", served.url))
+        assert "which has no data files" in str(ask("hf://org/name/none", served.url))
+
+
+def test_without_a_hub_it_says_what_else_to_do(ask: Ask) -> None:
+    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
+        told = str(ask("hf://org/name", "http://127.0.0.1:9", **settings))
+        assert "'hf://org/name', and the hub cannot be reached" in told
+        assert "copy the data set's files here or to S3" in told
+
+
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DataError, match=r"pip install 'fineloop\[hub\]'"):
+        hub.find("hf://org/name")
+
+
+@pytest.mark.parametrize("entry", ["hf://", "hf://name", "hf://org/name@"])
+def test_an_address_that_is_none_is_named(entry: str) -> None:
+    with pytest.raises(DataError, match=r"expected hf://ORG/NAME"):
+        hub.find(entry)
