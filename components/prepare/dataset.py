@@ -76,7 +76,7 @@ class Reject:
 
     source: str
     line: int
-    """1-based line of a JSONL file, 1-based row of a Parquet file."""
+    """1-based line of a JSONL or CSV file, 1-based row of any other."""
     reason: str
     row: str
     """The row's text, cut to 2000 characters."""

@@ -1,6 +1,7 @@
 """One row in, one normalised record or one clear reason out. Every source passes through here, the example too.
 
-A row is an object in one of two forms, each with an optional `id`; other columns are ignored:
+A row is an object in one of two forms, as it came or as `shapes` made it, each with an optional `id`; other columns are
+ignored:
 
     {"prompt": "ICD-10 chapter: Mpox", "completion": "Infections"}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}

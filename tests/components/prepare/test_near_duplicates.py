@@ -175,6 +175,19 @@ def test_a_question_that_is_asked_of_other_documents_is_not_near_itself() -> Non
     assert not any(near_duplicates(rows[120:], rows[:120], similarity=0.8))
 
 
+def test_prompts_that_say_the_same_of_their_own_and_less_in_whole_are_not_near() -> None:
+    rng = random.Random(0)
+    form, ends = prose(rng, 80), [prose(rng, 14) for _ in range(2)]
+    asked = [prose(rng, 7) for _ in range(40)]
+    others = [f"{form} {end} {prose(rng, 7)}" for end in ends for _ in range(20)]
+    held_out = [f"{form} {ends[0]} {question}" for question in asked]
+    prompts = [f"{form} {ends[1]} {question}" for question in asked]
+    judge = Judge([*others, *prompts, *held_out], [])
+    assert all(judge.sets(one)[1] & judge.sets(other)[1] for one, other in zip(prompts, held_out, strict=True))
+    comparison = Comparison([*others, *prompts], held_out[:3], similarity=0.8)
+    assert [*comparison.near_held_out([*prompts, held_out[2].upper() + "!"])] == [*[None] * 40, 2]
+
+
 def test_prompts_that_are_all_shared_text_are_near_their_equals_alone() -> None:
     rng = random.Random(0)
     form = prose(rng, 30)

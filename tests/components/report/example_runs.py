@@ -164,6 +164,10 @@ PROFILE: dict[str, Any] = {
         "duplicate": 11, "superseded_by_same_id": 0, "prompt_in_eval": 4, "near_duplicate_of_eval": 9,
         "over_max_records": 0,
     },
+    "near_duplicates": {
+        "left_out_share": 0.004, "most_are_near": [{"begins": "ICD-10 chapter: Pressure ulcer", "records": 6}],
+        "in_train": 31,
+    },
     "columns": {"prompt": 2246, "completion": 2246, "source": 1200},
     "extra_columns": {"source": 1200},
     "splits": {

@@ -180,7 +180,14 @@ def test_failed_run_names_the_step_and_its_error_and_has_no_card_without_content
 
 def test_data_origin_and_times_are_told() -> None:
     text = Page(build_report(example_runs.promoted_run())).text
-    for words in ("completion is empty", "exact duplicates 11", "Neoplasms", "10.4 %", "224 (10.1 %)"):
+    for words in (
+        "completion is empty",
+        "exact duplicates 11",
+        "near “ICD-10 chapter: Pressure ulcer …” 6",
+        "Neoplasms",
+        "10.4 %",
+        "224 (10.1 %)",
+    ):
         assert words in text
     for words in ("6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", "51be" * 16, example_runs.CONFIG.digest, "2.13.0"):
         assert words in text
