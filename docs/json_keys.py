@@ -21,6 +21,7 @@ JSON_KEYS = {
     " memory_bytes host_memory_bytes pod_memory_bytes evaluation zero_stage micro_batch_size gradient_checkpointing"
     " activation_offloading cpu_offload dense_base num_workers max_length answer_tokens device device_memory_bytes fits"
     " margin advice full_fine_tuning tokens_per_s time_s cost methods",
+    "data": "profile gate base tokens shown unread_because page",
     "adapters list": "adapters name versions",
     "adapters show": f"{_VERSION} servable_as serving",
     "adapters promote": _MOVE,

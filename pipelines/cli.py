@@ -19,6 +19,7 @@ from pipelines.commands import (
     adapters,
     chat,
     compile,
+    data,
     doctor,
     plan,
     ray,
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(run, train, sweep, plan, adapters, chat, replay, compile, schema),
+        *(run, train, sweep, plan, data, adapters, chat, replay, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

@@ -1,6 +1,7 @@
 """The held-out records that a run is judged by: those that no training looks at, or the part whose turn it is."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,21 +44,32 @@ def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) ->
     Raises:
         DataError: a part is empty.
     """
-    held_out = load_split(store, dataset_uri, "eval")
+    parts = parts_of(load_split(store, dataset_uri, "eval"), config)
+    if len(parts) == 1:
+        return parts[0]
+    log, adapter = events(store, config.adapter.name), config.adapter
+    has_decided = partial(runs.has_decided, store)
+    decided = [looks(log, adapter.alias, each.sample, run_id=run_id, has_decided=has_decided) - 1 for each in parts]
+    return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
+
+
+def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
+    """Those of the held-out records that no training looks at, in `evaluate.folds` parts that judge in turn.
+
+    Raises:
+        DataError: a part is empty.
+    """
     _, records = validation_and_test(held_out, validation_share=config.data.validation_share)
     number = config.evaluate.folds
     if number == 1:
-        return Judges(records)
+        return [Judges(records)]
     parts = [Judges(part, fold) for fold, part in enumerate(folds(records, number=number), start=1)]
     if not all(part.records for part in parts):
         raise DataError(
             f"{len(records)} held-out records are too few for evaluate.folds {number}: lower it, raise data.eval_share "
             "or add records"
         )
-    log, adapter = events(store, config.adapter.name), config.adapter
-    has_decided = partial(runs.has_decided, store)
-    decided = [looks(log, adapter.alias, each.sample, run_id=run_id, has_decided=has_decided) - 1 for each in parts]
-    return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
+    return parts
 
 
 def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> None:
@@ -66,15 +78,20 @@ def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id:
     Raises:
         DataError: the run would be trained and then held, whatever comes out.
     """
-    wanted, judging = config.gate.min_records, judges(store, dataset_uri, config, run_id=run_id)
-    most = max(config.evaluate.records, config.evaluate.max_records)
-    found = judging.num_independent(most)
-    if found >= wanted or config.gate.too_few_records == "hold":
-        return
+    judging = judges(store, dataset_uri, config, run_id=run_id)
+    if config.gate.too_few_records != "hold" and (lack := lacking(judging, config)):
+        raise DataError(f"{lack}; gate.too_few_records=hold trains all the same")
+
+
+def lacking(judging: Judges, config: RunConfig) -> str:
+    """What a gate lacks to decide on these records, and how to give it; empty where they are enough."""
+    wanted = config.gate.min_records
+    found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
+    if found >= wanted:
+        return ""
     kind = "groups of records" if config.data.group else "records"
     raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
-    raise DataError(
+    return (
         f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
-        f"would be held: raise {raised}, add data or lower gate.min_records; gate.too_few_records=hold trains all the "
-        "same"
+        f"would be held: raise {raised}, add data or lower gate.min_records"
     )

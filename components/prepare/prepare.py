@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
@@ -88,13 +88,20 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
 
 
 @_in_memory()
-def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
-    """The records that a run would train on and hold out; nothing is written.
+def preview(config: RunConfig, sources: Sequence[Source]) -> tuple[dict[str, Any], TrainEvalSplit]:
+    """What `prepare` would publish: the profile, and the records to train on and to hold out; nothing is written.
 
     Raises:
         DataError: as for `prepare`.
     """
-    return _split(config, *_read(config, sources))
+    read, unique = _read(config, sources)
+    parts = _split(config, read, unique)
+    return _profile(config, read, unique, parts), parts
+
+
+def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
+    """The records that a run would train on and hold out; raises as `preview`."""
+    return preview(config, sources)[1]
 
 
 @_in_memory()
@@ -157,15 +164,20 @@ def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Trai
     )
 
 
+def _profile(config: RunConfig, read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) -> dict[str, Any]:
+    return build_profile(
+        read, unique, parts, used=columns_read(read.columns, config.data.columns, group=config.data.group)
+    )
+
+
 def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
     parts = _split(config, read, unique)
-    used = columns_read(read.columns, config.data.columns, group=config.data.group)
     folder = dataset.publish(
         store,
         train=parts.train,
         evaluation=parts.evaluation,
         rejects=read.rejects,
-        profile=build_profile(read, unique, parts, used=used),
+        profile=_profile(config, read, unique, parts),
     )
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,

@@ -38,7 +38,7 @@ def build_report(run: RunFiles) -> str:
         right_counts=sections.right_counts(shown),
         curve=loss_curve(run.metrics),
         rates=Markup(rates.picture(run.sweep)) if run.sweep else None,
-        data=sections.data_profile(run),
+        data=sections.data_profile(run.profile),
         steps=sections.step_times(run),
         total_time=duration(sum(step.seconds for step in run.steps)),
         origin=sections.origin(run),

@@ -90,9 +90,8 @@ def clipped(text: str) -> str:
     return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
 
 
-def data_profile(run: RunFiles) -> dict[str, Any] | None:
+def data_profile(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Counts, rejects, splits and answers of profile.json, ready to show; None when there is no profile."""
-    profile = run.profile
     if profile is None:
         return None
     rows = profile.get("rows", {})

@@ -26,6 +26,7 @@ COMMANDS = [
     ("train",),
     ("sweep",),
     ("plan",),
+    ("data",),
     ("chat",),
     ("replay",),
     ("compile",),

@@ -1,0 +1,132 @@
+"""`fineloop data`."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from math import sqrt
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from components.shared.counted import counted
+from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
+from pipelines.commands.table import table
+
+ANSWERS_SHOWN = 5
+CHANGED = {0.1: "one answer in ten", 0.3: "three answers in ten"}
+"""Shares of answers in which two models may differ."""
+LENGTHS = ("p10", "p50", "p90", "p100")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    data = add_command(
+        commands,
+        "data",
+        _data,
+        does="Say what a run would make of your data, before anything is started.",
+        more="Rows that are unusable and why, what is left out, lengths, answers, three records as the base's chat "
+        "template renders them with what is trained on marked, and what the gate could decide by what is held out. "
+        "Nothing is written. Of the base the tokenizer is read, not the weights.",
+        example="fineloop data rows.jsonl -c mine.toml --html data.html",
+    )
+    data.add_argument("source", nargs="?", metavar="FILE", help="in place of data.source: a file, a glob, s3://...")
+    data.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
+    add_config(data)
+
+
+def _data(options: argparse.Namespace) -> Answer:
+    from pipelines.local.job import Job, answer
+
+    if options.source:
+        options.overrides = [*options.overrides, f"data.source={options.source}"]
+    config = load_config(options)
+    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
+    overrides = [*options.overrides, f"data.source={sources!r}", f"model.base={config.model.base}"]
+    job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=overrides)
+    body = answer(job, on_line=print_err, verbose=options.verbose)
+    if options.html:
+        from components.report.preview_page import build_page
+
+        options.html.write_text(build_page(body, list(_sentences(body))), encoding="utf-8")
+        body["page"] = str(options.html)
+    return Answer(body, "\n".join(_lines(body)))
+
+
+def _lines(body: Mapping[str, Any]) -> Iterator[str]:
+    """For a person."""
+    profile = body["profile"]
+    rows, train = profile["rows"], profile["splits"]["train"]
+    yield f"{rows['read']:,} rows: {rows['rejected']:,} unusable"
+    for each in profile["rejected"]:
+        yield f"  {each['rows']:>6,}  {each['reason']} (for example {each['example']})"
+    if dropped := {name: count for name, count in profile["dropped"].items() if count}:
+        yield "left out:"
+        yield from (f"  {count:>6,}  {name.replace('_', ' ')}" for name, count in dropped.items())
+    if near := profile["near_duplicates"].get("in_train"):
+        yield f"{counted(near, 'training record')} hardly differ from another one, and stay"
+    yield from _sentences(body)
+    yield ""
+    lengths = [("", "10 %", "median", "90 %", "longest"), *_lengths(body)]
+    yield table(lengths)
+    if top := train["most_frequent_answers"][:ANSWERS_SHOWN]:
+        yield ""
+        yield f"{train['distinct_answers']:,} different answers; the most frequent:"
+        yield from (f"  {each['share']:>6.1%}  {_one_line(each['answer'])}" for each in top)
+    yield ""
+    yield from _as_read(body)
+    if "page" in body:
+        yield ""
+        yield f"page: {body['page']}"
+
+
+def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
+    splits, gate = body["profile"]["splits"], body["gate"]
+    train, held_out = splits["train"], splits["eval"]
+    groups = f" in {train['groups']:,} groups" if train["groups"] else ""
+    yield f"{train['records']:,} records to train on{groups}, {held_out['records']:,} held out"
+    if gate["lacking"]:
+        yield f"the gate: {gate['lacking']}"
+        return
+    kind = "groups of records" if gate["independent"] < gate["records"] else "records"
+    sure = NormalDist().inv_cdf(gate["confidence"])
+    points = [
+        f"{100 * sure * sqrt(share / gate['independent']):.1f} points where {words} changes"
+        for share, words in CHANGED.items()
+    ]
+    yield (
+        f"the gate decides by {gate['independent']:,} {kind}: at {gate['confidence']:.0%} confidence it sees a "
+        f"difference in exact match of {' and '.join(points)}"
+    )
+
+
+def _lengths(body: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    train, tokens = body["profile"]["splits"]["train"], body["tokens"]
+    yield ("prompt, characters", *(f"{train['prompt_chars'][each]:,}" for each in LENGTHS))
+    yield ("answer, characters", *(f"{train['answer_chars'][each]:,}" for each in LENGTHS))
+    if tokens and tokens["length"]:
+        yield ("record, tokens", *(f"{tokens['length'][each]:,}" for each in LENGTHS))
+        yield ("trained on, tokens", *(f"{tokens['trained'][each]:,}" for each in LENGTHS))
+
+
+def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
+    tokens = body["tokens"]
+    if tokens is None:
+        yield f"not read by {body['base']}: {body['unread_because']}"
+        return
+    limit = f"model.max_length {tokens['max_length']:,}"
+    if tokens["cut"] or tokens["too_long"]:
+        yield (
+            f"of {tokens['records']:,} records {tokens['cut']:,} lose the beginning of their prompt to {limit}, and "
+            f"{tokens['too_long']:,} do not fit at all: raise it"
+        )
+    else:
+        yield f"{limit} holds every one of {tokens['records']:,} records"
+    yield f"as {body['base']} reads them, with >>what is trained on<<:"
+    for each in body["shown"]:
+        yield ""
+        text = "".join(f">>{piece['text']}<<" if piece["trained"] else piece["text"] for piece in each["pieces"])
+        yield from (f"  {line}" for line in text.splitlines())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:80]

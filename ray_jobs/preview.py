@@ -1,0 +1,126 @@
+"""What a run would make of its data: `python -m ray_jobs.preview --config FILE`.
+
+It reads the data as the prepare step does and writes nothing. Of the base it needs the tokenizer alone. One JSON object
+is the last line of stdout; `fineloop data` lays it out for people.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record
+from components.prepare.judges import Judges, lacking, parts_of
+from components.prepare.prepare import preview
+from components.prepare.profile import percentiles
+from components.prepare.sources import find_sources
+from components.shared import garbage
+from components.shared.errors import DataError, UserError
+from components.shared.protocol import say
+
+with garbage.importing():
+    from ray_jobs import entry
+    from ray_jobs.base import base_config, base_model
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import TokenizedSplit, tokenize
+    from ray_jobs.text.chat_format import ChatFormat
+
+STEP = "data"
+SHOWN = 3
+SAMPLED = 2000
+"""Records that are tokenised, which are as good a sample as any: they lie in the order of a hash."""
+
+
+def main() -> None:
+    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    parser = entry.parser(
+        "ray_jobs.preview",
+        "Say what a run would make of its data: rows, records, lengths, and how the base reads them.",
+        "python -m ray_jobs.preview --config pipelines/configs/icd10.toml",
+    )
+    arguments = parser.parse_args()
+
+    def job() -> None:
+        config = entry.load_config(arguments.config, arguments.set)
+        print(json.dumps(previewed(config)), flush=True)  # noqa: T201 - stdout is the answer
+
+    entry.run(STEP, job)
+
+
+def previewed(config: RunConfig) -> dict[str, Any]:
+    """The data's profile, what the gate could decide by, and what the base makes of some records.
+
+    Raises:
+        DataError: as for `prepare`: a run would stop there.
+    """
+    sources = find_sources(config.data.source)
+    say(STEP, f"reading {', '.join(source.name for source in sources)}")
+    profile, parts = preview(config, sources)
+    body: dict[str, Any] = {
+        "profile": profile,
+        "gate": _gate(config, parts.evaluation),
+        "base": config.model.base,
+        "tokens": None,
+        "shown": [],
+        "unread_because": "",
+    }
+    try:
+        base = base_model.Base(config.model.base, base_config.locate(config.model), {})
+        chat = chat_format.load(base, config.model)
+    except UserError as exc:
+        return {**body, "unread_because": str(exc)}
+    say(STEP, f"tokenising {min(SAMPLED, len(parts.train))} records as {config.model.base} reads them")
+    return {**body, "tokens": _tokens(config, parts.train[:SAMPLED], chat), "shown": _shown(config, parts.train, chat)}
+
+
+def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
+    """How many records the first decision would be made on, and what is lacking for it."""
+    try:
+        smallest = min(parts_of(held_out, config), key=lambda part: len(part.records))
+        problem = lacking(smallest, config)
+    except DataError as exc:
+        smallest, problem = Judges([]), str(exc)
+    used = max(config.evaluate.records, config.evaluate.max_records)
+    return {
+        "records": min(used, len(smallest.records)),
+        "independent": smallest.num_independent(used),
+        "confidence": config.gate.confidence,
+        "lacking": problem,
+    }
+
+
+def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> dict[str, Any]:
+    """Lengths in tokens, and what does not fit model.max_length."""
+    split = tokenize(records, chat, config.model.max_length, config.data.loss_on)
+    return {
+        "records": len(records),
+        "length": percentiles(split.lengths.tolist()) if len(split) else None,
+        "trained": percentiles(split.num_answer_tokens.tolist()) if len(split) else None,
+        "max_length": config.model.max_length,
+        "cut": len(split.cut),
+        "too_long": len(split.too_long),
+    }
+
+
+def _shown(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> list[dict[str, Any]]:
+    """The first records as they are trained on, in pieces of text that are given and pieces that are learned."""
+    split = tokenize(records[:SHOWN], chat, config.model.max_length, config.data.loss_on)
+    rows = zip(split.ids, pairwise(split.offsets.tolist()), strict=True)
+    return [{"id": name, "pieces": list(_pieces(split, *bounds, chat))} for name, bounds in rows]
+
+
+def _pieces(split: TokenizedSplit, start: int, end: int, chat: ChatFormat) -> Iterator[dict[str, Any]]:
+    """A row's text, cut where its labels begin or end."""
+    labelled = split.labelled[start:end].tolist()
+    cuts = [0, *(place for place in range(1, len(labelled)) if labelled[place] != labelled[place - 1]), len(labelled)]
+    before = ""
+    for first, last in pairwise(cuts):
+        # All of it up to here: what a token is as text may depend on the tokens before it.
+        text = chat.tokenizer.decode(split.tokens[start : start + last].tolist())
+        yield {"text": text[len(before) :], "trained": labelled[first]}
+        before = text
+
+
+if __name__ == "__main__":
+    main()

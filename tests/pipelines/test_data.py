@@ -1,0 +1,133 @@
+"""`fineloop data` as a person calls it, on rows of which everything is known beforehand.
+
+Judges: transformers' own `apply_chat_template` and tokenizer for what the base reads, and for the gate's sight the
+share of answers that would have to change, as a binomial test by scipy has it.
+"""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from transformers import AutoTokenizer
+
+from tests.models.tiny import write_tokenizer
+from tests.pipelines.command_line import body, fineloop
+
+CONFIG = """
+[adapter]
+name = "colours"
+[model]
+base = "base"
+max_length = 64
+[data]
+source = "missing.jsonl"
+"""
+COLOURS = ("red", "green", "blue")
+ROWS = [{"prompt": f"{number} is", "completion": COLOURS[number % 3]} for number in range(500)]
+BAD = [json.dumps({"prompt": "no answer"}), "{broken"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "colours.toml").write_text(CONFIG)
+    (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, [*ROWS, ROWS[7]]), *BAD]))
+    write_tokenizer(folder / "base")
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 500}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(here: Path) -> tuple[dict, str]:
+    done = fineloop("data", "rows.jsonl", "-c", "colours.toml", "--html", "data.html", "--json", cwd=here)
+    assert done.returncode == 0, done.stderr
+    return body(done), (here / "data.html").read_text()
+
+
+def test_every_row_is_accounted_for(said):
+    profile = said[0]["profile"]
+    assert profile["rows"] == {"read": 503, "accepted": 501, "rejected": 2, "rejected_share": 0.003976}
+    assert [each["example"].rpartition(":")[2] for each in profile["rejected"]] == ["502", "503"]
+    assert profile["dropped"]["duplicate"] == 1
+    assert sum(split["records"] for split in profile["splits"].values()) == 500
+
+
+def test_records_are_shown_as_the_base_reads_them_and_what_is_trained_on_is_marked(said, here):
+    tokenizer = AutoTokenizer.from_pretrained(here / "base")
+    answers = {row["prompt"]: row["completion"] for row in ROWS}
+    assert len(said[0]["shown"]) == 3
+    for each in said[0]["shown"]:
+        given, learned = [
+            "".join(piece["text"] for piece in each["pieces"] if piece["trained"] is kind) for kind in (False, True)
+        ]
+        prompt = given.removeprefix("<|user|>").partition("<|end|>")[0]
+        turn = [{"role": "user", "content": prompt}]
+        assert given == tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        assert learned == answers[prompt] + "<|end|>"
+
+
+def test_lengths_are_those_of_the_tokenizer(said):
+    # A byte is a token, and five more are the template's: of each turn its role and <|end|>, and a line's end.
+    longest = max(len(row["prompt"]) + len(row["completion"]) for row in ROWS) + 5
+    tokens = said[0]["tokens"]
+    assert (tokens["length"]["p100"], tokens["trained"]["p100"]) == (longest, len("green") + 1)
+    assert (tokens["max_length"], tokens["cut"], tokens["too_long"]) == (64, 0, 0)
+
+
+def test_the_gate_sees_what_a_test_of_changed_answers_sees(said, here):
+    gate = said[0]["gate"]
+    assert gate["records"] == gate["independent"]
+    assert gate["lacking"] == ""
+    text = fineloop("data", "rows.jsonl", "-c", "colours.toml", cwd=here).stdout
+    points = float(text.partition("exact match of ")[2].partition(" points")[0])
+    # Of the answers that change, so many more must turn right than wrong.
+    changed = round(0.1 * gate["records"])
+    surplus = round(points / 100 * gate["records"])
+    found = stats.binomtest((changed + surplus) // 2, changed, alternative="greater").pvalue
+    assert 0.01 < found < 0.2
+
+
+def test_what_a_run_would_be_held_for_is_said_in_advance(here):
+    few = ["--set", "data.max_records=100"]
+    done = fineloop("data", "rows.jsonl", "-c", "colours.toml", *few, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "gate.min_records asks for 30, so that this run would be held" in done.stdout
+
+
+def test_a_base_that_cannot_be_read_leaves_the_rest(here):
+    done = fineloop("data", "rows.jsonl", "-c", "colours.toml", "--set", "model.base=s3://models/x", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "503 rows: 2 unusable" in done.stdout
+    assert "not read by s3://models/x" in done.stdout
+
+
+def test_data_that_a_run_would_refuse_is_refused_alike(here):
+    done = fineloop("data", "rows.jsonl", "-c", "colours.toml", "--set", "data.max_reject_share=0", cwd=here)
+    assert done.returncode == 2
+    assert "data.max_reject_share" in done.stderr
+
+
+class Read(HTMLParser):
+    """The page's text and tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.tags = "", []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_says_the_same_and_escapes_what_came_with_the_data(said):
+    page = said[1]
+    read = Read()
+    read.feed(page)
+    for each in said[0]["shown"]:
+        assert "".join(piece["text"] for piece in each["pieces"]) in read.text
+    assert read.tags.count("mark") == 3
+    assert "script" not in read.tags
