@@ -194,10 +194,10 @@ def _evaluated(
 
 def _chatted(answer: Callable[[Callable[[], None]], object]) -> dict[str, float]:
     """`answer` calls what it is given with each piece of its CHAT_TOKENS tokens."""
-    told: list[float] = []
+    first_word: list[float] = []
     started = time.perf_counter()
-    answer(lambda: told.append(time.perf_counter()))
-    return {"first_s": told[0] - started, "tokens_per_s": CHAT_TOKENS / (time.perf_counter() - started)}
+    answer(lambda: first_word.append(time.perf_counter()))
+    return {"first_s": first_word[0] - started, "tokens_per_s": CHAT_TOKENS / (time.perf_counter() - started)}
 
 
 def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     endless = dataclasses.replace(chat, stops=frozenset({len(chat.tokenizer)}))
     one_row.adopt(adapted)  # as chat does
 
-    def answer(told: Callable[[], None]) -> object:
-        return greedy(adapted, endless, prompt, 1, CHAT_TOKENS, on_text=lambda _: told())
+    def answer(first_word: Callable[[], None]) -> object:
+        return greedy(adapted, endless, prompt, 1, CHAT_TOKENS, on_text=lambda _: first_word())
 
     with adapted.disable_adapter():
         base_figures = _chatted(answer)
@@ -291,17 +291,17 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
     class Clock(TextStreamer):
-        def __init__(self, told: Callable[[], None]) -> None:
+        def __init__(self, first_word: Callable[[], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True)
-            self._told = told
+            self._told = first_word
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
                 self._told()
 
-    def answer(told: Callable[[], None]) -> object:
+    def answer(first_word: Callable[[], None]) -> object:
         endless = {**greedily, "eos_token_id": len(tokenizer)}
-        return model.generate(**prompt, max_new_tokens=CHAT_TOKENS, streamer=Clock(told), **endless)
+        return model.generate(**prompt, max_new_tokens=CHAT_TOKENS, streamer=Clock(first_word), **endless)
 
     with model.disable_adapter():
         base_figures = _chatted(answer)

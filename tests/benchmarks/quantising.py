@@ -42,8 +42,8 @@ def main() -> None:
                 quantize(weight, 64, "nf4", torch.uint8)
                 best[side] = min(best[side], (time.perf_counter() - began) / weight.numel())
         ratio = best["bitsandbytes"] / best["fineloop"]
-        told = ", ".join(f"{side} {seconds * 1e9:.1f} ns" for side, seconds in best.items())
-        print(f"{name} weights, {options.threads} threads: {told} a weight, {ratio:.1f} x as fast", flush=True)
+        ns_per_weight = ", ".join(f"{side} {seconds * 1e9:.1f} ns" for side, seconds in best.items())
+        print(f"{name} weights, {options.threads} threads: {ns_per_weight} a weight, {ratio:.1f} x as fast", flush=True)
         print(baselines.compared(f"quantising {name}", ratio, record=options.record))
 
 

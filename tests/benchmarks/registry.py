@@ -43,8 +43,12 @@ def fill(store: Store, versions: int) -> None:
         key, body = f"adapters/{NAME}/versions/{version}", encode_json(manifest)
         store.put(f"{key}/lineage.json", lineage)
         store.put(f"{key}/manifest.json", body)
-        told = {"version": version, "manifest_sha256": hashlib.sha256(body).hexdigest(), "run_id": f"run-{number}"}
-        append_event(store, NAME, "published", told, at=at)
+        body_of_event = {
+            "version": version,
+            "manifest_sha256": hashlib.sha256(body).hexdigest(),
+            "run_id": f"run-{number}",
+        }
+        append_event(store, NAME, "published", body_of_event, at=at)
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(one, range(versions)))

@@ -8,14 +8,14 @@ from tests.benchmarks import baselines
 def test_what_is_five_percent_below_its_baseline_is_marked(tmp_path: Path) -> None:
     path = tmp_path / "baselines.json"
 
-    def told(ratio: float, *, kind: str = "amx", record: bool = False) -> str:
+    def printed(ratio: float, *, kind: str = "amx", record: bool = False) -> str:
         return baselines.compared("training", ratio, record=record, kind=kind, path=path)
 
-    assert "none for training on amx; --record writes it" in told(2.0)
-    assert "recorded" in told(2.0, record=True)
-    assert told(1.91) == told(3.0) == " baseline  2.00 on amx"
-    assert "WORSE  training is 6% below the 2.00 recorded on amx" in told(1.88)
-    assert "none" in told(2.0, kind="avx2")
+    assert "none for training on amx; --record writes it" in printed(2.0)
+    assert "recorded" in printed(2.0, record=True)
+    assert printed(1.91) == printed(3.0) == " baseline  2.00 on amx"
+    assert "WORSE  training is 6% below the 2.00 recorded on amx" in printed(1.88)
+    assert "none" in printed(2.0, kind="avx2")
 
 
 def test_a_processor_is_known_by_the_most_that_it_can(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ What was tried and lost: weights packed for oneDNN (a tenth of a product, for as
 bfloat16 (its way back takes four to eight times as long on short records); with AMX factors as columns of a product
 that are no multiple of 32; attention of long records one head after the other, so that nothing has to be made
 contiguous (1.2 times as long at 1,024 tokens); leaving out of the last layer the tokens that nobody reads behind it (2
-% of the work, and nothing that could be told from noise).
+% of the work, and nothing above the noise).
 
 --processor takes instructions away from PyTorch and oneDNN, so that an older processor's speed can be seen on any that
 has more: avx2 (most laptops; Zen 2 and 3) or avx512 (Cascade Lake). bitsandbytes' own kernels keep what they find, and
@@ -136,10 +136,10 @@ def _in_processes(side: str, options: argparse.Namespace, num_workers: int = 1) 
         )
         for rank, group in enumerate(_groups(num_workers))
     ]
-    told, _ = ranks[0].communicate()
+    output, _ = ranks[0].communicate()
     if any([rank.wait() for rank in ranks]):
         raise SystemExit(f"{side} failed: run it by itself with --side {side}")
-    figures: dict[str, float] = json.loads(told.splitlines()[-1])
+    figures: dict[str, float] = json.loads(output.splitlines()[-1])
     return figures
 
 

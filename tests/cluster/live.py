@@ -26,7 +26,7 @@ class Answered:
 
     exit_code: int
     body: dict[str, Any]
-    told: str
+    stderr: str
 
 
 @dataclass
@@ -67,19 +67,19 @@ class Live:
         what = self._what(settings) if verb == "create" else ["--host", self.host]
         self.schedules = [self.adapter]
         answered = self.fineloop("schedule", verb, self.adapter, *what, *arguments)
-        assert answered.exit_code == 0, answered.told
+        assert answered.exit_code == 0, answered.stderr
         return answered
 
     def run(self, run_id: str) -> dict[str, Any]:
         """The run as `runs show` has it."""
         answered = self.fineloop("runs", "show", run_id, "--host", self.host)
-        assert answered.exit_code == 0, answered.told
+        assert answered.exit_code == 0, answered.stderr
         return answered.body
 
     def runs(self) -> list[dict[str, Any]]:
         """This adapter's runs, newest first."""
         found = self.fineloop("runs", "list", "--adapter", self.adapter, "--host", self.host)
-        assert found.exit_code == 0, found.told
+        assert found.exit_code == 0, found.stderr
         listed: list[dict[str, Any]] = found.body["runs"]
         return listed
 
@@ -94,7 +94,7 @@ class Live:
         where = [each for key in self.settings if key.startswith("registry.") for each in ("--set", key)]
         answered = self.fineloop("adapters", "list", self.adapter, *where)
         if answered.exit_code:
-            assert answered.body["error"]["kind"] == "UnknownName", answered.told
+            assert answered.body["error"]["kind"] == "UnknownName", answered.stderr
             return None
         promoted = [each["version"] for each in answered.body["versions"] if "production" in each["aliases"]]
         return promoted[0] if promoted else None
@@ -111,8 +111,8 @@ class Live:
 
         def trains() -> bool:
             run = self.fineloop("runs", "show", run_id, "--host", self.host)
-            assert run.body["state"] not in OVER, f"{run_id} is over before it has trained:\n{run.told}"
-            return "step " in run.told
+            assert run.body["state"] not in OVER, f"{run_id} is over before it has trained:\n{run.stderr}"
+            return "step " in run.stderr
 
         self.until(trains, f"{run_id} trains", RUN_S)
         (rayjob,) = self.rayjobs(run_id)
@@ -134,7 +134,7 @@ class Live:
         self._custom.patch_namespaced_custom_object("ray.io", "v1", self.namespace, "rayjobs", name, body)
 
     def workload_events(self, run_id: str) -> str:
-        """What Kueue has told of the run's jobs."""
+        """What Kueue has reported of the run's jobs."""
         found = self._core.list_namespaced_event(self.namespace).items
         names = tuple(f"rayjob-{each['metadata']['name']}" for each in self.rayjobs(run_id))
         return "\n".join(

@@ -24,15 +24,15 @@ def states(run: dict[str, Any]) -> set[str]:
 
 def test_a_run_promotes_in_one_job_and_a_run_without_new_data_skips(live: Live) -> None:
     first = live.submit()
-    assert first.exit_code == 0, first.told
+    assert first.exit_code == 0, first.stderr
     assert first.body["decision"] == "promote"
     assert live.production() == first.body["version"]
-    assert f"promoted: {live.adapter}@production is now {first.body['version']}" in first.told
+    assert f"promoted: {live.adapter}@production is now {first.body['version']}" in first.stderr
     assert states(live.run(first.body["run_id"])) == {"SUCCEEDED", "SKIPPED"}
     assert len(live.rayjobs(first.body["run_id"])) <= 1  # none where ray.cluster.ttl_s has passed
 
     second = live.submit(settings=["data.min_new_records=1"])
-    assert second.exit_code == 0, second.told
+    assert second.exit_code == 0, second.stderr
     assert second.body["decision"] == "skipped"
     assert live.rayjobs(second.body["run_id"]) == []
     assert live.production() == first.body["version"]
@@ -50,7 +50,7 @@ def test_a_stopped_run_stops_its_training(live: Live) -> None:
     run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
     live.training(run_id)
     stopped = live.fineloop("runs", "stop", run_id, "--host", live.host)
-    assert stopped.body["state"] == "CANCELED", stopped.told
+    assert stopped.body["state"] == "CANCELED", stopped.stderr
     live.until(lambda: not live.rayjobs(run_id), "the RayJob is deleted", 120)
     assert live.production() is None
 
@@ -120,6 +120,6 @@ def test_a_job_on_a_shared_cluster_brings_its_workers(live: Live) -> None:
     if not live.pods("fineloop.dev/autoscaler=true", "ray.io/node-type=head"):
         pytest.skip("the cluster has no shared RayCluster")
     answered = live.submit(settings=["ray.cluster={kind = 'jobs-api'}"])
-    assert answered.exit_code == 0, answered.told
+    assert answered.exit_code == 0, answered.stderr
     assert live.production() == answered.body["version"]
     assert live.rayjobs(answered.body["run_id"]) == []

@@ -26,7 +26,7 @@ class Done:
     exit_code: int
     answer: dict[str, Any]
     """The last line of stdout."""
-    told: str
+    stderr: str
     """stderr: what a person read."""
 
 
@@ -82,7 +82,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":
 def up(tiny: "Tiny") -> Iterator[dict[str, str]]:
     """Its store and Ray head, up for every test that does not stop them; what a client needs to use them."""
     started = tiny.home.fineloop("ray", "up")
-    assert started.exit_code == 0, started.told
+    assert started.exit_code == 0, started.stderr
     yield {**tiny.home.store_environment(), **tiny.home.fineloop("ray", "env").answer}
     assert tiny.home.fineloop("ray", "down").exit_code == 0
 

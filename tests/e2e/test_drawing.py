@@ -29,13 +29,13 @@ def test_where_the_first_records_do_not_tell_the_verdict_is_on_more_of_them(tiny
     keys = {**few, "adapter.name": "drawn", "gate.worse_than_champion_by": 0.001, "train.max_steps": 30}
     settings = [*tiny.settings, *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
     first = tiny.home.fineloop("run", *settings)
-    assert first.exit_code == 0, first.told
-    assert first.answer["promoted"], first.told
+    assert first.exit_code == 0, first.stderr
+    assert first.answer["promoted"], first.stderr
     assert runs.read(store, first.answer["run_id"], Evaluation).records == FIRST  # there was no champion yet
 
     second = tiny.home.fineloop("run", *settings, "--set", "train.seed=1")
-    assert second.exit_code == 0, second.told
-    assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.told
+    assert second.exit_code == 0, second.stderr
+    assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.stderr
     run_id = second.answer["run_id"]
     evaluation, decision = runs.read(store, run_id, Evaluation), runs.read(store, run_id, Decision)
     assert evaluation.records == MOST < (evaluation.held_out or 0)

@@ -30,7 +30,7 @@ class Ways:
 
     def here(self) -> dict[str, Any]:
         done = self.home.fineloop("run", *self.options("here"), "--run-id", "here")
-        assert done.exit_code == 0, done.told
+        assert done.exit_code == 0, done.stderr
         return self.left("here", "here")
 
     def submitted(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(60)))
     home = Home(directory / "home")
     started = home.fineloop("ray", "up", environment={"RAY_OVERRIDE_RESOURCES": json.dumps(SMALL)})
-    assert started.exit_code == 0, started.told
+    assert started.exit_code == 0, started.stderr
     yield Tiny(home, base, data)
     assert home.fineloop("ray", "down").exit_code == 0
 
@@ -44,8 +44,8 @@ def test_a_base_that_no_worker_holds_is_trained_evaluated_and_promoted(small_clu
     }
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     done = small_cluster.home.fineloop("run", *small_cluster.settings, *options)
-    assert done.exit_code == 0, done.told
-    assert "on 2 workers that hold the base together" in done.told
+    assert done.exit_code == 0, done.stderr
+    assert "on 2 workers that hold the base together" in done.stderr
     assert done.answer["decision"] == "promote"
     assert done.answer["promoted"]
     candidate, base = (done.answer["metrics"][role] for role in ("candidate", "base"))

@@ -27,7 +27,7 @@ def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = ["--set", f"data.source={source}", "--set", "adapter.name=sentences", "--set", "model.max_length=96"]
     done = tiny.home.fineloop("run", *tiny.settings, *changes, "--set", "evaluate.max_new_tokens=32")
-    assert done.exit_code == 0, done.told
+    assert done.exit_code == 0, done.stderr
     assert done.answer["metrics"]["candidate"]["token_f1"] > 0.5 > done.answer["metrics"]["base"]["token_f1"]
 
 
@@ -43,9 +43,9 @@ def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: T
     changes = ["--set", setting, "--set", "evaluate.max_new_tokens=4", "--set", "adapter.name=wrong"]
     changes += ["--set", "train.batch_size=16", "--set", "train.micro_batch_size=1"]
     done = tiny.home.fineloop("train", *tiny.settings, *changes, environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert done.exit_code == 2, done.told
-    assert message in done.told
-    assert "Traceback" not in done.told
+    assert done.exit_code == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert tiny.home.fineloop("adapters", "list").answer["adapters"].count("wrong") == 0
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(
     def done(command: str, *changes: str) -> dict[str, Any]:
         settings = [*tiny.settings, "--set", "adapter.name=further", *changes]
         finished = tiny.home.fineloop(command, *settings, environment={"FINELOOP_USER": "ann"})
-        assert finished.exit_code == 0, finished.told
+        assert finished.exit_code == 0, finished.stderr
         return finished.answer
 
     def lineage_of(version: str) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: T
     source.write_text("".join(json.dumps({**row, "completion": "x" * 80}) + "\n" for row in colour_rows(60)))
     done = tiny.home.fineloop("train", *tiny.settings, "--set", f"data.source={source}")
     assert done.exit_code == 2
-    assert "model.max_length 64" in done.told
-    assert "Traceback" not in done.told
-    assert "training" not in done.told
+    assert "model.max_length 64" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "training" not in done.stderr
 
 
 @pytest.mark.full
@@ -101,12 +101,12 @@ def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Ti
         start_new_session=True,
     )
     assert process.stderr is not None
-    told = ""
+    output = ""
     for line in process.stderr:
-        told += line
+        output += line
         if "step 3" in line:
             break
-    assert process.poll() is None, told
+    assert process.poll() is None, output
     endpoint = json.loads((interrupted.home.path / "store" / "endpoint.json").read_text())
     port = int(endpoint["url"].rpartition(":")[2])
     os.killpg(process.pid, signal.SIGINT)

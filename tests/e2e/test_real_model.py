@@ -71,7 +71,7 @@ def test_its_base_knows_what_it_was_taught(home: Home, first: Done, monkeypatch:
 
 
 def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
-    assert first.exit_code == 0, first.told
+    assert first.exit_code == 0, first.stderr
     answer = first.answer
     assert answer["decision"] == "promote"
     assert answer["promoted"] is True
@@ -131,7 +131,7 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
         *("run", "--set", f"data.source={source}", "--set", "train.max_steps=8", "--set", "evaluate.records=40"),
         *("--set", "evaluate.max_new_tokens=4"),
     )
-    assert held.exit_code == 0, held.told
+    assert held.exit_code == 0, held.stderr
     assert held.answer["decision"] == "hold"
     assert held.answer["promoted"] is False
     assert any("depend on" in reason for reason in held.answer["reasons"])
@@ -149,7 +149,7 @@ def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that_alone(home: 
     short = {"evaluate.records": 60, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
     settings = [part for key, value in {**fast, **short}.items() for part in ("--set", f"{key}={value}")]
     held = home.fineloop("run", *settings)
-    assert held.exit_code == 0, held.told
+    assert held.exit_code == 0, held.stderr
     assert held.answer["decision"] == "hold"
     (reason,) = held.answer["reasons"]
     assert "loss on general text" in reason

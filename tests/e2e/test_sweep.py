@@ -45,14 +45,14 @@ def killed(tiny: Tiny, store: Store) -> tuple[Done, dict[str, Trial]]:
         text=True,
     )
     assert process.stderr is not None
-    told = ""
+    output = ""
     for line in process.stderr:
-        told += line
+        output += line
         if "20/20  finished in" in line:
             os.killpg(os.getpgid(_driver()), signal.SIGKILL)
             break
-    told += process.communicate(timeout=300)[1]
-    return Done(process.returncode, {}, told), {trial.name: trial for trial in runs.trials(store, RUN)}
+    output += process.communicate(timeout=300)[1]
+    return Done(process.returncode, {}, output), {trial.name: trial for trial in runs.trials(store, RUN)}
 
 
 def _driver() -> int:
@@ -73,21 +73,21 @@ def resumed(tiny: Tiny, killed: object) -> Done:
 def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial]]):
     done, ended = killed
     assert done.exit_code == 1
-    assert f"fineloop-{RUN}-sweep" in done.told
-    assert "Traceback" not in done.told
+    assert f"fineloop-{RUN}-sweep" in done.stderr
+    assert "Traceback" not in done.stderr
     assert 1 <= len(ended) < len(RATES)
 
 
 def test_it_goes_on_without_the_trials_that_have_ended(
     killed: tuple[Done, dict[str, Trial]], resumed: Done, store: Store
 ):
-    assert resumed.exit_code == 0, resumed.told
+    assert resumed.exit_code == 0, resumed.stderr
     before, after = killed[1], {trial.name: trial for trial in runs.trials(store, RUN)}
     assert len(after) == len(RATES)
     assert {name: after[name] for name in before} == before  # with the seconds that they took
-    rows = [line for line in resumed.told.splitlines() if line.startswith("[tune]") and "/20  " in line]
+    rows = [line for line in resumed.stderr.splitlines() if line.startswith("[tune]") and "/20  " in line]
     assert len(rows) == len(RATES) - len(before)
-    assert f"going on after {len(before)} trials that have ended" in resumed.told
+    assert f"going on after {len(before)} trials that have ended" in resumed.stderr
 
 
 def test_it_ends_with_the_rate_whose_loss_is_lowest(resumed: Done, store: Store):

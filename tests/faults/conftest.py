@@ -29,7 +29,7 @@ def publish() -> Publish:
 def assert_sound() -> Callable[..., None]:
     """Fails unless every version is whole, and the log is one chain of moves that ends where the alias is."""
 
-    def check(store: Store, name: str = "icd", *, told: Iterable[Event] = ()) -> None:
+    def check(store: Store, name: str = "icd", *, reported: Iterable[Event] = ()) -> None:
         log = events(store, name)
         for version in {event.body["version"] for event in log if event.kind == "published"}:
             verify_version(store, resolve(store, f"{name}@{version}"))
@@ -40,6 +40,6 @@ def assert_sound() -> Callable[..., None]:
         assert (chain[-1].body["to"], chain[-1].time) == (pointer.version, pointer.since)
         resolved: Version = resolve(store, f"{name}@{PRODUCTION}")
         assert resolved.manifest_sha256 == pointer.manifest_sha256
-        assert {event.id for event in told} <= {event.id for event in chain}
+        assert {event.id for event in reported} <= {event.id for event in chain}
 
     return check

@@ -82,7 +82,7 @@ def test_a_run_that_dies_at_any_write_leaves_nothing_half_there_and_is_completed
         unsaid += [version for version in list_versions(store, name) if not said_of(store, version)]
         candidate = publish(store, "second", name=name, **{"README.md": b"# Card"})
         event = promote(store, name, candidate, expected=before, cause=cause)
-        assert_sound(store, name, told=[event])
+        assert_sound(store, name, reported=[event])
         kinds = [event.kind for event in events(store, name)]
         assert sorted(kinds) == ["promoted", "promoted", "published", "published"]
     assert died >= 7  # weights, config, lineage, card, manifest, event, alias; and the event of the move
@@ -116,7 +116,7 @@ for number in range(int(sys.argv[3]), 10**6):
 
 @pytest.mark.full
 def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Store, assert_sound) -> None:
-    chance, told = random.Random(0), []
+    chance, reported = random.Random(0), []
     for kill in range(KILLS):
         process = subprocess.Popen(
             [sys.executable, "-c", PROMOTER, store.bucket, store.prefix, str(1000 * kill)],
@@ -124,18 +124,18 @@ def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Stor
             text=True,
         )
         assert process.stdout is not None
-        told += [process.stdout.readline().strip()]
+        reported += [process.stdout.readline().strip()]
         killer = threading.Timer(chance.uniform(0.0, 0.2), process.kill)
         killer.start()
-        told += [line.strip() for line in process.stdout if line.endswith("\n")]
+        reported += [line.strip() for line in process.stdout if line.endswith("\n")]
         process.wait()
         process.stdout.close()
         killer.join()
         pointer = read_alias(store, "icd", "production")
         assert pointer is not None
         logged = [event.body["to"] for event in events(store, "icd") if event.kind == "promoted"]
-        assert set(told) <= {*logged, pointer.version}
-    promote(store, "icd", told[0])
+        assert set(reported) <= {*logged, pointer.version}
+    promote(store, "icd", reported[0])
     assert_sound(store)
 
 
@@ -143,14 +143,14 @@ def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Stor
 def test_a_store_killed_under_load_keeps_what_it_acknowledged(
     tmp_path: Path, publish, assert_sound, monkeypatch
 ) -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
     stopping = threading.Event()
 
     def writer(store: Store, number: int) -> None:
         for count in range(10**6):
             with contextlib.suppress(StoreError):
                 version = publish(store, f"{number}-{count}")
-                told.append(promote(store, "icd", version))
+                reported.append(promote(store, "icd", version))
             if stopping.is_set():
                 return
 
@@ -163,8 +163,8 @@ def test_a_store_killed_under_load_keeps_what_it_acknowledged(
         for each in writers:
             each.start()
         for _ in range(4):
-            enough = len(told) + 5
-            while len(told) < enough:
+            enough = len(reported) + 5
+            while len(reported) < enough:
                 writers[0].join(0.02)
             for pid in guard.descendants(running.process.pid):
                 os.kill(pid, signal.SIGKILL)
@@ -174,8 +174,8 @@ def test_a_store_killed_under_load_keeps_what_it_acknowledged(
         stopping.set()
         for each in writers:
             each.join()
-        told.append(promote(store, "icd", publish(store, "last")))
-        assert_sound(store, told=told)
+        reported.append(promote(store, "icd", publish(store, "last")))
+        assert_sound(store, reported=reported)
     finally:
         stopping.set()
         running.stop()

@@ -85,6 +85,6 @@ def test_a_parquet_file_that_unpacks_to_more_than_memory_is_an_error_and_takes_n
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told, taken = done.stdout.splitlines()
-    assert "do not fit into the 0.8 GiB of memory that are free for them: name fewer or smaller files" in told
+    message, taken = done.stdout.splitlines()
+    assert "do not fit into the 0.8 GiB of memory that are free for them: name fewer or smaller files" in message
     assert int(taken) < ROOM + OF_ARROW

@@ -1,4 +1,4 @@
-"""Answers that get lost, come twice or never, and a store that is busy: nobody is told what is not so."""
+"""Answers that get lost, come twice or never, and a store that is busy: no caller gets a wrong answer."""
 
 from collections.abc import Iterator
 
@@ -45,7 +45,7 @@ def test_a_run_whose_answers_get_lost_or_come_twice_or_late_succeeds_once(
     candidate = publish(behind_proxy, "second")
     event = promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE)
     assert proxy.faults == []  # else nothing was tried
-    assert_sound(store, told=[event])
+    assert_sound(store, reported=[event])
     assert [each.kind for each in events(store, "icd")].count("promoted") == 2
 
 
@@ -61,10 +61,10 @@ def test_a_move_whose_every_answer_is_lost_is_no_conflict_with_oneself_and_the_r
     assert "did not answer" in str(failed.value) or "cannot be reached" in str(failed.value)
     pointer = read_alias(store, "icd", "production")
     assert pointer is not None
-    assert pointer.version == candidate  # it was carried out, and whoever asks again is told so
+    assert pointer.version == candidate  # it was carried out, and a repeated call reports that
     event = promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE)
     assert event.time == pointer.since
-    assert_sound(store, told=[event])
+    assert_sound(store, reported=[event])
 
 
 def test_a_store_that_never_decides_is_no_conflict(

@@ -1,4 +1,4 @@
-"""Writers at once: one of them wins, the others are told who did, and nothing that anybody was told gets lost."""
+"""Writers at once: one of them wins, the others learn which did, and no reported write gets lost."""
 
 import threading
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def test_of_many_promoters_one_wins_each_round_and_the_others_learn_who(
 ) -> None:
     versions = [publish(store, f"w{number}") for number in range(promoters)]
     held = publish(store, "first")
-    told = [promote(store, "icd", held)]
+    reported = [promote(store, "icd", held)]
     for number in range(rounds):
         candidates = [version for version in versions if version != held]
 
@@ -53,8 +53,8 @@ def test_of_many_promoters_one_wins_each_round_and_the_others_learn_who(
         assert len(lost) == len(candidates) - 1
         held = won.body["to"]
         assert {conflict.holder["version"] for conflict in lost if conflict.holder} == {held}
-        told.append(won)
-    assert_sound(store, told=told)
+        reported.append(won)
+    assert_sound(store, reported=reported)
     assert len(moves(events(store, "icd"), "production")) == rounds + 1
 
 
@@ -63,15 +63,15 @@ def test_promotions_and_rollbacks_at_once_leave_one_chain(
     store: Store, publish, assert_sound, each: int, rounds: int
 ) -> None:
     versions = [publish(store, f"w{number}") for number in range(each + 2)]
-    told = [promote(store, "icd", version) for version in versions[:2]]
+    reported = [promote(store, "icd", version) for version in versions[:2]]
     for _ in range(rounds):
         pointer = read_alias(store, "icd", "production")
         assert pointer is not None
         up = [partial(promote, store, "icd", version, expected=pointer.version) for version in versions[2:]]
         down = [partial(rollback, store, "icd", to=versions[0], expected=pointer.version)] * each
         answers = at_once(*up, *down)
-        told += [answer for answer in answers if isinstance(answer, Event)]
-    assert_sound(store, told=told)
+        reported += [answer for answer in answers if isinstance(answer, Event)]
+    assert_sound(store, reported=reported)
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.full)])

@@ -55,9 +55,9 @@ def test_a_version_is_shown_with_what_its_run_measured(frozen, adapters):
 
 def test_the_history_is_every_event_that_was_written(frozen, adapters):
     written = [json.loads(path.read_text()) for path in sorted(frozen.path(f"adapters/{ADAPTER}/events").iterdir())]
-    told = adapters("history", ADAPTER)["events"]
-    assert [event["kind"] for event in told] == ["published", "promoted", "published", "refused"]
-    assert [(event["id"], event["time"], event["body"]) for event in told] == [
+    events_then = adapters("history", ADAPTER)["events"]
+    assert [event["kind"] for event in events_then] == ["published", "promoted", "published", "refused"]
+    assert [(event["id"], event["time"], event["body"]) for event in events_then] == [
         (event["id"], event["time"], event["body"]) for event in written
     ]
 

@@ -35,9 +35,9 @@ def reworded(body: bytes) -> bytes:
 
 def flattered(body: bytes) -> bytes:
     """An evaluation with another loss of the candidate's."""
-    told: dict[str, Any] = json.loads(body)
-    told["models"]["candidate"]["metrics"]["loss"] /= 2
-    return json.dumps(told).encode()
+    content: dict[str, Any] = json.loads(body)
+    content["models"]["candidate"]["metrics"]["loss"] /= 2
+    return json.dumps(content).encode()
 
 
 def reordered(body: bytes) -> bytes:

@@ -220,7 +220,7 @@ class Course:
         at.shows(shown)
         return at
 
-    def is_told(self, at: Terminal) -> None:
+    def names_the_resume_command(self, at: Terminal) -> None:
         """The screen says how to go on."""
         assert "Traceback" not in at.screen
         (said,) = re.findall(r"to go on from where it was: (fineloop run .*?)\r?\n", at.screen)
@@ -253,7 +253,7 @@ def test_at_ctrl_c_the_prompt_comes_back_when_nothing_runs_and_says_how_to_go_on
     course.person.leaves_nothing(course.home)
     assert code == 130, at.screen
     assert "interrupted: nothing of this command is left running" in at.screen
-    course.is_told(at)
+    course.names_the_resume_command(at)
 
 
 KILLED = "its process was ended by SIGKILL"
@@ -262,21 +262,21 @@ STORE, HEAD = (f"the local {server} ended while it was in use" for server in ("S
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("victim", "told"),
+    ("victim", "message"),
     [
         pytest.param("pipelines.local.run_pipeline", KILLED, id="the pipeline"),
         pytest.param("/weed -logtostderr=true mini", STORE, id="the store"),
         pytest.param("/raylet/raylet ", HEAD, id="the head"),
     ],
 )
-def test_what_was_killed_is_named(course: Course, victim: str, told: str) -> None:
+def test_what_was_killed_is_named(course: Course, victim: str, message: str) -> None:
     at = course.begins(TRAINS)
     os.kill(course.person.process(victim), signal.SIGKILL)
     code, out = at.ends()
     assert code == 1, at.screen
-    assert told in at.screen
+    assert message in at.screen
     assert json.loads(out.splitlines()[-1])["exit_code"] == 1
-    course.is_told(at)
+    course.names_the_resume_command(at)
     course.all_ends()
 
 
@@ -304,7 +304,7 @@ def test_a_full_disk_is_called_that(course: Course) -> None:
     filler.unlink()
     assert code == 1, at.screen
     assert re.search(r"the disk of \S+ is full|No space left on device", at.screen)
-    course.is_told(at)
+    course.names_the_resume_command(at)
     course.all_ends()
 
 

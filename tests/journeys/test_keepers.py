@@ -82,9 +82,9 @@ def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_ali
     keeper.does(GC)
     assert keeper.files(two) == set()
     swap.let_go.set()
-    exit_code, told = ended(promoter)
+    exit_code, output = ended(promoter)
     assert exit_code == 1
-    assert f"sums {two} was removed or exchanged while production moved to it" in told
+    assert f"sums {two} was removed or exchanged while production moved to it" in output
     assert keeper.holder() == one
     keeper.does("fineloop adapters audit sums -c sums.toml")
 

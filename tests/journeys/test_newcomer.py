@@ -71,8 +71,8 @@ def plain(person: Person, base: Path | str, adapter: str = "") -> list[str]:
 
 def test_chat_plain_peft_and_the_merged_folder_in_plain_transformers_answer_the_same(newcomer: Person) -> None:
     done = newcomer.does("fineloop chat colours", typed="".join(f"{each}\n" for each in ASKED))
-    told = re.split(r"(?m)^ *(base|colours) \| ", done.stdout)[1:]
-    said = [text.strip() for who, text in pairwise(told) if who == "colours"]
+    replies = re.split(r"(?m)^ *(base|colours) \| ", done.stdout)[1:]
+    said = [text.strip() for who, text in pairwise(replies) if who == "colours"]
     # So small a base learns the colours, and not where to stop.
     assert sum(text.startswith(colour) for text, colour in zip(said, COLOURS.values(), strict=True)) >= 5, said
     assert plain(newcomer, BASE, "./adapter") == said

@@ -1,4 +1,4 @@
-"""Somebody promotes a version while the receiver that is told of it never ends its answer, or ends it with 400 MB.
+"""A person promotes a version while the notified receiver never ends its answer, or ends it with 400 MB.
 
 The version is one that a release wrote (tests/frozen), the receivers are sockets on loopback, and the judge is the
 kernel: how long the command's process lived, and its largest resident set (proc(5), VmHWM).
@@ -131,14 +131,14 @@ def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: P
 
     def promoted(alias: str) -> Ended:
         with receiving(dripping(beginnings[alias])) as url:
-            told = f"--set announce.mlflow={url}"
-            return ends(owner, f"fineloop adapters promote colours@production --alias {alias} {place} {told}")
+            announced = f"--set announce.mlflow={url}"
+            return ends(owner, f"fineloop adapters promote colours@production --alias {alias} {place} {announced}")
 
     with ThreadPoolExecutor() as pool:
         found = dict(zip(beginnings, pool.map(promoted, beginnings), strict=True))
     for alias, ended in found.items():
         assert ended.exit_code == 0, ended
-        assert "announce.mlflow was not told" in ended.screen
+        assert "announce.mlflow was not notified" in ended.screen
         assert f"fineloop adapters announce colours@{alias}" in ended.screen
         assert alias in owner.does(f"fineloop adapters show colours@{alias} {place}").stdout
 

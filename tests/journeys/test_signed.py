@@ -193,9 +193,9 @@ def test_no_process_below_the_ray_head_holds_a_secret_while_it_trains(first: Fir
     assert any("RayTrainWorker" in seen.command for seen in below)
     assert any("ray_jobs.candidate" in seen.command for seen in below)
     assert [(seen.command, held) for seen in below if (held := seen.variables & SECRETS)] == []
-    told = set(json.loads((first.person.folder / "seen.json").read_text()))
-    assert "FINELOOP_CACHE" in told  # it ran with the job's environment
-    assert not told & SECRETS
+    listed = set(json.loads((first.person.folder / "seen.json").read_text()))
+    assert "FINELOOP_CACHE" in listed  # it ran with the job's environment
+    assert not listed & SECRETS
 
 
 def test_of_the_steps_each_holds_what_it_alone_needs(first: First) -> None:
@@ -240,8 +240,8 @@ def rotated(first: First, second: str) -> tuple[Person, str]:
     person = first.person.with_variables(FINELOOP_SIGNING_KEY=(first.person.folder / "new.pem").read_text())
     trusts(person, new)
     early = person.types("fineloop adapters audit -c colours.toml --json")
-    told = sorted(finding["what"].partition(",")[0] for finding in early.answer["findings"])
-    assert told == ["is in use as production", "is what a rollback of production may need"]
+    listed = sorted(finding["what"].partition(",")[0] for finding in early.answer["findings"])
+    assert listed == ["is in use as production", "is what a rollback of production may need"]
     assert person.types("fineloop adapters pull colours -c colours.toml --to early").exit_code == 1
     trusts(person, first.public, new)
     person.does("fineloop adapters sign --held colours -c colours.toml")

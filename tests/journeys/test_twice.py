@@ -46,8 +46,8 @@ def test_the_same_run_again_makes_the_same_version_and_says_that_nothing_changed
 def test_that_is_no_refusal(runs: list[Done], log: list[dict[str, Any]]) -> None:
     first, _, worse = (each.answer for each in runs)
     assert worse["decision"] == "hold"
-    told = [(event["kind"], event["body"].get("version", event["body"].get("to"))) for event in log]
-    assert told == [
+    moves_made = [(event["kind"], event["body"].get("version", event["body"].get("to"))) for event in log]
+    assert moves_made == [
         ("published", first["version"]),
         ("promoted", first["version"]),
         ("published", worse["version"]),

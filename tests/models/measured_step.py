@@ -1,4 +1,4 @@
-"""What a training step here really allocates, told by PyTorch's own allocator through its profiler."""
+"""What a training step here really allocates, measured by PyTorch's own allocator through its profiler."""
 
 import gc
 from dataclasses import dataclass

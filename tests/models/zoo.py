@@ -269,11 +269,11 @@ def page(folder: Callable[[str], Path]) -> str:
     head = ["architecture", "attention", "packed", *METHOD_CONFIGS]
     rows = [head, ["---"] * len(head)]
     for name, kind in KINDS.items():
-        told = f"{name}, fused experts" if experts_of(_looked_at(name)) else name
+        title = f"{name}, fused experts" if experts_of(_looked_at(name)) else name
         marks = ["" if refusal(name, method, folder(name)) else "x" for method in METHOD_CONFIGS]
         kernel = str(attention.choose(kind.config(), "auto", use_gpu=True))
         is_packed = "x" if kernel == attention.RECORDS and attention.looks_at_all_before(kind.config()) else ""
-        rows.append([told, kernel.removesuffix("_records"), is_packed, *marks])
+        rows.append([title, kernel.removesuffix("_records"), is_packed, *marks])
     return MODELS.format(table="\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

@@ -25,7 +25,7 @@ def test_each_line_is_answered_by_base_and_adapter_and_the_answers_alone_are_on_
     assert done.returncode == 0, done.stderr
     speakers = [line.partition("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
     assert speakers == ["base", "colours"] * 2
-    told = [line.partition(" ")[0] for line in done.stderr.splitlines() if not line.startswith(">")]
-    assert [word for word in told if word in ("starting", "loading", "ready:")] == [
+    words = [line.partition(" ")[0] for line in done.stderr.splitlines() if not line.startswith(">")]
+    assert [word for word in words if word in ("starting", "loading", "ready:")] == [
         "starting", "loading", "loading", "ready:",
     ]  # fmt: skip

@@ -76,13 +76,13 @@ def test_help_teaches_and_waits_for_no_package(command: tuple[str, ...]) -> None
         [sys.executable, "-c", MODULES, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     *help_lines, modules = done.stdout.splitlines()
-    told = "\n".join(help_lines)
-    assert "fineloop" in told
-    assert "exit codes:" in told
+    help_text = "\n".join(help_lines)
+    assert "fineloop" in help_text
+    assert "exit codes:" in help_text
     if command:
-        assert "example:\n  " in told
-        assert f"fineloop {' '.join(command)}" in told
-        assert "--json" in told
+        assert "example:\n  " in help_text
+        assert f"fineloop {' '.join(command)}" in help_text
+        assert "--json" in help_text
     assert set(json.loads(modules)) <= sys.stdlib_module_names
 
 

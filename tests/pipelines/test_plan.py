@@ -64,7 +64,7 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     assert (body["method"], body["device"], body["fits"]) == ("qlora", "L4", True)
     assert len(body["methods"]) == 8
     assert done.stderr.startswith("rehearsing a training step of ")
-    for told in (
+    for line in (
         "all 8 methods",
         "qlora on",
         "weights",
@@ -75,7 +75,7 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
         "advised",
         "dvora",
     ):
-        assert told in done.stderr
+        assert line in done.stderr
 
 
 @pytest.mark.slow
@@ -109,5 +109,5 @@ def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
 
 def test_a_method_that_does_not_go_with_the_base_is_told_with_its_reason():
     row = {"method": "qdora", "base": "nf4", "rank": 16, "learning_rate": 2e-4, "refused": "method.base nf4: no"}
-    *_, told = _method_lines([row])
-    assert told == "qdora    nf4     16  refused: method.base nf4: no"
+    *_, line = _method_lines([row])
+    assert line == "qdora    nf4     16  refused: method.base nf4: no"

@@ -41,7 +41,7 @@ def test_a_person_moves_the_alias_and_back(
         monkeypatch.setenv(name, value)
 
     def run(**parameters: Any) -> subprocess.CompletedProcess[str]:
-        others = {"webhook": "http://127.0.0.1:9/"}  # who cannot be told stops nothing
+        others = {"webhook": "http://127.0.0.1:9/"}  # a failed notification stops nothing
         where = {"bucket": store.bucket, "prefix": store.prefix, "announce": others}
         given = {"adapter_name": "sums", **where, **parameters}
         command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(given)]
@@ -72,8 +72,8 @@ def test_a_person_moves_the_alias_and_back(
 
 def test_the_form_offers_what_there_is() -> None:
     mine = {"adapter.alias": "staging", "registry.bucket": "mine", "registry.prefix": "team/a"}
-    told = ["announce.mlflow=https://mlflow.example"]
-    config = config_file.load(DEFAULT_CONFIG, [*told, *(f"{key}={value}" for key, value in mine.items())])
+    announced = ["announce.mlflow=https://mlflow.example"]
+    config = config_file.load(DEFAULT_CONFIG, [*announced, *(f"{key}={value}" for key, value in mine.items())])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert len(parameters) == 10

@@ -360,10 +360,10 @@ def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     key = Ed25519PrivateKey.generate()
     config = changed(config, f'registry.trusted_keys=["{signing.public_text(key)}"]')
-    told = {"version": new.version, "version_uri": new.uri}
-    runs.write(store, "ours", TrainResult(**told, manifest_sha256=new.manifest_sha256))
-    runs.write(store, "changed", TrainResult(**told, manifest_sha256="0" * 64))
-    runs.write(store, "earlier", TrainResult(**told))
+    ids = {"version": new.version, "version_uri": new.uri}
+    runs.write(store, "ours", TrainResult(**ids, manifest_sha256=new.manifest_sha256))
+    runs.write(store, "changed", TrainResult(**ids, manifest_sha256="0" * 64))
+    runs.write(store, "earlier", TrainResult(**ids))
     assert set(measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores) == {
         "base",
         "candidate",

@@ -67,10 +67,10 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
     assert found.is_same
     assert record["parity"]["merge"]["argmax_agreement"] >= 0.999
     assert record["parity"]["merge"]["positions"] > 500
-    told = record["answers"]["exported"]
+    figures = record["answers"]["exported"]
     right, loss = plain_answers(plain, AutoTokenizer.from_pretrained(tmp_path / "out"))
-    assert told["exact_match"] == pytest.approx(right)
-    assert told["loss"] == pytest.approx(loss, rel=1e-4)
+    assert figures["exact_match"] == pytest.approx(right)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-4)
     assert record["answers"]["adapter"]["loss"] == pytest.approx(loss, rel=0.05)  # on its 16 bits or fewer
     assert record["parity"]["compared_on"].startswith("56 held-out records of s3://")
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
@@ -118,10 +118,10 @@ def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     found = says(on_its_base(config, store, tmp_path / "adapter-qlora"), plain)
-    told = record["parity"]["saved"]
-    assert told["argmax_agreement"] > 0.9
-    assert found.mean_kl_nats / 3 < told["mean_kl_nats"] < found.mean_kl_nats * 3
-    assert 1e-6 < told["mean_kl_nats"] < 1e-2
+    figures = record["parity"]["saved"]
+    assert figures["argmax_agreement"] > 0.9
+    assert found.mean_kl_nats / 3 < figures["mean_kl_nats"] < found.mean_kl_nats * 3
+    assert 1e-6 < figures["mean_kl_nats"] < 1e-2
     assert record["parity"]["evaluated"]["mean_kl_nats"] < 1e-2
 
 

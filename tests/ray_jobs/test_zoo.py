@@ -57,8 +57,8 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
     def config(name: str, method: str, *more: str) -> RunConfig:
         row = zoo.METHOD_CONFIGS[method]
         place = [f"registry.bucket={s3_server.bucket}", "registry.prefix=tests/zoo"]
-        told = [f"method.name={row.name}", f"method.base={row.row.base}", f"method.rank={row.rank}"]
-        return config_file.loads(CONFIG.format(base=folder(name)), [*place, *told, *more])
+        settings = [f"method.name={row.name}", f"method.base={row.row.base}", f"method.rank={row.rank}"]
+        return config_file.loads(CONFIG.format(base=folder(name)), [*place, *settings, *more])
 
     return config
 

@@ -29,7 +29,7 @@ from tests.benchmarks.peers import bases, gemm, task, venvs
 SIDES = Path(__file__).with_name("sides")
 # glibc's, as ray_jobs/kernels/allocator.py sets them for Fineloop.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# Nothing is asked of a hub, and nobody is told.
+# No request goes to a hub, and no telemetry is sent.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}
 LOSS_TOLERANCE = {"grouped": 0.1, "shuffled": 0.3}
 """Of the mean loss of the last steps, as a share of Fineloop's. Grouped, all take the same batches at the same rates.
@@ -216,8 +216,8 @@ def _run(side: str, given: dict[str, Any], scratch: Path) -> dict[str, float]:
     done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
-        told = (done.stderr.strip() or done.stdout.strip())[-1500:]
-        raise SideFailedError(f"exit code {done.returncode}: {told}")
+        output = (done.stderr.strip() or done.stdout.strip())[-1500:]
+        raise SideFailedError(f"exit code {done.returncode}: {output}")
     figures: dict[str, float] = json.loads(lines[-1])
     if not setting.packed and figures["steps"] != given["steps"]:
         raise SideFailedError(f"took {figures['steps']} steps of {given['steps']}")

@@ -39,8 +39,8 @@ def test_the_size_of_the_change_may_ask(changed: float | None, verdict: str) -> 
     decision = decided(changed, changed_answers_above=0.3)
     assert decision.verdict == verdict
     found = rule(decision, "approval")
-    told = "points to no version yet" if changed is None else f"{changed * 100:.1f} % of the answers are other ones"
-    assert told in found.text
+    reason = "points to no version yet" if changed is None else f"{changed * 100:.1f} % of the answers are other ones"
+    assert reason in found.text
     assert found.bound_text == "at most 30 % changed"
 
 

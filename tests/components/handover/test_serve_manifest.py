@@ -1,4 +1,4 @@
-"""What servers are told: the layout is held to how Ray Serve LLM's own loader finds an adapter."""
+"""Manifests for servers: the layout is compared with how Ray Serve LLM's own loader finds an adapter."""
 
 import ast
 import dataclasses

@@ -38,7 +38,7 @@ def test_every_method_says_how_it_is_served(name: str, servable_as: str) -> None
 def test_the_smallest_rank_of_vllm_that_holds_the_adapter_is_named(rank: int, choice: int | None) -> None:
     assert max_lora_rank(rank) == choice
     note = "merged" if choice is None else f"--max-lora-rank {choice}"
-    assert any(note in told for told in of("lora", rank=rank).notes)
+    assert any(note in each for each in of("lora", rank=rank).notes)
 
 
 def test_a_rank_beyond_vllms_is_merged_and_the_reason_named() -> None:

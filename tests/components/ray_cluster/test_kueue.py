@@ -19,8 +19,8 @@ PREEMPTED = (
 
 
 def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z", **spec: Any) -> dict[str, Any]:
-    told = [{"type": kind, "status": status, "message": message} for kind, status, message in conditions]
-    return {"metadata": {"creationTimestamp": at}, "spec": spec, "status": {"conditions": told}}
+    listed = [{"type": kind, "status": status, "message": message} for kind, status, message in conditions]
+    return {"metadata": {"creationTimestamp": at}, "spec": spec, "status": {"conditions": listed}}
 
 
 @pytest.mark.parametrize(

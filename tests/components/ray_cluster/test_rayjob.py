@@ -240,8 +240,8 @@ def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, 
     cluster.submit("import time; print('begun', flush=True); time.sleep(1)", output=output)
     assert "begun\n" in output.getvalue()
     assert answers == []
-    told = [line for line in cluster.caplog.messages if "could not read the log" in line]
-    assert [reason in line for line in told] == [True] * warned
+    warnings = [line for line in cluster.caplog.messages if "could not read the log" in line]
+    assert [reason in line for line in warnings] == [True] * warned
 
 
 def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> str:
@@ -271,7 +271,7 @@ def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_i
 
 
 def end_this_step(cluster: Cluster, tmp_path: Path) -> None:
-    """Submit a job that waits for a file, and be told to end as soon as it runs.
+    """Submit a job that waits for a file, and be sent a signal to end as soon as it runs.
 
     A step's process ends by that; this one goes on. So the signal arrives where the step waits, and not where it may
     hold a lock, such as that of logging, for which other threads would wait for ever.
@@ -344,8 +344,8 @@ def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.Mon
     monkeypatch.setattr("components.ray_cluster.rayjob.STOP_S", 0.5)
     cluster.api.denied.add(("delete", "rayjobs"))
     connect(config()).stop("fineloop-r-finetune-1")
-    (told,) = cluster.caplog.messages
-    assert "may not delete rayjobs" in told
+    (warnings,) = cluster.caplog.messages
+    assert "may not delete rayjobs" in warnings
 
 
 def test_refusals_of_the_double_are_real(cluster: Cluster) -> None:

@@ -70,8 +70,8 @@ def test_the_reaper_can_stop_what_a_step_started(as_account, operator, tmp_path)
     as_account("fineloop-reaper")
     assert [job.run_id for job in connect(RAY).live()] == ["left-behind"]
     assert stop_run("left-behind", RAY) == ["fineloop-left-behind-finetune-1"]
-    _, told = step.communicate(timeout=PATIENCE_S)
-    assert b"was stopped by someone else" in told
+    _, stderr = step.communicate(timeout=PATIENCE_S)
+    assert b"was stopped by someone else" in stderr
 
 
 def test_a_value_that_the_definition_refuses_is_named(as_account) -> None:

@@ -75,8 +75,8 @@ def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
     pods = {"image_pull_secrets": ["pull"], "service_account": "mine", "gpu_resource": "amd.com/gpu"}
     tolerated = {"key": "pool", "operator": "Equal", "value": "gpu"}
     found = created({**limits, **pods, "tolerations": [tolerated]}, use_gpu=True)["spec"]
-    told = ("ttlSecondsAfterFinished", "preRunningDeadlineSeconds", "backoffLimit")
-    assert [found[name] for name in told] == [90, 91, 5]
+    message = ("ttlSecondsAfterFinished", "preRunningDeadlineSeconds", "backoffLimit")
+    assert [found[name] for name in message] == [90, 91, 5]
     groups = [found["rayClusterSpec"]["headGroupSpec"], *found["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
         assert pod["imagePullSecrets"] == [{"name": "pull"}]
@@ -258,7 +258,7 @@ def test_runs_whose_names_differ_in_what_no_name_may_hold_are_told_apart() -> No
 
 
 @pytest.mark.parametrize(
-    ("ray", "told"),
+    ("ray", "message"),
     [
         ({"cluster": {"image": "fineloop/train:latest"}}, "give it a tag other than latest, or a digest"),
         ({"cluster": {"image": "fineloop/train"}}, "give it a tag other than latest, or a digest"),
@@ -272,8 +272,8 @@ def test_runs_whose_names_differ_in_what_no_name_may_hold_are_told_apart() -> No
         ({"cluster": {"queue": "Not A Name"}}, "queue"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_cluster_is_asked(ray: dict[str, Any], told: str) -> None:
+def test_what_cannot_work_is_refused_before_any_cluster_is_asked(ray: dict[str, Any], message: str) -> None:
     cluster = {"kind": "rayjob", **ray.pop("cluster", {})}
     with pytest.raises(ValidationError) as caught:
         RayConfig.model_validate({**ray, "cluster": cluster})
-    assert told in str(caught.value)
+    assert message in str(caught.value)

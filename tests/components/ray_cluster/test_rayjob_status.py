@@ -42,7 +42,7 @@ def test_an_attempt_is_live_until_kuberay_says_otherwise_or_it_is_deleted(found:
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "text"),
     [
         (job(suspend=True, metadata={"labels": {"kueue.x-k8s.io/queue-name": "q"}}), "queued by Kueue in q: waiting"),
         (job("Suspending"), "suspended"),
@@ -58,11 +58,11 @@ def test_an_attempt_is_live_until_kuberay_says_otherwise_or_it_is_deleted(found:
         (job("Waiting"), "Waiting"),
     ],
 )
-def test_a_person_is_told_where_it_stands(found: dict[str, Any], told: str) -> None:
-    assert describe(found).startswith(told)
-    assert is_queued(found) is told.startswith(("queued", "suspended"))
-    if told == "waiting for pods":
-        assert describe(found) == told
+def test_a_person_is_told_where_it_stands(found: dict[str, Any], text: str) -> None:
+    assert describe(found).startswith(text)
+    assert is_queued(found) is text.startswith(("queued", "suspended"))
+    if text == "waiting for pods":
+        assert describe(found) == text
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "text"),
     [
         ("DeadlineExceeded", r"ran past ray\.timeout_s = 3600 s and was stopped by KubeRay"),
         ("PreRunningDeadlineExceeded", r"ray\.cluster\.pre_running_timeout_s = 77 s.*no image"),
     ],
 )
-def test_a_limit_of_ours_is_told_by_its_key(reason: str, told: str) -> None:
-    with pytest.raises(JobError, match=told):
+def test_a_limit_of_ours_is_told_by_its_key(reason: str, text: str) -> None:
+    with pytest.raises(JobError, match=text):
         rayjob._ended(job("Failed", reason=reason, message="no image"), JOB, CLUSTER)
 
 

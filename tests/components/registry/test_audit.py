@@ -112,7 +112,7 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         "is not an event: its id is not that of its content",
     ),
     "promotion forged": (forge, "do not lead from one to the next"),
-    "promotion told otherwise": (
+    "promotion recorded otherwise": (
         lambda store, _: refile(store, event_key(store, "promoted", 1), actor="eve"),
         "do not lead from one to the next",
     ),
@@ -124,7 +124,7 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, _: refile(store, event_key(store, "promoted"), previous={"time": "", "sha256": ""}),
         "do not lead from one to the next",
     ),
-    "last move told otherwise": (
+    "last move recorded otherwise": (
         lambda store, _: refile(store, event_key(store, "rolled_back"), reason="nothing"),
         "points elsewhere than its last event says",
     ),
@@ -170,7 +170,7 @@ def test_a_registry_that_nobody_touched_has_no_findings(store: Store, ids: list[
 
 @pytest.mark.parametrize("what", TAMPERING)
 def test_an_audit_finds(store: Store, ids: list[str], what: str) -> None:
-    tamper, told = TAMPERING[what]
+    tamper, message = TAMPERING[what]
     tamper(store, ids)
     findings = audit(store, "icd").findings
-    assert any(re.search(told, finding.what) for finding in findings), findings
+    assert any(re.search(message, finding.what) for finding in findings), findings

@@ -118,10 +118,10 @@ def test_every_package_is_named_as_pip_lists_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_processor_is_named_as_lscpu_names_it() -> None:
-    told = subprocess.run(
+    output = subprocess.run(
         ["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
     ).stdout
-    named = re.search(r"^Model name:\s*(.+)$", told, re.MULTILINE)
+    named = re.search(r"^Model name:\s*(.+)$", output, re.MULTILINE)
     assert named is not None
     # lscpu knows ARM's processors by their numbers, which is all that Linux tells of them.
     assert cpu_model() == (named[1] if platform.machine() == "x86_64" else platform.machine())

@@ -252,10 +252,10 @@ def test_a_withdrawn_key_leaves_nothing_behind_where_what_is_held_was_signed_ane
     signing.sign(store, "icd", made[0], key, alias="staging")
     promote(both, "icd", made[0], "staging")
     signing.revoke(store, "icd", made[1], key, reason="it was trained on the wrong data")
-    told = [finding.what for finding in audit(strict, "icd").findings]
-    assert len([each for each in told if each.startswith("is in use as")]) == 2
-    assert len([each for each in told if each.startswith("is what a rollback of production may need")]) == 2
-    assert all("`fineloop adapters sign --held icd`" in each for each in told)
+    messages = [finding.what for finding in audit(strict, "icd").findings]
+    assert len([each for each in messages if each.startswith("is in use as")]) == 2
+    assert len([each for each in messages if each.startswith("is what a rollback of production may need")]) == 2
+    assert all("`fineloop adapters sign --held icd`" in each for each in messages)
     done = sign_held(both, "icd", new)
     assert {(each.version, each.alias) for each in done} == {
         (made[2], "production"),

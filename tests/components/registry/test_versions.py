@@ -122,11 +122,11 @@ def test_two_runs_that_publish_one_adapter_at_once_are_told_of_one_whole_version
     barrier = threading.Barrier(2)
 
     def write(writer: int) -> list[Version]:
-        told = []
+        versions_given = []
         for number in range(20):
             barrier.wait()
-            told.append(published(stores[writer], f"weights {number}".encode(), run_id=f"run{writer}"))
-        return told
+            versions_given.append(published(stores[writer], f"weights {number}".encode(), run_id=f"run{writer}"))
+        return versions_given
 
     with ThreadPoolExecutor(2) as pool:
         for one, other in zip(*pool.map(write, range(2)), strict=True):

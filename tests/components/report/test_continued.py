@@ -31,7 +31,7 @@ def trained(
     return version
 
 
-def told(store: Store, run_id: str) -> str:
+def sentence_of(store: Store, run_id: str) -> str:
     return sentence(read_run(CONFIG, store, run_id))
 
 
@@ -39,12 +39,12 @@ def test_what_going_on_gained_is_told_against_the_same_training_from_the_base(st
     first = trained(store, "first", loss=0.5, dataset="d0")
     afresh = trained(store, "afresh", loss=0.3)
     trained(store, "goes-on", loss=0.27, parents=(first.uri,))
-    assert told(store, "goes-on") == (
+    assert sentence_of(store, "goes-on") == (
         f"It went on from {first.version}. Compared with {afresh.version}, which the same config trained from the base "
         "on the same data: 0.030 better in nats per answer token, as far as one run of each can tell."
     )
-    assert told(store, "goes-on") in headline(read_run(CONFIG, store, "goes-on")).lead
-    assert told(store, "afresh") == ""
+    assert sentence_of(store, "goes-on") in headline(read_run(CONFIG, store, "goes-on")).lead
+    assert sentence_of(store, "afresh") == ""
 
 
 @pytest.mark.parametrize("other", [{"dataset": "d2"}, {"rate": 2e-3}, {"parents": ("s3://b/adapters/x/versions/v1",)}])
@@ -52,7 +52,7 @@ def test_a_training_that_differs_in_more_than_its_start_is_no_comparison(store: 
     first = trained(store, "first", loss=0.5, dataset="d0")
     trained(store, "other", loss=0.3, **other)
     trained(store, "goes-on", loss=0.27, parents=(first.uri,))
-    assert told(store, "goes-on") == f"It went on from {first.version}."
+    assert sentence_of(store, "goes-on") == f"It went on from {first.version}."
 
 
 def test_before_anything_was_measured_only_where_it_began_is_told(store: Store) -> None:

@@ -217,11 +217,11 @@ def test_what_passed_before_the_first_step_is_told_by_part_where_it_was_recorded
     finetune = run.step("finetune")
     assert finetune is not None
     began = datetime.fromisoformat(finetune.started_at)
-    told = {
+    timing = {
         "began_at": (began + timedelta(seconds=3)).isoformat(),
         "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
     }
-    steps = [finetune.model_copy(update={"result": {**finetune.result, **told}})]
+    steps = [finetune.model_copy(update={"result": {**finetune.result, **timing}})]
     assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in " ".join(
         Page(build_report(replace(run, steps=steps))).text.split()
     )

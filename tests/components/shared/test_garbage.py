@@ -70,5 +70,5 @@ def test_a_process_ends_without_a_last_look():
         "import gc, atexit\nfrom components.shared import garbage\n"
         "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\ngarbage.leave_at_exit()\n"
     )
-    told = subprocess.run([sys.executable, "-c", looks], check=True, capture_output=True, text=True).stdout
-    assert told == "True\n"
+    output = subprocess.run([sys.executable, "-c", looks], check=True, capture_output=True, text=True).stdout
+    assert output == "True\n"

@@ -132,7 +132,7 @@ def test_of_two_unequal_publishers_at_once_neither_damages_what_the_other_is_tol
     barrier = threading.Barrier(2)
 
     def write(writer: int) -> list[Manifest | Conflict]:
-        told: list[Manifest | Conflict] = []
+        results: list[Manifest | Conflict] = []
         for number in range(rounds):
             own = {f"{name}.json": f"{writer}".encode() * (1 + writer) for name in "abc"}
             barrier.wait()
@@ -140,16 +140,18 @@ def test_of_two_unequal_publishers_at_once_neither_damages_what_the_other_is_tol
                 found = publish(
                     stores[writer], f"f/{number}", {"same": b"x", **own}, about={"by": writer}, identity=["same"]
                 )
-                told.append(found)
+                results.append(found)
             except Conflict as exc:
-                told.append(exc)
-        return told
+                results.append(exc)
+        return results
 
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(zip(*pool.map(write, range(2)), strict=True))
     for number, outcome in enumerate(outcomes):
         stored = verify(store, f"f/{number}")
-        winners = [writer for writer, told in enumerate(outcome) if told == stored and stored.about == {"by": writer}]
+        winners = [
+            writer for writer, results in enumerate(outcome) if results == stored and stored.about == {"by": writer}
+        ]
         assert len(winners) == 1, outcome
         other = outcome[1 - winners[0]]
         assert other == stored or isinstance(other, Conflict)

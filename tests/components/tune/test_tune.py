@@ -103,7 +103,7 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
 
 
 @pytest.mark.parametrize(
-    ("now", "records", "told"),
+    ("now", "records", "sentence"),
     [
         # What the paper measured: times 5.6, divided by 5.6, and by 3.1.
         (
@@ -117,12 +117,12 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
         ([], 6_000, ""),
     ],
 )
-def test_advice_after_a_change_is_what_the_paper_measured(now, records, told):
+def test_advice_after_a_change_is_what_the_paper_measured(now, records, sentence):
     found = FOUND.model_copy(update={"base": "org/base", "rank": 16, "batch_size": 16, "train_records": 5_000})
     far = found.model_copy(update={"rank": 4, "batch_size": 4, "run_id": "another"})
     text = scaling.advice([far, found], config(*now), records)
-    assert told in text
-    assert bool(text) == bool(told)
+    assert sentence in text
+    assert bool(text) == bool(sentence)
     assert "another" not in text
 
 

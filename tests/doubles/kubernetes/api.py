@@ -102,7 +102,7 @@ class KubernetesDouble:
             self.changed.notify_all()
 
     def compact(self) -> None:
-        """Forget the history, as etcd does after five minutes: a watch from an earlier version is told 410 Gone."""
+        """Forget the history, as etcd does after five minutes: a watch from an earlier version gets 410 Gone."""
         with self.changed:
             self._version += 1
             self._oldest = self._version
@@ -229,12 +229,14 @@ class KubernetesDouble:
         wrong, unknown = schema.problems(body)
         name = body["metadata"]["name"]
         if unknown and strict:
-            told = ", ".join(f'unknown field "{field}"' for field in unknown)
-            raise Refusal(400, "BadRequest", f'RayJob in version "v1" cannot be handled: strict decoding error: {told}')
+            explanation = ", ".join(f'unknown field "{field}"' for field in unknown)
+            raise Refusal(
+                400, "BadRequest", f'RayJob in version "v1" cannot be handled: strict decoding error: {explanation}'
+            )
         if wrong:
             causes = [{"reason": "FieldValueInvalid", "field": field, "message": why} for field, why in wrong]
-            told = "; ".join(f"{field}: {why}" for field, why in wrong)
-            raise Refusal(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {told}', name=name, causes=causes)
+            explanation = "; ".join(f"{field}: {why}" for field, why in wrong)
+            raise Refusal(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {explanation}', name=name, causes=causes)
 
     def _merge(self, found: Resource, patch: Resource, *, status: bool) -> Resource:
         """A merge patch; the status is changed through its own path alone, and nothing else is there."""

@@ -62,8 +62,8 @@ class AppliedCluster:
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         """What the API server would say; raises Refusal."""
         if any(path.startswith(denied) for denied in self.denied):
-            told = f'{path.rpartition("/")[2]} is forbidden: User "somebody" cannot {method.lower()} it'
-            raise Refusal(403, "Forbidden", told)
+            message = f'{path.rpartition("/")[2]} is forbidden: User "somebody" cannot {method.lower()} it'
+            raise Refusal(403, "Forbidden", message)
         if path == "/version":
             return {"gitVersion": "v1.34.4"}
         if path in self.kinds:
@@ -104,8 +104,8 @@ class AppliedCluster:
             if container.get("securityContext", {}).get("allowPrivilegeEscalation") is not False:
                 wrong.append("allowPrivilegeEscalation != false")
         if wrong:
-            told = f'pods "{pod["metadata"]["name"]}" is forbidden: violates PodSecurity "restricted:v1.34": '
-            raise Refusal(403, "Forbidden", told + ", ".join(wrong))
+            message = f'pods "{pod["metadata"]["name"]}" is forbidden: violates PodSecurity "restricted:v1.34": '
+            raise Refusal(403, "Forbidden", message + ", ".join(wrong))
 
     def _allows(self, spec: Any) -> bool:
         wanted = spec["resourceAttributes"]

@@ -54,7 +54,7 @@ class Operator:
                     found = list(self.api.rayjobs.values())
                 for rayjob in found:
                     self._reconcile(rayjob)
-        except BaseException as exc:  # told to the test by close
+        except BaseException as exc:  # raised in the test by close
             self.error = exc
 
     def _reconcile(self, rayjob: Resource) -> None:
@@ -116,12 +116,12 @@ class Operator:
     def _after_failure(self, spec: Resource, status: Resource, exit_code: int | None, log: str) -> Resource:
         failed = status.get("failed", 0) + 1
         again = failed <= spec.get("backoffLimit", 0)
-        told = f"Job entrypoint command failed with exit code {exit_code}, last available logs (truncated):"
+        reply = f"Job entrypoint command failed with exit code {exit_code}, last available logs (truncated):"
         return {
             "jobStatus": "FAILED",
             "jobDeploymentStatus": "Retrying" if again else "Failed",
             "reason": "AppFailed",
-            "message": f"{told}\n{log[-20_000:]}",
+            "message": f"{reply}\n{log[-20_000:]}",
             "failed": failed,
             "endTime": now(),
         }
@@ -145,8 +145,8 @@ class Operator:
     def _submit(self, name: str, spec: Resource) -> None:
         """What the submitter pod does; its log is the job's, between lines of its own."""
         submitted = {"submission_id": name, "entrypoint": spec["entrypoint"], "metadata": spec["metadata"]}
-        code, told = self.dashboard.answer("POST", "/api/jobs/", submitted, f"Bearer {TOKEN}")
-        assert code == 200, told
+        code, reply = self.dashboard.answer("POST", "/api/jobs/", submitted, f"Bearer {TOKEN}")
+        assert code == 200, reply
         pod = f"{name}-x7k2p"
         log_path = self.dashboard.jobs[name].log_path
         self.api.pod_logs[pod] = lambda: f"Job submission server address: http://head:8265\n{log_path.read_text()}"

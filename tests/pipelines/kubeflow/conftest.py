@@ -24,7 +24,7 @@ class Answered:
 
     exit_code: int
     body: dict[str, Any]
-    told: str
+    stderr: str
 
 
 Fineloop = Callable[..., Answered]

@@ -14,7 +14,7 @@ from components.step.kfp import COMPONENT
 
 @dsl.component(**COMPONENT)
 def prepare(config: dict[str, Any], job_id: str, folder: str, seconds: float, fails: bool) -> str:
-    """Leave a trace, take a while, fail when told to."""
+    """Leave a trace, take a while, fail on request."""
     import os
     import time
     from pathlib import Path

@@ -25,7 +25,7 @@ ANSWERS = Path(__file__).parent / "answers"
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run that is over, as a server told of it."""
+    """A run that is over, as a server reported it."""
 
     record: dict[str, Any]
     is_over: bool = True
@@ -37,7 +37,7 @@ class Recorded:
         pass
 
 
-def told_of(server: KfpServer, name: str) -> Run:
+def answer_of(server: KfpServer, name: str) -> Run:
     """The run of an answer, by way of the real client."""
     answer = json.loads((ANSWERS / f"{name}.json").read_text(encoding="utf-8"))
     spec, platform = yaml.safe_load_all(compile_pipeline(config_file.load(DEFAULT_CONFIG)))
@@ -53,7 +53,7 @@ def states(run: Run) -> dict[str, str]:
 
 
 def test_a_run_that_succeeded_left_out_the_other_branches(server: KfpServer) -> None:
-    run = told_of(server, "run-succeeded")
+    run = answer_of(server, "run-succeeded")
     assert run.state == "SUCCEEDED"
     assert {name for name, state in states(run).items() if state != "SUCCEEDED"} == {
         "Leave the alias as it is",
@@ -74,7 +74,7 @@ def test_a_run_that_succeeded_left_out_the_other_branches(server: KfpServer) -> 
 def test_what_comes_after_a_step_that_failed_was_skipped(
     server: KfpServer, name: str, state: str, failed: set[str]
 ) -> None:
-    run = told_of(server, name)
+    run = answer_of(server, name)
     assert run.state == state
     assert run.is_over
     assert not run.succeeded

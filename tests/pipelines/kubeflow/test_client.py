@@ -226,7 +226,7 @@ def test_the_command_line_says_it_in_one_message(
     answered = fineloop("submit")
     assert answered.exit_code == 1
     assert answered.body["error"]["kind"] == "KubeflowError"
-    assert len(answered.told.splitlines()) == 1
+    assert len(answered.stderr.splitlines()) == 1
     monkeypatch.setitem(os.environ, "KFP_TOKEN", "sesame")
     assert fineloop("runs", "list").exit_code == 0
 

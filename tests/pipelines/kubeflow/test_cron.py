@@ -55,11 +55,11 @@ def test_cron_is_read_told_and_put_as_kubeflow_wants_it(given: str, expression: 
 )
 def test_kubeflow_would_start_runs_at_the_times_that_are_told(given: str) -> None:
     expression = cron.parse(given)
-    told = cron.next_times(expression, now=NOW)
-    assert len(told) == 5
-    assert told == list(itertools.islice(Cron(cron.to_kfp(expression)).after(NOW), 5))
+    times = cron.next_times(expression, now=NOW)
+    assert len(times) == 5
+    assert times == list(itertools.islice(Cron(cron.to_kfp(expression)).after(NOW), 5))
     back = cron.from_kfp(cron.to_kfp(expression))
-    assert cron.next_times(back, now=NOW) == told
+    assert cron.next_times(back, now=NOW) == times
 
 
 def test_the_next_five_times_lie_between_start_and_end() -> None:

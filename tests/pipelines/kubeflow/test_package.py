@@ -63,16 +63,16 @@ def test_a_version_that_is_there_and_cannot_be_found_is_no_empty_id(
 
 
 @pytest.mark.parametrize(
-    ("refused", "told"), [("create_pipeline", "create the pipeline"), ("upload_version", "upload the pipeline")]
+    ("refused", "message"), [("create_pipeline", "create the pipeline"), ("upload_version", "upload the pipeline")]
 )
 def test_another_refusal_is_not_taken_for_the_race(
-    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch, refused: str, told: str
+    kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch, refused: str, message: str
 ) -> None:
     def refuse(*_: Any) -> Any:
         raise ApiError(500, 13, "disk full")
 
     monkeypatch.setattr(server.state, refused, refuse)
-    with pytest.raises(KubeflowError, match=rf"failed to {told} \(500: .*disk full\)"):
+    with pytest.raises(KubeflowError, match=rf"failed to {message} \(500: .*disk full\)"):
         publish(kubeflow, package)
 
 

@@ -79,7 +79,7 @@ def test_a_commands_path_is_refused_before_anything_is_sent(
 ) -> None:
     answered = fineloop(*command, "--set", override)
     assert answered.exit_code == 2
-    assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.told
+    assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.stderr
     assert server.requests == []
 
 
@@ -91,6 +91,6 @@ def test_an_update_takes_no_path_either(
     fineloop("schedule", "create", "nightly", "--cron", "@daily")
     answered = fineloop("schedule", "update", "nightly", "--set", override)
     assert answered.exit_code == 2
-    assert f"{override.partition('=')[0]} is " in answered.told
+    assert f"{override.partition('=')[0]} is " in answered.stderr
     (kept,) = server.state.schedules
     assert kept == fineloop("schedule", "show", "nightly").body["recurring_run_id"]

@@ -89,7 +89,7 @@ def test_the_command_stops_the_orphan_and_keeps_the_others(
     assert {job.status for job in stub_cluster.jobs.values()} == {"RUNNING"}
 
     done = fineloop("reap")
-    assert done.exit_code == 0, done.told
+    assert done.exit_code == 0, done.stderr
     assert [each["why"] for each in done.body["stopped"]] == ["its Kubeflow run is gone"]
     assert [each["why"] for each in done.body["kept"]] == ["it was not started by Kubeflow"]
     assert {name: job.status for name, job in stub_cluster.jobs.items()} == {
@@ -105,4 +105,4 @@ def test_without_a_cluster_it_says_what_to_set(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     answered = fineloop("reap")
     assert answered.exit_code == 2
-    assert "RAY_ADDRESS" in answered.told
+    assert "RAY_ADDRESS" in answered.stderr

@@ -49,7 +49,7 @@ def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_
     layers = json.dumps([f"model.layers.{n}.attention.query" for n in range(1200)])
     answered = fineloop("submit", *options, "--set", f"method.target_modules={layers}", "--param", "rank=4")
 
-    assert answered.exit_code == 0, answered.told
+    assert answered.exit_code == 0, answered.stderr
     run_id = answered.body["run_id"]
     body = store.get(f"runs/{run_id}/config.toml")
     assert len(body) > 40_000
@@ -58,7 +58,7 @@ def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_
     decision = store.get_json(f"runs/{run_id}/decision.json")
     assert decision["decision"] == "promote"
     assert production(store) == decision["version"]
-    assert f"promoted: sums@production is now {decision['version']}" in answered.told
+    assert f"promoted: sums@production is now {decision['version']}" in answered.stderr
     assert {key: answered.body[key] for key in ("decision", "version", "reasons")} == {
         key: decision[key] for key in ("decision", "version", "reasons")
     }
@@ -76,7 +76,7 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:
     made = fineloop("schedule", "create", "nightly", "--cron", "0 2 * * *", *options, "--set", "data.min_new_records=5")
-    assert made.exit_code == 0, made.told
+    assert made.exit_code == 0, made.stderr
 
     def fire(day: int) -> str:
         (run,) = kubeflow.tick(datetime(2030, 1, day, 2, 0, 1, tzinfo=UTC))
@@ -91,7 +91,7 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     assert fire(3) == "skipped"  # three are too few
     store.put("incoming/3.jsonl", rows(63, 65))
     better = fineloop("schedule", "update", "nightly", "--set", "train.weight_decay=0.5")
-    assert better.exit_code == 0, better.told
+    assert better.exit_code == 0, better.stderr
     assert fire(4) == "promote"
     assert production(store) != first
     assert fire(5) == "skipped"
@@ -102,7 +102,7 @@ def test_a_run_that_tunes_shows_its_rate_on_its_page_and_in_its_report(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
 ) -> None:
     answered = fineloop("submit", *options, "--set", "tune.when=always")
-    assert answered.exit_code == 0, answered.told
+    assert answered.exit_code == 0, answered.stderr
     assert answered.body["steps"]["Tune the learning rate"] == "SUCCEEDED"
     run_id = answered.body["run_id"]
     rate = store.get_json(f"runs/{run_id}/rate.json")["learning_rate"]
@@ -129,7 +129,7 @@ def test_stopping_a_run_stops_its_ray_job(
 
     stopped = fineloop("runs", "stop", started.body["run_id"])
 
-    assert stopped.exit_code == 0, stopped.told
+    assert stopped.exit_code == 0, stopped.stderr
     assert stopped.body["state"] == "CANCELED"
     wait_until(lambda: [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"])
     assert production(store) is None
@@ -143,6 +143,6 @@ def test_a_run_that_fails_has_its_report(
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1
     assert answered.body["message"] == "[Fine-tune the adapter] data.source: every answer is empty"
-    assert "[Fine-tune the adapter] data.source: every answer is empty" in answered.told
+    assert "[Fine-tune the adapter] data.source: every answer is empty" in answered.stderr
     page = store.get(f"runs/{answered.body['run_id']}/report.html").decode()
     assert "the finetune step failed" in page

@@ -83,8 +83,8 @@ def test_a_run_is_shown_with_its_steps_and_digest(three: list[str], fineloop: Fi
     assert prepare["state"] == "SUCCEEDED"
     assert prepare["began"] <= prepare["ended"]
     assert prepare["seconds"] >= 0
-    assert re.search(r"prepare +succeeded +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC +\d+ s", answered.told)
-    assert body["config_digest"] in answered.told
+    assert re.search(r"prepare +succeeded +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC +\d+ s", answered.stderr)
+    assert body["config_digest"] in answered.stderr
 
 
 def test_a_run_is_found_by_name_and_an_unknown_or_ambiguous_one_is_refused(
@@ -93,7 +93,7 @@ def test_a_run_is_found_by_name_and_an_unknown_or_ambiguous_one_is_refused(
     assert fineloop("runs", "show", "bad").body["run_id"] == three[1]
     unknown = fineloop("runs", "show", "nobody")
     assert unknown.exit_code == 2
-    assert "fineloop runs list" in unknown.told
+    assert "fineloop runs list" in unknown.stderr
     with pytest.raises(UserError, match="fits 3 runs"):
         runs.find(connect({}, host=server.url), "")
 

@@ -52,8 +52,8 @@ def test_a_schedule_is_what_was_asked_for_and_is_told_in_words(server: KfpServer
     assert len(times) == 5
     assert [time - times[0] for time in times] == [n * DAY for n in range(5)]
     assert datetime.now(UTC) < times[0] <= at_two()
-    assert "at 02:00 every day, UTC" in nightly.told
-    assert f"{times[0]:%Y-%m-%d %H:%M}, " in nightly.told
+    assert "at 02:00 every day, UTC" in nightly.stderr
+    assert f"{times[0]:%Y-%m-%d %H:%M}, " in nightly.stderr
 
     kept = record(server, nightly)
     assert kept["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
@@ -125,7 +125,7 @@ def test_a_mistake_is_told_before_anything_is_sent(
 ) -> None:
     answered = fineloop("schedule", "create", "nightly", *arguments)
     assert answered.exit_code == 2
-    assert message in answered.told
+    assert message in answered.stderr
     assert not [request for request in server.requests if request.startswith("POST")]
 
 
@@ -134,7 +134,7 @@ def test_a_name_that_is_taken_or_is_none_is_refused_with_the_fix(
 ) -> None:
     taken = fineloop("schedule", "create", "nightly", "--cron", "@daily")
     assert taken.exit_code == 2
-    assert "fineloop schedule update nightly" in taken.told
+    assert "fineloop schedule update nightly" in taken.stderr
     assert fineloop("schedule", "create", "Every Night!", "--cron", "@daily").exit_code == 2
     assert len(server.state.schedules) == 1
 
@@ -143,7 +143,7 @@ def test_a_name_that_is_taken_or_is_none_is_refused_with_the_fix(
 def test_an_unknown_name_is_refused_with_where_to_look(server: KfpServer, fineloop: Fineloop, verb: str) -> None:
     answered = fineloop("schedule", verb, "nobody")
     assert answered.exit_code == 2
-    assert "fineloop schedule list" in answered.told
+    assert "fineloop schedule list" in answered.stderr
 
 
 def test_schedules_are_listed_and_those_of_others_are_not(
@@ -168,7 +168,7 @@ def test_schedules_are_listed_and_those_of_others_are_not(
         ("nightly", "icd10-chapters", "at 02:00 every day"),
         ("weekly", "words", "at 00:00 on Sunday"),
     ]
-    assert "at 00:00 on Sunday" in answered.told
+    assert "at 00:00 on Sunday" in answered.stderr
     assert fineloop("schedule", "delete", "theirs").exit_code == 2
     assert fineloop("schedule", "create", "theirs", "--cron", "@daily").exit_code == 2
 
@@ -190,9 +190,9 @@ def test_a_schedule_that_was_made_elsewhere_is_listed_and_needs_a_cron_and_a_con
         ("0 0 2 * * *", "0 2 * * *"),
         ("30 0 2 * * *", ""),
     ]
-    assert "30 0 2 * * *" in answered.told
-    assert "give one with --cron" in fineloop("schedule", "update", "odd", "-c", str(DEFAULT_CONFIG)).told
-    assert "give one with -c FILE" in fineloop("schedule", "update", "odd", "--cron", "@daily").told
+    assert "30 0 2 * * *" in answered.stderr
+    assert "give one with --cron" in fineloop("schedule", "update", "odd", "-c", str(DEFAULT_CONFIG)).stderr
+    assert "give one with -c FILE" in fineloop("schedule", "update", "odd", "--cron", "@daily").stderr
     assert fineloop("schedule", "update", "odd", "--cron", "@daily", "-c", str(DEFAULT_CONFIG)).exit_code == 0
 
 
@@ -255,7 +255,7 @@ def test_an_update_does_not_kill_a_live_run(server: KfpServer, nightly: Answered
     assert answered.body["live_runs"] == [run.record["run_id"]]
     # Kubeflow counts the runs of one recurring run alone, and an update has made another.
     beside = f"run {run.record['run_id']} goes on, and the next time does not wait for its end"
-    assert f"{beside}; to stop it: fineloop runs stop {run.record['run_id']}" in answered.told
+    assert f"{beside}; to stop it: fineloop runs stop {run.record['run_id']}" in answered.stderr
     assert len(server.state.schedules) == 1
     assert states([run]) == ["RUNNING"]
 

@@ -49,10 +49,10 @@ def test_a_run_that_succeeds_is_exit_0_and_tells_each_step(server: KfpServer, fi
         "promote": "SUCCEEDED",
         "hold": "SKIPPED",
     }
-    told = answered.told.splitlines()
+    lines = answered.stderr.splitlines()
     for step in ("prepare", "finetune", "gate", "promote"):
-        assert any(line.startswith(f"[{step}] succeeded after") for line in told), told
-    assert body["url"] in told[0]
+        assert any(line.startswith(f"[{step}] succeeded after") for line in lines), lines
+    assert body["url"] in lines[0]
 
     record = server.run(body["run_id"]).record
     config = config_file.load(DEFAULT_CONFIG, ["adapter.name=mine"])
@@ -76,7 +76,7 @@ def test_a_run_that_fails_is_exit_1_and_says_which_step(server: KfpServer, finel
     assert answered.exit_code == 1
     assert answered.body["state"] == "FAILED"
     assert answered.body["steps"]["prepare"] == "FAILED"
-    assert "[prepare] failed after" in answered.told
+    assert "[prepare] failed after" in answered.stderr
     logs = f"kubectl -n fineloop logs -l pipeline/runid={answered.body['run_id']} -c main"
     assert logs in answered.body["message"]
 
@@ -159,11 +159,11 @@ def test_an_image_and_another_account_reach_the_server(server: KfpServer, finelo
 def test_a_server_that_is_away_for_a_while_is_asked_again(
     server: KfpServer, make_config: Callable[..., RunConfig]
 ) -> None:
-    run, told = _start(server, make_config()), []
+    run, lines = _start(server, make_config()), []
     server.num_outages = 2
-    ended = submit.follow(run, told.append, sleep=lambda _: time.sleep(0.05))
+    ended = submit.follow(run, lines.append, sleep=lambda _: time.sleep(0.05))
     assert ended.state == "SUCCEEDED"
-    assert [line for line in told if "asking again" in line] == [told[0]]
+    assert [line for line in lines if "asking again" in line] == [lines[0]]
 
 
 @pytest.mark.usefixtures("small")

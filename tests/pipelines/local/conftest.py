@@ -37,7 +37,7 @@ def nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class User:
-    """A process that uses a home's servers until it is told, or made, to end."""
+    """A process that uses a home's servers until it gets a signal to end, or is killed."""
 
     process: subprocess.Popen[str]
     environment: dict[str, str]

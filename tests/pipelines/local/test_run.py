@@ -50,7 +50,7 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(
     terminal: io.StringIO,
 ) -> None:
     first = run(make_config("announce.webhook=http://127.0.0.1:9/"), place, what="retrain")
-    told = terminal.getvalue()
+    screen = terminal.getvalue()
     assert "Connection refused" in first.as_json()["untold"]["webhook"]
     assert "`fineloop adapters announce sums@production` notifies it again" in summary(first, home_option="")
     second = run(make_config("train.weight_decay=1.5"), place, what="retrain")
@@ -68,7 +68,7 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(
     ]
     check_outcome(replace(first, untold={}), champion=None)
     check_outcome(second, champion=1.0)
-    check_what_a_person_sees(told, place.home / "runs" / first.run_id / "pipeline.log")
+    check_what_a_person_sees(screen, place.home / "runs" / first.run_id / "pipeline.log")
     assert summary(second, home_option="").count(f"fineloop chat sums@{second.version}") == 1
     assert "fineloop adapters rollback" not in summary(first, home_option="")  # nothing held the alias before
     successor = replace(first, metrics={**first.metrics, "champion": first.metrics["base"]})
@@ -91,12 +91,12 @@ def check_outcome(outcome: Outcome, *, champion: float | None) -> None:
     assert body["run_id"] in page
 
 
-def check_what_a_person_sees(told: str, log_path: Path) -> None:
-    assert all(line.startswith("[") for line in told.splitlines())
-    assert "[finetune] 1/2" in told
-    assert "KFP" not in told
+def check_what_a_person_sees(screen: str, log_path: Path) -> None:
+    assert all(line.startswith("[") for line in screen.splitlines())
+    assert "[finetune] 1/2" in screen
+    assert "KFP" not in screen
     assert "KFP Executor" in log_path.read_text()
-    finished = [line.split("]")[0][1:] for line in told.splitlines() if "] finished in" in line]
+    finished = [line.split("]")[0][1:] for line in screen.splitlines() if "] finished in" in line]
     assert finished == ["servers", "prepare", "finetune", "evaluate", "gate", "promote", "report"]
 
 

@@ -92,7 +92,7 @@ def test_ctrl_c_while_the_server_starts_ends_once_nothing_of_it_runs(machine):
     """The judge is /proc: no process has the home in its command line."""
     service = store_service(machine.home)
     user = machine.begins()
-    wait_until(lambda: _naming(machine.home, " mini "))  # weed, which nobody has been told of yet
+    wait_until(lambda: _naming(machine.home, " mini "))  # weed, whose endpoint is not published yet
     user.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in user.communicate(timeout=PATIENCE_S)[1]
     assert _naming(machine.home) == []

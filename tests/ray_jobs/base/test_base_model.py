@@ -264,8 +264,8 @@ def resolve_in_rank(reference: str) -> Path:
 @pytest.mark.slow
 def test_two_processes_at_once_convert_once(package, cache, tmp_path):
     paths = in_group(resolve_in_rank, "pkg://tiny_weights/Tiny.gguf", directory=tmp_path / "group", num_workers=2)
-    told = [path.read_text() for path in (tmp_path / "group").glob("rank-*.log")]
-    assert sum(log.count("converting Tiny.gguf to safetensors, once") for log in told) == 1
+    output = [path.read_text() for path in (tmp_path / "group").glob("rank-*.log")]
+    assert sum(log.count("converting Tiny.gguf to safetensors, once") for log in output) == 1
     assert set(paths) == {path for path in cache.iterdir() if path.is_dir()}
 
 
@@ -324,8 +324,8 @@ def test_a_hub_that_cannot_be_reached_is_said(tmp_path):
         process = in_a_process(
             "org/name", HF_ENDPOINT=f"http://127.0.0.1:{held.getsockname()[1]}", HF_HOME=str(tmp_path)
         )
-        _, told = process.communicate(timeout=PATIENCE_S)
-    assert told.strip().splitlines()[-1] == (
+        _, output = process.communicate(timeout=PATIENCE_S)
+    assert output.strip().splitlines()[-1] == (
         "components.shared.errors.ConfigError: model.base 'org/name': no such local folder, and the model hub cannot "
         "be reached to look for it there"
     )
@@ -341,8 +341,8 @@ def test_of_a_hub_model_the_weights_are_fetched_once(tiny_base, tmp_path):
         (folder / name).write_text("{}")
     with hub.serving("org/name", folder) as served:
         process = in_a_process("org/name", HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"))
-        found, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, told
+        found, output = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
     path = Path(found.strip().splitlines()[-1])
     assert path.name == hub.COMMIT
     assert served.sent == {file.name for file in tiny_base.iterdir()}

@@ -12,7 +12,7 @@ from ray_jobs.base import base_model
 from ray_jobs.base.digests import remembered
 
 opened: list[str] = []
-sys.addaudithook(lambda event, told: opened.append(str(told[0])) if event == "open" else None)
+sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
 
 
 def sha256(body: bytes) -> str:

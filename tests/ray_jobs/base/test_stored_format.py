@@ -29,7 +29,7 @@ def planned(folder: Path, base_format: str) -> None:
     Rehearsal(shape, MethodConfig(name="lora", base=base_format), reference=str(folder))
 
 
-def told(folder: Path, quantization: dict[str, object]) -> None:
+def write_config(folder: Path, quantization: dict[str, object]) -> None:
     """Say in the folder's configuration how its weights are stored."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
@@ -71,7 +71,7 @@ def test_under_another_name_it_is_refused_with_its_own(quantised):
 )
 def test_a_format_that_is_not_ours_is_refused_by_the_plan(stored, message, tiny_base, tmp_path):
     (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
-    told(tmp_path, stored)
+    write_config(tmp_path, stored)
     with pytest.raises(ConfigError, match=message):
         planned(tmp_path, "nf4")
 
@@ -91,7 +91,7 @@ def test_mxfp4_is_widened_to_bfloat16(tmp_path):
         dense = values * np.exp2(scales.astype(np.float32) - 127)[..., None]
         expected[name] = dense.reshape(experts, outputs, inputs).transpose(0, 2, 1)
     save_file(tensors, path, metadata={"format": "pt"})
-    told(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    write_config(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
     planned(tmp_path, "bf16")
     found = dict(load(tmp_path, "bf16").named_parameters())
     assert len(expected) == 4
@@ -113,7 +113,7 @@ def test_fp8_is_widened_to_bfloat16(tiny_base, tmp_path):
         tensors |= {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
         expected[name] = weight.float().numpy() * scales.repeat(32, axis=0).repeat(32, axis=1)
     save_file(tensors, path, metadata={"format": "pt"})
-    told(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
+    write_config(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
     planned(tmp_path, "bf16")
     found = dict(load(tmp_path, "bf16").named_parameters())
     assert len(expected) == 14

@@ -48,7 +48,9 @@ def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() ->
     kinds = [passage["source"] for passage in SHIPPED["passages"]]
     assert len({passage["text"] for passage in SHIPPED["passages"]}) == len(kinds) == 240
     assert set(kinds) == SHIPPED["sources"].keys()
-    assert all("public domain" in told or "copyright has expired" in told for told in SHIPPED["sources"].values())
+    assert all(
+        "public domain" in compare or "copyright has expired" in compare for compare in SHIPPED["sources"].values()
+    )
     for end in range(4, 241, 4):
         counted = Counter("classics" if kind in ("pride", "opticks") else kind for kind in kinds[:end])
         assert set(counted.values()) == {end // 4}
@@ -94,12 +96,12 @@ def test_the_comparison_tells_every_models_loss_per_token(config, store, version
     found = measure_shard(models, RECORDS, {"general_text": passages}, shard_index=1)
     (share,) = found.shares
     general = passages.outcome([share["general_text"]], None)
-    told = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
-    evaluation = told({"general_text": general})
+    compare = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
+    evaluation = compare({"general_text": general})
     for role in ("base", "candidate"):
         assert evaluation.metric(role, "general_loss") == pytest.approx(sum(share["general_text"][role].nll) / (5 * 39))
     assert evaluation.general_text == general.record
-    assert told().metric("candidate", "general_loss") is None
+    assert compare().metric("candidate", "general_loss") is None
 
 
 def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, tmp_path) -> None:

@@ -124,7 +124,7 @@ def test_the_first_token_follows_the_whole_softmax(base_and_model) -> None:
     cells = [(counted[often], expected[often]), ([counted[~often].sum()], [expected[~often].sum()])]
     found, wanted = (np.concatenate(each) for each in zip(*cells, strict=True))
     assert stats.chisquare(found, wanted).pvalue > 0.01
-    # What it would be told from: top-k 50, transformers' default, and a temperature of 0.8.
+    # What it must differ from: top-k 50, transformers' default, and a temperature of 0.8.
     assert counted[np.argsort(expected)[:-50]].sum() > 0
     cooled = np.exp(log_softmax(np.log(expected / MANY) / 0.8)) * MANY
     cooled = np.concatenate([cooled[often], [cooled[~often].sum()]])
@@ -247,23 +247,23 @@ def test_the_comparison_tells_how_far_each_model_is_from_the_base(config, store,
     found = measure_shard(models, RECORDS, {"own_answers": to_measure}, shard_index=1)
     outcome = to_measure.outcome([share["own_answers"] for share in found.shares], None)
     tokens, outside = [*found.tokens.values()], {"own_answers": outcome}
-    told, own = compared(config, models, RECORDS, tokens, found.scores, outside, run_id="r"), outcome.record
+    result_of, own = compared(config, models, RECORDS, tokens, found.scores, outside, run_id="r"), outcome.record
     nll, tokens = own.nll, sum(own.tokens)
     expected = (sum(nll["candidate"]) - sum(nll["base"])) / tokens
-    assert told.metric("candidate", "kl_from_base") == pytest.approx(expected)
-    assert told.metric("base", "kl_from_base") == 0
-    assert Evaluation.from_json(told.as_json(), "here").own_answers == own
+    assert result_of.metric("candidate", "kl_from_base") == pytest.approx(expected)
+    assert result_of.metric("base", "kl_from_base") == 0
+    assert Evaluation.from_json(result_of.as_json(), "here").own_answers == own
 
 
 def test_a_prompt_is_told_in_the_chat_template_and_leaves_room_for_an_answer(config) -> None:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     roomy = config_file.loads(config_file.dumps(config), ["model.max_length=512"])
-    told = undrawn(chat, roomy)
-    assert told.new_tokens == 64
+    result_of = undrawn(chat, roomy)
+    assert result_of.new_tokens == 64
     dialogue = SHIPPED["prompts"][4]["turns"]
     turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(dialogue)]
     expected = chat.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert told.split.prompt(4).tolist() == expected
+    assert result_of.split.prompt(4).tolist() == expected
     tight = undrawn(chat, config)
     assert tight.split.num_prompt_tokens.max() + tight.new_tokens <= config.model.max_length
 

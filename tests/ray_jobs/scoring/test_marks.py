@@ -156,26 +156,26 @@ def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         ("my_own_marks:nobody", "has no attribute 'nobody'"),
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("my_own_marks:CONSTANT", "is no function"),
     ],
 )
-def test_a_function_that_is_not_there_is_said_by_its_name(own, key, told):
-    with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{told}"):
+def test_a_function_that_is_not_there_is_said_by_its_name(own, key, message):
+    with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{message}"):
         marks.named([key])
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         ("my_own_marks:too_much", r"is 7\.0: a metric's function gives a number in 0\.\.1"),
         ("my_own_marks:broken", "failed: AttributeError: 'str' object has no attribute 'missing'"),
     ],
 )
-def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, told):
+def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, message):
     mark = marks.named([key])[key]
-    with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {told}"):
+    with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {message}"):
         mark("ab", "abc")

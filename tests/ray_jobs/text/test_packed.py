@@ -181,9 +181,9 @@ def test_a_window_that_holds_every_record_hides_nothing(kind):
 
 
 def test_on_an_accelerator_nothing_stays_behind_on_the_cpu():
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "tests.models.accelerator"], check=True, capture_output=True, text=True
     ).stdout
-    devices = json.loads(told)
+    devices = json.loads(output)
     assert len(devices) == 2 * 7 * zoo.KINDS["Llama, tied"].config().num_hidden_layers
     assert set(devices.values()) == {"absent:0"}

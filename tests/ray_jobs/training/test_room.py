@@ -49,7 +49,7 @@ print(json.dumps({**answer, "cpus": ray.cluster_resources().get("CPU", 0)}))
 
 
 def ask(address: str, num_workers: int, kind: str, config: str = "") -> dict[str, Any]:
-    """What a job of that many workers of one CPU is told, from a driver of its own."""
+    """The outcome of a job of that many workers of one CPU, in a driver of its own."""
     command = [sys.executable, "-W", "ignore", "-c", JOB, address, str(num_workers), kind, config]
     done = subprocess.run(
         command, env={**os.environ, **CLIENT}, capture_output=True, text=True, timeout=120, check=False

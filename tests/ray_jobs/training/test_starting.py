@@ -130,11 +130,11 @@ def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_i
 def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
     version = published(changed(config, store), store)
     from_it = f"train.start_from=colours@{version.version}"
-    for override, told in (
+    for override, message in (
         ("method.rank=4", f"{version.version} was trained with method.rank = 8, and this run has 4: set it so"),
         ("method.name=rslora", "was trained with method.scaling = 'classic', and this run has 'rslora'"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             chosen(changed(config, store, from_it, override), store, override)
     other = build_base(tmp_path, seed=1)
     with pytest.raises(IntegrityError, match=r"the adapter was trained on .* and today that is"):
