@@ -83,7 +83,7 @@ def evaluate(
 
     What the run's decision was made of, and an alias moved on, is not measured anew.
 
-    `standby` are the workers of the training, if they are still there; they are let go of.
+    `standby` are the workers of the training, if they are still there; they are released.
 
     Raises:
         UserError: dataset, version or base do not exist, or no held-out record fits the context.

@@ -74,7 +74,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A version on this machine: its adapter, the base that it stands on, and what it is compared on."""
+    """A version on this machine: its adapter, the base of the adapter, and what it is compared on."""
 
     version: Version
     config: RunConfig

@@ -37,7 +37,7 @@ class Compared:
     """What people call the other model."""
     confidence: float
     relative: bool = False
-    """Whether the gain is asked for as a share of the other model's metric."""
+    """Whether the required gain is a share of the other model's metric."""
 
     @property
     def amounts(self) -> Metric:
@@ -136,7 +136,7 @@ def remembers(tolerance: float, compared: Compared) -> RuleResult:
 def stays_near_base(most: float, compared: Compared) -> RuleResult:
     """On the base's own answers, the candidate is sure to have moved from it by no more than `most`.
 
-    The other number is 0: of itself, a model is nowhere apart. So the gain is the divergence with its sign turned.
+    The base's own divergence is 0, so the gain is the divergence with its sign reversed.
     """
     metric, between = compared.metric, compared.bounds
     at_most = f"at most {metric.bound_text(most)}"

@@ -24,8 +24,8 @@ class Slice:
 def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
     """In no slice is the candidate shown to be worse than the champion by more than allowed; None without slices.
 
-    A slice of fewer records than `gate.min_records` is not judged. All of them together are mistaken no more often than
-    one may be, by Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the surer each.
+    A slice of fewer records than `gate.min_records` is not judged. All of them together have one error rate, by Holm's
+    procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the more confidence each needs.
     """
     found = list(_slices(policy, compared))
     if not found:

@@ -13,8 +13,8 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
     """In no suite is the candidate shown to pass fewer items than the base, by more than the margin.
 
     A suite that was left out, and one of which the base passes so few items that not even their loss would show, is not
-    judged. Where none is left, the gate cannot tell. Of those that are, all together are mistaken no more often than
-    one may be (Holm).
+    judged. Where none is left, the gate cannot tell. Those that are judged have
+    one error rate together (Holm).
     """
     measured = [suite for suite in evaluation.suites if not suite.left_out]
     unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]

@@ -94,7 +94,7 @@ def manifest(facts: Served, server: Server) -> Any:
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:
-    """Any version of the adapter is asked for as model="BASE:VERSION", and loaded then.
+    """Requests name any version of the adapter as model="BASE:VERSION"; it is loaded then.
 
     The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: it takes the name of a folder below it for
     the adapter's (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids).
@@ -150,7 +150,7 @@ def _vllm(facts: Served) -> list[str]:
 
 
 def _vllm_resolver(facts: Served) -> list[str]:
-    """For a vLLM that Fineloop is installed beside: any version or alias is asked for as model="NAME@VERSION"."""
+    """For a vLLM with Fineloop installed: requests name any version or alias as model="NAME@VERSION"."""
     environment = {FOLDER_VARIABLE: f"./{facts.name}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}
     return ["env", *[f"{name}={value}" for name, value in environment.items()], *_vllm_with_lora(facts)]
 

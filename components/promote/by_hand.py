@@ -32,7 +32,7 @@ class Person:
         return aliases.Cause(run_id, self.by or self.otherwise, self.reason, evidence or {})
 
     def require_name_and_reason(self, what: str) -> None:
-        """Nothing where both are given.
+        """Require both.
 
         Raises:
             UserError: one of them is missing.

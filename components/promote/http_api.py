@@ -17,9 +17,9 @@ BUSY = (429, 502, 503, 504)
 TIMEOUT_S = (5, 15)
 """To connect, and between two pieces of an answer."""
 PATIENCE_S = 30
-"""For all that one server is asked."""
+"""For all requests to one server."""
 MOST_BYTES, MOST_ERROR_BYTES, CHUNK_BYTES = 4 * 2**20, 64 * 2**10, 8 * 2**10
-"""Kept of an answer and of an error, and read at once."""
+"""Bytes kept of an answer and of an error, and read at a time."""
 SHOWN = 200
 
 

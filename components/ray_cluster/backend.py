@@ -167,7 +167,7 @@ class Turns:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Around one reading; one that raises does not count."""
+        """Measure one reading; one that raises does not count."""
         began = self._clock()
         yield
         ended = self._clock()

@@ -155,7 +155,7 @@ def _connect(address: str) -> Any:
 
 
 def _call(what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
-    """Ask the cluster; a network that fails is asked again for `patience_s`.
+    """Call the cluster; a request that the network fails is repeated for `patience_s`.
 
     Raises:
         JobError: it did not answer, or refused.

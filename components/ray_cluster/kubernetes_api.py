@@ -198,7 +198,7 @@ class KubernetesApi:
         return self.call(f"read the log of pod {name}", read)
 
     def call(self, what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
-        """Ask the API server; what may pass is asked again for `patience_s`.
+        """Call the API server; a request whose failure may pass is repeated for `patience_s`.
 
         Raises:
             JobError: it did not answer, or refused: says what is missing.

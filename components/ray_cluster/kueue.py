@@ -32,7 +32,7 @@ class KueueQueue:
 
 
 def waits_for(workloads: Sequence[Resource]) -> str:
-    """What the newest workload of a job says: why it was put back, and why it is not let in.
+    """What the newest workload of a job says: why it was requeued, and why it is not admitted.
 
     A request that never fits reads "request > maximum capacity"; a preempted one names what took its place.
     """

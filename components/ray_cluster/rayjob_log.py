@@ -29,7 +29,7 @@ class JobLog:
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
-        """Copy what is new, from whichever source answers; at the end every source is asked once more."""
+        """Copy what is new, from whichever source answers; at the end every source is read once more."""
         if final or self._turns.is_due:
             with self._turns.reading():
                 self._copy_new(status, final=final)

@@ -124,7 +124,7 @@ def stop_run(run_id: str, ray: RayConfig | None = None) -> list[str]:
 
 
 def connect(ray: RayConfig | None = None) -> Backend:
-    """The way to the cluster that the config names; without a config, to that of RAY_ADDRESS.
+    """The backend of the cluster that the config names; without a config, that of RAY_ADDRESS.
 
     Raises:
         UserError: it is not set, or not right.

@@ -277,7 +277,7 @@ def move_alias(
 
 
 def _returning(back_to: Event | None, cause: Cause, last: Reference | None) -> dict[str, Any]:
-    """By what a version is held, and on which move it lies."""
+    """The evidence by which a version is held, and the move beneath it."""
     if back_to is None:
         return {"evidence": dict(cause.evidence), "beneath": last}
     kept = {key: back_to.body[key] for key in ("beneath",) if key in back_to.body}  # release 0.1.0 did not write it

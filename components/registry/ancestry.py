@@ -28,7 +28,7 @@ class Ancestor:
 
 
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
-    """KIND=NAME, each once, as `descendants` takes them.
+    """Parse KIND=NAME terms, each kind once, for `descendants`.
 
     Raises:
         UserError: one is not of that form, or of no such kind.
@@ -85,7 +85,7 @@ def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancest
 
 
 def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
-    """Versions of the adapter, newest first, whose lineage names all that is asked for.
+    """Versions of the adapter, newest first, whose lineage matches all terms.
 
     A base, commit, config or dataset may be given by its beginning, a source and a parent whole.
     """

@@ -184,7 +184,7 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
 
 
 def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
-    """Nothing where the base is the one by whose content it was named, and the one that `chosen.json` has all use."""
+    """Require that the base has the content that names it, and is the one that `chosen.json` names for all."""
     digests = encode_json({path: digest["sha256"] for path, digest in manifest.files.items()})
     if not hashlib.sha256(digests).hexdigest().startswith(content):
         raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")

@@ -28,7 +28,7 @@ class _Named(Part):
 
 
 class Evidence(Part):
-    """What a move stands on."""
+    """The evidence for a move."""
 
     decision: str = ""
     """URI of a gate's decision; empty where a person moved the alias."""
@@ -37,7 +37,7 @@ class Evidence(Part):
     anchor: str | None = None
     """The best version so far, from this move on."""
     anchor_before: str | None = None
-    """The one in whose place a person put it."""
+    """The one that a person replaced by it."""
     test_set: list[str] = []
 
 

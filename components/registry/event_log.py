@@ -49,7 +49,7 @@ def publication(version: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
-    """Nothing where the log says that the version was published with this very manifest.
+    """Require that the log says that the version was published with exactly this manifest.
 
     Raises:
         IntegrityError: it does not.

@@ -44,9 +44,9 @@ def next_part(decided: Sequence[int], *, enough: int) -> int:
 
 
 def confidence_at(look: int, confidence: float) -> float:
-    """How sure the k-th look has to be, so that all of them together are mistaken no more often than one may be.
+    """How sure the k-th look has to be, so that all of them together have the error rate of one.
 
-    Each spends 1 / (k (k + 1)) of what there is: the sum over all looks is 1, however many there will be.
+    Each spends 1 / (k (k + 1)) of it: the sum over all looks is 1, however many there will be.
     """
     return 1 - (1 - confidence) / (look * (look + 1))
 

@@ -251,7 +251,7 @@ def said(store: Store, name: str, version: str, manifest_sha256: str, trusted: S
 
 
 def require_signed(store: Store, name: str, version: str, manifest_sha256: str, *, alias: str = "") -> None:
-    """Nothing where the registry's config trusts no key. An empty alias means whichever.
+    """Require a trusted signature, unless the registry's config trusts no key. An empty alias means any.
 
     Raises:
         IntegrityError: none of the keys that it trusts has signed the version for the alias, or one has revoked it.

@@ -100,7 +100,7 @@ def list_adapters(store: Store) -> list[str]:
 
 
 def require_adapter(store: Store, name: str) -> None:
-    """Nothing where there is such an adapter.
+    """Require that there is such an adapter.
 
     Raises:
         UnknownName: there is none.

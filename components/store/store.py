@@ -124,7 +124,7 @@ class Store:
             answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
             try:
                 return answer["Body"].read(), answer["ETag"]
-            except (HTTPClientError, IncompleteReadError):  # a body that breaks off is not asked for again by botocore
+            except (HTTPClientError, IncompleteReadError):  # botocore does not repeat a read whose body breaks off
                 if attempt == ATTEMPTS:
                     raise
         raise AssertionError("unreachable")

@@ -65,7 +65,7 @@ def connected(options: argparse.Namespace) -> "Kubeflow":
 
 
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
-    """The compiled pipeline and its parameters, checked before any server is asked."""
+    """The compiled pipeline and its parameters, checked before any request."""
     from pipelines.kubeflow import package, parameters
     from pipelines.kubeflow.reach import check_reach
 

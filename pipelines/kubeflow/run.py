@@ -142,7 +142,7 @@ def stamp(moment: datetime | None) -> str | None:
 
 
 class Specs:
-    """The pipeline of each run; a version is asked for once."""
+    """The pipeline of each run; a version is requested once."""
 
     def __init__(self, kubeflow: Kubeflow) -> None:
         self._kubeflow = kubeflow

@@ -14,7 +14,7 @@ from pipelines.kubeflow.run import Run, TaskRun
 POLL_S = (0.5, 10.0)
 """Seconds until the next request: the first after a change, growing to the second while nothing changes."""
 PROGRESS_S = 30.0
-"""How often the training is asked how far it is."""
+"""How often the progress of the training is read."""
 OUTAGE_S = 300.0
 """A server that is away for longer ends the waiting; the run goes on."""
 

@@ -6,7 +6,7 @@ once by all workers and from then on only pulled:
 bases/<id>/chosen.json   which folder beside it all adapters use: that of the first run to finish one
 bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
      <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
-     <init>.json               what it was made from, and what the making found
+     <init>.json               what it was made from, and what its making measured
 
 Other hardware may give other numbers, so each content has a folder: files of two builds never mix. Release 0.1.0 wrote
 the files to bases/<id>/ itself, which is still read.
@@ -58,10 +58,10 @@ class Start(Protocol):
     def compute(
         self, config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
     ) -> Any:
-        """The making, which all workers share; rank 0 has the result. Raises ConfigError on all of them or on none."""
+        """Compute the base on all workers; rank 0 has the result. Raises ConfigError on all of them or on none."""
 
     def write(self, config: RunConfig, original: Base, computed: Any, folder: Path, init_path: Path) -> dict[str, Any]:
-        """Write the model to `folder` and the first weights to `init_path`, on rank 0; gives what the making found.
+        """Write the model to `folder` and the first weights to `init_path`, on rank 0; gives what was measured.
 
         What else the original's folder holds, as its tokenizer, is put beside it.
 
@@ -78,7 +78,7 @@ def start_of(init: Init) -> Start:
 
 
 def is_needed(method: MethodConfig) -> bool:
-    """Whether adapters of this method stand on a base of their own."""
+    """Whether adapters of this method have a base of their own."""
     return method.row.init in OWN_BASE
 
 

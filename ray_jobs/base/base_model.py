@@ -63,7 +63,7 @@ def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
 
     `recorded` is the identity that a version's lineage gives its base: no other base is returned, and of the hub that
-    commit is asked for, wherever its branch is today.
+    commit is fetched, wherever its branch is today.
 
     Raises:
         ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
@@ -79,7 +79,7 @@ def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -
 
 
 def require_same(base: Base, recorded: Mapping[str, str]) -> None:
-    """Nothing where the base is the one whose identity a version's lineage gives.
+    """Require that the base is the one whose identity a version's lineage gives.
 
     Raises:
         IntegrityError: it is another one.

@@ -15,7 +15,7 @@ class Packing:
 
     common: int
     rests: tuple[int, ...]
-    """Tokens of each record after the common beginning, 1 or more."""
+    """Tokens of each record after the common prefix, 1 or more."""
     read: Tensor | None = field(default=None, compare=False)
     """Tokens whose last hidden states are read, int64 (A,) on the CPU; None where that may be all."""
     device: torch.device = CPU
@@ -40,7 +40,7 @@ class Packing:
 
     @cached_property
     def places(self) -> Tensor:
-        """Of each token after the common beginning, its place among N x S padded ones."""
+        """Of each token after the common prefix, its place among N x S padded ones."""
         starts = [record * self.longest for record in range(len(self.rests))]
         ranges = [torch.arange(start, start + rest) for start, rest in zip(starts, self.rests, strict=True)]
         return torch.cat(ranges).to(self.device)
@@ -66,7 +66,7 @@ class Packing:
         return related.tril()[None, None]
 
     def apart(self, row_TXD: Tensor) -> tuple[Tensor, Tensor]:
-        """Heads of the common beginning's tokens, (1, X, C, D), and of each record's rest, (N, X, S, D), with zeros
+        """Heads of the common prefix's tokens, (1, X, C, D), and of each record's rest, (N, X, S, D), with zeros
         behind it."""
         rest = row_TXD.new_zeros(len(self.rests) * self.longest, *row_TXD.shape[1:])
         rest[self.places] = row_TXD[self.common :]

@@ -89,7 +89,7 @@ class Packed:
 
     heads: Heads
     shapes: list[Shape]
-    """Of the records' rests and, where there is one, the common beginning."""
+    """Of the records' rests and, where there is one, the common prefix."""
     common: int
     of_parts: Tensor
     """Where in a row of X what parts are made of comes from."""

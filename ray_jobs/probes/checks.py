@@ -8,7 +8,7 @@ from typing import Any
 from components.shared.answers import normal
 
 VERSION = 1
-"""Rises when an answer that passed would fail, or the other way: what an earlier release has checked is asked again."""
+"""Raised when an answer that passed would fail, or the reverse: what earlier releases checked is measured again."""
 REFUSAL = re.compile(
     r"\b(i|we)( am|'m| are|'re) (very |so |truly )?(sorry|unable|not able|not going to|not comfortable)\b"
     r"|\b(i|we) (cannot|can not|can't|could not|couldn't|will not|won't|shall not|must not|mustn't)\b"

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
-    """Who stands on the base that the first one is or stands on."""
+    """The contenders on the base of the first one."""
     return [each for each in contenders if each.base_identity == contenders[0].base_identity]
 
 

@@ -20,7 +20,7 @@ def sample(
 ) -> list[list[int]]:
     """An answer to each prompt, with the stop that ends it, or cut after `max_new_tokens`.
 
-    What chance decides hangs on a prompt's id alone, which is a number: prompts may be shared out in any way.
+    The random numbers depend on a prompt's id alone, which is a number: prompts may be shared out in any way.
     """
     result: list[list[int]] = [[] for _ in range(len(prompts))]
 
@@ -52,7 +52,7 @@ def draw(logits_BV: torch.Tensor, chances_B: torch.Tensor) -> torch.Tensor:
 class Drawing(LogitsProcessor):
     """Leaves greedy decoding one token to choose: the one that was drawn.
 
-    `generate` has its own sampling, whose random numbers hang on the batch.
+    `generate` has its own sampling, whose random numbers depend on the batch.
     """
 
     def __init__(self, chances_BN: Array, *, begun: int) -> None:

@@ -60,7 +60,7 @@ class Questions:
         return self
 
     def run(self, subject: Subject, found: Findings) -> dict[str, list[str]]:
-        """A model's greedy answers to what it is still to be asked, by suite."""
+        """A model's greedy answers to the questions that it has not answered yet, by suite."""
         from ray_jobs.scoring.generation import greedy
 
         return {
@@ -79,7 +79,7 @@ class Questions:
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Questions:
-    """The suites of the config, for those who have not been asked yet.
+    """The suites of the config, for the roles that have not answered them yet.
 
     Of the versions of earlier runs, and of the base, it is known what those runs have found.
     """
@@ -99,7 +99,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def passing(name: str, chat: ChatFormat) -> Passes:
-    """What makes an answer pass in this suite, given the item that was asked."""
+    """What makes an answer pass in this suite, given its item."""
     if name == "tool_calls":
         calls = Calls.of(chat, shipped()[name]["tools"])
         assert calls is not None  # else the suite is left out

@@ -57,14 +57,14 @@ class LocalContender:
     role: Role
     config: RunConfig
     base: Base
-    """What it stands on: an adapter on the weights that it was trained on, the base alone on its own."""
+    """Its base: for an adapter the weights that it was trained on."""
     adapter: Path | None
     chat: ChatFormat
     split: TokenizedSplit
 
     @property
     def dtype(self) -> "torch.dtype":
-        """What its base is in on this worker."""
+        """The dtype of its base on this worker."""
         return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
     def load_base(

@@ -37,7 +37,7 @@ from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.worker import fit
 
 ENDING_S = 60
-"""How long a trial that is stopped may take to let go of what it holds, before its process is given up for another."""
+"""How long a trial that is stopped may take to release what it holds, before its process is given up for another."""
 
 
 @dataclass
@@ -195,7 +195,7 @@ def train_trial(
 
 
 def make_own_base(config_toml: str) -> None:
-    """Make the base that the method's adapters stand on, unless the store has it."""
+    """Make the base of the method's adapters, unless the store has it."""
     config = config_file.loads(config_toml)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)

@@ -30,7 +30,7 @@ BEGIN = "{{ bos_token }}"
 """Goes before it where the tokenizer begins every text so: the base has read nothing else, and servers do it too."""
 THINK, END_THINK = "<think>", "</think>"
 CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
-"""Goes after a template that opens a block of reasoning whatever it is asked, where none is wanted."""
+"""Goes after a template that always opens a block of reasoning, where none is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
 """What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
 Turn = Mapping[str, Any]

@@ -20,7 +20,7 @@ MEASURED = {
 
 
 def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
-    """What the adapter is, what it stands on, how it came to be and how to load it. Markdown."""
+    """What the adapter is, its base, how it was made and how to load it. Markdown."""
     training, dataset, recipe = lineage["training"], lineage["dataset"], lineage["recipe"]
     identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
     eval_loss = training["eval_loss"]

@@ -47,7 +47,7 @@ def wait_for_room(per_worker: Mapping[str, float], num_workers: int, log: Callab
     try:
         while not group.wait(POLL_S):
             said = _autoscaling_state()
-            # What others hold now may be free later. And what it says may be older than that they have let go of it.
+            # What others hold now may be free later, and the report may be older than its release.
             if said is None or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
                 refused.clear()
                 continue
