@@ -160,12 +160,12 @@ def _evaluation(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     }
 
 
-def _advice(asked: Choice, better: Choice | None) -> dict[str, Any] | None:
+def _advice(configured: Choice, better: Choice | None) -> dict[str, Any] | None:
     if better is None:
         return None
     return {
         "settings": better.settings(),
-        "changes": better.changes(asked),
+        "changes": better.changes(configured),
         "memory_bytes": better.parts.as_json(),
     }
 

@@ -92,9 +92,9 @@ class Choice:
         )
         return dict(zip(SETTINGS, values, strict=True))
 
-    def changes(self, asked: "Choice") -> dict[str, Any]:
+    def changes(self, configured: "Choice") -> dict[str, Any]:
         """Where it differs."""
-        before = asked.settings()
+        before = configured.settings()
         return {key: value for key, value in self.settings().items() if value != before[key]}
 
 
@@ -229,7 +229,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     raise ConfigError(
         f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
         f"({parts_text(parts)}) and has {memory / GIB:.1f}. "
-        f"{_way_out(choice, advised(config, rehearsal, batch, safe), batch)}"
+        f"{_remedy(choice, advised(config, rehearsal, batch, safe), batch)}"
     )
 
 
@@ -265,9 +265,9 @@ def pod_memory(config: RunConfig) -> int | None:
     return cluster.worker.memory_gib * GIB * cluster.pods(workers) // workers
 
 
-def _way_out(asked: Choice, better: Choice | None, batch: WorstBatch) -> str:
+def _remedy(configured: Choice, better: Choice | None, batch: WorstBatch) -> str:
     if better is not None:
-        changes = " ".join(setting(key, value) for key, value in better.changes(asked).items())
+        changes = " ".join(setting(key, value) for key, value in better.changes(configured).items())
         return f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
     return (
         f"Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length below "

@@ -82,11 +82,11 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: lm-eval is not installed, does not know a task, or the folder of one's own is missing.
     """
-    asked: EvaluateConfig = config.evaluate
-    if not asked.lm_eval:
+    evaluate: EvaluateConfig = config.evaluate
+    if not evaluate.lm_eval:
         return
-    known = _manager(asked.lm_eval_include).all_tasks
-    if unknown := [name for name in asked.lm_eval if name not in known]:
+    known = _manager(evaluate.lm_eval_include).all_tasks
+    if unknown := [name for name in evaluate.lm_eval if name not in known]:
         raise ConfigError(
             f"evaluate.lm_eval: lm-eval {metadata.version('lm_eval')} knows no task {', '.join(unknown)}: "
             "`lm-eval ls tasks` lists those that it ships; the folder of your own goes into evaluate.lm_eval_include"
@@ -100,14 +100,14 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
         ConfigError: as `check`.
     """
     check(config)
-    asked = config.evaluate
-    if not asked.lm_eval:
+    evaluate = config.evaluate
+    if not evaluate.lm_eval:
         return NO_TASKS
     known = HarnessScores(
         lm_eval=metadata.version("lm_eval"),
-        tasks=tuple(dict.fromkeys(asked.lm_eval)),
-        limit=asked.lm_eval_limit,
-        include_sha256=_sha256(Path(asked.lm_eval_include)) if asked.lm_eval_include else "",
+        tasks=tuple(dict.fromkeys(evaluate.lm_eval)),
+        limit=evaluate.lm_eval_limit,
+        include_sha256=_sha256(Path(evaluate.lm_eval_include)) if evaluate.lm_eval_include else "",
         base_format=config.method.row.base,
     )
 
@@ -117,7 +117,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
     scores = earlier.known(store, config, contenders, found)
     ours = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
-    return Tasks(asked.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
+    return Tasks(evaluate.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
 
 
 def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:

@@ -84,26 +84,26 @@ class OwnAnswers(texts.Texts):
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> OwnAnswers:
     """The answers, for those who have not read them yet; where no earlier run has drawn them, the prompts."""
-    asked = undrawn(chat, config)
-    if not len(asked.split):
-        return asked
+    ours = undrawn(chat, config)
+    if not len(ours.split):
+        return ours
     for _, before, same_base in earlier.evaluations(store, contenders):
         theirs = before.own_answers
-        if theirs is None or not same_base or theirs.base_format != asked.known.base_format:
+        if theirs is None or not same_base or theirs.base_format != ours.known.base_format:
             continue
-        if theirs.asked_sha256 == asked.known.asked_sha256 and theirs.answers and "base" in theirs.nll:
-            asked = asked.answered(theirs.answers)
+        if theirs.asked_sha256 == ours.known.asked_sha256 and theirs.answers and "base" in theirs.nll:
+            ours = ours.answered(theirs.answers)
             break
-    return asked.without_known(store, config, contenders)
+    return ours.without_known(store, config, contenders)
 
 
 def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     """The first `evaluate.own_answers` prompts, formatted with the base's chat template; not answered yet."""
     source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
-    asked = source["prompts"][: config.evaluate.own_answers]
+    prompts = source["prompts"][: config.evaluate.own_answers]
     longest = min(NEW_TOKENS, config.model.max_length // 2)
     # An answer is needed to make a record; its prompt alone is taken.
-    records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(asked)]
+    records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(prompts)]
     tokenized = tokenize(records, chat, config.model.max_length - longest)
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
     split = texts.as_split(rows, [len(row) for row in rows], ids=tokenized.ids)
@@ -115,7 +115,7 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
         nll={},
         asked_sha256=hashlib.sha256(how.encode()).hexdigest(),
     )
-    return OwnAnswers(split, frozenset(), known, new_tokens=longest if asked else 0)
+    return OwnAnswers(split, frozenset(), known, new_tokens=longest if prompts else 0)
 
 
 def _turns(said: Sequence[str]) -> list[Message]:

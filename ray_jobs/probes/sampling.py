@@ -25,10 +25,10 @@ def sample(
     result: list[list[int]] = [[] for _ in range(len(prompts))]
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
-        asked = [prompts.prompt(index) for index in indices]
+        batch = [prompts.prompt(index) for index in indices]
         chances_BN = np.stack([chances(prompts.ids[index], max_new_tokens, seed) for index in indices])
-        drawing = LogitsProcessorList([Drawing(chances_BN, begun=max(map(len, asked)))])
-        found = generated(model, chat, asked, max_new_tokens, logits_processor=drawing)
+        drawing = LogitsProcessorList([Drawing(chances_BN, begun=max(map(len, batch)))])
+        found = generated(model, chat, batch, max_new_tokens, logits_processor=drawing)
         for index, row in zip(indices, found.tolist(), strict=True):
             result[index] = _until_stop(row, chat.stops)
 

@@ -83,11 +83,11 @@ def pairs_of(
     relative: bool = False,
 ) -> Pairs:
     """Two models on the same records, by one metric; `groups` names each record's, where they have one."""
-    asked = metric_of(metric)
-    ours, theirs = (np.array([_of_record(each, asked) for each in scores]) for scores in (candidate, other))
-    weights = np.array(num_answer_tokens, dtype=np.float64) if asked.per_token else np.ones(len(ours))
+    chosen = metric_of(metric)
+    ours, theirs = (np.array([_of_record(each, chosen) for each in scores]) for scores in (candidate, other))
+    weights = np.array(num_answer_tokens, dtype=np.float64) if chosen.per_token else np.ones(len(ours))
     numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
-    return Pairs(ours, theirs, weights, numbered, asked.lower_is_better, asked.exponential, relative)
+    return Pairs(ours, theirs, weights, numbered, chosen.lower_is_better, chosen.exponential, relative)
 
 
 def paired_difference(

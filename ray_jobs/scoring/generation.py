@@ -40,12 +40,12 @@ def greedy(
     reader = Reader(model, prompts, chat.pad) if prompts and Reader.takes(model) else None
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
-        asked = [prompts[index] for index in indices]
+        batch = [prompts[index] for index in indices]
         words = None if on_text is None else _Words(chat.tokenizer, on_text)
         if reader is None:
-            found = _texts(chat, generated(model, chat, asked, max_new_tokens, streamer=words))
+            found = _texts(chat, generated(model, chat, batch, max_new_tokens, streamer=words))
         else:
-            found = answers_to(reader, reader.read(asked), asked, chat, max_new_tokens, words)
+            found = answers_to(reader, reader.read(batch), batch, chat, max_new_tokens, words)
         for index, text in zip(indices, found, strict=True):
             result[index] = text
         advance(len(indices))
