@@ -11,10 +11,12 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
+# A shell may forbid bytecode: each of the processes that tests start would then compile Fineloop anew.
+unexport PYTHONDONTWRITEBYTECODE
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test slow full lint docs bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow slow-rays slow-others full lint docs bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -59,8 +61,15 @@ test: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and not slow" $(SIDE_BY_SIDE)
 
 slow: $(READY)
-	@# Trainings by several Rays at once take each other's time: one after the other they need a third of it.
-	@$(BIN)/python -m pytest -m "$(HERE) and slow and e2e"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target slow-rays slow-others
+
+# Several Rays at once take each other's time, and one waits half of its own. So they go one after the other beside what
+# needs none, for which a process less is left; with one thread a process, as under xdist: tests/conftest.py.
+slow-rays: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(HERE) and slow and e2e"
+
+slow-others: WORKERS := $(shell expr $(WORKERS) - 1)
+slow-others: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
 
 full: $(READY)
