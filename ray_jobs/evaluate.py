@@ -240,13 +240,13 @@ def compared(
             if role != "candidate"
         },
         confusion=confusion(
-            [without_reasoning(record.told) for record in records], [score.text for score in scores["candidate"]]
+            [without_reasoning(record.answer_text) for record in records], [score.text for score in scores["candidate"]]
         ),
         samples=[
             {
                 "id": records[row].id,
                 "prompt": records[row].asked,
-                "reference": records[row].told,
+                "reference": records[row].answer_text,
                 **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }
             for row in shown
@@ -291,7 +291,7 @@ def _write_records(
     columns: dict[str, Any] = {
         "id": [record.id for record in records],
         "prompt": [json.dumps([turn.as_json() for turn in record.prompt], ensure_ascii=False) for record in records],
-        "reference": [record.told for record in records],
+        "reference": [record.answer_text for record in records],
         "answer_tokens": list(tokens),
     }
     for name in ("group", "source"):

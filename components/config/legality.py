@@ -33,7 +33,7 @@ class Cell:
     cpu_offload: bool
     gradient_checkpointing: bool
 
-    def told(self, than: "Cell") -> str:
+    def described(self, than: "Cell") -> str:
         """Where this cell differs from another, as settings."""
         return ", ".join(
             setting(FIELDS[field.name], getattr(self, field.name))

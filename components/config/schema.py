@@ -90,6 +90,13 @@ class DataConfig(Section):
     min_new_records: Annotated[int, Field(ge=0)] = 0
     """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
     not lost: they count again next time. 0 never skips."""
+    personal: Annotated[Literal["report", "mask", "drop"], Added("0.2.0")] = "report"
+    """What is done with e-mail addresses, phone and card numbers, IBANs, keys and tokens in messages: counted in the
+    profile, masked (such as [EMAIL]) before anything is stored, or their records left out."""
+    phone_regions: Annotated[list[Annotated[str, StringConstraints(pattern="^[A-Z]{2}$")]], Added("0.2.0")] = []
+    """Countries (such as DE) whose phone numbers count as personal data without their leading + as well."""
+    personal_names: Annotated[bool, Added("0.2.0")] = False
+    """Look for people's names as well, with Presidio's English model; needs the package presidio-analyzer."""
     loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
     """Which answers of a conversation are trained on: the last one, or all of the assistant's turns. Evaluation
     always uses the last one."""
@@ -288,7 +295,7 @@ class RunConfig(Section):
             reasons = "; ".join(rule.reason for rule in broken)
             raise ValueError(
                 f"method.name {self.method.name} cannot be trained like this: {reasons}. "
-                f"Nearest to it: {nearest_legal(self.cell).told(than=self.cell)}"
+                f"Nearest to it: {nearest_legal(self.cell).described(than=self.cell)}"
             )
         return self
 

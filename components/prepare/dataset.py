@@ -65,7 +65,7 @@ class Record:
         return [{"role": turn.role, "content": turn.content or turn.more} for turn in self.prompt]
 
     @property
-    def told(self) -> str:
+    def answer_text(self) -> str:
         """The answer for people: its text, or else its calls."""
         return self.answer or self.calls
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
 from components.prepare.local_copies import local_copies
+from components.prepare.personal import Kind
 from components.prepare.row import SourceRow, Unreadable
 from components.prepare.rows import read_rows
+from components.prepare.screen import Screen
 from components.prepare.shapes import EXPECTED, Shape, advice, as_record, columns_read, recognised
 from components.prepare.sources import Source
 from components.prepare.validate import KeyedRecord, validate
@@ -32,6 +34,8 @@ class SourceCount:
     source: Source
     rows: int
     rejected: int
+    withheld: int = 0
+    """Records that hold personal data, where data.personal leaves them out."""
 
 
 @dataclass
@@ -42,6 +46,12 @@ class Intake:
     rejects: list[Reject] = field(default_factory=list)
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
+    withheld: int = 0
+    """Records that hold personal data, where data.personal leaves them out."""
+    personal: Counter[Kind] = field(default_factory=Counter)
+    """Pieces of personal data in the records that are usable, by kind."""
+    with_personal: int = 0
+    """Usable records that hold any."""
     num_known_form: int = 0
     """Rows whose columns are those of a record, whatever they hold."""
     shapes: Counter[str] = field(default_factory=Counter)
@@ -51,7 +61,7 @@ class Intake:
     @property
     def num_rows(self) -> int:
         """Rows read, good and bad."""
-        return len(self.accepted) + len(self.rejects)
+        return len(self.accepted) + len(self.rejects) + self.withheld
 
     @property
     def rejected_share(self) -> float:
@@ -62,7 +72,7 @@ class Intake:
         """Each source with the records that it gave."""
         start = 0
         for each in self.sources:
-            end = start + each.rows - each.rejected
+            end = start + each.rows - each.rejected - each.withheld
             yield each.source, self.accepted[start:end]
             start = end
 
@@ -81,8 +91,14 @@ class Intake:
         ]
 
 
-def read(sources: Sequence[Source], *, group: str = "", columns: ColumnsConfig | None = None) -> Intake:
-    """Validate every row of every source; `group` is data.group, and `columns` data.columns.
+def read(
+    sources: Sequence[Source],
+    *,
+    group: str = "",
+    columns: ColumnsConfig | None = None,
+    screen: Screen | None = None,
+) -> Intake:
+    """Validate every row of every source; `group` is data.group, `columns` data.columns; `screen` sees each message.
 
     What shape the rows are in is said at the first row that can be used, with the row and the record that it becomes.
 
@@ -90,12 +106,12 @@ def read(sources: Sequence[Source], *, group: str = "", columns: ColumnsConfig |
         DataError: a source cannot be opened.
         StoreError: an s3:// source cannot be read.
     """
-    intake, named = Intake(), columns or ColumnsConfig()
+    intake, named, screen = Intake(), columns or ColumnsConfig(), screen or Screen()
     found: Counter[tuple[str, ...]] = Counter()
     shapes: dict[tuple[str, ...], Shape | None] = {}
     shown: set[str] = set()
     for source, path in local_copies(sources):
-        rows_before, rejected_before = intake.num_rows, len(intake.rejects)
+        rows_before, rejected_before, withheld_before = intake.num_rows, len(intake.rejects), intake.withheld
         for row in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
             shape = None
             if isinstance(row.value, dict):
@@ -104,21 +120,31 @@ def read(sources: Sequence[Source], *, group: str = "", columns: ColumnsConfig |
                 if names not in shapes:
                     shapes[names] = recognised(names, named)
                 shape = shapes[names]
+            screen.begin()
             try:
                 if isinstance(row.value, Unreadable):
                     raise DataError(row.value.reason)
                 value = as_record(row.value, shape, named, group=group) if isinstance(row.value, dict) else row.value
-                record = validate(value, group=group, source=source.entry)
+                record = validate(value, group=group, source=source.entry, screen=screen.message)
             except DataError as exc:
-                intake.rejects.append(Reject(source.name, row.line, str(exc), _row_text(row)))
+                intake.rejects.append(Reject(source.name, row.line, str(exc), screen.kept(_row_text(row))))
+                continue
+            if not screen.end():
+                intake.withheld += 1
                 continue
             intake.accepted.append(record)
             if shape and shape.name not in shown:
                 shown.add(shape.name)
-                _show(source, row, shape, record)
-        counted = SourceCount(source, intake.num_rows - rows_before, len(intake.rejects) - rejected_before)
+                _show(source, row, screen.kept(_row_text(row)), shape, record)
+        counted = SourceCount(
+            source,
+            intake.num_rows - rows_before,
+            len(intake.rejects) - rejected_before,
+            intake.withheld - withheld_before,
+        )
         intake.sources.append(counted)
         logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
+    intake.personal, intake.with_personal = screen.found, screen.records
     for names, count in found.items():
         for column in names:
             intake.columns[column] += count
@@ -128,7 +154,7 @@ def read(sources: Sequence[Source], *, group: str = "", columns: ColumnsConfig |
     return intake
 
 
-def _show(source: Source, row: SourceRow, shape: Shape, record: KeyedRecord) -> None:
+def _show(source: Source, row: SourceRow, row_text: str, shape: Shape, record: KeyedRecord) -> None:
     asked = (
         record.record.asked
         if isinstance(record.record.asked, str)
@@ -139,9 +165,9 @@ def _show(source: Source, row: SourceRow, shape: Shape, record: KeyedRecord) -> 
         source.name,
         row.line,
         shape.name,
-        _row_text(row)[:_MAX_SHOWN_CHARS],
+        row_text[:_MAX_SHOWN_CHARS],
         asked[:_MAX_SHOWN_CHARS],
-        record.record.told[:_MAX_SHOWN_CHARS],
+        record.record.answer_text[:_MAX_SHOWN_CHARS],
     )
 
 

@@ -10,6 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare import dataset, intake, news
 from components.prepare.judges import require_enough
 from components.prepare.profile import build_profile
+from components.prepare.screen import Screen
 from components.prepare.shapes import columns_read
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REASONS_TOLD = 3
+REASONS_SHOWN = 3
 MEMORY_SHARE = 0.8
 """Of what is free: records are all held at once, and small files may unpack to more than any machine has."""
 
@@ -49,7 +50,7 @@ class PreparedDataset:
     """False when the store already held these records: nothing was written."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """For a person."""
         kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
         reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items() if count]
@@ -141,12 +142,14 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
     watermark.note(step_run.store, watermark.Consumed(step_run.run_id, as_of, fingerprints, records))
     step_run.result.update(vars(prepared))
     since = f"; {_are_new(num_new)} since run {consumed.run_id}" if consumed else ""
-    step_run.say(prepared.told + since)
+    step_run.say(prepared.summary + since)
     return prepared
 
 
 def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, Deduplicated]:
-    read = intake.read(sources, group=config.data.group, columns=config.data.columns)
+    data = config.data
+    screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
+    read = intake.read(sources, group=data.group, columns=data.columns, screen=screen)
     intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     return read, deduplicate(read.accepted)
 
@@ -189,16 +192,17 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
         near_in_train=parts.near_in_train,
         created=folder.created,
     )
-    logger.info("%s %s: %s", "published" if folder.created else "already there:", folder.uri, prepared.told)
+    logger.info("%s %s: %s", "published" if folder.created else "already there:", folder.uri, prepared.summary)
     return prepared
 
 
 def _left_out(read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) -> dict[str, int]:
-    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons()[:REASONS_TOLD]}
+    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons()[:REASONS_SHOWN]}
     others = len(read.rejects) - sum(unusable.values())
     return {
         **unusable,
         "unusable for other reasons": others,
+        "with personal data": read.withheld,
         "repeated": unique.duplicates,
         "replaced by a later row of their id": unique.superseded,
         "with a held-out prompt": parts.prompt_in_eval,

@@ -30,7 +30,9 @@ def build_profile(
             {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
             for reason, count, example in intake.reasons()
         ],
+        "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
         "dropped": {
+            "personal_data": intake.withheld,
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
             "prompt_in_eval": split.prompt_in_eval,
@@ -64,7 +66,7 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def _describe(records: Sequence[Record]) -> dict[str, Any]:
-    answers = Counter(record.told for record in records)
+    answers = Counter(record.answer_text for record in records)
     top = [
         {"answer": _cut(answer), "records": count, "share": round(count / len(records), 6)}
         for answer, count in answers.most_common(_TOP_ANSWERS)
@@ -74,14 +76,14 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
         "records": len(records),
         "groups": len(groups) if groups != {""} else None,
         "prompt_chars": percentiles([sum(len(turn.content) for turn in record.prompt) for record in records]),
-        "answer_chars": percentiles([len(record.told) for record in records]),
+        "answer_chars": percentiles([len(record.answer_text) for record in records]),
         "distinct_answers": len(answers),
         "most_frequent_answers": top if len(answers) < len(records) else [],
         "samples": [
             {
                 "id": record.id,
                 "prompt": [{"role": turn.role, "content": _cut(turn.content)} for turn in record.prompt],
-                "answer": _cut(record.told),
+                "answer": _cut(record.answer_text),
             }
             for record in records[:_SAMPLES]
         ],

@@ -75,8 +75,8 @@ def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str =
 def advice(columns: Collection[str], named: ColumnsConfig) -> str:
     """What to do about rows in no shape that we know."""
     if named != ColumnsConfig():
-        told = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
-        return f"No row has the columns that data.columns names: {told}"
+        named_columns = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
+        return f"No row has the columns that data.columns names: {named_columns}"
     if {"chosen", "rejected"} <= set(columns):
         return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
     prompt, answer = (

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,12 @@ def has_known_form(columns: tuple[str, ...]) -> bool:
     return "messages" in columns or ("prompt" in columns and "completion" in columns)
 
 
-def validate(row: object, *, group: str = "", source: str = "") -> KeyedRecord:
+def validate(
+    row: object, *, group: str = "", source: str = "", screen: Callable[[Message], Message] = lambda message: message
+) -> KeyedRecord:
     """Turn one row into a record in NFC without trailing whitespace; `group` is the column that names its group.
+
+    `screen` gives each message as it may be used.
 
     Raises:
         DataError: the row is unusable; the message is the reason alone, without file and line.
@@ -82,7 +86,8 @@ def validate(row: object, *, group: str = "", source: str = "") -> KeyedRecord:
         turns = _prompt(prompt)
         answer = _completion(completion)
     belongs_to = _name(row.get(group), group) if group else ""
-    return _keyed(row.get("id"), turns, answer, _tools(row.get("tools")), belongs_to, source)
+    turns = [screen(turn) for turn in turns]
+    return _keyed(row.get("id"), turns, screen(answer), _tools(row.get("tools")), belongs_to, source)
 
 
 def canonical_prompt(turns: list[Message]) -> str:

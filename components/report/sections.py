@@ -16,7 +16,16 @@ MAX_TEXT_CHARS = 900
 SHOWN_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
 """Of all that lineage.json names."""
 _MAX_ANSWERS = 10
+_PERSONAL = {
+    "email": "e-mail addresses",
+    "phone": "phone numbers",
+    "card": "card numbers",
+    "iban": "IBANs",
+    "secret": "keys and tokens",
+    "name": "names",
+}
 _DROPPED = {
+    "personal_data": "records with personal data",
     "duplicate": "exact duplicates",
     "superseded_by_same_id": "older rows with the same id",
     "prompt_in_eval": "training rows whose prompt is held out",
@@ -117,6 +126,10 @@ def data_profile(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
             (_DROPPED.get(name, name.replace("_", " ")), count(rows))
             for name, rows in profile.get("dropped", {}).items()
             if rows
+        ],
+        "personal": [
+            (_PERSONAL.get(kind, kind), count(found))
+            for kind, found in profile.get("personal", {}).get("found", {}).items()
         ],
         "near": _near(profile.get("near_duplicates", {})),
         "lengths": [

@@ -62,6 +62,9 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
     if dropped := {name: count for name, count in profile["dropped"].items() if count}:
         yield "left out:"
         yield from (f"  {count:>6,}  {name.replace('_', ' ')}" for name, count in dropped.items())
+    if found := profile["personal"]["found"]:
+        pieces = ", ".join(f"{count:,} {kind}" for kind, count in found.items())
+        yield f"personal data in {counted(profile['personal']['records'], 'record')}: {pieces} (data.personal)"
     if near := profile["near_duplicates"].get("in_train"):
         yield f"{counted(near, 'training record')} hardly differ from another one, and stay"
     yield from _sentences(body)

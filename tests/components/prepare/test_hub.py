@@ -66,8 +66,8 @@ def test_the_training_files_of_a_data_set_are_read_at_one_commit(ask: Ask, folde
 
 def test_of_several_folders_one_has_to_be_named(ask: Ask, folder: Path) -> None:
     with serving("org/name", folder, "datasets") as served:
-        told = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
-        assert told in str(ask("hf://org/name", served.url))
+        message = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
+        assert message in str(ask("hf://org/name", served.url))
 
 
 def test_a_data_set_that_there_is_not_or_that_has_no_data_is_named(ask: Ask, folder: Path) -> None:
@@ -78,9 +78,9 @@ def test_a_data_set_that_there_is_not_or_that_has_no_data_is_named(ask: Ask, fol
 
 def test_without_a_hub_it_says_what_else_to_do(ask: Ask) -> None:
     for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
-        told = str(ask("hf://org/name", "http://127.0.0.1:9", **settings))
-        assert "'hf://org/name', and the hub cannot be reached" in told
-        assert "copy the data set's files here or to S3" in told
+        message = str(ask("hf://org/name", "http://127.0.0.1:9", **settings))
+        assert "'hf://org/name', and the hub cannot be reached" in message
+        assert "copy the data set's files here or to S3" in message
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

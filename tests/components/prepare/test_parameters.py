@@ -74,7 +74,7 @@ def filled_in(store: Store) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"learning_rate": 5.0}, "run parameter learning_rate: train.learning_rate = 5.0: "),
         ({"adapter_name": "My Adapter"}, "run parameter adapter_name: adapter.name = 'My Adapter': "),
@@ -90,9 +90,9 @@ def filled_in(store: Store) -> Callable[..., Any]:
     ],
 )
 def test_a_wrong_value_is_told_by_its_field_of_the_form(
-    filled_in: Callable[..., Any], store: Store, fields: dict[str, Any], told: str
+    filled_in: Callable[..., Any], store: Store, fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(FineloopError, match=f"^{re.escape(told)}") as caught:
+    with pytest.raises(FineloopError, match=f"^{re.escape(message)}") as caught:
         filled_in(**fields)
     assert "--set" not in str(caught.value)
     if "data_source" in fields:

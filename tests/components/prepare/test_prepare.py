@@ -103,7 +103,7 @@ def test_the_steps_line_says_what_is_left_out_and_why(store: Store, write_rows: 
     dropped = profile["dropped"]
     assert dropped["near_duplicate_of_eval"] > 0
     assert prepared.near_in_train > 0
-    assert prepared.told == (
+    assert prepared.summary == (
         f"{prepared.train_records} records to train on, {prepared.eval_records} held out; left out: 2 unusable "
         "(completion is empty), 1 unusable (not JSON: Expecting value at column 1), 1 repeated, "
         f"1 replaced by a later row of their id, {dropped['near_duplicate_of_eval']} near what is held out, "

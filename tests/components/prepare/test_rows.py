@@ -149,7 +149,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     if path != plain:
         body = plain.read_bytes()
         path.write_bytes(
-            gzip.compress(body) if path.suffix == ".gz" else bytes(pa.compress(body, "zstd", asbytes=True))
+            gzip.compress(body, mtime=0) if path.suffix == ".gz" else bytes(pa.compress(body, "zstd", asbytes=True))
         )
         plain.unlink()
 
@@ -182,24 +182,24 @@ def test_a_json_file_of_lines_is_read_line_by_line_and_one_object_for_the_list_i
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "told"),
+    ("name", "body", "message"),
     [
         ("a.json", b'[{"a": 1}, {"a": ', r"a\.json is not JSON: Expecting value: line 1 column 18"),
         ("a.jsonl", b'[{"a": 1} {"a": 2}]', r"a\.jsonl is not JSON: Expecting ',' or '\]': line 1 column 11"),
         ("a.json", b'[{"a": 1}] x', r"Something follows the list: 'x'"),
         ("a.json", '[{"a": "caf\u00e9"}]'.encode("latin-1"), r"not UTF-8 at byte 12"),
         ("a.jsonl.gz", b"hello", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], r"a\.jsonl\.gz cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], r"a\.jsonl\.gz cannot be unpacked"),
         ("a.csv.zst", b"hello", r"a\.csv\.zst cannot be read: ZSTD decompress failed"),
         ("a.csv", b'a,b\n1,2\n3,"4\n5,6\n', r"a\.csv opens a quotation mark in line 3 and never closes it"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv has two columns 'a'"),
     ],
 )
 def test_a_file_that_is_damaged_is_refused_and_not_read_in_part(
-    name: str, body: bytes, told: str, tmp_path: Path
+    name: str, body: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(body)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read(str(tmp_path / name))
 
 

@@ -113,7 +113,7 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"prompt": "a", "response": "b"}, "data.columns.prompt=prompt --set data.columns.completion=response"),
         ({"Prompt": "a", "Completion": "b"}, "data.columns.prompt=Prompt --set data.columns.completion=Completion"),
@@ -124,9 +124,9 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_in_no_known_shape_is_refused_with_the_way_out(
-    row: dict[str, Any], told: str, write_rows: Write
+    row: dict[str, Any], message: str, write_rows: Write
 ) -> None:
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_rows(write_rows([row] * 2))
 
 
@@ -146,8 +146,8 @@ def test_what_was_recognised_is_said_once_with_a_row_and_its_record(
     caplog.set_level(logging.INFO)
     name = write_rows([{"question": "Who?", "answer": "Me"}, {"question": "When?", "answer": "Now"}])
     read_rows(name)
-    (told,) = [each.message for each in caplog.records if "is read as" in each.message]
-    assert told == (
+    (message,) = [each.message for each in caplog.records if "is read as" in each.message]
+    assert message == (
         f"{name}:1 is read as question and answer: "
         '{"question": "Who?", "answer": "Me"} becomes the prompt \'Who?\' and the answer \'Me\''
     )

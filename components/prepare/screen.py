@@ -1,0 +1,90 @@
+"""What is done with personal data in the messages of a dataset: counted, masked, or their records left out."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from components.prepare.dataset import Message
+from components.prepare.personal import Kind, Span, apart, find, mask
+from components.shared.errors import DataError
+
+Action = Literal["report", "mask", "drop"]
+
+
+class Screen:
+    """Looks at the messages of one dataset, and counts what it finds or puts its kind in place of it."""
+
+    def __init__(self, action: Action = "report", *, regions: Sequence[str] = (), names: bool = False) -> None:
+        """`regions` as for `find`; `names` looks for people's names as well.
+
+        Raises:
+            DataError: names are asked for, and presidio-analyzer is not installed.
+        """
+        self.action = action
+        self.found: Counter[Kind] = Counter()
+        """Pieces of each kind in the records that were looked at."""
+        self.records = 0
+        """Records with any of them."""
+        self._regions = regions
+        self._names = _NameFinder() if names else None
+        self._of_record: Counter[Kind] = Counter()
+
+    def begin(self) -> None:
+        """Another record."""
+        self._of_record.clear()
+
+    def message(self, message: Message) -> Message:
+        """The message as it may be used."""
+        return Message(message.role, self.text(message.content), self._of_object(message.more))
+
+    def text(self, text: str) -> str:
+        """The text as it may be used."""
+        spans = find(text, regions=self._regions)
+        if self._names is not None:
+            spans = apart([*spans, *self._names.find(text)])
+        self._of_record.update(span.kind for span in spans)
+        return mask(text, spans) if self.action == "mask" else text
+
+    def kept(self, row: str) -> str:
+        """A row's raw text as it may be kept or shown: with masks, unless personal data are only counted."""
+        return row if self.action == "report" else mask(row, find(row, regions=self._regions))
+
+    def end(self) -> bool:
+        """Count the record; gives whether it may be used."""
+        self.found += self._of_record
+        self.records += bool(self._of_record)
+        return self.action != "drop" or not self._of_record
+
+    def _of_object(self, more: str) -> str:
+        """JSON with its texts as they may be used."""
+        if not more:
+            return more
+        value = json.loads(more)
+        screened = self._of_value(value)
+        return more if screened == value else json.dumps(screened, ensure_ascii=False, separators=(",", ":"))
+
+    def _of_value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return [self._of_value(each) for each in value]
+        return {key: self._of_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+class _NameFinder:
+    """People's names by Presidio's own English model."""
+
+    def __init__(self) -> None:
+        try:
+            from presidio_analyzer import AnalyzerEngine
+        except ImportError as exc:
+            raise DataError(
+                "data.personal_names looks for people's names with Presidio, which is not installed: pip install "
+                "presidio-analyzer, or remove data.personal_names"
+            ) from exc
+        self._analyzer: Any = AnalyzerEngine()
+
+    def find(self, text: str) -> list[Span]:
+        found = self._analyzer.analyze(text=text, entities=["PERSON"], language="en")
+        return [Span("name", each.start, each.end) for each in found]
