@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import uuid
 from collections import Counter
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 # A process keeps the mode that it first imports Ray with, and whatever answers as a cluster here wants a token.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+if not shutil.which("nvidia-smi"):
+    # As the product's own jobs are without a GPU, where nothing is compiled: pipelines/local/service.py.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of test processes that wait for each other on the same cores cost three times the time.
