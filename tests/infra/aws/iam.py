@@ -1,7 +1,7 @@
 """Who may do what under infra/aws, by AWS's rules: a Deny anywhere wins, and without an Allow there is no access."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tests.infra.aws.terraform import ACCOUNT, Configuration, Statement
@@ -9,17 +9,16 @@ from tests.infra.aws.terraform import ACCOUNT, Configuration, Statement
 ROLES = ("trainer", "pipeline", "admin")
 STRANGER = "stranger"
 """Another role of the account, to which somebody gave everything on S3."""
-EVERYTHING = Statement("Allow", ("s3:*",), ("*",))
+EVERYTHING = Statement("Allow", ["s3:*"], ["*"], [])
 
 
 @dataclass(frozen=True)
 class Request:
-    """One action on one bucket or object."""
+    """One action on one bucket or object, with the condition keys that it carries: over TLS unless it says no."""
 
     action: str
     resource: str
     context: Mapping[str, str] = field(default_factory=dict)
-    """Condition keys that the request carries; over TLS unless it says otherwise."""
 
 
 def put(resource: str, *, if_match: bool = False, if_none_match: bool = False, part: bool = False) -> Request:
@@ -32,34 +31,27 @@ def put(resource: str, *, if_match: bool = False, if_none_match: bool = False, p
 def allows(configuration: Configuration, principal: str, request: Request) -> bool:
     """Whether the principal's own policy and the bucket's let the request through."""
     own = [EVERYTHING] if principal == STRANGER else configuration.document(principal)
-    context = {
-        "aws:SecureTransport": "true",
-        "aws:PrincipalArn": f"{ACCOUNT}:role/fineloop-{principal}",
-        **request.context,
-    }
-    matching = [found for found in [*own, *configuration.document("bucket")] if _matches(found, request, context)]
-    return any(found.effect == "Allow" for found in matching) and all(found.effect != "Deny" for found in matching)
+    always = {"aws:SecureTransport": "true", "aws:PrincipalArn": f"{ACCOUNT}:role/fineloop-{principal}"}
+    context = {**always, **request.context}
+    effects = [
+        effect
+        for effect, actions, resources, conditions in [*own, *configuration.document("bucket")]
+        if _is_like(request.action.lower(), map(str.lower, actions))
+        and _is_like(request.resource, resources)
+        and all(_holds(operator, context.get(key), values) for operator, key, values in conditions)
+    ]
+    return "Allow" in effects and "Deny" not in effects
 
 
-def _matches(statement: Statement, request: Request, context: Mapping[str, str]) -> bool:
-    return (
-        any(_like(pattern.lower(), request.action.lower()) for pattern in statement.actions)
-        and any(_like(pattern, request.resource) for pattern in statement.resources)
-        and all(_holds(operator, key, values, context) for operator, key, values in statement.conditions)
-    )
-
-
-def _like(pattern: str, text: str) -> bool:
+def _is_like(text: str, patterns: Iterable[str]) -> bool:
     """IAM's wildcards; unlike those of a shell, they match slashes too."""
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), text) is not None
+    return any(re.fullmatch(re.escape(each).replace(r"\*", ".*").replace(r"\?", "."), text) for each in patterns)
 
 
-def _holds(operator: str, key: str, values: tuple[str, ...], context: Mapping[str, str]) -> bool:
-    found = context.get(key)
+def _holds(operator: str, found: str | None, values: list[str]) -> bool:
     if operator == "Null":
         return ("true" if found is None else "false") in values
     if operator == "ArnNotEquals":  # negated operators hold for an absent key too
-        return found is None or not any(_like(value, found) for value in values)
-    if operator in ("Bool", "StringEquals"):
-        return found in values
-    raise AssertionError(f"the condition operator {operator} is not known here")
+        return found is None or not _is_like(found, values)
+    assert operator in ("Bool", "StringEquals"), f"the condition operator {operator} is not known here"
+    return found in values
