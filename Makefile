@@ -30,7 +30,7 @@ help:
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   checkov on the images, on infra/aws and on the pods of infra/overlays"
 	@echo "make kube    build a Kubernetes control plane from Debian's packages, for pytest -m kubernetes"
-	@echo "make crds    fetch KubeRay's and Kueue's definitions, to check infra/ against them"
+	@echo "make crds    fetch the definitions of KubeRay's, Kueue's and Prometheus' kinds, which infra/ is checked against"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
 	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov and .fineloop, adapters included"
 

@@ -15,6 +15,9 @@ from infra.checks.schemas import VARIABLE
 FOLDER = ROOT / ".fineloop" / "crds"
 KUBERAY = "https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases"
 KUEUE = "https://raw.githubusercontent.com/kubernetes-sigs/kueue/v0.19.2/config/components/crd/bases"
+PROMETHEUS = (
+    "https://raw.githubusercontent.com/prometheus-operator/prometheus-operator/v0.93.0/example/prometheus-operator-crd"
+)
 FILES = {
     f"{KUBERAY}/ray.io_rayclusters.yaml": "c44704442eef0c6721ad40c1d66782c8bd3fdab9d3344306a5820910a679baa1",
     f"{KUBERAY}/ray.io_rayjobs.yaml": "01a5cf3b17c1769fda44af7e82debcd98722f0c27b9ab84d084681c6649121f5",
@@ -23,6 +26,15 @@ FILES = {
     f"{KUEUE}/kueue.x-k8s.io_resourceflavors.yaml": "19e339c47e9ca3fa2c9eeddd27715a512f765c4794ed859733408a9715720173",
     f"{KUEUE}/kueue.x-k8s.io_workloadpriorityclasses.yaml": (
         "0b755726aab05b8def9a53ee15b201eed3846bcffd1ff5528fed123f4ae03519"
+    ),
+    f"{PROMETHEUS}/monitoring.coreos.com_podmonitors.yaml": (
+        "45a93443daa687d3654f7e9631909ff7edcdf3ec09c5e60251b74aa2722aee5d"
+    ),
+    f"{PROMETHEUS}/monitoring.coreos.com_prometheusrules.yaml": (
+        "78be98554b9c8506ab2b4f4feb91c5f3a56e536a0a510f3a8e876a459970d56d"
+    ),
+    f"{PROMETHEUS}/monitoring.coreos.com_servicemonitors.yaml": (
+        "a99047972c9dd7679ce2050b9968e8a08773492e671b3e17abd476d42aa78a32"
     ),
 }
 """Where each definition lies, and its sha256."""

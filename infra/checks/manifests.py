@@ -41,14 +41,15 @@ def render(folder: str) -> list[Manifest]:
     return copy.deepcopy(_rendered(folder))
 
 
-def render_overlay(overlay: str) -> list[Manifest]:
-    """The objects of an overlay and of both that go with it: all that policies hold for."""
-    return [manifest for part in PARTS for manifest in render(f"infra/overlays/{overlay}/{part}".rstrip("/"))]
+def render_overlay(overlay: str, line: str = "") -> list[Manifest]:
+    """The objects of an overlay and of both that go with it, which is all that policies hold for.
 
-
-def render_with(overlay: str, line: str) -> list[Manifest]:
-    """The objects of an overlay in which a line is no comment any more."""
-    return copy.deepcopy(_rendered_with(overlay, line))
+    Args:
+        overlay: its name.
+        line: one that is a comment in it, and is none for this.
+    """
+    own = copy.deepcopy(_rendered_with(overlay, line)) if line else render(f"infra/overlays/{overlay}")
+    return own + [manifest for part in PARTS if part for manifest in render(f"infra/overlays/{overlay}/{part}")]
 
 
 @cache

@@ -5,10 +5,15 @@ from typing import Any
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import rayjob
+from components.ray_cluster.workflow import Workflow
 from infra.checks.manifests import Manifest
 
-IMAGE = f"registry.example/fineloop/train@sha256:{'1' * 64}"
 JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)
+CLUSTER = {
+    "kind": "rayjob",
+    "image": f"registry.example/train@sha256:{'1' * 64}",
+    "priority_class": "fineloop-scheduled",
+}
 CONFIGS = {
     "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},
     "cpus": {"num_workers": 2},
@@ -16,7 +21,6 @@ CONFIGS = {
 }
 
 
-def created(config: dict[str, Any]) -> Manifest:
-    cluster = {"kind": "rayjob", "image": IMAGE, "priority_class": "fineloop-scheduled", **config.get("cluster", {})}
-    ray = RayConfig.model_validate(config | {"cluster": cluster})
-    return rayjob(ray, JOB, 1, namespace="fineloop")
+def created(config: dict[str, Any], owner: Workflow | None = None) -> Manifest:
+    ray = RayConfig.model_validate(config | {"cluster": CLUSTER | config.get("cluster", {})})
+    return rayjob(ray, JOB, 1, namespace="fineloop", owner=owner)

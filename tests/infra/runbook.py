@@ -3,67 +3,43 @@
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from string import Template
 
 from infra.checks.manifests import INFRA, OVERLAYS
 
-RUNBOOK = INFRA / "README.md"
-_SEPARATORS = {"|", ";", "&&"}
-_IN_PROSE = {"kubectl", "helm", "fineloop", "make", "docker"}
+RUNBOOK = (INFRA / "README.md").read_text(encoding="utf-8")
+Command = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Command:
-    """One simple command, its variables replaced by what the runbook exports."""
+def commands(*beginning: str) -> list[Command]:
+    """Each command, or those that begin so: of the fenced blocks, and of the prose where a known program comes first.
 
-    words: tuple[str, ...]
-
-    @property
-    def program(self) -> str:
-        """What is run."""
-        return self.words[0]
-
-    @property
-    def arguments(self) -> list[str]:
-        """What follows."""
-        return list(self.words[1:])
-
-    def __str__(self) -> str:
-        return shlex.join(self.words)
-
-
-def commands() -> list[Command]:
-    """Every command of the fenced blocks, and of the prose between back-ticks when it begins with a known program.
-
-    A line that names $OVERLAY gives one for each overlay.
+    Variables are replaced by what the runbook exports; a line that names $OVERLAY gives one for each overlay.
     """
-    text = RUNBOOK.read_text(encoding="utf-8")
-    fence = re.compile(r"^```bash\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in fence.findall(text) for line in block.splitlines() if line.strip()]
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines += [
-        line for line in re.findall(r"`([^`\n]+)`", prose) if re.match(r"(kubectl|helm|fineloop|make|docker) ", line)
-    ]
+    blocks = re.findall(r"^```bash\n(.*?)^```", RUNBOOK, flags=re.DOTALL | re.MULTILINE)
+    prose = re.findall(r"`((?:kubectl|helm|fineloop|make|docker) [^`\n]+)`", RUNBOOK)
+    lines = [*"".join(blocks).splitlines(), *prose]
     exported = dict(re.findall(r'^export (\w+)="?(.*?)"?$', "\n".join(lines), flags=re.MULTILINE))
-    found = [command for line in lines for command in _expanded(line, exported)]
-    return list(dict.fromkeys(found))
+    found: dict[Command, None] = {}
+    for line in lines:
+        for overlay in OVERLAYS if "$OVERLAY" in line else ("",):
+            found |= dict.fromkeys(_split(Template(line).safe_substitute(exported, OVERLAY=overlay)))
+    return [command for command in found if command[: len(beginning)] == beginning]
 
 
-def _expanded(line: str, exported: dict[str, str]) -> Iterator[Command]:
-    for overlay in OVERLAYS if "$OVERLAY" in line else ("",):
-        replaced = line
-        for name, value in {**exported, "OVERLAY": overlay}.items():
-            replaced = replaced.replace(f"${name}", value)
-        yield from _simple(replaced)
+def after(command: Command, flag: str) -> str:
+    """The word that follows a flag."""
+    return command[command.index(flag) + 1]
 
 
-def _simple(line: str) -> Iterator[Command]:
+def _split(line: str) -> Iterator[Command]:
+    """The simple commands of a line, without where their output goes."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
-        if word not in _SEPARATORS:
+        if word not in {"|", ";", "&&"}:
             words.append(word)
         elif words:
-            yield Command(tuple(words[: words.index(">")] if ">" in words else words))
+            yield tuple(words[: words.index(">")] if ">" in words else words)
             words = []

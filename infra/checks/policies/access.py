@@ -100,7 +100,7 @@ def the_quota_closes_the_ways_out(manifests: list[Manifest]) -> Iterator[str]:
     """GPUs are counted, and no Service may put the dashboard on a node's port or on a load balancer."""
     for quota in of_kind(manifests, "ResourceQuota"):
         hard = quota["spec"]["hard"]
-        for resource in ("requests.cpu", "requests.memory", "requests.nvidia.com/gpu", "pods"):
+        for resource in ("requests.cpu", "requests.memory", "requests.nvidia.com/gpu", "pods", "count/rayjobs.ray.io"):
             if resource not in hard:
                 yield f"{title(quota)}: does not count {resource}"
         for service in ("services.loadbalancers", "services.nodeports"):

@@ -5,7 +5,6 @@ Its limits: version 1.20, so no Pod Security and no CEL rules in CRDs; no schedu
 
 import contextlib
 import copy
-import gzip
 import subprocess
 import threading
 import time
@@ -18,7 +17,7 @@ import yaml
 from kubernetes import client, config
 
 from infra.checks.manifests import KUBECTL, ROOT, Loader
-from infra.checks.schemas import crds_folder
+from infra.checks.schemas import crds_folder, definitions
 from pipelines.local.ports import choose_ports
 
 Resource = dict[str, Any]
@@ -164,7 +163,7 @@ def running(directory: Path) -> Iterator[ControlPlane]:
         )
         plane = _when_ready(directory, address, api_server)
         # Not applied: they are too long for the annotation in which `apply` would keep them.
-        plane.create(_definitions())
+        plane.create(list(definitions(crds_folder() or Path())))
         wait_until(lambda: plane.kubectl("get", "rayjobs.ray.io", "-A").returncode == 0, "RayJobs are not served")
         # Now, so that the quota's controller finds the new kinds: it looks for them every half minute.
         _start(
@@ -213,16 +212,6 @@ def _unless_gone() -> Iterator[None]:
     except client.ApiException as exc:
         if exc.status not in (404, 409):
             raise
-
-
-def _definitions() -> list[Resource]:
-    folder = crds_folder()
-    assert folder is not None
-    found = []
-    for path in sorted(folder.glob("*.yaml.gz")):
-        with gzip.open(path) as file:
-            found += [each for each in yaml.load_all(file, Loader=Loader) if each]
-    return found
 
 
 def _as_of_1_20(manifest: Resource) -> Resource:
