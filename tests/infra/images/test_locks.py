@@ -31,7 +31,7 @@ PINS = {lock: pins(IMAGES / f"{lock}.lock") for lock in LOCKS}
 TESTED = pins(ROOT / "constraints.txt")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_locks_are_what_make_lock_writes_byte_for_byte(tmp_path: Path) -> None:
     """By uv: complete, hashed, within pyproject.toml's ranges, and with the versions of constraints.txt."""
     for lock in LOCKS:
@@ -45,7 +45,7 @@ def test_the_locks_are_what_make_lock_writes_byte_for_byte(tmp_path: Path) -> No
     assert [lock for lock in LOCKS if written[lock] != (IMAGES / f"{lock}.lock").read_bytes()] == [], "run `make lock`"
 
 
-@pytest.mark.parametrize(("image", "extras"), [("step", ["openlineage"]), ("train", ["train"])])
+@pytest.mark.parametrize(("image", "extras"), [("step", ["hub", "openlineage"]), ("train", ["train"])])
 def test_a_lock_agrees_with_the_constraints_and_holds_what_pyproject_asks_for(image: str, extras: list[str]) -> None:
     """What can be said of it without a package index."""
     locked = PINS[image] | PINS["build"] | PINS["weights"]
@@ -65,8 +65,8 @@ def test_ray_and_python_are_one_version_in_locks_and_base_images() -> None:
 
 @pytest.mark.parametrize("package", ["components", "pipelines"])
 def test_what_the_step_image_imports_is_in_its_lock(package: str) -> None:
-    """Inside functions too. vllm is imported by a plugin of vLLM's, which runs beside it."""
-    owners, locked = metadata.packages_distributions(), {*PINS["step"], "fineloop", "vllm"}
+    """Inside functions too, but for vllm, beside which a plugin of its own runs, and Presidio, which people add."""
+    owners, locked = metadata.packages_distributions(), {*PINS["step"], "fineloop", "vllm", "presidio-analyzer"}
     assert not locked & {"torch", "transformers", "peft"}
     imported = set().union(*(imported_by(path) for path in (ROOT / package).rglob("*.py"))) - sys.stdlib_module_names
     assert {"boto3", "kfp", "ray"} <= imported
