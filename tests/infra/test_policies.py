@@ -42,7 +42,7 @@ BREAKS: list[tuple[Policy, str, Any]] = [
     (pods.what_pods_refer_to_exists, f"{CONTAINER} envFrom 1 secretRef name", "fineloop-s4"),
     (pods.what_pods_refer_to_exists, f"{WORKER} volumes +", {"name": "x", "secret": {"secretName": "x"}}),
     (pods.what_pods_refer_to_exists, f"{WORKER} volumes +", {"name": "x", "persistentVolumeClaim": {"claimName": "x"}}),
-    (pods.images_have_a_digest, f"{CONTAINER} image", "registry.invalid/fineloop/train:0.1.0"),
+    (pods.images_have_a_digest, f"{CONTAINER} image", "registry.invalid/fineloop/train:tag"),
     (ray.kuberay_takes_the_jobs, "RayJob spec submissionMode", "HttpMode"),
     (ray.kuberay_takes_the_jobs, "RayJob spec deletionStrategy", {"deletionRules": []}),
     (ray.kuberay_takes_the_jobs, "RayJob spec shutdownAfterJobFinishes", False),
