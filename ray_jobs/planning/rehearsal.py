@@ -24,6 +24,7 @@ from ray_jobs.adapters.targets import experts_of, left_dense
 from ray_jobs.base import stored_format
 from ray_jobs.base.architecture import from_config, require_causal
 from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
+from ray_jobs.kernels.door import PLAIN
 from ray_jobs.planning.live_bytes import LiveBytes
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 
@@ -121,7 +122,7 @@ class Rehearsal:
                 for layer, _, _ in _linear_layers(self._model):
                     _as_int8(layer)
             with torch.device("meta"):
-                adapted = build.attach(self._model, method, base_reference=reference, seed=0)
+                adapted = PLAIN.adopt(build.attach(self._model, method, base_reference=reference, seed=0))
             self.adapts_experts = bool(adapted.targeted_parameter_names)
         self.stats = ModelStats(
             parameters=parameters,

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
+from ray_jobs.kernels.door import PLAIN
 from ray_jobs.text.answer_loss import answer_nll
 
 
@@ -25,7 +26,7 @@ class Measured:
 def load(base: base_model.Base, method: MethodConfig, *, checkpointing: bool) -> Any:
     """As a worker has it: the adapter in bfloat16, in train mode."""
     model = base_model.load_model(base, ModelConfig(base=base.reference), method.row.base, use_gpu=False)
-    adapted = build.attach(model, method, base_reference=base.reference, seed=0)
+    adapted = PLAIN.adopt(build.attach(model, method, base_reference=base.reference, seed=0))
     if checkpointing:
         adapted.enable_input_require_grads()
         adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
