@@ -60,7 +60,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
     """
     with garbage.importing():
         from ray_jobs.adapters import own_base
-        from ray_jobs.kernels import door, one_row
+        from ray_jobs.kernels import door
         from ray_jobs.planning import placement
 
     store = Store.open(config.registry)
@@ -83,7 +83,7 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         chat_as = chat_format.load(base, own.model, folder)
         adapted = kernels.adopt(build.load(model, folder)).eval()
     for each in (alone, adapted):
-        one_row.adopt(each)
+        door.adopt_single_rows(each)
     if system:
         _print_err(f"each prompt follows the system message {system!r}, as in training")
     _print_err("ready: type a prompt, or Ctrl-D to end")

@@ -89,6 +89,14 @@ def load_model(
     return kernels.adopt(base_model.load_model(base, config, base_format, **how))
 
 
+def adopt_single_rows(model: Model) -> Model:
+    """Give a model that answers one prompt at a time the layers for a row alone, where those are faster here."""
+    from ray_jobs.kernels import one_row
+
+    one_row.adopt(model)
+    return model
+
+
 def part(model: "PreTrainedModel") -> None:
     """Restore a base after its adapter is removed: its decoder layers are transformers' own again.
 
