@@ -47,8 +47,11 @@ class Screen:
         return mask(text, spans) if self.action == "mask" else text
 
     def kept(self, row: str) -> str:
-        """A row's raw text as it may be kept or shown: with masks, unless personal data are only counted."""
-        return row if self.action == "report" else mask(row, find(row, regions=self._regions))
+        """A row's raw text where it may be kept or shown: only where personal data are no more than counted.
+
+        Raw text may be cut or escaped, so that no pattern would find all of it.
+        """
+        return row if self.action == "report" else f"[withheld: data.personal is {self.action}]"
 
     def end(self) -> bool:
         """Count the record; gives whether it may be used."""

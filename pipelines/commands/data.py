@@ -1,6 +1,7 @@
 """`fineloop data`."""
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
 from math import sqrt
 from pathlib import Path
@@ -38,11 +39,9 @@ def _data(options: argparse.Namespace) -> Answer:
     from pipelines.local.job import Job, answer
 
     if options.source:
-        options.overrides = [*options.overrides, f"data.source={options.source}"]
-    config = load_config(options)
-    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
-    overrides = [*options.overrides, f"data.source={sources!r}", f"model.base={config.model.base}"]
-    job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=overrides)
+        options.overrides = [*options.overrides, f"data.source={json.dumps(options.source, ensure_ascii=False)}"]
+    load_config(options)  # a mistake in it is said before transformers is loaded
+    job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=options.overrides)
     body = answer(job, on_line=print_err, verbose=options.verbose)
     if options.html:
         from components.report.preview_page import build_page
