@@ -70,7 +70,9 @@ def finetune(
     store.check()
     if dataset_uri is None:
         say(STEP, f"preparing {config.data.source}")
-        dataset_uri = prepare(config, store).uri
+        prepared = prepare(config, store)
+        say(STEP, prepared.summary)
+        dataset_uri = prepared.uri
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     config = _at_tuned_rate(config, store, run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")

@@ -78,7 +78,9 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     store.check()
     if dataset_uri is None:
         say(STEP, f"preparing {config.data.source}")
-        dataset_uri = prepare(config, store).uri
+        prepared = prepare(config, store)
+        say(STEP, prepared.summary)
+        dataset_uri = prepared.uri
     base = base_model.resolve(config.model)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)

@@ -192,7 +192,7 @@ def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Ded
         near_in_train=parts.near_in_train,
         created=folder.created,
     )
-    logger.info("%s %s: %s", "published" if folder.created else "already there:", folder.uri, prepared.summary)
+    logger.info("%s %s", "published" if folder.created else "already there:", folder.uri)
     return prepared
 
 
