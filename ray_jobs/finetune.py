@@ -133,13 +133,11 @@ def _trained(
     what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str, standby: Standby | None
 ) -> dict[str, Any]:
     """What rank 0 returns, by workers that stay or by some that end with the training."""
-    from ray_jobs.training import trainer
-
     if standby is None or not _stay(config):
         return _run(what, config, store, run_id)
     if not standby.is_there:
         _begin(config, store, run_id, standby)
-    return trainer.checked(standby.train(what))
+    return standby.train(what)
 
 
 def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # A process keeps the mode that it first imports Ray with, and whatever answers as a cluster here wants a token.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+# A worker's 15 would wait minutes for a test process that is busy, as in pipelines/local/ray_head.py.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 if not shutil.which("nvidia-smi"):
     # As the product's own jobs are without a GPU, where nothing is compiled: pipelines/local/service.py.

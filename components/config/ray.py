@@ -202,6 +202,8 @@ class RayConfig(Section):
     weights are stored in 16 bits or fewer all the same."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are started again from the newest checkpoint."""
+    collective_timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 1_800
+    """How long workers wait for each other in a collective operation, until a network that lost one is called dead."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400
     """Deadline of a run's Ray job, which trains and compares, from when it may start; past it, it is stopped."""
     cluster: Cluster = JobsApiCluster()

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from components.prepare.dataset import Record
 from components.records.steps import Role
-from components.shared.errors import JobError, UserError
 from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.scoring.answers import Score
@@ -26,7 +25,7 @@ T = TypeVar("T")
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The function of Ray Train. Returns, on rank 0, the result of all records, or the user's mistake."""
+    """The function of Ray Train. Returns, on rank 0, the result of all records."""
     import ray.train
 
     contenders: Sequence[Contender] = arguments["contenders"]
@@ -35,10 +34,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, kernels=arguments["kernels"])
-    try:
-        result = measure_together(contenders, arguments["records"], arguments["probes"], worker)
-    except (UserError, JobError) as exc:
-        return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
+    result = measure_together(contenders, arguments["records"], arguments["probes"], worker)
     return {"result": result} if worker.rank == 0 else {}
 
 

@@ -1,55 +1,117 @@
-"""The curve of a training as it is recorded, and the line of it that a person watches."""
+"""The curve of a training as it is recorded, and the line of it that a person watches.
+
+A thread uploads it, so a slow or absent store delays no step: what it refuses is uploaded with what comes after.
+"""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from components.records import runs
 from components.shared.counted import counted
+from components.shared.errors import StoreError
 from components.shared.protocol import say
 from components.store.store import Store
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_EVERY_S = 1.0
 METRICS_EVERY_S = 15.0
+MOST_POINTS = 10_000
+"""Of a curve, about 2.5 MB: beyond it every second step is left out, then every second one of those, and so on."""
+
+
+class _Point(NamedTuple):
+    kind: str
+    step: int
+    line: str
 
 
 class MetricsLog:
-    """runs/<run_id>/metrics.jsonl, and the line that a person watches."""
+    """runs/<run_id>/metrics.jsonl, and the line that a person watches. With each `checkpoint_every_steps` it uploads,
+    so that a training that goes on from there has the curve up to it; 0 has no checkpoints.
+    """
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, *, checkpoint_every_steps: int = 0) -> None:
         self._store = store
         self._key = runs.run_key(run_id, runs.METRICS)
+        self._checkpoint_every = checkpoint_every_steps
         found = store.read(self._key)
-        # After a restart the curve goes on; records beyond the checkpoint are replaced as their steps come again.
-        self._records: list[dict[str, Any]] = [json.loads(line) for line in found[0].splitlines()] if found else []
+        # After a restart the curve goes on; points beyond the checkpoint are replaced as their steps come again.
+        self._points = [_point(json.loads(line)) for line in found[0].splitlines()] if found else []
+        self._every = 1
         self._said_at = 0.0
         self._uploaded_at = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._uploading: Future[None] | None = None
+        self._is_refused = False
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Record a step or a measurement."""
         step, kind = record["step"], record["kind"]
         later = []  # what a restart comes to again
-        while self._records and self._records[-1]["step"] >= step:
-            later.append(self._records.pop())
-        self._records += [r for r in reversed(later) if r["step"] == step and r["kind"] != kind]
-        self._records.append(dict(record))
+        while self._points and self._points[-1].step >= step:
+            later.append(self._points.pop())
+        self._points += [point for point in reversed(later) if point.step == step and point.kind != kind]
+        if kind == "train" and self._points and not self._is_kept(self._points[-1]):
+            self._points.pop()  # the newest step is always there, until the next
+        self._points.append(_point(record))
+        if len(self._points) > MOST_POINTS:
+            self._every *= 2
+            self._points = [*filter(self._is_kept, self._points[:-1]), self._points[-1]]
         now = time.monotonic()
-        if record["kind"] == "eval":
+        if kind == "eval":
             on = counted(record["records"], "record")
             say("finetune", f"step {step}: held-out loss {record['loss']:.4f} on {on}")
         elif now - self._said_at >= PROGRESS_EVERY_S or step == record["num_steps"]:
             self._said_at = now
             say("finetune", progress_line(record))
-        if now - self._uploaded_at >= METRICS_EVERY_S:
-            self.upload()
+        is_checkpoint = kind == "train" and self._checkpoint_every and step % self._checkpoint_every == 0
+        if is_checkpoint or now - self._uploaded_at >= METRICS_EVERY_S:
+            self._upload_beside()
 
     def upload(self) -> None:
-        """Write the whole file: objects cannot be appended to."""
-        body = "".join(json.dumps(record) + "\n" for record in self._records)
-        self._store.put(self._key, body.encode(), content_type="application/x-ndjson")
+        """Write the whole file, and return when it is there.
+
+        Raises:
+            StoreError: the store is away, or refuses it.
+        """
+        self._thread.shutdown()
+        self._put(self._body())
+
+    def _upload_beside(self) -> None:
+        """Write the whole file, as objects cannot be appended to, while the training goes on."""
+        if self._uploading is not None and not self._uploading.done():
+            return  # the next time, with more
         self._uploaded_at = time.monotonic()
+        self._uploading = self._thread.submit(self._try, self._body())
+
+    def _try(self, body: bytes) -> None:
+        try:
+            self._put(body)
+        except StoreError as exc:
+            if not self._is_refused:
+                logger.warning("the training goes on, and its curve is uploaded later: %s", exc)
+            self._is_refused = True
+        else:
+            self._is_refused = False
+
+    def _put(self, body: bytes) -> None:
+        self._store.put(self._key, body, content_type="application/x-ndjson")
+
+    def _body(self) -> bytes:
+        return "".join(point.line for point in self._points).encode()
+
+    def _is_kept(self, point: _Point) -> bool:
+        return point.kind != "train" or point.step % self._every == 0
+
+
+def _point(record: Mapping[str, Any]) -> _Point:
+    return _Point(record["kind"], record["step"], json.dumps(record) + "\n")
 
 
 def progress_line(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from components.records.steps import TrainResult
 from components.registry import lineage, watermark
 from components.registry.versions import Version, publish_version
 from components.shared.counted import counted
-from components.shared.errors import ConfigError, JobError, UserError
+from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
@@ -50,31 +50,34 @@ LoadModel = Callable[..., "PreTrainedModel"]
 def train(
     job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, *, load: LoadModel = door.load_model
 ) -> dict[str, Any]:
-    """Gives, on rank 0, the published version, or the user's mistake. `load` reads the base into memory.
+    """Gives, on rank 0, the published version. `load` reads the base into memory.
 
-    A `UserError` or `JobError` is returned instead of raised: starting the workers again could not mend it.
+    Raises:
+        UserError: the user's mistake, which one worker alone may meet.
+        JobError: the model cannot be held or sharded as it must be.
     """
-    entry.quiet_libraries()
-    try:
-        return _train(job, train_split, eval_split, load)
-    except (UserError, JobError) as exc:
-        return {"failure": {"error": type(exc).__name__, "message": str(exc)}}
-
-
-def _train(job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, load: LoadModel) -> dict[str, Any]:
     import ray.train
 
+    entry.quiet_libraries()
     context = ray.train.get_context()
     config = config_file.loads(job.config_toml)
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     store = Store.open(config.registry)
-    metrics = MetricsLog(store, job.run_id) if worker.rank == 0 else None
+    metrics = None
     if worker.rank == 0:
+        metrics = MetricsLog(store, job.run_id, checkpoint_every_steps=config.train.checkpoint_every_steps)
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
     adapted, trained, recipe = fit(
-        config, job, worker, store, train_split, eval_split, report=metrics.add if metrics else _ignore, load=load
+        config,
+        job,
+        worker,
+        store,
+        train_split,
+        eval_split,
+        report=metrics.add if metrics else _ignore,
+        load=load,
     )
     trained_at = datetime.now(UTC)
     if metrics is None:

@@ -1,11 +1,6 @@
-"""Ray Tune with trials that only pretend to train: who is tried, who is stopped, and what is kept of one that fails.
+"""Ray Tune with trials that only pretend to train: who is tried, who is stopped, and what is kept of one that fails."""
 
-Ray is imported in a process of its own, as it settles a process's authentication for good.
-"""
-
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -13,6 +8,7 @@ from components.config import config_file
 from components.shared.errors import DataError
 from ray_jobs.sweeping import points, trial_rows
 from ray_jobs.sweeping.plan import Plan
+from tests.ray_jobs import own_ray
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
 
@@ -35,8 +31,6 @@ def pretend(given: dict) -> None:
 
 def swept(config_toml, storage_path, failing, scheduler):
     """Sweep with room for one trial at a time, so that they come in order; the best rate, and the trials as kept."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
     from ray import tune
 
     from ray_jobs.sweeping import search
@@ -48,16 +42,14 @@ def swept(config_toml, storage_path, failing, scheduler):
     def as_config(point):
         return {**search.as_config(config, point, 256), "failing": failing, "losses": LOSSES}
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     ledger = search.Ledger(plan, kept.append, lambda trial: None)
     how = search.scheduler(scheduler, 16)
     search.run(tune.with_resources(pretend, {"CPU": 1}), plan, as_config, how, ledger, storage_path=storage_path)
-    ray.shutdown()
     return plan.found(*points.arms(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
 
 
 def swept_elsewhere(config, tmp_path, failing, scheduler):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with own_ray.driver(1) as pool:
         return pool.submit(swept, config_file.dumps(config), str(tmp_path), failing, scheduler).result()
 
 

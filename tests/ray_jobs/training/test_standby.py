@@ -2,7 +2,6 @@
 lost, nothing hangs.
 """
 
-import multiprocessing
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ import pytest
 from components.shared.errors import DataError
 from ray_jobs.training import standby
 from ray_jobs.training.standby import Standby
+from tests.ray_jobs import own_ray
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -177,18 +177,9 @@ def in_their_place() -> None:
     """Needs all that there is."""
 
 
-def start_ray() -> None:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
-
-    ray.init(num_cpus=NUM_WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False)
-
-
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ProcessPoolExecutor]:
-    """A driver's process, and the Ray that ends with it."""
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawned, initializer=start_ray) as pool:
+    with own_ray.driver(NUM_WORKERS) as pool:
         yield pool
 
 
@@ -203,7 +194,7 @@ def driver() -> Iterator[ProcessPoolExecutor]:
     ],
 )
 def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failures, result, ended):
-    found = driver.submit(tried, trains, do, tmp_path, max_failures).result(timeout=180)
+    found = driver.submit(tried, trains, do, tmp_path, max_failures).result(timeout=600)
     assert found["trained"] == NUM_WORKERS  # nobody trains again
     assert found["over"]
     assert found["ended"] == ended
@@ -221,7 +212,7 @@ def test_what_was_trained_stands_and_workers_end(driver, tmp_path, do, max_failu
     ],
 )
 def test_workers_that_wait_for_their_training_are_let_go_or_replaced(driver, tmp_path, train, trained, ended):
-    found = driver.submit(tried, train, measures_once, tmp_path, 1).result(timeout=180)
+    found = driver.submit(tried, train, measures_once, tmp_path, 1).result(timeout=600)
     assert found["trained"] == trained
     assert ("error" in found) is (trained == 0)
     assert found["over"]
