@@ -11,6 +11,8 @@ from components.prepare.sources import Source
 from components.prepare.validate import KeyedRecord
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from components.registry.watermark import Consumed
 
 
@@ -31,15 +33,11 @@ def new_sources(sources: Iterable[Source], consumed: "Consumed | None") -> list[
     return [each for each in sources if seen.get(each.name) != each.fingerprint]
 
 
-def content_id(record: KeyedRecord) -> str:
-    """What a watermark remembers of a record."""
-    return record.content.hex()[:16]
+def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
+    """Of distinct contents, by their ids, those that were not there then: added or changed, wherever they stand."""
+    import pyarrow.compute as pc
 
-
-def count_new(records: Iterable[KeyedRecord], consumed: "Consumed | None") -> int:
-    """Distinct records that were not there then: added or changed, wherever they stand."""
-    known = consumed.records if consumed else frozenset()
-    return sum(content_id(each) not in known for each in records)
+    return len(contents) - (pc.sum(pc.is_in(contents, value_set=known)).as_py() or 0)
 
 
 def in_window(intake: Intake, *, days: float) -> Set[bytes]:

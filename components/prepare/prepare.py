@@ -128,7 +128,8 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     read, unique = _read(step_run.config, sources)
-    num_new = news.count_new(unique.records, consumed)
+    contents = watermark.content_ids(each.content for each in unique.records)
+    num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
     step_run.result.update(new_records=num_new)
     if consumed and num_new < minimum:
         few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
@@ -137,9 +138,8 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
     prepared = _publish(step_run.config, step_run.store, read, unique)
     if is_decided:
         require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
-    records = frozenset(map(news.content_id, unique.records))
     fingerprints = {source.name: source.fingerprint for source in sources}
-    watermark.note(step_run.store, watermark.Consumed(step_run.run_id, as_of, fingerprints, records))
+    watermark.note(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))
     since = f"; {_are_new(num_new)} since run {consumed.run_id}" if consumed else ""
     step_run.say(prepared.summary + since)

@@ -2,7 +2,7 @@
 
 runs/<run_id>/config.toml                  the resolved config, overrides applied
               steps/<step>.json            how each step went
-              consumed.json                which data the run read
+              consumed/header.json         which data the run read; it names the file beside it, of the records' hashes
               start.json                   the version that its training goes on from
               checkpoints/step-<n>/        resumable states of the training
               trials/<name>.json           each training of a sweep that has ended
@@ -24,7 +24,8 @@ from components.shared.errors import IntegrityError
 from components.store.store import JSON, Store
 
 CONFIG = "config.toml"
-CONSUMED = "consumed.json"
+CONSUMED = "consumed/"
+CONSUMED_0_1_0 = "consumed.json"
 START = "start.json"
 METRICS = "metrics.jsonl"
 FINETUNE = TrainResult.FILE

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
-from components.registry import aliases, signing, versions
+from components.registry import aliases, signing, versions, watermark
 from components.registry.aliases import Pointer, read_alias
 from components.registry.event import Event
 from components.registry.event_log import read_log
@@ -78,6 +78,7 @@ def audit(store: Store, name: str) -> Audit:
         if event.kind in MOVE_KINDS and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
     ]
     findings += _signatures(store, name, whole, [*pointers.values()])
+    findings += _watermark(store, name)
     return Audit(name, len(whole), len(log), tuple(findings))
 
 
@@ -181,6 +182,15 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
+
+
+def _watermark(store: Store, name: str) -> Iterator[Finding]:
+    """The note of what the last run that decided had read; it may be gone, as then everything counts as new."""
+    try:
+        if consumed := watermark.read(store, name):
+            watermark.contents(store, consumed)
+    except IntegrityError as exc:
+        yield Finding(store.uri(adapter_key(name, "watermark.json")), f"leads to what cannot be read: {exc}")
 
 
 def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ from components.prepare import news
 from components.prepare.intake import Intake, SourceCount
 from components.prepare.sources import Source
 from components.prepare.validate import KeyedRecord, validate
-from components.registry.watermark import Consumed
+from components.registry.watermark import Consumed, content_ids
 
 NEWEST = datetime(2026, 3, 31, tzinfo=UTC)
 
@@ -26,21 +26,22 @@ def intake(*parts: tuple[Source, list[KeyedRecord]]) -> Intake:
     )
 
 
-def consumed(*given: KeyedRecord, **sources: str) -> Consumed:
-    return Consumed("r", "2026", sources, frozenset(map(news.content_id, given)))
-
-
 def test_sources_that_came_or_changed_are_new() -> None:
     sources = [source("same"), source("changed", fingerprint="2"), source("came")]
-    assert news.new_sources(sources, consumed(same="1", changed="1", gone="1")) == sources[1:]
+    assert (
+        news.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0)) == sources[1:]
+    )
     assert news.new_sources(sources, None) == sources
 
 
 def test_records_are_new_by_content_wherever_they_stand() -> None:
     known = records(0, 5)
     changed = validate({"id": 0, "prompt": "question 0", "completion": "corrected"})
-    assert news.count_new([*known[1:], changed, *records(10, 13)], consumed(*known)) == 4
-    assert news.count_new(known, None) == 5
+    now = [each.content for each in [*known[1:], changed, *records(10, 13)]]
+    before = {each.content for each in known}
+    assert news.count_new(content_ids(now), content_ids(before)) == len(set(now) - before) == 4
+    assert news.count_new(content_ids(now), content_ids([])) == len(now)
+    assert news.count_new(content_ids([]), content_ids(before)) == 0
 
 
 def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> None:

@@ -63,7 +63,7 @@ def test_known_sources_are_skipped_without_being_opened(
     assert (decision["decision"], decision["since_run"]) == ("skipped", "first")
     assert decision["reasons"] == [f"nothing new since run first, which read {path}"]
     assert step.result["skipped"] == decision["reasons"][0]
-    assert not store.exists("runs/second/consumed.json")
+    assert watermark.noted(store, "second") is None
 
 
 def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, prepare_run: Prepare) -> None:

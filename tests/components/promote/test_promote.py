@@ -31,7 +31,8 @@ def decided(store: Store) -> Decide:
     ) -> StepRun:
         record = {"adapter": "sums", "alias": alias, "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
-        watermark.note(store, watermark.Consumed("r", "2026-01-01T00:00:00Z", {"data": "1"}, frozenset({"a"})))
+        contents = watermark.content_ids([hashlib.sha256(b"a").digest()])
+        watermark.note(store, "r", as_of="2026-01-01T00:00:00Z", sources={"data": "1"}, contents=contents)
         adapter = {"name": "sums", "alias": alias}
         config = RunConfig.model_validate(
             {"adapter": adapter, "model": {"base": "x"}, "data": {"source": "x"}, **sections}
@@ -71,7 +72,7 @@ def test_what_fails_after_the_alias_moved_leaves_the_move_in_the_steps_result(
     store: Store, published: list[str], decided: Decide
 ) -> None:
     run = decided(published[0], None)
-    store.delete(["runs/r/consumed.json"])
+    store.delete(["runs/r/consumed/header.json"])
     with pytest.raises(ObjectMissing):
         promoted(run)
     assert holder(store) == run.result["to"] == published[0]
@@ -166,7 +167,7 @@ def test_a_decided_run_has_consumed_its_data(
 
     consumed = watermark.read(store, "sums")
     assert consumed is not None
-    assert (consumed.run_id, consumed.sources, consumed.records) == ("r", {"data": "1"}, {"a"})
+    assert (consumed.run_id, consumed.sources, consumed.num_records) == ("r", {"data": "1"}, 1)
 
 
 def test_a_skipped_run_leaves_alias_and_watermark(

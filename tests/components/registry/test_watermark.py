@@ -1,13 +1,28 @@
+import hashlib
+import json
+import random
+
 import pytest
 
 from components.registry import watermark
+from components.registry.audit import audit
 from components.registry.watermark import Consumed
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store.store import Store
 
 
-def consumed(run_id: str, hour: int) -> Consumed:
-    return Consumed(run_id, f"2026-01-01T{hour:02}:00:00.000000Z", {"s3://b/a.jsonl": "etag"}, frozenset({"0f", "1e"}))
+def hashes(start: int, end: int) -> list[bytes]:
+    return [hashlib.sha256(str(number).encode()).digest() for number in range(start, end)]
+
+
+def noted(store: Store, run_id: str, hour: int, *, records: int = 2) -> Consumed:
+    return watermark.note(
+        store,
+        run_id,
+        as_of=f"2026-01-01T{hour:02}:00:00.000000Z",
+        sources={"s3://b/a.jsonl": "etag"},
+        contents=watermark.content_ids(hashes(0, records)),
+    )
 
 
 def test_an_adapter_begins_without_a_mark(store: Store) -> None:
@@ -15,39 +30,38 @@ def test_an_adapter_begins_without_a_mark(store: Store) -> None:
 
 
 def test_the_mark_moves_to_what_a_run_noted(store: Store) -> None:
-    watermark.note(store, consumed("first", 1))
+    first = noted(store, "first", 1)
     assert watermark.read(store, "sums") is None  # noted is not yet consumed
 
     assert watermark.advance(store, "sums", "first")
 
-    assert watermark.read(store, "sums") == consumed("first", 1)
+    assert watermark.read(store, "sums") == first
+    assert (first.run_id, first.sources, first.num_records) == ("first", {"s3://b/a.jsonl": "etag"}, 2)
     assert watermark.read(store, "others") is None
 
 
 def test_the_mark_never_goes_back(store: Store) -> None:
-    for run_id, hour in (("late", 9), ("early", 3)):
-        watermark.note(store, consumed(run_id, hour))
+    late, _ = [noted(store, run_id, hour) for run_id, hour in (("late", 9), ("early", 3))]
     assert watermark.advance(store, "sums", "late")
     assert not watermark.advance(store, "sums", "early")
     assert watermark.advance(store, "sums", "late")  # a step that is run again
-    assert watermark.read(store, "sums") == consumed("late", 9)
+    assert watermark.read(store, "sums") == late
 
 
 def test_a_run_without_a_note_moves_nothing(store: Store) -> None:
-    with pytest.raises(ObjectMissing, match=r"runs/none/consumed\.json"):
+    with pytest.raises(ObjectMissing, match=r"runs/none/consumed/header\.json"):
         watermark.advance(store, "sums", "none")
 
 
 def test_a_note_that_is_gone_makes_everything_new(store: Store) -> None:
-    watermark.note(store, consumed("first", 1))
+    noted(store, "first", 1)
     watermark.advance(store, "sums", "first")
-    store.delete(["runs/first/consumed.json"])
+    store.delete(["runs/first/consumed/header.json"])
     assert watermark.read(store, "sums") is None
 
 
 def test_two_runs_that_end_together_leave_the_later_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for run_id, hour in (("first", 1), ("second", 2), ("third", 3)):
-        watermark.note(store, consumed(run_id, hour))
+    *_, third = [noted(store, run_id, hour) for run_id, hour in (("first", 1), ("second", 2), ("third", 3))]
     watermark.advance(store, "sums", "first")
     real_swap = Store.swap
 
@@ -58,14 +72,14 @@ def test_two_runs_that_end_together_leave_the_later_look(store: Store, monkeypat
 
     monkeypatch.setattr(Store, "swap", swap_after_another)
     assert not watermark.advance(store, "sums", "second")
-    assert watermark.read(store, "sums") == consumed("third", 3)
+    assert watermark.read(store, "sums") == third
 
 
 def test_a_mark_that_always_moves_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(*_arguments: object, **_options: object) -> str:
         raise Conflict("moved")
 
-    watermark.note(store, consumed("first", 1))
+    noted(store, "first", 1)
     monkeypatch.setattr(Store, "create", lose)
     with pytest.raises(Conflict, match="5 times in a row"):
         watermark.advance(store, "sums", "first")
@@ -76,3 +90,75 @@ def test_something_else_in_its_place_is_said(store: Store, body: object) -> None
     store.put_json("adapters/sums/watermark.json", body)
     with pytest.raises(IntegrityError, match="not a watermark of format 1"):
         watermark.read(store, "sums")
+
+
+def test_the_contents_are_the_first_64_bits_of_their_sha256(store: Store) -> None:
+    """The judge is a set of Python's own integers."""
+    given = hashes(0, 10_000)
+    random.Random(0).shuffle(given)
+    consumed = watermark.note(store, "r", as_of="t", sources={}, contents=watermark.content_ids(given))
+    wanted = {int(content.hex()[:16], 16) for content in given}
+    found = watermark.contents(store, consumed).to_pylist()
+    assert found == sorted(wanted)
+    assert consumed.num_records == len(found) == 10_000
+
+
+def test_a_million_of_them_lie_in_six_bytes_each_and_what_names_them_stays_small(store: Store) -> None:
+    consumed = noted(store, "r", 1, records=1_000_000)
+    sizes = {info.key: info.size for info in store.list("runs/r/")}
+    assert sizes.pop("runs/r/consumed/header.json") < 1000
+    assert sizes == {f"runs/r/{consumed.file}": pytest.approx(5.9e6, rel=0.01)}
+
+
+def test_what_moves_the_mark_and_what_names_the_sources_opens_no_contents(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumed = noted(store, "r", 1)
+    store.delete([f"runs/r/{consumed.file}"])
+    assert watermark.advance(store, "sums", "r")
+    assert watermark.noted(store, "r") == consumed == watermark.read(store, "sums")
+    assert len(watermark.contents(store, consumed)) == 0  # gone: everything counts as new
+
+
+def test_a_step_that_breaks_off_leaves_the_note_before_it_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = noted(store, "r", 1, records=3)
+
+    def fail(*_arguments: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as context:
+        context.setattr(Store, "put_json", fail)
+        with pytest.raises(ConnectionError):
+            noted(store, "r", 2, records=4)
+    found = watermark.noted(store, "r")
+    assert found == first
+    assert len(watermark.contents(store, first)) == 3
+
+
+def test_contents_that_were_changed_are_refused_and_found_by_an_audit(store: Store) -> None:
+    consumed = noted(store, "r", 1)
+    watermark.advance(store, "sums", "r")
+    assert audit(store, "sums").findings == ()
+    store.put(f"runs/r/{consumed.file}", b"PAR1")
+    with pytest.raises(IntegrityError, match="another content than its name says"):
+        watermark.contents(store, consumed)
+    (finding,) = audit(store, "sums").findings
+    assert finding.where == store.uri("adapters/sums/watermark.json")
+
+
+def test_a_note_of_release_0_1_0_is_read(store: Store) -> None:
+    records = [content.hex()[:16] for content in hashes(0, 5)]
+    body = {"format": 1, "run_id": "r", "as_of": "2026", "sources": {"a": "1"}, "records": sorted(records)}
+    store.put("runs/r/consumed.json", json.dumps(body).encode())
+    watermark.advance(store, "sums", "r")
+    consumed = watermark.read(store, "sums")
+    assert consumed is not None
+    assert (consumed.sources, consumed.num_records) == ({"a": "1"}, 5)
+    assert watermark.contents(store, consumed).equals(watermark.content_ids(hashes(0, 5)))
+
+
+@pytest.mark.parametrize("key", ["consumed.json", "consumed/header.json"])
+def test_a_note_of_a_format_to_come_is_refused(store: Store, key: str) -> None:
+    store.put_json(f"runs/r/{key}", {"format": 2})
+    with pytest.raises(IntegrityError, match=r"not a note of format 1"):
+        watermark.noted(store, "r")
