@@ -117,11 +117,11 @@ class Store:
         except ObjectMissing:
             return None
 
-    def _read_whole(self, key: str) -> tuple[bytes, str]:
+    def _read_whole(self, key: str, **options: str) -> tuple[bytes, str]:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
         for attempt in range(1, ATTEMPTS + 1):
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key), **options)
             try:
                 return answer["Body"].read(), answer["ETag"]
             except (HTTPClientError, IncompleteReadError):  # botocore does not repeat a read whose body breaks off
@@ -138,6 +138,15 @@ class Store:
         with self._errors(key):
             answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
             yield from answer["Body"].iter_chunks(CHUNK_BYTES)
+
+    def part(self, key: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer where the object ends.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        with self._errors(key):
+            return self._read_whole(key, Range=f"bytes={start}-{start + size - 1}")[0]
 
     def put(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> None:
         """Write unconditionally. A `Path` is streamed, in parts when it is large."""
