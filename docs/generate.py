@@ -10,6 +10,7 @@ from typing import Any
 from components.config import config_file
 from docs.json_keys import FREE, JSON_KEYS
 from pipelines import cli
+from pipelines.commands.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"help", "json", "verbose"}
@@ -88,6 +89,9 @@ def commands(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, 
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not groups:
         yield name, parser
+    if isinstance(parser, Parser):
+        for verb, command in parser.verbs.items():
+            yield from commands(command, f"{name} {verb}")
     for group in groups:
         for verb, command in group.choices.items():
             yield from commands(command, f"{name} {verb}")

@@ -22,6 +22,7 @@ JSON_KEYS = {
     " activation_offloading cpu_offload dense_base num_workers max_length answer_tokens device device_memory_bytes fits"
     " margin advice full_fine_tuning tokens_per_s time_s cost methods",
     "data": "profile gate base tokens shown unread_because page",
+    "data erase": "erased datasets versions runs unread next",
     "adapters list": "adapters name versions",
     "adapters show": f"{_VERSION} servable_as serving",
     "adapters promote": _MOVE,

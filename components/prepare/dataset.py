@@ -22,6 +22,7 @@ SplitName = Literal["train", "eval"]
 
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
+REJECTS = "rejects.parquet"
 _WHERE_ANY = ("calls", "tools", "group", "source")
 """What a split has a column for where any of its records has it."""
 
@@ -142,7 +143,7 @@ def publish(
         files: dict[str, bytes | Path] = {
             "train/part-00000.parquet": _write_records(train, Path(scratch, "train.parquet")),
             "eval/part-00000.parquet": _write_records(evaluation, Path(scratch, "eval.parquet")),
-            "rejects.parquet": _write_rejects(rejects, Path(scratch, "rejects.parquet")),
+            REJECTS: _write_rejects(rejects, Path(scratch, REJECTS)),
             "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
         }
         try:

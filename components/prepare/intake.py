@@ -14,9 +14,10 @@ from components.prepare.personal import Kind
 from components.prepare.row import SourceRow, Unreadable
 from components.prepare.rows import read_rows
 from components.prepare.screen import Screen
-from components.prepare.shapes import EXPECTED, Shape, advice, as_record, columns_read, recognised
+from components.prepare.shapes import EXPECTED, Shape, advice, as_record, columns_read, id_of, recognised
 from components.prepare.sources import Source
-from components.prepare.validate import KeyedRecord, validate
+from components.prepare.validate import KeyedRecord, ids_of, validate
+from components.registry.erasures import NONE_ERASED, Erased
 from components.shared.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _MAX_ROW_CHARS = 2000
 _MAX_SHOWN_CHARS = 300
 _MAX_NAMES_SHOWN = 20
 _REASONS_SHOWN = 3
+_OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that says it is none of them]"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class SourceCount:
     rejected: int
     withheld: int = 0
     """Records that hold personal data, where data.personal leaves them out."""
+    erased: int = 0
+    """Rows of records that were erased."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Intake:
     """Rows that have each column."""
     withheld: int = 0
     """Records that hold personal data, where data.personal leaves them out."""
+    erased: int = 0
+    """Rows of records that were erased, usable or not."""
     personal: Counter[Kind] = field(default_factory=Counter)
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
@@ -61,7 +67,7 @@ class Intake:
     @property
     def num_rows(self) -> int:
         """Rows read, good and bad."""
-        return len(self.accepted) + len(self.rejects) + self.withheld
+        return len(self.accepted) + len(self.rejects) + self.withheld + self.erased
 
     @property
     def rejected_share(self) -> float:
@@ -72,7 +78,7 @@ class Intake:
         """Each source with the records that it gave."""
         start = 0
         for each in self.sources:
-            end = start + each.rows - each.rejected - each.withheld
+            end = start + each.rows - each.rejected - each.withheld - each.erased
             yield each.source, self.accepted[start:end]
             start = end
 
@@ -97,8 +103,10 @@ def read(
     group: str = "",
     columns: ColumnsConfig | None = None,
     screen: Screen | None = None,
+    erased: Erased = NONE_ERASED,
 ) -> Intake:
     """Validate every row of every source; `group` is data.group, `columns` data.columns; `screen` sees each message.
+    What was `erased` is only counted.
 
     What shape the rows are in is said at the first row that can be used, with the row and the record that it becomes.
 
@@ -111,7 +119,8 @@ def read(
     shapes: dict[tuple[str, ...], Shape | None] = {}
     shown: set[str] = set()
     for source, path in local_copies(sources):
-        rows_before, rejected_before, withheld_before = intake.num_rows, len(intake.rejects), intake.withheld
+        rows_before, rejected_before = intake.num_rows, len(intake.rejects)
+        withheld_before, erased_before = intake.withheld, intake.erased
         for row in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
             shape = None
             if isinstance(row.value, dict):
@@ -120,6 +129,10 @@ def read(
                 if names not in shapes:
                     shapes[names] = recognised(names, named)
                 shape = shapes[names]
+            row_id = id_of(row.value, named) if erased else None
+            if row_id is not None and erased.has(row_id):
+                intake.erased += 1
+                continue
             screen.begin()
             try:
                 if isinstance(row.value, Unreadable):
@@ -127,7 +140,11 @@ def read(
                 value = as_record(row.value, shape, named, group=group) if isinstance(row.value, dict) else row.value
                 record = validate(value, group=group, source=source.entry, screen=screen.message)
             except DataError as exc:
-                intake.rejects.append(Reject(source.name, row.line, str(exc), screen.kept(_row_text(row))))
+                kept = screen.kept(_row_text(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
+                intake.rejects.append(Reject(source.name, row.line, str(exc), kept))
+                continue
+            if erased and any(map(erased.has, ids_of(record))):
+                intake.erased += 1
                 continue
             if not screen.end():
                 intake.withheld += 1
@@ -141,6 +158,7 @@ def read(
             intake.num_rows - rows_before,
             len(intake.rejects) - rejected_before,
             intake.withheld - withheld_before,
+            intake.erased - erased_before,
         )
         intake.sources.append(counted)
         logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)

@@ -16,6 +16,8 @@ from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
 from components.records import runs
 from components.records.steps import Decision
+from components.registry import erasures
+from components.registry.erasures import NONE_ERASED, Erased
 from components.shared import memory
 from components.shared.counted import counted
 from components.shared.errors import DataError
@@ -85,12 +87,14 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
         StoreError: an s3:// source or the registry cannot be reached.
     """
-    return _publish(config, store, *_read(config, find_sources(config.data.source)))
+    return _publish(config, store, *_read(config, find_sources(config.data.source), erasures.erased(store)))
 
 
 @_in_memory()
 def preview(config: RunConfig, sources: Sequence[Source]) -> tuple[dict[str, Any], TrainEvalSplit]:
     """What `prepare` would publish: the profile, and the records to train on and to hold out; nothing is written.
+
+    It knows no store, and so of no record that was erased.
 
     Raises:
         DataError: as for `prepare`.
@@ -127,7 +131,7 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
-    read, unique = _read(step_run.config, sources)
+    read, unique = _read(step_run.config, sources, erasures.erased(step_run.store))
     contents = watermark.content_ids(each.content for each in unique.records)
     num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
     step_run.result.update(new_records=num_new)
@@ -146,10 +150,12 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
     return prepared
 
 
-def _read(config: RunConfig, sources: Sequence[Source]) -> tuple[intake.Intake, Deduplicated]:
+def _read(
+    config: RunConfig, sources: Sequence[Source], erased: Erased = NONE_ERASED
+) -> tuple[intake.Intake, Deduplicated]:
     data = config.data
     screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
-    read = intake.read(sources, group=data.group, columns=data.columns, screen=screen)
+    read = intake.read(sources, group=data.group, columns=data.columns, screen=screen, erased=erased)
     intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     return read, deduplicate(read.accepted)
 
@@ -202,6 +208,7 @@ def _left_out(read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) 
     return {
         **unusable,
         "unusable for other reasons": others,
+        "erased": read.erased,
         "with personal data": read.withheld,
         "repeated": unique.duplicates,
         "replaced by a later row of their id": unique.superseded,

@@ -32,6 +32,7 @@ def build_profile(
         ],
         "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
         "dropped": {
+            "erased": intake.erased,
             "personal_data": intake.withheld,
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,

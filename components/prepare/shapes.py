@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from components.config.columns import ColumnsConfig
-from components.prepare.validate import KNOWN_COLUMNS, has_known_form
+from components.prepare.validate import KNOWN_COLUMNS, has_known_form, named_id
 from components.shared.errors import DataError
 
 Row = Mapping[str, Any]
@@ -63,6 +63,11 @@ def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str
     kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}
     record |= {name: row[column] for name, column in kept.items() if column and column in row}
     return _with_system(record, row.get(named.system or "system")) if named.system or shape in _WITH_SYSTEM else record
+
+
+def id_of(row: object, named: ColumnsConfig) -> str | None:
+    """The row's own id, whatever else is wrong with it; None where it has none."""
+    return named_id(row.get(named.id or "id")) if isinstance(row, Mapping) else None
 
 
 def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str = "") -> set[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from components.prepare.dataset import Record
 from components.prepare.news import narrow
-from components.prepare.validate import KeyedRecord, canonical_prompt
+from components.prepare.validate import KeyedRecord, canonical_prompt, ids_of
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _named_apart(rows: Iterable[KeyedRecord]) -> list[KeyedRecord]:
     def renamed(row: KeyedRecord) -> KeyedRecord:
         if row.named or row.record.id not in given:
             return row
-        longer = row.content.hex()
+        *_, longer = ids_of(row)
         while longer in given:
             longer += "-"
         return replace(row, record=replace(row.record, id=longer))

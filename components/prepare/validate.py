@@ -34,6 +34,8 @@ MAX_TEXT_CHARS = 16 * 2**20
 """Of one text, as of a whole line of JSONL: a cell of Parquet may unpack to far more than its file holds."""
 MAX_NAME_CHARS = 4096
 """Of an id or a group."""
+ID_DIGITS = 16
+"""Of the content's hash, as the id of a row that gives none."""
 MAX_MARKS = 30
 """Combining characters in a row, as Unicode's Stream-Safe Text Format has it (UAX #15, section 13): to put them in
 order takes time by the square of how many there are, and no language has more."""
@@ -90,6 +92,19 @@ def validate(
     return _keyed(row.get("id"), turns, screen(answer), _tools(row.get("tools")), belongs_to, source)
 
 
+def named_id(value: object) -> str | None:
+    """The id that a row gives with this value; None where it gives none, or none that will do."""
+    try:
+        return _name(value, "id")
+    except DataError:
+        return None
+
+
+def ids_of(row: KeyedRecord) -> tuple[str, ...]:
+    """The ids that a dataset may have the record by: its row's own, or else those by its content."""
+    return (row.record.id,) if row.named else (row.content.hex()[:ID_DIGITS], row.content.hex())
+
+
 def canonical_prompt(turns: list[Message]) -> str:
     """The prompt as one unambiguous string: equal exactly when the turns are equal."""
     return "".join(
@@ -111,7 +126,7 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
         place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
-    record = Record(record_id or content.hex()[:16], turns, answer.content, calls, tools, group, source)
+    record = Record(record_id or content.hex()[:ID_DIGITS], turns, answer.content, calls, tools, group, source)
     return KeyedRecord(record, key, place, content, named)
 
 

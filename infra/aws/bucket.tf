@@ -168,7 +168,8 @@ data "aws_iam_policy_document" "bucket" {
     }
   }
 
-  # A manifest vouches for a folder and every file in it, an event for what happened: they are created once.
+  # A manifest vouches for a folder and every file in it, an event for what happened, an erasure for what must never come
+  # back: they are created once.
   statement {
     sid     = "FoldersAndEventsAreWrittenOnce"
     effect  = "Deny"
@@ -178,6 +179,7 @@ data "aws_iam_policy_document" "bucket" {
       "${local.root}*/manifest.json",
       "${local.root}adapters/*/signatures/*",
       "${local.root}adapters/*/events/*",
+      "${local.root}erased/*",
       "${local.root}datasets/*",
       "${local.root}bases/*",
       "${local.root}adapters/*/versions/*",
@@ -211,7 +213,7 @@ data "aws_iam_policy_document" "bucket" {
       "s3:DeleteObjectVersion",
     ]
 
-    resources = ["${local.root}adapters/*", "${local.root}datasets/*", "${local.root}bases/*"]
+    resources = ["${local.root}adapters/*", "${local.root}datasets/*", "${local.root}bases/*", "${local.root}erased/*"]
 
     principals {
       type        = "*"

@@ -152,7 +152,7 @@ data "aws_iam_policy_document" "pipeline" {
   }
 }
 
-# People: `fineloop adapters promote`, `rollback` and `gc`. They publish no version.
+# People: `fineloop adapters promote`, `rollback` and `gc`, and `fineloop data erase`. They publish no version.
 data "aws_iam_policy_document" "admin" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 
@@ -167,6 +167,7 @@ data "aws_iam_policy_document" "admin" {
       "${local.root}adapters/*/events/*",
       "${local.root}adapters/*/signatures/*",
       "${local.root}adapters/*/index/*",
+      "${local.root}erased/*",
       "${local.root}.check/*",
     ]
   }

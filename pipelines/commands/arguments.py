@@ -24,7 +24,25 @@ EXIT_CODES = """exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says what a mistyped command may stand for."""
+    """One that says what a mistyped command may stand for, and may have verbs beside its own arguments."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.verbs: dict[str, Parser] = {}
+
+    def add_parser(self, name: str, *, help: str, **options: Any) -> "Parser":
+        """Add a verb, as argparse's own groups of commands do: where it stands first, its parser reads the rest.
+
+        Argparse allows no group beside an argument that may be missing.
+        """
+        self.verbs[name] = Parser(prog=f"{self.prog} {name}", **options)
+        return self.verbs[name]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, where no verb stands first."""
+        if self.verbs and args and args[0] in self.verbs:
+            return self.verbs[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""

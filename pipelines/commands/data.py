@@ -1,4 +1,4 @@
-"""`fineloop data`."""
+"""`fineloop data`; `fineloop data erase` is in erase.py."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 from components.shared.counted import counted
+from pipelines.commands import erase
 from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
 from pipelines.commands.table import table
 
@@ -27,12 +28,14 @@ def add(commands: Any) -> None:
         does="Say what a run would make of your data, before anything is started.",
         more="Rows that are unusable and why, what is left out, lengths, answers, three records as the base's chat "
         "template renders them with what is trained on marked, and what the gate could decide by what is held out. "
-        "Nothing is written. Of the base the tokenizer is read, not the weights.",
+        "Nothing is written. Of the base the tokenizer is read, not the weights. No store is asked, so that erased "
+        "records count. `fineloop data erase` keeps records out for good; a file of that name is ./erase.",
         example="fineloop data rows.jsonl -c mine.toml --html data.html",
     )
     data.add_argument("source", nargs="?", metavar="FILE", help="in place of data.source: a file, a glob, s3://...")
     data.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
     add_config(data)
+    erase.add(data)
 
 
 def _data(options: argparse.Namespace) -> Answer:

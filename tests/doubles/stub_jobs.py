@@ -62,7 +62,8 @@ def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "adapter_config.json": b"{}",
         "README.md": b"# a test",
     }
-    lineage = {"run_id": options.run_id, "config": config.model_dump(mode="json")}
+    dataset = {"dataset_id": options.dataset.rpartition("/")[2]}
+    lineage = {"run_id": options.run_id, "config": config.model_dump(mode="json"), "dataset": dataset}
     version = versions.publish_version(store, config.adapter.name, files, lineage=lineage)
     say("finetune", "2/2")
     result = {
@@ -109,14 +110,17 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
     records_behind = as_parquet(evidence(Evaluation.from_json(json.dumps(evaluation).encode(), "the stub's")))
     store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_behind)
     store.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
-    store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_of(evaluation))
+    store.put(
+        f"runs/{options.run_id}/evaluation_records.parquet", records_of(evaluation, [each.id for each in records])
+    )
     say("evaluate", json.dumps(evaluation["records"]))
 
 
-def records_of(evaluation: dict) -> bytes:  # type: ignore[type-arg]
-    """Records of one answer token, all alike."""
+def records_of(evaluation: dict, ids: list[str]) -> bytes:  # type: ignore[type-arg]
+    """Records of one answer token, all alike; as many as are asked for, though fewer have ids."""
     number = evaluation["records"]
-    columns: dict[str, list[float]] = {"answer_tokens": [1] * number}
+    columns: dict[str, list[float] | list[str]] = {"answer_tokens": [1] * number}
+    columns["id"] = [*ids, *(f"more/{place}" for place in range(len(ids), number))]
     for role, model in evaluation["models"].items():
         if model:
             columns[f"{role}_nll"] = [model["metrics"]["loss"]] * number

@@ -27,6 +27,7 @@ COMMANDS = [
     ("sweep",),
     ("plan",),
     ("data",),
+    ("data", "erase"),
     ("chat",),
     ("replay",),
     ("compile",),
@@ -109,6 +110,9 @@ def test_a_file_of_commands_bears_the_command_s_name() -> None:
         (["runs", "list", "--state", "done"], "canceled"),
         (["adapters", "show"], "NAME[@ALIAS|@VERSION]"),
         (["run", "--unknown"], "--unknown"),
+        (["data", "erase"], "the following arguments are required: ID"),
+        (["data", "erase", "17", "--unknown"], "--unknown"),
+        (["data", "erase", "17"], "--home"),
         (["nonsense"], "nonsense"),
         (["trian"], "did you mean train?"),
         (["adapters", "shw"], "did you mean show?"),
@@ -131,6 +135,31 @@ def test_a_wrong_argument_is_exit_2_in_one_message(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        (["rows.jsonl", "--html", "x.html"], "rows.jsonl"),
+        (["--html", "x.html", "rows.jsonl"], "rows.jsonl"),
+        (["--html", "x.html"], None),
+        ([], None),
+        (["./erase"], "./erase"),
+        (["erase.jsonl"], "erase.jsonl"),
+        (["--json", "erase"], "erase"),
+    ],
+    ids=str,
+)
+def test_data_takes_a_file_wherever_no_verb_stands_first(arguments: list[str], source: str | None) -> None:
+    options = cli.parser().parse_args(["data", *arguments])
+    assert options.source == source
+    assert options.command.__name__ == "_data"
+
+
+def test_data_erase_takes_ids_and_options_in_any_order() -> None:
+    options = cli.parser().parse_args(["data", "erase", "1", "2", "--by", "ada", "--json"])
+    assert (options.ids, options.by, options.json) == (["1", "2"], "ada", True)
+    assert cli.parser().parse_args(["data", "erase", "--json", "--", "-1", "erase"]).ids == ["-1", "erase"]
 
 
 def test_the_command_alone_is_help_and_says_its_release(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ CREATED = {
     "runs/r1/checkpoints/7/shared/manifest.json": "trainer pipeline",
     adapter_key("icd", "events", "2026-e1.json"): "trainer pipeline admin",
     adapter_key("icd", "signatures", "v1", "k-s.dsse.json"): "pipeline admin",
+    f"erased/{'0' * 64}.json": "admin",
 }
 SWAPPED = {
     adapter_key("icd", "aliases", "production.json"): "pipeline admin",
@@ -44,6 +45,7 @@ DELETERS = {
     adapter_key("icd", "aliases", "production.json"): "",
     adapter_key("icd", "watermark.json"): "",
     adapter_key("icd", "events", "2026-e1.json"): "",
+    f"erased/{'0' * 64}.json": "",
 }
 
 
@@ -121,6 +123,8 @@ def test_what_variables_give_is_for_every_role_and_no_more_than_that(
             '      "${local.root}bases/*",\n      "${local.root}adapters/*/versions/*",\n    ]\n\n    principals',
             "]\nprincipals",
         ),
+        ('      "${local.root}erased/*",\n      "${local.root}datasets/*",\n', '"${local.root}datasets/*",\n'),
+        (', "${local.root}erased/*"]', "]"),
         ('variable = "s3:ObjectCreationOperation"', 'variable = "s3:nothing"'),
         ("values   = [aws_iam_role.admin.arn]", 'values   = ["*"]'),
         ('variable = "aws:SecureTransport"\n      values   = ["false"]', 'variable = "x"\n      values   = ["none"]'),

@@ -1,0 +1,94 @@
+"""Records that are never to be trained on again, whatever their source still holds.
+
+erased/<sha256>.json is one of them: it exists, or does not, and its name alone says which record it is, so that two
+erasures at once lose neither and a preparation reads a listing. Of the record nothing is kept but the hash of its id.
+Nothing here takes one back.
+"""
+
+import hashlib
+import re
+from collections.abc import Set
+from dataclasses import dataclass
+
+from components.shared.errors import Conflict, IntegrityError, UserError
+from components.store import folders
+from components.store.store import JSON, Store, decode_json, encode_json
+
+ERASED = "erased/"
+FORMAT = 1
+_NAME = re.compile(r"([0-9a-f]{64})\.json")
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """One record, as it was first erased."""
+
+    record: str
+    """sha256 of its id, in hex."""
+    at: str
+    by: str
+    is_new: bool
+    """False where it was erased before."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """All that were erased, by the hashes of their ids."""
+
+    records: Set[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.records)
+
+    def has(self, record_id: str) -> bool:
+        """Whether the record of this id was erased."""
+        return record_hash(record_id) in self.records
+
+
+NONE_ERASED = Erased()
+
+
+def record_hash(record_id: str) -> str:
+    """What stands for the record in the store."""
+    return hashlib.sha256(f"fineloop record {record_id}".encode(errors="surrogatepass")).hexdigest()
+
+
+def erase(store: Store, record_id: str, *, by: str) -> Erasure:
+    """Note that the record is never to be trained on again; the first note of it stands.
+
+    Raises:
+        UserError: the id is empty.
+        IntegrityError: what was noted before is damaged.
+    """
+    if not record_id:
+        raise UserError("a record's id is empty: give it as the dataset has it")
+    record, key = record_hash(record_id), _key(record_hash(record_id))
+    at = folders.now()
+    try:
+        body = {"format": FORMAT, "record": record, "at": at, "by": by}
+        store.create(key, encode_json(body), content_type=JSON)
+    except Conflict:
+        noted = decode_json(store.get(key), store.uri(key))
+        if not isinstance(noted, dict) or not {"at", "by"} <= noted.keys():
+            raise IntegrityError(f"{store.uri(key)} is not an erasure of format {FORMAT}") from None
+        return Erasure(record, str(noted["at"]), str(noted["by"]), is_new=False)
+    return Erasure(record, at, by, is_new=True)
+
+
+def erased(store: Store) -> Erased:
+    """Every record that was erased.
+
+    Raises:
+        IntegrityError: something else lies among them, so that nobody knows what was meant.
+    """
+    found: set[str] = set()
+    for info in store.list(ERASED):
+        named = _NAME.fullmatch(info.key.removeprefix(ERASED))
+        if named is None:
+            raise IntegrityError(f"{store.uri(info.key)} is not an erasure: remove it, or erase the record it means")
+        found.add(named[1])
+    return Erased(frozenset(found))
+
+
+def _key(record: str) -> str:
+    return f"{ERASED}{record}.json"

@@ -1,0 +1,54 @@
+"""Records that are never to be trained on again."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from components.registry import erasures
+from components.shared.errors import IntegrityError, UserError
+from components.store.store import Store
+
+
+def test_of_an_erased_record_the_store_keeps_a_hash_who_and_when(store: Store) -> None:
+    made = erasures.erase(store, "patient/4711", by="ada")
+    (info,) = store.list("erased/")
+    body = store.get(info.key)
+    assert b"4711" not in body + info.key.encode()
+    record = hashlib.sha256(b"fineloop record patient/4711").hexdigest()
+    assert json.loads(body) == {"format": 1, "record": record, "at": made.at, "by": "ada"}
+    assert info.key == f"erased/{record}.json"
+
+
+def test_erased_twice_is_erased_once_and_the_first_says_when(store: Store) -> None:
+    first = erasures.erase(store, "4711", by="ada")
+    again = erasures.erase(store, "4711", by="bob")
+    assert (first.is_new, again.is_new) == (True, False)
+    assert (again.by, again.at) == ("ada", first.at)
+
+
+def test_of_many_at_once_none_is_lost(store: Store) -> None:
+    ids = [str(number) for number in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda each: erasures.erase(store, each, by="ada"), ids * 2))
+    assert sum(each.is_new for each in made) == 40
+    found = erasures.erased(store)
+    assert [each for each in ids if not found.has(each)] == []
+    assert not found.has("40")
+
+
+def test_a_store_of_which_nothing_was_erased_has_no_erased_record(store: Store) -> None:
+    assert not erasures.erased(store)
+    assert not erasures.erased(store).has("")
+
+
+def test_something_else_among_them_stops_who_reads_them(store: Store) -> None:
+    store.put("erased/4711.json", b"{}")
+    with pytest.raises(IntegrityError, match=r"erased/4711\.json is not an erasure"):
+        erasures.erased(store)
+
+
+def test_an_empty_id_is_refused(store: Store) -> None:
+    with pytest.raises(UserError, match="id is empty"):
+        erasures.erase(store, "", by="ada")
