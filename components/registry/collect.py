@@ -2,7 +2,8 @@
 
 Kept is every version that an alias points at or that ever held one (a decision put it there, and a rollback returns to
 it), that waits for a person's approval, or that a run under way made or goes on from; the parents of what is kept, the
-newest ones, and all that is younger than an age. Datasets and the bases of adapters' own stay for the versions that are
+newest ones, and all that is younger than an age. To what a trusted key has revoked no alias returns: no longer pointed
+at, it counts neither as held nor as new. Datasets and the bases of adapters' own stay for the versions that are
 kept and for the runs under way. A run is under way until it ends or has written nothing for the age, a day at least.
 Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is trusted.
 """
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from components.config.methods import METHODS, OWN_BASE
 from components.records import runs
 from components.records.steps import Decision, Evaluation, TrainResult
-from components.registry import versions
+from components.registry import signing, versions
 from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor, of_record
 from components.registry.event_log import append_event, read_log
@@ -72,6 +73,7 @@ class _Kept:
     manifest_sha256: str
     run_id: str
     made_from: tuple[Ancestor, ...]
+    is_revoked: bool
 
 
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
@@ -157,7 +159,9 @@ def _published(store: Store, name: str) -> list[_Kept]:
             )
         made_from = tuple(of_record(decode_json(body[0], store.uri(key))))
         run_id = str(manifest.about.get("run_id", ""))
-        return _Kept(name, version, manifest.created_at, manifest.sha256, run_id, made_from)
+        trusted = store.trusted_keys
+        revoked = bool(trusted and signing.said(store, name, version, manifest.sha256, trusted).revoked_by)
+        return _Kept(name, version, manifest.created_at, manifest.sha256, run_id, made_from, revoked)
 
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = [each for each in pool.map(read, versions.version_ids(store, name)) if each]
@@ -182,11 +186,12 @@ def _unneeded(
     held |= {*holders.values(), *waiting(log, holders)}
     made = {each for run in under_way for each in (run.run_id, run.made) if each}
     starts = tuple(start for run in under_way for start in run.starts)
+    held -= {version.version for version in published if version.is_revoked} - set(holders.values())
+    held |= {version.version for version in [each for each in published if not each.is_revoked][: rules.keep_last]}
     kept = [
         version
-        for position, version in enumerate(published)
+        for version in published
         if version.version in held
-        or position < rules.keep_last
         or datetime.fromisoformat(version.created_at) > oldest
         or not made.isdisjoint({version.run_id, _uri(store, version)})
         or f"{name}@{version.version}".startswith(starts)
@@ -298,7 +303,7 @@ def _newest(objects: Iterable[ObjectInfo]) -> datetime:
 
 def _of_version(store: Store, version: _Kept, runs_seen: AbstractSet[str]) -> Removal:
     objects = list(store.list(f"{version_key(version.name, version.version)}/"))
-    why = f"published {version.created_at[:10]}, never held an alias"
+    why = f"published {version.created_at[:10]}, {'revoked' if version.is_revoked else 'never held an alias'}"
     return _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen, version.manifest_sha256)
 
 

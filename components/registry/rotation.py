@@ -17,7 +17,7 @@ class Signed(NamedTuple):
 
 
 def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
-    """Sign every version of the adapter that is needed, and revoke once more what a trusted key has revoked.
+    """Sign every version of the adapter that is needed, and revoke once more what is there and a trusted key revoked.
 
     Raises:
         ObjectMissing: one of them is gone.
@@ -32,7 +32,8 @@ def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
     revoked = {each.version for each in signed}
     for pointer in aliases.list_aliases(store, name):
         for version, sha256 in aliases.needed(store, name, pointer).items():
-            if version not in revoked:
+            gone_since = signing.said(store, name, version, sha256, store.trusted_keys).revoked_by
+            if version not in revoked and not gone_since:
                 uri = signing.sign(store, name, version, key, alias=pointer.alias, manifest_sha256=sha256)
                 signed.append(Signed(version, pointer.alias, uri))
     return signed

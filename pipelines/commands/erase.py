@@ -71,8 +71,14 @@ def _next(found: "Exposure", *, revocable: bool) -> Iterator[tuple[str, str]]:
             yield f"fineloop adapters show {reference}", f"{_listed(each.aliases)} must move to the new version first"
         if revocable and not each.revoked:
             yield f"fineloop adapters revoke {reference} --reason '{REVOKED_BECAUSE}'", "nobody is to use it again"
+    if found.versions and not revocable:
+        yield (
+            "",
+            "a version that ever held an alias goes only when it is revoked, and registry.trusted_keys names no key",
+        )
     if found.datasets or found.versions:
-        yield "fineloop adapters gc --delete", "removes the versions and datasets that nothing needs, when old enough"
+        gone = "the versions that are revoked or never held an alias, then the datasets that none needs"
+        yield "fineloop adapters gc --delete", f"removes, when they are as old as --older-than-days says, {gone}"
     for run_id in found.runs:
         yield "", f"delete runs/{run_id}/ in the store by hand: its evaluation shows the text of them"
     for uri in found.unread:

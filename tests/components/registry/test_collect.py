@@ -5,16 +5,18 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
-from components.registry import collect
+from components.registry import collect, signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import append_event, events
+from components.registry.rotation import sign_held
 from components.registry.versions import Version, list_versions, publish_version
-from components.shared.errors import IntegrityError
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import ObjectInfo, Store
 
@@ -59,6 +61,37 @@ def test_what_is_young_stays_and_without_a_newest_to_keep_only_what_is_needed_do
     gone = [f"icd@{published[number].version}" for number in (5, 4, 3, 2)]
     assert removed(store, Rules(keep_last=0)) == gone
     assert removed(store, Rules(keep_last=2)) == gone[2:3]
+
+
+def test_what_was_revoked_goes_once_no_alias_points_at_it_and_keys_can_still_be_rotated(store: Store) -> None:
+    old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    strict = Store(store._client, store.bucket, store.prefix, trusted_keys=[*map(signing.public_text, (old, new))])
+    made = []
+    for weights in (b"one", b"two", b"three"):
+        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+        made.append(publish_version(store, "icd", files, lineage={"run_id": ""}).version)
+        signing.sign(store, "icd", made[-1], old, alias="production")
+        promote(strict, "icd", made[-1])
+    for version in made[1:]:
+        signing.revoke(store, "icd", version, old, reason="trained on an erased record")
+    rules = Rules(keep_last=10)
+    assert collect.removals(store, ["icd"], rules, now=LATER) == []  # to whom nobody is to be trusted, nobody revoked
+    assert collect.removals(strict, ["icd"], rules, now=datetime.now(UTC)) == []
+    (found,) = collect.removals(strict, ["icd"], rules, now=LATER)
+    assert (found.name, found.why[-9:]) == (f"icd@{made[1]}", ", revoked")  # production is still at the third
+    assert collect.remove(strict, found)
+    assert {finding.what[:15] for finding in audit(strict, "icd").findings} == {"is in use as pr"}
+    assert {each.version for each in sign_held(strict, "icd", new)} == {made[0], made[2]}
+    with pytest.raises(ObjectMissing, match=made[1]):
+        rollback(strict, "icd")
+    rollback(strict, "icd", to=made[0])
+    assert audit(strict, "icd").findings == ()
+    assert {each.version for each in sign_held(strict, "icd", new)} == {made[0], made[2]}
+    (last,) = collect.removals(strict, ["icd"], rules, now=LATER)
+    assert collect.remove(strict, last)
+    assert audit(strict, "icd").findings == ()
+    assert [each.version for each in list_versions(strict, "icd")] == made[:1]
+    assert [each.version for each in sign_held(strict, "icd", new)] == made[:1]
 
 
 def test_a_version_that_took_an_alias_after_the_look_stays_whole(store: Store, published: list[Version]) -> None:
