@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig, TrainConfig
-from components.prepare.prepare import read_split
+from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
 from components.shared import garbage
 from components.shared.cpus import Cpu, this_cpu
@@ -133,11 +133,12 @@ def counted(config: RunConfig) -> Work:
     if sum(source.size_bytes for source in sources) > LARGEST_BYTES:
         raise UserError(f"the data are larger than the {LARGEST_BYTES:,} bytes that an estimate reads")
     path = base_config.locate(config.model)
-    split = read_split(config, sources)
+    with preview(config, sources) as (_, split):
+        train, evaluation = split.train.head(SAMPLE), split.evaluation.head(SAMPLE)
     chat = chat_format.load(base_model.Base(config.model.base, path, {}), config.model)
     # Records lie in the order of a hash, so the first are as good a sample as any.
-    sample = tokenize(split.train[:SAMPLE], chat, config.model.max_length, config.data.loss_on)
-    held_out = tokenize(split.evaluation[:SAMPLE], chat, config.model.max_length)
+    sample = tokenize(train, chat, config.model.max_length, config.data.loss_on)
+    held_out = tokenize(evaluation, chat, config.model.max_length)
     return Work(
         train_records=len(split.train),
         eval_records=len(split.evaluation),

@@ -56,22 +56,23 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     """
     sources = find_sources(config.data.source)
     say(STEP, f"reading {', '.join(source.name for source in sources)}")
-    profile, parts = preview(config, sources)
-    body: dict[str, Any] = {
-        "profile": profile,
-        "gate": _gate(config, parts.evaluation),
-        "base": config.model.base,
-        "tokens": None,
-        "shown": [],
-        "unread_because": "",
-    }
+    with preview(config, sources) as (profile, parts):
+        body: dict[str, Any] = {
+            "profile": profile,
+            "gate": _gate(config, list(parts.evaluation)),
+            "base": config.model.base,
+            "tokens": None,
+            "shown": [],
+            "unread_because": "",
+        }
+        train = parts.train.head(SAMPLED)
     try:
         base = base_model.Base(config.model.base, base_config.locate(config.model), {})
         chat = chat_format.load(base, config.model)
     except UserError as exc:
         return {**body, "unread_because": str(exc)}
-    say(STEP, f"tokenising {min(SAMPLED, len(parts.train))} records as {config.model.base} reads them")
-    return {**body, "tokens": _tokens(config, parts.train[:SAMPLED], chat), "shown": _shown(config, parts.train, chat)}
+    say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
+    return {**body, "tokens": _tokens(config, train, chat), "shown": _shown(config, train, chat)}
 
 
 def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:

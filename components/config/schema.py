@@ -105,6 +105,8 @@ class DataConfig(Section):
     still comes from all of them, so that forgetting shows."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
+    memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
+    """Memory in GiB that preparing the data takes, about; what does not fit goes to disk."""
     timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
     """Deadline of the step that reads, checks and publishes the data, in a pipeline on Kubeflow."""
 

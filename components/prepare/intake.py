@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from components.config.columns import ColumnsConfig
@@ -42,12 +42,36 @@ class SourceCount:
     """Rows of records that were erased."""
 
 
+class Reasons:
+    """Why rows are unusable: each kind of reason with its count and its first example."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, Reject] = {}
+
+    def add(self, reject: Reject) -> None:
+        """Count one more."""
+        kind = _kind_of(reject.reason)
+        self._counts[kind] += 1
+        self._examples.setdefault(kind, reject)
+
+    def most_common(self) -> list[tuple[str, int, Reject]]:
+        """Most frequent first: the kind, its count, its first example; a kind that occurs once as it was said."""
+        return [
+            (self._examples[kind].reason if count == 1 else kind, count, self._examples[kind])
+            for kind, count in self._counts.most_common()
+        ]
+
+
 @dataclass
 class Intake:
-    """Everything that was read, in the order of the sources."""
+    """What was read, counted, in the order of the sources."""
 
-    accepted: list[KeyedRecord] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
+    accepted: int = 0
+    """Records that may be used."""
+    rejected: int = 0
+    """Rows that are unusable."""
+    reasons: Reasons = field(default_factory=Reasons)
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
     withheld: int = 0
@@ -67,38 +91,26 @@ class Intake:
     @property
     def num_rows(self) -> int:
         """Rows read, good and bad."""
-        return len(self.accepted) + len(self.rejects) + self.withheld + self.erased
+        return self.accepted + self.rejected + self.withheld + self.erased
 
     @property
     def rejected_share(self) -> float:
         """Share of rows that are unusable."""
-        return len(self.rejects) / self.num_rows if self.num_rows else 0.0
+        return self.rejected / self.num_rows if self.num_rows else 0.0
 
-    def by_source(self) -> Iterator[tuple[Source, list[KeyedRecord]]]:
-        """Each source with the records that it gave."""
+    def by_source(self) -> Iterator[tuple[Source, range]]:
+        """Each source with which of the accepted records it gave."""
         start = 0
         for each in self.sources:
             end = start + each.rows - each.rejected - each.withheld - each.erased
-            yield each.source, self.accepted[start:end]
+            yield each.source, range(start, end)
             start = end
-
-    def reasons(self) -> list[tuple[str, int, Reject]]:
-        """Kinds of reason, most frequent first: the kind, its count, its first example."""
-        counts: Counter[str] = Counter()
-        examples: dict[str, Reject] = {}
-        for reject in self.rejects:
-            kind = _kind_of(reject.reason)
-            counts[kind] += 1
-            examples.setdefault(kind, reject)
-        # A kind that occurs once is best shown as it was said.
-        return [
-            (examples[kind].reason if count == 1 else kind, count, examples[kind])
-            for kind, count in counts.most_common()
-        ]
 
 
 def read(
     sources: Sequence[Source],
+    accept: Callable[[KeyedRecord], None],
+    reject: Callable[[Reject], None],
     *,
     group: str = "",
     columns: ColumnsConfig | None = None,
@@ -108,7 +120,8 @@ def read(
     """Validate every row of every source; `group` is data.group, `columns` data.columns; `screen` sees each message.
     What was `erased` is only counted.
 
-    What shape the rows are in is said at the first row that can be used, with the row and the record that it becomes.
+    Each record and each reject is handed over as it comes, and not kept. What shape the rows are in is said at the
+    first row that can be used, with the row and the record that it becomes.
 
     Raises:
         DataError: a source cannot be opened.
@@ -119,7 +132,7 @@ def read(
     shapes: dict[tuple[str, ...], Shape | None] = {}
     shown: set[str] = set()
     for source, path in local_copies(sources):
-        rows_before, rejected_before = intake.num_rows, len(intake.rejects)
+        rows_before, rejected_before = intake.num_rows, intake.rejected
         withheld_before, erased_before = intake.withheld, intake.erased
         for row in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
             shape = None
@@ -141,7 +154,10 @@ def read(
                 record = validate(value, group=group, source=source.entry, screen=screen.message)
             except DataError as exc:
                 kept = screen.kept(_row_text(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
-                intake.rejects.append(Reject(source.name, row.line, str(exc), kept))
+                bad = Reject(source.name, row.line, str(exc), kept)
+                intake.rejected += 1
+                intake.reasons.add(bad)
+                reject(bad)
                 continue
             if erased and any(map(erased.has, ids_of(record))):
                 intake.erased += 1
@@ -149,14 +165,15 @@ def read(
             if not screen.end():
                 intake.withheld += 1
                 continue
-            intake.accepted.append(record)
+            intake.accepted += 1
+            accept(record)
             if shape and shape.name not in shown:
                 shown.add(shape.name)
                 _show(source, row, screen.kept(_row_text(row)), shape, record)
         counted = SourceCount(
             source,
             intake.num_rows - rows_before,
-            len(intake.rejects) - rejected_before,
+            intake.rejected - rejected_before,
             intake.withheld - withheld_before,
             intake.erased - erased_before,
         )
@@ -209,13 +226,13 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
         raise DataError(f"data.source has no usable row among {intake.num_rows}:{_reasons_text(intake)}")
     if share > max_reject_share:
         raise DataError(
-            f"{share:.1%} of rows are unusable ({len(intake.rejects)} of {intake.num_rows}), more than "
+            f"{share:.1%} of rows are unusable ({intake.rejected} of {intake.num_rows}), more than "
             f"data.max_reject_share = {max_reject_share:g} allows:{_reasons_text(intake)}\n"
             "Fix these rows or raise data.max_reject_share."
         )
     logger.info(
         "%d of %d rows are unusable (%.2f %%; data.max_reject_share is %g)",
-        len(intake.rejects),
+        intake.rejected,
         intake.num_rows,
         100 * share,
         max_reject_share,
@@ -223,7 +240,7 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
 
 
 def _reasons_text(intake: Intake) -> str:
-    reasons = intake.reasons()
+    reasons = intake.reasons.most_common()
     lines = [
         f"\n  {count} x {reason} (for example {example.source}:{example.line})"
         for reason, count, example in reasons[:_REASONS_SHOWN]

@@ -1,26 +1,29 @@
-"""What is new since the adapter's last finished run, and which records fall into the window; pure."""
+"""What is new since the adapter's last finished run, and which records fall into the window."""
 
 import hashlib
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from components.prepare.intake import Intake
 from components.prepare.sources import Source
-from components.prepare.validate import KeyedRecord
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from components.prepare.workspace import Workspace
     from components.registry.watermark import Consumed
+
+
+Span = tuple[int, int]
+"""The numbers of some records that were read one after the other: the first, and one more than the last."""
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """The records to train on, in the order they came in, and where the others went."""
+    """Where the records went that are not trained on."""
 
-    records: list[KeyedRecord]
     before_window: int
     """Left out because the window begins after them."""
     replayed: int
@@ -33,6 +36,12 @@ def new_sources(sources: Iterable[Source], consumed: "Consumed | None") -> list[
     return [each for each in sources if seen.get(each.name) != each.fingerprint]
 
 
+def contents(work: "Workspace") -> Iterator[bytes]:
+    """The sha256 of each distinct record's content, in no order."""
+    for batch in work.batches("SELECT content FROM chosen"):
+        yield from batch["content"].to_pylist()
+
+
 def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
     """Of distinct contents, by their ids, those that were not there then: added or changed, wherever they stand."""
     import pyarrow.compute as pc
@@ -40,34 +49,47 @@ def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
     return len(contents) - (pc.sum(pc.is_in(contents, value_set=known)).as_py() or 0)
 
 
-def in_window(intake: Intake, *, days: float) -> Set[bytes]:
-    """Contents that a file or object of the last `days` before the newest one holds.
+def in_window(intake: Intake, *, days: float) -> list[Span]:
+    """The records that a file or object of the last `days` before the newest one gave.
 
     The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
     What has no time, the example, is always in it.
     """
     times = [source.modified_at for source, _ in intake.by_source() if source.modified_at]
     begin = max(times) - timedelta(days=days) if times else None
-    return {
-        record.content
-        for source, records in intake.by_source()
+    return [
+        (numbers.start, numbers.stop)
+        for source, numbers in intake.by_source()
         if begin is None or source.modified_at is None or source.modified_at >= begin
-        for record in records
-    }
+    ]
 
 
-def narrow(records: Sequence[KeyedRecord], window: Set[bytes] | None, *, replay_share: float) -> Narrowed:
-    """Keep the records in the window, and enough earlier ones to make up `replay_share` of the result.
+def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float) -> Narrowed:
+    """Keep in the table `others` what the window holds, by its content, and enough earlier records to make up
+    `replay_share` of the result.
 
     Which earlier ones is decided by a hash salted with the window's content: each refresh replays others, and the same
     data always gives the same choice. None as the window keeps everything.
     """
     if window is None:
-        return Narrowed(list(records), 0, 0)
-    recent = [each for each in records if each.content in window]
-    earlier = [each for each in records if each.content not in window]
-    wanted = min(len(earlier), round(len(recent) * replay_share / (1 - replay_share)))
-    salt = hashlib.sha256(b"".join(each.content for each in recent)).digest()
-    drawn = sorted(earlier, key=lambda each: hashlib.sha256(salt + each.content).digest())[:wanted]
-    kept = {each.content for each in recent} | {each.content for each in drawn}
-    return Narrowed([each for each in records if each.content in kept], len(earlier) - wanted, wanted)
+        return Narrowed(0, 0)
+    import pyarrow as pa
+
+    starts, ends = ([span[place] for span in window] for place in (0, 1))
+    work.put("spans", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
+    work.run(
+        "CREATE TABLE recent AS FROM others WHERE content IN"
+        "  (SELECT content FROM records JOIN spans ON number >= start AND number < stop);"
+        "CREATE TABLE earlier AS FROM others ANTI JOIN recent USING (number)"
+    )
+    num_recent, num_earlier = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM earlier)")
+    wanted = min(num_earlier, round(num_recent * replay_share / (1 - replay_share)))
+    salt = hashlib.sha256()
+    for batch in work.batches("SELECT content FROM recent ORDER BY place, key, content"):
+        salt.update(b"".join(batch["content"].to_pylist()))
+    work.run(
+        f"CREATE TABLE passed AS SELECT number FROM earlier"
+        f"  ORDER BY sha256('{salt.hexdigest()}'.unhex() || content) OFFSET {wanted};"
+        "DELETE FROM others WHERE number IN (FROM passed)"
+    )
+    return Narrowed(num_earlier - wanted, wanted)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.prepare import dataset, intake, news
+from components.prepare import intake, news, parts, workspace
 from components.prepare.judges import require_enough
 from components.prepare.profile import build_profile
 from components.prepare.screen import Screen
 from components.prepare.shapes import columns_read
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
+from components.prepare.workspace import Workspace
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import erasures
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 REASONS_SHOWN = 3
 MEMORY_SHARE = 0.8
-"""Of what is free: records are all held at once, and small files may unpack to more than any machine has."""
+"""Of what is free: small files may unpack to more than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ def _in_memory() -> Iterator[None]:
         ) from exc
 
 
-@_in_memory()
 def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
 
@@ -87,29 +87,29 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
         StoreError: an s3:// source or the registry cannot be reached.
     """
-    return _publish(config, store, *_read(config, find_sources(config.data.source), erasures.erased(store)))
+    with _in_memory(), _opened(config) as work:
+        sources = find_sources(config.data.source)
+        return _publish(config, store, work, *_read(config, sources, work, erasures.erased(store)))
 
 
-@_in_memory()
-def preview(config: RunConfig, sources: Sequence[Source]) -> tuple[dict[str, Any], TrainEvalSplit]:
-    """What `prepare` would publish: the profile, and the records to train on and to hold out; nothing is written.
+@contextlib.contextmanager
+def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], TrainEvalSplit]]:
+    """What `prepare` would publish: the profile, and the records to train on and to hold out, which can be read until
+    it ends; nothing is published.
 
     It knows no store, and so of no record that was erased.
 
     Raises:
         DataError: as for `prepare`.
     """
-    read, unique = _read(config, sources)
-    parts = _split(config, read, unique)
-    return _profile(config, read, unique, parts), parts
+    with _opened(config) as work:
+        with _in_memory():
+            read, unique = _read(config, sources, work)
+            found = _split(config, work, read)
+            profile = _profile(config, work, read, unique, found)
+        yield profile, found
 
 
-def read_split(config: RunConfig, sources: Sequence[Source]) -> TrainEvalSplit:
-    """The records that a run would train on and hold out; raises as `preview`."""
-    return preview(config, sources)[1]
-
-
-@_in_memory()
 def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 
@@ -131,17 +131,18 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
-    read, unique = _read(step_run.config, sources, erasures.erased(step_run.store))
-    contents = watermark.content_ids(each.content for each in unique.records)
-    num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
-    step_run.result.update(new_records=num_new)
-    if consumed and num_new < minimum:
-        few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
-        _skip(step_run, consumed, few)
-        return None
-    prepared = _publish(step_run.config, step_run.store, read, unique)
-    if is_decided:
-        require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
+    with _in_memory(), _opened(step_run.config) as work:
+        read, unique = _read(step_run.config, sources, work, erasures.erased(step_run.store))
+        contents = watermark.content_ids(news.contents(work))
+        num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
+        step_run.result.update(new_records=num_new)
+        if consumed and num_new < minimum:
+            few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
+            _skip(step_run, consumed, few)
+            return None
+        prepared = _publish(step_run.config, step_run.store, work, read, unique)
+        if is_decided:
+            require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
     fingerprints = {source.name: source.fingerprint for source in sources}
     watermark.note(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))
@@ -150,20 +151,27 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
     return prepared
 
 
+def _opened(config: RunConfig) -> contextlib.AbstractContextManager[Workspace]:
+    return workspace.opened(memory_bytes=round(config.data.memory_gib * 2**30))
+
+
 def _read(
-    config: RunConfig, sources: Sequence[Source], erased: Erased = NONE_ERASED
+    config: RunConfig, sources: Sequence[Source], work: Workspace, erased: Erased = NONE_ERASED
 ) -> tuple[intake.Intake, Deduplicated]:
     data = config.data
     screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
-    read = intake.read(sources, group=data.group, columns=data.columns, screen=screen, erased=erased)
+    read = intake.read(
+        sources, work.accept, work.reject, group=data.group, columns=data.columns, screen=screen, erased=erased
+    )
     intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
-    return read, deduplicate(read.accepted)
+    work.finish()
+    return read, deduplicate(work)
 
 
-def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> TrainEvalSplit:
+def _split(config: RunConfig, work: Workspace, read: intake.Intake) -> TrainEvalSplit:
     data = config.data
     return split(
-        unique.records,
+        work,
         eval_share=data.eval_share,
         max_records=data.max_records,
         near_duplicates=data.near_duplicates,
@@ -173,38 +181,36 @@ def _split(config: RunConfig, read: intake.Intake, unique: Deduplicated) -> Trai
     )
 
 
-def _profile(config: RunConfig, read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) -> dict[str, Any]:
-    return build_profile(
-        read, unique, parts, used=columns_read(read.columns, config.data.columns, group=config.data.group)
-    )
+def _profile(
+    config: RunConfig, work: Workspace, read: intake.Intake, unique: Deduplicated, found: TrainEvalSplit
+) -> dict[str, Any]:
+    used = columns_read(read.columns, config.data.columns, group=config.data.group)
+    return build_profile(work, read, unique, found, used=used)
 
 
-def _publish(config: RunConfig, store: "Store", read: intake.Intake, unique: Deduplicated) -> PreparedDataset:
-    parts = _split(config, read, unique)
-    folder = dataset.publish(
-        store,
-        train=parts.train,
-        evaluation=parts.evaluation,
-        rejects=read.rejects,
-        profile=_profile(config, read, unique, parts),
-    )
+def _publish(
+    config: RunConfig, store: "Store", work: Workspace, read: intake.Intake, unique: Deduplicated
+) -> PreparedDataset:
+    found = _split(config, work, read)
+    profile = _profile(config, work, read, unique, found)
+    folder = parts.publish(store, found.parts, rejects=work.rejects, rejected=read.rejected, profile=profile)
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
-        train_records=len(parts.train),
-        eval_records=len(parts.evaluation),
-        rejected=len(read.rejects),
-        left_out=_left_out(read, unique, parts),
-        near_in_train=parts.near_in_train,
+        train_records=len(found.train),
+        eval_records=len(found.evaluation),
+        rejected=read.rejected,
+        left_out=_left_out(read, unique, found),
+        near_in_train=found.near_in_train,
         created=folder.created,
     )
     logger.info("%s %s", "published" if folder.created else "already there:", folder.uri)
     return prepared
 
 
-def _left_out(read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) -> dict[str, int]:
-    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons()[:REASONS_SHOWN]}
-    others = len(read.rejects) - sum(unusable.values())
+def _left_out(read: intake.Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict[str, int]:
+    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons.most_common()[:REASONS_SHOWN]}
+    others = read.rejected - sum(unusable.values())
     return {
         **unusable,
         "unusable for other reasons": others,
@@ -212,10 +218,10 @@ def _left_out(read: intake.Intake, unique: Deduplicated, parts: TrainEvalSplit) 
         "with personal data": read.withheld,
         "repeated": unique.duplicates,
         "replaced by a later row of their id": unique.superseded,
-        "with a held-out prompt": parts.prompt_in_eval,
-        "near what is held out": parts.near_duplicate_of_eval,
-        "before the window": parts.before_window,
-        "beyond data.max_records": parts.over_max_records,
+        "with a held-out prompt": found.prompt_in_eval,
+        "near what is held out": found.near_duplicate_of_eval,
+        "before the window": found.before_window,
+        "beyond data.max_records": found.over_max_records,
     }
 
 

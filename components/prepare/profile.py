@@ -1,12 +1,14 @@
 """What a person wants to see of a dataset before trusting it: profile.json."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from components.prepare.dataset import FORMAT, Record
+from components.prepare.dataset import FORMAT
 from components.prepare.intake import Intake
+from components.prepare.parts import Part
 from components.prepare.split import Deduplicated, TrainEvalSplit
+from components.prepare.workspace import Workspace, quoted
 
 _TOP_ANSWERS = 20
 _SAMPLES = 3
@@ -14,7 +16,7 @@ _MAX_SAMPLE_CHARS = 2000
 
 
 def build_profile(
-    intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, used: Collection[str]
+    work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, used: Collection[str]
 ) -> dict[str, Any]:
     """Account for every row: rows read = rejected + dropped + the records of both splits. `used` are the columns that
     were read."""
@@ -22,13 +24,13 @@ def build_profile(
         "format": FORMAT,
         "rows": {
             "read": intake.num_rows,
-            "accepted": len(intake.accepted),
-            "rejected": len(intake.rejects),
+            "accepted": intake.accepted,
+            "rejected": intake.rejected,
             "rejected_share": round(intake.rejected_share, 6),
         },
         "rejected": [
             {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
-            for reason, count, example in intake.reasons()
+            for reason, count, example in intake.reasons.most_common()
         ],
         "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
         "dropped": {
@@ -46,12 +48,12 @@ def build_profile(
             "most_are_near": [{"begins": words, "records": count} for words, count in split.near_clusters],
             "in_train": split.near_in_train,
         },
-        "system_message": _shared_system_message([*split.train, *split.evaluation]),
+        "system_message": _shared_system_message(work, split),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
         "replayed": split.replayed,
-        "splits": {"train": _describe(split.train), "eval": _describe(split.evaluation)},
+        "splits": {"train": _describe(work, split.train), "eval": _describe(work, split.evaluation)},
         "sources": [
             {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
             for each in intake.sources
@@ -59,43 +61,69 @@ def build_profile(
     }
 
 
-def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+def percentiles(lengths: Iterable[int]) -> dict[str, int]:
     """Nearest-rank percentiles of at least one length."""
-    ordered = sorted(lengths)
-    last = len(ordered) - 1
-    return {f"p{percent}": ordered[round(percent / 100 * last)] for percent in (0, 10, 50, 90, 99, 100)}
+    return _of_counts(Counter(lengths))
 
 
-def _describe(records: Sequence[Record]) -> dict[str, Any]:
-    answers = Counter(record.answer_text for record in records)
-    top = [
-        {"answer": _cut(answer), "records": count, "share": round(count / len(records), 6)}
-        for answer, count in answers.most_common(_TOP_ANSWERS)
-    ]
-    groups = {record.group for record in records}
+def _of_counts(counts: Mapping[int, int]) -> dict[str, int]:
+    last = sum(counts.values()) - 1
+    found, seen, lengths = {}, 0, iter(sorted(counts))
+    length = next(lengths)
+    for percent in (0, 10, 50, 90, 99, 100):
+        while seen + counts[length] <= round(percent / 100 * last):
+            seen += counts[length]
+            length = next(lengths)
+        found[f"p{percent}"] = length
+    return found
+
+
+def _describe(work: Workspace, part: Part) -> dict[str, Any]:
+    records, answer = _read(part), "answer"
+    if "calls" in work.columns:
+        answer = "CASE WHEN answer = '' THEN calls ELSE answer END"
+    counted = f"SELECT {answer} AS answer, count(*) AS records, min(file_index * 2**32 + file_row_number) AS first"
+    work.run(f"CREATE OR REPLACE TEMP TABLE answers AS {counted} FROM {records} GROUP BY 1")
+    (distinct,) = work.row("SELECT count(*) FROM answers")
+    top = work.rows(f"SELECT answer, records FROM answers ORDER BY records DESC, first LIMIT {_TOP_ANSWERS}")
+    groups = work.row(f'SELECT count(DISTINCT "group") FROM {records}')[0] if "group" in work.columns else None
+
+    def lengths(text: str) -> dict[str, int]:
+        return _of_counts(dict(work.rows(f"SELECT {text} AS length, count(*) FROM {records} GROUP BY 1")))
+
     return {
-        "records": len(records),
-        "groups": len(groups) if groups != {""} else None,
-        "prompt_chars": percentiles([sum(len(turn.content) for turn in record.prompt) for record in records]),
-        "answer_chars": percentiles([len(record.answer_text) for record in records]),
-        "distinct_answers": len(answers),
-        "most_frequent_answers": top if len(answers) < len(records) else [],
+        "records": len(part),
+        "groups": groups,
+        "prompt_chars": lengths("list_sum([length(turn.content) for turn in prompt])"),
+        "answer_chars": lengths(f"length({answer})"),
+        "distinct_answers": distinct,
+        "most_frequent_answers": [
+            {"answer": _cut(text), "records": count, "share": round(count / len(part), 6)} for text, count in top
+        ]
+        if distinct < len(part)
+        else [],
         "samples": [
             {
                 "id": record.id,
                 "prompt": [{"role": turn.role, "content": _cut(turn.content)} for turn in record.prompt],
                 "answer": _cut(record.answer_text),
             }
-            for record in records[:_SAMPLES]
+            for record in part.head(_SAMPLES)
         ],
     }
 
 
-def _shared_system_message(records: Sequence[Record]) -> str | None:
+def _shared_system_message(work: Workspace, split: TrainEvalSplit) -> str | None:
     """The system message that every record begins with, if one: whoever asks the adapter should send it too."""
-    first = {record.prompt[0] for record in records}
-    message = first.pop()
-    return message.content if not first and message.role == "system" else None
+    first = f"SELECT DISTINCT prompt[1] FROM {_read(split.train, split.evaluation)} LIMIT 2"
+    (message,), *others = work.rows(first)
+    return message["content"] if not others and message["role"] == "system" else None
+
+
+def _read(*parts: Part) -> str:
+    """The records of both, as SQL reads them."""
+    paths = ", ".join(quoted(path) for part in parts for path in part.paths)
+    return f"read_parquet([{paths}], file_row_number = true)"
 
 
 def _cut(text: str) -> str:

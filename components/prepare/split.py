@@ -5,26 +5,35 @@ that adds rows never moves a record from eval to train.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.prepare.dataset import Record
-from components.prepare.news import narrow
-from components.prepare.validate import KeyedRecord, canonical_prompt, ids_of
+from components.prepare.arrow_records import asked
+from components.prepare.dataset import WHERE_ANY
+from components.prepare.news import Span, narrow
+from components.prepare.parts import Part, Parts, write
+from components.prepare.texts import Texts
+from components.prepare.workspace import Workspace
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
     from components.prepare.near_duplicates import Comparison
 
 CLUSTERS_SHOWN, WORDS_SHOWN, CHARS_SHOWN = 5, 12, 100
+_IN_ORDER = "ORDER BY place, key, content"
 
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """Distinct records, and how many others were dropped."""
+    """How many records are distinct, and how many others were dropped."""
 
-    records: list[KeyedRecord]
+    records: int
     duplicates: int
     """Same prompt and answer as another record."""
     superseded: int
@@ -33,10 +42,9 @@ class Deduplicated:
 
 @dataclass(frozen=True)
 class TrainEvalSplit:
-    """Both splits, each in the order of its records' places, and how many records are in neither."""
+    """Both sides, each in the order of its records' places, and how many records are in neither."""
 
-    train: list[Record]
-    evaluation: list[Record]
+    parts: Parts
     prompt_in_eval: int
     """Left out of train because the same prompt stands in eval."""
     near_duplicate_of_eval: int
@@ -54,153 +62,231 @@ class TrainEvalSplit:
     near_in_train: int = 0
     """In train although a prompt much like it stands there too."""
 
+    @property
+    def train(self) -> Part:
+        """The records to train on."""
+        return self.parts.train
 
-def deduplicate(rows: Iterable[KeyedRecord]) -> Deduplicated:
-    """Keep the last row of each id, then one record of each content.
+    @property
+    def evaluation(self) -> Part:
+        """The records that are held out."""
+        return self.parts.evaluation
+
+
+def deduplicate(work: Workspace) -> Deduplicated:
+    """Keep the last row of each id, then one record of each content, in the table `chosen`.
 
     Of records with the same content the one with the smallest place stays. A new duplicate can thus move the content
     towards eval, whose places are the small ones, and never away from it.
     """
-    latest: dict[bytes, KeyedRecord] = {}
-    chosen: dict[bytes, KeyedRecord] = {}
-    duplicates = superseded = 0
-    for row in rows:
-        # Rows without an id share a key when they share a prompt; with another answer they are records of their own.
-        identity = row.key if row.named else row.content
-        previous = latest.get(identity)
-        if previous is not None:
-            if previous.content == row.content:
-                duplicates += 1
-            else:
-                superseded += 1
-        latest[identity] = row
-    for row in latest.values():
-        rival = chosen.get(row.content)
-        if rival is not None:
-            duplicates += 1
-            if (rival.place, rival.key) < (row.place, row.key):
-                continue
-        chosen[row.content] = row
-    return Deduplicated(_named_apart(chosen.values()), duplicates, superseded)
+    # Rows without an id share a key when they share a prompt; with another answer they are records of their own.
+    work.run("CREATE VIEW identified AS SELECT *, CASE WHEN named THEN key ELSE content END AS identity FROM records")
+    work.run(
+        "CREATE TABLE latest AS SELECT identity, max(number) AS number, count(*) AS rows FROM identified GROUP BY ALL"
+    )
+    duplicates, superseded = work.row(
+        "SELECT count(*) FILTER (before = content), count(*) FILTER (before <> content) FROM ("
+        "  SELECT content, lag(content) OVER (PARTITION BY identity ORDER BY number) AS before FROM identified"
+        "  WHERE identity IN (SELECT identity FROM latest WHERE rows > 1))"
+    )
+    work.run(
+        "CREATE TABLE chosen AS SELECT number, position, place, key, content, asked, named"
+        "  FROM records JOIN latest USING (number)"
+    )
+    work.run("DROP TABLE latest")
+    work.run(
+        "CREATE TABLE rivals AS SELECT number FROM ("
+        "  SELECT number, row_number() OVER (PARTITION BY content ORDER BY place, key) AS rank FROM chosen"
+        "  WHERE content IN (SELECT content FROM chosen GROUP BY content HAVING count(*) > 1)) WHERE rank > 1"
+    )
+    work.run("DELETE FROM chosen WHERE number IN (FROM rivals)")
+    _name_apart(work)
+    (num_rivals,) = work.row("SELECT count(*) FROM rivals")
+    (records,) = work.row("SELECT count(*) FROM chosen")
+    return Deduplicated(records, duplicates + num_rivals, superseded)
 
 
-def _named_apart(rows: Iterable[KeyedRecord]) -> list[KeyedRecord]:
-    """No two records of one id: where a row gave one that another record has by its content, that one gets a longer."""
-    rows = list(rows)
-    given = {row.record.id for row in rows if row.named}
-
-    def renamed(row: KeyedRecord) -> KeyedRecord:
-        if row.named or row.record.id not in given:
-            return row
-        *_, longer = ids_of(row)
-        while longer in given:
-            longer += "-"
-        return replace(row, record=replace(row.record, id=longer))
-
-    return [renamed(row) for row in rows]
+def _name_apart(work: Workspace) -> None:
+    """No two records of one id: where a row gave one that another record has by its content, that one gets a longer,
+    in the table `renamed`."""
+    work.run(
+        "CREATE TEMP VIEW given_ids AS SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named;"
+        "CREATE TABLE renamed AS SELECT number, lower(hex(content)) AS id FROM chosen"
+        "  WHERE NOT named AND left(lower(hex(content)), 16) IN (FROM given_ids)"
+    )
+    while work.row("SELECT count(*) FROM renamed WHERE id IN (FROM given_ids)") != (0,):
+        work.run("UPDATE renamed SET id = id || '-' WHERE id IN (FROM given_ids)")
 
 
 def split(
-    records: Iterable[KeyedRecord],
+    work: Workspace,
     *,
     eval_share: float,
     max_records: int,
     near_duplicates: float = 0.0,
     max_near_share: float = 1.0,
-    window: Set[bytes] | None = None,
+    window: list[Span] | None = None,
     replay_share: float = 0.0,
 ) -> TrainEvalSplit:
-    """Divide distinct records by the hash of what they belong to, which is their group's name or else their own key.
+    """Divide the distinct records by the hash of what they belong to: their group's name or else their own key.
 
     Args:
-        records: Distinct records in any order.
+        work: Its table `chosen` holds distinct records.
         eval_share: Records whose hash, as a fraction of all hashes, is below this are held out.
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
         near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out. With
             max_records and without a window only as many records are compared as are needed.
         max_near_share: Share of the compared records that may be left out so.
-        window: Contents to train on, None for all; what is held out comes from all records.
+        window: Rows whose contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
     """
-    ordered = sorted(records, key=lambda each: (each.place, each.key, each.content))
-    evaluation = [each for each in ordered if position(each.place) < eval_share]
-    held_out_prompts = {canonical_prompt(each.record.prompt) for each in evaluation}
-    rest = ordered[len(evaluation) :]
-    others = [each for each in rest if canonical_prompt(each.record.prompt) not in held_out_prompts]
-    enough = None if window is not None or not max_records else _most_train(max_records, len(evaluation), eval_share)
-    unlike = _unlike(others, evaluation, similarity=near_duplicates, enough=enough)
+    work.run(
+        f"CREATE TABLE held_out AS FROM chosen WHERE position < '{eval_share!r}'::DOUBLE;"
+        "CREATE TABLE others AS FROM chosen ANTI JOIN held_out USING (asked)"
+        f"  WHERE position >= '{eval_share!r}'::DOUBLE"
+    )
+    (total, num_held_out, num_others) = work.row(
+        "SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM held_out), (SELECT count(*) FROM others)"
+    )
+    enough = None if window is not None or not max_records else _most_train(max_records, num_held_out, eval_share)
+    unlike = _unlike(work, similarity=near_duplicates, enough=enough)
     _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
-    narrowed = narrow(unlike.records, window, replay_share=replay_share)
-    train = narrowed.records
-    num_train, num_eval = _sizes(len(train), len(evaluation), eval_share=eval_share, max_records=max_records)
+    narrowed = narrow(work, window, replay_share=replay_share)
+    (found,) = work.row("SELECT count(*) FROM others")
+    num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
         limited = f" and data.max_records = {max_records}" if max_records else ""
         remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
         raise DataError(
-            f"{len(ordered)} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
+            f"{total} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
             f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
             f"{', or raise data.max_records' if max_records else ''}."
         )
     return TrainEvalSplit(
-        train=[each.record for each in train[:num_train]],
-        evaluation=[each.record for each in evaluation[:num_eval]],
-        prompt_in_eval=len(rest) - len(others),
+        parts=_written(work, num_train, num_eval),
+        prompt_in_eval=total - num_held_out - num_others,
         near_duplicate_of_eval=unlike.left_out,
         before_window=narrowed.before_window,
         replayed=narrowed.replayed,
-        over_max_records=len(train) - num_train + len(evaluation) - num_eval + unlike.unread,
+        over_max_records=found - num_train + num_held_out - num_eval + unlike.unread,
         near_share=unlike.share,
         near_clusters=unlike.clusters,
-        near_in_train=unlike.repeats(train[:num_train]),
+        near_in_train=unlike.repeats(work, num_train),
     )
+
+
+def _written(work: Workspace, num_train: int, num_eval: int) -> Parts:
+    """The first so many records of each side, written down."""
+    import pyarrow as pa
+
+    renamed = pa.Table.from_batches(
+        work.batches("SELECT number, id FROM renamed ORDER BY number"),
+        pa.schema({"number": pa.int64(), "id": pa.string()}),
+    )
+
+    def first(table: str, count: int) -> Iterator[pa.RecordBatch]:
+        numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER} LIMIT {count}")
+        start = 0
+        for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)):
+            yield _with_ids(batch, numbers[start : start + len(batch)], renamed)
+            start += len(batch)
+
+    return write(work.folder, first("others", num_train), first("held_out", num_eval), columns=work.columns)
+
+
+def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed: "pa.Table") -> "pa.RecordBatch":
+    """The batch, whose records have these numbers, with the ids of those that are renamed, in the order of theirs."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not len(renamed):
+        return batch
+    known = renamed["number"].to_numpy()
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    is_renamed = known[places] == numbers
+    ids = renamed["id"].combine_chunks().take(pa.array(places[is_renamed]))
+    names = pc.replace_with_mask(batch["id"], pa.array(is_renamed), ids)
+    return batch.set_column(batch.schema.get_field_index("id"), "id", names)
 
 
 @dataclass(frozen=True)
 class _Unlike:
-    """The records that are near none held out, as far as they were looked at."""
+    """How the comparison with what is held out went."""
 
-    records: list[KeyedRecord]
+    looked_at: int
     left_out: int = 0
     unread: int = 0
     clusters: tuple[tuple[str, int], ...] = ()
     comparison: "Comparison | None" = None
+    numbers: "npt.NDArray[np.int64] | None" = None
+    """Of the texts that were compared, in their order."""
+    texts: Texts | None = None
 
     @property
     def share(self) -> float:
         """Of those that were looked at, how many were left out."""
-        return self.left_out / max(1, self.left_out + len(self.records))
+        return self.left_out / max(1, self.looked_at)
 
-    def repeats(self, records: Sequence[KeyedRecord]) -> int:
-        """How many of them are near an earlier one."""
-        return self.comparison.repeats([_asked(each) for each in records]) if self.comparison and records else 0
+    def repeats(self, work: Workspace, num_train: int) -> int:
+        """How many of the first so many records to train on are near an earlier one."""
+        if self.comparison is None or self.numbers is None or self.texts is None:
+            return 0
+        import numpy as np
+
+        kept = work.numbers(f"SELECT number FROM others {_IN_ORDER} LIMIT {num_train}")
+        return self.comparison.repeats(self.texts.where(np.isin(self.numbers, kept)))
 
 
-def _unlike(
-    records: Sequence[KeyedRecord], evaluation: Sequence[KeyedRecord], *, similarity: float, enough: int | None
-) -> _Unlike:
-    """In their order, until there are enough; None goes through all."""
-    if not similarity or not evaluation or not records:
-        return _Unlike(list(records))
+def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlike:
+    """Leave out what is near, in order, until there are enough, and then what follows; None goes through all."""
+    counts = work.row("SELECT (SELECT count(*) FROM others), (SELECT count(*) FROM held_out)")
+    if not similarity or not all(counts):
+        return _Unlike(counts[0])
+    import numpy as np
+    import pyarrow as pa
+
     from components.prepare.near_duplicates import Comparison
 
-    asked, held_out = [_asked(each) for each in records], [_asked(each) for each in evaluation]
-    comparison = Comparison(asked, held_out, similarity=similarity)
-    unlike: list[KeyedRecord] = []
-    near: Counter[str] = Counter()
-    for record, row in zip(records, comparison.near_held_out(asked), strict=True):
+    numbers, prompts = _prompts(work, "others")
+    _, held_out = _prompts(work, "held_out")
+    comparison = Comparison(prompts, held_out, similarity=similarity)
+    is_kept = np.zeros(len(numbers), bool)
+    num_kept = looked_at = 0
+    near: Counter[int] = Counter()
+    for row in comparison.near_held_out(prompts):
+        is_kept[looked_at] = row is None
+        looked_at += 1
         if row is None:
-            unlike.append(record)
+            num_kept += 1
         else:
-            near[" ".join(held_out[row].split()[:WORDS_SHOWN])[:CHARS_SHOWN]] += 1
-        if len(unlike) == enough:
+            near[row] += 1
+        if num_kept == enough:
             break
-    left_out = near.total()
+    work.put("left_out", number=pa.array(numbers[~is_kept]))
+    work.run("DELETE FROM others WHERE number IN (FROM left_out)")
+    begins: Counter[str] = Counter()
+    for row, count in near.items():
+        begins[" ".join(held_out[row].split()[:WORDS_SHOWN])[:CHARS_SHOWN]] += count
     return _Unlike(
-        unlike, left_out, len(records) - len(unlike) - left_out, tuple(near.most_common(CLUSTERS_SHOWN)), comparison
+        looked_at,
+        looked_at - num_kept,
+        len(numbers) - looked_at,
+        tuple(begins.most_common(CLUSTERS_SHOWN)),
+        comparison,
+        numbers,
+        prompts,
     )
+
+
+def _prompts(work: Workspace, table: str) -> "tuple[npt.NDArray[np.int64], Texts]":
+    """The numbers of a table's records, and their prompts, in order."""
+    numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER}")
+    batches = work.in_order(numbers, ("prompt",))
+    return numbers, Texts.write(Path(work.folder, f"{table}.txt"), map(asked, batches))
 
 
 def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -> None:
@@ -209,16 +295,12 @@ def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -
     lines = "".join(f"\n  {count} x near {words!r}" for words, count in unlike.clusters)
     raise DataError(
         f"{unlike.share:.1%} of what would be trained on is near what is held out ({unlike.left_out} of "
-        f"{unlike.left_out + len(unlike.records)} records), more than data.max_near_share = {max_near_share:g} "
+        f"{unlike.looked_at} records), more than data.max_near_share = {max_near_share:g} "
         f"allows:{lines}\n"
         "Where such records belong together, as questions on one document do, name the column that says so in "
         f"data.group. Where they do not, raise data.near_duplicates, which is {similarity:g}; 0 compares none. "
         "Raise data.max_near_share to train without them."
     )
-
-
-def _asked(record: KeyedRecord) -> str:
-    return "\n".join(turn.content for turn in record.record.prompt if turn.role != "system")
 
 
 def position(place: bytes) -> float:

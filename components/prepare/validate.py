@@ -52,6 +52,8 @@ class KeyedRecord:
     """sha256 of what decides its split: its group where it has one, else its key."""
     content: bytes
     """sha256 of prompt and answer."""
+    asked: bytes
+    """sha256 of the prompt's turns."""
     named: bool
     """The row gave an id."""
 
@@ -113,7 +115,8 @@ def canonical_prompt(turns: list[Message]) -> str:
 
 
 def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str, source: str) -> KeyedRecord:
-    prompt = canonical_prompt(turns) + (f"tools:{len(tools)}:{tools}" if tools else "")
+    said_before = canonical_prompt(turns)
+    prompt = said_before + (f"tools:{len(tools)}:{tools}" if tools else "")
     calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
     named = row_id is not None
     if row_id == "":
@@ -124,10 +127,11 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
         content = hashlib.sha256(said.encode()).digest()
         key = hashlib.sha256((f"id:{record_id}" if named else f"prompt:{prompt}").encode()).digest()
         place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
+        asked = hashlib.sha256(said_before.encode()).digest()
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
     record = Record(record_id or content.hex()[:ID_DIGITS], turns, answer.content, calls, tools, group, source)
-    return KeyedRecord(record, key, place, content, named)
+    return KeyedRecord(record, key, place, content, asked, named)
 
 
 def _name(value: object, field: str) -> str:

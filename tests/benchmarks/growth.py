@@ -113,7 +113,7 @@ def _trained(length: int, threads: int) -> dict[str, float]:
 
 def _prepared(count: int) -> dict[str, float]:
     from components.config import config_file
-    from components.prepare.prepare import read_split
+    from components.prepare.prepare import preview
     from components.prepare.sources import find_sources
     from ray_jobs import entry
     from ray_jobs.base import base_model
@@ -127,7 +127,8 @@ def _prepared(count: int) -> dict[str, float]:
         config = config_file.load(CONFIG, [f"data.source={path}", "data.max_records=0"])
         chat = chat_format.load(base_model.resolve(config.model), config.model)
         started = time.perf_counter()
-        records = read_split(config, find_sources(config.data.source)).train
+        with preview(config, find_sources(config.data.source)) as (_, parts):
+            records = list(parts.train)
         split = tokenize(records, chat, config.model.max_length)
         plan_epoch(split.lengths, batch_size=config.train.batch_size, group_by_length=True, seed=0, epoch=0)
         return _figures(count, time.perf_counter() - started)

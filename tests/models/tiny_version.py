@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
+from tests.doubles import datasets
 from tests.models.tiny import colour_rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
     build.save(adapted, folder)
     data_uri = "s3://nowhere/datasets/d0"
     if with_data:
-        data_uri = dataset.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:], rejects=[], profile={}).uri
+        data_uri = datasets.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:]).uri
     row = config.method.row
     lineage = build_lineage(
         config,

@@ -1,5 +1,5 @@
-from components.prepare import dataset
-from components.prepare.dataset import Message, Record, dataset_id, load_split
+from components.prepare.dataset import Message, Record, load_split
+from tests.doubles.datasets import dataset_id, publish
 
 A = Record("a", [Message("user", "p")], "x")
 B = Record("b", [Message("system", "s"), Message("user", "p")], "y")
@@ -30,6 +30,6 @@ def test_tools_calls_and_groups_survive_the_store(store) -> None:
     talk = Record("c", [Message("user", "p"), called, result], "x", tools='[{"name":"f"}]')
     asks = Record("d", [Message("user", "p")], "", calls='[{"function":{"name":"f","arguments":{}}}]')
     grouped = Record("e", [Message("user", "p")], "x", group="g")
-    uri = dataset.publish(store, train=[A, talk], evaluation=[asks, grouped, B], rejects=[], profile={}).uri
+    uri = publish(store, train=[A, talk], evaluation=[asks, grouped, B]).uri
     assert load_split(store, uri, "train") == [A, talk]
     assert load_split(store, uri, "eval") == [asks, grouped, B]

@@ -12,14 +12,14 @@ import pytest
 
 from components.config.columns import ColumnsConfig
 from components.config.schema import RunConfig
-from components.prepare import intake
 from components.prepare.dataset import load_split
-from components.prepare.intake import Intake
 from components.prepare.prepare import prepare, prepare_if_new
 from components.prepare.sources import find_sources
 from components.registry.erasures import Erased, erase, record_hash
 from components.step.step import StepRun
 from components.store.store import Store
+from tests.doubles import datasets
+from tests.doubles.datasets import Read
 
 Write = Callable[..., str]
 
@@ -28,19 +28,19 @@ def rows(start: int, end: int) -> list[Any]:
     return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i}"} for i in range(start, end)]
 
 
-def read(source: str, *ids: str, **options: Any) -> Intake:
-    return intake.read(find_sources(source), erased=Erased(frozenset(map(record_hash, ids))), **options)
+def read(source: str, *ids: str, **options: Any) -> Read:
+    return datasets.read(find_sources(source), erased=Erased(frozenset(map(record_hash, ids))), **options)
 
 
-def kept(found: Intake) -> list[str]:
+def kept(found: Read) -> list[str]:
     return [each.record.id for each in found.accepted]
 
 
 def test_rows_of_an_erased_id_are_counted_and_nothing_else(write_rows: Write) -> None:
     found = read(write_rows([*rows(0, 5), {"id": "3", "prompt": "later", "completion": "row"}]), "3", "99")
     assert kept(found) == ["0", "1", "2", "4"]
-    assert (found.erased, found.num_rows) == (2, 6)
-    ((_, records),) = found.by_source()
+    assert (found.counts.erased, found.counts.num_rows) == (2, 6)
+    ((_, records),) = found.counts.by_source()
     assert len(records) == 4
 
 
@@ -50,7 +50,7 @@ def test_a_row_without_an_id_is_known_by_its_content(write_rows: Write) -> None:
     content = hashlib.sha256(b"user:10:question 3answer:a").hexdigest()
     assert last == content[:16]
     for by in (content[:16], content):
-        assert read(path, by).erased == 1
+        assert read(path, by).counts.erased == 1
         assert last not in kept(read(path, by))
 
 
@@ -58,8 +58,8 @@ def test_every_source_of_two_is_counted_by_itself(write_rows: Write, tmp_path: P
     write_rows(rows(0, 5), "in/1.jsonl")
     write_rows(rows(3, 9), "in/2.jsonl")
     found = read(str(tmp_path / "in"), "3", "8")
-    assert [each.erased for each in found.sources] == [1, 2]
-    assert [[each.record.id for each in records] for _, records in found.by_source()] == [
+    assert [each.erased for each in found.counts.sources] == [1, 2]
+    assert [[kept(found)[number] for number in numbers] for _, numbers in found.counts.by_source()] == [
         ["0", "1", "2", "4"],
         ["4", "5", "6", "7"],
     ]
@@ -68,8 +68,8 @@ def test_every_source_of_two_is_counted_by_itself(write_rows: Write, tmp_path: P
 @pytest.mark.parametrize("named", [ColumnsConfig(), ColumnsConfig(id="who")])
 def test_the_id_is_that_of_the_column_that_the_config_names(write_rows: Write, named: ColumnsConfig) -> None:
     path = write_rows([{"id": "a", "who": "b", "prompt": f"{n}", "completion": "x"} for n in range(3)])
-    assert read(path, "b", columns=named).erased == (3 if named.id else 0)
-    assert read(path, "a", columns=named).erased == (0 if named.id else 3)
+    assert read(path, "b", columns=named).counts.erased == (3 if named.id else 0)
+    assert read(path, "a", columns=named).counts.erased == (0 if named.id else 3)
 
 
 def test_a_row_that_lacks_the_named_column_is_known_by_the_id_that_it_ends_up_with(write_rows: Write) -> None:
@@ -81,7 +81,7 @@ def test_a_row_that_lacks_the_named_column_is_known_by_the_id_that_it_ends_up_wi
 def test_an_unusable_row_of_theirs_is_no_reject(write_rows: Write) -> None:
     found = read(write_rows([*rows(0, 3), {"id": 9, "prompt": "secret", "completion": ""}]), "9")
     assert found.rejects == []
-    assert found.erased == 1
+    assert found.counts.erased == 1
 
 
 def test_of_an_unusable_row_that_may_be_theirs_no_text_is_kept(write_rows: Write) -> None:

@@ -19,8 +19,9 @@ from components.prepare import intake, sources
 from components.shared.errors import DataError
 try:
     found = sources.find_sources(sys.argv[1])
-    read = intake.read(found)
-    print(json.dumps([[each.name for each in found], [each.record.answer for each in read.accepted]]))
+    answers = []
+    intake.read(found, lambda each: answers.append(each.record.answer), print)
+    print(json.dumps([[each.name for each in found], answers]))
 except DataError as exc:
     print(json.dumps(str(exc)))
 """

@@ -6,22 +6,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare.intake import Intake, read, require_usable
+from components.prepare.intake import Intake, require_usable
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
+from tests.doubles.datasets import Read, read
 
 
 def good(count: int) -> list[Any]:
     return [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)]
 
 
-def intake_of(source: str | list[str]) -> Intake:
+def read_of(source: str | list[str]) -> Read:
     return read(find_sources(source))
+
+
+def intake_of(source: str | list[str]) -> Intake:
+    return read_of(source).counts
 
 
 def test_a_bad_row_is_kept_with_its_source_line_reason_and_text(write_rows: Callable[..., str]) -> None:
     name = write_rows([*good(2), '{"prompt": "x", "completion": ""}', b'{"prompt": "caf\xe9"}'])
-    empty, undecodable = intake_of(name).rejects
+    empty, undecodable = read_of(name).rejects
     assert (empty.source, empty.line, empty.reason) == (name, 3, "completion is empty")
     assert empty.row == '{"prompt": "x", "completion": ""}'
     assert (undecodable.line, undecodable.reason) == (4, "not UTF-8 at byte 16")
@@ -30,14 +35,14 @@ def test_a_bad_row_is_kept_with_its_source_line_reason_and_text(write_rows: Call
 
 def test_the_text_of_a_bad_row_is_cut_to_2000_characters(write_rows: Callable[..., str]) -> None:
     long = "\u00e4" * 5000
-    (reject,) = intake_of(write_rows([f'{{"prompt": "{long}"}}'])).rejects
+    (reject,) = read_of(write_rows([f'{{"prompt": "{long}"}}'])).rejects
     assert len(reject.row) == 2000
 
 
 def test_parquet_rows_are_rejected_by_row_number(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist([*good(2), {"prompt": "x", "completion": None}]), path)
-    (reject,) = intake_of(str(path)).rejects
+    (reject,) = read_of(str(path)).rejects
     assert (reject.line, reject.reason, reject.row) == (3, "completion is missing", '{"prompt": "x"}')
 
 
@@ -45,7 +50,7 @@ def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) 
     path = tmp_path / "x.parquet"
     times = pa.array([0, 2**62, -(2**62), 1], pa.timestamp("us"))
     pq.write_table(pa.table({"id": times, "prompt": ["a", "b", "c", "d"], "completion": ["x"] * 4}), path)
-    found = intake_of(str(path))
+    found = read_of(str(path))
     assert [reject.line for reject in found.rejects if reject.reason.startswith("a value that cannot be read")] == [
         2,
         3,

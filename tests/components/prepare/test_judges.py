@@ -7,13 +7,13 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.prepare.judges import judges, require_enough
 from components.records import runs
 from components.records.steps import Decision
 from components.registry.event_log import append_event
 from components.shared.errors import DataError
+from tests.doubles import datasets
 
 NUMBER = 400
 
@@ -31,7 +31,7 @@ def config():
 @pytest.fixture
 def published(store):
     def publish(numbers: range = range(NUMBER)) -> str:
-        return dataset.publish(store, train=records(range(1)), evaluation=records(numbers), rejects=[], profile={}).uri
+        return datasets.publish(store, train=records(range(1)), evaluation=records(numbers)).uri
 
     return publish
 
@@ -113,7 +113,7 @@ def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, 
 
 def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store):
     grouped = [dataclasses.replace(each, group=f"g{number % 50}") for number, each in enumerate(records(range(NUMBER)))]
-    uri = dataset.publish(store, train=records(range(1)), evaluation=grouped, rejects=[], profile={}).uri
+    uri = datasets.publish(store, train=records(range(1)), evaluation=grouped).uri
     asked = config_file.loads(config_file.dumps(config), ["data.group=topic", "gate.min_records=50"])
     judging = {record.group for record in judges(store, uri, asked, run_id="r").records}
     with pytest.raises(DataError, match=f"^{len(judging)} groups of records are left for the gate"):

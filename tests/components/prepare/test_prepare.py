@@ -227,7 +227,18 @@ def test_the_example_gives_the_2000_training_records_it_was_tuned_on(store: Stor
 
 
 def test_importing_the_step_loads_nothing_heavy() -> None:
-    heavy = ["boto3", "botocore", "pyarrow", "torch", "ray", "transformers", "kfp", "simple_icd_10_cm", "numpy"]
+    heavy = [
+        "boto3",
+        "botocore",
+        "pyarrow",
+        "torch",
+        "ray",
+        "transformers",
+        "kfp",
+        "simple_icd_10_cm",
+        "numpy",
+        "duckdb",
+    ]
     code = f"import sys, components.prepare.prepare\nprint([name for name in {heavy} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output == "[]\n"

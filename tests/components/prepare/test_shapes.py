@@ -10,17 +10,18 @@ import pytest
 
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Record
-from components.prepare.intake import Intake, read, require_usable
+from components.prepare.intake import require_usable
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
+from tests.doubles.datasets import Read, read
 
 Write = Callable[..., str]
 
 
-def read_rows(name: str, **columns: Any) -> Intake:
-    intake = read(find_sources(name), columns=ColumnsConfig(**columns))
-    require_usable(intake, max_reject_share=0, columns=ColumnsConfig(**columns))
-    return intake
+def read_rows(name: str, **columns: Any) -> Read:
+    found = read(find_sources(name), columns=ColumnsConfig(**columns))
+    require_usable(found.counts, max_reject_share=0, columns=ColumnsConfig(**columns))
+    return found
 
 
 def the_record(name: str, **columns: Any) -> tuple[list[tuple[str, str]], str]:
@@ -64,7 +65,7 @@ def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(
     pq.write_table(pa.Table.from_pylist([row]), parquet)
     for name in (write_rows([row]), str(parquet)):
         assert the_record(name) == (prompt, "b")
-        assert read_rows(name).shapes == {shape: 1}
+        assert read_rows(name).counts.shapes == {shape: 1}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import random
 import pytest
 
 from components.prepare.dataset import Record
-from components.prepare.split import deduplicate, position, split
+from components.prepare.split import position
 from components.prepare.validate import KeyedRecord, validate
 from components.shared.errors import DataError
+from tests.doubles.datasets import deduplicate, split
 
 
 def named(identity: object, prompt: str, answer: str = "a") -> KeyedRecord:

@@ -3,9 +3,10 @@ import unicodedata
 
 import pytest
 
-from components.prepare.dataset import Message, dataset_id
+from components.prepare.dataset import Message
 from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, validate
 from components.shared.errors import DataError
+from tests.doubles import datasets
 
 USER = {"role": "user", "content": "Which chapter?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -223,7 +224,7 @@ def test_records_differ_by_their_tools_and_calls() -> None:
     ]
     found = [validate(row) for row in rows]
     assert len({each.content for each in found}) == len(rows)
-    assert len({dataset_id([each.record], []) for each in found}) == len(rows)
+    assert len({datasets.dataset_id([each.record], []) for each in found}) == len(rows)
 
 
 def test_content_in_parts_is_the_text_of_all_of_them() -> None:

@@ -9,13 +9,13 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.model import OperationModel
 
-from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.versions import Version, list_versions, publish_version
 from components.report.registry_page import write_pages
 from components.shared.errors import StoreError
 from components.store.store import Store
+from tests.doubles import datasets
 from tests.infra.aws.iam import Request, allows, put
 from tests.infra.aws.terraform import BUCKET_ARN, Configuration
 
@@ -63,7 +63,7 @@ def publish(store: Store, weights: bytes = b"weights") -> Version:
 
 def make_dataset(store: Store) -> None:
     records = [Record(str(n), [Message("user", f"question {n}")], "answer") for n in range(4)]
-    dataset.publish(store, train=records[:3], evaluation=records[3:], rejects=[], profile={})
+    datasets.publish(store, train=records[:3], evaluation=records[3:])
 
 
 def test_the_trainer_does_all_that_a_training_does(store: Store, tmp_path: Path) -> None:

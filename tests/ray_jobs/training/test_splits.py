@@ -3,13 +3,13 @@
 import pytest
 
 from components.config import config_file
-from components.prepare import dataset
 from components.prepare.dataset import Message, Record
 from components.prepare.judges import judges
 from components.shared.errors import DataError
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
 from ray_jobs.training import splits
+from tests.doubles import datasets
 
 
 def records(*lengths):
@@ -33,7 +33,7 @@ def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, cha
 
 def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, store):
     held_out = records(*[20] * 60)
-    folder = dataset.publish(store, train=records(10, 10), evaluation=held_out, rejects=[], profile={})
+    folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
     _, chosen_on = splits.read(store, folder.uri, chat, config, print)
     decided_on = {record.id for record in judges(store, folder.uri, config, run_id="r").records}
     assert decided_on.isdisjoint(chosen_on.ids)

@@ -1,0 +1,55 @@
+"""Many texts in a file: in memory there are 24 bytes of each."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_BUFFER = 2**20
+
+
+class Texts(Sequence[str]):
+    """Some of the texts of a file, in order."""
+
+    def __init__(self, path: Path, begins: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]") -> None:
+        """Where each of them begins, and its bytes."""
+        self._path, self._begins, self._sizes = path, begins, sizes
+
+    @classmethod
+    def write(cls, path: Path, batches: Iterable[Sequence[str]]) -> "Texts":
+        """All of these texts, in a new file."""
+        import numpy as np
+
+        parts = [np.zeros(0, np.int64)]
+        with path.open("wb") as file:
+            for texts in batches:
+                encoded = [text.encode() for text in texts]
+                parts.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+                file.write(b"".join(encoded))
+        sizes = np.concatenate(parts)
+        return cls(path, np.cumsum(sizes) - sizes, sizes)
+
+    def where(self, kept: "npt.NDArray[np.bool_]") -> "Texts":
+        """Those of these texts that are marked."""
+        return Texts(self._path, self._begins[kept], self._sizes[kept])
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return list(self._read(self._begins[place], self._sizes[place]))
+        (text,) = self._read(self._begins[place : place + 1], self._sizes[place : place + 1])
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        return self._read(self._begins, self._sizes)
+
+    def _read(self, begins: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]") -> Iterator[str]:
+        with self._path.open("rb", buffering=_BUFFER if len(sizes) > 1 else -1) as file:
+            for begin, size in zip(begins, sizes, strict=True):
+                file.seek(begin)
+                yield file.read(size).decode()

@@ -1,0 +1,222 @@
+"""Records on disk while a dataset is made of them, and DuckDB over them, which holds as much in memory as it may.
+
+What a step decides it keeps in a table of the records' numbers and hashes, which DuckDB sorts and joins on disk where
+they do not fit. The records themselves stay in a file, and are read in another order when that is known. Of each record
+there are a few numbers in memory.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.prepare import arrow_records, ordering
+from components.prepare.dataset import Reject
+from components.prepare.validate import KeyedRecord
+from components.shared.cpus import usable_cores
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
+OF_DUCKDB = 0.4
+"""Of the memory that a workspace may take. The rest is Python's, with Arrow's batches and the comparison of prompts."""
+LEAST_OF_A_THREAD = 2**27
+"""Bytes without which DuckDB cannot sort on another thread."""
+MOST_AT_ONCE, MOST_CHARS_AT_ONCE = 8192, 2**24
+"""Of records, and characters, that are written at once."""
+MOST_REJECTS_AT_ONCE = 4096
+_HASHES = ("key", "place", "content", "asked")
+_BATCH = 4096
+_OTHER_BYTES = 100
+"""Of a record beside its prompt and answer, about."""
+
+
+class Workspace:
+    """The records and rejects of one preparation, in the order in which they were read."""
+
+    def __init__(self, folder: Path, *, memory_bytes: int) -> None:
+        import duckdb
+
+        self.folder = folder
+        self.columns: set[str] = set()
+        """Of the columns that a dataset need not have, those that any record needs."""
+        self._records = _Spilled(
+            folder / "records.parquet", compression="lz4", use_dictionary=False, write_statistics=False
+        )
+        self._rejects = _Spilled(folder / "rejects.parquet", compression="zstd")
+        self._pending: list[KeyedRecord] = []
+        self._pending_chars = 0
+        self._sizes: list[npt.NDArray[np.int64]] = []
+        self._pending_rejects: list[Reject] = []
+        for_duckdb = int(OF_DUCKDB * memory_bytes)
+        self._duckdb = duckdb.connect(
+            config={
+                "memory_limit": f"{for_duckdb}B",
+                "threads": max(1, min(usable_cores(), for_duckdb // LEAST_OF_A_THREAD)),
+                "temp_directory": str(folder / "duckdb"),
+                "preserve_insertion_order": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            }
+        )
+
+    def accept(self, record: KeyedRecord) -> None:
+        """Take one more record."""
+        self._pending.append(record)
+        self._pending_chars += len(record.record.answer) + sum(len(turn.content) for turn in record.record.prompt)
+        if len(self._pending) == MOST_AT_ONCE or self._pending_chars >= MOST_CHARS_AT_ONCE:
+            self._write()
+
+    def reject(self, reject: Reject) -> None:
+        """Take one more row that became none."""
+        self._pending_rejects.append(reject)
+        if len(self._pending_rejects) == MOST_REJECTS_AT_ONCE:
+            self._write_rejects()
+
+    def finish(self) -> None:
+        """Nothing more comes: what was taken is the view `records`."""
+        self._write()
+        self._write_rejects()
+        self._records.close()
+        self._rejects.close()
+        self.run(f"CREATE VIEW records AS FROM read_parquet({quoted(self._records.path)})")
+
+    def numbers(self, query: str, *values: Any) -> "npt.NDArray[np.int64]":
+        """The one column of whole numbers that a query gives."""
+        import numpy as np
+
+        parts = [batch.column(0).to_numpy() for batch in self.batches(query, *values)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def in_order(self, numbers: "npt.NDArray[np.int64]", columns: Sequence[str]) -> Iterator["pa.RecordBatch"]:
+        """These columns of the records with these numbers, in the order of the numbers."""
+        import numpy as np
+
+        return ordering.in_order(self._records.path, numbers, np.concatenate(self._sizes), columns)
+
+    @property
+    def rejects(self) -> Path:
+        """The file of all rejects."""
+        return self._rejects.path
+
+    def run(self, statement: str, *values: Any) -> None:
+        """Execute one statement of SQL."""
+        with _memory_errors():
+            self._duckdb.execute(statement, list(values))
+
+    def row(self, query: str, *values: Any) -> tuple[Any, ...]:
+        """The one row that a query gives."""
+        rows = self.rows(query, *values)
+        assert len(rows) == 1
+        return rows[0]
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The few rows that a query gives."""
+        with _memory_errors():
+            return list(self._duckdb.execute(query, list(values)).fetchall())
+
+    def batches(self, query: str, *values: Any) -> Iterator["pa.RecordBatch"]:
+        """What a query gives, some rows at a time; nothing else may run until it ends."""
+        with _memory_errors():
+            reader = self._duckdb.sql(query, params=list(values) or None).to_arrow_reader(_BATCH)
+            yield from reader
+
+    def put(self, name: str, **columns: "pa.Array") -> None:
+        """Make a table of these columns."""
+        import pyarrow as pa
+
+        given = pa.table(columns)
+        with _memory_errors():
+            self._duckdb.register("given", given)
+            self._duckdb.execute(f"CREATE TABLE {name} AS FROM given")
+            self._duckdb.unregister("given")
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self._duckdb.close()
+
+    def _write(self) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        batch = arrow_records.batch_of([each.record for each in self._pending])
+        self.columns |= arrow_records.present(batch)
+        hashes = {name: [getattr(each, name) for each in self._pending] for name in _HASHES}
+        first = sum(map(len, self._sizes))
+        self._sizes.append(arrow_records.sizes(batch).to_numpy(zero_copy_only=False) + _OTHER_BYTES)
+        columns = {
+            "number": pa.array(np.arange(first, first + len(batch))),
+            "position": pa.array(_positions(hashes["place"])),
+            "named": pa.array([each.named for each in self._pending], pa.bool_()),
+            **{name: pa.array(values, pa.binary(32)) for name, values in hashes.items()},
+            **dict(zip(batch.schema.names, batch.columns, strict=True)),
+        }
+        self._records.write(pa.record_batch(columns))
+        self._pending, self._pending_chars = [], 0
+
+    def _write_rejects(self) -> None:
+        import pyarrow as pa
+
+        rejects, self._pending_rejects = self._pending_rejects, []
+        fields = {"source": pa.string(), "line": pa.int64(), "reason": pa.string(), "row": pa.string()}
+        self._rejects.write(
+            pa.record_batch({
+                name: pa.array([getattr(each, name) for each in rejects], kind) for name, kind in fields.items()
+            })
+        )  # fmt: skip
+
+
+class _Spilled:
+    """A Parquet file that is written a batch at a time."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.path = path
+        self._options = options
+        self._writer: Any = None
+
+    def write(self, batch: "pa.RecordBatch") -> None:
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, batch.schema, **self._options)
+        self._writer.write_batch(batch)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def opened(*, memory_bytes: int) -> Iterator[Workspace]:
+    """A workspace in a folder of its own, which is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fineloop-prepare-") as folder:
+        workspace = Workspace(Path(folder), memory_bytes=memory_bytes)
+        try:
+            yield workspace
+        finally:
+            workspace.close()
+
+
+def quoted(path: Path) -> str:
+    """The path as SQL writes a text."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _positions(places: Sequence[bytes]) -> Any:
+    """Where each hash lies among all hashes, as `split.position` reckons it."""
+    import numpy as np
+
+    return np.frombuffer(b"".join(place[:8] for place in places), ">u8").astype(np.float64) / 2.0**64
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What DuckDB finds no memory for is an error as any other's."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as exc:
+        raise MemoryError(str(exc)) from exc

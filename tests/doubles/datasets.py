@@ -1,0 +1,85 @@
+"""Datasets of records at hand, and rows on their way to one, for tests."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from components.prepare import intake, parts, workspace
+from components.prepare import split as splitting
+from components.prepare.arrow_records import batch_of
+from components.prepare.dataset import Record, Reject
+from components.prepare.intake import Intake
+from components.prepare.parts import DatasetFolder
+from components.prepare.sources import Source
+from components.prepare.validate import KeyedRecord
+from components.store.store import Store
+
+SMALL = 2**29
+"""Memory in bytes."""
+
+
+def publish(store: Store, *, train: Sequence[Record], evaluation: Sequence[Record]) -> DatasetFolder:
+    """As the prepare step publishes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        rejects = Path(folder, "rejects.parquet")
+        rejects.touch()
+        written = parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)])
+        return parts.publish(store, written, rejects=rejects, rejected=0, profile={})
+
+
+def dataset_id(train: Sequence[Record], evaluation: Sequence[Record]) -> str:
+    """The id that the prepare step gives them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)]).dataset_id
+
+
+@dataclass
+class Read:
+    """What `intake.read` handed over, and its counts."""
+
+    counts: Intake = field(default_factory=Intake)
+    accepted: list[KeyedRecord] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+
+def read(sources: Sequence[Source], **options: Any) -> Read:
+    """All rows of the sources, kept."""
+    found = Read()
+    found.counts = intake.read(sources, found.accepted.append, found.rejects.append, **options)
+    return found
+
+
+@contextmanager
+def holding(rows: Iterable[KeyedRecord], *, memory_bytes: int = SMALL) -> Iterator[workspace.Workspace]:
+    """A workspace that has read these rows."""
+    with workspace.opened(memory_bytes=memory_bytes) as work:
+        for row in rows:
+            work.accept(row)
+        work.finish()
+        yield work
+
+
+def deduplicate(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL) -> SimpleNamespace:
+    """The rows that stay, with the ids that they are given, and the counts of those that do not."""
+    with holding(rows, memory_bytes=memory_bytes) as work:
+        counts = splitting.deduplicate(work)
+        numbers = work.rows("SELECT number, renamed.id FROM chosen LEFT JOIN renamed USING (number) ORDER BY number")
+    kept = [
+        rows[number] if name is None else replace(rows[number], record=replace(rows[number].record, id=name))
+        for number, name in numbers
+    ]
+    assert counts.records == len(kept)
+    return SimpleNamespace(records=kept, duplicates=counts.duplicates, superseded=counts.superseded)
+
+
+def split(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL, **options: Any) -> SimpleNamespace:
+    """Both sides of the split of distinct rows as lists, the dataset's id, and the counts."""
+    with holding(rows, memory_bytes=memory_bytes) as work:
+        splitting.deduplicate(work)
+        found = splitting.split(work, **options)
+        sides = {"train": list(found.train), "evaluation": list(found.evaluation)}
+        return SimpleNamespace(**vars(found) | sides | {"parts": None, "dataset_id": found.parts.dataset_id})
