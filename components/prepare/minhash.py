@@ -6,8 +6,9 @@ Broder (1997); Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, secti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ DEVIATIONS = 4
 """By how many standard deviations an estimated similarity may lie below the one asked for."""
 
 ROUNDING = 1e-6
+PAIRS_AT_ONCE = 2**16
 
 Numbers = npt.NDArray[np.int64]
 Minima = npt.NDArray[np.uint32]
@@ -39,10 +41,18 @@ class Signatures:
     """False for a text that says nothing of its own: no band finds it."""
 
     @classmethod
-    def joined(cls, parts: Sequence["Signatures"]) -> "Signatures":
-        """The texts of all parts, at least one, in order."""
+    def joined(cls, parts: Iterable["Signatures"], *, texts: int) -> "Signatures":
+        """The texts of all parts, so many and at least one, in order; a part is not kept."""
         fields = ("bands", "whole", "own", "is_found")
-        return cls(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+        arrays: list[npt.NDArray[Any]] = []
+        filled = 0
+        for part in parts:
+            given = [getattr(part, field) for field in fields]
+            arrays = arrays or [np.empty((texts, *each.shape[1:]), each.dtype) for each in given]
+            for array, each in zip(arrays, given, strict=True):
+                array[filled : filled + len(each)] = each
+            filled += len(part.is_found)
+        return cls(*arrays)
 
     def in_band(self, band: int) -> tuple[npt.NDArray[np.uint32], Numbers]:
         """The band's hashes, sorted, and whose they are: among equals, in the order of the texts."""
@@ -88,6 +98,12 @@ class MinHash:
 
     def likely(self, ours: Signatures, rows: Numbers, theirs: Signatures, others: Numbers) -> npt.NDArray[np.float32]:
         """How similar each pair seems: of both sets the less similar, or -1 where it cannot be as much as asked."""
+        starts = range(0, len(rows), PAIRS_AT_ONCE)
+        parts = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
+        found = [self._likely(ours, rows[part], theirs, others[part]) for part in parts]
+        return np.concatenate([np.zeros(0, np.float32), *found])
+
+    def _likely(self, ours: Signatures, rows: Numbers, theirs: Signatures, others: Numbers) -> npt.NDArray[np.float32]:
         estimates = []
         for one, other in ((ours.whole, theirs.whole), (ours.own, theirs.own)):
             agreeing = (one[rows] == other[others]).mean(axis=1, dtype=np.float32)

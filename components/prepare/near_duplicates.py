@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.prepare.minhash import MinHash, Numbers, Signatures
-from components.prepare.shingles import CHARS, Batch, Hashes, Marks, Rows, frequent, in_batches, is_in
+from components.prepare.shingles import CHARS, Batch, Hashes, Marks, Rows, Seen, frequent, in_batches, is_in
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
@@ -98,19 +98,17 @@ class Comparison:
         ours, equals = self._signatures(prompts)
         is_repeat = np.ones(len(prompts), bool)
         is_repeat[np.unique(equals, return_index=True)[1]] = False
-        pairs = []
+        sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
         for band in range(self._minhash.bands):
-            keys, rows = ours.in_band(band)
-            starts = np.searchsorted(keys, keys)
-            places = np.arange(len(keys))
-            for others in (starts, np.maximum(places - 1, starts)):
-                pairs.append(np.stack([rows, rows[others]], axis=1)[others < places])
-        candidates = np.unique(np.concatenate(pairs), axis=0)
-        candidates = candidates[~is_repeat[candidates[:, 0]]]
-        likely = self._minhash.likely(ours, candidates[:, 0], ours, candidates[:, 1]) >= 0
-        sets = _Sets(self, prompts)
-        for row, other in candidates[likely].tolist():
-            is_repeat[row] = is_repeat[row] or self._are_near(sets[row], sets[other])
+            pairs = np.setdiff1d(_neighbours(*ours.in_band(band), size=len(prompts)), known, assume_unique=True)
+            rows, others = np.divmod(pairs[~is_repeat[pairs // len(prompts)]], len(prompts))
+            likely = self._minhash.likely(ours, rows, ours, others) >= 0
+            compared = []
+            for row, other in zip(rows[likely].tolist(), others[likely].tolist(), strict=True):
+                if not is_repeat[row]:
+                    is_repeat[row] = self._are_near(sets[row], sets[other])
+                    compared.append(row * len(prompts) + other)
+            known = np.union1d(known, np.array(compared, np.int64))
         return int(np.count_nonzero(is_repeat))
 
     def said(self, text: str) -> _Said:
@@ -131,12 +129,15 @@ class Comparison:
             is_own = own_before[first + CHARS] > own_before[first]
             yield _Shingled(hashes[kept], rows[kept], is_own[kept], batch.texts())
 
-    def _signatures(self, texts: Iterable[str]) -> tuple[Signatures, Hashes]:
-        parts = [
-            (self._minhash.signatures(found.hashes, found.rows, found.is_own, texts=len(found.equals)), found.equals)
-            for found in self._shingled(texts)
-        ]
-        return Signatures.joined([part for part, _ in parts]), np.concatenate([equals for _, equals in parts])
+    def _signatures(self, texts: Sequence[str]) -> tuple[Signatures, Hashes]:
+        equals: list[Hashes] = []
+
+        def parts() -> Iterator[Signatures]:
+            for found in self._shingled(texts):
+                equals.append(found.equals)
+                yield self._minhash.signatures(found.hashes, found.rows, found.is_own, texts=len(found.equals))
+
+        return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
 
     def _candidates(
         self,
@@ -190,18 +191,23 @@ def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
 
 def _runs_in(*parts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
     """The runs of words of each different text."""
-    seen: set[int] = set()
+    seen = Seen()
     for part in parts:
         for said in in_batches(part):
             batch = Batch.of(said)
-            is_new = np.zeros(len(said), bool)
-            for row, value in enumerate(batch.texts().tolist()):
-                is_new[row] = value not in seen
-                seen.add(value)
+            is_new = seen.are_new(batch.texts())
             words = batch.words()
             hashes, first = words.runs()
             rows = words.row_of[first]
             yield hashes[is_new[rows]], rows[is_new[rows]]
+
+
+def _neighbours(keys: npt.NDArray[np.uint32], rows: Numbers, *, size: int) -> Numbers:
+    """Of each row, in order of the keys, the first with its key and the one before it: pairs as row * size + other."""
+    starts = np.searchsorted(keys, keys)
+    places = np.arange(len(keys))
+    pairs = [(rows * size + rows[others])[others < places] for others in (starts, np.maximum(places - 1, starts))]
+    return np.unique(np.concatenate(pairs))
 
 
 def _jaccard(one: Hashes, other: Hashes) -> float:

@@ -37,6 +37,8 @@ UNSPACED = (
 """Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): a character is a word."""
 CELLS = 2**22
 """Counters of a first, coarse count: 16 MiB of them."""
+KEPT_LATELY = 2**16
+"""Hashes that are put in order at once, at least."""
 
 
 def said(text: str) -> str:
@@ -143,6 +145,26 @@ def is_in(hashes: Hashes, known: Hashes) -> Marks:
     if not len(known):
         return np.zeros(len(hashes), bool)
     return known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+
+
+class Seen:
+    """Hashes that have come before, in 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._known = np.zeros(0, np.uint64)
+        self._lately: set[int] = set()
+
+    def are_new(self, hashes: Hashes) -> Marks:
+        """Of each, whether it is the first of its kind."""
+        is_new = ~is_in(hashes, self._known)
+        for place in np.flatnonzero(is_new).tolist():
+            value = int(hashes[place])
+            is_new[place] = value not in self._lately
+            self._lately.add(value)
+        if len(self._lately) >= max(KEPT_LATELY, len(self._known) // 8):
+            self._known = np.union1d(self._known, np.fromiter(self._lately, np.uint64, len(self._lately)))
+            self._lately = set()
+        return is_new
 
 
 def frequent(batches: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than: float) -> Hashes:

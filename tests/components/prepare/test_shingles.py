@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from components.prepare import shingles
-from components.prepare.shingles import Batch, frequent, in_batches, said
+from components.prepare.shingles import Batch, Seen, frequent, in_batches, said
 
 
 def words_of(text: str) -> list[str]:
@@ -85,3 +85,15 @@ def test_batches_hold_every_text_in_order_and_stay_small() -> None:
     found = list(in_batches(texts, max_texts=4, max_chars=40))
     assert [text for batch in found for text in batch] == texts
     assert [len(batch) for batch in found] == [4, 2, 3]
+
+
+def test_a_hash_is_new_once_however_many_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.prepare.shingles.KEPT_LATELY", 5)
+    rng, seen, before = random.Random(0), Seen(), set()
+    for _ in range(50):
+        values = [rng.randrange(60) * (2**64 // 60) for _ in range(9)]
+        expected = []
+        for value in values:
+            expected.append(value not in before)
+            before.add(value)
+        assert seen.are_new(np.array(values, np.uint64)).tolist() == expected
