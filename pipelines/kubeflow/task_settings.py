@@ -1,5 +1,6 @@
 """What a step gets on a cluster and needs nowhere else: time, memory, retries, and its environment by reference."""
 
+import math
 from collections.abc import Callable
 
 from kfp import dsl, kubernetes
@@ -34,6 +35,8 @@ ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
 STEP_S = 3600
 GRACE_S = 900
+DATA_HEADROOM = 4
+"""Times data.memory_gib that the step may take which reads the data: what a record adds is not part of it."""
 RETRIES = 2
 """A step that is run again finds what its first attempt left: a Ray job, a folder, an alias."""
 
@@ -55,9 +58,10 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         # would take a training with it.
         at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
-        # Data is read whole by the first step; the others hold a few JSON objects.
+        # The first step reads the data; the others hold a few JSON objects.
         task.set_cpu_request("500m").set_cpu_limit("2")
-        task.set_memory_request("1Gi").set_memory_limit("8Gi" if name == "prepare" else "2Gi")
+        limit_gib = math.ceil(DATA_HEADROOM * config.data.memory_gib) if name == "prepare" else 2
+        task.set_memory_request("1Gi").set_memory_limit(f"{limit_gib}Gi")
         kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)

@@ -156,6 +156,13 @@ def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Calla
     assert deadlines["exec-gate"] == 3600
 
 
+def test_preparing_may_take_four_times_the_memory_that_the_config_says(make_config: Callable[..., RunConfig]) -> None:
+    spec, _ = yaml.safe_load_all(compile_pipeline(make_config("data.memory_gib=3.1")))
+    limits = {name: container["resources"]["resourceMemoryLimit"] for name, container in executors(spec).items()}
+    assert limits["prepare"] == "13Gi"
+    assert {limit for name, limit in limits.items() if name != "prepare"} == {"2Gi"}
+
+
 def test_a_step_waits_before_it_is_tried_again_and_has_memory_for_what_it_reads(spec: dict[str, Any]) -> None:
     for name, container in executors(spec).items():
         policy = tasks(spec)[name]["retryPolicy"]
