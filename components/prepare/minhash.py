@@ -54,6 +54,10 @@ class Signatures:
             filled += len(part.is_found)
         return cls(*arrays)
 
+    def where(self, kept: Marks) -> "Signatures":
+        """Those of the marked texts."""
+        return Signatures(self.bands[kept], self.whole[kept], self.own[kept], self.is_found[kept])
+
     def in_band(self, band: int) -> tuple[npt.NDArray[np.uint32], Numbers]:
         """The band's hashes, sorted, and whose they are: among equals, in the order of the texts."""
         rows = np.flatnonzero(self.is_found)

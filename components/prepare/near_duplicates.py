@@ -68,6 +68,8 @@ class Comparison:
         self._held_out = held_out
         self._similarity = similarity
         self._minhash = MinHash(similarity)
+        self._signed: list[tuple[Signatures, Hashes]] = []
+        """Of the prompts that were compared with what is held out."""
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
         self._common = frequent(lambda: _shingles_in(held_out), more_than=most)
         self._shared = frequent(
@@ -83,6 +85,7 @@ class Comparison:
         pending = iter(prompts)
         while batch := list(islice(pending, AT_ONCE)):
             ours, equals = self._signatures(batch)
+            self._signed.append((ours, equals))
             found = [place_of.get(value) for value in equals.tolist()]
             open_rows = np.flatnonzero(ours.is_found & np.array([each is None for each in found]))
             for row, candidates in self._candidates(ours, open_rows, theirs, bands):
@@ -90,12 +93,13 @@ class Comparison:
                 found[row] = next((each for each in candidates if self._are_near(said, sets[each])), None)
             yield from found
 
-    def repeats(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are near an earlier one.
+    def repeats(self, prompts: Sequence[str], kept: Marks | None = None) -> int:
+        """How many of the prompts are near an earlier one; `kept` marks which they are of those that
+        `near_held_out` has gone through, whose signatures are then used, once.
 
         Of those that share a band each is compared with the first and with the one before it, not with all.
         """
-        ours, equals = self._signatures(prompts)
+        ours, equals = self._signatures(prompts) if kept is None else self._signed_where(kept)
         is_repeat = np.ones(len(prompts), bool)
         is_repeat[np.unique(equals, return_index=True)[1]] = False
         sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
@@ -138,6 +142,19 @@ class Comparison:
                 yield self._minhash.signatures(found.hashes, found.rows, found.is_own, texts=len(found.equals))
 
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
+
+    def _signed_where(self, kept: Marks) -> tuple[Signatures, Hashes]:
+        equals: list[Hashes] = []
+
+        def parts() -> Iterator[Signatures]:
+            start = 0
+            for signatures, hashes in iter(lambda: self._signed.pop(0) if self._signed else None, None):
+                marks = kept[start : start + len(hashes)]
+                start += len(hashes)
+                equals.append(hashes[marks])
+                yield signatures.where(marks)
+
+        return Signatures.joined(parts(), texts=int(np.count_nonzero(kept))), np.concatenate(equals)
 
     def _candidates(
         self,

@@ -238,7 +238,8 @@ class _Unlike:
         import numpy as np
 
         kept = work.numbers(f"SELECT number FROM others {_IN_ORDER} LIMIT {num_train}")
-        return self.comparison.repeats(self.texts.where(np.isin(self.numbers, kept)))
+        is_kept = np.isin(self.numbers, kept)
+        return self.comparison.repeats(self.texts.where(is_kept), is_kept)
 
 
 def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlike:

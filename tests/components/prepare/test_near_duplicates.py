@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from components.prepare import icd10
@@ -211,6 +212,11 @@ def test_repeats_are_counted_once_each() -> None:
     assert comparison.repeats([*rows, *copies]) == expected
     assert comparison.repeats([*rows, *rows[:7], *rows[:7]]) == 14
     assert comparison.repeats(rows) == 0
+    given = [*rows, *copies]
+    list(comparison.near_held_out(given))
+    kept = np.array([rng.random() < 0.7 for _ in given])
+    some = [text for text, is_kept in zip(given, kept, strict=True) if is_kept]
+    assert comparison.repeats(some, kept) == comparison.repeats(some) > 10
 
 
 def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are() -> None:
