@@ -15,6 +15,7 @@ from components.prepare import arrow_records, ordering
 from components.prepare.dataset import Reject
 from components.prepare.validate import KeyedRecord
 from components.shared.cpus import usable_cores
+from components.store.client import disk_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ class Workspace:
 
     def run(self, statement: str, *values: Any) -> None:
         """Execute one statement of SQL."""
-        with _memory_errors():
+        with _own_errors():
             self._duckdb.execute(statement, list(values))
 
     def row(self, query: str, *values: Any) -> tuple[Any, ...]:
@@ -115,12 +116,12 @@ class Workspace:
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The few rows that a query gives."""
-        with _memory_errors():
+        with _own_errors():
             return list(self._duckdb.execute(query, list(values)).fetchall())
 
     def batches(self, query: str, *values: Any) -> Iterator["pa.RecordBatch"]:
         """What a query gives, some rows at a time; nothing else may run until it ends."""
-        with _memory_errors():
+        with _own_errors():
             reader = self._duckdb.sql(query, params=list(values) or None).to_arrow_reader(_BATCH)
             yield from reader
 
@@ -129,7 +130,7 @@ class Workspace:
         import pyarrow as pa
 
         given = pa.table(columns)
-        with _memory_errors():
+        with _own_errors():
             self._duckdb.register("given", given)
             self._duckdb.execute(f"CREATE TABLE {name} AS FROM given")
             self._duckdb.unregister("given")
@@ -190,8 +191,12 @@ class _Spilled:
 
 @contextlib.contextmanager
 def opened(*, memory_bytes: int) -> Iterator[Workspace]:
-    """A workspace in a folder of its own, which is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="fineloop-prepare-") as folder:
+    """A workspace in a folder of its own, which is gone afterwards.
+
+    Raises:
+        FineloopError: the disk under the folder for temporary files is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="fineloop-prepare-") as folder, disk_errors(folder):
         workspace = Workspace(Path(folder), memory_bytes=memory_bytes)
         try:
             yield workspace
@@ -212,11 +217,13 @@ def _positions(places: Sequence[bytes]) -> Any:
 
 
 @contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """What DuckDB finds no memory for is an error as any other's."""
+def _own_errors() -> Iterator[None]:
+    """What DuckDB finds no memory or disk for is an error as any other's."""
     import duckdb
 
     try:
         yield
     except duckdb.OutOfMemoryException as exc:
         raise MemoryError(str(exc)) from exc
+    except duckdb.IOException as exc:
+        raise OSError(str(exc)) from exc
