@@ -183,6 +183,55 @@ def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_al
     assert split.num_prompt_tokens.tolist() == [2]
 
 
+ODD = ["blue", " deep  blue", "\n\nblue\n", "1\n2", "ê\u00a0東京 🙂", "<|end|> of it", "'s", "_a", "   "]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_reads_as_it_does_alone_and_an_answer_as_it_follows_it_whatever_stands_at_the_border(tmp_path, name):
+    folder = chat_families.build(tmp_path, FAMILIES[name])
+    chat = chat_format.load(base_model.Base("family", folder, {}), ModelConfig(base=str(folder)))
+
+    def read(text: str) -> list[int]:
+        return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    records = [record(before, after) for before, after in itertools.product(ODD, ODD) if after.strip()]
+    split = tokenize(records, chat, 4096)
+    for row, each in enumerate(records):
+        prompt, answer = chat.rows(each)[0]
+        alone, whole = read(prompt), read(prompt + answer)
+        follows = whole[len(alone) :] if whole[: len(alone)] == alone else read(answer)
+        assert split.prompt(row).tolist() == alone
+        assert follows[: len(split.answer(row)) - 1] == split.answer(row).tolist()[:-1]
+
+
+@dataclasses.dataclass
+class Counting:
+    """A tokenizer that counts the characters that it reads."""
+
+    tokenizer: object
+    characters: int = 0
+
+    def __call__(self, texts, **how):
+        self.characters += sum(map(len, texts))
+        return self.tokenizer(texts, **how)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize(("loss_on", "turns"), [("last", 1), ("all", 12)])
+def test_every_text_is_read_once(tmp_path, loss_on, turns):
+    folder = chat_families.build(tmp_path, FAMILIES["chatml"])
+    chat = chat_format.load(base_model.Base("chatml", folder, {}), ModelConfig(base=str(folder)))
+    chat = dataclasses.replace(chat, tokenizer=Counting(chat.tokenizer))
+    talk = [Message(role, f"{role} says {place} " * 20) for place in range(turns) for role in ("user", "assistant")]
+    records = [Record(str(place), talk[:-1], "black " * 20) for place in range(8)]
+    written = sum(len("".join(row)) for each in records for row in chat.rows(each, loss_on))
+    chat.tokenizer.characters = 0
+    tokenize(records, chat, 8192, loss_on)
+    assert written <= chat.tokenizer.characters < 1.05 * written
+
+
 TALK = Record(
     "talk",
     [
