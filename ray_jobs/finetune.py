@@ -91,7 +91,7 @@ def finetune(
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     say(
         STEP,
-        f"{counted(len(train_split), 'record')}, {len(train_split.tokens):,} tokens; "
+        f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens; "
         f"starting {counted(config.ray.num_workers, 'worker')}",
     )
 
@@ -115,7 +115,9 @@ def finetune(
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
         watch=watch,
     )
-    what = {"job": job, "train_split": ray.put(train_split), "eval_split": ray.put(eval_split)}
+    what = {
+        "job": job, "train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored),
+    }  # fmt: skip
     result = TrainResult(**_trained(what, config, store, run_id, standby))
     runs.write(store, run_id, result)
     return result

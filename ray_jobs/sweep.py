@@ -37,8 +37,8 @@ with garbage.importing():
     from ray_jobs.sweeping.progress import Progress
     from ray_jobs.sweeping.trial_rows import header, row
     from ray_jobs.text import chat_format
-    from ray_jobs.text.batching import TokenizedSplit
     from ray_jobs.training import splits, train_loop
+    from ray_jobs.training.splits import PlannedSplit
     from ray_jobs.training.train_job import TrainJob
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _ended(config: RunConfig, arms: Sequence[Arm], store: Store, run_id: str, nu
     return kept
 
 
-def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: TokenizedSplit) -> dict[Arm, int | None]:
+def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: PlannedSplit) -> dict[Arm, int | None]:
     """Bytes of one worker by arm, as planned; refuses what cannot fit before a trial is started."""
     import ray
 
@@ -166,8 +166,8 @@ def _run_trials(
     plan: Plan,
     store: Store,
     job: TrainJob,
-    train_split: TokenizedSplit,
-    validation: TokenizedSplit,
+    train_split: PlannedSplit,
+    validation: PlannedSplit,
     passages: Texts,
 ) -> None:
     from ray import tune
@@ -176,7 +176,9 @@ def _run_trials(
     from ray_jobs.sweeping.trial import run_trial
     from ray_jobs.training import trainer
 
-    given = {"job": job, "train_split": train_split, "validation": validation, "passages": passages}
+    given = {
+        "job": job, "train_tokens": train_split.stored, "validation_tokens": validation.stored, "passages": passages,
+    }  # fmt: skip
     trainable = tune.with_resources(tune.with_parameters(run_trial, **given), trainer.per_worker(config))
 
     def keep(trial: Trial) -> None:

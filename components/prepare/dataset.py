@@ -1,7 +1,7 @@
 """What a dataset is, its records, and how they are read from its folder `datasets/<dataset_id>/` in the store."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,6 +18,8 @@ SplitName = Literal["train", "eval"]
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
 REJECTS = "rejects.parquet"
+RECORDS_AT_ONCE = 1000
+"""Of a split that is read a part at a time."""
 WHERE_ANY = ("calls", "tools", "group", "source")
 """What a split has a column for where any of its records has it."""
 
@@ -85,6 +87,16 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
         ObjectMissing: there is no dataset, or it has no manifest.
         IntegrityError: a file is not what the manifest lists.
     """
+    return [record for batch in read_split(store, uri, split) for record in batch]
+
+
+def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Record]]:
+    """The same, RECORDS_AT_ONCE at a time, so that a process need not hold them all.
+
+    Raises:
+        ObjectMissing: there is no dataset, or it has no manifest.
+        IntegrityError: a file is not what the manifest lists.
+    """
     import pyarrow.parquet as pq
 
     key = store.key(uri).rstrip("/")
@@ -92,7 +104,7 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
     paths = sorted(path for path in manifest.files if path.startswith(f"{split}/"))
     if not paths:
         raise IntegrityError(f"{uri} has no {split} split: its manifest lists {', '.join(sorted(manifest.files))}")
-    records: list[Record] = []
+    read = 0
     with tempfile.TemporaryDirectory(prefix="fineloop-dataset-") as scratch:
         for path in paths:
             local_path = Path(scratch, "part.parquet")
@@ -100,12 +112,12 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
             found = folders.digest_of(local_path)
             if found != manifest.files[path]:
                 raise IntegrityError(f"{uri}/{path} is {found}, its manifest says {manifest.files[path]}")
-            for batch in pq.ParquetFile(local_path).iter_batches():
-                records.extend(record_of(row) for row in batch.to_pylist())
-    expected = manifest.about.get(f"{split}_records", len(records))
-    if len(records) != expected:
-        raise IntegrityError(f"{uri} has {len(records)} records in {split}/, its manifest says {expected}")
-    return records
+            for batch in pq.ParquetFile(local_path).iter_batches(RECORDS_AT_ONCE):
+                read += batch.num_rows
+                yield [record_of(row) for row in batch.to_pylist()]
+    expected = manifest.about.get(f"{split}_records", read)
+    if read != expected:
+        raise IntegrityError(f"{uri} has {read} records in {split}/, its manifest says {expected}")
 
 
 def record_of(row: Mapping[str, Any]) -> Record:

@@ -13,9 +13,14 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
     Decided by a hash of the record's id, or its group's name, so that no refresh moves one. Of so few records that
     either side would be empty, both hold all.
     """
-    validation = [each for each in records if _position(each, "validation") < validation_share]
-    test = [each for each in records if _position(each, "validation") >= validation_share]
+    validation = [each for each in records if is_validation(each, validation_share)]
+    test = [each for each in records if not is_validation(each, validation_share)]
     return (validation, test) if validation and test else (list(records), list(records))
+
+
+def is_validation(record: Record, validation_share: float) -> bool:
+    """Whether a record is on the side of `validation_and_test` that chooses, where neither is empty."""
+    return _position(record, "validation") < validation_share
 
 
 def folds(records: Sequence[Record], *, number: int) -> list[list[Record]]:

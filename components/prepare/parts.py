@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.prepare.arrow_records import NOT_ALWAYS, identities, records_of, sizes, with_columns
 from components.prepare.dataset import FORMAT, REJECTS, Record, SplitName
+from components.registry.names import TOKENS
 from components.shared.errors import Conflict
 from components.store import folders
 
@@ -131,7 +132,7 @@ def publish(store: "Store", parts: Parts, *, rejects: Path, rejected: int, profi
         "rejected": rejected,
     }
     try:
-        folders.publish(store, key, files, about=about, identity=())
+        folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
     except Conflict:
         # Another run published the same records meanwhile, with a profile of its own: either will do.
         logger.info("%s was published by another run at the same time", folder.uri)

@@ -15,12 +15,12 @@ from components.registry.event import Event
 from components.registry.event_log import read_log
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole
-from components.registry.names import adapter_key, version_key
+from components.registry.names import TOKENS, adapter_key, version_key
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
 from components.store.store import Store, encode_json
 
-BASES, CHOSEN = "bases/", "chosen.json"
+BASES, CHOSEN, DATASETS = "bases/", "chosen.json", "datasets/"
 
 
 @dataclass(frozen=True)
@@ -169,19 +169,31 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
             lineage = store.get_json(f"{version_key(name, version)}/{versions.LINEAGE}")
             dataset, base = lineage.get("dataset") or {}, str(lineage.get("recipe", {}).get("stands_on", ""))
             if "dataset_id" in dataset:
-                named.setdefault(f"datasets/{dataset['dataset_id']}", (version, dataset.get("manifest_sha256")))
+                named.setdefault(f"{DATASETS}{dataset['dataset_id']}", (version, dataset.get("manifest_sha256")))
             if base.startswith(store.uri(BASES)):
                 named.setdefault(store.key(base), (version, None))
         except (IntegrityError, ObjectMissing, AttributeError, TypeError) as exc:
             yield Finding(uri, f"has no sound {versions.LINEAGE}: {exc}")
     for key, (version, sha256) in named.items():
         try:
-            manifest = verify(store, key, manifest_sha256=sha256)
+            manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
             folder, _, content = key.rpartition("/")
             if f"{folder}/".startswith(BASES) and folder != BASES.rstrip("/"):  # release 0.1.0 had one folder a base
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
+        yield from _tokens(store, f"{key}/{TOKENS}/")
+
+
+def _tokens(store: Store, prefix: str) -> Iterator[Finding]:
+    """The tokens of a dataset, which trainings and evaluations read."""
+    for name in store.folders(prefix):
+        try:
+            verify(store, f"{prefix}{name}")
+        except ObjectMissing:  # a publication that has not ended
+            continue
+        except IntegrityError as exc:
+            yield Finding(store.uri(f"{prefix}{name}"), str(exc))
 
 
 def _watermark(store: Store, name: str) -> Iterator[Finding]:

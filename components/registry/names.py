@@ -5,6 +5,9 @@ from pydantic import TypeAdapter, ValidationError
 from components.config.schema import Name
 from components.shared.errors import UserError
 
+TOKENS = "tokens"
+"""In a dataset's folder, the folder of what was made of its records: folders of their own, not in its manifest."""
+
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 

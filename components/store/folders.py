@@ -64,13 +64,14 @@ def publish(
     *,
     about: Mapping[str, Any] | None = None,
     identity: Collection[str] | None = None,
+    apart: Collection[str] = (),
 ) -> Manifest:
     """Write the folder `key`, manifest last. The same files again give the stored manifest and change nothing.
 
     A folder that another writer left without a manifest, or is writing now, is completed, and the manifest lists what
     is stored, read where it is not the caller's. `identity` names the files that must be as given, by default all; of
     any other, the one that was stored first stands. Writers of one folder should agree on the names of its files: what
-    is created after the manifest belongs to nothing.
+    is created after the manifest belongs to nothing. `apart` names folders in it that are no part of it.
 
     Raises:
         Conflict: the folder exists with other files, or has no manifest yet and differs in its identity.
@@ -84,13 +85,13 @@ def publish(
     if existing is not None:
         return _same(store, key, existing, digests)
     logger.info("publishing %d files to %s", len(files), store.uri(key))
-    before = _sizes(store, key)
+    before = _sizes(store, key, apart)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         created = dict(
             pool.map(lambda path: (path, _create(store, f"{key}/{path}", files[path])), digests.keys() - before)
         )
     stored = {path: digests[path] for path, is_own in created.items() if is_own}
-    for path in _sizes(store, key).keys() - stored.keys() - {MANIFEST}:
+    for path in _sizes(store, key, apart).keys() - stored.keys() - {MANIFEST}:
         stored[path] = _digest(store.chunks(f"{key}/{path}"))
     fixed = {*stored, *digests} if identity is None else identity
     if differing := _differing(stored, digests, fixed):
@@ -150,15 +151,17 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
     return manifest
 
 
-def verify(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
+def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart: Collection[str] = ()) -> Manifest:
     """Check every byte of the folder against its manifest.
+
+    `apart` names folders in it that are no part of it, and may hold anything.
 
     Raises:
         ObjectMissing: there is no such folder.
         IntegrityError: a file is missing, differs or is not listed, or the manifest's sha256 is not `manifest_sha256`.
     """
     manifest = _expected(store, key, manifest_sha256)
-    faults, intact = _by_listing(store, key, manifest)
+    faults, intact = _by_listing(store, key, manifest, apart)
     faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
     _raise_faults(store, key, faults)
     return manifest
@@ -264,13 +267,14 @@ def _difference(path: str, found: FileDigest, listed: FileDigest) -> str | None:
     return None
 
 
-def _sizes(store: Store, key: str) -> dict[str, int]:
-    return {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
+def _sizes(store: Store, key: str, apart: Collection[str] = ()) -> dict[str, int]:
+    found = {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
+    return {path: size for path, size in found.items() if path.partition("/")[0] not in apart}
 
 
-def _by_listing(store: Store, key: str, manifest: Manifest) -> tuple[list[str], list[str]]:
+def _by_listing(store: Store, key: str, manifest: Manifest, apart: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """What a listing shows to be wrong, and the files whose content is left to look at."""
-    sizes = _sizes(store, key)
+    sizes = _sizes(store, key, apart)
     faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]
     intact = []
     for path, entry in manifest.files.items():

@@ -33,6 +33,7 @@ from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
+from ray_jobs.base.local_cache import cache_dir, once
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,12 +136,12 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     if chosen is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {CHOSEN}")
     key, sha256 = chosen
-    path = base_model.cache_dir() / f"{init}-{sha256[:16]}"
+    path = cache_dir() / f"{init}-{sha256[:16]}"
 
     def pull(target: Path) -> None:
         folders.pull(store, key, target, manifest_sha256=sha256)
 
-    base_model.once(path, pull)
+    once(path, pull)
     pull(path)  # what the cache held before is verified
     return Base(store.uri(key), path, {"kind": init, "manifest_sha256": sha256})
 

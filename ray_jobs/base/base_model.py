@@ -10,9 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +25,7 @@ from components.shared.errors import ConfigError, IntegrityError
 from components.store.store import open_uri
 from ray_jobs.base import architecture, attention, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
+from ray_jobs.base.local_cache import cache_dir, once
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 
 if TYPE_CHECKING:
@@ -52,11 +51,6 @@ class Base:
     """Folder in transformers' format, with safetensors weights."""
     identity: dict[str, str]
     """What makes it this base and no other: kind, and a commit or sha256."""
-
-
-def cache_dir() -> Path:
-    """Where downloaded and converted bases are kept: $FINELOOP_CACHE, or ~/.cache/fineloop."""
-    return Path(os.environ.get("FINELOOP_CACHE") or Path.home() / ".cache" / "fineloop") / "bases"
 
 
 def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -> Base:
@@ -293,27 +287,6 @@ def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
     finally:
         for name, function in functions.items():
             setattr(module, name, function)
-
-
-def once(path: Path, build: Callable[[Path], object]) -> None:
-    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen.
-
-    What a killed process has left is removed: only the holder of the lock builds.
-    """
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            return
-        scratch = path.with_name(f".building-{path.name}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(mode=0o700)
-        try:
-            build(scratch)
-            scratch.rename(path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _verify(path: Path) -> None:

@@ -23,7 +23,7 @@ from ray_jobs.planning.capacity import (
 from ray_jobs.planning.memory import GIB, parts_text
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
-from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.batching import Lengths
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Outlook:
 
 
 def before_training(
-    config: RunConfig, base_folder: Path, split: TokenizedSplit, nodes: Iterable[Mapping[str, Any]]
+    config: RunConfig, base_folder: Path, split: Lengths, nodes: Iterable[Mapping[str, Any]]
 ) -> Outlook:
     """The outlook before any worker is started; `nodes` as `ray.nodes()` gives them.
 
@@ -73,7 +73,7 @@ def before_training(
     return Outlook(lines, is_dense)
 
 
-def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -> int | None:
+def planned_bytes(config: RunConfig, base_folder: Path, split: Lengths) -> int | None:
     """Memory of one worker in bytes; None for a base that cannot be planned for."""
     try:
         with rehearsing():
@@ -83,7 +83,7 @@ def planned_bytes(config: RunConfig, base_folder: Path, split: TokenizedSplit) -
     return round(chosen(config, rehearsal, _worst_batch(config, split)).parts.total)
 
 
-def _worst_batch(config: RunConfig, split: TokenizedSplit) -> WorstBatch:
+def _worst_batch(config: RunConfig, split: Lengths) -> WorstBatch:
     return WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from components.config.gpus import GPUS, Gpu
 from components.config.legality import refusals, setting
 from components.config.methods import BaseFormat
@@ -15,7 +17,7 @@ from components.shared.memory import machine_bytes
 from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_text, plan, reading, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 from ray_jobs.scoring.answers import NEW_TOKENS
-from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.batching import Lengths
 
 BASE_SHARE = 0.8
 """Of one worker's memory that a base may take to be evaluated there: keys, values and activations want the rest."""
@@ -56,9 +58,9 @@ class WorstBatch:
     """Labelled tokens of one of its records."""
 
     @classmethod
-    def of(cls, split: TokenizedSplit, micro_batch_size: int) -> "WorstBatch":
+    def of(cls, split: Lengths, micro_batch_size: int) -> "WorstBatch":
         """Of real records: the longest, and the longest answers."""
-        longest = sorted(split.num_answer_tokens.tolist())[-micro_batch_size:]
+        longest = np.sort(split.num_answer_tokens)[-micro_batch_size:].tolist()
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
 
 

@@ -29,8 +29,10 @@ from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
 from ray_jobs.scoring.held_base import HeldBase
+from ray_jobs.text import token_store
 from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.packed import records_nll
+from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
@@ -101,8 +103,8 @@ def run_trial(
     given: Mapping[str, Any],
     *,
     job: TrainJob,
-    train_split: TokenizedSplit,
-    validation: TokenizedSplit,
+    train_tokens: StoredTokens,
+    validation_tokens: StoredTokens,
     passages: Texts,
 ) -> None:
     """The function of Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
@@ -118,6 +120,8 @@ def run_trial(
 
     held = _held()
     course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
+    store = Store.open(config.registry)
+    train_split, validation = (token_store.load(store, each) for each in (train_tokens, validation_tokens))
     try:
         trained = train_trial(
             config, replace(job, config_toml=given["config"]), course, train_split, validation, passages, held, report

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ class TokenizedSplit:
     N rows: a record each, or one for each of its answers where the chat template cannot hold them in one.
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     tokens: npt.NDArray[np.int32]
     """All rows end to end."""
     labelled: npt.NDArray[np.bool_]
@@ -46,10 +46,12 @@ class TokenizedSplit:
     """Length N + 1: row i is tokens[offsets[i]:offsets[i + 1]]."""
     num_prompt_tokens: npt.NDArray[np.int32]
     """Length N: how many tokens of each row come before its last answer."""
-    too_long: list[str]
+    too_long: Sequence[str]
     """Ids of the records whose answer leaves no room for a prompt; they are not in the arrays."""
-    cut: list[str]
+    cut: Sequence[str]
     """Ids of the records whose prompt lost its beginning."""
+    answers: npt.NDArray[np.int32] | None = None
+    """Length N: the labelled tokens of each row, where somebody has counted them."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,8 +64,9 @@ class TokenizedSplit:
     @cached_property
     def num_answer_tokens(self) -> npt.NDArray[np.int64]:
         """Labelled tokens of each row."""
-        counted = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
-        return np.diff(counted[self.offsets])
+        if self.answers is not None:
+            return self.answers.astype(np.int64)
+        return np.add.reduceat(self.labelled, self.offsets[:-1], dtype=np.int64) if len(self) else self.offsets[:0]
 
     @property
     def digest(self) -> str:
@@ -82,16 +85,32 @@ class TokenizedSplit:
 
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
         """The rows at `indices`, in that order."""
+        rows = np.asarray(indices, dtype=np.int64)
         chosen = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
         return TokenizedSplit(
             ids=[self.ids[i] for i in indices],
             tokens=np.concatenate([self.tokens[:0], *(self.tokens[each] for each in chosen)]),
             labelled=np.concatenate([self.labelled[:0], *(self.labelled[each] for each in chosen)]),
             offsets=_offsets([each.stop - each.start for each in chosen]),
-            num_prompt_tokens=self.num_prompt_tokens[np.asarray(indices, dtype=np.int64)],
+            num_prompt_tokens=self.num_prompt_tokens[rows],
+            answers=None if self.answers is None else self.answers[rows],
             too_long=self.too_long,
             cut=self.cut,
         )
+
+
+class Lengths(Protocol):
+    """What one plans a training with: as much of a split as needs none of its tokens."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+
+    @property
+    def num_answer_tokens(self) -> npt.NDArray[np.int64]:
+        """Labelled tokens of each row."""
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:

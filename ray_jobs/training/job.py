@@ -35,11 +35,12 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     job: TrainJob = what["job"]
     job.watch.lap("workers start")
-    splits = ray.get([what["train_split"], what["eval_split"]])
+    # References, as reading what they refer to imports more than the controller needs.
+    tokens = ray.get([what["train_tokens"], what["eval_tokens"]])
     if board is None:
-        return worker.train(job, *splits)
+        return worker.train(job, *tokens)
     held = HeldBase()
-    answer = worker.train(job, *splits, load=held.load)
+    answer = worker.train(job, *tokens, load=held.load)
     standby.stand_by(board, rank, answer, partial(_measuring, held, rank))
     return answer
 

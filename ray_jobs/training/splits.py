@@ -1,65 +1,113 @@
 """What a training reads of a prepared dataset: the records to train on, and those to validate on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Record, load_split
-from components.prepare.held_out import validation_and_test
+from components.prepare.dataset import read_split
+from components.prepare.held_out import is_validation
 from components.registry import lineage
 from components.shared.counted import counted
 from components.shared.errors import DataError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text import token_files, token_store
 from ray_jobs.text.chat_format import ChatFormat
+from ray_jobs.text.token_files import Ids, Rows
+from ray_jobs.text.token_store import StoredTokens
 
 Log = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class PlannedSplit:
+    """What the driver knows of a split: how long its rows are, and where workers find their tokens."""
+
+    stored: StoredTokens
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each row."""
+    num_answer_tokens: npt.NDArray[np.int64]
+    """Labelled tokens of each row."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 def read(
     store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
-) -> tuple[TokenizedSplit, TokenizedSplit]:
+) -> tuple[PlannedSplit, PlannedSplit]:
     """The training records and those that checkpoints, and the trainings of a sweep, are chosen on, as tokens.
+
+    They are tokenised where no training of these records has done so.
 
     Raises:
         DataError: too many records are too long for `model.max_length`.
     """
-    held_out = load_split(store, dataset_uri, "eval")
-    validation, _ = validation_and_test(held_out, validation_share=config.data.validation_share)
-    train_split, eval_split = (
-        tokenized(records, chat, config, log) for records in (load_split(store, dataset_uri, "train"), validation)
+    how: dict[str, Any] = {"max_length": config.model.max_length, "loss_on": config.data.loss_on}
+    train = token_store.ensure(store, dataset_uri, "train", chat, **how)
+    rows, ids = token_store.load_rows(store, train)
+    _check(rows, ids, config, log)
+    train_split = _planned(train, rows, token_files.is_kept(rows))
+    held_out = token_store.ensure(store, dataset_uri, "eval", chat, **how)
+    rows, ids = token_store.load_rows(store, held_out)
+    chosen = _validation(store, dataset_uri, config)[rows["record"]]
+    _check(rows[chosen], ids.take(np.flatnonzero(chosen)), config, log)
+    places = np.flatnonzero(token_files.is_kept(rows) & chosen)[: config.train.eval_records]
+    kept = np.cumsum(token_files.is_kept(rows)) - 1
+    eval_split = _planned(replace(held_out, rows=kept[places]), rows, places)
+    return train_split, eval_split
+
+
+def _planned(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> PlannedSplit:
+    return PlannedSplit(stored, rows["length"][places].astype(np.int64), rows["answers"][places].astype(np.int64))
+
+
+def _validation(store: Store, dataset_uri: str, config: RunConfig) -> npt.NDArray[np.bool_]:
+    """Of each held-out record, whether `validation_and_test` takes it to choose weights on."""
+    found = np.array(
+        [
+            is_validation(record, config.data.validation_share)
+            for some in read_split(store, dataset_uri, "eval")
+            for record in some
+        ],
+        dtype=np.bool_,
     )
-    return train_split, eval_split.take(range(min(config.train.eval_records, len(eval_split))))
+    return found if found.any() and not found.all() else np.ones_like(found)
 
 
-def tokenized(records: Sequence[Record], chat: ChatFormat, config: RunConfig, log: Log) -> TokenizedSplit:
-    """A split as tokens; `log` receives a line about records that are left out or cut.
+def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
+    """Require that few enough records are left out or cut; `log` receives a line about those that are.
 
     Raises:
         DataError: more of them than `data.max_reject_share` allows.
     """
     limit, allowed = config.model.max_length, config.data.max_reject_share
-    split = tokenize(records, chat, limit, config.data.loss_on)
+    kept, num_records = token_files.is_kept(rows), len(np.unique(rows["record"]))
+    too_long = ids.take(token_files.first_of_each_record(rows, ~kept))
+    cut = ids.take(token_files.first_of_each_record(rows, kept & (rows["cut"] > 0)))
 
-    def share(ids: list[str]) -> str:
-        return f"{len(ids)} of {len(records)} records ({len(ids) / len(records):.0%}; as {ids[0]!r})"
+    def share(ids: Ids) -> str:
+        return f"{len(ids)} of {num_records} records ({len(ids) / num_records:.0%}; as {ids[0]!r})"
 
-    if len(split.too_long) > allowed * len(records) or not len(split):
+    if len(too_long) > allowed * num_records or not kept.any():
         raise DataError(
-            f"the answers of {share(split.too_long)} are too long for model.max_length {limit}, and none is ever cut: "
+            f"the answers of {share(too_long)} are too long for model.max_length {limit}, and none is ever cut: "
             f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
         )
-    if len(split.cut) > allowed * len(records):
+    if len(cut) > allowed * num_records:
         raise DataError(
-            f"the prompts of {share(split.cut)} are too long for model.max_length {limit} and would lose their "
+            f"the prompts of {share(cut)} are too long for model.max_length {limit} and would lose their "
             "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
             f"with data.max_reject_share (now {allowed:g})"
         )
-    if split.too_long:
-        log(f"left out {counted(len(split.too_long), 'record')}: their answers do not fit model.max_length {limit}")
-    if split.cut:
-        log(f"cut {len(split.cut)} prompts at their beginning: they do not fit model.max_length {limit}")
-    return split
+    if too_long:
+        log(f"left out {counted(len(too_long), 'record')}: their answers do not fit model.max_length {limit}")
+    if cut:
+        log(f"cut {len(cut)} prompts at their beginning: they do not fit model.max_length {limit}")
 
 
 def of_dataset(store: Store, uri: str) -> lineage.Dataset:

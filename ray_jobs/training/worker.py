@@ -28,8 +28,9 @@ from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import architecture, base_config, base_model, precision
 from ray_jobs.kernels import allocator, door
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.text import chat_format
+from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
@@ -48,7 +49,7 @@ LoadModel = Callable[..., "PreTrainedModel"]
 
 
 def train(
-    job: TrainJob, train_split: TokenizedSplit, eval_split: TokenizedSplit, *, load: LoadModel = door.load_model
+    job: TrainJob, train_tokens: StoredTokens, eval_tokens: StoredTokens, *, load: LoadModel = door.load_model
 ) -> dict[str, Any]:
     """Gives, on rank 0, the published version. `load` reads the base into memory.
 
@@ -69,6 +70,7 @@ def train(
         metrics = MetricsLog(store, job.run_id, checkpoint_every_steps=config.train.checkpoint_every_steps)
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
+    train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
     adapted, trained, recipe = fit(
         config,
         job,

@@ -1,4 +1,5 @@
 from components.prepare.dataset import Message, Record, load_split
+from components.store import folders
 from tests.doubles.datasets import dataset_id, publish
 
 A = Record("a", [Message("user", "p")], "x")
@@ -33,3 +34,14 @@ def test_tools_calls_and_groups_survive_the_store(store) -> None:
     uri = publish(store, train=[A, talk], evaluation=[asks, grouped, B]).uri
     assert load_split(store, uri, "train") == [A, talk]
     assert load_split(store, uri, "eval") == [asks, grouped, B]
+
+
+def test_what_was_made_of_a_dataset_that_is_gone_is_no_part_of_it_when_it_comes_again(store) -> None:
+    """Whoever removed it was cut off after the manifests."""
+    folder = publish(store, train=[A], evaluation=[B])
+    key = store.key(folder.uri)
+    files = folders.read_manifest(store, key).files
+    store.put(f"{key}/tokens/0123/tokens.npy", b"1")
+    store.delete([f"{key}/manifest.json"])
+    assert publish(store, train=[A], evaluation=[B]) == folder
+    assert folders.read_manifest(store, key).files == files

@@ -13,7 +13,7 @@ from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.event_log import append_event, events, publication
 from components.registry.versions import publish_version
-from components.store.folders import find_manifest
+from components.store.folders import find_manifest, publish
 from components.store.store import Store
 
 GONE = object()
@@ -174,3 +174,18 @@ def test_an_audit_finds(store: Store, ids: list[str], what: str) -> None:
     tamper(store, ids)
     findings = audit(store, "icd").findings
     assert any(re.search(message, finding.what) for finding in findings), findings
+
+
+def test_the_tokens_of_a_dataset_are_no_part_of_it_and_are_read_too(store: Store) -> None:
+    publish(store, "datasets/d1", {"train/part-00000.parquet": b"rows"})
+    publish(store, "datasets/d1/tokens/whole", {"tokens.npy": b"1234"})
+    store.put("datasets/d1/tokens/half/tokens.npy", b"12")  # a publication that has not ended
+    files = {"adapter_model.safetensors": b"9", "adapter_config.json": b"{}"}
+    publish_version(store, "icd", files, lineage={"run_id": "r9", "dataset": {"dataset_id": "d1"}})
+    assert audit(store, "icd").findings == ()
+    store.put("datasets/d1/tokens/whole/tokens.npy", b"1235")
+    store.put("datasets/d1/train/part-00001.parquet", b"rows")
+    found = {finding.where: finding.what for finding in audit(store, "icd").findings}
+    assert found.keys() == {store.uri("datasets/d1"), store.uri("datasets/d1/tokens/whole")}
+    assert "train/part-00001.parquet is not in the manifest" in found[store.uri("datasets/d1")]
+    assert "tokens.npy has sha256" in found[store.uri("datasets/d1/tokens/whole")]

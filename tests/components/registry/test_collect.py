@@ -142,6 +142,7 @@ def aged(store: Store) -> Aged:
     promote(store, "icd", publish_version(store, "icd", files, lineage=lineage).version)
     for dataset in ("used", "left"):
         folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})
+        folders.publish(store, f"datasets/{dataset}/tokens/0123", {"tokens.npy": b"tokens"})
     for base in ("used", "left"):
         folders.publish(store, f"bases/{base}/content", {"model.safetensors": b"weights"})
         store.put_json(f"bases/{base}/chosen.json", {"folder": "content"})
@@ -161,8 +162,11 @@ def test_datasets_and_bases_that_no_version_was_made_from_go_whole(aged: Aged) -
     found = collect.removals(aged, ["icd"], Rules(), now=datetime.now(UTC))
     assert all(collect.remove(aged, each) for each in found)
     left = {info.key.rpartition("/")[0] for folder in ("datasets/", "bases/") for info in aged.list(folder)}
-    assert left == {"datasets/used", "datasets/used/train", "bases/used", "bases/used/content"}
-    folders.verify(aged, "datasets/used")
+    assert left == {
+        "datasets/used", "datasets/used/train", "datasets/used/tokens/0123", "bases/used", "bases/used/content",
+    }  # fmt: skip
+    folders.verify(aged, "datasets/used", apart=["tokens"])
+    folders.verify(aged, "datasets/used/tokens/0123")
     assert shared(aged) == []
 
 
@@ -207,7 +211,7 @@ def test_what_a_run_that_began_after_the_look_may_need_stays(aged: Aged) -> None
     found = collect.removals(aged, ["icd"], Rules(), now=datetime.now(UTC))
     aged.put(runs.run_key("r9", runs.CONFIG), b"")
     assert [collect.remove(aged, each) for each in found] == [False, False]
-    folders.verify(aged, "datasets/left")
+    folders.verify(aged, "datasets/left", apart=["tokens"])
 
 
 @pytest.mark.parametrize("what", ["lineage.json", "manifest.json", "event"])

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -231,28 +230,6 @@ def test_a_gguf_is_converted_once(package):
     written = (first.path / "model.safetensors").stat()
     assert resolve("pkg://tiny_weights/Tiny.gguf") == first
     assert (first.path / "model.safetensors").stat().st_ino == written.st_ino
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ray_jobs.base.base_model import once
-
-def build(scratch):
-    (scratch / "half").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-once(Path(sys.argv[1]), build)
-"""
-
-
-def test_what_a_killed_build_has_left_is_in_no_later_one(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "base"], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "base").exists()
-    assert list(tmp_path.glob("**/half"))
-    base_model.once(tmp_path / "base", lambda scratch: (scratch / "whole").touch())
-    assert [path.name for path in tmp_path.glob("**/*") if path.is_file() and path.suffix != ".lock"] == ["whole"]
 
 
 def resolve_in_rank(reference: str) -> Path:

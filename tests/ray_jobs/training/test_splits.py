@@ -1,13 +1,18 @@
 """The records that a training reads, and which of them are left out or cut."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
+from components.prepare.held_out import validation_and_test
 from components.prepare.judges import judges
 from components.shared.errors import DataError
 from ray_jobs.base import base_model
-from ray_jobs.text import chat_format
+from ray_jobs.text import chat_format, token_store
+from ray_jobs.text.batching import tokenize
 from ray_jobs.training import splits
 from tests.doubles import datasets
 
@@ -21,20 +26,70 @@ def chat(config):
     return chat_format.load(base_model.resolve(config.model), config.model)
 
 
-def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, chat):
-    most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
+def planned(train, evaluation, chat, config, store):
+    """What the driver knows of both splits, and what it says."""
+    folder = datasets.publish(store, train=train, evaluation=evaluation)
     said = []
-    split = splits.tokenized(records(10, 100, 10, 10), chat, most, said.append)
-    assert (len(split), split.cut, split.too_long) == (4, ["r1"], [])
+    return splits.read(store, folder.uri, chat, config, said.append), said
+
+
+def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, chat, store):
+    most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
+    (train, _), said = planned(records(10, 100, 10, 10), records(20), chat, most, store)
+    assert len(train) == 4
     assert said == ["cut 1 prompts at their beginning: they do not fit model.max_length 64"]
+    split = token_store.load(store, train.stored)
+    assert (list(split.cut), list(split.too_long)) == (["r1"], [])
     with pytest.raises(DataError, match=r"the prompts of 2 of 4 records \(50%; as 'r1'\) are too long for model\.max"):
-        splits.tokenized(records(10, 100, 100, 10), chat, most, said.append)
+        planned(records(10, 100, 100, 10), records(20), chat, most, store)
+
+
+def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat, store):
+    most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
+    long = [Record("r9", [Message("user", "x" * 10)], "b" * 80)]
+    (train, _), said = planned([*records(10, 10), *long, *records(*[10] * 3)[2:]], records(20), chat, most, store)
+    assert said == ["left out 1 record: their answers do not fit model.max_length 64"]
+    assert list(token_store.load(store, train.stored).ids) == ["r0", "r1", "r2"]
+    with pytest.raises(DataError, match=r"the answers of 1 of 3 records \(33%; as 'r9'\) are too long for model\.max"):
+        planned([*long, *records(10, 10)], records(20), chat, most, store)
+    with pytest.raises(DataError, match=r"the answers of 1 of 1 records \(100%; as 'r9'\) are too long for model\.max"):
+        planned(records(10), long, chat, most, store)
+
+
+def test_only_held_out_records_that_choose_are_counted(config, chat, store):
+    """Of those that judge, the evaluation says what it leaves out."""
+    held_out = records(*[20] * 60)
+    judging = judges_of(held_out, config, store)
+    spoiled = [replace(each, answer="b" * 80) if each.id in judging else each for each in held_out]
+    (_, chosen_on), said = planned(records(10, 10), spoiled, chat, config, store)
+    assert said == []
+    assert len(chosen_on) == len(held_out) - len(judging)
 
 
 def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, store):
     held_out = records(*[20] * 60)
+    (_, chosen_on), _ = planned(records(10, 10), held_out, chat, config, store)
+    ids = set(token_store.load(store, chosen_on.stored).ids)
+    decided_on = judges_of(held_out, config, store)
+    assert decided_on.isdisjoint(ids)
+    assert decided_on | ids == {record.id for record in held_out}
+
+
+def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
+    few = config_file.loads(config_file.dumps(config), ["train.eval_records=7", "data.max_reject_share=1"])
+    train, held_out = records(10, 100, 20, 30), records(*range(10, 60))
+    found, _ = planned(train, held_out, chat, few, store)
+    validation, _ = validation_and_test(held_out, validation_share=few.data.validation_share)
+    for split, expected in zip(found, [train, validation[:7]], strict=True):
+        plain = tokenize(expected, chat, few.model.max_length)
+        read = token_store.load(store, split.stored)
+        assert read.digest == plain.digest
+        assert list(read.ids) == plain.ids
+        assert split.lengths.tolist() == plain.lengths.tolist()
+        assert split.num_answer_tokens.tolist() == plain.num_answer_tokens.tolist() == read.num_answer_tokens.tolist()
+        assert len(pickle.dumps(split.stored)) < 1000
+
+
+def judges_of(held_out, config, store) -> set[str]:
     folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
-    _, chosen_on = splits.read(store, folder.uri, chat, config, print)
-    decided_on = {record.id for record in judges(store, folder.uri, config, run_id="r").records}
-    assert decided_on.isdisjoint(chosen_on.ids)
-    assert decided_on | set(chosen_on.ids) == {record.id for record in held_out}
+    return {record.id for record in judges(store, folder.uri, config, run_id="r").records}

@@ -1,0 +1,177 @@
+"""The tokens of a dataset's splits, made once and kept beside it: `datasets/<dataset_id>/tokens/<digest>/`.
+
+The digest is that of all that decides them beside the records, `recipe`. A retry, the trials of a sweep and the
+evaluation find them there. Workers read them from a copy on their machine, which they share.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components.config.schema import LossOn
+from components.prepare.dataset import Message, Record, SplitName, read_split
+from components.registry.names import TOKENS
+from components.shared.errors import Conflict, DataError, IntegrityError
+from components.store import folders
+from components.store.folders import Manifest
+from components.store.store import Store, encode_json
+from ray_jobs.base.local_cache import cache_dir, forget_unused, once, touch
+from ray_jobs.text import token_files
+from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text.chat_format import ChatFormat
+from ray_jobs.text.token_files import Ids, Rows
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the files, and of how records become tokens: whoever changes either counts on."""
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
+"""Whose releases may read a text otherwise."""
+KEPT_S = 24 * 3600.0
+"""How long a machine keeps tokens that no process asks for."""
+PROBE = Record("probe", [Message("user", "question")], "answer")
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """Where tokens lie: small enough to travel to every worker."""
+
+    key: str
+    manifest_sha256: str
+    rows: npt.NDArray[np.int64] | None = None
+    """The rows that are meant, in this order; None means all."""
+
+
+def recipe(chat: ChatFormat, split: SplitName, max_length: int, loss_on: LossOn) -> dict[str, Any]:
+    """All that decides the tokens of a split beside its records, as JSON values."""
+    try:
+        probe = chat.rows(PROBE)
+    except DataError as exc:
+        probe = [[str(exc)]]
+    return {
+        "format": FORMAT,
+        "split": split,
+        "max_length": max_length,
+        "loss_on": loss_on,
+        "tokenizer_sha256": _tokenizer_sha256(chat.tokenizer),
+        "special_tokens": {name: str(token) for name, token in chat.tokenizer.special_tokens_map.items()},
+        "template_sha256": hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest(),
+        "probe": probe,  # a template may write today's date
+        "thinking": chat.thinking,
+        "in_parts": chat.in_parts,
+        "stops": sorted(chat.stops),
+        "end_of_turn": chat.end_of_turn,
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def ensure(
+    store: Store, dataset_uri: str, split: SplitName, chat: ChatFormat, *, max_length: int, loss_on: LossOn = "last"
+) -> StoredTokens:
+    """Where the split's tokens lie; they are made where nobody has made them. Two who do make the same.
+
+    Raises:
+        DataError: a record cannot be formatted with the base's chat template.
+        ObjectMissing: there is no such dataset.
+        IntegrityError: a file of the dataset is not what its manifest lists.
+    """
+    how = recipe(chat, split, max_length, loss_on)
+    key = _key(store, dataset_uri, how)
+    manifest = folders.find_manifest(store, key)
+    if manifest is None:
+        parts = ((some, tokenize(some, chat, max_length, loss_on)) for some in read_split(store, dataset_uri, split))
+        root = _root()
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
+            token_files.write(Path(scratch), parts)
+            manifest = _published(store, key, Path(scratch), how)
+    return StoredTokens(key, manifest.sha256)
+
+
+def _published(store: Store, key: str, folder: Path, how: dict[str, Any]) -> Manifest:
+    files = {name: folder / name for name in token_files.FILES}
+    try:
+        return folders.publish(store, key, files, about={"kind": "tokens", **how})
+    except Conflict:
+        manifest = folders.find_manifest(store, key)
+        if manifest is None:
+            raise
+        logger.info("%s was made by another run at the same time", store.uri(key))
+        return manifest
+
+
+def find_of_records(
+    store: Store, dataset_uri: str, records: Sequence[Record], chat: ChatFormat, max_length: int
+) -> TokenizedSplit | None:
+    """The tokens of some held-out records, one row each, with their last answers; None where nobody has made them.
+
+    Records whose answers leave no room for a prompt have none.
+    """
+    key = _key(store, dataset_uri, recipe(chat, "eval", max_length, "last"))
+    manifest = folders.find_manifest(store, key)
+    if manifest is None:
+        return None
+    split = load(store, StoredTokens(key, manifest.sha256))
+    row_of = {name: row for row, name in enumerate(split.ids)}
+    return split.take([row_of[record.id] for record in records if record.id in row_of])
+
+
+def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
+    """The rows that are meant; the tokens of all rows lie in files of this machine until they are looked at.
+
+    Raises:
+        ObjectMissing: the tokens are gone from the store, and this machine has no copy.
+        IntegrityError: they are not what their manifest lists.
+    """
+    path = _root() / stored.manifest_sha256
+    touch(path)
+    once(path, lambda scratch: folders.pull(store, stored.key, scratch, manifest_sha256=stored.manifest_sha256))
+    forget_unused(path.parent, KEPT_S)
+    split = token_files.load(path)
+    return split if stored.rows is None else split.take(stored.rows.tolist())
+
+
+def load_rows(store: Store, stored: StoredTokens) -> tuple[Rows, Ids]:
+    """What is known of all rows beside their tokens, those that are left out included, and their records' ids.
+
+    Raises:
+        ObjectMissing: the tokens are gone from the store.
+        IntegrityError: they are not what their manifest lists.
+    """
+    manifest = folders.read_manifest(store, stored.key)
+    with tempfile.TemporaryDirectory(prefix="fineloop-tokens-") as scratch:
+        for name in (token_files.ROWS, token_files.IDS):
+            store.download(f"{stored.key}/{name}", Path(scratch, name))
+            if folders.digest_of(Path(scratch, name)) != manifest.files[name]:
+                raise IntegrityError(f"{store.uri(stored.key)}/{name} is not the one that its manifest lists")
+        # The files are gone then, and what is mapped of them stays.
+        return token_files.load_rows(Path(scratch)), token_files.load_ids(Path(scratch))
+
+
+def _key(store: Store, dataset_uri: str, how: dict[str, Any]) -> str:
+    return f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/{hashlib.sha256(encode_json(how)).hexdigest()[:16]}"
+
+
+def _root() -> Path:
+    return cache_dir().with_name(TOKENS)
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what it is made of, without how it pads and cuts, which nobody here asks it for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(tokenizer).__module__.startswith("transformers."):
+        made_of = json.loads(backend.to_str())
+        return hashlib.sha256(encode_json({**made_of, "padding": None, "truncation": None})).hexdigest()
+    with tempfile.TemporaryDirectory(prefix="fineloop-tokenizer-") as scratch:
+        tokenizer.save_pretrained(scratch)  # with its own code, where it has some
+        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        return hashlib.sha256(encode_json({path.name: folders.digest_of(path)["sha256"] for path in files})).hexdigest()

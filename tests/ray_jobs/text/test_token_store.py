@@ -1,0 +1,203 @@
+"""Tokens that are made once: found again by whoever would make the same, by nobody who would make others."""
+
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.config.schema import ModelConfig
+from components.prepare.dataset import RECORDS_AT_ONCE, Message, Record
+from components.shared.errors import IntegrityError
+from components.store import folders
+from components.store.store import Store
+from ray_jobs.base import base_model
+from ray_jobs.text import chat_format, token_files, token_store
+from ray_jobs.text.batching import tokenize
+from tests.doubles import datasets
+from tests.models import chat_families
+from tests.models.chat_families import FAMILIES
+
+TRAIN = [Record(f"r{i}", [Message("user", "x" * (i % 50))], "b" * (1 + i % 70)) for i in range(2 * RECORDS_AT_ONCE + 9)]
+TALK = Record("ünïcode", [Message("user", "sky"), Message("assistant", "blue"), Message("user", "sea")], "green")
+FOLDER = "tokens"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / FOLDER
+
+
+@pytest.fixture
+def chat(tiny_base):
+    return chat_of(tiny_base)
+
+
+@pytest.fixture
+def uri(store: Store) -> str:
+    return datasets.publish(store, train=TRAIN, evaluation=[TALK]).uri
+
+
+class Counting:
+    """A tokenizer that notes how many texts it is given at once."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.read = tokenizer, []
+
+    def __call__(self, texts, **how):
+        self.read += [] if isinstance(texts, str) else texts
+        return self.tokenizer(texts, **how)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def chat_of(folder: Path, **settings):
+    config = ModelConfig(base=str(folder), **settings)
+    return chat_format.load(base_model.Base("base", folder, {}), config)
+
+
+def test_the_files_are_plain_arrays_of_what_a_tokenizer_reads(store, uri, chat, tmp_path):
+    stored = token_store.ensure(store, uri, "train", chat, max_length=64)
+    folders.pull(store, stored.key, tmp_path / "pulled")
+    arrays = {path.name: np.load(path, allow_pickle=False) for path in (tmp_path / "pulled").glob("*.npy")}
+    expected = tokenize(TRAIN, chat, 64)
+    assert arrays["tokens.npy"].dtype == "<i4"
+    assert arrays["tokens.npy"].tolist() == expected.tokens.tolist()
+    assert arrays["labelled.npy"].tolist() == expected.labelled.tolist()
+    rows = arrays["rows.npy"]
+    assert rows["length"][rows["length"] > 0].tolist() == expected.lengths.tolist()
+    assert {TRAIN[number].id for number in rows["record"][rows["length"] == 0]} == set(expected.too_long)
+    assert arrays["ids.npy"].tobytes().decode().startswith("r0r1r2")
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+@pytest.mark.parametrize("name", ["chatml", "qwen-3"])
+def test_what_is_read_back_is_what_was_made(store, tmp_path, name, loss_on):
+    chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]))
+    records = [dataclasses.replace(TALK, id=f"{TALK.id}{i}", answer="b" * i) for i in range(1, 60)]
+    uri = datasets.publish(store, train=records, evaluation=[TALK]).uri
+    stored = token_store.ensure(store, uri, "train", chat, max_length=60, loss_on=loss_on)
+    found, expected = token_store.load(store, stored), tokenize(records, chat, 60, loss_on)
+    assert found.digest == expected.digest
+    assert list(found.ids) == expected.ids
+    assert (list(found.too_long), list(found.cut)) == (expected.too_long, expected.cut)
+    assert found.cut
+    assert found.num_prompt_tokens.tolist() == expected.num_prompt_tokens.tolist()
+    assert found.num_answer_tokens.tolist() == expected.num_answer_tokens.tolist()
+    some = dataclasses.replace(stored, rows=np.array([3, 1]))
+    assert token_store.load(store, some).digest == expected.take([3, 1]).digest
+
+
+def test_nobody_tokenises_what_somebody_has_tokenised(store, uri, tiny_base):
+    first, again = (dataclasses.replace(chat, tokenizer=Counting(chat.tokenizer)) for chat in [chat_of(tiny_base)] * 2)
+    made = token_store.ensure(store, uri, "train", first, max_length=64)
+    assert len(first.tokenizer.read) > len(TRAIN)
+    again.tokenizer.read.clear()
+    assert token_store.ensure(store, uri, "train", again, max_length=64) == made
+    token_store.load(store, made)
+    token_store.load_rows(store, made)
+    assert again.tokenizer.read == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_finds_the_tokens_of_its_base(tmp_path, name):
+    """Its tokenizer is a copy, as it was saved."""
+    folder = chat_families.build(tmp_path, FAMILIES[name])
+    chat = chat_of(folder)
+    chat.tokenizer.save_pretrained(tmp_path / "version")
+    config = ModelConfig(base=str(folder))
+    of_version = chat_format.load(base_model.Base("base", folder, {}), config, tmp_path / "version")
+    expected = token_store.recipe(chat, "eval", 64, "last")
+    assert token_store.recipe(of_version, "eval", 64, "last") == expected
+    chat.tokenizer(["a", "long text"], padding=True, truncation=True, max_length=2)
+    assert token_store.recipe(chat, "eval", 64, "last") == expected
+
+
+def test_whatever_decides_tokens_decides_where_they_lie(store, uri, tmp_path):
+    folder = chat_families.build(tmp_path, FAMILIES["qwen-3"])
+    chat, thinking = chat_of(folder), chat_of(folder, thinking=True)
+    other_words = chat_of(chat_families.build(tmp_path / "other", FAMILIES["chatml"]))
+    other_words.tokenizer.chat_template = chat.tokenizer.chat_template
+    other_template = chat_of(folder)
+    other_template.tokenizer.chat_template += " "
+    chats = [chat, thinking, other_words, other_template, dataclasses.replace(chat, stops=chat.stops | {0})]
+    ways = [("eval", each, 64, "last") for each in chats]
+    ways += [("train", chat, 64, "last"), ("eval", chat, 65, "last"), ("eval", chat, 64, "all")]
+    keys = {
+        token_store.ensure(store, uri, split, each, max_length=most, loss_on=loss_on).key
+        for split, each, most, loss_on in ways
+    }
+    assert len(keys) == len(ways)
+    assert all(key.startswith(f"{store.key(uri)}/{FOLDER}/") for key in keys)
+
+
+def test_what_a_template_says_of_the_time_decides_too(tiny_base):
+    chat = chat_of(tiny_base)
+    chat.tokenizer.chat_template += "{{ strftime_now('%H%M%S%f') }}"
+    first, second = (token_store.recipe(chat, "eval", 64, "last") for _ in range(2))
+    assert {name for name in first if first[name] != second[name]} == {"probe"}
+
+
+def test_two_who_make_them_at_once_make_the_same(store, uri, tiny_base, monkeypatch):
+    both_made = threading.Barrier(2)
+    publish = folders.publish
+
+    def publish_together(*arguments, **how):
+        both_made.wait(timeout=60)
+        return publish(*arguments, **how)
+
+    monkeypatch.setattr(folders, "publish", publish_together)
+    chats = [chat_of(tiny_base) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda chat: token_store.ensure(store, uri, "train", chat, max_length=64), chats)
+    assert first == second
+    folders.verify(store, first.key, manifest_sha256=first.manifest_sha256)
+    assert token_store.load(store, first).digest == tokenize(TRAIN, chats[0], 64).digest
+
+
+def test_a_writer_that_dies_leaves_nothing_that_is_read_and_the_next_completes_it(store, uri, chat, monkeypatch):
+    create = Store.create
+
+    def killed(self, key, body, **how):
+        if key.endswith(folders.MANIFEST):
+            raise KeyboardInterrupt
+        return create(self, key, body, **how)
+
+    monkeypatch.setattr(Store, "create", killed)
+    with pytest.raises(KeyboardInterrupt):
+        token_store.ensure(store, uri, "eval", chat, max_length=64)
+    assert token_store.find_of_records(store, uri, [TALK], chat, 64) is None
+    monkeypatch.undo()
+    token_store.ensure(store, uri, "eval", chat, max_length=64)
+    found = token_store.find_of_records(store, uri, [TALK], chat, 64)
+    assert found.digest == tokenize([TALK], chat, 64).digest
+
+
+def test_a_machine_fetches_them_once(store, uri, chat, cache):
+    stored = token_store.ensure(store, uri, "train", chat, max_length=64)
+    assert list(cache.iterdir()) == []
+    first = token_store.load(store, stored)
+    store.delete([info.key for info in store.list(stored.key)])
+    assert token_store.load(store, stored).digest == first.digest
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [stored.manifest_sha256]
+    assert not first.tokens.flags.owndata  # it lies in the file, which the processes of a machine share
+    assert not first.tokens.flags.writeable
+
+
+def test_tokens_that_are_not_what_was_written_are_not_read(store, uri, chat):
+    stored = token_store.ensure(store, uri, "eval", chat, max_length=64)
+    body = bytearray(store.get(f"{stored.key}/{token_files.TOKENS}"))
+    body[-1] ^= 1
+    store.put(f"{stored.key}/{token_files.TOKENS}", bytes(body))
+    with pytest.raises(IntegrityError, match=r"is damaged: tokens\.npy has sha256"):
+        token_store.load(store, stored)
+    body = bytearray(store.get(f"{stored.key}/{token_files.ROWS}"))
+    body[-1] ^= 1
+    store.put(f"{stored.key}/{token_files.ROWS}", bytes(body))
+    with pytest.raises(IntegrityError, match=r"rows\.npy is not the one that its manifest lists"):
+        token_store.load_rows(store, stored)
