@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,8 +45,10 @@ from ray_jobs.scoring.answers import (
 )
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.drawing import Found
+from ray_jobs.scoring.measure import tokens_of
 from ray_jobs.scoring.probe import Outcome
 from ray_jobs.text import chat_format
+from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import measured_apart, measured_together
 from ray_jobs.training.standby import Standby
@@ -99,10 +102,13 @@ def evaluate(
             standby.end()
         return runs.read(store, run_id, Evaluation)
     judging = judges(store, dataset_uri, config, run_id=run_id)
-    base = base_model.resolve(config.model, recorded=recorded.read(config, store, candidate).base_identity)
+    identity = recorded.read(config, store, candidate).base_identity
+    base = base_model.resolve(config.model, recorded=identity)
     chat = chat_format.load(base, config.model)
-    config = with_room_for_answers(config, chat, judging.records[: config.evaluate.records])
-    contenders = _contenders(config, store, candidate, run_id)
+    if config.evaluate.max_new_tokens is None:
+        judged = judging.records[: config.evaluate.records]
+        config = with_room_for_answers(config, tokens_of(judged, chat, config.model.max_length, store, dataset_uri))
+    contenders = [replace(each, dataset_uri=dataset_uri) for each in _contenders(config, store, candidate, run_id)]
     found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
     kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
@@ -184,13 +190,8 @@ def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
             yield f"{metric.label} {metric.text(value)}"
 
 
-def with_room_for_answers(config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> RunConfig:
+def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
     """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
-    from ray_jobs.text.batching import tokenize
-
-    if config.evaluate.max_new_tokens is not None:
-        return config
-    split = tokenize(records, chat, config.model.max_length)
     longest = int(split.num_answer_tokens.max(initial=NEW_TOKENS[0]))
     settled = config.evaluate.model_copy(update={"max_new_tokens": min(longest, NEW_TOKENS[-1])})
     return config.model_copy(update={"evaluate": settled})

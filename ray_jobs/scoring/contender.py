@@ -20,3 +20,5 @@ class Contender:
     """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
     published_sha256: str = ""
     """Of the manifest that this run's own training published: a trusted key signs it once the gate has let it pass."""
+    dataset_uri: str = ""
+    """Of the records that it is measured on, beside which a training may have left their tokens."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.config.registry import RegistryConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
@@ -27,7 +28,7 @@ from ray_jobs.scoring.answers import NEW_TOKENS, Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
-from ray_jobs.text import chat_format
+from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
@@ -118,7 +119,8 @@ def local_contenders(
         DataError: no record fits.
     """
     with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
-        found = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
+        registry = contenders[-1].config.registry
+        found = [_local(contender, records, Path(scratch) / contender.role, registry) for contender in contenders]
         fitting = set.intersection(*(set(each.split.ids) for each in found))
         kept = [record for record in records if record.id in fitting]
         if not kept:
@@ -177,7 +179,7 @@ def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
     return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
 
 
-def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
+def _local(contender: Contender, records: Sequence[Record], folder: Path, registry: RegistryConfig) -> LocalContender:
     config = contender.config
     base, adapter = base_model.resolve(config.model, recorded=contender.base_identity), None
     if contender.version is not None:
@@ -185,8 +187,16 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path) -> Loc
         base = own_base.find(config, base, store)
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
-    split = tokenize(records, chat, config.model.max_length)
+    split = tokens_of(records, chat, config.model.max_length, Store.open(registry), contender.dataset_uri)
     return LocalContender(contender.role, config, base, adapter, chat, split)
+
+
+def tokens_of(
+    records: Sequence[Record], chat: ChatFormat, max_length: int, store: Store, dataset_uri: str
+) -> TokenizedSplit:
+    """Held-out records as tokens: those that a training with this chat has left beside the dataset, or made here."""
+    found = token_store.find_of_records(store, dataset_uri, records, chat, max_length) if dataset_uri else None
+    return tokenize(records, chat, max_length) if found is None else found
 
 
 def _only(contender: LocalContender, ids: set[str]) -> LocalContender:

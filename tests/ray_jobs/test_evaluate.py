@@ -33,6 +33,7 @@ from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.marks import MARKS
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.text import chat_format
+from ray_jobs.text.batching import tokenize
 from tests.models.tiny import build_base, colour_rows
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
@@ -396,5 +397,4 @@ def test_an_unset_answer_length_is_the_longest_references_within_bounds(config, 
     unset = longer.model_copy(update={"evaluate": longer.evaluate.model_copy(update={"max_new_tokens": None})})
     records = [*RECORDS[:2], Record("long", [Message("user", "sky")], answer)]
     chat = chat_format.load(base_model.resolve(unset.model), unset.model)
-    assert with_room_for_answers(unset, chat, records).evaluate.max_new_tokens == expected
-    assert with_room_for_answers(config, chat, records).evaluate.max_new_tokens == MAX_NEW_TOKENS
+    assert with_room_for_answers(unset, tokenize(records, chat, 512)).evaluate.max_new_tokens == expected
