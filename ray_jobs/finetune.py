@@ -82,7 +82,7 @@ def finetune(
         from ray_jobs.training import trainer
         from ray_jobs.training.room import wait_for_room
 
-    base = base_model.resolve(config.model)
+    base = base_model.resolve(config.model, weights=False)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
     start = starting.choose(config, store, run_id, base)

@@ -81,7 +81,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         prepared = prepare(config, store)
         say(STEP, prepared.summary)
         dataset_uri = prepared.uri
-    base = base_model.resolve(config.model)
+    base = base_model.resolve(config.model, weights=False)
     base_config.require_positions(base_config.load(base.path, config.model), config.model)
     chat = chat_format.load(base, config.model)
     train_split, validation = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Weights are read from safetensors alone: a pickle can run code.
-FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+WEIGHTS = "*.safetensors"
+FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 CODE_FILES = ["*.py"]
 # The same weights once more, for other programs: original/ of Meta and OpenAI, consolidated* of Mistral, onnx/.
 NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
@@ -53,8 +54,11 @@ class Base:
     """What makes it this base and no other: kind, and a commit or sha256."""
 
 
-def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -> Base:
+def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None, weights: bool = True) -> Base:
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
+
+    Without `weights` it comes without them where its identity can be known so: from the hub. Of a folder in S3 it is
+    that of the files, which nobody but their reader knows.
 
     `recorded` is the identity that a version's lineage gives its base: no other base is returned, and of the hub that
     commit is fetched, wherever its branch is today.
@@ -64,10 +68,10 @@ def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None) -
         IntegrityError: the cached copy is not what was written, or what is there is not what was recorded.
     """
     if recorded is None:
-        return _bring(config)
+        return _bring(config, weights)
     if "commit" in recorded:
         config = config.model_copy(update={"revision": recorded["commit"]})
-    base = _bring(config)
+    base = _bring(config, weights)
     require_same(base, recorded)
     return base
 
@@ -92,7 +96,7 @@ def _text(identity: Mapping[str, str | None]) -> str:
     return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
 
 
-def _bring(config: ModelConfig) -> Base:
+def _bring(config: ModelConfig, weights: bool) -> Base:
     match parse(config.base):
         case PackagedGguf() as found:
             return _from_package(config.base, found)
@@ -101,7 +105,7 @@ def _bring(config: ModelConfig) -> Base:
         case LocalFolder(path):
             return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
         case HubId():
-            return _from_hub(config)
+            return _from_hub(config, weights)
 
 
 def load_model(
@@ -218,9 +222,23 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
         raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
 
 
-def _from_hub(config: ModelConfig) -> Base:
-    path = snapshot(config, FILES)
-    return Base(config.base, _require_model(path, config.base), {"kind": "hub", "commit": path.name})
+def _from_hub(config: ModelConfig, weights: bool) -> Base:
+    path = snapshot(config, FILES if weights else [pattern for pattern in FILES if pattern != WEIGHTS])
+    has_weights = any(path.glob(WEIGHTS)) or (not weights and _offers_weights(config.base, path.name))
+    _require_model(path, config.base, has_weights=has_weights)
+    return Base(config.base, path, {"kind": "hub", "commit": path.name})
+
+
+def _offers_weights(name: str, commit: str) -> bool:
+    """Whether a hub model has weights that are read; what lists its files has been fetched with the first of them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        found = snapshot_download(name, revision=commit, allow_patterns=WEIGHTS, ignore_patterns=NEVER, dry_run=True)
+    except DryRunError:  # it is neither on this machine nor in reach
+        return False
+    return bool(found)
 
 
 def _from_s3(reference: str) -> Base:
@@ -300,10 +318,11 @@ def _verify(path: Path) -> None:
             raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
 
 
-def _require_model(path: Path, reference: str) -> Path:
+def _require_model(path: Path, reference: str, *, has_weights: bool | None = None) -> Path:
+    """The folder, if it is a model; `has_weights` where it is not the folder that shows whether it has some."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
-    if not list(path.glob("*.safetensors")):
+    if not (any(path.glob(WEIGHTS)) if has_weights is None else has_weights):
         raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
     for index in path.glob("*.safetensors.index.json"):
         # transformers joins what it finds there to the folder, and the base's identity is that of files in the folder.

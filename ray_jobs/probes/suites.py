@@ -180,5 +180,5 @@ def _passes(sha256: str, before: Evaluation) -> tuple[str, Mapping[str, list[boo
 
 
 def _reach(config: RunConfig, base: Contender) -> int:
-    found = base_model.resolve(config.model, recorded=base.base_identity)
+    found = base_model.resolve(config.model, recorded=base.base_identity, weights=False)
     return base_config.positions(base_config.load(found.path, config.model)) or AMPLE

@@ -124,7 +124,7 @@ def fit(
         allocator.keep_freed_memory()
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    original = base_model.resolve(config.model)
+    original = base_model.resolve(config.model, recorded=job.base.identity)  # a branch of the hub may move meanwhile
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
     on_cpu = _kernels(config, original, store, job.run_id)
     worker = _agreed(config, worker, base, on_cpu)
@@ -374,7 +374,8 @@ def _publish(
         folder = Path(scratch)
         build.save(adapted, folder)
         # A server must prompt the adapter as it was trained: a base may have no chat template, or change its own.
-        chat_format.load(base_model.resolve(config.model), config.model).tokenizer.save_pretrained(folder)
+        base = base_model.resolve(config.model, recorded=job.base.identity)
+        chat_format.load(base, config.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()
         return publish_version(store, config.adapter.name, files, lineage=record)

@@ -31,7 +31,7 @@ import logging, sys
 from components.config.schema import ModelConfig
 from ray_jobs.base import base_model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-base = base_model.resolve(ModelConfig(base=sys.argv[1]))
+base = base_model.resolve(ModelConfig(base=sys.argv[1]), weights="without weights" not in sys.argv)
 print(base.path)
 """
 
@@ -60,9 +60,9 @@ def load(reference: object, base_format: str = "bf16"):
     return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)  # type: ignore[arg-type]
 
 
-def in_a_process(reference: str, **environment: str) -> "subprocess.Popen[str]":
+def in_a_process(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", RESOLVE, reference],
+        [sys.executable, "-W", "ignore", "-c", RESOLVE, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -324,6 +324,27 @@ def test_of_a_hub_model_the_weights_are_fetched_once(tiny_base, tmp_path):
     assert path.name == hub.COMMIT
     assert served.sent == {file.name for file in tiny_base.iterdir()}
     assert (path / "model.safetensors").read_bytes() == (tiny_base / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("others", [[], ["consolidated.safetensors", "pytorch_model.bin", "onnx/model.safetensors"]])
+def test_whoever_needs_no_weights_of_a_hub_model_fetches_none_and_hears_if_there_are_none(tiny_base, tmp_path, others):
+    folder = shutil.copytree(tiny_base, tmp_path / "repository")
+    for name in others:  # in place of weights that are read
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "config.json", folder / name)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    with hub.serving("org/name", folder) as served:
+        about = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home")}
+        found, output = in_a_process("org/name", "without weights", **about).communicate(timeout=PATIENCE_S)
+        assert served.sent == {file.name for file in tiny_base.iterdir()} - {"model.safetensors"}
+        if others:
+            assert "org/name: no *.safetensors there; pickled weights are not loaded" in output
+            return
+        path = Path(found.strip().splitlines()[-1])
+        assert path.name == hub.COMMIT
+        again, output = in_a_process("org/name", **about).communicate(timeout=PATIENCE_S)
+        assert Path(again.strip().splitlines()[-1]) == path, output
+        assert "model.safetensors" in served.sent
 
 
 @pytest.mark.parametrize("reference", ["no such/name", "a/b/c", "-name"])
