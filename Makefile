@@ -94,6 +94,7 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.quantising
 	@$(BIN)/python -m tests.benchmarks.memory
 	@$(BIN)/python -m tests.benchmarks.growth
+	@$(BIN)/python -m tests.benchmarks.preparing
 	@$(BIN)/python -m tests.benchmarks.overhead
 	@# Last, as it exits with 1 where a peer could not be measured.
 	@$(BIN)/python -m tests.benchmarks.peers
