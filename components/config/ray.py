@@ -202,6 +202,9 @@ class RayConfig(Section):
     weights are stored in 16 bits or fewer all the same."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are started again from the newest checkpoint."""
+    max_preemption_failures: Annotated[int, Field(ge=-1), Added("0.2.0")] = -1
+    """How often they are started again since their node was taken, as a spot node is; -1 is as often as that happens.
+    They save a checkpoint as soon as it is known, and lose no step."""
     collective_timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 1_800
     """How long workers wait for each other in a collective operation, until a network that lost one is called dead."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400

@@ -32,8 +32,10 @@ class _Point(NamedTuple):
 
 
 class MetricsLog:
-    """runs/<run_id>/metrics.jsonl, and the line that a person watches. With each `checkpoint_every_steps` it uploads,
-    so that a training that goes on from there has the curve up to it; 0 has no checkpoints.
+    """runs/<run_id>/metrics.jsonl, and the line that a person watches.
+
+    With each `checkpoint_every_steps` it uploads, so that a training that goes on from there has the curve up to it; 0
+    has no checkpoints. Used as a context it uploads at the end, and also where a failure or a lost node ends it.
     """
 
     def __init__(self, store: Store, run_id: str, *, checkpoint_every_steps: int = 0) -> None:
@@ -82,6 +84,16 @@ class MetricsLog:
         """
         self._thread.shutdown()
         self._put(self._body())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self.upload()
+        elif not isinstance(error, StoreError):  # which is away
+            self._thread.shutdown()
+            self._try(self._body())
 
     def _upload_beside(self) -> None:
         """Write the whole file, as objects cannot be appended to, while the training goes on."""

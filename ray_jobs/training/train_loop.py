@@ -21,7 +21,7 @@ from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs.text import packed
 from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
-from ray_jobs.training import checkpoint, zero
+from ray_jobs.training import checkpoint, preemption, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 
@@ -85,10 +85,15 @@ def run(
     eval_split: TokenizedSplit,
     pad: int,
     report: Report,
+    watch: preemption.Watch | None = None,
 ) -> TrainedAdapter:
     """Train to the end, from the newest complete checkpoint of this run when there is one.
 
-    `report` gets one record for each step and each measurement, on every rank.
+    `report` gets one record for each step and each measurement, on every rank. `watch` says when a node is about to be
+    taken; without it none ever is.
+
+    Raises:
+        RayActorError: a node is about to be taken, and a checkpoint is there.
     """
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
@@ -124,10 +129,13 @@ def run(
             trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
         if trained.stopped_early or progress.step == total:
             break
-        if train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
+        is_preempted = watch is not None and watch.is_preempted()
+        if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
             checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
             if worker.rank == 0:
                 checkpoint.keep_newest(store, run_id, train.keep_checkpoints)
+        if is_preempted:
+            preemption.leave(progress.step)
 
     if train.early_stopping_patience:
         trained.weights, trained.eval_loss = best, progress.best_loss

@@ -27,7 +27,9 @@ def run(
     name: str,
     max_failures: int,
 ) -> dict[str, Any]:
-    """Start the workers, and again after at most `max_failures` failures; `name` is Ray's folder within the run's.
+    """Start the workers, and again after at most `max_failures` failures, or where a node of theirs was taken.
+
+    `name` is Ray's folder within the run's.
 
     Raises:
         UserError: the user's mistake, as the first worker that met it raised it.
@@ -54,7 +56,9 @@ def run(
         run_config=RayRunConfig(
             name=name,
             storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures, max_preemption_failures=config.ray.max_preemption_failures
+            ),
             callbacks=[_ending_at_mistakes()],
         ),
     )

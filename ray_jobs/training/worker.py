@@ -31,7 +31,7 @@ from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import checkpoint, starting, step_zero, train_loop, zero
+from ray_jobs.training import checkpoint, preemption, starting, step_zero, train_loop, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
@@ -71,20 +71,21 @@ def train(
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
-    adapted, trained, recipe = fit(
-        config,
-        job,
-        worker,
-        store,
-        train_split,
-        eval_split,
-        report=metrics.add if metrics else _ignore,
-        load=load,
-    )
-    trained_at = datetime.now(UTC)
-    if metrics is None:
+    with metrics or contextlib.nullcontext():
+        adapted, trained, recipe = fit(
+            config,
+            job,
+            worker,
+            store,
+            train_split,
+            eval_split,
+            report=metrics.add if metrics else _ignore,
+            load=load,
+            watch=preemption.Watch(worker),
+        )
+        trained_at = datetime.now(UTC)
+    if worker.rank > 0:
         return {}
-    metrics.upload()
     version = _publish(job, config, store, adapted, trained, recipe, worker, started_at)
     return TrainResult(
         version=version.version,
@@ -113,10 +114,12 @@ def fit(
     *,
     report: Report,
     load: LoadModel = door.load_model,
+    watch: preemption.Watch | None = None,
 ) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
     """Train in an initialised process group: the model with its final weights, how it went, what was built.
 
-    What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory.
+    What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory;
+    `watch` says when a node is about to be taken.
     """
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
     if not config.ray.use_gpu:
@@ -160,6 +163,7 @@ def fit(
             eval_split=eval_split,
             pad=job.pad,
             report=report,
+            watch=watch,
         )
     _take_whole(adapted, trained)
     return adapted, trained, recipe

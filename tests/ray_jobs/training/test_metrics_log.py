@@ -2,6 +2,8 @@ import json
 import threading
 from typing import Any
 
+import pytest
+
 from components.records import runs
 from components.shared.errors import StoreError
 from components.store.store import Store
@@ -109,3 +111,15 @@ def test_a_training_that_goes_on_from_a_checkpoint_has_the_curve_up_to_it(store:
         log.add(record("train", step))
     log._thread.shutdown()  # what a killed worker leaves a second later
     assert points(store, "run") == [("train", step) for step in range(1, 11)]
+
+
+def test_what_ends_a_training_leaves_its_curve_up_to_there(store: Store):
+    def cut_off() -> None:
+        with MetricsLog(store, "run") as log:
+            for step in range(1, 6):
+                log.add(record("train", step))
+            raise KeyError("as a node that is taken")
+
+    with pytest.raises(KeyError):
+        cut_off()
+    assert points(store, "run") == [("train", step) for step in range(1, 6)]
