@@ -74,6 +74,8 @@ class TrainConfig(Section):
     """Steps between resumable checkpoints; 0 writes none."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
+    store_patience_s: Annotated[int, Field(ge=0), Added("0.2.0")] = 1_800
+    """How long a training goes on while the store is away: without checkpoints, and then waiting to publish."""
 
     @model_validator(mode="after")
     def _offloads_what_is_kept(self) -> "TrainConfig":

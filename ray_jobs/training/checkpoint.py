@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from components.config.ray import MatmulDtype
 from components.records import runs
-from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.gathered import gathered
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.training import optimizer, zero
+from ray_jobs.training.patience import is_away
 
 logger = logging.getLogger(__name__)
 
@@ -86,23 +87,45 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
 def save(
     store: Store, run_id: str, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor], *, rank: int
 ) -> None:
-    """Write a checkpoint; every worker calls it at the same step. Returns when it is complete."""
+    """Write a checkpoint, which is complete on return; every worker calls it at the same step.
+
+    Raises:
+        StoreError: on every worker, where one of them found the store away.
+    """
     key = _key(run_id, progress.step)
     progress.loss_scale = zero.loss_scale(engine)
     adapter = weights(engine.module)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         folder = Path(scratch)
         save_file(_optimizer_tensors(engine), folder / "optimizer.safetensors")
-        _publish(store, f"{key}/rank-{rank}", folder)
-    torch.distributed.barrier()
-    if rank == 0:
-        with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-            folder = Path(scratch)
+        _publish_together(store, f"{key}/rank-{rank}", folder, engine.device)
+    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+        folder = Path(scratch)
+        if rank == 0:
             save_file(adapter, folder / "adapter.safetensors")
             save_file(_contiguous(best), folder / "best.safetensors")
             (folder / "state.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-            _publish(store, f"{key}/shared", folder)
-    torch.distributed.barrier()
+        _publish_together(store, f"{key}/shared", folder if rank == 0 else None, engine.device)
+
+
+def _publish_together(store: Store, key: str, folder: Path | None, device: torch.device) -> None:
+    """Publish a folder, or nothing, and return when all workers have done so.
+
+    Raises:
+        StoreError: the store is away, as this worker or another found.
+    """
+    failure: StoreError | None = None
+    try:
+        if folder is not None:
+            folders.publish(store, key, {path.name: path for path in folder.iterdir()}, about={"kind": "checkpoint"})
+    except StoreError as exc:
+        if not is_away(exc):
+            raise
+        failure = exc
+    has_failed = torch.tensor([int(failure is not None)], device=device)
+    torch.distributed.all_reduce(has_failed)
+    if has_failed.item():
+        raise failure or StoreError(f"another worker could not write its part of {store.uri(key)}")
 
 
 def newest(store: Store, run_id: str) -> int:
@@ -174,9 +197,11 @@ def discard_after(store: Store, run_id: str, step: int) -> None:
 
 
 def keep_newest(store: Store, run_id: str, count: int) -> None:
-    """Delete all but the newest checkpoints."""
-    for step in sorted(_steps(store, run_id))[:-count]:
-        _delete(store, run_id, step)
+    """Delete all but the newest checkpoints, and what is left of those that were never complete."""
+    kept = _complete(store, run_id)[:count]
+    for step in _steps(store, run_id):
+        if step not in kept:
+            _delete(store, run_id, step)
 
 
 def _require_same(found: TrainingProgress, expected: TrainingProgress, uri: str) -> None:
@@ -206,10 +231,6 @@ def _restore_optimizer(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _publish(store: Store, key: str, folder: Path) -> None:
-    folders.publish(store, key, {path.name: path for path in folder.iterdir()}, about={"kind": "checkpoint"})
 
 
 def _key(run_id: str, step: int) -> str:

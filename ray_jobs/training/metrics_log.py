@@ -16,6 +16,7 @@ from components.shared.counted import counted
 from components.shared.errors import StoreError
 from components.shared.protocol import say
 from components.store.store import Store
+from ray_jobs.training.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ class MetricsLog:
     """runs/<run_id>/metrics.jsonl, and the line that a person watches.
 
     With each `checkpoint_every_steps` it uploads, so that a training that goes on from there has the curve up to it; 0
-    has no checkpoints. Used as a context it uploads at the end, and also where a failure or a lost node ends it.
+    has no checkpoints. Used as a context it uploads at the end, and also where a failure or a lost node ends it; at the
+    end it waits `patience_s` for a store that is away.
     """
 
-    def __init__(self, store: Store, run_id: str, *, checkpoint_every_steps: int = 0) -> None:
+    def __init__(self, store: Store, run_id: str, *, checkpoint_every_steps: int = 0, patience_s: float = 0) -> None:
         self._store = store
+        self._patience_s = patience_s
         self._key = runs.run_key(run_id, runs.METRICS)
         self._checkpoint_every = checkpoint_every_steps
         found = store.read(self._key)
@@ -83,7 +86,8 @@ class MetricsLog:
             StoreError: the store is away, or refuses it.
         """
         self._thread.shutdown()
-        self._put(self._body())
+        body = self._body()
+        patiently(self._patience_s, lambda: self._put(body), "waiting to upload the curve")
 
     def __enter__(self) -> "MetricsLog":
         return self

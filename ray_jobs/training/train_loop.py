@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from components.config.schema import RunConfig, TrainConfig
-from components.shared.errors import Diverged
+from components.shared.errors import Diverged, StoreError
 from components.store.store import Store
 from ray_jobs.text import packed
 from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, preemption, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
+from ray_jobs.training.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def run(
     )  # fmt: skip
     progress, best = _resumed(engine, fresh, run_id=run_id, store=store, worker=worker)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
-    started = time.monotonic() - progress.elapsed_s
+    started, patience = time.monotonic() - progress.elapsed_s, Patience(train.store_patience_s)
 
     for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
         step_started = time.monotonic()
@@ -131,17 +132,54 @@ def run(
             break
         is_preempted = watch is not None and watch.is_preempted()
         if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
-            checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
-            if worker.rank == 0:
-                checkpoint.keep_newest(store, run_id, train.keep_checkpoints)
-        if is_preempted:
-            preemption.leave(progress.step)
+            is_kept = _keep(
+                engine,
+                progress,
+                best,
+                keep_checkpoints=train.keep_checkpoints,
+                run_id=run_id,
+                store=store,
+                worker=worker,
+                patience=patience,
+            )
+            if is_preempted and is_kept:
+                preemption.leave(progress.step)
 
     if train.early_stopping_patience:
         trained.weights, trained.eval_loss = best, progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
     return trained
+
+
+def _keep(
+    engine: Any,
+    progress: TrainingProgress,
+    best: dict[str, torch.Tensor],
+    *,
+    keep_checkpoints: int,
+    run_id: str,
+    store: Store,
+    worker: Worker,
+    patience: Patience,
+) -> bool:
+    """Write a checkpoint, and delete old ones; False where the store is away, the same on every worker.
+
+    Raises:
+        StoreError: it has been away for too long.
+    """
+    try:
+        checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
+    except StoreError as exc:
+        patience.lose(exc, f"training goes on without a checkpoint of step {progress.step}")
+        return False
+    patience.regain()
+    if worker.rank == 0:
+        try:
+            checkpoint.keep_newest(store, run_id, keep_checkpoints)
+        except StoreError as exc:
+            patience.lose(exc, "older checkpoints are deleted later")
+    return True
 
 
 def _resumed(

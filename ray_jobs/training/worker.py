@@ -35,6 +35,7 @@ from ray_jobs.training import checkpoint, preemption, starting, step_zero, train
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
+from ray_jobs.training.patience import patiently
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
 
@@ -67,7 +68,12 @@ def train(
     store = Store.open(config.registry)
     metrics = None
     if worker.rank == 0:
-        metrics = MetricsLog(store, job.run_id, checkpoint_every_steps=config.train.checkpoint_every_steps)
+        metrics = MetricsLog(
+            store,
+            job.run_id,
+            checkpoint_every_steps=config.train.checkpoint_every_steps,
+            patience_s=config.train.store_patience_s,
+        )
         entry.log_as("finetune")
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
@@ -86,7 +92,11 @@ def train(
         trained_at = datetime.now(UTC)
     if worker.rank > 0:
         return {}
-    version = _publish(job, config, store, adapted, trained, recipe, worker, started_at)
+    version = patiently(
+        config.train.store_patience_s,
+        lambda: _publish(job, config, store, adapted, trained, recipe, worker, started_at),
+        "trained, and waiting to publish",
+    )
     return TrainResult(
         version=version.version,
         version_uri=version.uri,

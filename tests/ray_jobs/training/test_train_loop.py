@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
 from components.prepare.validate import validate
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, StoreError
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format, packed
@@ -169,6 +169,42 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
     assert resumed.resumed_from == 2
     assert resumed.losses == whole.losses[2:]
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
+
+
+def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], until_step: int) -> Trained:
+    """In each rank: rank 1 cannot reach the store up to a step."""
+    import torch.distributed as dist
+
+    publish = checkpoint.folders.publish
+
+    def refused(store: Store, key: str, *arguments: Any, **others: Any) -> Any:
+        if dist.get_rank() == 1 and int(key.split("step-")[1][:6]) <= until_step:
+            raise StoreError("the store cannot be reached")
+        return publish(store, key, *arguments, **others)
+
+    with mock.patch.object(checkpoint.folders, "publish", refused):
+        return train_in_rank({"away": config_toml}, rows)["away"]
+
+
+@pytest.mark.parametrize("is_patient", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
+    run, config, store, tmp_path, is_patient
+):
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=8", f"train.store_patience_s={1800 * is_patient}"]
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*changes, *place]))
+    away = functools.partial(
+        in_group, train_while_the_store_is_away, toml, ROWS, 4, directory=tmp_path / "away", num_workers=2
+    )
+    if not is_patient:
+        with pytest.raises(RuntimeError, match="the store cannot be reached"):
+            away()
+        return
+    (found, _), whole = away(), run(*changes)
+    assert found.losses == whole.losses
+    assert all((found.weights[name] == whole.weights[name]).all() for name in whole.weights)
+    assert {each.key.split("/")[3] for each in store.list("runs/away/checkpoints/")} == {"step-000006"}
+    assert checkpoint.newest(store, "away") == 6
 
 
 @pytest.mark.slow
