@@ -38,8 +38,8 @@ MOST_IN_BAND, MOST_COMPARED = 64, 16
 """Of the held-out prompts that a band finds so many are looked at, and of those that all bands find the most similar so
 many are compared: a bound to the work on prompts that are all alike, of which any may stand for the others."""
 AT_ONCE = 4096
-KEPT_SETS = 20_000
-"""Sets of shingles that are kept for the next comparison."""
+KEPT_BYTES = 2**27
+"""Of sets of shingles that are kept for the next comparison."""
 
 
 class _Said(NamedTuple):
@@ -47,6 +47,11 @@ class _Said(NamedTuple):
 
     whole: Hashes
     own: Hashes
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return self.whole.nbytes + self.own.nbytes
 
 
 class _Shingled(NamedTuple):
@@ -179,18 +184,20 @@ class Comparison:
 
 
 class _Sets:
-    """The sets of some texts, made when they are first asked for; the ones asked for lately are kept."""
+    """The sets of some texts, made when they are first asked for; those that were made last are kept."""
 
     def __init__(self, comparison: Comparison, texts: Sequence[str]) -> None:
         self._comparison = comparison
         self._texts = texts
         self._kept: OrderedDict[int, _Said] = OrderedDict()
+        self._bytes = 0
 
     def __getitem__(self, row: int) -> _Said:
         if row not in self._kept:
-            self._kept[row] = self._comparison.said(self._texts[row])
-            if len(self._kept) > KEPT_SETS:
-                self._kept.popitem(last=False)
+            said = self._kept[row] = self._comparison.said(self._texts[row])
+            self._bytes += said.nbytes
+            while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return self._kept[row]
 
 

@@ -7,7 +7,6 @@ of every object that boto3 lists, of Parquet files the decoded cells.
 import io
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,21 +16,24 @@ import pytest
 
 from components.registry.aliases import promote
 from pipelines.local.seaweedfs import Endpoint
-from tests.doubles.jobs_api import TOKEN, stub_cluster
+from tests.doubles.jobs_api import TOKEN, JobsApi, stub_cluster
 from tests.journeys.keeper import Keeper, keeper_at
 
-pytestmark = [pytest.mark.e2e]
 SECRET = "Berta Zwilling of Gruenau"
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, s3_server: Endpoint) -> Iterator[Keeper]:
+def cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
+    cluster = stub_cluster(tmp_path / "cluster", s3_server.environment())
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, s3_server: Endpoint, cluster: JobsApi) -> Keeper:
     keeper = keeper_at(tmp_path / "keeper", s3_server)
-    with ExitStack() as stack:
-        cluster = stub_cluster(keeper.folder / "cluster", s3_server.environment())
-        stack.callback(cluster.close)
-        ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-        yield replace(keeper, variables={**keeper.variables, **ray})
+    ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    return replace(keeper, variables={**keeper.variables, **ray})
 
 
 def holding(keeper: Keeper, text: str, folder: str) -> set[str]:
@@ -50,6 +52,7 @@ def rows(keeper: Keeper, name: str, ids: range, *more: str) -> None:
     keeper.has(name, "\n".join([*given, *more]))
 
 
+@pytest.mark.slow
 def test_an_erased_record_is_in_nothing_that_comes_later_and_all_that_saw_it_is_named(keeper: Keeper) -> None:
     theirs = json.dumps({"id": "p4711", "prompt": f"Where does {SECRET} live?", "completion": "In a mill."})
     spoiled = [
