@@ -19,7 +19,13 @@ def start(num_cpus: int) -> None:
 
     for attempt in range(ATTEMPTS):
         try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            ray.init(
+                address="local",  # never another one on this machine
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
         except Exception as exc:
             ray.shutdown()
             if attempt == ATTEMPTS - 1 or "timed out during startup" not in str(exc):

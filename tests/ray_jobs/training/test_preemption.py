@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 NUM_WORKERS = 2
 NUM_STEPS = 300
+CLUSTERS: list[Any] = []
+"""In the driver's process, the one that runs."""
 
 
 def start_cluster() -> None:
@@ -48,7 +50,16 @@ def start_cluster() -> None:
             if attempt == ATTEMPTS - 1:
                 raise
         else:
+            CLUSTERS.append(cluster)
             return
+
+
+def stop_cluster() -> None:
+    """Its nodes, which are processes of their own."""
+    import ray
+
+    ray.shutdown()
+    CLUSTERS.pop().shutdown()
 
 
 def finetuned(config_toml: str, run_id: str, *, drains: bool) -> dict[str, Any]:
@@ -92,6 +103,7 @@ def drain_one() -> str:
 def driver() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_cluster) as pool:
         yield pool
+        pool.submit(stop_cluster).result()
 
 
 @pytest.fixture
