@@ -201,12 +201,6 @@ class _Sets:
         return self._kept[row]
 
 
-def near_duplicates(prompts: Sequence[str], held_out: Sequence[str], *, similarity: float) -> list[bool]:
-    """Of each prompt, whether it is near one that is held out."""
-    comparison = Comparison(prompts, held_out, similarity=similarity)
-    return [row is not None for row in comparison.near_held_out(prompts)]
-
-
 def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
     for said in in_batches(texts):
         hashes, rows, _ = Batch.of(said).shingles()

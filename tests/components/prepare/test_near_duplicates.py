@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from components.prepare import icd10
-from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison, near_duplicates
+from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison
+
+
+def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: float) -> list[bool]:
+    """Of each prompt, whether it is near one that is held out."""
+    comparison = Comparison(prompts, held_out, similarity=similarity)
+    return [row is not None for row in comparison.near_held_out(prompts)]
 
 
 def terms(count: int) -> list[str]:
