@@ -69,3 +69,33 @@ def test_no_more_is_kept_than_queries_keys_values_and_as_much_as_is_found():
         qkv = torch.zeros(1, num_tokens, HEADS.queries + 2 * HEADS.keys, 8)
         found, saved = fused_attention.forward(qkv, HEADS, None)
         assert sum(each.numel() for each in saved) <= qkv.numel() + found.numel()
+
+
+@pytest.mark.parametrize("spread", [1.0, 27.0], ids=["ordinary keys", "keys as large as Qwen2.5-7B's"])
+def test_rounding_costs_long_records_no_more_than_pytorchs_own_bfloat16(spread):
+    """Qwen2.5-7B: queries of standard deviation 3.5, keys of 26.8 by their biases (tenstorrent/tt-metal#21199)."""
+    draw = torch.Generator().manual_seed(0)
+    heads, num_tokens, width = Heads(queries=4, keys=1, scaling=1 / 8), fused_attention.LONG + 40, 64
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    q = 3.5 * drawn(num_tokens, heads.queries, width)
+    k = spread * drawn(heads.keys, width) + drawn(num_tokens, heads.keys, width)
+    qkv = torch.cat([q, k, 0.3 * drawn(num_tokens, heads.keys, width)], dim=1)[None]
+    gradient = drawn(1, num_tokens, heads.queries, width)
+
+    def by_pytorch(dtype):
+        given = qkv.to(dtype).requires_grad_()
+        q, k, v = given[0].transpose(0, 1).split([heads.queries, heads.keys, heads.keys])
+        found = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=heads.scaling, enable_gqa=True
+        )
+        found.backward(gradient.transpose(1, 2).to(dtype))
+        return given.grad.double().split([heads.queries, heads.keys, heads.keys], dim=2)
+
+    _, saved = fused_attention.forward(qkv.clone(), heads, None)
+    found = fused_attention.backward(gradient, saved, heads, None, torch.bfloat16).double()
+    exact, rounded = by_pytorch(torch.float64), by_pytorch(torch.bfloat16)
+    for ours, theirs, right in zip(found.split([4, 1, 1], dim=2), rounded, exact, strict=True):
+        assert (ours - right).norm() <= 1.1 * (theirs - right).norm()
