@@ -5,15 +5,24 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
+
+import regex
 
 from components.shared.answers import label, normal
 from components.shared.errors import ConfigError, DataError
 
 Mark = Callable[[str, str], float]
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+UNSPACED = r"[\p{L}&&[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]\p{M}*"
+"""A letter with its marks, of the scripts that put no spaces between words: there it counts as a word."""
+EAST_ASIAN = r"[\p{P}&&[\u3000-\u303F\uFF00-\uFFEF]]"
+"""Punctuation of those scripts alone."""
+ROUGE_WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)+", regex.V1)
+SQUAD_WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED}|{EAST_ASIAN})\S)+", regex.V1)
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -28,7 +37,8 @@ def label_accuracy(answer: str, reference: str) -> float:
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over a bag of words, as SQuAD's evaluate-v2.0.py counts it
-    (arXiv:1806.03822): in lower case, ASCII punctuation taken out, English articles left out.
+    (arXiv:1806.03822): in lower case, ASCII punctuation taken out, English articles left out. Of scripts without
+    spaces each letter is a word, as MLQA's script (arXiv:1910.07475) has it of Chinese.
 
     Where either has no such word it is 1 if neither has, else 0.
     """
@@ -41,9 +51,10 @@ def token_f1(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004, section 3.1), as rouge-score counts it without stemming.
 
-    Words are runs of letters and digits in lower case: of every alphabet, where rouge-score knows a to z alone.
+    Words are runs of letters and digits with their marks, in lower case: of every alphabet, where rouge-score knows a
+    to z alone. Of scripts without spaces each letter is a word.
     """
-    ours, theirs = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, reference))
+    ours, theirs = (ROUGE_WORD.findall(unicodedata.normalize("NFC", text.lower())) for text in (answer, reference))
     return _f1(_common_subsequence(ours, theirs), len(ours), len(theirs))
 
 
@@ -116,7 +127,8 @@ def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 
 def _squad_words(text: str) -> list[str]:
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
+    plain = unicodedata.normalize("NFC", text.lower()).translate(PUNCTUATION)
+    return SQUAD_WORD.findall(re.sub(r"\b(a|an|the)\b", " ", plain))
 
 
 def _refuse(constant: str) -> NoReturn:

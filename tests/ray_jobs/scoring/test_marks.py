@@ -93,6 +93,38 @@ def test_rouge_l_reads_every_alphabet():
     assert rouge_l("Новообразования кожи", "новообразования крови") == 0.5
 
 
+# By hand: a mark belongs to its letter, and another mark makes another word.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("किताब", "कुतुब", 0.0),
+        ("पानी", "पिन", 0.0),
+        ("नई किताब", "नई कलम", 0.5),
+        ("שָׁלוֹם", "שָׁלוֹם", 1.0),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 1.0),
+    ],
+)
+def test_words_are_whole_where_a_script_writes_vowels_as_marks(answer, reference, expected):
+    assert rouge_l(answer, reference) == token_f1(answer, reference) == expected
+
+
+# By hand, a letter a word: common letters, and the letters in common in the same order, over their mean number.
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "rouge"),
+    [
+        ("今天天气很好", "今天天气不错", 4 / 6, 4 / 6),
+        ("今天天气很好。", "今天天气很好", 1.0, 1.0),
+        ("好很", "很好", 1.0, 1 / 2),
+        ("東京タワー", "東京 タワー", 1.0, 1.0),
+        ("กิน", "กัน", 1 / 2, 1 / 2),
+        ("COVID-19疫苗", "COVID-19病毒", 1 / 3, 2 / 4),
+        ("ភាសាខ្មែរ", "ភាសាខ្មែរ", 1.0, 1.0),
+    ],
+)
+def test_scripts_without_spaces_are_compared_letter_by_letter(answer, reference, f1, rouge):
+    assert (token_f1(answer, reference), rouge_l(answer, reference)) == pytest.approx((f1, rouge))
+
+
 # RFC 8259, which knows no NaN, no comments, no single quotes and no trailing comma.
 @pytest.mark.parametrize(
     ("answer", "expected"),
