@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -39,11 +41,15 @@ CELLS = 2**22
 """Counters of a first, coarse count: 16 MiB of them."""
 KEPT_LATELY = 2**16
 """Hashes that are put in order at once, at least."""
+_WORD = re.compile(r"\w+")
+_WORDS_OF_ASCII = {place: " " for place in range(128) if not _WORD.match(chr(place))}
 
 
 def said(text: str) -> str:
     """The text without case, punctuation and white space, at least as long as a shingle."""
-    return " ".join(re.findall(r"\w+", text.casefold())).ljust(CHARS)
+    # In ASCII the same words, found in a sixth of the time.
+    words = text.lower().translate(_WORDS_OF_ASCII).split() if text.isascii() else _WORD.findall(text.casefold())
+    return " ".join(words).ljust(CHARS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Batch:
         points, row_of = self.characters, self.row_of
         is_word = points != SPACE
         alone = np.zeros(len(points), bool)
-        for first, last in UNSPACED:
+        for first, last in UNSPACED if points.max() >= UNSPACED[0][0] else ():
             alone |= (points >= first) & (points <= last)
         begins = is_word.copy()
         begins[1:] &= (points[:-1] == SPACE) | alone[1:] | alone[:-1] | (row_of[1:] != row_of[:-1])
@@ -142,6 +148,9 @@ def mixed(hashes: Hashes) -> Hashes:
 
 def is_in(hashes: Hashes, known: Hashes) -> Marks:
     """Of each, whether it is among the sorted ones."""
+    if len(hashes) > len(known) > 0:  # a table of the known ones is worth its making
+        found = pc.is_in(pa.array(hashes), value_set=pa.array(known))
+        return np.asarray(found.to_numpy(zero_copy_only=False), bool)
     if not len(known):
         return np.zeros(len(hashes), bool)
     return known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
@@ -175,7 +184,8 @@ def frequent(batches: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than:
     """
     coarse = np.zeros(CELLS, np.uint32)
     for hashes, _ in batches():
-        np.add.at(coarse, _cell(hashes), 1)
+        cells, how_often = np.unique(_cell(hashes), return_counts=True)  # in order, so that memory is, too
+        coarse[cells] += how_often.astype(np.uint32)
     if not (coarse > more_than).any():
         return np.zeros(0, np.uint64)
     pending: list[Hashes] = []
@@ -209,8 +219,8 @@ def _once_a_text(hashes: Hashes, rows: Rows) -> Hashes:
     return hashes[is_first]
 
 
-def _cell(hashes: Hashes) -> npt.NDArray[np.int64]:
-    return (mixed(hashes) % np.uint64(CELLS)).astype(np.int64)
+def _cell(hashes: Hashes) -> npt.NDArray[np.uint32]:
+    return (mixed(hashes) % np.uint64(CELLS)).astype(np.uint32)
 
 
 def _powers(count: int) -> Hashes:
@@ -219,7 +229,7 @@ def _powers(count: int) -> Hashes:
     return np.cumprod(powers, dtype=np.uint64)
 
 
-def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**19) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**16) -> Iterator[list[str]]:
     """The texts as `said` gives them, so many at a time that a batch stays small."""
     batch: list[str] = []
     chars = 0

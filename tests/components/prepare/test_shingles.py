@@ -1,4 +1,5 @@
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from components.prepare import shingles
-from components.prepare.shingles import Batch, Seen, frequent, in_batches, said
+from components.prepare.shingles import Batch, Seen, frequent, in_batches, is_in, said
 
 
 def words_of(text: str) -> list[str]:
@@ -36,6 +37,24 @@ def test_words_are_what_stands_between_spaces_and_characters_where_scripts_have_
     text: str, words: list[str]
 ) -> None:
     assert words_of(text) == words
+
+
+def test_text_of_ascii_says_what_its_words_are_as_a_pattern_finds_them() -> None:
+    rng = random.Random(0)
+    for text in (
+        "".join(map(chr, range(128))),
+        *("".join(rng.choices("aB3_ \n-.\x1f\x00'", k=20)) for _ in range(300)),
+    ):
+        assert said(text) == " ".join(re.findall(r"\w+", text.casefold())).ljust(5)
+
+
+@pytest.mark.parametrize("known", [0, 1, 50, 5000])
+def test_what_is_known_is_found_whether_there_is_more_or_less_of_it_than_asked_for(known: int) -> None:
+    rng = np.random.default_rng(0)
+    given, asked = (rng.integers(0, 2**64, size, np.uint64) for size in (known, 500))
+    asked[::3] = rng.choice(given, len(asked[::3])) if known else 0
+    expected = np.array([each in set(given.tolist()) for each in asked.tolist()])
+    assert is_in(asked, np.sort(given)).tolist() == expected.tolist()
 
 
 def test_equal_words_have_equal_hashes_wherever_they_stand_and_others_have_others() -> None:
