@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
-from components.config.section import Section
+from components.config.section import Section, descriptions
 from components.config.synonyms import SYNONYMS
 from components.shared.errors import ConfigError
 
@@ -149,6 +149,10 @@ def whole_numbers(value: Any) -> Any:
 def json_schema() -> str:
     """JSON Schema of the config for editors, as indented JSON."""
     schema = RunConfig.model_json_schema()
+    sections = {section.__name__: section for section in Section.__subclasses__()}
+    for name, shown in {RunConfig.__name__: schema, **schema["$defs"]}.items():
+        for key, text in descriptions(sections[name]).items():
+            shown["properties"][key] = dict(sorted({**shown["properties"][key], "description": text}.items()))
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
@@ -195,7 +199,7 @@ def _explain(error: Any) -> str:
     if kind == "missing" and section:
         return f"section [{name}] is missing: it needs {', '.join(_required(section))}"
     if kind == "missing":
-        return f"{name} is required: {field.description if field else ''}"
+        return f"{name} is required: {_described(where)}"
     if kind == "value_error":
         message = str(error["ctx"]["error"])
         return message if not name else f"{name}: {message}"
@@ -216,7 +220,7 @@ def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] |
     if kind == "string_type" and not isinstance(given, list | dict):
         return f'expected a string, in quotes: "{given}"'
     if kind == "string_pattern_mismatch" and field:
-        return f"expected {error['ctx']['pattern']} ({field.description})"
+        return f"expected {error['ctx']['pattern']} ({_described(error['loc'])})"
     return str(message).removeprefix("Input ").removeprefix("String ")
 
 
@@ -284,6 +288,10 @@ def _section_at(where: Sequence[str | int]) -> type[BaseModel]:
 def _held(field: FieldInfo) -> type[BaseModel] | None:
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _described(where: Sequence[str | int]) -> str:
+    return descriptions(_section_at(where[:-1]))[str(where[-1])]
 
 
 def _required(section: type[BaseModel]) -> list[str]:

@@ -6,6 +6,4 @@ from pydantic import BaseModel, ConfigDict
 class Part(BaseModel):
     """Frozen, and open to keys that came later."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="allow", strict=True, ser_json_inf_nan="null", use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, ser_json_inf_nan="null")
