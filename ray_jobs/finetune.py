@@ -99,7 +99,7 @@ def finetune(
 
     entry.connect()
     # Before the memory is looked at: a cluster that grows from nothing has none.
-    wait_for_room(trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
+    wait_for_room(config.ray.cluster, trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in outlook.lines:
         say(STEP, line)

@@ -139,7 +139,7 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
         point = Point(arm, points.prior(config, arm), config.train.seed)
         trial = points.trial_config(config, point, len(train_split))
         if not found:
-            wait_for_room(trainer.per_worker(trial), 1, lambda line: say(STEP, line))
+            wait_for_room(trial.ray.cluster, trainer.per_worker(trial), 1, lambda line: say(STEP, line))
         before_training(trial, base.path, train_split, ray.nodes())
         found[arm] = planned_bytes(trial, base.path, train_split) if len(arms) > 1 else None
     return found

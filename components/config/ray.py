@@ -123,7 +123,7 @@ class RayJobCluster(Section):
     backoff_limit: Annotated[int, Field(ge=0, le=10)] = 1
     """How often KubeRay makes a new cluster when a job died without saying why: a lost head, no memory."""
     pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800
-    """How long nodes, images and pods may take to be ready, once the job has left the queue."""
+    """How long nodes, images and pods may take to be ready, once the job has left the queue, and after a lost head."""
 
     @field_validator("image")
     @classmethod

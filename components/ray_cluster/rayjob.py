@@ -19,7 +19,7 @@ from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resour
 from components.ray_cluster.kueue import QUOTA, KueueQueue
 from components.ray_cluster.rayjob_log import JobLog
 from components.ray_cluster.workflow import Workflow, own_workflow
-from components.shared.errors import JobError
+from components.shared.errors import JobError, WorkersMissing
 from components.shared.protocol import find_failure
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ class RayJobs:
                 if end.status == "SUCCEEDED":
                     self._release(job_id)
                 return end
-            if status.get("jobDeploymentStatus") == "Retrying" and find_failure(log.text):
-                self.stop(job_id)  # it said why it failed, and would say so again
+            if status.get("jobDeploymentStatus") == "Retrying" and _would_fail_again(log.text):
+                self.stop(job_id)
                 return JobEnd("FAILED")
             clock.check(is_queued(found), lambda: self.stop(job_id), job_id)
             found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
@@ -208,6 +208,12 @@ def describe(found: Resource, waits_for: str = QUOTA) -> str:
         return "the cluster is up: starting the job"
     words = {"Running": "running", "Retrying": "failed: KubeRay tries again on a new cluster", "Complete": "complete"}
     return words.get(deployment, deployment)
+
+
+def _would_fail_again(log: str) -> bool:
+    """Whether it said why it failed, and that is no matter of its cluster."""
+    failure = find_failure(log)
+    return failure is not None and failure.error != WorkersMissing.__name__
 
 
 def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:

@@ -12,6 +12,7 @@ FineloopError                    exit 1: something failed that the user's input 
 │   └── Conflict                 another process moved an alias or created an object first
 │       └── AliasConflict        an alias is held by another version than the move began from; names the holder
 ├── JobError                     a Ray job ended without success (RuntimeError)
+│   └── WorkersMissing           the workers of its own cluster did not come; another cluster may have them
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
 │   └── KubeflowAway             it could not be reached just now; asking again may help
 ├── AnnounceError                a server to notify of a moved alias is away, or refuses (RuntimeError)
@@ -86,6 +87,10 @@ class AliasConflict(Conflict):
 
 class JobError(FineloopError, RuntimeError):
     """A Ray job failed, was stopped, or ran past its deadline."""
+
+
+class WorkersMissing(JobError):
+    """A job's own cluster lacks workers; another one may have them."""
 
 
 class KubeflowError(FineloopError, RuntimeError):

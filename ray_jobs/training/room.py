@@ -1,17 +1,24 @@
 """Room for the workers: what the cluster has, or else what its autoscaler can make of it.
 
-A cluster can grow where its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head where
+A cluster that was made for the job has workers for it, or will have: after the loss of a head they come back later than
+the driver does, and what an autoscaler says meanwhile is of no account.
+
+Another can grow where its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head where
 the RayCluster says so): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it. The
 GCS knows how far the cluster can grow only where a platform reports that; Ray Train compares with it. Otherwise a
 placement group is a demand to the autoscaler, which it serves or calls infeasible.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from components.shared.errors import ConfigError
+from components.config.ray import Cluster, RayJobCluster
+from components.shared.errors import ConfigError, WorkersMissing
 
 POLL_S = 1.0
+STABLE_S = 60.0
+"""How long an autoscaler must go on saying that it cannot grow enough: nodes may be on their way back to a new head."""
 CALL_S = 10
 
 
@@ -22,17 +29,59 @@ def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
     return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
 
 
-def wait_for_room(per_worker: Mapping[str, float], num_workers: int, log: Callable[[str], None]) -> None:
+def wait_for_room(
+    cluster: Cluster, per_worker: Mapping[str, float], num_workers: int, log: Callable[[str], None]
+) -> None:
     """Return once all workers have room at the same time; at once where the cluster is large enough as it is.
 
     Raises:
         ConfigError: it is too small, and does not grow or cannot grow enough.
+        WorkersMissing: it was made for the job, and its workers do not come.
     """
+    import ray
+
+    needed = _needed(per_worker, num_workers)
+    if isinstance(cluster, RayJobCluster):
+        wait_for_own(needed, ray.cluster_resources, cluster.pre_running_timeout_s, log)
+    else:
+        _wait_for_growth(per_worker, num_workers, needed, log)
+
+
+def wait_for_own(
+    needed: Mapping[str, float],
+    resources: Callable[[], Mapping[str, float]],
+    patience_s: float,
+    log: Callable[[str], None],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once the workers of a job's own cluster are there.
+
+    Raises:
+        WorkersMissing: not within `patience_s`, which is as long as nodes, images and pods may take.
+    """
+    began, said = clock(), False
+    while name := _short_of(needed, has := resources()):
+        what = f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s"
+        if clock() - began > patience_s:
+            raise WorkersMissing(
+                f"{what} after ray.cluster.pre_running_timeout_s = {patience_s:g} s: its workers are missing; "
+                "kubectl describe pods says what they wait for"
+            )
+        if not said:
+            log(f"{what}: waiting for its workers")
+        said = True
+        sleep(POLL_S)
+
+
+def _wait_for_growth(
+    per_worker: Mapping[str, float], num_workers: int, needed: Mapping[str, float], log: Callable[[str], None]
+) -> None:
     import ray
     from ray._private.state import state
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    needed = _needed(per_worker, num_workers)
     has = ray.cluster_resources()
     if (name := _short_of(needed, has)) is None:
         return
@@ -44,15 +93,18 @@ def wait_for_room(per_worker: Mapping[str, float], num_workers: int, log: Callab
     log(f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s: waiting for it to grow")
     group = placement_group([dict(per_worker)] * num_workers)
     refused: set[int] = set()
+    since = time.monotonic()
     try:
         while not group.wait(POLL_S):
-            said = _autoscaling_state()
+            said, before = _autoscaling_state(), has
+            has = ray.cluster_resources()
             # What others hold now may be free later, and the report may be older than its release.
-            if said is None or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
+            if said is None or has != before or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
                 refused.clear()
+                since = time.monotonic()
                 continue
             refused.add(said.last_seen_cluster_resource_state_version)
-            if len(refused) > 1:
+            if len(refused) > 1 and time.monotonic() - since > STABLE_S:
                 raise _too_small(
                     name, needed, f"its autoscaler cannot add enough to the {has.get(name, 0):g} there are"
                 )

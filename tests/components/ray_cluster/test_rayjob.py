@@ -170,6 +170,16 @@ def test_a_failed_cluster_is_tried_again_and_its_last_log_counts(cluster: Cluste
     assert [state for _, state in cluster.operator.history].count("Retrying") == 1
 
 
+def test_a_job_whose_workers_did_not_come_is_tried_on_another_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    """Though it said why it failed: that was a matter of its cluster."""
+    mark = tmp_path / "tried"
+    failure = '[finetune] failed {"error": "WorkersMissing", "message": "0 of 2 CPUs", "exit_code": 1}'
+    code = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); s = p.exists(); p.touch(); "
+    code += f"s or print({failure!r}, flush=True); sys.exit(0 if s else 1)"
+    cluster.submit(code, backoff_limit=1)
+    assert [state for _, state in cluster.operator.history].count("Retrying") == 1
+
+
 @pytest.mark.parametrize(("code", "stays_s"), [("print('well')", 0), ("raise SystemExit(1)", 600)])
 def test_the_cluster_of_a_job_that_succeeded_goes_at_once_and_that_of_another_can_be_looked_at(
     cluster: Cluster, code: str, stays_s: int

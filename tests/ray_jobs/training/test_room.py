@@ -18,7 +18,9 @@ import json, sys, time
 import ray
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray._private.worker import global_worker
+from components.config.ray import JobsApiCluster
 from components.shared.errors import ConfigError
+from ray_jobs.training import room
 from ray_jobs.training.room import wait_for_room
 
 deadline = time.monotonic() + 60
@@ -39,8 +41,9 @@ if sys.argv[3] != "fixed":
         assert time.monotonic() < deadline
         time.sleep(0.2)
 lines, refused, began = [], None, time.monotonic()
+room.STABLE_S = 5
 try:
-    wait_for_room({"CPU": 1}, int(sys.argv[2]), lines.append)
+    wait_for_room(JobsApiCluster(), {"CPU": 1}, int(sys.argv[2]), lines.append)
 except ConfigError as exc:
     refused = str(exc)
 answer = {"lines": lines, "refused": refused, "seconds": time.monotonic() - began}
