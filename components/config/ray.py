@@ -15,6 +15,8 @@ IMAGE = "fineloop/train:0.2.0"
 """What `make images` builds of this release."""
 MatmulDtype = Literal["bfloat16", "float32"]
 CpuMatmulDtype = Literal["auto"] | MatmulDtype
+OF_EVERY_STEP = {"use_gpu", "cpu_matmul_dtype"}
+"""Keys of this section that what a step computes depends on."""
 NVIDIA_GPU = "nvidia.com/gpu"
 
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
@@ -188,7 +190,7 @@ class RayConfig(Section):
     """The Ray Train workers."""
 
     num_workers: Annotated[int, Field(ge=1)] = 1
-    """Worker processes, one per GPU where GPUs are used."""
+    """Worker processes, one per GPU where GPUs are used. A run may go on with more or fewer of them."""
     use_gpu: bool = False
     """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
     gpu: GpuName | None = None

@@ -4,14 +4,15 @@ A config is validated whole before any cluster, network or GPU is touched; a mis
 field. Secrets are never in it: they come from the environment or from mounted files.
 """
 
-import hashlib
 import json
+import math
 import re
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from components.config import digests
 from components.config.announce import AnnounceConfig as AnnounceConfig
 from components.config.columns import ColumnsConfig
 from components.config.gate import GateConfig, RequestedMetric
@@ -243,9 +244,12 @@ class RunConfig(Section):
             step *= train.micro_batch_size
             factors = f"train.micro_batch_size {train.micro_batch_size} x {factors}"
         if train.batch_size % step:
+            each, left_over = divmod(train.batch_size, self.ray.num_workers)
+            smaller = math.gcd(each, train.micro_batch_size)
             raise ValueError(
                 f"train.batch_size {train.batch_size} is not a multiple of {factors}: "
                 f"try train.batch_size={max(step, train.batch_size // step * step)}"
+                + ("" if left_over else f", or train.micro_batch_size={smaller}, which leaves every step as it is")
             )
         if self.model.revision and "://" in self.model.base:
             raise ValueError(
@@ -368,12 +372,23 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved config as canonical JSON, in hex; a new release's keys leave it as it was.
+        """sha256 of the resolved config; a new release's keys leave it as it was.
 
-        A run goes on from a checkpoint of the same digest alone, so that an upgrade must not change it, unless what the
-        config means has changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate
-        asks for by default, and which release's image is the default, have no part in a training.
+        A run goes on under the same digest, so that an upgrade must not change it, unless what the config means has
+        changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate asks for by
+        default, and which release's image is the default, have no part in a training.
         """
+        return digests.of_all(self._identity())
+
+    @property
+    def training_digest(self) -> str:
+        """`digest`, without what says how the work of a step is shared out.
+
+        With other workers the same records make the same steps, up to rounding: a run goes on from their checkpoint.
+        """
+        return digests.of_training(self._identity())
+
+    def _identity(self) -> dict[str, Any]:
         values = identity(self)
         if self.gate.limits == GateConfig().limits:
             values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # release 0.1.0's default
@@ -381,4 +396,4 @@ class RunConfig(Section):
             values["ray"]["cluster"]["image"] = "fineloop/train:0.1.0"  # likewise
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values

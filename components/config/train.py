@@ -9,6 +9,19 @@ from components.config.section import Added, Section
 StartFrom = Annotated[str, StringConstraints(pattern=r"^(base|production|[a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*)$")]
 Dtype = Literal["auto", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+SHARING = {
+    "micro_batch_size",
+    "max_tokens",
+    "zero_stage",
+    "cpu_offload",
+    "dense_base",
+    "gradient_checkpointing",
+    "activation_offloading",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "store_patience_s",
+}
+"""Keys that say how the work of a step is shared out, what lies where, and what is kept of it: not what it computes."""
 
 
 class TrainConfig(Section):

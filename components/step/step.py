@@ -57,6 +57,7 @@ def first_step(
 ) -> contextlib.AbstractContextManager[StepRun]:
     """Begin a run: validate the config, and record it with `overrides` applied as runs/<run_id>/config.toml.
 
+    A run that is begun again may share out its work otherwise, such as among fewer workers: that is recorded instead.
     `config` may be JSON of a protobuf Struct, as Kubeflow hands it over. Overrides are `section.key=value` by the run
     parameter that a person filled in; errors about the key name it.
 
@@ -136,9 +137,11 @@ def _begun(name: str, given: Mapping[str, Any], run_id: str, overrides: Mapping[
         store.create(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
     except Conflict:
         first = _recorded(store, run_id, store.get(runs.run_key(run_id, runs.CONFIG)))
-        if first.digest != config.digest:
+        if first.training_digest != config.training_digest:
             uri = store.uri(runs.run_key(run_id, runs.CONFIG))
             raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
+        if first.digest != config.digest:  # it goes on with other workers
+            store.put(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
     return StepRun(name, run_id, config, store)
 
 

@@ -16,8 +16,9 @@ import torch
 from components.config.schema import TrainConfig
 from ray_jobs.adapters import dora
 
-# What bitsandbytes keeps beside its state: the code books of its two data types.
+# What bitsandbytes keeps beside its state: the code books of its two data types. The first has a sign.
 CONSTANTS = ("qmap1", "qmap2")
+BLOCK = 256
 
 
 def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
@@ -58,9 +59,30 @@ def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state that was `saved`, flat, with a number for each element of its parameter, so that it can be cut anywhere.
+
+    Of moments in 8 bits that is what they stand for; in other blocks they are rounded anew.
+    """
+    from bitsandbytes import functional
+
+    state = {name: tensor.flatten() for name, tensor in tensors.items() if not name.startswith("absmax")}
+    for number in ("1", "2"):
+        name = f"state{number}"
+        if name in state and state[name].dtype is torch.uint8:
+            state[name] = functional.dequantize_blockwise(
+                state[name],
+                absmax=tensors[f"absmax{number}"],
+                code=functional.create_dynamic_map(signed=number == "1"),
+                blocksize=BLOCK,
+            )
+    return {**state, "step": tensors["step"]}
+
+
 def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put a parameter's state back, as `saved` gave it."""
+    """Put a parameter's state back, as `saved` or `in_float32` gave it."""
     state = optimizer.state[master]
+    step = tensors["step"]
     if hasattr(optimizer, "init_state"):  # bitsandbytes', whose pages are its own to make
         if not state:
             # It looks the parameter up in its group, where ZeRO-3 puts one for its own step alone.
@@ -68,9 +90,22 @@ def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Map
             held, group["params"] = group["params"], [master]
             optimizer.init_state(group, master, 0, 0)
             group["params"] = held
-        state["step"] = int(tensors["step"])
+        state["step"] = int(step)
         for name in tensors.keys() - {"step"}:
-            state[name].copy_(tensors[name])
+            _copy(tensors[name], state, name)
         return
-    state["step"] = tensors["step"].clone()  # AdamW keeps its count on the CPU
-    state.update({name: tensors[name].to(master.device) for name in tensors.keys() - {"step"}})
+    state["step"] = step.clone()  # AdamW keeps its count on the CPU
+    state.update({name: tensors[name].to(master.device).view_as(master) for name in tensors.keys() - {"step"}})
+
+
+def _copy(tensor: torch.Tensor, state: dict[str, Any], name: str) -> None:
+    from bitsandbytes import functional
+
+    if state[name].dtype is torch.uint8 and tensor.is_floating_point():
+        number = name.removeprefix("state")
+        codes, how = functional.quantize_blockwise(
+            tensor.to(state[name].device), code=state[f"qmap{number}"], blocksize=BLOCK
+        )
+        state[f"absmax{number}"].copy_(how.absmax)
+        tensor = codes
+    state[name].copy_(tensor.view_as(state[name]))

@@ -21,7 +21,7 @@ from components.shared.errors import Diverged, StoreError
 from components.store.store import Store
 from ray_jobs.text import packed
 from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
-from ray_jobs.training import checkpoint, preemption, zero
+from ray_jobs.training import checkpoint, preemption, resuming, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 from ray_jobs.training.patience import Patience
@@ -99,10 +99,10 @@ def run(
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
     fresh = TrainingProgress(
-        config.digest, worker.num_workers, matmul_dtype=worker.kernels.dtype, magnitudes="change",
+        config.training_digest, worker.num_workers, matmul_dtype=worker.kernels.dtype, magnitudes="change",
         held_out=eval_split.digest,
     )  # fmt: skip
-    progress, best = _resumed(engine, fresh, run_id=run_id, store=store, worker=worker)
+    progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started, patience = time.monotonic() - progress.elapsed_s, Patience(train.store_patience_s)
 
@@ -180,27 +180,6 @@ def _keep(
         except StoreError as exc:
             patience.lose(exc, "older checkpoints are deleted later")
     return True
-
-
-def _resumed(
-    engine: Any, fresh: TrainingProgress, *, run_id: str, store: Store, worker: Worker
-) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
-    """The progress and the best weights of the newest complete checkpoint, which the engine goes on from; or afresh."""
-    step = _agreed(checkpoint.newest(store, run_id) if worker.rank == 0 else 0, worker)
-    if worker.rank == 0:
-        checkpoint.discard_after(store, run_id, step)
-    dist.barrier()
-    if not step:
-        return fresh, checkpoint.weights(engine.module)
-    logger.info("resumed from step %d", step)
-    return checkpoint.resume(store, run_id, step, engine, fresh, rank=worker.rank)
-
-
-def _agreed(step: int, worker: Worker) -> int:
-    """Rank 0's, on every worker: it alone reads whole checkpoints to choose one."""
-    chosen = torch.tensor([step], device=worker.device)
-    dist.broadcast(chosen, src=0)
-    return int(chosen.item())
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
         (
             ["train.batch_size=20", "train.micro_batch_size=4", "ray.num_workers=2"],
             "train.batch_size 20 is not a multiple of train.micro_batch_size 4 x ray.num_workers 2: "
-            "try train.batch_size=16",
+            "try train.batch_size=16, or train.micro_batch_size=2, which leaves every step as it is",
         ),
         (["train.batch_size=4"], "try train.batch_size=8"),
         (

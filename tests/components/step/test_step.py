@@ -164,6 +164,15 @@ def test_a_run_keeps_the_config_it_began_with(store: Store) -> None:
         raise AssertionError("the step must not begin")
 
 
+def test_a_run_that_is_begun_again_may_have_other_workers_and_its_later_steps_know(store: Store) -> None:
+    with first_step("prepare", given(store), "run-4"):
+        pass
+    with first_step("prepare", given(store, "ray.num_workers=2", "train.zero_stage=3"), "run-4") as again:
+        pass
+    with step("gate", again.run_uri, again.config.digest) as later:
+        assert later.config.ray.num_workers == 2
+
+
 def test_the_steps_after_the_first_find_the_run_by_its_address(store: Store) -> None:
     with first_step("prepare", given(store), "run-5") as first:
         assert first.run_uri == store.uri("runs/run-5/")

@@ -14,6 +14,7 @@ from unittest import mock
 import bitsandbytes
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from components.config import config_file
@@ -171,6 +172,37 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
+SHAPES = [
+    pytest.param("lora", [2, 1, 2], [2, 2, 0], "", id="2-1-2 workers, stages 2-2-0"),
+    pytest.param("dora", [2, 2, 1], [2, 0, 3], "", marks=pytest.mark.slow, id="2-2-1 workers, stages 2-0-3"),
+    pytest.param("lora", [1, 2, 2], [3, 1, 3], "train.max_tokens=72", marks=pytest.mark.full, id="micro-batches"),
+    pytest.param(
+        "lora train.optimizer=adamw_8bit", [2, 1, 2], [2, 3, 0], "", marks=pytest.mark.full, id="moments of 8 bits"
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "num_workers", "stages", "last"), SHAPES)
+def test_a_run_goes_on_with_other_workers_and_stages_and_takes_the_steps_of_a_plain_loop(
+    run, config, monkeypatch, method, num_workers, stages, last
+):
+    changes = f"method.name={method} train.checkpoint_every_steps=2 train.max_steps=8 train.evals_per_epoch=0".split()
+    for stop_after, count, stage in zip((3, 5), num_workers, stages, strict=False):
+        monkeypatch.setenv("STOP_AFTER_STEP", str(stop_after))
+        with pytest.raises(RuntimeError):
+            run(*changes, f"train.zero_stage={stage}", run_id="moved", num_workers=count)
+    monkeypatch.delenv("STOP_AFTER_STEP")
+    shape = [f"train.zero_stage={stages[-1]}", *last.split()]
+    resumed = run(*changes, *shape, run_id="moved", num_workers=num_workers[-1])
+    assert resumed.resumed_from == 4  # where the second group was, which had gone on from the first one's step 2
+    optimizer = bitsandbytes.optim.AdamW8bit if "8bit" in method else torch.optim.AdamW
+    whole = plain_training(
+        config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS, optimizer=optimizer
+    )
+    np.testing.assert_allclose(resumed.losses, whole.losses[4:], atol=NOISE)
+    np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[4:], rtol=0.1)
+
+
 def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], until_step: int) -> Trained:
     """In each rank: rank 1 cannot reach the store up to a step."""
     import torch.distributed as dist
@@ -204,7 +236,7 @@ def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
     assert found.losses == whole.losses
     assert all((found.weights[name] == whole.weights[name]).all() for name in whole.weights)
     assert {each.key.split("/")[3] for each in store.list("runs/away/checkpoints/")} == {"step-000006"}
-    assert checkpoint.newest(store, "away") == 6
+    assert checkpoint.complete(store, "away") == [6]
 
 
 @pytest.mark.slow

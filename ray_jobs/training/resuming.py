@@ -1,0 +1,161 @@
+"""Going on from a run's newest whole checkpoint, however many workers wrote it."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from components.config.schema import RunConfig
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.store import folders
+from components.store.store import Store
+from ray_jobs.adapters import dora
+from ray_jobs.training import checkpoint, optimizer, partitions, zero
+from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.partitions import Part, Piece
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint, whole and verified as far as this worker needs it."""
+
+    progress: TrainingProgress
+    adapter: Mapping[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    states: list[dict[str, torch.Tensor]]
+    """Of each of this worker's partitions: its master and the optimizer's state."""
+
+
+_Written = tuple[list[Piece] | None, list[dict[str, torch.Tensor]]]
+"""By one worker: the pieces that it held, which release 0.1.0 did not write, and the state of each partition."""
+
+
+def resume(
+    store: Store, run_id: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
+) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
+    """Put an engine into the state of the newest checkpoint that is whole; gives the progress and the best weights.
+
+    Without one these are `fresh` and the weights as they are. Every worker calls it and reads its own part; of a
+    checkpoint that another number of workers wrote, or another ZeRO stage, as many parts as hold its own. One that is
+    damaged for any of them is named in the log, and the one before it taken. What a lost group left of checkpoints
+    beyond it is deleted.
+
+    A release may hold out other records of a dataset than the one that wrote the checkpoint: then what comes competes
+    only with what comes.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another config, or is of release 0.1.0, which could go on with the same
+            number of workers alone, and trained magnitudes otherwise.
+    """
+    steps = checkpoint.complete(store, run_id) if rank == 0 else []
+    found = None
+    while step := _sum(steps.pop(0) if steps else 0, engine.device):
+        key = checkpoint.key_of(run_id, step)
+        try:
+            found = _read(store, key, engine, fresh, config, rank=rank)
+        except (IntegrityError, ObjectMissing) as exc:
+            logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
+        if not _sum(int(found is None), engine.device):
+            break
+        found = None
+    if rank == 0:
+        checkpoint.discard_after(store, run_id, step)
+    dist.barrier()
+    if found is None:
+        return fresh, checkpoint.weights(engine.module)
+    _restore(engine, found)
+    progress = found.progress
+    by = f" of {progress.num_workers} workers" if progress.num_workers != fresh.num_workers else ""
+    logger.info("resumed from step %d%s", step, by)
+    progress.config_digest, progress.num_workers = fresh.config_digest, fresh.num_workers
+    if progress.held_out != fresh.held_out:
+        logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
+        progress.best_loss, progress.evals_without_gain = float("inf"), 0
+        progress.held_out = fresh.held_out
+    return progress, found.best
+
+
+def _sum(number: int, device: torch.device) -> int:
+    """Over all workers."""
+    total = torch.tensor([number], device=device)
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _read(store: Store, key: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int) -> _Found:
+    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+        shared = Path(scratch) / "shared"
+        folders.pull(store, f"{key}/shared", shared)
+        progress = checkpoint.parse_progress((shared / checkpoint.STATE).read_bytes(), store.uri(key))
+        uri = store.uri(key)
+        if progress.config_digest not in (config.training_digest, config.digest):
+            raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
+        if progress.magnitudes != fresh.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
+            raise ConfigError(f"{uri} was written by a release that trained magnitudes whole: start a new run")
+        parts = _parts(store, key, Path(scratch), progress.num_workers, first=rank)
+        return _Found(
+            progress,
+            load_file(shared / checkpoint.ADAPTER),
+            load_file(shared / checkpoint.BEST),
+            _states(engine, parts, progress, fresh, uri),
+        )
+
+
+def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:
+    """What each worker wrote, the one of rank `first` first."""
+    for number in range(num_workers):
+        folder = scratch / f"rank-{(first + number) % num_workers}"
+        folders.pull(store, f"{key}/{folder.name}", folder)
+        with safe_open(folder / checkpoint.OPTIMIZER, "pt") as file:
+            pieces = (file.metadata() or {}).get(checkpoint.PIECES)
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for stored in file.keys():  # noqa: SIM118
+                index, _, name = stored.partition(".")
+                states.setdefault(int(index), {})[name] = file.get_tensor(stored)
+        yield (
+            None if pieces is None else [Piece(*each) for each in json.loads(pieces)],
+            [states[index] for index in sorted(states)],
+        )
+
+
+def _states(
+    engine: Any,
+    parts: Iterator[_Written],
+    progress: TrainingProgress,
+    fresh: TrainingProgress,
+    uri: str,
+) -> list[dict[str, torch.Tensor]]:
+    """Of each of this worker's partitions, as it was written where the same pieces were."""
+    wanted = partitions.here(engine, checkpoint.trainable(engine.module))
+    pieces, states = next(parts)
+    is_same_number = progress.num_workers == fresh.num_workers
+    if pieces is None and not is_same_number:
+        raise ConfigError(
+            f"{uri} was written by {progress.num_workers} workers of release 0.1.0 and ray.num_workers is "
+            f"{fresh.num_workers}: resume with ray.num_workers={progress.num_workers}, or start a new run"
+        )
+    if pieces is None or (is_same_number and pieces == wanted):
+        return states
+    sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
+    held = (Part(p or [], [optimizer.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
+    return partitions.deal(held, wanted, sizes)
+
+
+def _restore(engine: Any, found: _Found) -> None:
+    checkpoint.copy_weights(found.adapter, engine.module)
+    for (master, _), state in zip(zero.master_partitions(engine), found.states, strict=True):
+        held = dict(state)
+        master.data.copy_(held.pop("master").view_as(master))
+        optimizer.restore(engine.optimizer.optimizer, master, held)
+    zero.set_loss_scale(engine, found.progress.loss_scale)
