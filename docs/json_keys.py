@@ -40,7 +40,7 @@ JSON_KEYS = {
     "adapters serve-manifest": "server version manifest",
     "adapters page": "path adapters",
     "adapters export": "path version form base dtype exact parity answers",
-    "chat": "name version",
+    "chat": "name version against turns",
     "replay": "run_id adapter version same verdict basis_sha256 recorded reasons",
     "compile": "path sha256 pipeline image",
     "submit": f"{_KUBEFLOW} interrupted",

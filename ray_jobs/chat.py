@@ -1,41 +1,46 @@
-"""Talk to an adapter: `fineloop chat NAME`. Base and adapter answer side by side, from one base in memory."""
+"""Talk to an adapter: `fineloop chat NAME`. The adapter answers first, then what it is compared with."""
 
+import json
 import logging
 import signal
 import sys
-import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Message, Record
-from components.registry.versions import pull_version, resolve
+from components.prepare.dataset import Message
+from components.registry.versions import resolve
 from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import build, recorded
-from ray_jobs.base import base_config, base_model
-from ray_jobs.text import chat_format
-from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
-    from ray_jobs.kernels.door import Kernels
+    from ray_jobs.talking.speaker import Speaker
 
-LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
+INTERRUPTED = 130
+SHOWN = 8  # digits of a version
+HELP = """/reset   begin a new conversation
+/help    this list
+Ctrl-C ends an answer, Ctrl-D the chat"""
 
 
 def main() -> None:
     """The entry point. Reads one prompt a line from stdin until it ends."""
     parser = entry.parser(
         "ray_jobs.chat",
-        "Answer prompts from stdin with the base and with an adapter, side by side.",
+        "Answer prompts from stdin with an adapter, and with its base or another version beside it.",
         "fineloop chat icd10-chapters@production",
     )
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
-    parser.add_argument(
-        "--system", help="a system message before each prompt; without it, the one that every record had"
-    )
+    parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
+    parser.add_argument("--system", help="a system message before each conversation (default: that of the records)")
+    parser.add_argument("--turns", choices=("keep", "alone"), help="whether a prompt follows those before it")
+    parser.add_argument("--max-tokens", type=int, help="longest answer (default: evaluation's)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as evaluation decodes")
+    parser.add_argument("--transcript", type=Path, help="file to add each turn to, a JSON object a line")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the adapter's copy is removed
     # What takes long is announced, such as converting a base that is here for the first time.
@@ -43,15 +48,51 @@ def main() -> None:
     logging.getLogger("ray_jobs").setLevel(logging.INFO)
     _print_err("starting PyTorch and transformers")
     entry.quiet_libraries()
+    answering = Answering(arguments.max_tokens, arguments.temperature)
     try:
-        chat(entry.load_config(arguments.config, arguments.set), arguments.version, arguments.system)
+        config = entry.load_config(arguments.config, arguments.set)
+        chat(
+            *(config, arguments.version, arguments.against, answering),
+            system=arguments.system,
+            turns=arguments.turns,
+            transcript=arguments.transcript,
+        )
     except FineloopError as exc:  # a person reads this, not a submitter
         _print_err(f"fineloop: {exc}")
         sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
-def chat(config: RunConfig, reference: str, system: str | None) -> None:
-    """Answer until stdin ends. The base, its context and its format are those of the version's own run.
+@dataclass(frozen=True)
+class Answering:
+    """How long answers may be, and how they are decoded."""
+
+    max_tokens: int | None = None
+    """None for evaluation's."""
+    temperature: float = 0.0
+
+
+@dataclass
+class Conversation:
+    """What one speaker was asked and has answered."""
+
+    speaker: "Speaker"
+    turns: list[Message] = field(default_factory=list)
+
+
+def chat(
+    config: RunConfig,
+    reference: str,
+    against: str,
+    answering: Answering,
+    *,
+    system: str | None,
+    turns: str | None,
+    transcript: Path | None,
+) -> None:
+    """Answer until stdin ends. Base, context and format are those of the version's own run; what is left open of
+    `system` and `turns` is as in its training data.
 
     Raises:
         ObjectMissing: there is no such version.
@@ -59,73 +100,95 @@ def chat(config: RunConfig, reference: str, system: str | None) -> None:
         IntegrityError: its base is not there any more as it was trained on.
     """
     with garbage.importing():
-        from ray_jobs.adapters import own_base
-        from ray_jobs.kernels import door
-        from ray_jobs.planning import placement
+        from ray_jobs.talking import speaker
 
     store = Store.open(config.registry)
     version = resolve(store, reference)
-    its_run = recorded.read(config, store, version)
-    own, longest = its_run.config, its_run.max_new_tokens or LONGEST_ANSWER
-    if system is None:
-        system = _system_message(store, its_run.dataset_uri)
-    _print_err(f"loading {own.model.base}")
-    base = base_model.resolve(own.model, recorded=its_run.base_identity)
-    stands_on = own_base.find(own, base, store)
-    use_gpu = placement.on_gpus(own, base)
-    kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
-    model = _load(stands_on, own, kernels, use_gpu=use_gpu)
-    alone = model if stands_on == base else _load(base, own, kernels, use_gpu=use_gpu)
-    _print_err(f"loading {version.name} {version.version}")
-    with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
-        folder = Path(scratch) / "adapter"
-        pull_version(store, version, folder)
-        chat_as = chat_format.load(base, own.model, folder)
-        adapted = kernels.adopt(build.load(model, folder)).eval()
-    for each in (alone, adapted):
-        door.adopt_single_rows(each)
+    trained = speaker.as_trained(config, store, version)
+    system = trained.system if system is None else system
+    keeps_turns = trained.in_turns if turns is None else turns == "keep"
+    speakers = speaker.load(config, store, version, version.name, with_base=against == "base")
+    if against not in ("base", "none"):
+        other = resolve(store, against)
+        speakers += speaker.load(config, store, other, f"{other.name}@{other.version[:SHOWN]}", with_base=False)
     if system:
-        _print_err(f"each prompt follows the system message {system!r}, as in training")
-    _print_err("ready: type a prompt, or Ctrl-D to end")
-    while prompt := _read():
-        turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
-        with adapted.disable_adapter():
-            _answer("base", alone, chat_as, turns, own, longest)
-        _answer(version.name, adapted, chat_as, turns, own, longest)
+        _print_err(f"each conversation begins with the system message {system!r}")
+    if not keeps_turns:
+        _print_err("each prompt stands alone, without those before it: --turns keep makes a conversation of them")
+    _print_err("ready: type a prompt, /help, or Ctrl-D to end")
+    begun = [Message("system", system)] if system else []
+    for turn in converse(speakers, _prompts(), begun, answering, keeps_turns=keeps_turns, say=_say):
+        if transcript is not None:
+            with transcript.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(turn) + "\n")
 
 
-def _load(base: base_model.Base, own: RunConfig, kernels: "Kernels", *, use_gpu: bool) -> Any:
-    from ray_jobs.kernels import door
-
-    model = door.load_model(base, own.model, own.method.row.base, kernels, use_gpu=use_gpu, across_gpus=True).eval()
-    kernels.hold_dense_if_room(model)
-    return model
-
-
-def _system_message(store: Store, dataset_uri: str) -> str:
-    """What every record of the training data began with; empty when they differ or the dataset is gone."""
-    key = f"{store.key(dataset_uri).rstrip('/')}/profile.json"
-    return (store.get_json(key).get("system_message") or "") if store.exists(key) else ""
-
-
-def _answer(who: str, model: Any, chat_as: ChatFormat, turns: list[Message], config: RunConfig, longest: int) -> None:
-    """Say an answer word by word, as it comes."""
-    from ray_jobs.scoring.generation import greedy
-    from ray_jobs.text.batching import tokenize
-
-    # An answer is needed to make a record; generation sees the prompt alone.
-    split = tokenize([Record("prompt", turns, "-")], chat_as, config.model.max_length)
-    _say(f"{who:>24} | ")
-    greedy(model, chat_as, split, 1, longest, on_text=_say)
-    _say("\n")
+def converse(
+    speakers: Sequence["Speaker"],
+    prompts: Iterator[str],
+    begun: Sequence[Message],
+    answering: Answering,
+    *,
+    keeps_turns: bool,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Each prompt with what every speaker says to it, each in a conversation of its own that starts as `begun`."""
+    talks = [Conversation(speaker, [*begun]) for speaker in speakers]
+    for prompt in prompts:
+        if prompt == "/help":
+            _print_err(HELP)
+            continue
+        if prompt == "/reset" or not keeps_turns:
+            talks = [Conversation(speaker, [*begun]) for speaker in speakers]
+        if prompt == "/reset":
+            _print_err("a new conversation")
+            continue
+        yield {"prompt": prompt, "answers": [_answer(talk, prompt, answering, say) for talk in talks]}
 
 
-def _read() -> str:
+def _answer(talk: Conversation, prompt: str, answering: Answering, say: Callable[[str], None]) -> dict[str, Any]:
+    """Say an answer word by word, as it comes; an interrupt ends it where it is."""
+    from ray_jobs.text.chat_format import without_reasoning
+
+    talk.turns.append(Message("user", prompt))
+    pieces: list[str] = []
+
+    def hear(text: str) -> None:
+        pieces.append(text)
+        say(text)
+
+    say(f"{talk.speaker.name:>24} | ")
+    stopped = False
+    try:
+        talk.speaker.answer(
+            talk.turns, on_text=hear, max_tokens=answering.max_tokens, temperature=answering.temperature
+        )
+    except KeyboardInterrupt:
+        stopped = True
+    say(" [stopped]\n" if stopped else "\n")
+    text = "".join(pieces)
+    talk.turns.append(Message("assistant", without_reasoning(text)))
+    return {"model": talk.speaker.name, "text": text, "stopped": stopped}
+
+
+def _prompts() -> Iterator[str]:
+    """Lines of stdin that are not empty. Two interrupts in a row end it as its end does."""
+    asked = False
     while True:
         _print_err("> ", end="")
-        line = sys.stdin.readline()
-        if not line or line.strip():
-            return line.strip()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if asked:
+                return
+            asked = True
+            _print_err("\nCtrl-C again, or Ctrl-D, ends the chat")
+            continue
+        asked = False
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def _say(text: str) -> None:

@@ -1,11 +1,20 @@
 """`fineloop chat`."""
 
 import argparse
-from typing import Any
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.adapters import REFERENCE
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home
 from pipelines.commands.opened_registry import opened_registry
+
+if TYPE_CHECKING:
+    from components.registry.versions import Version
+    from components.store.store import Store
 
 # How often an idle OpenMP thread looks for work before it sleeps. By default it is some milliseconds, in which it keeps
 # a processor from the thread that it waits for wherever others compute too; a token is several hundred such waits.
@@ -18,15 +27,35 @@ def add(commands: Any) -> None:
         commands,
         "chat",
         _chat,
-        does="Talk to an adapter, base and adapter side by side.",
-        more="It reads messages from the terminal, one a line, and runs the adapter on its own base.",
-        example="echo Mpox | fineloop chat icd10-chapters",
+        does="Talk to an adapter, with its base or another version beside it.",
+        more="It reads messages from the terminal, one a line, and runs the adapter on its own base, prompted as it "
+        "was trained. The adapter answers first. /reset begins anew; Ctrl-C ends an answer, not the chat.",
+        example="echo Mpox | fineloop chat icd10-chapters --against none",
     )
     chat.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
     chat.add_argument(
+        "--against",
+        default="base",
+        metavar="base|champion|VERSION|none",
+        help="what answers beside it: its base (default), the version in production, another version or alias, nothing",
+    )
+    chat.add_argument(
         "--system",
         metavar="TEXT",
-        help="a system message before each of yours; without it, the training data's, if all had the same",
+        help="a system message before each conversation; without it, the training data's, if all had the same",
+    )
+    chat.add_argument(
+        "--turns",
+        choices=("keep", "alone"),
+        help="whether a prompt follows those before it (default: as in the training data)",
+    )
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: that of its evaluation)")
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="how freely words are drawn; 0 (default) always takes the likeliest, as evaluation does",
     )
     add_config(chat)
     add_home(chat)
@@ -34,12 +63,49 @@ def add(commands: Any) -> None:
 
 def _chat(options: argparse.Namespace) -> Answer:
     from components.registry.versions import resolve
+    from pipelines.local.guard import SIGNALLED
     from pipelines.local.job import Job, talk
 
-    with opened_registry(options) as store:
+    _require_sound(options)
+    with opened_registry(options) as store, tempfile.TemporaryDirectory() as folder:
         version = resolve(store, options.reference)
-        arguments = ["--version", f"{version.name}@{version.version}"]
-        arguments += [] if options.system is None else ["--system", options.system]
+        against = _against(store, version, options.against)
+        transcript = Path(folder, "turns.jsonl")
+        transcript.touch()
+        arguments = ["--version", f"{version.name}@{version.version}", "--against", against]
+        arguments += ["--transcript", str(transcript), "--temperature", str(options.temperature)]
+        for flag, given in (("--system", options.system), ("--turns", options.turns)):
+            arguments += [] if given is None else [flag, given]
+        arguments += [] if options.max_tokens is None else ["--max-tokens", str(options.max_tokens)]
         config = str(options.config.absolute())
-        exit_code = talk(Job("ray_jobs.chat", config, arguments, options.overrides, PATIENT_THREADS))
-    return Answer({"name": version.name, "version": version.version}, exit_code=exit_code)
+        job = Job("ray_jobs.chat", config, arguments, options.overrides, PATIENT_THREADS)
+        exit_code = talk(job, stdout=sys.stderr.fileno() if options.json else None)
+        if exit_code == SIGNALLED + signal.SIGINT:
+            raise KeyboardInterrupt
+        turns = [json.loads(line) for line in transcript.read_text(encoding="utf-8").splitlines()]
+    body = {"name": version.name, "version": version.version, "against": against, "turns": turns}
+    return Answer(body, exit_code=exit_code)
+
+
+def _require_sound(options: argparse.Namespace) -> None:
+    if options.max_tokens is not None and options.max_tokens < 1:
+        options.parser.error(f"--max-tokens {options.max_tokens}: expected at least 1")
+    if not 0 <= options.temperature < float("inf"):
+        options.parser.error(f"--temperature {options.temperature}: expected 0 or more")
+
+
+def _against(store: "Store", version: "Version", wanted: str) -> str:
+    """What the job is given: base, none, or NAME@VERSION."""
+    from components.registry.aliases import PRODUCTION
+    from components.registry.versions import resolve
+    from components.shared.errors import UserError
+
+    if wanted in ("base", "none"):
+        return wanted
+    at = PRODUCTION if wanted == "champion" else wanted
+    other = resolve(store, at if "@" in at else f"{version.name}@{at}")
+    if (other.name, other.version) == (version.name, version.version):
+        raise UserError(
+            f"--against {wanted} is {version.name} {version.version} itself: name another version, base or none"
+        )
+    return f"{other.name}@{other.version}"

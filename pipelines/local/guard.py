@@ -7,6 +7,8 @@ GRACE_S by force, and with it whatever descends from it. On Linux the guard is t
 daemons and sessions of their own do not get away, and a guard that dies by SIGKILL takes the command with it: the
 kernel sends SIGNAL.
 
+A byte in that pipe sends the command SIGINT: its session gets none from the terminal.
+
 It runs outside the package (`python -I -S guard.py`), so that it starts in some 20 ms: only the standard library here.
 """
 
@@ -62,8 +64,10 @@ def run(command: list[str], *, orphan_signal: int, grace_s: float, stdin: int) -
         readable, _, _ = select.select([sys.stdin.fileno(), woken], [], [])
         if woken in readable:
             os.read(woken, 4096)
-        if sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 4096):
-            break
+        if sys.stdin.fileno() in readable:
+            if not os.read(sys.stdin.fileno(), 4096):
+                break
+            child.send_signal(signal.SIGINT)
         status = _reap(child.pid)
     if status is None:
         with contextlib.suppress(ProcessLookupError):
@@ -147,6 +151,14 @@ def start(
     finally:
         for descriptor in inherited:
             os.close(descriptor)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGINT to the command of a guard that `start` returned. Harmless when it has ended."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"\n")
+            process.stdin.flush()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

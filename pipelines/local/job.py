@@ -87,20 +87,25 @@ def answer(
     return body
 
 
-def talk(job: Job) -> int:
-    """Run the job on this process's own standard streams, to its end; returns its exit code."""
+def talk(job: Job, *, stdout: int | None = None) -> int:
+    """Run the job on this process's own standard streams, to its end; returns its exit code.
+
+    An interrupt is passed on to the job, which says what it ends. `stdout` is a descriptor in place of our own.
+    """
     process = guard.start(
         job.command(),
         orphan_signal=signal.SIGTERM,
         environment=job.whole_environment(),
         directory=Path.cwd(),
         stdin=sys.stdin.fileno(),
-        stdout=sys.stdout.fileno(),
+        stdout=sys.stdout.fileno() if stdout is None else stdout,
         stderr=sys.stderr.fileno(),
     )
+    before = signal.signal(signal.SIGINT, lambda *_: guard.interrupt(process))
     try:
         return process.wait()
     finally:
+        signal.signal(signal.SIGINT, before)
         guard.stop(process)
 
 

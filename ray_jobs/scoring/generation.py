@@ -1,4 +1,4 @@
-"""What a model answers: greedy decoding in batches, the same for evaluation and chat."""
+"""What a model answers: greedy decoding in batches, the same for evaluation and chat; chat may draw its words too."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +52,26 @@ def greedy(
 
     answer_all(model, chat, split, batch_size, max_new_tokens, answer)
     return result
+
+
+@torch.inference_mode()
+def sampled(
+    model: Any, chat: ChatFormat, split: TokenizedSplit, max_new_tokens: int, temperature: float, *, on_text: OnText
+) -> str:
+    """An answer to the single prompt of `split`, drawn from all tokens at `temperature`, which is above 0."""
+    with _decoding(model, chat):
+        tokens = generated(
+            model,
+            chat,
+            [split.prompt(0)],
+            max_new_tokens,
+            streamer=_Words(chat.tokenizer, on_text),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+        )
+    return _texts(chat, tokens)[0]
 
 
 def answer_all(

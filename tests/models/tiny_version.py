@@ -30,8 +30,16 @@ def randomise(adapted, *, seed: int = 0, std: float = 0.1) -> None:
             weight.data.add_(torch.empty_like(weight).normal_(std=std, generator=generator))
 
 
-def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1, with_data: bool = True) -> Version:
-    """Publish one, as the finetune job publishes it, with held-out records of its own."""
+def publish(
+    config: RunConfig,
+    store: Store,
+    scratch: Path,
+    *,
+    std: float = 0.1,
+    with_data: bool = True,
+    data_uri: str = "s3://nowhere/datasets/d0",
+) -> Version:
+    """Publish one, as the finetune job publishes it, with held-out records of its own, or of `data_uri`."""
     from ray_jobs.adapters import build, own_base
     from ray_jobs.base import base_model
 
@@ -43,8 +51,7 @@ def publish(config: RunConfig, store: Store, scratch: Path, *, std: float = 0.1,
     randomise(adapted, std=std)
     folder = scratch / f"adapter-{config.method.name}"
     build.save(adapted, folder)
-    data_uri = "s3://nowhere/datasets/d0"
-    if with_data:
+    if with_data and data_uri == "s3://nowhere/datasets/d0":
         data_uri = datasets.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:]).uri
     row = config.method.row
     lineage = build_lineage(

@@ -1,31 +1,110 @@
 """`fineloop chat` as a process, on a real store and a real version of the tiny base."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from components.config import config_file
+from components.registry.aliases import promote
+from components.registry.versions import Version
 from components.store.store import Store
 from tests.models.tiny import build_base
 from tests.models.tiny_version import publish
-from tests.pipelines.command_line import fineloop
+from tests.pipelines.command_line import ROOT, body, fineloop
 
 
-@pytest.mark.slow
-def test_each_line_is_answered_by_base_and_adapter_and_the_answers_alone_are_on_stdout(
-    store: Store, tmp_path: Path
-) -> None:
+@pytest.fixture
+def version(store: Store, tmp_path: Path) -> Version:
     (tmp_path / "where.toml").write_text(
         '[adapter]\nname = "colours"\n[data]\nsource = "none.jsonl"\n[method]\nname = "lora"\nrank = 4\n'
         f'[model]\nbase = "{build_base(tmp_path / "base")}"\nmax_length = 64\n'
         f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n[evaluate]\nmax_new_tokens = 4\n'
     )
-    publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
+    return publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
+
+
+@pytest.mark.slow
+def test_each_line_is_answered_by_adapter_and_base_and_the_answers_alone_are_on_stdout(
+    version: Version, tmp_path: Path
+) -> None:
     done = fineloop("chat", "colours", "-c", "where.toml", cwd=tmp_path, typed="sky?\nsnow?\n")
     assert done.returncode == 0, done.stderr
     speakers = [line.partition("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
-    assert speakers == ["base", "colours"] * 2
+    assert speakers == ["colours", "base"] * 2
     words = [line.partition(" ")[0] for line in done.stderr.splitlines() if not line.startswith(">")]
     assert [word for word in words if word in ("starting", "loading", "ready:")] == [
         "starting", "loading", "loading", "ready:",
     ]  # fmt: skip
+
+
+@pytest.mark.full
+def test_json_holds_the_answers_of_adapter_and_champion(version: Version, store: Store, tmp_path: Path) -> None:
+    config = config_file.load(tmp_path / "where.toml")
+    champion = publish(config, store, tmp_path / "champion", std=0.3)
+    promote(store, "colours", champion.version)
+    arguments = ("-c", "where.toml", "--against", "champion", "--json")
+    done = fineloop("chat", f"colours@{version.version}", *arguments, cwd=tmp_path, typed="sky?\n")
+    printed = body(done)
+    assert done.stdout.count("\n") == 1
+    (turn,) = printed["turns"]
+    assert [each["model"] for each in turn["answers"]] == ["colours", f"colours@{champion.version[:8]}"]
+    assert (turn["prompt"], turn["answers"][0]["stopped"]) == ("sky?", False)
+    assert turn["answers"][0]["text"] in done.stderr
+    refused = fineloop("chat", "colours", *arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"--against champion is colours {champion.version} itself" in refused.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path: Path) -> None:
+    arguments = ["chat", "colours", "-c", "where.toml", "--against", "none", "--max-tokens", "400", "--json"]
+    arguments += ["--set", "evaluate.max_new_tokens=4"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as talk:
+        assert talk.stdin
+        assert talk.stdout
+        assert talk.stderr
+        read_until(talk.stderr, b"ready:")
+        talk.stdin.write(b"sky?\n")
+        talk.stdin.flush()
+        read_until(talk.stderr, b"colours | ")
+        talk.send_signal(signal.SIGINT)
+        read_until(talk.stderr, b"[stopped]")
+        talk.stdin.write(b"snow?\n")
+        talk.stdin.close()
+        talk.stderr.read()
+        turns = json.loads(talk.stdout.read())["turns"]
+    assert talk.returncode == 0
+    assert [turn["prompt"] for turn in turns] == ["sky?", "snow?"]
+    assert turns[0]["answers"][0]["stopped"]
+
+
+def read_until(stream: IO[bytes], words: bytes) -> None:
+    read = b""
+    while words not in read:
+        piece = stream.read(1)
+        assert piece, read.decode()
+        read += piece
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(("--max-tokens", "0"), "expected at least 1"), (("--temperature", "-1"), "expected 0 or more")],
+)
+def test_what_no_answer_can_be_like_is_refused_at_once(option: tuple[str, str], message: str, tmp_path: Path) -> None:
+    done = fineloop("chat", "colours", *option, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr

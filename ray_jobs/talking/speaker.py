@@ -1,0 +1,125 @@
+"""Models that answer in a conversation: a version on its own base, and that base alone.
+
+They are prompted as training and evaluation prompt them, and decode by the same code.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record
+from components.registry.versions import Version, pull_version
+from components.store.store import Store
+from ray_jobs.adapters import build, own_base, recorded
+from ray_jobs.adapters.recorded import Recorded
+from ray_jobs.base import base_config, base_model
+from ray_jobs.base.base_model import Base
+from ray_jobs.kernels import door
+from ray_jobs.kernels.door import Kernels
+from ray_jobs.planning import placement
+from ray_jobs.scoring.generation import OnText, greedy, sampled
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import tokenize
+from ray_jobs.text.chat_format import ChatFormat
+
+logger = logging.getLogger(__name__)
+
+LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One of them."""
+
+    name: str
+    chat_as: ChatFormat
+    max_length: int
+    """Tokens of a conversation that are read, as in training."""
+    longest: int
+    """Tokens of an answer, where nobody asks for another length: what evaluation took."""
+    model: Any
+    is_base: bool = False
+    """Whether the model answers without its adapter, where it has one."""
+
+    def answer(
+        self, turns: Sequence[Message], *, on_text: OnText, max_tokens: int | None = None, temperature: float = 0.0
+    ) -> str:
+        """The answer to the last turn, greedy at temperature 0; `on_text` receives it word by word as it comes."""
+        # An answer is needed to make a record; generation sees the prompt alone.
+        split = tokenize([Record("prompt", list(turns), "-")], self.chat_as, self.max_length)
+        if split.cut:
+            logger.warning("the conversation is longer than %d tokens: its beginning is left out", self.max_length)
+        without = self.is_base and hasattr(self.model, "disable_adapter")
+        with self.model.disable_adapter() if without else contextlib.nullcontext():
+            if temperature:
+                return sampled(
+                    self.model, self.chat_as, split, max_tokens or self.longest, temperature, on_text=on_text
+                )
+            return greedy(self.model, self.chat_as, split, 1, max_tokens or self.longest, on_text=on_text)[0]
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """What the records of a training were like."""
+
+    system: str
+    """The system message that all began with; empty where they differ or the dataset is gone."""
+    in_turns: bool
+    """Whether some are conversations of several turns."""
+
+
+def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
+    """How the version's training data reads, as far as its profile says."""
+    key = f"{store.key(recorded.read(config, store, version).dataset_uri).rstrip('/')}/profile.json"
+    profile = store.get_json(key) if store.exists(key) else {}
+    samples = profile.get("splits", {}).get("train", {}).get("samples", [])
+    in_turns = any(turn["role"] == "assistant" for sample in samples for turn in sample["prompt"])
+    return AsTrained(profile.get("system_message") or "", in_turns)
+
+
+def load(config: RunConfig, store: Store, version: Version, name: str, *, with_base: bool) -> list[Speaker]:
+    """The version under `name`, and the base that it was trained on, if asked for: from one base in memory, where the
+    version has none of its own.
+
+    Raises:
+        ConfigError: its base comes with code that `config` does not allow to run.
+        IntegrityError: its base is not there any more as it was trained on.
+    """
+    its_run = recorded.read(config, store, version)
+    own = its_run.config
+    logger.info("loading %s", own.model.base)
+    base = base_model.resolve(own.model, recorded=its_run.base_identity)
+    stands_on = own_base.find(own, base, store)
+    use_gpu = placement.on_gpus(own, base)
+    kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
+    model = _load(stands_on, own, kernels, use_gpu=use_gpu)
+    alone = _load(base, own, kernels, use_gpu=use_gpu) if with_base and stands_on != base else None
+    logger.info("loading %s %s", version.name, version.version)
+    with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
+        folder = Path(scratch) / "adapter"
+        pull_version(store, version, folder)
+        chat_as = chat_format.load(base, own.model, folder)
+        adapted = kernels.adopt(build.load(model, folder)).eval()
+    for each in (adapted, alone):
+        if each is not None:
+            door.adopt_single_rows(each)
+    return [
+        _speaker(name, chat_as, its_run, adapted),
+        *([_speaker("base", chat_as, its_run, alone or adapted, is_base=True)] if with_base else []),
+    ]
+
+
+def _speaker(name: str, chat_as: ChatFormat, its_run: Recorded, model: Any, *, is_base: bool = False) -> Speaker:
+    longest = its_run.max_new_tokens or LONGEST_ANSWER
+    return Speaker(name, chat_as, its_run.config.model.max_length, longest, model, is_base)
+
+
+def _load(base: Base, own: RunConfig, kernels: Kernels, *, use_gpu: bool) -> Any:
+    model = door.load_model(base, own.model, own.method.row.base, kernels, use_gpu=use_gpu, across_gpus=True).eval()
+    kernels.hold_dense_if_room(model)
+    return model
