@@ -39,6 +39,8 @@ class AdapterConfig(Section):
     """Registry name: lower-case letters, digits, '.', '_' and '-', at most 63 characters."""
     alias: Name = "production"
     """The pointer that a promoted version takes."""
+    note: Annotated[str, StringConstraints(max_length=500), Added("0.2.0")] = ""
+    """What this run is for, in your words: shown in its report and in lists of runs."""
 
 
 class ModelConfig(Section):
@@ -376,7 +378,7 @@ class RunConfig(Section):
 
         A run goes on under the same digest, so that an upgrade must not change it, unless what the config means has
         changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate asks for by
-        default, and which release's image is the default, have no part in a training.
+        default, which release's image is the default, and a note have no part in a training.
         """
         return digests.of_all(self._identity())
 
@@ -390,6 +392,7 @@ class RunConfig(Section):
 
     def _identity(self) -> dict[str, Any]:
         values = identity(self)
+        values["adapter"].pop("note", None)
         if self.gate.limits == GateConfig().limits:
             values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # release 0.1.0's default
         if values["ray"]["cluster"].get("image") == IMAGE:

@@ -61,6 +61,7 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         run_id=run_id,
         adapter=config.adapter.name,
         alias=config.adapter.alias,
+        note=config.adapter.note,
         config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
         config_digest=config.digest,
         metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),

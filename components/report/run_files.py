@@ -25,6 +25,8 @@ class RunFiles:
     run_id: str
     adapter: str
     alias: str = "production"
+    note: str = ""
+    """What it was for, in the words of who started it."""
     config_toml: str = ""
     config_digest: str = ""
     metrics: Sequence[Mapping[str, Any]] = ()

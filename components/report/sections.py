@@ -189,6 +189,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     starts = [start for step in run.steps if (start := parse_moment(step.started_at))]
     seconds = sum(step.seconds for step in run.steps)
     facts = [("Adapter", run.adapter), ("Candidate", run.version or "none"), ("Run", run.run_id)]
+    if run.note:
+        facts.append(("Note", run.note))
     if run.evaluation and run.evaluation.fold:
         facts.append(("Judged by", f"fold {run.evaluation.fold} of {run.evaluation.folds} of what is held out"))
     if run.decision and run.decision.look:

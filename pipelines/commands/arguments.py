@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 import shlex
 import sys
@@ -112,6 +113,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         metavar="KEY=VALUE",
         help="replace one key, such as train.learning_rate=2e-4; may be repeated",
+    )
+
+
+def add_note(parser: argparse.ArgumentParser) -> None:
+    """What the run is for; it travels in the config."""
+    parser.add_argument(
+        "--note",
+        action="append",
+        default=[],
+        dest="overrides",
+        type=lambda text: f"adapter.note={json.dumps(text, ensure_ascii=False)}",
+        metavar="TEXT",
+        help="what this run is for, shown in its report and in lists of runs (adapter.note)",
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from typing import Any, Literal
 
-from pipelines.commands.arguments import Answer, add_command, add_config, add_home, home_option, load_config
+from pipelines.commands.arguments import Answer, add_command, add_config, add_home, add_note, home_option, load_config
 
 
 def add(commands: Any) -> None:
@@ -28,6 +28,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What runs, where its files lie, and its name."""
     add_config(parser)
     add_home(parser)
+    add_note(parser)
     parser.add_argument("--run-id", default="", metavar="ID", help="name of the run (default: its time)")
 
 

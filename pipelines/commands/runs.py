@@ -1,26 +1,29 @@
-"""`fineloop runs`: what ran on Kubeflow, and how to stop it."""
+"""`fineloop runs`: what ran, here or on Kubeflow, and how to stop it there."""
 
 import argparse
+import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from components.shared.durations import duration
-from pipelines.commands.arguments import EXIT_CODES, Answer, add_command
+from pipelines.commands.arguments import EXIT_CODES, Answer, add_command, add_config, add_home
 from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
+from pipelines.commands.opened_registry import opened_registry
 from pipelines.commands.table import table
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.run import Run, TaskRun
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
+LOSS = "loss"
 
 
 def add(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "runs",
-        help="list, show and stop runs on Kubeflow",
-        description="What ran on Kubeflow, and what runs now.",
+        help="list runs; show and stop those on Kubeflow",
+        description="What ran, on this machine or on Kubeflow, and what runs there now.",
         epilog="example:\n  fineloop runs list --state running\n\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -31,6 +34,8 @@ def add(commands: Any) -> None:
         "list",
         _list,
         does="List the newest runs.",
+        more="Where a Kubeflow Pipelines is named they are its own, with their states; elsewhere, and with --store, "
+        "those that the registry's store keeps, however they were started, with what came out of them.",
         example="fineloop runs list --adapter icd10-chapters --state failed",
     )
     listing.add_argument("--adapter", default="", metavar="NAME", help="only runs that retrain this adapter")
@@ -54,12 +59,18 @@ def add(commands: Any) -> None:
     )
     for parser in (show, stop):
         parser.add_argument("run", metavar="RUN", help="id, the first digits of it, or name")
+    listing.add_argument("--store", action="store_true", help="the store's, even where a Kubeflow is named")
+    add_config(listing)
+    add_home(listing)
     for parser in (listing, show, stop):
         add_kubeflow(parser)
 
 
 def _list(options: argparse.Namespace) -> Answer:
-    from pipelines.kubeflow import runs
+    from pipelines.kubeflow import client, runs
+
+    if options.store or not (options.state or options.experiment or client.is_named(os.environ, host=options.host)):
+        return _kept(options)
 
     found = runs.listed(
         connected(options),
@@ -75,6 +86,29 @@ def _list(options: argparse.Namespace) -> Answer:
     ]
     text = table(rows) if found else "no such runs yet: `fineloop submit` starts one"
     return Answer({"runs": [run.as_json() for run in found]}, text)
+
+
+def _kept(options: argparse.Namespace) -> Answer:
+    """What the store keeps."""
+    from components.shared.metrics import metric_of, metrics_of
+    from pipelines.local.past_runs import listed
+
+    with opened_registry(options) as store:
+        found = listed(store, adapter=options.adapter, limit=options.limit)
+    chosen = metrics_of({run.metric for run in found} - {LOSS})
+    rows = [("run", "began", "adapter", "outcome", LOSS, *(each.label for each in chosen), "rate", "steps", "note")]
+    for run in found:
+        values = [run.metrics.get(each.key) if each.key == run.metric else None for each in chosen]
+        shown = [each.text(value) if value is not None else "-" for each, value in zip(chosen, values, strict=True)]
+        rows.append(
+            (
+                *(run.run_id, run.began[:16].replace("T", " "), run.adapter, run.outcome),
+                *("-" if run.loss is None else metric_of(LOSS).text(run.loss), *shown),
+                *("-" if run.learning_rate is None else f"{run.learning_rate:.3g}", str(run.steps or "-"), run.note),
+            )
+        )
+    text = table(rows) if found else "no such runs yet: `fineloop run` starts one"
+    return Answer({"runs": [vars(run) for run in found]}, text)
 
 
 def _show(options: argparse.Namespace) -> Answer:

@@ -4,7 +4,7 @@ import argparse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, print_err
+from pipelines.commands.arguments import Answer, add_command, add_config, add_note, print_err
 from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     add_kubeflow(submit)
     add_pipeline(submit)
     add_experiment(submit)
+    add_note(submit)
     submit.add_argument("--run-name", default="", metavar="NAME", help="default: the adapter's name and the time")
     submit.add_argument("--no-wait", action="store_true", help="end as soon as the run is started")
 

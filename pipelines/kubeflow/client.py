@@ -71,6 +71,10 @@ class Kubeflow:
         return next((str(getattr(each, field)) for each in found), "")
 
 
+class _Unnamed(UserError):
+    """Nothing says where Kubeflow Pipelines is."""
+
+
 def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = "") -> Kubeflow:
     """A client of the server that `host` or the environment names.
 
@@ -138,6 +142,15 @@ class _Client(kfp.Client):
         self._context_setting["namespace"] = namespace  # in memory: a pod's home may be read-only
 
 
+def is_named(environment: Mapping[str, str], *, host: str = "") -> bool:
+    """Whether `host` or the environment names a server at all."""
+    try:
+        _host(host, environment)
+    except _Unnamed:
+        return False
+    return True
+
+
 def _give_up_in_time(client: kfp.Client) -> None:
     """Let every request time out; kfp's methods have no option for it."""
     api = client.runs.api_client  # the one that all of its services share
@@ -162,7 +175,7 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
         return IN_CLUSTER
     kubeconfigs = environment.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
     if not any(Path(path).is_file() for path in kubeconfigs.split(os.pathsep)):
-        raise UserError(f"no Kubeflow Pipelines is named: {_NAME_ONE}")
+        raise _Unnamed(f"no Kubeflow Pipelines is named: {_NAME_ONE}")
     for variable in ("KFP_TOKEN", "KFP_TOKEN_FILE"):
         if environment.get(variable):
             raise UserError(f"{variable} is set, and would go to the kubeconfig's cluster: unset it, or {_NAME_ONE}")

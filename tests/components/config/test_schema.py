@@ -364,6 +364,10 @@ def test_a_key_that_is_added_with_a_default_leaves_every_digest_as_it_was():
     assert to_come(today).digest == today.digest != to_come(today, patience=4).digest
 
 
+def test_a_note_changes_no_digest():
+    assert config_file.load(FROZEN, ["adapter.note=half the data"]).digest == EXAMPLE_IN_0_1_0
+
+
 def test_an_added_key_that_is_set_changes_the_digest():
     assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=float32"]).digest != EXAMPLE_IN_0_1_0
     assert config_file.load(FROZEN, ["ray.cpu_matmul_dtype=auto"]).digest == EXAMPLE_IN_0_1_0

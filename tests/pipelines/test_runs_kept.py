@@ -1,0 +1,84 @@
+"""`fineloop runs list` without a Kubeflow: the store's runs, from the records that their steps left."""
+
+from pathlib import Path
+
+import pytest
+
+from components.config import config_file
+from components.records import runs
+from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult
+from components.records.sweep import TunedRate
+from components.report.run_files import RunFiles
+from components.report.sections import run_facts
+from components.shared.errors import UnknownName, UserError
+from components.store.store import Store
+from pipelines import cli
+from pipelines.commands.arguments import load_config
+from pipelines.local import past_runs
+from tests.pipelines.command_line import body, fineloop
+
+
+def keep(store: Store, config_path: Path, run_id: str, began: str, *overrides: str) -> None:
+    config = config_file.load(config_path, overrides)
+    store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode())
+    runs.write(store, run_id, StepRecord(step="prepare", status="succeeded", started_at=began, seconds=1.0))
+
+
+@pytest.fixture
+def three(store: Store, config_path: Path) -> list[str]:
+    """One that was promoted at a tuned rate, one that was only trained, and one that failed."""
+    keep(store, config_path, "aa-one", "2026-11-29T01:00:00+00:00", 'adapter.note="half the data"')
+    keep(store, config_path, "ab-two", "2026-11-29T02:00:00+00:00", "train.learning_rate=0.5")
+    keep(store, config_path, "b-three", "2026-11-29T03:00:00+00:00", "adapter.name=other")
+    for run_id, loss in (("aa-one", 1.25), ("ab-two", 1.5)):
+        measured = Measured(version="v1", metrics={"loss": loss, "exact_match": 0.75})
+        runs.write(store, run_id, Evaluation(run_id=run_id, records=9, models={"candidate": measured}))
+        runs.write(store, run_id, TrainResult(version=f"v-{run_id}", version_uri="s3://b/v", steps=40))
+    decided = Decision(
+        decision="promote", verdict="promote", adapter="sums", alias="production", run_id="aa-one", reasons=()
+    )
+    runs.write(store, "aa-one", decided)
+    runs.write(store, "aa-one", TunedRate(learning_rate=0.25, prior=0.1))
+    failed = StepRecord(step="finetune", status="failed", started_at="2026-11-29T03:01:00+00:00", seconds=1.0)
+    runs.write(store, "b-three", failed)
+    return ["b-three", "ab-two", "aa-one"]
+
+
+def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
+    three: list[str], config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
+    listed = body(done)["runs"]
+    assert sorted(run["run_id"] for run in listed) == sorted(three)
+    of = {run["run_id"]: run for run in listed}
+    assert [of[run_id]["outcome"] for run_id in three] == ["failed in finetune", "trained", "promote"]
+    assert (of["aa-one"]["learning_rate"], of["ab-two"]["learning_rate"]) == (0.25, 0.5)
+    assert (of["aa-one"]["metrics"]["loss"], of["aa-one"]["steps"], of["aa-one"]["note"]) == (1.25, 40, "half the data")
+    assert of["b-three"]["began"] == "2026-11-29T03:00:00+00:00"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("aa-one")]
+    assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 half the data"
+
+
+def test_one_adapters_runs_and_as_many_as_asked(three: list[str], store: Store) -> None:
+    assert {run.run_id for run in past_runs.listed(store, adapter="sums", limit=9)} == {"aa-one", "ab-two"}
+    assert len(past_runs.listed(store, limit=2)) == 2
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id_or_by_its_version(
+    three: list[str], store: Store, published: list[str]
+) -> None:
+    assert past_runs.find(store, "ab") == "ab-two"
+    assert past_runs.find(store, f"sums@{published[0]}") == "run-one"
+    with pytest.raises(UserError, match="2 runs begin with 'a', such as aa-one and ab-two"):
+        past_runs.find(store, "a")
+    with pytest.raises(UnknownName, match="no run 'zz'"):
+        past_runs.find(store, "zz")
+
+
+def test_a_note_on_the_command_line_is_a_key_of_the_config_and_stands_in_the_report(config_path: Path) -> None:
+    said = 'half the "data" – a try\n'  # noqa: RUF001
+    options = cli.parser().parse_args(["train", "-c", str(config_path), "--note", said, "--set", "train.epochs=2"])
+    config = load_config(options)
+    assert (config.adapter.note, config.train.epochs) == (said, 2)
+    assert ("Note", said) in run_facts(RunFiles("r", "sums", note=config.adapter.note))
