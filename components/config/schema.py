@@ -384,10 +384,7 @@ class RunConfig(Section):
 
     @property
     def training_digest(self) -> str:
-        """`digest`, without what says how the work of a step is shared out.
-
-        With other workers the same records make the same steps, up to rounding: a run goes on from their checkpoint.
-        """
+        """`digest` without how a step's work is shared out: other workers take the same steps, up to rounding."""
         return digests.of_training(self._identity())
 
     def _identity(self) -> dict[str, Any]:
