@@ -1,4 +1,4 @@
-"""The Kubernetes API for RayJobs: how to reach it, what its refusals mean, and a watch that outlives what breaks it."""
+"""The Kubernetes API for RayJobs: the way to it, what refusals mean, and a watch that outlives what breaks it."""
 
 import json
 import logging
@@ -18,6 +18,8 @@ T = TypeVar("T")
 Resource = dict[str, Any]
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
+RAYJOBS = (GROUP, VERSION, PLURAL)
+WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """What Kubernetes mounts into every pod that may talk to its API."""
 CALL_S = 10.0
@@ -75,27 +77,34 @@ class KubernetesApi:
         # Asked again after an answer that got lost, it is refused as a duplicate: that is False as well.
         return self.call(f"create RayJob {body['metadata']['name']}", create, UNREACHABLE_S)
 
-    def list(self, labels: dict[str, str], *, name: str = "") -> tuple[list[Resource], str]:
-        """The RayJobs with these labels, or of this name, and the version of the list."""
+    def list(
+        self, labels: dict[str, str], *, name: str = "", kind: tuple[str, str, str] = RAYJOBS
+    ) -> tuple[list[Resource], str]:
+        """The objects with these labels, or of this name, and the version of the list."""
+        group, version, plural = kind
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         found = self.call(
-            "list RayJobs",
+            f"list {plural}",
             lambda: self._objects.list_namespaced_custom_object(
-                *self._where, label_selector=selector, field_selector=_by_name(name), _request_timeout=CALL_S
+                *(group, version, self.namespace, plural),
+                label_selector=selector,
+                field_selector=_by_name(name),
+                _request_timeout=CALL_S,
             ),
             UNREACHABLE_S,
         )
         return found["items"], found["metadata"]["resourceVersion"]
 
-    def events(self, name: str, version: str, seconds: int) -> Any:
-        """What happens to a RayJob after a version, for at most `seconds`: raw events, bookmarks among them."""
+    def events(self, name: str, since: str, seconds: int, *, kind: tuple[str, str, str] = RAYJOBS) -> Any:
+        """What happens to an object after a version, for at most `seconds`: raw events, bookmarks among them."""
         from kubernetes.watch import Watch
 
+        group, version, plural = kind
         return Watch().stream(
             self._objects.list_namespaced_custom_object,
-            *self._where,
+            *(group, version, self.namespace, plural),
             field_selector=_by_name(name),
-            resource_version=version,
+            resource_version=since,
             allow_watch_bookmarks=True,
             timeout_seconds=seconds,
             _request_timeout=(CALL_S, seconds + CALL_S),
@@ -136,24 +145,6 @@ class KubernetesApi:
             UNREACHABLE_S,
         ).items
         return [owner.to_dict() for pod in pods for owner in pod.metadata.owner_references or []]
-
-    def workflow(self, name: str, *, timeout_s: float = CALL_S) -> Resource | None:
-        """An Argo workflow; None when there is none of that name."""
-
-        def read() -> Resource | None:
-            from kubernetes.client import ApiException
-
-            try:
-                found: Resource = self._objects.get_namespaced_custom_object(
-                    "argoproj.io", "v1alpha1", self.namespace, "workflows", name, _request_timeout=timeout_s
-                )
-            except ApiException as exc:
-                if exc.status == 404:
-                    return None
-                raise
-            return found
-
-        return self.call(f"read workflow {name}", read)
 
     def workloads(self, job_uid: str) -> Sequence[Resource]:
         """What Kueue has made of the job with this uid: one workload, or two for a moment."""
@@ -237,10 +228,10 @@ class KubernetesApi:
 
 
 class Watched:
-    """The newest state of one RayJob, however often the watch on it breaks."""
+    """The newest state of one object, a RayJob for example, however often the watch on it breaks."""
 
-    def __init__(self, api: KubernetesApi, name: str) -> None:
-        self._api, self._name = api, name
+    def __init__(self, api: KubernetesApi, name: str, kind: tuple[str, str, str] = RAYJOBS) -> None:
+        self._api, self._name, self._kind = api, name, kind
         self._version = ""
         self._reached = time.monotonic()
         self.newest: Resource | None = None
@@ -258,7 +249,8 @@ class Watched:
         if not self._version:
             return self._look()
         try:
-            for event in self._api.events(self._name, self._version, max(1, int(seconds + 0.999))):
+            window_s = max(1, int(seconds + 0.999))
+            for event in self._api.events(self._name, self._version, window_s, kind=self._kind):
                 found: Resource = event["raw_object"]
                 self._version = found["metadata"]["resourceVersion"]
                 self._reached = time.monotonic()
@@ -272,7 +264,7 @@ class Watched:
         return self.newest
 
     def _look(self) -> Resource | None:
-        items, self._version = self._api.list({}, name=self._name)
+        items, self._version = self._api.list({}, name=self._name, kind=self._kind)
         self._reached = time.monotonic()
         self.newest = items[0] if items else None
         return self.newest
@@ -284,9 +276,9 @@ class Watched:
             self._version = ""
             return
         if status in (401, 403, 404):
-            raise self._api.refusal("watch RayJobs", error) from error
+            raise self._api.refusal(f"watch {self._kind[2]}", error) from error
         if time.monotonic() - self._reached > UNREACHABLE_S:
-            raise self._api.refusal("watch RayJobs", error) from error
+            raise self._api.refusal(f"watch {self._kind[2]}", error) from error
         logger.debug("the watch on %s broke, and starts again: %s", self._name, error)
         time.sleep(0.5)
 

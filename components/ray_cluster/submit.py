@@ -48,7 +48,8 @@ def submit_and_wait(
 ) -> str:
     """Start the job, or follow the attempt that exists, until it succeeds; returns its id on the cluster.
 
-    SIGTERM and SIGINT stop the job before they end this process; in a Kubeflow step they do where its run ends.
+    In a Kubeflow step the job is stopped when its run is, and left alone when only the step's pod goes, as from a node
+    that is drained: the run's next attempt at the step follows it. Elsewhere SIGTERM and SIGINT stop it.
 
     Args:
         job: what to run.
@@ -69,7 +70,7 @@ def submit_and_wait(
     if not exists and attempt > 1 and job.kfp_run_id:
         _raise_mistake(backend, job, backend.job_id(job, attempt - 1))
     job_id = backend.job_id(job, attempt)
-    with _stopped_by_signals(backend, job_id):
+    with _stopped_with_its_run(backend, job_id) as is_stopping:
         if exists:
             found = "began with the step before" if after else "is there from an earlier attempt"
             logger.info("%s %s %s: following it", backend.noun, job_id, found)
@@ -77,6 +78,8 @@ def submit_and_wait(
         else:
             backend.start(job, attempt)
         ended = backend.follow(job, job_id, log, poll_s)
+    if ended.status == "STOPPED" and is_stopping.is_set():
+        raise JobError(f"the run is being stopped, and {backend.noun} {job_id} with it")
     if ended.status != "SUCCEEDED":
         raise _error(backend.noun, job_id, ended, log.text)
     return job_id
@@ -169,22 +172,33 @@ def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
-    """On SIGTERM or SIGINT stop the job in one call, because a cancelled Kubeflow step has about a second.
+def _stopped_with_its_run(backend: Backend, job_id: str) -> Iterator[threading.Event]:
+    """Stop the job with the run that this process belongs to; the event is set once that is being stopped."""
+    is_stopping = threading.Event()
+    if workflow := own_workflow():
 
-    Not where only this step's pod has to go, as from a node that is drained: the run goes on, and its next attempt at
-    the step with the job.
-    """
+        def stop() -> None:
+            is_stopping.set()
+            logger.info("the run is being stopped: stopping %s %s", backend.noun, job_id)
+            backend.stop(job_id)
+
+        with workflow.watched(stop):
+            yield is_stopping
+    else:
+        with _stopped_by_signals(backend, job_id):
+            yield is_stopping
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
+    """On SIGTERM or SIGINT stop the job before this process ends."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
         yield
         return
 
-    workflow = own_workflow()
-
     def on_signal(number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):  # what matters now is to end; the caller's way out tries again
-            if workflow is None or workflow.is_ending():
-                backend.stop_now(job_id)
+            backend.stop_now(job_id)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
@@ -193,10 +207,7 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        if workflow is None or workflow.is_ending():
-            backend.stop(job_id)  # a submission that was under way came to be after the first call
-        else:
-            logger.info("this pod ends and its run does not: %s %s goes on", backend.noun, job_id)
+        backend.stop(job_id)  # a submission that was under way came to be after the first call
         raise
     finally:
         for number, handler in before.items():

@@ -24,7 +24,7 @@ RIGHTS = {
     ("", "pods"): ("get", "list", "watch"),
     ("", "pods/log"): ("get",),
     ("kueue.x-k8s.io", "workloads"): ("list",),
-    ("argoproj.io", "workflows"): ("get",),
+    ("argoproj.io", "workflows"): ("list", "watch"),
     ("argoproj.io", "workflowtaskresults"): ("create", "patch"),
 }
 """What the account of the steps does, as infra/rbac/pipeline.yaml grants it."""

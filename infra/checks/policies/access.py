@@ -15,7 +15,8 @@ RIGHTS = {
         *((verb, "ray.io/rayjobs") for verb in _ALL_OF_A_JOB),
         *((verb, "pods") for verb in _READ),
         *((verb, "pods/log") for verb in _READ),
-        ("get", "argoproj.io/workflows"),
+        ("list", "argoproj.io/workflows"),
+        ("watch", "argoproj.io/workflows"),
         ("list", "kueue.x-k8s.io/workloads"),
         # Argo's and Kubeflow's own.
         *((verb, "argoproj.io/workflowtaskresults") for verb in ("create", "patch")),

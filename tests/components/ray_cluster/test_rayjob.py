@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from components.ray_cluster.kubernetes_api import Watched
 from components.ray_cluster.submit import connect
 from components.shared.errors import JobError, UserError
 from tests.components.ray_cluster.conftest import Cluster, config
-from tests.doubles.kubernetes.api import Refusal, Resource, merged
+from tests.doubles.kubernetes.api import Refusal, Resource
 
 
 def deployment(found: Resource) -> str:
@@ -280,32 +279,29 @@ def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_i
     assert connect(config())._workflow is None  # type: ignore[attr-defined]
 
 
-def end_this_step(cluster: Cluster, tmp_path: Path) -> None:
-    """Submit a job that waits for a file, and be sent a signal to end as soon as it runs.
-
-    A step's process ends by that; this one goes on. So the signal arrives where the step waits, and not where it may
-    hold a lock, such as that of logging, for which other threads would wait for ever.
-    """
+def lose_this_step(cluster: Cluster, tmp_path: Path) -> None:
+    """Submit a job that waits for a file, and leave it as soon as it runs: no code of a step runs when its pod goes."""
     waits = Watched.wait
 
     def wait(watched: Watched, seconds: float) -> Any:
         if watched.newest and deployment(watched.newest) == "Running":
-            signal.raise_signal(signal.SIGTERM)
+            raise SystemExit(143)
         return waits(watched, seconds)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Watched, "wait", wait)
         with pytest.raises(SystemExit):
-            cluster.submit(
-                f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)"
-            )
+            cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "go")))
+
+
+WAITS_FOR_A_FILE = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
 
 
 def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
-    end_this_step(cluster, tmp_path)
+    lose_this_step(cluster, tmp_path)
     (found,) = cluster.api.rayjobs.values()
     assert not found["metadata"].get("deletionTimestamp")
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
@@ -326,28 +322,41 @@ def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(
         (None, "gone"),
     ],
 )
-def test_the_job_of_a_run_that_ends_is_stopped_with_its_step(
+def test_the_job_of_a_run_that_ends_is_stopped_by_its_step_before_any_signal(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Resource | None, why: str
 ) -> None:
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
-    workflow = cluster.api.workflows.pop("nightly-x7k2p")
-    if change is not None:
-        cluster.api.workflows["nightly-x7k2p"] = merged(workflow, change)
-    end_this_step(cluster, tmp_path)
+    cluster.when(
+        lambda found: deployment(found) == "Running", lambda _: cluster.api.end_workflow("nightly-x7k2p", change)
+    )
+    with pytest.raises(JobError, match="the run is being stopped, and RayJob fineloop-r-finetune-1 with it"):
+        cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "never")))
     assert not [found for found in cluster.api.rayjobs.values() if not found["metadata"].get("deletionTimestamp")], why
 
 
-def test_a_run_whose_end_cannot_be_asked_for_keeps_its_job(
+def test_a_run_that_goes_on_keeps_its_job_whatever_is_written_into_its_workflow(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`fineloop reap` stops it if the run is over."""
-    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch, activeDeadlineSeconds=0)
-    cluster.api.denied.add(("get", "workflows"))
-    end_this_step(cluster, tmp_path)
-    (found,) = cluster.api.rayjobs.values()
-    assert not found["metadata"].get("deletionTimestamp")
-    assert any("whether the run goes on is not known" in line for line in cluster.caplog.messages)
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
+
+    def report(_name: str) -> None:
+        cluster.api.end_workflow("nightly-x7k2p", {"status": {"progress": "3/9"}})
+        (tmp_path / "go").touch()
+
+    cluster.when(lambda found: deployment(found) == "Running", report)
+    assert cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "go"))) == "fineloop-r-finetune-1"
+
+
+@pytest.mark.parametrize("verb", ["list", "watch"])
+def test_a_run_whose_end_cannot_be_asked_for_keeps_its_job(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    """`fineloop runs stop` and `fineloop reap` stop it if the run is over."""
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch, activeDeadlineSeconds=0 if verb == "list" else None)
+    cluster.api.denied.add((verb, "workflows"))
     (tmp_path / "go").touch()
+    assert cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "go"))) == "fineloop-r-finetune-1"
+    assert any("whether the run goes on is not known" in line for line in cluster.caplog.messages)
 
 
 def test_stopping_in_vain_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ NAMESPACE = "fineloop"
 _RAYJOBS = re.compile(rf"/apis/ray\.io/v1/namespaces/{NAMESPACE}/rayjobs(?:/([^/]+))?(/status)?")
 _PODS = re.compile(rf"/api/v1/namespaces/{NAMESPACE}/pods(?:/([^/]+))?(/log)?")
 _WORKLOADS = re.compile(rf"/apis/kueue\.x-k8s\.io/v1beta2/namespaces/{NAMESPACE}/workloads(?:/([^/]+))?()")
-_WORKFLOWS = re.compile(rf"/apis/argoproj\.io/v1alpha1/namespaces/{NAMESPACE}/workflows(?:/([^/]+))()?")
+_WORKFLOWS = re.compile(rf"/apis/argoproj\.io/v1alpha1/namespaces/{NAMESPACE}/workflows(?:/([^/]+))?()")
 
 
 class Refusal(Exception):
@@ -49,7 +49,7 @@ class KubernetesDouble:
         self.workloads: dict[str, Resource] = {}
         """Kueue's, to be listed."""
         self.workflows: dict[str, Resource] = {}
-        """Argo's, to be read by name."""
+        """Argo's, to be listed and watched by name."""
         self.pod_logs: dict[str, Callable[[], str]] = {}
         self.requests: list[tuple[str, str, str]] = []
         """Verb, resource and name of each, in order."""
@@ -116,6 +116,16 @@ class KubernetesDouble:
             found = copy.deepcopy(self.rayjobs[name])
             change(found)
             self._store("MODIFIED", found)
+
+    def end_workflow(self, name: str, change: Resource | None) -> None:
+        """Merge a change into a workflow, as Kubeflow or Argo does; None deletes it."""
+        with self.changed:
+            found = merged(self.workflows[name], change or {})
+            self._record("MODIFIED" if change else "DELETED", found)
+            if change:
+                self.workflows[name] = found
+            else:
+                del self.workflows[name]
 
     def patch_status(self, name: str, status: Resource) -> None:
         """As an operator does."""
@@ -328,7 +338,7 @@ def _handler(api: KubernetesDouble) -> type[BaseHTTPRequestHandler]:
                 authorization = self.headers.get("Authorization", "")
                 found = api.answer(verb, url.path, query, body, authorization)
                 if watching:
-                    api._authorize("watch", "rayjobs")
+                    api._authorize("watch", "workflows" if "/workflows" in url.path else "rayjobs")
                     self._stream(query)
                 else:
                     text = found if isinstance(found, str) else json.dumps(found)
