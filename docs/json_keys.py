@@ -41,6 +41,7 @@ JSON_KEYS = {
     "adapters page": "path adapters",
     "adapters export": "path version form base dtype exact parity answers",
     "chat": "name version against turns",
+    "compare": "runs config against_first page",
     "replay": "run_id adapter version same verdict basis_sha256 recorded reasons",
     "compile": "path sha256 pipeline image",
     "submit": f"{_KUBEFLOW} interrupted",

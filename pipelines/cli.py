@@ -18,6 +18,7 @@ from components.shared.errors import FineloopError
 from pipelines.commands import (
     adapters,
     chat,
+    compare,
     compile,
     data,
     doctor,
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(run, train, sweep, plan, data, adapters, chat, replay, compile, schema),
+        *(run, train, sweep, plan, data, adapters, chat, compare, replay, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

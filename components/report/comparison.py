@@ -131,7 +131,7 @@ def _of_rule(rule: RuleResult) -> Interval:
     if bound is not None and rule.relative:
         bound /= abs(rule.other or 1.0)
     said = f"{metric.title}: {amounts.gain_text(rule.gain)}, {words}"
-    return _interval(rule.title, said, amounts, rule.gain, (rule.lower, rule.upper), bound)
+    return interval(rule.title, said, amounts, rule.gain, (rule.lower, rule.upper), bound)
 
 
 def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
@@ -147,12 +147,13 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
         # Decided on by an earlier release, which compared the gain itself.
         bound = _required_gain(run, role, metric)
         said = f"{metric.title}: {metric.gain_text(found.difference)}, {words}"
-        yield _interval(name, said, metric, found.difference, found.ci95, bound)
+        yield interval(name, said, metric, found.difference, found.ci95, bound)
 
 
-def _interval(
-    name: str, text: str, amounts: Metric, gain: float, ends: tuple[float, float], bound: float | None
+def interval(
+    name: str, text: str, amounts: Metric, gain: float, ends: tuple[float, float], bound: float | None = None
 ) -> Interval:
+    """A gain between its ends, and the bound that it should reach, if any, on an axis that holds them all."""
     marks = [0.0, *ends, gain, *([bound] if bound is not None else [])]
     pad = (max(marks) - min(marks)) * 0.06 or 1.0
     start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad

@@ -50,11 +50,11 @@ class Curve:
 
 def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
     """The curve of metrics.jsonl, or None when it has no finite training or held-out loss."""
-    train = _series(records, "train", "loss")
-    held_out = _series(records, "eval", "loss")
+    train = series(records, "train", "loss")
+    held_out = series(records, "eval", "loss")
     if not train and not held_out:
         return None
-    rates = _series(records, "train", "learning_rate")
+    rates = series(records, "train", "learning_rate")
     smooth = smoothed(train)
     first = min(step for step, _ in train + held_out)
     last = max(step for step, _ in train + held_out)
@@ -120,8 +120,8 @@ def nice_ticks(low: float, high: float, num_wanted: int, *, whole: bool = False)
     return ticks or [low]
 
 
-def _series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[Point]:
-    """(step, value) by step. A resumed run repeats steps: the later record counts."""
+def series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[Point]:
+    """(step, value) of one kind of record, by step. A resumed run repeats steps: the later record counts."""
     by_step: dict[float, float] = {}
     for record in records:
         step, value = finite(record.get("step")), finite(record.get(key))

@@ -52,6 +52,8 @@ def picture(result: SweepResult) -> str:
     y_range = (low - margin, high + margin)
     x_range = (math.log10(min(rates)) - 0.1, math.log10(max(rates)) + 0.1)
     return template("rates.html").render(
+        title="Validation loss against learning rate",
+        x_name="learning rate",
         width=WIDTH,
         height=HEIGHT,
         box=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),

@@ -29,6 +29,7 @@ COMMANDS = [
     ("data",),
     ("data", "erase"),
     ("chat",),
+    ("compare",),
     ("replay",),
     ("compile",),
     ("schema",),
