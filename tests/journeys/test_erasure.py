@@ -52,7 +52,7 @@ def rows(keeper: Keeper, name: str, ids: range, *more: str) -> None:
     keeper.has(name, "\n".join([*given, *more]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_erased_record_is_in_nothing_that_comes_later_and_all_that_saw_it_is_named(keeper: Keeper) -> None:
     theirs = json.dumps({"id": "p4711", "prompt": f"Where does {SECRET} live?", "completion": "In a mill."})
     spoiled = [
