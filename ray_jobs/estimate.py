@@ -21,7 +21,7 @@ from ray_jobs import entry
 with garbage.importing():
     from ray_jobs.base import attention, base_config, base_model, reference
     from ray_jobs.planning.capacity import records_at_once
-    from ray_jobs.scoring.answers import NEW_TOKENS
+    from ray_jobs.scoring.answers import longest_answer
     from ray_jobs.text import chat_format, packed
     from ray_jobs.text.batching import TokenizedSplit, by_length, tokenize
 
@@ -144,7 +144,7 @@ def counted(config: RunConfig) -> Work:
         eval_records=len(split.evaluation),
         length=float(sample.lengths.mean()),
         answers=float(sample.num_answer_tokens.mean()),
-        new_tokens=_new_tokens(config, held_out),
+        new_tokens=config.evaluate.max_new_tokens or longest_answer(held_out.num_answer_tokens),
         computed=_computed(config, sample),
     )
 
@@ -203,11 +203,6 @@ def _computed(config: RunConfig, sample: TokenizedSplit) -> float:
         for indices, row in zip(passes, rows, strict=True)
     ]
     return float(sum(computed) / sample.lengths.sum())
-
-
-def _new_tokens(config: RunConfig, held_out: TokenizedSplit) -> int:
-    longest = int(held_out.num_answer_tokens.max(initial=NEW_TOKENS[0]))
-    return config.evaluate.max_new_tokens or min(longest, NEW_TOKENS[-1])
 
 
 if __name__ == "__main__":

@@ -35,11 +35,13 @@ from ray_jobs.base import base_config, base_model
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, drawing
 from ray_jobs.scoring.answers import (
-    NEW_TOKENS,
+    USUAL_NEW_TOKENS,
     Score,
     as_columns,
     changed_share,
     confusion,
+    cut_short,
+    longest_answer,
     metrics,
     paired_difference,
 )
@@ -127,6 +129,8 @@ def evaluate(
         }
     )
     runs.write(store, run_id, evaluation)
+    if line := cut_short(tokens, config.evaluate.max_new_tokens):
+        say(STEP, line)
     for contender in contenders:
         say(STEP, f"{contender.role}: {', '.join(_metric_texts(evaluation, contender.role))}")
     for line in [line for outcome in outside.values() for line in outcome.lines]:
@@ -191,9 +195,11 @@ def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
 
 
 def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
-    """The config with `evaluate.max_new_tokens` settled: room for every reference, and little more."""
-    longest = int(split.num_answer_tokens.max(initial=NEW_TOKENS[0]))
-    settled = config.evaluate.model_copy(update={"max_new_tokens": min(longest, NEW_TOKENS[-1])})
+    """The config with `evaluate.max_new_tokens` settled: room for every reference, and no more."""
+    longest = longest_answer(split.num_answer_tokens)
+    if longest > USUAL_NEW_TOKENS:
+        say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
+    settled = config.evaluate.model_copy(update={"max_new_tokens": longest})
     return config.model_copy(update={"evaluate": settled})
 
 

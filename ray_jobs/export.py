@@ -35,7 +35,7 @@ with garbage.importing():
     from ray_jobs.kernels import door
     from ray_jobs.kernels.door import Kernels
     from ray_jobs.planning import placement
-    from ray_jobs.scoring.answers import NEW_TOKENS
+    from ray_jobs.scoring.answers import USUAL_NEW_TOKENS
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import TokenizedSplit, tokenize
     from ray_jobs.text.chat_format import ChatFormat
@@ -236,7 +236,7 @@ def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> E
     use_gpu = placement.on_gpus(config, original)
     kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
-    compared = (rows, compared_on, records, split, its_run.max_new_tokens or NEW_TOKENS[-1])
+    compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)
     return ExportSource(version, config, folder, original, stands_on, chat, *compared, kernels, use_gpu)
 
 

@@ -195,7 +195,7 @@ class EvaluateConfig(Section):
     decisions_per_fold: Annotated[int, Field(ge=1), Added("0.2.0")] = 20
     """Decisions after which the next part is used; after the last part, the one that was used least."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer generated, in tokens; absent means the longest reference answer's, between 8 and 256."""
+    """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
     samples: Annotated[int, Field(ge=0)] = 12

@@ -16,7 +16,6 @@ from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes
 from ray_jobs.planning.memory import GIB, MARGIN, Parts, Reading, Sharing, parts_text, plan, reading, weight_bytes
 from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
-from ray_jobs.scoring.answers import NEW_TOKENS
 from ray_jobs.text.batching import Lengths
 
 BASE_SHARE = 0.8
@@ -238,7 +237,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
 def evaluated(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, records: int | None = None) -> Reading:
     """What the evaluation after it takes, with evaluate.batch_size records at once or so many."""
     records = records or config.evaluate.batch_size
-    answers = min(batch.answers, config.evaluate.max_new_tokens or NEW_TOKENS[-1])
+    answers = min(batch.answers, config.evaluate.max_new_tokens or batch.answers)
     return reading(
         rehearsal.stats,
         rehearsal.reading(records, batch.length),

@@ -63,7 +63,7 @@ class Calls:
         )
 
     def _written(self, call: Mapping[str, Json]) -> Iterator[str]:
-        """What the template writes for it, without the special tokens, which answers are without as well."""
+        """What the template writes for it, as the text of an answer."""
         names = list(call["arguments"])
         ways = (
             (order, values) for order in permutations(names) for values in product(*map(call["arguments"].get, order))
@@ -73,7 +73,7 @@ class Calls:
             tools = json.dumps([_tool(call["name"], {"parameters": {"type": "object", "properties": {}}})])
             record = Record("call", [Message("user", "?")], "", _as_call(call["name"], arguments), tools)
             tokens = self.chat.tokenizer(self.chat.rows(record)[-1][-1], add_special_tokens=False)["input_ids"]
-            yield self.chat.tokenizer.decode(tokens, skip_special_tokens=True)
+            yield self.chat.text_of(tokens)
 
 
 def offered(tools: Mapping[str, Json], names: Sequence[str]) -> str:

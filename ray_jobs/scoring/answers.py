@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from components.records.steps import PairedDifference
 from components.shared.answers import label, normal
@@ -15,8 +16,10 @@ from components.shared.paired import Pairs, bounds
 
 MAX_CLASSES = 30
 OTHER = "(another answer)"
-NEW_TOKENS = range(8, 257)
-"""What the longest answer may be where the config leaves it to the references."""
+LEAST_NEW_TOKENS = 8
+"""Room for the longest answer where the config leaves it to the references, at least."""
+USUAL_NEW_TOKENS = 256
+"""The same where no reference is known."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class Score:
     """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
     """What the answer is worth against the reference, by the keys of the metrics that are means of marks."""
+
+
+def longest_answer(num_answer_tokens: npt.NDArray[np.int64]) -> int:
+    """Tokens that an answer may have so that a model can give each reference back; they count what ends it."""
+    return int(num_answer_tokens.max(initial=LEAST_NEW_TOKENS))
+
+
+def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -> str | None:
+    """What to say of references that no answer can reach."""
+    longer = 0 if max_new_tokens is None else sum(each > max_new_tokens for each in num_reference_tokens)
+    if not longer:
+        return None
+    return (
+        f"{longer} of {len(num_reference_tokens)} references are longer than evaluate.max_new_tokens {max_new_tokens}: "
+        "no answer to them is an exact match, and F1 and ROUGE-L lack what is cut off. Raise it, or leave it unset"
+    )
 
 
 def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[str, float | None]:

@@ -29,7 +29,7 @@ def greedy(
     advance: Advance = lambda _: None,
     on_text: OnText | None = None,
 ) -> list[str]:
-    """The greedy answer to each prompt of `split`, without special tokens and outer white space.
+    """The greedy answer to each prompt of `split`, without what ends it and outer white space.
 
     It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
     answered at once, and fewer where their keys and values would not fit. `on_text` receives the answer to a single
@@ -41,7 +41,7 @@ def greedy(
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         batch = [prompts[index] for index in indices]
-        words = None if on_text is None else _Words(chat.tokenizer, on_text)
+        words = None if on_text is None else _Words(chat, on_text)
         if reader is None:
             found = _texts(chat, generated(model, chat, batch, max_new_tokens, streamer=words))
         else:
@@ -136,7 +136,8 @@ def _most(max_new_tokens: int, reach: int | None, num_prompt_tokens: int) -> int
 
 
 def _texts(chat: ChatFormat, answers: Any) -> list[str]:
-    return [text.strip() for text in chat.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    rows = answers.tolist() if isinstance(answers, torch.Tensor) else answers
+    return [chat.text_of(tokens) for tokens in rows]
 
 
 @contextmanager
@@ -158,10 +159,15 @@ def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
 class _Words(TextStreamer):
     """Hands on an answer as transformers' streamer finds its words whole, without outer white space."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+    def __init__(self, chat: ChatFormat, on_text: OnText) -> None:
+        super().__init__(chat.tokenizer, skip_prompt=True)
+        self._on_text, self._ends = on_text, chat.ends
         self._space: str | None = None  # white space, passed on if more follows; None before the first word
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with each token; the prompt comes first."""
+        if self.next_tokens_are_prompt or int(value) not in self._ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by `generate` with each piece."""

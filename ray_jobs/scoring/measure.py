@@ -24,7 +24,7 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, marks
-from ray_jobs.scoring.answers import NEW_TOKENS, Score
+from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
@@ -100,7 +100,7 @@ class LocalContender:
             with_other_prompts=others.take(rows) if others else None,
             marks=marks.named(self.config.metrics),
             batch_size=self.config.evaluate.batch_size,
-            max_new_tokens=self.config.evaluate.max_new_tokens or NEW_TOKENS[-1],
+            max_new_tokens=self.config.evaluate.max_new_tokens or USUAL_NEW_TOKENS,
             advance=progress.advance,
         )
 

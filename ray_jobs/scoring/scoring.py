@@ -105,8 +105,7 @@ def _reference(chat: ChatFormat, record: Record, split: TokenizedSplit, row: int
     """The text that the answer is compared with; of tool calls, what the chat template writes for them."""
     if not record.calls:
         return without_reasoning(record.answer)
-    text: str = chat.tokenizer.decode(split.answer(row), skip_special_tokens=True)
-    return without_reasoning(text.strip())
+    return without_reasoning(chat.text_of(split.answer(row)))
 
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:

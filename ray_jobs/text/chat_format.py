@@ -6,7 +6,7 @@ Training, scoring, chat and export all take it from here, so that a model is pro
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,6 +69,16 @@ class ChatFormat:
         """The token that rows are padded with."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """What is no part of an answer's text. Other special tokens are: a base may have some for its labels."""
+        return self.stops | {self.pad}
+
+    def text_of(self, answer: Iterable[int]) -> str:
+        """What an answer's tokens say, without outer white space."""
+        text: str = self.tokenizer.decode([int(token) for token in answer if token not in self.ends])
+        return text.strip()
+
     def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
         """The record as rows of text, each in pieces: prompt and answer, alternating.
 
@@ -103,6 +113,13 @@ class ChatFormat:
             rows = [self._asked_and_answered(record, *each, next(found), next(found)) for each in answers]
             yield _joined(rows)
 
+    def ends_early(self, record: Record, loss_on: LossOn = "last") -> bool:
+        """Whether an answer that is learned writes a token that ends it: what stands behind that would be lost."""
+        added = self.tokenizer.added_tokens_decoder
+        texts = [added[stop].content for stop in self.stops if stop in added]
+        earlier = [turn.content for turn in record.prompt if turn.role == "assistant"] if loss_on == "all" else []
+        return any(text in answer for answer in [*earlier, record.answer] for text in texts)
+
     def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
         """The turns before each answer, and the answer."""
         self._require_tools_known(record)
@@ -133,6 +150,16 @@ class ChatFormat:
                     "change the record, or take a base whose template knows such turns"
                 ) from text
         prompt, whole = map(str, found)
+        if unsaid := [turn for turn in asked if turn["role"] == "system" and turn["content"].strip() not in prompt]:
+            raise DataError(
+                f"the chat template of model.base leaves out the system message of record {record.id!r}, "
+                f"{unsaid[0]['content'][:40]!r}: put it into the user's turn, or take a base whose template knows one"
+            )
+        if self.thinking and _opens(prompt) and answered["content"] and END_THINK not in answered["content"]:
+            raise DataError(
+                f"record {record.id!r} answers without reasoning, and the chat template opens a block of it: put the "
+                f"reasoning before the answer, as {THINK}...{END_THINK}, or set model.thinking=false"
+            )
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         if answered.get("tool_calls"):

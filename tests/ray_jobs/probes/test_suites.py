@@ -81,7 +81,8 @@ def test_an_answer_is_what_transformers_generates_behind_the_chat_template(confi
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
             with torch.inference_mode():
                 out = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
-            same += tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
+            said = tokenizer.decode(out[0, ids.shape[1] :])
+            same += said.removesuffix(tokenizer.eos_token).strip() == answer
     assert same >= 2 * FEW - 2  # in bfloat16 a near tie may go another way
     assert found["candidate"] != found["base"]
 

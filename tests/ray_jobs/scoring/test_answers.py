@@ -10,6 +10,7 @@ from ray_jobs.scoring.answers import (
     as_columns,
     changed_share,
     confusion,
+    cut_short,
     metrics,
     paired_difference,
 )
@@ -104,3 +105,10 @@ def test_an_answer_has_changed_where_its_words_have() -> None:
         [Score(1.0, None, text, {}) for text in texts] for texts in (["a", "b ", "c", "d"], ["a", "b", "C", "e"])
     )
     assert changed_share(before, after) == 0.5
+
+
+def test_references_that_no_answer_can_reach_are_counted():
+    said = cut_short([8, 9, 410, 3], 8)
+    assert said is not None
+    assert said.startswith("2 of 4 references are longer than evaluate.max_new_tokens 8: no answer to them is an exact")
+    assert cut_short([8, 9, 410, 3], 410) is cut_short([1], None) is None

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -74,19 +76,36 @@ def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
     assert all(s.other_prompt_nll is None for s in one)
 
 
-def test_an_answer_ends_at_the_end_of_its_turn_and_holds_no_special_token(tiny):
-    model, chat = tiny
-    split = tokenize(RECORDS, chat, 64)
-    head = model.get_output_embeddings()
+@contextmanager
+def saying(model, chat, *tokens):
+    """The model says these tokens to every prompt, and no others; gives those that it was not asked for."""
+    left = chat.tokenizer.convert_tokens_to_ids(list(tokens))
 
-    def say_x_then_end(_, inputs, logits):
-        spoken = say_x_then_end.tokens.pop(0)
-        return torch.nn.functional.one_hot(torch.full(logits.shape[:-1], spoken), logits.shape[-1]).to(logits.dtype)
+    def say(_, inputs, logits):
+        spoken = torch.full(logits.shape[:-1], left.pop(0))
+        return torch.nn.functional.one_hot(spoken, logits.shape[-1]).to(logits.dtype)
 
-    say_x_then_end.tokens = [chat.tokenizer.convert_tokens_to_ids(t) for t in ("Ġ", "x", "Ġ", "<|end|>", "y", "y")]
-    handle = head.register_forward_hook(say_x_then_end)
+    handle = model.get_output_embeddings().register_forward_hook(say)
     try:
-        assert greedy(model, chat, split, 3, 6) == ["x", "x", "x"]
+        yield left
     finally:
         handle.remove()
-    assert say_x_then_end.tokens == [chat.tokenizer.convert_tokens_to_ids("y")] * 2
+
+
+def test_an_answer_ends_at_the_end_of_its_turn_which_is_no_part_of_it(tiny):
+    model, chat = tiny
+    split = tokenize(RECORDS, chat, 64)
+    with saying(model, chat, "Ġ", "x", "Ġ", "<|end|>", "y", "y") as left:
+        assert greedy(model, chat, split, 3, 6) == ["x", "x", "x"]
+    assert left == [chat.tokenizer.convert_tokens_to_ids("y")] * 2
+
+
+@pytest.mark.parametrize("reads_once", [True, False])
+def test_an_answer_that_names_other_special_tokens_is_read_with_them(tiny, monkeypatch, reads_once):
+    model, chat = tiny
+    monkeypatch.setattr("ray_jobs.scoring.generation.Reader.takes", lambda model: reads_once)
+    tagged = Record("0", [Message("user", "Ada")], "<|user|>x<|system|>")
+    pieces: list[str] = []
+    with saying(model, chat, "<|user|>", "x", "<|system|>", "<|end|>"):
+        (found,) = greedy(model, chat, tokenize([tagged], chat, 64), 1, 6, on_text=pieces.append)
+    assert found == "".join(pieces) == tagged.answer

@@ -28,7 +28,7 @@ def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tin
 def test_outer_white_space_is_never_passed_on(tiny, text):
     _, chat = tiny
     pieces: list[str] = []
-    words = _Words(chat.tokenizer, pieces.append)
+    words = _Words(chat, pieces.append)
     assert isinstance(words, TextStreamer)
     words.put(torch.tensor([0]))  # the prompt
     for token in chat.tokenizer(text, add_special_tokens=False)["input_ids"]:

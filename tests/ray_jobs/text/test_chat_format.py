@@ -319,3 +319,32 @@ def test_what_goes_wrong_in_a_template_is_told_of_the_record(tiny_base, tmp_path
     chat = chat_of(folder)
     with pytest.raises(DataError, match=r"refuses record 'r1', with turns of user: "):
         chat.rows(Record("r1", [Message("user", "a")], "x"))
+
+
+def with_template(tiny_base, folder, template: str, **config):
+    changed = shutil.copytree(tiny_base, folder)
+    (changed / "chat_template.jinja").write_text(template)
+    return chat_of(changed, **config)
+
+
+def test_a_template_that_drops_the_system_message_is_refused(tiny_base, tmp_path):
+    drops = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<a>{% elif m.role == 'assistant' %}"
+        "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = with_template(tiny_base, tmp_path / "drops", drops)
+    asked = [Message("system", "Answer in French."), Message("user", "q")]
+    with pytest.raises(DataError, match=r"leaves out the system message of record 'r', 'Answer in French\.'"):
+        chat.rows(Record("r", asked, "oui"))
+    assert chat.rows(Record("r", asked[1:], "oui")) == [["<u>q<a>", "oui<|end|>"]]
+
+
+def test_an_answer_without_the_reasoning_that_the_template_begins_is_refused(tiny_base, tmp_path):
+    opens = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    chat = with_template(tiny_base, tmp_path / "opens", opens, thinking=True)
+    with pytest.raises(DataError, match="record 'r' answers without reasoning, and the chat template opens a block"):
+        chat.rows(Record("r", [Message("user", "2 + 2")], "4"))
+    assert chat.rows(Record("r", [Message("user", "2 + 2")], "<think>two and two</think>4"))
