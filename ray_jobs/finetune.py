@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.config import config_file
+from components.config.cautions import cautions
 from components.config.schema import RunConfig
 from components.prepare.prepare import prepare
 from components.records import runs
@@ -81,14 +82,17 @@ def finetune(
         from ray_jobs.planning.before_training import before_training
         from ray_jobs.training import trainer
         from ray_jobs.training.room import wait_for_room
+        from ray_jobs.training.train_loop import num_steps
 
     base = base_model.resolve(config.model, weights=False)
-    base_config.require_positions(base_config.load(base.path, config.model), config.model)
+    shape = base_config.load(base.path, config.model)
+    base_config.require_positions(shape, config.model)
     chat = chat_format.load(base, config.model)
     start = starting.choose(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.name} {start.version}")
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    splits.require_embedded(store, chat, shape, config, train_split, eval_split)
     say(
         STEP,
         f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens; "
@@ -101,7 +105,7 @@ def finetune(
     # Before the memory is looked at: a cluster that grows from nothing has none.
     wait_for_room(config.ray.cluster, trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
-    for line in outlook.lines:
+    for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
         say(STEP, line)
     watch.lap("plan")
     job = TrainJob(

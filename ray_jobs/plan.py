@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from components.config.cautions import cautions
 from components.config.gpus import PRICED, Gpu
 from components.config.legality import nearest_legal
 from components.config.methods import METHODS, MethodName
@@ -60,6 +61,8 @@ def main() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         base = base_config.read(config.model)
         base_config.require_positions(base, config.model)
+        for line in cautions(config):
+            say(STEP, line)
         say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")
         body = planned(config, base, named_device(config))
         if arguments.all_methods:

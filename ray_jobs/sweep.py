@@ -82,9 +82,11 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         say(STEP, prepared.summary)
         dataset_uri = prepared.uri
     base = base_model.resolve(config.model, weights=False)
-    base_config.require_positions(base_config.load(base.path, config.model), config.model)
+    shape = base_config.load(base.path, config.model)
+    base_config.require_positions(shape, config.model)
     chat = chat_format.load(base, config.model)
     train_split, validation = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    splits.require_embedded(store, chat, shape, config, train_split, validation)
     plan = Plan(config, arms, _ended(config, arms, store, run_id, len(train_split)))
     if plan.trials:
         say(STEP, f"going on after {len(plan.trials)} trials that have ended")

@@ -82,6 +82,15 @@ def attach(
     return adapted
 
 
+def above_full_rank(adapted: "PeftModel", rank: int) -> tuple[int, int]:
+    """In how many layers a LoRA matrix of this rank has more numbers than the update needs, and the least full rank."""
+    from peft.tuners.lora import LoraLayer
+
+    full = [min(each.in_features, each.out_features) for each in adapted.modules() if isinstance(each, LoraLayer)]
+    below = [each for each in full if each < rank]
+    return len(below), min(below, default=rank)
+
+
 def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
     """Turn a fresh adapter into what DeepSpeed trains: weights of 16 bits, and of magnitudes their change.
 

@@ -61,6 +61,8 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
         targets = Targets([name for name in linear if name not in routers], _short(experts))
     else:
         matched = _named(layers, wanted)
+        if isinstance(wanted, list):
+            _require_found(wanted, [*layers, *experts], base_reference)
         adapted = [name for name in matched if name in text]
         _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
         _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
@@ -141,6 +143,14 @@ def _require_mergeable(
         raise ConfigError(
             f"method.target_modules {wanted!r} reaches the output head or the input embeddings, which are one weight "
             f"in {base_reference}: an adapter of one of them could never be merged. Leave both out"
+        )
+
+
+def _require_found(wanted: list[str], names: list[str], base_reference: str) -> None:
+    if missing := [each for each in wanted if not _named(names, [each])]:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}))
+        raise ConfigError(
+            f"method.target_modules {missing!r} fits no layer of {base_reference}, whose layers are called {there}"
         )
 
 

@@ -68,6 +68,7 @@ def before_training(
         f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
         f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
         needs + fits,
+        *_rank_lines(config, rehearsal),
         *_evaluation_lines(config, rehearsal, batch, device),
     ]
     return Outlook(lines, is_dense)
@@ -85,6 +86,15 @@ def planned_bytes(config: RunConfig, base_folder: Path, split: Lengths) -> int |
 
 def _worst_batch(config: RunConfig, split: Lengths) -> WorstBatch:
     return WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
+
+
+def _rank_lines(config: RunConfig, rehearsal: Rehearsal) -> Iterator[str]:
+    layers, full = rehearsal.above_full_rank
+    if layers:
+        yield (
+            f"method.rank {config.method.r} is above the full rank of {layers} layers, {full} and more: there the "
+            "adapter has more weights than the update can use"
+        )
 
 
 def _evaluation_lines(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:

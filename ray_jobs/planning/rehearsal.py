@@ -124,6 +124,7 @@ class Rehearsal:
             with torch.device("meta"):
                 adapted = PLAIN.adopt(build.attach(self._model, method, base_reference=reference, seed=0))
             self.adapts_experts = bool(adapted.targeted_parameter_names)
+        self.above_full_rank = build.above_full_rank(adapted, method.r) if adapted and method else (0, 0)
         self.stats = ModelStats(
             parameters=parameters,
             matrices=matrices,

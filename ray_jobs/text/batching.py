@@ -47,7 +47,7 @@ class TokenizedSplit:
     num_prompt_tokens: npt.NDArray[np.int32]
     """Length N: how many tokens of each row come before its last answer."""
     too_long: Sequence[str]
-    """Ids of the records whose answer leaves no room for a prompt; they are not in the arrays."""
+    """Ids of the records whose answer leaves no room for a prompt, or would end early; they are not in the arrays."""
     cut: Sequence[str]
     """Ids of the records whose prompt lost its beginning."""
     answers: npt.NDArray[np.int32] | None = None
@@ -134,22 +134,22 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
 
 def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
     rows_of = zip(records, chat.rows_of(records, loss_on), strict=True)
-    texts = [(record.id, row) for record, rows in rows_of for row in rows]
+    texts = [(record, row) for record, rows in rows_of for row in rows]
     ids, rows, labels, num_prompt_tokens, too_long, cut = [], [], [], [], [], []
-    for (record_id, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
+    for (record, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
         *before, last = pieces
         answer = _ended(last, chat)
         prompt = [token for piece in before for token in piece]
         room = max_length - len(answer)
-        if room < min(MIN_PROMPT_TOKENS, len(prompt)):
-            too_long.append(record_id)
+        if room < min(MIN_PROMPT_TOKENS, len(prompt)) or chat.ends_early(record, loss_on):
+            too_long.append(record.id)
             continue
         lost = max(0, len(prompt) - room)
         if lost:
-            cut.append(record_id)
+            cut.append(record.id)
         earlier = _earlier_answers(before, chat)[lost:]
         earlier &= ~np.logical_and.accumulate(earlier)  # what is left of an answer that is cut in two is not learned
-        ids.append(record_id)
+        ids.append(record.id)
         rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
         labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
         num_prompt_tokens.append(len(prompt) - lost)

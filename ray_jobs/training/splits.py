@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,16 @@ from components.prepare.dataset import read_split
 from components.prepare.held_out import is_validation
 from components.registry import lineage
 from components.shared.counted import counted
-from components.shared.errors import DataError
+from components.shared.errors import ConfigError, DataError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.text import token_files, token_store
 from ray_jobs.text.chat_format import ChatFormat
 from ray_jobs.text.token_files import Ids, Rows
 from ray_jobs.text.token_store import StoredTokens
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Log = Callable[[str], None]
 
@@ -62,6 +65,26 @@ def read(
     return train_split, eval_split
 
 
+def require_embedded(
+    store: Store, chat: ChatFormat, base: "PretrainedConfig", config: RunConfig, *splits: PlannedSplit
+) -> None:
+    """Require that the base has embeddings for all tokens, which only a tokenizer of more than those may lack.
+
+    Raises:
+        ConfigError: it has none for one of them.
+    """
+    rows = base.get_text_config().vocab_size
+    if len(chat.tokenizer) <= rows:
+        return
+    largest = max(chat.pad, *(int(token_store.load(store, each.stored).tokens.max()) for each in splits))
+    if largest >= rows:
+        raise ConfigError(
+            f"the tokenizer of model.base {config.model.base} writes token {largest} "
+            f"({chat.tokenizer.convert_ids_to_tokens(largest)!r}), and the base has embeddings for {rows}: resize them "
+            "(resize_token_embeddings) and save the base again, or take those tokens out of its tokenizer"
+        )
+
+
 def _planned(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> PlannedSplit:
     return PlannedSplit(stored, rows["length"][places].astype(np.int64), rows["answers"][places].astype(np.int64))
 
@@ -95,8 +118,9 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
 
     if len(too_long) > allowed * num_records or not kept.any():
         raise DataError(
-            f"the answers of {share(too_long)} are too long for model.max_length {limit}, and none is ever cut: "
-            f"raise it, shorten the answers, or allow their loss with data.max_reject_share (now {allowed:g})"
+            f"the answers of {share(too_long)} are too long for model.max_length {limit}, and none is ever cut, or "
+            "hold a token that ends an answer: raise it, change the answers, or allow their loss with "
+            f"data.max_reject_share (now {allowed:g})"
         )
     if len(cut) > allowed * num_records:
         raise DataError(
@@ -105,7 +129,8 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
             f"with data.max_reject_share (now {allowed:g})"
         )
     if too_long:
-        log(f"left out {counted(len(too_long), 'record')}: their answers do not fit model.max_length {limit}")
+        why = f"their answers do not fit model.max_length {limit}, or hold a token that ends an answer"
+        log(f"left out {counted(len(too_long), 'record')}: {why}")
     if cut:
         log(f"cut {len(cut)} prompts at their beginning: they do not fit model.max_length {limit}")
 

@@ -314,6 +314,18 @@ def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
     assert gpu.lines[1].endswith("on A10G: fits")
 
 
+def test_a_rank_above_the_full_rank_of_a_layer_is_said(tmp_path):
+    small().save_pretrained(tmp_path)
+    records = split([40, 90, 20], [3, 5, 10])
+
+    def lines(*changes: str) -> list[str]:
+        return before_training(configured(tmp_path, "ray.use_gpu=false", *changes), tmp_path, records, []).lines
+
+    (line,) = [each for each in lines("method.rank=1024") if each.startswith("method.rank")]
+    assert line.startswith("method.rank 1024 is above the full rank of 42 layers, 64 and more")
+    assert not [each for each in lines("method.rank=64") if each.startswith("method.rank")]
+
+
 def test_micro_batches_by_tokens_are_planned_for_as_many_as_their_longest_records_fill(lora_7b):
     def parts(*changes: str, length: int = 512):
         return chosen(configured("llama-2-7b", *changes), lora_7b, WorstBatch(length, 64)).parts

@@ -177,3 +177,8 @@ def test_all_linear_is_written_as_peft_writes_it(layers):
     found, expected = (each.peft_config["default"] for each in (ours, theirs))
     assert found.target_modules == expected.target_modules
     assert found.target_parameters == expected.target_parameters
+
+
+def test_a_name_that_fits_no_layer_is_refused_beside_one_that_does():
+    with pytest.raises(ConfigError, match=r"\['nonsense'\] fits no layer of Llama, tied, whose layers .* q_proj"):
+        attached("Llama, tied", target_modules=["q_proj", "nonsense"])

@@ -71,6 +71,16 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(chat):
     assert split.cut == []
 
 
+def test_an_answer_that_names_the_token_that_ends_it_is_left_out(chat):
+    asked = [Message("user", "How does a turn end?"), Message("assistant", "By <|end|>."), Message("user", "Say it")]
+    records = [record("sky", "blue", "a"), record("What ends a turn?", "The text <|end|> does.", "b")]
+    earlier = Record("c", asked, "I did.")
+    assert tokenize(records, chat, 96).ids == ["a"]
+    assert tokenize(records, chat, 96).too_long == ["b"]
+    assert tokenize([earlier], chat, 96).ids == ["c"]
+    assert tokenize([earlier], chat, 96, "all").too_long == ["c"]
+
+
 def test_padding_is_on_the_right_and_carries_no_label(chat):
     split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], chat, 64)
     batch = collate(split, [0, 1], chat.pad)
@@ -195,6 +205,7 @@ def test_a_prompt_reads_as_it_does_alone_and_an_answer_as_it_follows_it_whatever
         return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     records = [record(before, after) for before, after in itertools.product(ODD, ODD) if after.strip()]
+    records = [each for each in records if not chat.ends_early(each)]
     split = tokenize(records, chat, 4096)
     for row, each in enumerate(records):
         prompt, answer = chat.rows(each)[0]

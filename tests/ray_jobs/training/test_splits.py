@@ -9,8 +9,8 @@ from components.config import config_file
 from components.prepare.dataset import Message, Record
 from components.prepare.held_out import validation_and_test
 from components.prepare.judges import judges
-from components.shared.errors import DataError
-from ray_jobs.base import base_model
+from components.shared.errors import ConfigError, DataError
+from ray_jobs.base import base_config, base_model
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import splits
@@ -48,7 +48,8 @@ def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat
     most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
     long = [Record("r9", [Message("user", "x" * 10)], "b" * 80)]
     (train, _), said = planned([*records(10, 10), *long, *records(*[10] * 3)[2:]], records(20), chat, most, store)
-    assert said == ["left out 1 record: their answers do not fit model.max_length 64"]
+    why = "their answers do not fit model.max_length 64, or hold a token that ends an answer"
+    assert said == [f"left out 1 record: {why}"]
     assert list(token_store.load(store, train.stored).ids) == ["r0", "r1", "r2"]
     with pytest.raises(DataError, match=r"the answers of 1 of 3 records \(33%; as 'r9'\) are too long for model\.max"):
         planned([*long, *records(10, 10)], records(20), chat, most, store)
@@ -93,3 +94,14 @@ def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
 def judges_of(held_out, config, store) -> set[str]:
     folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
     return {record.id for record in judges(store, folder.uri, config, run_id="r").records}
+
+
+def test_tokens_that_the_base_has_no_embeddings_for_are_refused_where_records_write_them(config, chat, store):
+    shape = base_config.read(config.model)
+    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<LOC>"]}, replace_extra_special_tokens=False)
+    within, _ = planned(records(10), records(20), chat, config, store)
+    splits.require_embedded(store, chat, shape, config, *within)
+    tagged = [Record("t", [Message("user", "Rome")], "<LOC>")]
+    beyond, _ = planned(tagged, records(20), chat, config, store)
+    with pytest.raises(ConfigError, match=r"writes token 260 \('<LOC>'\), and the base has embeddings for 260"):
+        splits.require_embedded(store, chat, shape, config, *beyond)
