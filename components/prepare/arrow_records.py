@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from components.prepare.dataset import WHERE_ANY, Message, Record, record_of
+from components.prepare.validate import Hashes, KeyedRecord
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +34,24 @@ def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
     }
     prompt = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages)
     return pa.record_batch({"id": texts.pop("id"), "prompt": prompt, **texts})
+
+
+def keyed_batch_of(records: Sequence[KeyedRecord]) -> "pa.RecordBatch":
+    """All columns of these records, behind their hashes and whether their rows named them."""
+    hashes = [Hashes(each.key, each.place, each.content, each.asked) for each in records]
+    return keyed_batch(batch_of([each.record for each in records]), hashes, [each.named for each in records])
+
+
+def keyed_batch(records: "pa.RecordBatch", hashes: Sequence[Hashes], named: Sequence[bool]) -> "pa.RecordBatch":
+    """The columns of these records, behind their hashes and whether their rows named them."""
+    import pyarrow as pa
+
+    columns = zip(*hashes, strict=True) if hashes else [()] * len(Hashes._fields)
+    return pa.record_batch({
+        "named": pa.array(named, pa.bool_()),
+        **{name: pa.array(values, pa.binary(32)) for name, values in zip(Hashes._fields, columns, strict=True)},
+        **dict(zip(records.schema.names, records.columns, strict=True)),
+    })  # fmt: skip
 
 
 def records_of(batch: "pa.RecordBatch") -> Iterator[Record]:

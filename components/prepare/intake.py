@@ -1,32 +1,33 @@
 """Read every source to the end: the records that pass, the rows that do not, and whether that is acceptable."""
 
-import json
+import contextlib
+import gc
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
 from components.prepare.local_copies import local_copies
 from components.prepare.personal import Kind
-from components.prepare.row import SourceRow, Unreadable
 from components.prepare.rows import read_rows
 from components.prepare.screen import Screen
-from components.prepare.shapes import EXPECTED, Shape, advice, as_record, columns_read, id_of, recognised
+from components.prepare.shapes import EXPECTED, advice, columns_read
 from components.prepare.sources import Source
-from components.prepare.validate import KeyedRecord, ids_of, validate
+from components.prepare.validation import Validated, Validation
 from components.registry.erasures import NONE_ERASED, Erased
 from components.shared.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 
-_MAX_ROW_CHARS = 2000
-_MAX_SHOWN_CHARS = 300
 _MAX_NAMES_SHOWN = 20
 _REASONS_SHOWN = 3
-_OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that says it is none of them]"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,27 @@ class SourceCount:
     """What one source gave."""
 
     source: Source
-    rows: int
-    rejected: int
+    rows: int = 0
+    rejected: int = 0
     withheld: int = 0
     """Records that hold personal data, where data.personal leaves them out."""
     erased: int = 0
     """Rows of records that were erased."""
+
+    @property
+    def accepted(self) -> int:
+        """Records that may be used."""
+        return self.rows - self.rejected - self.withheld - self.erased
+
+    def with_batch(self, rows: int, validated: Validated) -> "SourceCount":
+        """The counts with another batch of so many rows."""
+        return SourceCount(
+            self.source,
+            self.rows + rows,
+            self.rejected + len(validated.rejects),
+            self.withheld + validated.withheld,
+            self.erased + validated.erased,
+        )
 
 
 class Reasons:
@@ -67,17 +83,9 @@ class Reasons:
 class Intake:
     """What was read, counted, in the order of the sources."""
 
-    accepted: int = 0
-    """Records that may be used."""
-    rejected: int = 0
-    """Rows that are unusable."""
     reasons: Reasons = field(default_factory=Reasons)
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
-    withheld: int = 0
-    """Records that hold personal data, where data.personal leaves them out."""
-    erased: int = 0
-    """Rows of records that were erased, usable or not."""
     personal: Counter[Kind] = field(default_factory=Counter)
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
@@ -91,7 +99,27 @@ class Intake:
     @property
     def num_rows(self) -> int:
         """Rows read, good and bad."""
-        return self.accepted + self.rejected + self.withheld + self.erased
+        return sum(each.rows for each in self.sources)
+
+    @property
+    def accepted(self) -> int:
+        """Records that may be used."""
+        return sum(each.accepted for each in self.sources)
+
+    @property
+    def rejected(self) -> int:
+        """Rows that are unusable."""
+        return sum(each.rejected for each in self.sources)
+
+    @property
+    def withheld(self) -> int:
+        """Records that hold personal data, where data.personal leaves them out."""
+        return sum(each.withheld for each in self.sources)
+
+    @property
+    def erased(self) -> int:
+        """Rows of records that were erased, usable or not."""
+        return sum(each.erased for each in self.sources)
 
     @property
     def rejected_share(self) -> float:
@@ -102,14 +130,14 @@ class Intake:
         """Each source with which of the accepted records it gave."""
         start = 0
         for each in self.sources:
-            end = start + each.rows - each.rejected - each.withheld - each.erased
+            end = start + each.accepted
             yield each.source, range(start, end)
             start = end
 
 
 def read(
     sources: Sequence[Source],
-    accept: Callable[[KeyedRecord], None],
+    accept: Callable[["pa.RecordBatch"], None],
     reject: Callable[[Reject], None],
     *,
     group: str = "",
@@ -120,90 +148,48 @@ def read(
     """Validate every row of every source; `group` is data.group, `columns` data.columns; `screen` sees each message.
     What was `erased` is only counted.
 
-    Each record and each reject is handed over as it comes, and not kept. What shape the rows are in is said at the
-    first row that can be used, with the row and the record that it becomes.
+    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come. What shape the rows
+    are in is said at the first row that can be used, with the row and the record that it becomes.
 
     Raises:
         DataError: a source cannot be opened.
         StoreError: an s3:// source cannot be read.
     """
-    intake, named, screen = Intake(), columns or ColumnsConfig(), screen or Screen()
+    named, screen = columns or ColumnsConfig(), screen or Screen()
+    intake, validation = Intake(), Validation(group=group, columns=named, screen=screen, erased=erased)
     found: Counter[tuple[str, ...]] = Counter()
-    shapes: dict[tuple[str, ...], Shape | None] = {}
-    shown: set[str] = set()
-    for source, path in local_copies(sources):
-        rows_before, rejected_before = intake.num_rows, intake.rejected
-        withheld_before, erased_before = intake.withheld, intake.erased
-        for row in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
-            shape = None
-            if isinstance(row.value, dict):
-                names = tuple(row.value) + row.unread_columns
-                found[names] += 1
-                if names not in shapes:
-                    shapes[names] = recognised(names, named)
-                shape = shapes[names]
-            row_id = id_of(row.value, named) if erased else None
-            if row_id is not None and erased.has(row_id):
-                intake.erased += 1
-                continue
-            screen.begin()
-            try:
-                if isinstance(row.value, Unreadable):
-                    raise DataError(row.value.reason)
-                value = as_record(row.value, shape, named, group=group) if isinstance(row.value, dict) else row.value
-                record = validate(value, group=group, source=source.entry, screen=screen.message)
-            except DataError as exc:
-                kept = screen.kept(_row_text(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
-                bad = Reject(source.name, row.line, str(exc), kept)
-                intake.rejected += 1
-                intake.reasons.add(bad)
-                reject(bad)
-                continue
-            if erased and any(map(erased.has, ids_of(record))):
-                intake.erased += 1
-                continue
-            if not screen.end():
-                intake.withheld += 1
-                continue
-            intake.accepted += 1
-            accept(record)
-            if shape and shape.name not in shown:
-                shown.add(shape.name)
-                _show(source, row, screen.kept(_row_text(row)), shape, record)
-        counted = SourceCount(
-            source,
-            intake.num_rows - rows_before,
-            intake.rejected - rejected_before,
-            intake.withheld - withheld_before,
-            intake.erased - erased_before,
-        )
-        intake.sources.append(counted)
-        logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
+    with _nothing_old_collected():
+        for source, path in local_copies(sources):
+            counted = SourceCount(source)
+            for rows in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
+                validated = validation.of(source, rows)
+                found.update(validated.columns)
+                accept(validated.batch)
+                for each in validated.rejects:
+                    intake.reasons.add(each)
+                    reject(each)
+                counted = counted.with_batch(len(rows.lines), validated)
+            intake.sources.append(counted)
+            logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
     intake.personal, intake.with_personal = screen.found, screen.records
     for names, count in found.items():
         for column in names:
             intake.columns[column] += count
-        if shape := shapes[names]:
+        if shape := validation.shape_of(names):
             intake.num_known_form += count
             intake.shapes[shape.name] += count
     return intake
 
 
-def _show(source: Source, row: SourceRow, row_text: str, shape: Shape, record: KeyedRecord) -> None:
-    asked = (
-        record.record.asked
-        if isinstance(record.record.asked, str)
-        else json.dumps(record.record.asked, ensure_ascii=False)
-    )
-    logger.info(
-        "%s:%d is read as %s: %s becomes the prompt %r and the answer %r",
-        source.name,
-        row.line,
-        shape.name,
-        row_text[:_MAX_SHOWN_CHARS],
-        asked[:_MAX_SHOWN_CHARS],
-        record.record.answer_text[:_MAX_SHOWN_CHARS],
-    )
+@contextlib.contextmanager
+def _nothing_old_collected() -> Iterator[None]:
+    """Python goes through all objects that there are after every few batches of rows, and libraries have a million: it
+    would be a third of the time that reading takes, for no rows have cycles."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
@@ -254,15 +240,6 @@ def _kind_of(reason: str) -> str:
     """The reason without its positions, so that like reasons count together."""
     reason = re.sub(r"\[\d+\]", "[N]", reason)
     return re.sub(r"\b(byte|column) \d+", r"\1 N", reason)
-
-
-def _row_text(row: SourceRow) -> str:
-    if row.raw is not None:
-        # 4 bytes make one character at most: no need to decode more of a very long line.
-        return row.raw[: 4 * _MAX_ROW_CHARS].decode(errors="replace").rstrip("\r\n")[:_MAX_ROW_CHARS]
-    if isinstance(row.value, Unreadable):
-        return ""
-    return json.dumps(row.value, ensure_ascii=False, default=str)[:_MAX_ROW_CHARS]
 
 
 def _listed(names: list[str]) -> str:

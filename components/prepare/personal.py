@@ -12,7 +12,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Kind = Literal["secret", "email", "iban", "card", "phone", "name"]
 KINDS: tuple[Kind, ...] = ("secret", "email", "iban", "card", "phone", "name")
@@ -58,6 +61,14 @@ PRIVATE_KEY = re.compile(
     r"-----BEGIN ((?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL
 )
 JSON_WEB_TOKEN = re.compile(r"(?<![\w-])(eyJ[\w-]{8,})\.[\w-]{4,}\.[\w-]*")
+# In RE2's dialect what no text with personal data is without: the beginning of a secret, an @ in a word, or digits.
+_HINT = "|".join(
+    [
+        *(re.escape(begin) for begin in SECRETS if begin not in ("gh", "sk-")),
+        *("gh[pousr]_", "sk-[A-Za-z0-9_-]{32}", "-----BEGIN", "eyJ", "@[A-Za-z0-9]"),
+        r"\p{Nd}(?:\P{Nd}{0,2}\p{Nd}){6}",
+    ]
+)
 # Length by country, ISO 13616 as SWIFT's registry lists it.
 _IBAN_LENGTHS = {
     length: countries.split()
@@ -118,6 +129,13 @@ def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
     found += [span for match in IBAN.finditer(text) if (span := _iban(match))]
     found += [Span("card", *match.span()) for match in CARD.finditer(text) if _is_card(re.sub(r"\D", "", match[0]))]
     return apart([*found, *_phones(text, regions)])
+
+
+def may_hold(texts: "pa.Array") -> "pa.BooleanArray":
+    """False for a text in which `find` finds nothing; all at once, in a fraction of the time."""
+    import pyarrow.compute as pc
+
+    return pc.match_substring_regex(texts, _HINT)
 
 
 def mask(text: str, spans: Iterable[Span]) -> str:

@@ -1,7 +1,10 @@
-"""One row as it was read, before anything is asked of it."""
+"""Rows as they were read, before anything is asked of them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 2**19
+"""About so many."""
 
 
 class Unreadable(NamedTuple):
@@ -21,6 +24,38 @@ class SourceRow(NamedTuple):
     """The line itself, where there is one."""
     unread_columns: tuple[str, ...] = ()
     """Columns that the row has and `value` leaves out, because no record needs them."""
+
+
+class Rows(NamedTuple):
+    """Some rows of one file, in order."""
+
+    lines: Sequence[int]
+    values: Sequence[object]
+    raws: Sequence[bytes | None] | None = None
+    unread_columns: tuple[str, ...] = ()
+
+    def row(self, place: int) -> SourceRow:
+        """One of them."""
+        raw = None if self.raws is None else self.raws[place]
+        return SourceRow(self.lines[place], self.values[place], raw, self.unread_columns)
+
+
+def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
+    """Rows that come one by one, so many at a time that few are in memory."""
+    pending: list[SourceRow] = []
+    size = 0
+    for row in rows:
+        pending.append(row)
+        size += len(str(row.value) if row.raw is None else row.raw)
+        if len(pending) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield _of(pending)
+            pending, size = [], 0
+    if pending:
+        yield _of(pending)
+
+
+def _of(rows: Sequence[SourceRow]) -> Rows:
+    return Rows([row.line for row in rows], [row.value for row in rows], [row.raw for row in rows])
 
 
 Wanted = Callable[[Collection[str]], Collection[str]]

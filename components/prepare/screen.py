@@ -3,11 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from components.prepare.dataset import Message
-from components.prepare.personal import Kind, Span, apart, find, mask
+from components.prepare.personal import Kind, Span, apart, find, mask, may_hold
 from components.shared.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
 
 Action = Literal["report", "mask", "drop"]
 
@@ -45,6 +50,17 @@ class Screen:
             spans = apart([*spans, *self._names.find(text)])
         self._of_record.update(span.kind for span in spans)
         return mask(text, spans) if self.action == "mask" else text
+
+    def changes(self, texts: "pa.Array") -> "npt.NDArray[np.bool_]":
+        """Of each text, whether it has to go through `text`; nothing is counted."""
+        import numpy as np
+
+        if self._names is not None:
+            return np.ones(len(texts), bool)
+        found: npt.NDArray[np.bool_] = np.array(may_hold(texts))
+        for place in np.flatnonzero(found).tolist():
+            found[place] = bool(find(texts[place].as_py(), regions=self._regions))
+        return found
 
     def kept(self, row: str) -> str:
         """A row's raw text where it may be kept or shown: only where personal data are no more than counted.

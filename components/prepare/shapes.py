@@ -51,13 +51,18 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     return None
 
 
+def is_record(shape: Shape | None, named: ColumnsConfig) -> bool:
+    """Whether `as_record` gives rows in this shape as they are."""
+    return (shape is None or shape in (PLAIN, MESSAGES)) and named == ColumnsConfig()
+
+
 def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str = "") -> Row:
     """The row with the columns that `validate` reads.
 
     Raises:
         DataError: a text is missing, or a turn of a conversation is from nobody that we know.
     """
-    if named == ColumnsConfig() and (shape is None or shape in (PLAIN, MESSAGES)):
+    if is_record(shape, named):
         return row
     record = {**row, **shape.convert(row)} if shape in (PLAIN, MESSAGES) else shape.convert(row) if shape else dict(row)
     kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}

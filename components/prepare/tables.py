@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.prepare.row import SourceRow, Unreadable, Wanted
+from components.prepare.row import BYTES_AT_ONCE, ROWS_AT_ONCE, Rows, SourceRow, Unreadable, Wanted
 from components.shared.errors import DataError
 
-_BATCH_ROWS = 4096
 _DELIMITERS = ",;\t|"
 
 
@@ -70,7 +69,7 @@ def _csv_row(line: int, cells: list[str], header: list[str], delimiter: str) -> 
     return SourceRow(line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}, raw)
 
 
-def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[SourceRow]:
+def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[Rows]:
     """The rows of a Parquet file with the columns that are wanted.
 
     Raises:
@@ -85,12 +84,14 @@ def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[SourceRow]:
             read = wanted(names)
             known = [column for column in names if column in read]
             unread = tuple(column for column in names if column not in read)
-            line = 0
+            line = 1
             # Without threads of Arrow's own: one that finds no memory ends the process, where ours raises.
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False):
-                for value in _values(batch):
-                    line += 1
-                    yield SourceRow(line, value, None, unread)
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=known, use_threads=False):
+                size = max(1, len(batch) * BYTES_AT_ONCE // max(BYTES_AT_ONCE, batch.nbytes))
+                for start in range(0, len(batch), size):
+                    values = list(_values(batch.slice(start, size)))
+                    yield Rows(range(line, line + len(values)), values, None, unread)
+                    line += len(values)
     except MemoryError:  # Arrow's is one of its exceptions too
         raise
     except (pa.ArrowException, OSError) as exc:

@@ -15,9 +15,9 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.prepare.dataset import Message, Record, Role
 from components.shared.errors import DataError
@@ -26,7 +26,7 @@ KNOWN_COLUMNS = ("id", "prompt", "completion", "messages", "tools")
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # What a tool's message says beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40
@@ -39,6 +39,15 @@ ID_DIGITS = 16
 MAX_MARKS = 30
 """Combining characters in a row, as Unicode's Stream-Safe Text Format has it (UAX #15, section 13): to put them in
 order takes time by the square of how many there are, and no language has more."""
+
+
+class Hashes(NamedTuple):
+    """What decides a record's split and its duplicates, as `KeyedRecord` has it."""
+
+    key: bytes
+    place: bytes
+    content: bytes
+    asked: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +116,44 @@ def ids_of(row: KeyedRecord) -> tuple[str, ...]:
     return (row.record.id,) if row.named else (row.content.hex()[:ID_DIGITS], row.content.hex())
 
 
-def canonical_prompt(turns: list[Message]) -> str:
+def canonical_turn(role: str, content: str, more: str = "") -> str:
+    """The turn as a string that, behind others and before others, is that of no other turn."""
+    said = f"{role}:{len(content)}:{content}"
+    return f"{said}+{len(more)}:{more}" if more else said
+
+
+def canonical_prompt(turns: Iterable[tuple[str, str, str]]) -> str:
     """The prompt as one unambiguous string: equal exactly when the turns are equal."""
-    return "".join(
-        [f"{role}:{len(content)}:{content}" + (f"+{len(more)}:{more}" if more else "") for role, content, more in turns]
-    )
+    return "".join([canonical_turn(*turn) for turn in turns])
+
+
+def hashed(prompt: str, answer: str, record_id: str, group: str, calls: str = "", tools: str = "") -> Hashes:
+    """Of a record whose canonical prompt this is; `record_id` is the id that its row gave, if any.
+
+    Raises:
+        UnicodeEncodeError: a text holds a lone surrogate.
+    """
+    turns = hashlib.sha256(prompt.encode())
+    more = f"tools:{len(tools)}:{tools}" if tools else ""
+    said = turns.copy()
+    said.update((f"{more}answer:{answer}calls:{calls}" if calls else f"{more}answer:{answer}").encode())
+    key = hashlib.sha256((f"id:{record_id}" if record_id else f"prompt:{prompt}{more}").encode()).digest()
+    place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
+    return Hashes(key, place, said.digest(), turns.digest())
 
 
 def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str, source: str) -> KeyedRecord:
-    said_before = canonical_prompt(turns)
-    prompt = said_before + (f"tools:{len(tools)}:{tools}" if tools else "")
     calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
     named = row_id is not None
     if row_id == "":
         raise DataError("id is empty: give it a value or leave it out")
     record_id = _name(row_id, "id") if named else ""
     try:
-        said = f"{prompt}answer:{answer.content}" + (f"calls:{calls}" if calls else "")
-        content = hashlib.sha256(said.encode()).digest()
-        key = hashlib.sha256((f"id:{record_id}" if named else f"prompt:{prompt}").encode()).digest()
-        place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
-        asked = hashlib.sha256(said_before.encode()).digest()
+        hashes = hashed(canonical_prompt(turns), answer.content, record_id, group, calls, tools)
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
-    record = Record(record_id or content.hex()[:ID_DIGITS], turns, answer.content, calls, tools, group, source)
-    return KeyedRecord(record, key, place, content, asked, named)
+    record_id = record_id or hashes.content.hex()[:ID_DIGITS]
+    return KeyedRecord(Record(record_id, turns, answer.content, calls, tools, group, source), *hashes, named)
 
 
 def _name(value: object, field: str) -> str:
@@ -179,7 +201,7 @@ def _message(message: object, field: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{field} is {_kind(message)}: expected {{role, content}}")
     role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{field}.role is {_value(role)}: expected system, user, assistant or tool")
     if message.get("function_call"):
         raise DataError(f"{field} has function_call: write it as tool_calls")
@@ -193,7 +215,7 @@ def _message(message: object, field: str) -> Message:
     content = _content(message.get("content"), f"{field}.content")
     said_nothing = content is None or (isinstance(content, str) and not content.strip())
     text = "" if "tool_calls" in more and said_nothing else _text(content, f"{field}.content")
-    return Message(_ROLES[role], text, _json(more) if more else "")
+    return Message(ROLES[role], text, _json(more) if more else "")
 
 
 def _content(content: object, field: str) -> object:

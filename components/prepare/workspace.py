@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from components.prepare import arrow_records, ordering
 from components.prepare.dataset import Reject
-from components.prepare.validate import KeyedRecord
 from components.shared.cpus import usable_cores
 from components.store.client import disk_errors
 
@@ -26,10 +25,9 @@ OF_DUCKDB = 0.4
 """Of the memory that a workspace may take. The rest is Python's, with Arrow's batches and the comparison of prompts."""
 LEAST_OF_A_THREAD = 2**27
 """Bytes without which DuckDB cannot sort on another thread."""
-MOST_AT_ONCE, MOST_CHARS_AT_ONCE = 8192, 2**24
-"""Of records, and characters, that are written at once."""
+ENOUGH, ENOUGH_BYTES = 8192, 2**24
+"""Of records, and their bytes, to be written at once."""
 MOST_REJECTS_AT_ONCE = 4096
-_HASHES = ("key", "place", "content", "asked")
 _BATCH = 4096
 _OTHER_BYTES = 100
 """Of a record beside its prompt and answer, about."""
@@ -48,8 +46,7 @@ class Workspace:
             folder / "records.parquet", compression="lz4", use_dictionary=False, write_statistics=False
         )
         self._rejects = _Spilled(folder / "rejects.parquet", compression="zstd")
-        self._pending: list[KeyedRecord] = []
-        self._pending_chars = 0
+        self._pending: list[pa.RecordBatch] = []
         self._sizes: list[npt.NDArray[np.int64]] = []
         self._pending_rejects: list[Reject] = []
         for_duckdb = int(OF_DUCKDB * memory_bytes)
@@ -64,11 +61,10 @@ class Workspace:
             }
         )
 
-    def accept(self, record: KeyedRecord) -> None:
-        """Take one more record."""
-        self._pending.append(record)
-        self._pending_chars += len(record.record.answer) + sum(len(turn.content) for turn in record.record.prompt)
-        if len(self._pending) == MOST_AT_ONCE or self._pending_chars >= MOST_CHARS_AT_ONCE:
+    def accept(self, records: "pa.RecordBatch") -> None:
+        """Take some more records, as `keyed_batch` has them."""
+        self._pending.append(records)
+        if sum(map(len, self._pending)) >= ENOUGH or sum(each.nbytes for each in self._pending) >= ENOUGH_BYTES:
             self._write()
 
     def reject(self, reject: Reject) -> None:
@@ -79,7 +75,8 @@ class Workspace:
 
     def finish(self) -> None:
         """Nothing more comes: what was taken is the view `records`."""
-        self._write()
+        if self._pending or not self._sizes:
+            self._write()
         self._write_rejects()
         self._records.close()
         self._rejects.close()
@@ -143,20 +140,17 @@ class Workspace:
         import numpy as np
         import pyarrow as pa
 
-        batch = arrow_records.batch_of([each.record for each in self._pending])
+        batch = pa.concat_batches(self._pending or [arrow_records.keyed_batch_of([])])
         self.columns |= arrow_records.present(batch)
-        hashes = {name: [getattr(each, name) for each in self._pending] for name in _HASHES}
         first = sum(map(len, self._sizes))
         self._sizes.append(arrow_records.sizes(batch).to_numpy(zero_copy_only=False) + _OTHER_BYTES)
         columns = {
             "number": pa.array(np.arange(first, first + len(batch))),
-            "position": pa.array(_positions(hashes["place"])),
-            "named": pa.array([each.named for each in self._pending], pa.bool_()),
-            **{name: pa.array(values, pa.binary(32)) for name, values in hashes.items()},
+            "position": pa.array(_positions(batch["place"])),
             **dict(zip(batch.schema.names, batch.columns, strict=True)),
         }
         self._records.write(pa.record_batch(columns))
-        self._pending, self._pending_chars = [], 0
+        self._pending = []
 
     def _write_rejects(self) -> None:
         import pyarrow as pa
@@ -209,11 +203,13 @@ def quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-def _positions(places: Sequence[bytes]) -> Any:
+def _positions(places: "pa.FixedSizeBinaryArray") -> "npt.NDArray[np.float64]":
     """Where each hash lies among all hashes, as `split.position` reckons it."""
     import numpy as np
 
-    return np.frombuffer(b"".join(place[:8] for place in places), ">u8").astype(np.float64) / 2.0**64
+    size = places.type.byte_width
+    hashes = np.frombuffer(places.buffers()[1], np.uint8)[size * places.offset :][: size * len(places)]
+    return hashes.reshape(-1, size)[:, :8].copy().view(">u8").ravel().astype(np.float64) / 2.0**64
 
 
 @contextlib.contextmanager

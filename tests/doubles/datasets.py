@@ -4,18 +4,21 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+
 from components.prepare import intake, parts, workspace
 from components.prepare import split as splitting
-from components.prepare.arrow_records import batch_of
+from components.prepare.arrow_records import batch_of, keyed_batch_of, records_of
 from components.prepare.dataset import Record, Reject
 from components.prepare.intake import Intake
 from components.prepare.parts import DatasetFolder
 from components.prepare.sources import Source
-from components.prepare.validate import KeyedRecord
+from components.prepare.validate import Hashes, KeyedRecord
 from components.store.store import Store
 
 SMALL = 2**29
@@ -49,7 +52,13 @@ class Read:
 def read(sources: Sequence[Source], **options: Any) -> Read:
     """All rows of the sources, kept."""
     found = Read()
-    found.counts = intake.read(sources, found.accepted.append, found.rejects.append, **options)
+
+    def accept(batch: pa.RecordBatch) -> None:
+        hashes = batch.select([*Hashes._fields, "named"]).to_pylist()
+        for record, each in zip(records_of(batch), hashes, strict=True):
+            found.accepted.append(KeyedRecord(record, **each))
+
+    found.counts = intake.read(sources, accept, found.rejects.append, **options)
     return found
 
 
@@ -57,8 +66,9 @@ def read(sources: Sequence[Source], **options: Any) -> Read:
 def holding(rows: Iterable[KeyedRecord], *, memory_bytes: int = SMALL) -> Iterator[workspace.Workspace]:
     """A workspace that has read these rows."""
     with workspace.opened(memory_bytes=memory_bytes) as work:
-        for row in rows:
-            work.accept(row)
+        pending = iter(rows)
+        while batch := list(islice(pending, 1000)):
+            work.accept(keyed_batch_of(batch))
         work.finish()
         yield work
 

@@ -20,7 +20,7 @@ from components.shared.errors import DataError
 try:
     found = sources.find_sources(sys.argv[1])
     answers = []
-    intake.read(found, lambda each: answers.append(each.record.answer), print)
+    intake.read(found, lambda batch: answers.extend(batch["answer"].to_pylist()), print)
     print(json.dumps([[each.name for each in found], answers]))
 except DataError as exc:
     print(json.dumps(str(exc)))

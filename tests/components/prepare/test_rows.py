@@ -21,9 +21,12 @@ from components.store.store import Store
 
 def read_rows(name: str, *, group: str = "") -> list[SourceRow]:
     return [
-        row
+        found.row(place)
         for source, path in local_copies(find_sources(name))
-        for row in rows.read_rows(source, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group))
+        for found in rows.read_rows(
+            source, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group)
+        )
+        for place in range(len(found.lines))
     ]
 
 
@@ -259,3 +262,8 @@ def _counting(opened: list[str]) -> Callable[[], Any]:
         return client_from_environment()
 
     return counted
+
+
+def test_no_line_goes_on_in_the_next_one(write_rows: Callable[..., str]) -> None:
+    found = read(write_rows(['{"a": [1', "2]}", '{"b": 1}, {"b": 2}', {"c": 1}]))
+    assert [isinstance(value, Unreadable) for _, value in found] == [True, True, True, False]

@@ -1,0 +1,175 @@
+"""The rows of one source, a batch at a time: the records that pass and the rows that do not, with what is counted."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from components.config.columns import ColumnsConfig
+from components.prepare.arrow_records import keyed_batch_of
+from components.prepare.dataset import Reject
+from components.prepare.plain import Plain, plain
+from components.prepare.row import Rows, SourceRow, Unreadable
+from components.prepare.screen import Screen
+from components.prepare.shapes import Row, Shape, as_record, id_of, is_record, recognised
+from components.prepare.sources import Source
+from components.prepare.validate import KeyedRecord, ids_of, validate
+from components.registry.erasures import Erased
+from components.shared.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+_MAX_ROW_CHARS, _MAX_SHOWN_CHARS = 2000, 300
+_OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that says it is none of them]"
+
+
+class Validated(NamedTuple):
+    """What became of some rows."""
+
+    batch: "pa.RecordBatch"
+    """The records that may be used, in order, as `keyed_batch` has them."""
+    rejects: list[Reject]
+    withheld: int
+    """Records that hold personal data, where data.personal leaves them out."""
+    erased: int
+    """Rows of records that were erased, usable or not."""
+    columns: Counter[tuple[str, ...]]
+    """Rows by all their columns."""
+
+
+Judged = KeyedRecord | Reject | Literal["withheld", "erased"]
+
+
+class Validation:
+    """How rows become records."""
+
+    def __init__(self, *, group: str, columns: ColumnsConfig, screen: Screen, erased: Erased) -> None:
+        """`group` is data.group, `columns` data.columns; `screen` sees each message. What was `erased` is counted."""
+        self._group, self._columns, self._screen, self._erased = group, columns, screen, erased
+        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._shown: set[str] = set()
+        self._as_they_are: set[tuple[str, ...]] = set()
+
+    def shape_of(self, names: tuple[str, ...]) -> Shape | None:
+        """The shape of rows with these columns and no other."""
+        if names not in self._shapes:
+            self._shapes[names] = recognised(names, self._columns)
+        return self._shapes[names]
+
+    def of(self, source: Source, rows: Rows) -> Validated:
+        """These rows, which all come from this source."""
+        columns: Counter[tuple[str, ...]] = Counter()
+        judged: dict[int, Judged] = {}
+        simple: dict[int, Row] = {}
+        for place, value in enumerate(rows.values):
+            if isinstance(value, dict):
+                names = tuple(value) + rows.unread_columns
+                columns[names] += 1
+                if (record := self._simple(names, value)) is not None:
+                    simple[place] = record
+                    continue
+            judged[place] = self._judged(source, rows.row(place))
+        taken = self._plain(source, simple)
+        for place in simple.keys() - (taken.places if taken else ()):
+            judged[place] = self._judged(source, rows.row(place))
+        in_order = [(place, judged[place]) for place in sorted(judged)]
+        return Validated(
+            _merged(taken, {place: each for place, each in in_order if isinstance(each, KeyedRecord)}),
+            [each for _, each in in_order if isinstance(each, Reject)],
+            sum(each == "withheld" for each in judged.values()),
+            sum(each == "erased" for each in judged.values()),
+            columns,
+        )
+
+    def _plain(self, source: Source, rows: Mapping[int, Row]) -> Plain | None:
+        """Of these rows those that are plain, and were not erased."""
+        taken = plain(rows, self._group, source.entry, self._screen.changes)
+        if taken is None or not self._erased:
+            return taken
+        has, batch = self._erased.has, taken.batch
+        ids = zip(batch["id"].to_pylist(), batch["named"].to_pylist(), batch["content"].to_pylist(), strict=True)
+        is_erased = [has(name) or (not named and has(content.hex())) for name, named, content in ids]
+        kept = {place: rows[place] for place, gone in zip(taken.places, is_erased, strict=True) if not gone}
+        return plain(kept, self._group, source.entry, self._screen.changes) if any(is_erased) else taken
+
+    def _simple(self, names: tuple[str, ...], row: Row) -> Row | None:
+        """The row as a record, which may be a plain one; None where it has to be looked at by itself."""
+        if names in self._as_they_are:
+            return row
+        shape = self.shape_of(names)
+        if shape is None or shape.name not in self._shown:
+            return None
+        if is_record(shape, self._columns):
+            self._as_they_are.add(names)
+        try:
+            return as_record(row, shape, self._columns, group=self._group)
+        except DataError:
+            return None
+
+    def _judged(self, source: Source, row: SourceRow) -> Judged:
+        """One row, by itself."""
+        screen, erased = self._screen, self._erased
+        row_id = id_of(row.value, self._columns) if erased else None
+        if row_id is not None and erased.has(row_id):
+            return "erased"
+        screen.begin()
+        value, shape = row.value, None
+        try:
+            if isinstance(value, Unreadable):
+                raise DataError(value.reason)
+            if isinstance(value, dict):
+                shape = self.shape_of(tuple(value) + row.unread_columns)
+                value = as_record(value, shape, self._columns, group=self._group)
+            record = validate(value, group=self._group, source=source.entry, screen=screen.message)
+        except DataError as exc:
+            kept = screen.kept(_text_of(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
+            return Reject(source.name, row.line, str(exc), kept)
+        if erased and any(map(erased.has, ids_of(record))):
+            return "erased"
+        if not screen.end():
+            return "withheld"
+        if shape and shape.name not in self._shown:
+            self._shown.add(shape.name)
+            _show(source, row, screen.kept(_text_of(row)), shape, record)
+        return record
+
+
+def _merged(taken: Plain | None, judged: Mapping[int, KeyedRecord]) -> "pa.RecordBatch":
+    """Both in the order of their places."""
+    import numpy as np
+    import pyarrow as pa
+
+    alone = keyed_batch_of(list(judged.values()))
+    if taken is None:
+        return alone
+    if not judged:
+        return taken.batch
+    order = np.argsort([*taken.places, *judged])
+    return pa.concat_batches([taken.batch, alone]).take(pa.array(order))
+
+
+def _show(source: Source, row: SourceRow, row_text: str, shape: Shape, keyed: KeyedRecord) -> None:
+    record = keyed.record
+    asked = record.asked if isinstance(record.asked, str) else json.dumps(record.asked, ensure_ascii=False)
+    logger.info(
+        "%s:%d is read as %s: %s becomes the prompt %r and the answer %r",
+        source.name,
+        row.line,
+        shape.name,
+        row_text[:_MAX_SHOWN_CHARS],
+        asked[:_MAX_SHOWN_CHARS],
+        record.answer_text[:_MAX_SHOWN_CHARS],
+    )
+
+
+def _text_of(row: SourceRow) -> str:
+    if row.raw is not None:
+        # 4 bytes make one character at most: no need to decode more of a very long line.
+        return row.raw[: 4 * _MAX_ROW_CHARS].decode(errors="replace").rstrip("\r\n")[:_MAX_ROW_CHARS]
+    if isinstance(row.value, Unreadable):
+        return ""
+    return json.dumps(row.value, ensure_ascii=False, default=str)[:_MAX_ROW_CHARS]
