@@ -23,7 +23,6 @@ WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """What Kubernetes mounts into every pod that may talk to its API."""
 CALL_S = 10.0
-QUICK_S = 1.0
 _TRANSIENT = (0, 429, 500, 502, 503, 504)
 _STARTING = re.compile("is waiting to start: (ContainerCreating|PodInitializing)$")
 """The kubelet's words for a container that is on its way; it has others for an image that cannot be pulled."""
@@ -117,7 +116,7 @@ class KubernetesApi:
             lambda: self._objects.patch_namespaced_custom_object(*self._where, name, body, _request_timeout=CALL_S),
         )
 
-    def delete(self, name: str, *, timeout_s: float = CALL_S) -> bool:
+    def delete(self, name: str) -> bool:
         """Have a RayJob, its cluster and its pods deleted; False when there is none of that name."""
 
         def delete() -> bool:
@@ -125,7 +124,7 @@ class KubernetesApi:
 
             try:
                 self._objects.delete_namespaced_custom_object(
-                    *self._where, name, propagation_policy="Background", _request_timeout=timeout_s
+                    *self._where, name, propagation_policy="Background", _request_timeout=CALL_S
                 )
             except ApiException as exc:
                 if exc.status == 404:

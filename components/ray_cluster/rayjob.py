@@ -15,7 +15,7 @@ from typing import Any
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
 from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State
-from components.ray_cluster.kubernetes_api import QUICK_S, KubernetesApi, Resource, Watched, own_namespace
+from components.ray_cluster.kubernetes_api import KubernetesApi, Resource, Watched, own_namespace
 from components.ray_cluster.kueue import QUOTA, KueueQueue
 from components.ray_cluster.rayjob_log import JobLog
 from components.ray_cluster.workflow import Workflow, own_workflow
@@ -106,7 +106,7 @@ class RayJobs:
 
     def stop_now(self, job_id: str) -> None:
         """One call: Kubernetes deletes cluster and pods with it, and KubeRay stops the job first."""
-        self._api.delete(job_id, timeout_s=QUICK_S)
+        self._api.delete(job_id)
 
     def stop(self, job_id: str) -> None:
         """Delete it until it is gone or on its way, for a while: one that was being created may appear late."""

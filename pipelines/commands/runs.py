@@ -54,7 +54,8 @@ def add(commands: Any) -> None:
         "stop",
         _stop,
         does="Stop a run and wait until it is over.",
-        more="Its steps are terminated, and stop the Ray jobs that they have started.",
+        more="Its steps are terminated, and its Ray jobs are stopped: from here by the kubeconfig, or RAY_ADDRESS for "
+        "a shared cluster, and where that does not lead there by the steps and the cluster's own `fineloop reap`.",
         example="fineloop runs stop 3f2a",
     )
     for parser in (show, stop):
@@ -144,14 +145,15 @@ def _show(options: argparse.Namespace) -> Answer:
 
 def _stop(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import runs
+    from pipelines.kubeflow.run_jobs import RunJobs
 
     kubeflow = connected(options)
     run = runs.find(kubeflow, options.run)
-    stopped = runs.stop(kubeflow, run)
-    body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over}
-    if run.is_over:
-        return Answer(body, f"{run.name} was over already: {run.state.lower()}")
-    return Answer(body, f"{run.name} is stopped: {stopped.state.lower()}")
+    jobs = RunJobs(run, options.namespace)
+    stopped = runs.stop(kubeflow, run, then=jobs.stop)
+    body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over, "jobs": jobs.stopped}
+    how = "was over already" if run.is_over else "is stopped"
+    return Answer(body, "\n".join([f"{run.name} {how}: {stopped.state.lower()}", *jobs.lines]))
 
 
 def began(moment: datetime | None) -> str:

@@ -1,16 +1,16 @@
 """Ray jobs that no step waits for any more: a Kubeflow run that is terminated has hardly time to stop its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from components.ray_cluster.backend import Backend, LiveJob
-from components.shared.errors import KubeflowError
+from components.shared.errors import FineloopError, KubeflowError
 from pipelines.kubeflow.client import Kubeflow
-from pipelines.kubeflow.run import OVER
+from pipelines.kubeflow.run import OVER, STOPPED, state_of
 
 GRACE_S = 120.0
-"""A step stops its own job a little before."""
+"""A run that ended by itself leaves its job to its step, which stops it a little before."""
 UNKNOWN_S = 3600.0
 """A run that was started by the clock is unknown to the server until Kubeflow's persistence agent reports its workflow
 (2.17, apiserver/resource/resource_manager.go, ReportWorkflowResource), and the agent may be away for a while."""
@@ -35,7 +35,10 @@ class Verdict:
 
 
 def judge(job: LiveJob, state_of: StateOf) -> Verdict:
-    """A job is an orphan when it is past its lifetime, or its Kubeflow run is over or gone. In doubt it is kept."""
+    """A job is an orphan when it is past its lifetime, or its Kubeflow run was stopped, is over or is gone.
+
+    In doubt it is kept; that of a run that a person stopped has no grace, however its step does.
+    """
     if job.lifetime_s and job.age_s > job.lifetime_s + GRACE_S:
         return Verdict(job, True, f"it is {job.age_s:.0f} s old, and nobody waits longer than {job.lifetime_s:.0f} s")
     if not job.kfp_run_id:
@@ -44,6 +47,8 @@ def judge(job: LiveJob, state_of: StateOf) -> Verdict:
         state = state_of(job.kfp_run_id)
     except KubeflowError as exc:
         return Verdict(job, False, f"its Kubeflow run cannot be asked for: {exc}")
+    if state in STOPPED:
+        return Verdict(job, True, f"its Kubeflow run is {state.lower()}")
     if state is not None and state not in OVER:
         return Verdict(job, False, f"its Kubeflow run is {state.lower()}")
     if job.age_s < (GRACE_S if state else UNKNOWN_S):
@@ -51,20 +56,32 @@ def judge(job: LiveJob, state_of: StateOf) -> Verdict:
     return Verdict(job, True, f"its Kubeflow run is {state.lower() if state else 'gone'}")
 
 
-def reap(backends: Iterable[Backend], state_of: StateOf, *, dry_run: bool) -> list[Verdict]:
-    """Judge every live job of ours, and unless `dry_run` stop the orphans.
+def reap(
+    backends: Mapping[str, Callable[[], Backend]], state_of: StateOf, *, dry_run: bool
+) -> tuple[list[Verdict], list[str]]:
+    """Judge every live job of ours, and unless `dry_run` stop the orphans; what one cluster refuses hinders no other.
 
-    Raises:
-        JobError: a cluster is out of reach, or refuses.
+    Returns:
+        The verdicts on what was seen, and for each failure a line that names the backend.
     """
-    verdicts = []
-    for backend in backends:
-        for job in backend.live():
+    verdicts, failures = list[Verdict](), list[str]()
+    for name, connect_to in backends.items():
+        try:
+            backend = connect_to()
+            live = backend.live()
+        except FineloopError as exc:
+            failures.append(f"{name}: {exc}")
+            continue
+        for job in live:
             verdict = judge(job, state_of)
-            if verdict.is_orphan and not dry_run:
-                backend.stop_now(job.job_id)
+            try:
+                if verdict.is_orphan and not dry_run:
+                    backend.stop_now(job.job_id)
+            except FineloopError as exc:
+                failures.append(f"{name}: {exc}")
+                verdict = Verdict(job, False, f"{verdict.why}, but it could not be stopped")
             verdicts.append(verdict)
-    return verdicts
+    return verdicts, failures
 
 
 def state_on(connect: Callable[[], Kubeflow]) -> StateOf:
@@ -73,16 +90,16 @@ def state_on(connect: Callable[[], Kubeflow]) -> StateOf:
 
     connected: list[Kubeflow] = []
 
-    def state_of(run_id: str) -> str | None:
+    def ask(run_id: str) -> str | None:
         if not connected:
             connected.append(connect())
         kubeflow = connected[0]
         with kubeflow.asking(f"show run {run_id}"):
             try:
-                return str(kubeflow.client.get_run(run_id).state or "PENDING")  # before its first report
+                return state_of(kubeflow.client.get_run(run_id))
             except kfp_server_api.ApiException as exc:
                 if exc.status == 404:
                     return None
                 raise
 
-    return state_of
+    return ask

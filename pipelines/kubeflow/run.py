@@ -11,6 +11,8 @@ from pipelines.kubeflow.given_config import GivenConfig, sent
 
 LIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
 OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
+STOPPED = ("CANCELING", "CANCELED")
+"""By a person."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELING, CANCELED or PAUSED.
-
-        Kubeflow lets a run that was stopped end as FAILED; only its history says that it was being canceled.
-        """
-        state: str = self.detail.state or "PENDING"
-        history = [entry.state for entry in self.detail.state_history or []]
-        return "CANCELED" if state == "FAILED" and "CANCELING" in history else state
+        """As `state_of` has it."""
+        return state_of(self.detail)
 
     @property
     def is_over(self) -> bool:
@@ -122,6 +119,16 @@ class Run:
             "finished": stamp(self.detail.finished_at if self.is_over else None),
             "recurring_run_id": self.detail.recurring_run_id or "",
         }
+
+
+def state_of(detail: Any) -> str:
+    """PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELING, CANCELED or PAUSED.
+
+    Kubeflow lets a run that was stopped end as FAILED; only its history says that it was being canceled.
+    """
+    state: str = detail.state or "PENDING"  # before its first report
+    history = [entry.state for entry in detail.state_history or []]
+    return "CANCELED" if state == "FAILED" and "CANCELING" in history else state
 
 
 def task_titles(spec: dict[str, Any]) -> dict[str, str]:

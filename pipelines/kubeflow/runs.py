@@ -68,14 +68,22 @@ def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[An
 
 
 def stop(
-    kubeflow: Kubeflow, run: Run, *, timeout_s: float = STOP_S, sleep: Callable[[float], None] = time.sleep
+    kubeflow: Kubeflow,
+    run: Run,
+    *,
+    then: Callable[[], None] = lambda: None,
+    timeout_s: float = STOP_S,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
     """Terminate a run and wait until it is over; one that is over stays as it is, one that is being stopped is awaited.
+
+    `then` is called once it is being stopped, and again once it is over: a step may have started a job in between.
 
     Raises:
         KubeflowError: it is not over in time.
     """
     if run.is_over:
+        then()
         return run
     with kubeflow.asking(f"stop run {run.run_id}"):
         try:
@@ -84,6 +92,7 @@ def stop(
             # So the server answers for a run that is being terminated, or that has just ended.
             if exc.status != 400 or get(kubeflow, run.run_id).state in ("PENDING", "RUNNING", "PAUSED"):
                 raise
+    then()
     deadline = time.monotonic() + timeout_s
     while not (now := get(kubeflow, run.run_id)).is_over:
         if time.monotonic() > deadline:
@@ -92,6 +101,7 @@ def stop(
                 "and `kubectl get workflows` in its namespace"
             )
         sleep(0.5)
+    then()
     return now
 
 

@@ -5,7 +5,6 @@ for each run. AWS_ENDPOINT_URL and credentials in the environment lead to its st
 """
 
 import time
-import uuid
 from typing import Any
 
 import pytest
@@ -105,11 +104,13 @@ def test_what_is_scheduled_goes_before_what_a_person_started_and_that_goes_on_af
     assert ended["state"] == "SUCCEEDED", ended["message"]
 
 
-def test_the_reaper_ends_a_job_whose_run_is_gone(live: Live) -> None:
+def test_the_reaper_ends_a_job_whose_run_is_over(live: Live) -> None:
+    over = live.submit(settings=MINUTES, wait=False).body["run_id"]
+    live.fineloop("runs", "stop", over, "--host", live.host)
     run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
     rayjob = live.training(run_id)
-    gone = {"fineloop.dev/kfp-run-id": str(uuid.uuid4())}
-    live.patch_rayjob(rayjob["metadata"]["name"], {"metadata": {"annotations": gone}})
+    other = {"fineloop.dev/kfp-run-id": over}
+    live.patch_rayjob(rayjob["metadata"]["name"], {"metadata": {"annotations": other}})
     live.start_reaper(f"reap-{live.adapter}")
     live.until(lambda: not live.rayjobs(run_id), "the reaper has ended it")
     assert "was stopped by someone else" in live.ended(run_id)["message"]

@@ -43,7 +43,7 @@ OUTSIDE = {
 }
 STORE = End(namespace="", address="203.0.113.10")
 RAY_PODS = {"head", "worker", "experiments"}
-JOBS_API = RAY_PODS | {"step", "submitter", "operator"}
+JOBS_API = RAY_PODS | {"step", "reap", "submitter", "operator"}
 REACHED: dict[tuple[str, int], set[str]] = {
     ("head", 8265): JOBS_API,
     ("head", 6379): RAY_PODS,

@@ -110,6 +110,11 @@ class KubernetesDouble:
             self._watch_era += 1
             self.changed.notify_all()
 
+    def add(self, body: Resource) -> None:
+        """Create a RayJob as somebody else would."""
+        with self.changed:
+            self._create(body, strict=False)
+
     def write(self, name: str, change: Callable[[Resource], None]) -> None:
         """Change a RayJob as somebody else would."""
         with self.changed:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from components.ray_cluster.backend import LiveJob
@@ -6,6 +8,7 @@ from pipelines.kubeflow.client import Kubeflow, connect
 from pipelines.kubeflow.reap import GRACE_S, UNKNOWN_S, judge, state_on
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer
+from tests.doubles.kubernetes.api import KubernetesDouble
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"
@@ -21,9 +24,14 @@ def test_a_job_whose_run_is_over_or_gone_is_an_orphan(state: str | None) -> None
 
 
 # What the server calls a state that its agent has not reported yet (v2beta1, run.proto).
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELING", "PAUSED", "RUNTIME_STATE_UNSPECIFIED"])
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "PAUSED", "RUNTIME_STATE_UNSPECIFIED"])
 def test_a_job_whose_run_goes_on_is_kept(state: str) -> None:
     assert not judge(job(), lambda _: state).is_orphan
+
+
+@pytest.mark.parametrize("state", ["CANCELING", "CANCELED"])
+def test_the_job_of_a_run_that_a_person_stopped_has_no_grace(state: str) -> None:
+    assert judge(job(age_s=1), lambda _: state).is_orphan
 
 
 def test_a_job_past_its_lifetime_is_an_orphan_whoever_started_it() -> None:
@@ -106,3 +114,21 @@ def test_without_a_cluster_it_says_what_to_set(
     answered = fineloop("reap")
     assert answered.exit_code == 2
     assert "RAY_ADDRESS" in answered.stderr
+
+
+def test_a_cluster_that_refuses_hinders_no_other(
+    no_kubeflow: None, fineloop: Fineloop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where fineloop-env names a shared cluster that is away: the RayJobs are reaped all the same."""
+    api = KubernetesDouble(validate=False)
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    about = {"labels": {"app.kubernetes.io/part-of": "fineloop"}, "annotations": {"fineloop.dev/lifetime-s": "1"}}
+    api.add({"metadata": {"name": "old", **about}, "spec": {}})
+    api.rayjobs["old"]["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    done = fineloop("reap", "--rayjobs", "fineloop")
+    api.close()
+    assert done.exit_code == 1
+    assert [each["job_id"] for each in done.body["stopped"]] == ["old"]
+    assert api.rayjobs == {}
+    assert "could not look at RAY_ADDRESS http://127.0.0.1:9: could not connect" in done.stderr

@@ -12,8 +12,10 @@ from components.step.kfp import COMPONENT
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
+from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.errors import invalid
 from tests.doubles.kfp_server.server import KfpServer
+from tests.doubles.kubernetes.api import KubernetesDouble
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -103,7 +105,11 @@ def test_a_stopped_run_is_canceled_when_the_command_returns(
 ) -> None:
     answered = fineloop("runs", "stop", three[2])
     assert answered.exit_code == 0
-    assert answered.body == {"run_id": three[2], "state": "CANCELED", "stopped": True}
+    assert answered.body == {"run_id": three[2], "state": "CANCELED", "stopped": True, "jobs": []}
+    assert (
+        "its Ray jobs are left to its steps and to the cluster's `fineloop reap`: RAY_ADDRESS is not set"
+        in answered.stderr
+    )
     assert server.run(three[2]).record["state"] == "FAILED"
     assert names(fineloop, "--state", "canceled") == {"slow"}
     assert names(fineloop, "--state", "failed") == {"bad"}
@@ -132,7 +138,7 @@ def test_a_run_that_may_not_be_stopped_is_told_in_the_servers_words(three: list[
 def test_a_run_that_is_over_stays_as_it_is(three: list[str], fineloop: Fineloop, server: KfpServer) -> None:
     answered = fineloop("runs", "stop", three[1])
     assert answered.exit_code == 0
-    assert answered.body == {"run_id": three[1], "state": "FAILED", "stopped": False}
+    assert answered.body == {"run_id": three[1], "state": "FAILED", "stopped": False, "jobs": []}
     assert not [request for request in server.requests if request.endswith(":terminate")]
 
 
@@ -141,3 +147,32 @@ def test_a_run_that_will_not_end_is_an_error_that_says_where_to_look(three: list
     server.run(three[2]).terminate = lambda: None  # type: ignore[method-assign]
     with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
         runs.stop(run.kubeflow, run, timeout_s=0.0, sleep=lambda _: None)
+
+
+def test_the_ray_jobs_of_a_stopped_run_are_stopped_from_here_once_its_steps_are_being_ended(
+    three: list[str], fineloop: Fineloop, server: KfpServer, stub_cluster: JobsApi
+) -> None:
+    for name, run_id in {"its": three[2], "others": three[0]}.items():
+        about = {"fineloop_run_id": run_id, "fineloop_task": "candidate"}
+        body = {"submission_id": name, "entrypoint": "sleep 60", "metadata": about}
+        stub_cluster.answer("POST", "/api/jobs/", body, f"Bearer {stub_cluster.token}")
+    answered = fineloop("runs", "stop", three[2])
+    assert answered.body["jobs"] == ["its"]
+    assert {name: job.status for name, job in stub_cluster.jobs.items()} == {"its": "STOPPED", "others": "RUNNING"}
+
+
+def test_the_rayjobs_of_a_stopped_run_are_looked_for_where_its_config_or_the_runbook_has_them(
+    three: list[str], server: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fineloop: Fineloop
+) -> None:
+    api = KubernetesDouble(validate=False)
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    given = ("--set", "ray.cluster={kind='rayjob'}", "--param", "seconds=60")
+    run_id = fineloop("submit", "--no-wait", *given).body["run_id"]
+    names = {"its": run_id, "others": three[0]}
+    for name, of in names.items():
+        labels = {"app.kubernetes.io/part-of": "fineloop", "fineloop.dev/run-id": of, "fineloop.dev/task": "candidate"}
+        api.add({"metadata": {"name": name, "labels": labels}, "spec": {}})
+    answered = fineloop("runs", "stop", run_id)
+    api.close()
+    assert answered.body["jobs"] == ["its"]
+    assert [*api.rayjobs] == ["others"]
