@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOT_UTF_8 = "not UTF-8 at byte"
 _MAX_NAMES_SHOWN = 20
 _REASONS_SHOWN = 3
 
@@ -233,6 +234,8 @@ def _reasons_text(intake: Intake) -> str:
     ]
     if hidden := reasons[_REASONS_SHOWN:]:
         lines.append(f"\n  {sum(count for _, count, _ in hidden)} x {len(hidden)} other reasons")
+    if any(reason.startswith(_NOT_UTF_8) for reason, _, _ in reasons):
+        lines.append("\nSave the file as UTF-8: iconv -f LATIN1 -t UTF-8 does so, where that is what it is in.")
     return "".join(lines)
 
 

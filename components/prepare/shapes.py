@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from components.config.columns import ColumnsConfig
-from components.prepare.validate import KNOWN_COLUMNS, has_known_form, named_id
+from components.prepare.validate import KNOWN_COLUMNS, SPEAKERS, has_known_form, named_id
 from components.shared.errors import DataError
 
 Row = Mapping[str, Any]
@@ -18,10 +18,6 @@ EXPECTED = (
     "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer), or "
     "instruction and output (Alpaca), conversations (ShareGPT), question and answer"
 )
-_SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
 _PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
 _ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "summary")
 
@@ -162,12 +158,14 @@ def _conversation(column: str) -> Callable[[Row], dict[str, Any]]:
 
 
 def _turn(turn: Any, field: str) -> Any:
-    if not isinstance(turn, Mapping) or "from" not in turn or "role" in turn:
+    if not isinstance(turn, Mapping) or ("from" not in turn and "role" not in turn):
         return turn
+    if "role" in turn:
+        return {**turn, "role": SPEAKERS.get(str(turn["role"]), turn["role"])}
     speaker = turn["from"]
-    if speaker not in _SPEAKERS:
-        raise DataError(f"{field}.from is {str(speaker)[:40]!r}: expected {', '.join(_SPEAKERS)}")
-    return {"role": _SPEAKERS[speaker], "content": turn.get("value")}
+    if speaker not in SPEAKERS:
+        raise DataError(f"{field}.from is {str(speaker)[:40]!r}: expected {', '.join(SPEAKERS)}")
+    return {"role": SPEAKERS[speaker], "content": turn.get("value")}
 
 
 def _with_system(record: dict[str, Any], system: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _find(entry: str, buckets: Buckets) -> Iterator[Source]:
         return iter([_example(entry)])
     if scheme == "file":
         raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
-    raise DataError(f"data.source is {entry!r}: expected {_FORMS}")
+    raise DataError(f"data.source is {entry!r}: expected {_FORMS}; fetch what lies elsewhere, and name the file here")
 
 
 def _find_on_hub(entry: str) -> Iterator[Source]:

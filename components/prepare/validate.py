@@ -27,6 +27,11 @@ EXPECTED = "prompt and completion, or messages (a list of {role, content} that e
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""The role of whom other forms have speak."""
 # What a tool's message says beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40
@@ -202,7 +207,9 @@ def _message(message: object, field: str) -> Message:
         raise DataError(f"{field} is {_kind(message)}: expected {{role, content}}")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{field}.role is {_value(role)}: expected system, user, assistant or tool")
+        known = "from" in message or str(role) in SPEAKERS
+        advice = f"; data.columns.messages={field.partition('[')[0]} reads such turns" if known else ""
+        raise DataError(f"{field}.role is {_value(role)}: expected system, user, assistant or tool{advice}")
     if message.get("function_call"):
         raise DataError(f"{field} has function_call: write it as tool_calls")
     more: dict[str, Any] = {}

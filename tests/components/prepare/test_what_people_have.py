@@ -1,0 +1,127 @@
+"""The files that people have: each is taken as it is, or the refusal names the way in which it would be."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from components.config.columns import ColumnsConfig
+from components.prepare.intake import require_usable
+from components.prepare.sources import find_sources
+from components.shared.errors import DataError
+from tests.doubles.datasets import read
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARE_GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+HUMAN = [{"role": "human", "content": "q"}, {"role": "bot", "content": "a"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
+PLAIN = {"prompt": "q", "completion": "a"}
+
+
+def lines(*rows: Any, count: int = 20) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows * count).encode()
+
+
+def accepted(path: Path, **columns: Any) -> set[tuple[str, str]]:
+    """What is asked and answered in the file's records; DataError where a run would stop."""
+    named = ColumnsConfig(**columns)
+    found = read(find_sources(str(path)), columns=named)
+    require_usable(found.counts, max_reject_share=0.05, columns=named)
+    return {(each.record.prompt[-1].content, each.record.answer) for each in found.accepted}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.jsonl", lines(PLAIN)),
+        ("messages.jsonl", lines({"messages": CHAT})),
+        ("windows.jsonl", b"\xef\xbb\xbf" + lines(PLAIN).replace(b"\n", b"\r\n")),
+        ("dirt.jsonl", lines(PLAIN, count=100) + b'{"prompt": "q", "completion": null}\n' + b"{broken\n"),
+        ("alpaca.jsonl", lines({"instruction": "q", "input": "", "output": "a"})),
+        ("questions.jsonl", lines({"question": "q", "answer": "a"})),
+        ("sharegpt.jsonl", lines({"conversations": SHARE_GPT})),
+        ("openai.jsonl", lines({"messages": PARTS})),
+        ("rows.csv", b"prompt,completion\nq,a\n"),
+        ("rows.tsv", b"prompt\tcompletion\nq\ta\n"),
+        ("rows.json", json.dumps([PLAIN], indent=1).encode()),
+        ("within.json", json.dumps({"version": 1, "data": [PLAIN]}).encode()),
+        ("packed.jsonl.gz", gzip.compress(lines(PLAIN))),
+        ("array.jsonl", json.dumps([PLAIN] * 5, indent=1).encode()),
+    ],
+)
+def test_a_file_is_taken_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert accepted(path) == {("q", "a")}
+
+
+def test_a_table_of_parquet_is_taken_as_it_is(tmp_path: Path) -> None:
+    pd.DataFrame({"prompt": ["q"], "completion": ["a"]}).to_parquet(tmp_path / "x.parquet")
+    assert accepted(tmp_path / "x.parquet") == {("q", "a")}
+
+
+@pytest.mark.parametrize(
+    ("row", "advice", "columns"),
+    [
+        (
+            {"prompt": "q", "response": "a"},
+            "data.columns.prompt=prompt --set data.columns.completion=response",
+            {"completion": "response"},
+        ),
+        (
+            {"Prompt": "q", "Completion": "a"},
+            "data.columns.prompt=Prompt --set data.columns.completion=Completion",
+            {"prompt": "Prompt", "completion": "Completion"},
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "set data.columns.completion=chosen",
+            {"completion": "chosen"},
+        ),
+        ({"messages": HUMAN}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
+        ({"messages": SHARE_GPT}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
+    ],
+)
+def test_the_advice_of_a_refusal_is_one_that_works(
+    row: dict[str, Any], advice: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(row))
+    with pytest.raises(DataError, match=advice):
+        accepted(path)
+    assert accepted(path, **columns) == {("q", "a")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "way"),
+    [
+        ("nulls.jsonl", lines(*[PLAIN] * 9, {**PLAIN, "completion": None}), "Fix these rows or raise data.max_reject"),
+        ("text.jsonl", lines({"text": "q a"}), "write prompt and completion apart"),
+        ("latin.jsonl", lines(PLAIN).replace(b'"q"', b'"\xe4"'), "Save the file as UTF-8: iconv"),
+        ("rows.xlsx", b"PK", r"expected a name ending in \.jsonl"),
+    ],
+)
+def test_what_no_config_reads_is_refused_with_what_to_do_about_it(
+    name: str, content: bytes, way: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=way):
+        accepted(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "way"),
+    [
+        ("tatsu-lab/alpaca", "write hf://tatsu-lab/alpaca"),
+        ("https://host/x.jsonl", "fetch what lies elsewhere, and name the file here"),
+        ("gs://bucket/x.jsonl", "fetch what lies elsewhere, and name the file here"),
+        ("file:///x.jsonl", "write the path alone, '/x.jsonl'"),
+    ],
+)
+def test_an_address_that_is_not_read_names_one_that_is(source: str, way: str) -> None:
+    with pytest.raises(DataError, match=way):
+        find_sources(source)
