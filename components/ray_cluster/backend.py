@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO
 
-from components.shared.protocol import end_of
+from components.shared.protocol import end_of, readable
 
 UNREACHABLE_S = 30.0
 """How long the cluster may be out of reach in the middle of a job before the step gives up on it."""
@@ -113,7 +113,7 @@ class Backend(Protocol):
 
 
 class LogCopy:
-    """Copies a growing log to people, whole lines at a time.
+    """Copies a growing log to people, whole lines at a time, as `readable` has them; `text` stays as it came.
 
     Where several steps wait for one job, each copies a part: what comes after the line that says `after`, and up to the
     one that says `upto`, with which its part of the job is done.
@@ -144,7 +144,7 @@ class LogCopy:
             self._copied = max(self._copied, (0 if final else end) if after is None else after)
         if end > self._copied:
             new = text[self._copied : end]
-            self._output.write(new if new.endswith("\n") else new + "\n")
+            self._output.write(readable(new if new.endswith("\n") else new + "\n"))
             self._output.flush()
             self._copied = end
         self.text = text

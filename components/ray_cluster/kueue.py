@@ -1,7 +1,8 @@
 """What a job in Kueue's queue waits for, in Kueue's own words: https://kueue.sigs.k8s.io/docs/concepts/workload/."""
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from components.ray_cluster.kubernetes_api import KubernetesApi, Resource
 from components.shared.errors import JobError
@@ -10,41 +11,70 @@ logger = logging.getLogger(__name__)
 
 QUOTA = "waiting for quota"
 """Before Kueue has looked at it, or where it may not be asked."""
+NEVER_FITS = ("ExceedsMaxQuota", "NoMatchingFlavor")
+"""Reasons of the condition QuotaReserved that no waiting ends (Kueue 0.19, apis/kueue/v1beta2/workload_types.go)."""
+HOPELESS_S = 180.0
+"""How long one of them must stand: somebody may be raising the quota."""
 
 
 class KueueQueue:
     """Asks for the Workload that Kueue makes of a job; where that is refused, says so once and does not ask again."""
 
-    def __init__(self, api: KubernetesApi) -> None:
-        self._api = api
+    def __init__(self, api: KubernetesApi, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._api, self._clock = api, clock
         self._is_refused = False
+        self._never_since: float | None = None
 
     def why(self, job_uid: str) -> str:
         """What the job waits for."""
         if self._is_refused:
             return QUOTA
         try:
-            return waits_for(self._api.workloads(job_uid))
+            workloads = self._api.workloads(job_uid)
         except JobError as exc:
             self._is_refused = True
             logger.warning("what the job waits for is not known: %s", exc)
             return QUOTA
+        if not never_fits(workloads):
+            self._never_since = None
+        elif self._never_since is None:
+            self._never_since = self._clock()
+        return waits_for(workloads)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether Kueue has said for minutes that the job never fits."""
+        return self._never_since is not None and self._clock() - self._never_since > HOPELESS_S
 
 
 def waits_for(workloads: Sequence[Resource]) -> str:
     """What the newest workload of a job says: why it was requeued, and why it is not admitted.
 
-    A request that never fits reads "request > maximum capacity"; a preempted one names what took its place.
+    What never fits reads "insufficient quota for ... > maximum capacity"; what was preempted names what took its place.
     """
     if not workloads:
         return QUOTA
-    newest = max(workloads, key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
+    newest = _newest(workloads)
     if newest["spec"].get("active") is False:
         return "Kueue gave it up: set spec.active of its workload to true, or stop the run"
-    conditions = {each["type"]: each for each in (newest.get("status") or {}).get("conditions") or []}
+    conditions = _conditions(newest)
     evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
     reasons = [
         *([evicted["message"]] if evicted.get("status") == "True" and evicted.get("message") else []),
         *([quota["message"]] if quota.get("status") == "False" and quota.get("message") else []),
     ]
     return "; ".join(dict.fromkeys(reasons)) or QUOTA
+
+
+def never_fits(workloads: Sequence[Resource]) -> bool:
+    """Whether Kueue gives a reason against the newest workload that no waiting ends."""
+    quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
+    return quota.get("status") == "False" and quota.get("reason") in NEVER_FITS
+
+
+def _newest(workloads: Sequence[Resource]) -> Resource:
+    return max(workloads, key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
+
+
+def _conditions(workload: Resource) -> dict[str, Resource]:
+    return {each["type"]: each for each in (workload.get("status") or {}).get("conditions") or []}

@@ -87,6 +87,9 @@ class RayJobs:
             if stage != describe(found, waits_for):
                 stage = describe(found, waits_for)
                 logger.info("RayJob: %s", stage)
+            if waits_for and queue.is_hopeless:
+                self.stop(job_id)
+                raise JobError(f"RayJob {job_id} never fits its queue: raise the quota or ask for less: {waits_for}")
             ended = state(found) != "live"
             has_log = bool(status.get("dashboardURL"))
             if has_log:
@@ -206,8 +209,15 @@ def describe(found: Resource, waits_for: str = QUOTA) -> str:
         return f"waiting for pods: {ready} of {wanted} workers ready" if wanted else "waiting for pods"
     if deployment == "Running" and status.get("jobStatus") in (None, "", "PENDING"):
         return "the cluster is up: starting the job"
-    words = {"Running": "running", "Retrying": "failed: KubeRay tries again on a new cluster", "Complete": "complete"}
-    return words.get(deployment, deployment)
+    if deployment == "Retrying":
+        said = ": ".join(each for each in (status.get("reason"), _first_line(status.get("message"))) if each)
+        return f"failed: KubeRay tries again on a new cluster{f' ({said})' if said else ''}"
+    return {"Running": "running", "Complete": "complete"}.get(deployment, deployment)
+
+
+def _first_line(message: str | None) -> str:
+    """What KubeRay says itself: the job's last lines follow, which its log has."""
+    return (message or "").partition("\n")[0].strip()
 
 
 def _would_fail_again(log: str) -> bool:

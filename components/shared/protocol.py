@@ -13,7 +13,10 @@ from components.shared.errors import FineloopError
 
 # Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_WORKER = re.compile(r"^\(\w+ pid=\d+[^()]*\) (?=\[[a-z][a-z0-9_-]*\] )")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_BAR = re.compile(r"\d+%\|.*\| *[\d.]+[kMGT]?/")
+"""tqdm's: "12%|####    | 3/25 [00:01<00:09, 2.1it/s]"."""
 STARTED = "started"
 """The text of a step's first line."""
 TRAINED = "trained: comparing it"
@@ -76,6 +79,16 @@ def parse_line(line: str) -> Line | None:
     """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
     match = _LINE.match(_COLOUR.sub("", line))
     return Line(match[1], match[2]) if match else None
+
+
+def readable(log: str) -> str:
+    """Whole lines of a job's log for people: no colours, no progress bars, and before ours not which worker printed it.
+
+    Of the workers rank 0 alone prints such lines; what a library prints keeps its worker's name.
+    """
+    lines = [_COLOUR.sub("", line) for line in log.split("\n")]
+    shown = [_WORKER.sub("", line.rpartition("\r")[2]) for line in lines if not _BAR.search(line)]
+    return "\n".join(shown)
 
 
 def end_of(log: str, text: str) -> int | None:

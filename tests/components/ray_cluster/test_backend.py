@@ -52,6 +52,30 @@ def test_whole_lines_are_copied_once_and_at_once_and_the_last_one_at_the_end() -
     assert log.text == "one\ntwo\nthree"
 
 
+def test_a_log_is_copied_without_colours_bars_and_the_name_of_the_worker_that_prints_our_lines() -> None:
+    """As Ray 2.60 and tqdm write them."""
+    worker = "\x1b[36m(RayTrainWorker pid=117, ip=10.244.0.48)\x1b[0m"
+    bar = f"{worker} Converting tensors...: 12%|#2   | 35/290 [00:01<00:09, 29it/s]"
+    lines = [
+        f"{worker} [finetune] step 1: loss 2.1",
+        bar,
+        f"{bar}\r{bar.replace('12%', '100%')}",
+        "\x1b[33m(RayTrainWorker pid=117)\x1b[0m a library warns",
+        "at 100% of 3 workers | all of them",
+        "[finetune] done",
+    ]
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("\n".join(lines) + "\n")
+    assert output.seen.splitlines() == [
+        "[finetune] step 1: loss 2.1",
+        "(RayTrainWorker pid=117) a library warns",
+        "at 100% of 3 workers | all of them",
+        "[finetune] done",
+    ]
+    assert log.text == "\n".join(lines) + "\n"
+
+
 def test_another_source_goes_on_where_the_last_one_was() -> None:
     output = Flushed()
     log = LogCopy(output)

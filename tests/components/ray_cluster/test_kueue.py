@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from components.ray_cluster.kueue import QUOTA, waits_for
+from components.ray_cluster.kueue import HOPELESS_S, QUOTA, KueueQueue, waits_for
 
 NEVER_FITS = (
-    "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
-    "request > maximum capacity (16 > 8)"
+    "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, previously "
+    "considered podsets requests (0) + current podset request (16) > maximum capacity (8)"
 )
 """pkg/scheduler/flavorassigner/flavorassigner.go, fitsResourceQuota."""
 PREEMPTED = (
@@ -51,3 +51,30 @@ def test_what_a_job_waits_for_is_said_in_kueues_words(found: list[dict[str, Any]
 def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
     """spec.active is false after too many times without pods, or because a person wants it so (workload_types.go)."""
     assert "spec.active" in waits_for([workload(active=False)])
+
+
+def waited(*reasons: str) -> list[bool]:
+    """Whether there is no hope after each look, a minute apart, at which Kueue gives these reasons."""
+    found, now = list[dict[str, Any]](), 0.0
+
+    class Api:
+        def workloads(self, _job_uid: str) -> list[dict[str, Any]]:
+            return found
+
+    queue, hopeless = KueueQueue(Api(), clock=lambda: now), []  # type: ignore[arg-type]
+    for reason in reasons:
+        found[:] = [workload(("QuotaReserved", "False", NEVER_FITS))]
+        found[0]["status"]["conditions"][0]["reason"] = reason
+        assert queue.why("uid") == NEVER_FITS
+        hopeless.append(queue.is_hopeless)
+        now += HOPELESS_S / 3 + 1
+    return hopeless
+
+
+@pytest.mark.parametrize("reason", ["ExceedsMaxQuota", "NoMatchingFlavor"])
+def test_a_reason_that_no_waiting_ends_must_stand_for_minutes(reason: str) -> None:
+    assert waited(*[reason] * 5) == [False, False, False, True, True]
+
+
+def test_a_quota_that_is_raised_meanwhile_gives_hope_again() -> None:
+    assert waited("ExceedsMaxQuota", "ExceedsMaxQuota", "Pending", "ExceedsMaxQuota", "ExceedsMaxQuota") == [False] * 5

@@ -110,7 +110,8 @@ def held(cluster: Cluster, **workload: Any) -> None:
 
     def release(name: str) -> None:
         time.sleep(0.5)
-        cluster.api.write(name, lambda found: found["spec"].update(suspend=False))
+        with contextlib.suppress(KeyError):  # it was given up
+            cluster.api.write(name, lambda found: found["spec"].update(suspend=False))
 
     def explain(name: str) -> None:
         metadata = {"name": f"rayjob-{name}", "labels": {"kueue.x-k8s.io/job-uid": uid_of(name)}}
@@ -140,11 +141,23 @@ def test_a_person_hears_what_kueue_says_of_a_job_that_it_does_not_let_in(
 ) -> None:
     monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
     why = "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
-    why += "request > maximum capacity (16 > 8)"
+    why += "previously considered podsets requests (0) + current podset request (16) > maximum capacity (8)"
     quota = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": why}
     held(cluster, status={"conditions": [quota]})
     cluster.submit("")
     assert f"queued by Kueue in fineloop: {why}" in stages(cluster)
+
+
+def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
+    monkeypatch.setattr("components.ray_cluster.kueue.HOPELESS_S", 0.0)
+    quota = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "16 > 8"}
+    held(cluster, status={"conditions": [quota]})
+    with pytest.raises(JobError, match="never fits its queue: raise the quota or ask for less: 16 > 8"):
+        cluster.submit("")
+    assert cluster.api.rayjobs == {}
 
 
 def test_a_queue_that_may_not_be_looked_into_is_said_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

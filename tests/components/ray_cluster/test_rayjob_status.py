@@ -54,6 +54,11 @@ def test_an_attempt_is_live_until_kuberay_says_otherwise_or_it_is_deleted(found:
         (job("Running", "PENDING"), "the cluster is up: starting the job"),
         (job("Running", "RUNNING"), "running"),
         (job("Retrying"), "failed: KubeRay tries again"),
+        (
+            job("Retrying", reason="JobDeploymentStatusTransitionGracePeriodExceeded", message="The submitter\nlines"),
+            "failed: KubeRay tries again on a new cluster (JobDeploymentStatusTransitionGracePeriodExceeded: "
+            "The submitter)",
+        ),
         (job("Complete"), "complete"),
         (job("Waiting"), "Waiting"),
     ],
