@@ -3,32 +3,30 @@
     runs/<run_id>/checkpoints/step-000100/rank-0/     this worker's part of the optimizer: float32 masters and moments,
                                                       and which pieces of which parameters they belong to
                                           rank-1/
-                                          shared/     adapter weights, best weights so far, state.json
+                                          shared/     adapter weights, state.json
+                              best-000040/            best weights so far, of the step that state.json names; without
+                                                      one they are those that the training began with
 
-Each of these is a folder with a manifest. `shared` is written after every rank's, so a checkpoint exists when `shared`
-does: a half-uploaded one is never resumed from.
+Each of these is a folder with a manifest. `shared` is written after all others, so a checkpoint exists when `shared`
+does: a half-uploaded one is never resumed from. Release 0.1.0 has the best weights in `shared`.
 """
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from components.config.ray import MatmulDtype
 from components.records import runs
-from components.shared.errors import IntegrityError, ObjectMissing, StoreError
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.base.gathered import gathered
 from ray_jobs.kernels.door import Kernels
-from ray_jobs.training import optimizer, partitions, zero
-from ray_jobs.training.patience import is_away
+from ray_jobs.training import optimizer, zero
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 PIECES = "pieces"
@@ -86,76 +84,37 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
             parameter.data.copy_(source[name])
 
 
-def save(
-    store: Store, run_id: str, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor], *, rank: int
-) -> None:
-    """Write a checkpoint, which is complete on return; every worker calls it at the same step.
-
-    Raises:
-        StoreError: on every worker, where one of them found the store away.
-    """
-    key = key_of(run_id, progress.step)
-    progress.loss_scale = zero.loss_scale(engine)
-    adapter = weights(engine.module)
-    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-        folder = Path(scratch)
-        pieces = partitions.here(engine, trainable(engine.module))
-        save_file(_optimizer_tensors(engine), folder / OPTIMIZER, metadata={PIECES: json.dumps(pieces)})
-        _publish_together(store, f"{key}/rank-{rank}", folder, engine.device)
-    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-        folder = Path(scratch)
-        if rank == 0:
-            save_file(adapter, folder / ADAPTER)
-            save_file(_contiguous(best), folder / BEST)
-            (folder / STATE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        _publish_together(store, f"{key}/shared", folder if rank == 0 else None, engine.device)
-
-
-def _publish_together(store: Store, key: str, folder: Path | None, device: torch.device) -> None:
-    """Publish a folder, or nothing, and return when all workers have done so.
-
-    Raises:
-        StoreError: the store is away, as this worker or another found.
-    """
-    failure: StoreError | None = None
-    try:
-        if folder is not None:
-            folders.publish(store, key, {path.name: path for path in folder.iterdir()}, about={"kind": "checkpoint"})
-    except StoreError as exc:
-        if not is_away(exc):
-            raise
-        failure = exc
-    has_failed = torch.tensor([int(failure is not None)], device=device)
-    torch.distributed.all_reduce(has_failed)
-    if has_failed.item():
-        raise failure or StoreError(f"another worker could not write its part of {store.uri(key)}")
-
-
 def kernels(store: Store, run_id: str) -> Kernels | None:
     """What the run's checkpoints were trained with, and so must go on with; None without one that can be read."""
     for step in complete(store, run_id):
         with contextlib.suppress(IntegrityError, ObjectMissing):
-            state = f"{key_of(run_id, step)}/shared/{STATE}"
-            return Kernels(parse_progress(store.get(state), store.uri(state)).matmul_dtype)
+            return Kernels(progress_of(store, run_id, step).matmul_dtype)
     return None
 
 
 def discard_after(store: Store, run_id: str, step: int) -> None:
     """Delete what a lost worker group left of checkpoints beyond `step`."""
-    for found in _steps(store, run_id):
+    for key, found in [*_steps(store, run_id), *_steps(store, run_id, "best")]:
         if found > step:
-            _delete(store, run_id, found)
+            _delete(store, key)
 
 
 def keep_newest(store: Store, run_id: str, count: int) -> None:
     """Delete all but the newest checkpoints, and what is left of those that were never complete."""
     kept = complete(store, run_id)[:count]
-    for step in _steps(store, run_id):
+    for key, step in _steps(store, run_id):
         if step not in kept:
-            _delete(store, run_id, step)
+            _delete(store, key)
+    best = _steps(store, run_id, "best")
+    if len(best) > 1:
+        used = {progress_of(store, run_id, step).best_step for step in kept}
+        for key, step in best:
+            if step not in used:
+                _delete(store, key)
 
 
-def _optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
+def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
+    """A copy, in host memory, of this worker's masters and what the optimizer holds of each."""
     tensors = {}
     for index, (master, state) in enumerate(zero.master_partitions(engine)):
         held = {"master": master.detach(), **optimizer.saved(state)}
@@ -167,9 +126,19 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def key_of(run_id: str, step: int) -> str:
-    """Of a checkpoint's folder."""
-    return runs.run_key(run_id, f"{runs.CHECKPOINTS}step-{step:06d}")
+def key_of(run_id: str, step: int, kind: str = "step") -> str:
+    """Of the folder of a checkpoint, or of the `best` weights of that step."""
+    return runs.run_key(run_id, f"{runs.CHECKPOINTS}{kind}-{step:06d}")
+
+
+def progress_of(store: Store, run_id: str, step: int) -> TrainingProgress:
+    """Where a training stood, without its tensors.
+
+    Raises:
+        IntegrityError: the checkpoint does not say.
+    """
+    key = f"{key_of(run_id, step)}/shared/{STATE}"
+    return parse_progress(store.get(key), store.uri(key))
 
 
 def parse_progress(body: bytes, uri: str) -> TrainingProgress:
@@ -186,17 +155,18 @@ def parse_progress(body: bytes, uri: str) -> TrainingProgress:
 
 def complete(store: Store, run_id: str) -> list[int]:
     """Steps of the checkpoints that were written to the end, newest first."""
-    found = sorted(_steps(store, run_id), reverse=True)
-    return [step for step in found if store.exists(f"{key_of(run_id, step)}/shared/{folders.MANIFEST}")]
+    found = _steps(store, run_id)
+    return [step for key, step in reversed(found) if store.exists(f"{key}/shared/{folders.MANIFEST}")]
 
 
-def _steps(store: Store, run_id: str) -> list[int]:
+def _steps(store: Store, run_id: str, kind: str = "step") -> list[tuple[str, int]]:
+    """The folders of a kind, with the step of each; oldest first."""
     names = store.folders(runs.run_key(run_id, runs.CHECKPOINTS))
-    return [int(name.removeprefix("step-")) for name in names if name.startswith("step-")]
+    steps = sorted(int(name.removeprefix(f"{kind}-")) for name in names if name.startswith(f"{kind}-"))
+    return [(key_of(run_id, step, kind), step) for step in steps]
 
 
-def _delete(store: Store, run_id: str, step: int) -> None:
-    # The manifest first: from then on it does not exist, however far the deletion gets.
-    key = key_of(run_id, step)
-    store.delete([f"{key}/shared/{folders.MANIFEST}"])
+def _delete(store: Store, key: str) -> None:
+    # A manifest first: from then on it does not exist, however far the deletion gets.
+    store.delete([f"{key}/shared/{folders.MANIFEST}", f"{key}/{folders.MANIFEST}"])
     store.delete(item.key for item in list(store.list(f"{key}/")))

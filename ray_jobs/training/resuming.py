@@ -32,7 +32,8 @@ class _Found:
 
     progress: TrainingProgress
     adapter: Mapping[str, torch.Tensor]
-    best: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor] | None
+    """None where nothing was better than the beginning."""
     states: list[dict[str, torch.Tensor]]
     """Of each of this worker's partitions: its master and the optimizer's state."""
 
@@ -61,9 +62,8 @@ def resume(
     steps = checkpoint.complete(store, run_id) if rank == 0 else []
     found = None
     while step := _sum(steps.pop(0) if steps else 0, engine.device):
-        key = checkpoint.key_of(run_id, step)
         try:
-            found = _read(store, key, engine, fresh, config, rank=rank)
+            found = _read(store, run_id, step, engine, fresh, config, rank=rank)
         except (IntegrityError, ObjectMissing) as exc:
             logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
         if not _sum(int(found is None), engine.device):
@@ -74,6 +74,7 @@ def resume(
     dist.barrier()
     if found is None:
         return fresh, checkpoint.weights(engine.module)
+    best = found.best or checkpoint.weights(engine.module)
     _restore(engine, found)
     progress = found.progress
     by = f" of {progress.num_workers} workers" if progress.num_workers != fresh.num_workers else ""
@@ -83,7 +84,7 @@ def resume(
         logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
         progress.best_loss, progress.evals_without_gain = float("inf"), 0
         progress.held_out = fresh.held_out
-    return progress, found.best
+    return progress, best
 
 
 def _sum(number: int, device: torch.device) -> int:
@@ -93,7 +94,10 @@ def _sum(number: int, device: torch.device) -> int:
     return int(total.item())
 
 
-def _read(store: Store, key: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int) -> _Found:
+def _read(
+    store: Store, run_id: str, step: int, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
+) -> _Found:
+    key = checkpoint.key_of(run_id, step)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         shared = Path(scratch) / "shared"
         folders.pull(store, f"{key}/shared", shared)
@@ -107,9 +111,19 @@ def _read(store: Store, key: str, engine: Any, fresh: TrainingProgress, config: 
         return _Found(
             progress,
             load_file(shared / checkpoint.ADAPTER),
-            load_file(shared / checkpoint.BEST),
+            _best(store, run_id, shared, progress),
             _states(engine, parts, progress, fresh, uri),
         )
+
+
+def _best(store: Store, run_id: str, shared: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
+    path = shared / checkpoint.BEST
+    if not path.exists():  # release 0.1.0 has it there
+        if not progress.best_step:
+            return None
+        path = shared.parent / "best" / checkpoint.BEST
+        folders.pull(store, checkpoint.key_of(run_id, progress.best_step, "best"), path.parent)
+    return dict(load_file(path))
 
 
 def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:

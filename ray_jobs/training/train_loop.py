@@ -4,7 +4,6 @@ Nothing here depends on chance beyond `train.seed`: batches are a pure function 
 step and rank, so a resumed training takes exactly the steps of an uninterrupted one.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +16,14 @@ import torch
 import torch.distributed as dist
 
 from components.config.schema import RunConfig, TrainConfig
-from components.shared.errors import Diverged, StoreError
+from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs.text import packed
 from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, preemption, resuming, zero
 from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.checkpoint_writer import CheckpointWriter
 from ray_jobs.training.group import Worker
-from ray_jobs.training.patience import Patience
-
-logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -104,82 +101,45 @@ def run(
     )  # fmt: skip
     progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
-    started, patience = time.monotonic() - progress.elapsed_s, Patience(train.store_patience_s)
+    started = time.monotonic() - progress.elapsed_s
 
-    for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
-        step_started = time.monotonic()
-        loss, grad_norm, num_tokens = take_step(
-            engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
-        )
-        _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
-        progress.step += 1
-        progress.tokens += num_tokens
-        progress.elapsed_s = (ended := time.monotonic()) - started
-        trained.stepped(loss)
-        report({
-            "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
-            "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"], "tokens": progress.tokens,
-            "tokens_per_s": num_tokens / (ended - step_started), "elapsed_s": progress.elapsed_s,
-        })  # fmt: skip
-        if progress.step in measured:
-            loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-            trained.eval_loss = loss
-            report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
-            if progress.measured(loss):
-                best = checkpoint.weights(engine.module)
-            trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
-        if trained.stopped_early or progress.step == total:
-            break
-        is_preempted = watch is not None and watch.is_preempted()
-        if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
-            is_kept = _keep(
-                engine,
-                progress,
-                best,
-                keep_checkpoints=train.keep_checkpoints,
-                run_id=run_id,
-                store=store,
-                worker=worker,
-                patience=patience,
+    with CheckpointWriter(store, run_id, config, rank=worker.rank) as checkpoints:
+        for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
+            step_started = time.monotonic()
+            loss, grad_norm, num_tokens = take_step(
+                engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
             )
-            if is_preempted and is_kept:
-                preemption.leave(progress.step)
+            _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
+            progress.step += 1
+            progress.tokens += num_tokens
+            progress.elapsed_s = (ended := time.monotonic()) - started
+            trained.stepped(loss)
+            report({
+                "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
+                "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"],
+                "tokens": progress.tokens, "tokens_per_s": num_tokens / (ended - step_started),
+                "elapsed_s": progress.elapsed_s,
+            })  # fmt: skip
+            if progress.step in measured:
+                loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
+                trained.eval_loss = loss
+                report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
+                if progress.measured(loss):
+                    best = checkpoint.weights(engine.module)
+                trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
+            if trained.stopped_early or progress.step == total:
+                break
+            is_preempted = watch is not None and watch.is_preempted()
+            if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
+                checkpoints.write(engine, progress, best)
+                if is_preempted and checkpoints.finish():
+                    preemption.leave(progress.step)
 
     if train.early_stopping_patience:
         trained.weights, trained.eval_loss = best, progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
     return trained
-
-
-def _keep(
-    engine: Any,
-    progress: TrainingProgress,
-    best: dict[str, torch.Tensor],
-    *,
-    keep_checkpoints: int,
-    run_id: str,
-    store: Store,
-    worker: Worker,
-    patience: Patience,
-) -> bool:
-    """Write a checkpoint, and delete old ones; False where the store is away, the same on every worker.
-
-    Raises:
-        StoreError: it has been away for too long.
-    """
-    try:
-        checkpoint.save(store, run_id, engine, progress, best, rank=worker.rank)
-    except StoreError as exc:
-        patience.lose(exc, f"training goes on without a checkpoint of step {progress.step}")
-        return False
-    patience.regain()
-    if worker.rank == 0:
-        try:
-            checkpoint.keep_newest(store, run_id, keep_checkpoints)
-        except StoreError as exc:
-            patience.lose(exc, "older checkpoints are deleted later")
-    return True
 
 
 @torch.no_grad()

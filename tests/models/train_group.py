@@ -173,6 +173,7 @@ def fit_in_rank(
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
+    from ray_jobs.training import checkpoint
     from ray_jobs.training.group import Worker
     from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit
@@ -199,6 +200,9 @@ def fit_in_rank(
     def report(record: dict[str, Any]) -> None:
         seen.append(record)
         if record["step"] == stop_after:
+            every = config.train.checkpoint_every_steps
+            while every and checkpoint.complete(store, run_id)[:1] != [(stop_after - 1) // every * every]:
+                time.sleep(0.05)
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
     store = Store.open(config.registry)

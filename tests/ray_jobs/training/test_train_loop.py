@@ -25,7 +25,7 @@ from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format, packed
 from ray_jobs.text.batching import tokenize
-from ray_jobs.training import checkpoint, train_loop
+from ray_jobs.training import checkpoint, checkpoint_writer, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
@@ -152,9 +152,9 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, m
 @pytest.mark.parametrize(
     "damaged",
     [
-        "rank-1/optimizer.safetensors",
-        pytest.param("shared/best.safetensors", marks=pytest.mark.slow),
-        pytest.param("shared/state.json", marks=pytest.mark.slow),
+        "step-000004/rank-1/optimizer.safetensors",
+        pytest.param("best-000004/best.safetensors", marks=pytest.mark.slow),
+        pytest.param("step-000004/shared/state.json", marks=pytest.mark.slow),
     ],
 )
 def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monkeypatch, damaged):
@@ -164,7 +164,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
     with pytest.raises(RuntimeError):
         run(*changes, run_id="interrupted")
     monkeypatch.delenv("STOP_AFTER_STEP")
-    key = f"runs/interrupted/checkpoints/step-000004/{damaged}"
+    key = f"runs/interrupted/checkpoints/{damaged}"
     store.put(key, store.get(key)[:-1])
     resumed = run(*changes, run_id="interrupted")
     assert resumed.resumed_from == 2
@@ -207,14 +207,14 @@ def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], 
     """In each rank: rank 1 cannot reach the store up to a step."""
     import torch.distributed as dist
 
-    publish = checkpoint.folders.publish
+    publish = checkpoint_writer.folders.publish
 
     def refused(store: Store, key: str, *arguments: Any, **others: Any) -> Any:
         if dist.get_rank() == 1 and int(key.split("step-")[1][:6]) <= until_step:
             raise StoreError("the store cannot be reached")
         return publish(store, key, *arguments, **others)
 
-    with mock.patch.object(checkpoint.folders, "publish", refused):
+    with mock.patch.object(checkpoint_writer.folders, "publish", refused):
         return train_in_rank({"away": config_toml}, rows)["away"]
 
 
@@ -235,7 +235,7 @@ def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
     (found, _), whole = away(), run(*changes)
     assert found.losses == whole.losses
     assert all((found.weights[name] == whole.weights[name]).all() for name in whole.weights)
-    assert {each.key.split("/")[3] for each in store.list("runs/away/checkpoints/")} == {"step-000006"}
+    assert {each.key.split("/")[3] for each in store.list("runs/away/checkpoints/")} == {"best-000004", "step-000006"}
     assert checkpoint.complete(store, "away") == [6]
 
 
