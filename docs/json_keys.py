@@ -43,6 +43,7 @@ JSON_KEYS = {
     "chat": "name version against turns",
     "compare": "runs config against_first page",
     "replay": "run_id adapter version same verdict basis_sha256 recorded reasons",
+    "reproduce": "name version run_id reproduced_as same agrees differs compared",
     "compile": "path sha256 pipeline image",
     "submit": f"{_KUBEFLOW} interrupted",
     "schedule create": _SCHEDULE,

@@ -26,6 +26,7 @@ from pipelines.commands import (
     ray,
     reap,
     replay,
+    reproduce,
     run,
     runs,
     schedule,
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(run, train, sweep, plan, data, adapters, chat, compare, replay, compile, schema),
+        *(run, train, sweep, plan, data, adapters, chat, compare, replay, reproduce, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

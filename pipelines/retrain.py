@@ -170,6 +170,18 @@ def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:
     return train
 
 
+def build_train_on(dataset_uri: str) -> dsl.base_component.BaseComponent:
+    """The pipeline of `fineloop reproduce`: a dataset is there, and the run has begun."""
+
+    @dsl.pipeline(name="fineloop-train-on", description="Train one adapter on a dataset that is there; compare it.")
+    def train(run_uri: str, config_digest: str) -> None:
+        """Fine-tune and evaluate; no gate and no alias."""
+        step = _configured(lambda task: None)
+        _compared_candidate(step, {"run_uri": run_uri, "config_digest": config_digest}, dataset_uri, tunes=False)
+
+    return train
+
+
 @dsl.pipeline(name="fineloop-sweep", description="Find the best learning rate; nothing is published.")
 def sweep(config: dict[str, Any], run_id: str) -> None:
     """Prepare, and try rates and methods on the data."""

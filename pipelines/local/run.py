@@ -52,7 +52,9 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def run(config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "") -> Outcome:
+def run(
+    config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "", dataset_uri: str = ""
+) -> Outcome:
     """Run it to the end; for the rest as `run_and_read`."""
 
     def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> Outcome:
@@ -60,7 +62,7 @@ def run(config: RunConfig, place: Place, *, what: Literal["retrain", "train"], r
             return read_trained(config, store, run_id, ground_s=ground_s, total_s=total_s)
         return read_outcome(store, run_id, ground_s=ground_s, total_s=total_s, report_path=folder / "report.html")
 
-    return run_and_read(config, place, read, what=what, run_id=run_id)
+    return run_and_read(config, place, read, what=what, run_id=run_id, dataset_uri=dataset_uri)
 
 
 def run_and_read(
@@ -70,12 +72,13 @@ def run_and_read(
     *,
     what: What,
     run_id: str = "",
+    dataset_uri: str = "",
 ) -> Read:
     """Run it to the end, with one line per step on the terminal and everything else in HOME/runs/<run_id>/pipeline.log.
 
     Then `read` is called while the store is there, with the run's id, its folder on this machine, and how many seconds
-    the servers and all of it took. Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray
-    job behind.
+    the servers and all of it took. With `dataset_uri` a training takes that dataset in place of its sources. Ctrl-C and
+    SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
 
     Raises:
         UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
@@ -112,7 +115,7 @@ def run_and_read(
             display.finish(ground_s)
             environment = {**environment, **ray_address}
             with in_environment(environment), _goes_on(what, run_id, place):
-                ended = _execute(what, run_id, config, folder, environment, place, display, news)
+                ended = _execute(what, run_id, config, folder, environment, place, display, news, dataset_uri)
                 display.close()
                 return _read(read, config, run_id, folder, ended, ground_s=ground_s, began=began)
     except BaseException:
@@ -173,6 +176,7 @@ def _execute(
     place: Place,
     display: Display,
     news: Callable[[], list[str]],
+    dataset_uri: str,
 ) -> Ended:
     def on_tick() -> None:
         for text in news():
@@ -189,7 +193,7 @@ def _execute(
             [
                 *(sys.executable, "-m", "pipelines.local.run_pipeline", what),
                 *("--config", str(folder / "config.toml"), "--run-id", run_id),
-                *("--pipeline-root", str(place.home.absolute() / "kfp")),
+                *("--pipeline-root", str(place.home.absolute() / "kfp"), "--dataset", dataset_uri),
             ],
             environment={**os.environ, **environment, **variables},
             directory=folder,

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from components.shared import garbage
+from components.step.step import first_step
 from pipelines.local.step_secrets import of_step, without_secrets
 
 
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--pipeline-root", type=Path, required=True)
+    parser.add_argument("--dataset", default="", help="of a training: s3:// address of what it trains on")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _end_the_group)
     garbage.leave_at_exit()
@@ -37,10 +39,15 @@ def main(arguments: list[str]) -> int:
     with garbage.importing():
         from kfp import local
 
-        from pipelines.retrain import build, build_train, sweep
+        from pipelines.retrain import build, build_train, build_train_on, sweep
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
     config = tomllib.loads(options.config.read_text(encoding="utf-8"))
+    if options.dataset:
+        with first_step("prepare", config, options.run_id) as begun:
+            begun.say(f"taking {options.dataset} as it is")
+        build_train_on(options.dataset)(run_uri=begun.run_uri, config_digest=begun.config.digest)
+        return 0
     tunes = config["tune"]["when"] != "never"  # it is the resolved config, which has every key
     pipelines = {
         "retrain": lambda: build(configure, tunes=tunes),

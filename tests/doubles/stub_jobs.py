@@ -62,8 +62,9 @@ def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "adapter_config.json": b"{}",
         "README.md": b"# a test",
     }
-    dataset = {"dataset_id": options.dataset.rpartition("/")[2]}
+    dataset = {"dataset_id": options.dataset.rpartition("/")[2], "uri": options.dataset}
     lineage = {"run_id": options.run_id, "config": config.model_dump(mode="json"), "dataset": dataset}
+    lineage["base"] = {"reference": config.model.base, "identity": {}}
     version = versions.publish_version(store, config.adapter.name, files, lineage=lineage)
     say("finetune", "2/2")
     result = {

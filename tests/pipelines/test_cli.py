@@ -31,6 +31,7 @@ COMMANDS = [
     ("chat",),
     ("compare",),
     ("replay",),
+    ("reproduce",),
     ("compile",),
     ("schema",),
     ("submit",),
