@@ -61,7 +61,7 @@ JSON_KEYS = {
     "store down": "stopped",
     "ray up": "address",
     "ray down": "stopped",
-    "doctor": "ok checks",
+    "doctor": "ok not_seen checks",
 }
 """By command. Some are there only where they say something, such as `announced`."""
 FREE = {

@@ -22,8 +22,9 @@ def add(commands: Any) -> None:
         more="It starts no server. A configured store is written to and read; what it wrote is removed again. How long "
         "a run of the config takes here is estimated by training a few layers of its base for a second or two. "
         "With --host it asks Kubeflow and, by the kubeconfig, Kubernetes for all that a run of the config needs there: "
-        "accounts, rights, secrets, KubeRay, Kueue's queue and quota. It changes nothing; with --image it starts one "
-        "pod that tries the store from inside the cluster, and deletes it.",
+        "accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and what runs of them. What it may not "
+        "see has a question mark. It changes nothing; with --image it starts one pod that tries the store from inside "
+        "the cluster, and deletes it.",
         example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
     )
     add_kubeflow(doctor)
@@ -45,11 +46,18 @@ def _doctor(options: argparse.Namespace) -> Answer:
     found = _of_cluster(config, options) if options.host else _of_this_machine(config, options)
     width = max(len(check.name) for check in found)
     lines = [
-        f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.detail}{'' if check.ok else ': ' + check.fix}"
+        f"{_mark(check)}  {check.name:<{width}}  {check.detail}{'' if check.ok else ': ' + check.fix}"
         for check in found
     ]
     is_well = all(check.ok for check in found)
-    return Answer({"ok": is_well, "checks": [vars(check) for check in found]}, "\n".join(lines), 0 if is_well else 1)
+    if num_unseen := sum(not check.seen for check in found):
+        lines.append(f"{num_unseen} not seen: whoever may look can say more")
+    body = {"ok": is_well, "not_seen": num_unseen, "checks": [vars(check) for check in found]}
+    return Answer(body, "\n".join(lines), 0 if is_well else 1)
+
+
+def _mark(check: "Check") -> str:
+    return "FAIL" if not check.ok else "ok  " if check.seen else "?   "
 
 
 def _of_this_machine(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":

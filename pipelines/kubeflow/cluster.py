@@ -1,16 +1,23 @@
 """What `fineloop doctor` reads of a Kubernetes cluster: objects, kinds and rights, as plain JSON."""
 
 import json
+import re
 from typing import Any
 
 from components.ray_cluster.kubernetes_api import CALL_S, configuration
 from components.shared.errors import UserError
 
 Resource = dict[str, Any]
+_NO_RIGHT = re.compile(r"cannot \w+ resource")
+"""RBAC's words; pod security and quotas answer with 403 as well."""
 
 
 class NotSeen(Exception):
     """The API server does not let us look, or cannot be reached; the text says which."""
+
+
+class Refused(NotSeen):
+    """The API server has judged what it was asked to create, and does not take it."""
 
 
 class Cluster:
@@ -44,6 +51,7 @@ class Cluster:
         """What the API server makes of a body, such as the answer to an access review.
 
         Raises:
+            Refused: the server, or a webhook of it, does not take this one.
             NotSeen: we may not create it, or no server answers.
         """
         return self._ask("POST", path, body) or {}
@@ -80,7 +88,9 @@ class Cluster:
         except ApiException as exc:
             if exc.status == 404:
                 return None
-            raise NotSeen(_reason(exc)) from exc
+            reason = _reason(exc)
+            is_ours = exc.status in (401, 403) and (exc.status == 401 or _NO_RIGHT.search(reason))
+            raise (Refused if method == "POST" and not is_ours else NotSeen)(reason) from exc
         except (HTTPError, OSError) as exc:
             raise NotSeen(f"{self.address} does not answer: {exc}") from exc
         text = response.data.decode("utf-8", errors="replace")

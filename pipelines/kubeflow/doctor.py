@@ -13,9 +13,9 @@ from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE
 from components.shared.errors import FineloopError
 from components.step.kfp import IMAGE
 from pipelines.check import Check, check
-from pipelines.kubeflow import probe
+from pipelines.kubeflow import probe, running
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.cluster import Cluster, NotSeen, Resource
+from pipelines.kubeflow.cluster import Cluster, NotSeen, Refused, Resource
 from pipelines.kubeflow.quota import demand, lacking
 from pipelines.kubeflow.task_settings import REPORT_SECRET
 
@@ -28,13 +28,21 @@ RIGHTS = {
     ("argoproj.io", "workflowtaskresults"): ("create", "patch"),
 }
 """What the account of the steps does, as infra/rbac/pipeline.yaml grants it."""
+LAUNCHER = "configmaps/kfp-launcher"
 ENVIRONMENTS = {
     f"configmaps/{CONFIG_MAP}": "AWS_REGION",
-    "configmaps/kfp-launcher": "providers",
+    LAUNCHER: "providers",
     f"secrets/{RAY_SECRET}": "auth_token",
     f"secrets/{STORE_SECRET}": "AWS_ACCESS_KEY_ID",
 }
 """The objects that pods take their environment from, and a key that each must have."""
+REFUSALS = {
+    "failed calling webhook": "start what answers it: kubectl get deployments --all-namespaces",
+    "violates PodSecurity": "kubectl apply -k infra/namespace",
+    "exceeded quota": "raise it in infra/namespace/limits.yaml, or wait",
+    "unknown field": "infra/README.md has the versions that fit",
+}
+"""What mends a refusal, by words of it."""
 KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 KUBERAY = "/apis/ray.io/v1"
 
@@ -49,7 +57,8 @@ def cluster_checks(
     image: str,
 ) -> Iterator[Check]:
     """Look at Kubeflow Pipelines and at the Kubernetes namespace where the runs live, in the order of a run."""
-    yield _kubeflow(environment, host, namespace)
+    kubeflow, has_many_users = _kubeflow(environment, host, namespace)
+    yield kubeflow
     try:
         cluster = Cluster(namespace or environment.get("KFP_NAMESPACE", ""))
         version = cluster.get("/version")
@@ -67,10 +76,15 @@ def cluster_checks(
     yield Check("namespace", True, f"{cluster.namespace}{_pod_security(found)}", "")
     ray = config.ray.cluster
     accounts = [service_account, *([ray.service_account] if isinstance(ray, RayJobCluster) else [])]
+    environments = {**ENVIRONMENTS}
+    if has_many_users:  # its profile controller makes this one, and needs no providers
+        del environments[LAUNCHER]
     for name, ask in (
+        ("kubeflow's controllers", running.deployments(cluster, "kubeflow's controllers", running.KUBEFLOW)),
+        ("nodes", running.nodes(cluster)),
         *((f"account {account}", _account(cluster, account)) for account in accounts if account),
         ("rights of the steps", _rights(cluster, service_account)),
-        *((name, _environment(cluster, name, key)) for name, key in ENVIRONMENTS.items()),
+        *((name, _environment(cluster, name, key)) for name, key in environments.items()),
         ("openlineage", _open_lineage(cluster)),
         *_ray(cluster, config),
         ("a step's pod", _dry_pod(cluster, service_account, image)),
@@ -85,16 +99,17 @@ def _asked(name: str, ask: Iterator[Check]) -> Check:
     try:
         return next(ask)
     except NotSeen as exc:
-        return Check(name, True, f"not seen: {exc}", "")
+        return Check(name, True, f"not seen: {exc}", "", seen=False)
 
 
-def _kubeflow(environment: Mapping[str, str], host: str, namespace: str) -> Check:
+def _kubeflow(environment: Mapping[str, str], host: str, namespace: str) -> tuple[Check, bool]:
+    """The finding, and whether the server has a namespace for each user."""
     try:
         kubeflow = connect(environment, host=host, namespace=namespace)
     except FineloopError as exc:
-        return Check("kubeflow pipelines", False, str(exc), "see the message")
+        return Check("kubeflow pipelines", False, str(exc), "see the message"), False
     users = f"many users, yours is {kubeflow.namespace}" if kubeflow.namespace else "one namespace for all"
-    return Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", "")
+    return Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", ""), bool(kubeflow.namespace)
 
 
 def _pod_security(namespace: Resource) -> str:
@@ -160,9 +175,11 @@ def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Ch
     if not isinstance(ray, RayJobCluster):
         return
     yield "kuberay", _kind(cluster, "kuberay", KUBERAY, "rayjobs", "install KubeRay: infra/README.md")
+    yield "kuberay's operator", running.deployments(cluster, "kuberay's operator", [running.KUBERAY])
     yield "a RayJob of this config", _dry_rayjob(cluster, config)
     if ray.queue:
         yield "kueue", _kind(cluster, "kueue", KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty")
+        yield "kueue's manager", running.deployments(cluster, "kueue's manager", [running.KUEUE])
         yield "queue", _queue(cluster, config, ray.queue)
         if ray.priority_class:
             yield "priority", _priority(cluster, ray.priority_class)
@@ -185,18 +202,19 @@ def _kind(cluster: Cluster, name: str, path: str, resource: str, fix: str) -> It
 def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
     wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
     path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
-    yield _dry(cluster, "a RayJob of this config", path, wanted, "infra/README.md has the versions that fit")
+    yield _dry(cluster, "a RayJob of this config", path, wanted)
 
 
 def _dry_pod(cluster: Cluster, account: str, image: str) -> Iterator[Check]:
     pod = probe.pod(cluster.namespace, account, image or IMAGE, "")
-    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", pod, "see the message")
+    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", pod)
 
 
-def _dry(cluster: Cluster, name: str, path: str, body: Resource, fix: str) -> Check:
+def _dry(cluster: Cluster, name: str, path: str, body: Resource) -> Check:
     try:
         cluster.create(path, body)
-    except NotSeen as exc:
+    except Refused as exc:
+        fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), "see the message")
         return Check(name, False, f"refused: {exc}", fix)
     return Check(name, True, "the API server would take it", "")
 

@@ -13,10 +13,25 @@ PATIENCE_S = 180.0
 POLL_S = 2.0
 STEP_LABEL = "pipelines.kubeflow.org/v2_component"
 """By which the network policies know a step."""
-TRY = (
-    "from components.config.schema import RegistryConfig; from components.store.store import Store; "
-    "Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check(); print('fineloop: the store is sound')"
-)
+UNPLACED_S = 30.0
+"""How long no node may take the pod until that is the finding."""
+ASKED = 8
+"""Times, 3 s apart: the policies of a new pod open its way only seconds after it has started."""
+TRY = """
+import time
+from components.config.schema import RegistryConfig
+from components.shared.errors import StoreError
+from components.store.store import Store
+for left in reversed(range({asked})):
+    try:
+        Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check()
+        break
+    except StoreError:
+        if not left:
+            raise
+        time.sleep(3)
+print('fineloop: the store is sound')
+"""
 
 
 def pod(namespace: str, account: str, image: str, script: str, name: str = "fineloop-doctor") -> Resource:
@@ -71,7 +86,7 @@ def run(cluster: Cluster, registry: RegistryConfig, account: str, image: str) ->
     """
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
     pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
-    script = TRY.format(bucket=registry.bucket, prefix=registry.prefix)
+    script = TRY.format(asked=ASKED, bucket=registry.bucket, prefix=registry.prefix)
     cluster.create(pods, pod(cluster.namespace, account, image, script, name))
     try:
         return _followed(cluster, f"{pods}/{name}", name, registry, image)
@@ -80,9 +95,9 @@ def run(cluster: Cluster, registry: RegistryConfig, account: str, image: str) ->
 
 
 def _followed(cluster: Cluster, path: str, name: str, registry: RegistryConfig, image: str) -> Check:
-    title, deadline = "store, from a pod", time.monotonic() + PATIENCE_S
+    title, began = "store, from a pod", time.monotonic()
     found: Resource = {}
-    while time.monotonic() < deadline:
+    while (waited := time.monotonic() - began) < PATIENCE_S:
         found = cluster.get(path) or {}
         phase = found.get("status", {}).get("phase", "Pending")
         if phase == "Succeeded":
@@ -93,6 +108,9 @@ def _followed(cluster: Cluster, path: str, name: str, registry: RegistryConfig, 
             return Check(title, False, said[-1] if said else _why(found), "see the message")
         if stuck := _stuck(found):
             return Check(title, False, stuck, "give an image that the nodes may pull: --image, imagePullSecrets")
+        if waited > UNPLACED_S and (nowhere := _unplaced(found)):
+            fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
+            return Check(title, False, f"no node takes the pod: {nowhere}", fix)
         time.sleep(POLL_S)
     why = f"the pod did not end within {PATIENCE_S:.0f} s: {_why(found)}"
     return Check(title, False, why, f"kubectl -n {cluster.namespace} get events")
@@ -110,6 +128,13 @@ def _stuck(found: Resource) -> str:
         ):
             return f"{waiting['reason']}: {waiting.get('message', status.get('image', ''))}"
     return ""
+
+
+def _unplaced(found: Resource) -> str:
+    """Why the scheduler has no node for it."""
+    conditions = found.get("status", {}).get("conditions") or []
+    reasons = [each for each in conditions if each["type"] == "PodScheduled" and each.get("reason") == "Unschedulable"]
+    return str(reasons[0].get("message") or "Unschedulable") if reasons else ""
 
 
 def _why(found: Resource) -> str:

@@ -29,6 +29,14 @@ PLURALS = {
     "ClusterQueue": "clusterqueues",
     "WorkloadPriorityClass": "workloadpriorityclasses",
 }
+DEPLOYMENTS = (
+    ("ray-system", "kuberay-operator"),
+    ("kueue-system", "kueue-controller-manager"),
+    (NAMESPACE, "workflow-controller"),
+    (NAMESPACE, "ml-pipeline-persistenceagent"),
+    (NAMESPACE, "ml-pipeline-scheduledworkflow"),
+)
+"""What helm and Kubeflow's manifests make."""
 
 
 class AppliedCluster:
@@ -45,11 +53,23 @@ class AppliedCluster:
         """Paths of what was created for good."""
         for name, data in (("fineloop-ray", {"auth_token": "eA=="}), ("fineloop-s3", {"AWS_ACCESS_KEY_ID": "eA=="})):
             self.put(f"/api/v1/namespaces/{NAMESPACE}/secrets/{name}", {"data": data})
+        for where, name in DEPLOYMENTS:
+            self.deploy(where, name)
+        ready = {"conditions": [{"type": "Ready", "status": "True"}]}
+        self.put("/api/v1/nodes/node", {"spec": {}, "status": ready})
         self.put(f"/api/v1/namespaces/{NAMESPACE}/configmaps/kfp-launcher", {"data": {"providers": "minio: {}"}})
 
     def put(self, path: str, found: dict[str, Any]) -> None:
         """Have an object at a path."""
         self.objects[path] = {"metadata": {"name": path.rpartition("/")[2]}, **found}
+
+    def deploy(self, namespace: str, name: str, replicas: int = 1) -> None:
+        """Have a deployment with so many pods."""
+        self.objects[f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}"] = {
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"replicas": replicas},
+            "status": {"availableReplicas": replicas} if replicas else {},
+        }
 
     def drop(self, kind: str, name: str = "") -> None:
         """Forget the objects of a kind."""
@@ -62,7 +82,9 @@ class AppliedCluster:
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         """What the API server would say; raises Refusal."""
         if any(path.startswith(denied) for denied in self.denied):
-            message = f'{path.rpartition("/")[2]} is forbidden: User "somebody" cannot {method.lower()} it'
+            kind = path.rpartition("/")[2]
+            verb = {"GET": "get", "POST": "create", "DELETE": "delete"}[method]
+            message = f'{kind} is forbidden: User "somebody" cannot {verb} resource "{kind}" in API group ""'
             raise Refusal(403, "Forbidden", message)
         if path == "/version":
             return {"gitVersion": "v1.34.4"}
@@ -74,12 +96,25 @@ class AppliedCluster:
             return self._create(path, query, body)
         if path.endswith("/log"):
             return self.pod_log
+        if path == "/api/v1/nodes" or path.endswith("/deployments"):
+            return {"items": self._listed(path, query)}
         if path not in self.objects:
             raise Refusal(404, "NotFound", f"{path.rpartition('/')[2]} not found", name=path.rpartition("/")[2])
         if method == "DELETE":
             del self.objects[path]
             return {"kind": "Status", "status": "Success"}
         return copy.deepcopy(self.objects[path])
+
+    def _listed(self, path: str, query: dict[str, str]) -> list[Any]:
+        """Of one namespace, or of all where the path names none."""
+        begin, _, kind = path.rpartition("/")
+        name = query.get("fieldSelector", "").removeprefix("metadata.name=")
+        return [
+            copy.deepcopy(found)
+            for at, found in self.objects.items()
+            if at.startswith(begin) and at.endswith(f"/{kind}/{found['metadata']['name']}")
+            if name in ("", found["metadata"]["name"])
+        ]
 
     def _create(self, path: str, query: dict[str, str], body: Any) -> Any:
         if path.endswith("/rayjobs"):

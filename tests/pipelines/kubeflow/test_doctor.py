@@ -1,6 +1,9 @@
 """`fineloop doctor --host`, against what infra/overlays/kind applies, and with each thing broken in turn."""
 
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,10 @@ import pytest
 import yaml
 
 from components.config.ray import JobsApiCluster
-from infra.checks.manifests import INFRA, Loader
+from infra.checks.manifests import INFRA, ROOT, Loader
 from pipelines.kubeflow import doctor, probe
 from tests.doubles.kfp_server.server import KfpServer
-from tests.doubles.kubernetes.api import NAMESPACE
+from tests.doubles.kubernetes.api import NAMESPACE, Refusal
 from tests.doubles.kubernetes.applied import AppliedCluster, applied
 from tests.pipelines.kubeflow.conftest import Fineloop
 
@@ -53,7 +56,7 @@ def test_a_cluster_that_the_overlay_was_applied_to_is_sound(
     ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
 ) -> None:
     found = ask(*RAYJOB, *IMAGE)
-    assert [check for check in found.values() if not check["ok"]] == []
+    assert [check for check in found.values() if not check["ok"] or not check["seen"]] == []
     assert found["namespace"]["detail"] == "fineloop, which admits restricted pods"
     assert found["kubernetes"]["detail"].startswith("v1.34.4 at http://127.0.0.1:")
     assert found["queue"]["detail"] == "fineloop in fineloop has room for this config"
@@ -126,6 +129,26 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
         ("queue", _small_quota, "12 GiB asked for, at most 8 GiB given", "ray.num_workers"),
         ("queue", _stopped_queue, "lets nobody in: stopped", "start it"),
         ("queue", _inactive_queue, "lets nobody in: references missing ResourceFlavor", "start it"),
+        *(
+            (
+                title,
+                lambda c, where=where, name=name: c.deploy(where, name, 0),
+                f"{name} has no pod that is ready",
+                f"kubectl -n {where} scale deployment {name} --replicas 1",
+            )
+            for title, where, name in (
+                ("kuberay's operator", "ray-system", "kuberay-operator"),
+                ("kueue's manager", "kueue-system", "kueue-controller-manager"),
+                ("kubeflow's controllers", NAMESPACE, "workflow-controller"),
+                ("kubeflow's controllers", NAMESPACE, "ml-pipeline-persistenceagent"),
+            )
+        ),
+        (
+            "nodes",
+            lambda c: c.objects["/api/v1/nodes/node"]["spec"].update(unschedulable=True),
+            "0 of 1 are ready and take pods",
+            "kubectl uncordon node",
+        ),
     ],
 )
 def test_what_is_missing_is_one_right_sentence(
@@ -171,8 +194,41 @@ def test_what_we_may_not_see_is_said_and_is_no_fault(
     found = ask()
     for name in ("secrets/fineloop-ray", "rights of the steps"):
         assert found[name]["ok"]
+        assert not found[name]["seen"]
         assert found[name]["detail"].startswith("not seen: ")
         assert "forbidden" in found[name]["detail"]
+
+
+def test_a_person_who_may_read_one_namespace_hears_what_was_not_seen_and_no_false_alarm(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    """Kubernetes' own role view, in the namespace alone: no secrets, no cluster's objects, nothing to create."""
+    cluster.denied = {
+        *("/api/v1/nodes", "/apis/apps/v1/deployments", f"{CORE}/secrets", "/apis/authorization.k8s.io"),
+        *("/apis/kueue.x-k8s.io/v1beta2/clusterqueues", "/apis/ray.io/v1/namespaces", f"{CORE}/pods"),
+    }
+    found = ask()
+    unseen = {name for name, check in found.items() if not check["seen"]}
+    assert [check for check in found.values() if not check["ok"]] == []
+    assert unseen == {
+        *("nodes", "kuberay's operator", "kueue's manager", "queue", "rights of the steps"),
+        *("secrets/fineloop-ray", "secrets/fineloop-s3", "a RayJob of this config", "a step's pod"),
+    }
+    assert found["kubeflow's controllers"]["seen"]
+
+
+def test_a_webhook_that_is_away_is_not_taken_for_a_wrong_version(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = 'Internal error occurred: failed calling webhook "mrayjob.kb.io": no endpoints available for service'
+
+    def refuse(*_: Any) -> Any:
+        raise Refusal(500, "InternalError", why)
+
+    monkeypatch.setattr(cluster, "_create", refuse)
+    found = ask()
+    assert found["a RayJob of this config"]["detail"] == f"refused: {why}"
+    assert found["a RayJob of this config"]["fix"].startswith("start what answers it")
 
 
 @pytest.mark.parametrize(
@@ -193,11 +249,32 @@ def test_what_we_may_not_see_is_said_and_is_no_fault(
             "",
             "ImagePullBackOff: Back-off pulling image x",
         ),
+        (
+            {
+                "phase": "Pending",
+                "conditions": [
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": "0/1 nodes are available: 1 node(s) were unschedulable.",
+                    }
+                ],
+            },
+            "",
+            "no node takes the pod: 0/1 nodes are available",
+        ),
     ],
 )
 def test_a_store_or_an_image_that_pods_cannot_reach_is_told(
-    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster, status: dict[str, Any], log: str, detail: str
+    ask: Callable[..., dict[str, Any]],
+    cluster: AppliedCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dict[str, Any],
+    log: str,
+    detail: str,
 ) -> None:
+    monkeypatch.setattr(probe, "UNPLACED_S", 0.0)
     cluster.pod_status, cluster.pod_log = status, log
     found = ask(*RAYJOB, *IMAGE)["store, from a pod"]
     assert not found["ok"]
@@ -240,3 +317,30 @@ def test_the_rights_that_are_asked_for_are_those_that_infra_grants() -> None:
     assert granted.keys() == doctor.RIGHTS.keys()
     for what, verbs in doctor.RIGHTS.items():
         assert set(verbs) <= granted[what]
+
+
+def test_the_probe_asks_again_while_the_policies_of_its_pod_are_on_their_way(tmp_path: Path) -> None:
+    """The script itself, in a process, with a store that is away twice."""
+    package = tmp_path / "components" / "store"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text(
+            f"__path__ = [{str(folder)!r}, {str(ROOT / folder.relative_to(tmp_path))!r}]\n"
+        )
+    (package / "store.py").write_text(
+        "from components.shared.errors import StoreError\n"
+        "class Store:\n    asked = 0\n    @classmethod\n    def open(cls, registry): return cls()\n"
+        "    def check(self):\n        Store.asked += 1\n"
+        "        if Store.asked < 3: raise StoreError('away')\n"
+    )
+    script = probe.TRY.format(asked=probe.ASKED, bucket="acme", prefix="").replace("sleep(3)", "sleep(0)")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    refused = script.replace("range(8)", "range(2)")
+    done = subprocess.run(
+        [sys.executable, "-c", refused], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert done.stderr.decode().endswith("StoreError: away\n")
