@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, ObjectMissing
 from components.store.store import open_uri
-from ray_jobs.base.base_model import FILES, snapshot
+from ray_jobs.base.base_model import FILES
 from ray_jobs.base.digests import remembered
+from ray_jobs.base.hub import snapshot
 from ray_jobs.base.local_cache import cache_dir
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 

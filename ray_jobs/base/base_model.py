@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,7 +23,7 @@ from components.config.schema import ModelConfig
 from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError
 from components.store.store import open_uri
-from ray_jobs.base import architecture, attention, precision, stored_format
+from ray_jobs.base import architecture, attention, hub, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.local_cache import cache_dir, once
 from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 # Weights are read from safetensors alone: a pickle can run code.
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-CODE_FILES = ["*.py"]
-# The same weights once more, for other programs: original/ of Meta and OpenAI, consolidated* of Mistral, onnx/.
-NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
 
 
@@ -198,47 +195,11 @@ def _never_replace() -> None:
     dora.dequantize_module_weight = dequantised
 
 
-def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
-    """Those of a hub model's files that match, on this machine, and its own code where the config trusts it.
-
-    Raises:
-        ConfigError: `model.base` or `model.revision` is none that the hub knows, or the hub cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    reference, revision = config.base, config.revision or None
-    wanted = [*patterns, *(CODE_FILES if config.trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted, ignore_patterns=NEVER))
-    except HFValidationError as exc:
-        raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
-    except LocalEntryNotFoundError as exc:
-        raise ConfigError(
-            f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
-        ) from exc
-    except HfHubHTTPError as exc:
-        where = f" at model.revision {revision!r}" if revision else ""
-        raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
-
-
 def _from_hub(config: ModelConfig, weights: bool) -> Base:
-    path = snapshot(config, FILES if weights else [pattern for pattern in FILES if pattern != WEIGHTS])
-    has_weights = any(path.glob(WEIGHTS)) or (not weights and _offers_weights(config.base, path.name))
+    path = hub.snapshot(config, FILES if weights else [pattern for pattern in FILES if pattern != WEIGHTS])
+    has_weights = any(path.glob(WEIGHTS)) or (not weights and hub.offers(config.base, path.name, WEIGHTS))
     _require_model(path, config.base, has_weights=has_weights)
     return Base(config.base, path, {"kind": "hub", "commit": path.name})
-
-
-def _offers_weights(name: str, commit: str) -> bool:
-    """Whether a hub model has weights that are read; what lists its files has been fetched with the first of them."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        found = snapshot_download(name, revision=commit, allow_patterns=WEIGHTS, ignore_patterns=NEVER, dry_run=True)
-    except DryRunError:  # it is neither on this machine nor in reach
-        return False
-    return bool(found)
 
 
 def _from_s3(reference: str) -> Base:

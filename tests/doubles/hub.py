@@ -21,6 +21,10 @@ class Hub:
     url: str
     sent: set[str] = field(default_factory=set)
     """Files whose bytes were asked for."""
+    asked: list[str] = field(default_factory=list)
+    """Paths of all requests."""
+    refusals: list[int] = field(default_factory=list)
+    """Statuses that the next requests about the repository are refused with."""
 
 
 @contextmanager
@@ -35,6 +39,10 @@ def serving(name: str, folder: Path, kind: str = "models") -> Iterator[Hub]:
             self._answer(with_body=True)
 
         def _answer(self, *, with_body: bool) -> None:
+            hub.asked.append(self.path)
+            if hub.refusals and self.path.startswith(f"/api/{kind}/{name}"):
+                self.send_error(hub.refusals.pop(0))
+                return
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
             file = self.path.partition("/resolve/")[2].partition("/")[2]
             if self.path.startswith(f"/api/{kind}/{name}/tree/"):
