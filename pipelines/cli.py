@@ -22,6 +22,7 @@ from pipelines.commands import (
     compile,
     data,
     doctor,
+    init,
     plan,
     ray,
     reap,
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(run, train, sweep, plan, data, adapters, chat, compare, replay, reproduce, compile, schema),
+        *(init, run, train, sweep, plan, data, adapters, chat, compare, replay, reproduce, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

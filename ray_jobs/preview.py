@@ -62,6 +62,7 @@ def previewed(config: RunConfig) -> dict[str, Any]:
             "gate": _gate(config, list(parts.evaluation)),
             "base": config.model.base,
             "tokens": None,
+            "positions": None,
             "shown": [],
             "unread_because": "",
         }
@@ -69,10 +70,16 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     try:
         base = base_model.Base(config.model.base, base_config.locate(config.model), {})
         chat = chat_format.load(base, config.model)
+        positions = base_config.positions(base_config.load(base.path, config.model))
     except UserError as exc:
         return {**body, "unread_because": str(exc)}
     say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
-    return {**body, "tokens": _tokens(config, train, chat), "shown": _shown(config, train, chat)}
+    return {
+        **body,
+        "positions": positions,
+        "tokens": _tokens(config, train, chat),
+        "shown": _shown(config, train, chat),
+    }
 
 
 def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:

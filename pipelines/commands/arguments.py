@@ -159,6 +159,6 @@ def home_option(options: argparse.Namespace) -> str:
     return "" if default else f" --home {shlex.quote(str(options.home))}"
 
 
-def print_err(text: str) -> None:
+def print_err(text: str, end: str = "\n") -> None:
     """Print progress, a warning or an error on stderr; stdout is for the answer."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(text, file=sys.stderr, end=end, flush=True)  # noqa: T201

@@ -43,10 +43,10 @@ def _plan(options: argparse.Namespace) -> Answer:
         options.overrides,
     )
     body = answer(job, on_line=print_err, verbose=options.verbose)
-    return Answer(body, "\n".join(_lines(config, body)), exit_code=1 if body["fits"] is False else 0)
+    return Answer(body, "\n".join(lines(config, body)), exit_code=1 if body["fits"] is False else 0)
 
 
-def _lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
+def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
     from pipelines.local.estimate import estimate_lines
 

