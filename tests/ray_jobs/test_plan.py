@@ -139,7 +139,7 @@ def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     assert rows["vera"]["learning_rate"] == pytest.approx(30 * rows["lora"]["learning_rate"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_methods_of_one_adapter_are_rehearsed_once_and_planned_as_each_by_itself(tmp_path, monkeypatch):
     runs, original = [], Rehearsal._extrapolated
     monkeypatch.setattr(Rehearsal, "_extrapolated", lambda self, *args: runs.append(args) or original(self, *args))
@@ -236,7 +236,7 @@ def test_a_training_that_cannot_fit_is_refused_with_its_parts_and_what_would(lor
     assert "method.base=nf4 train.zero_stage=0 train.micro_batch_size=2 it needs 10." in str(refused.value)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_where_no_setting_helps_a_smaller_base_or_more_workers_are_named():
     config = configured("llama-2-70b")
     rehearsal = Rehearsal(LLAMA_2_70B, config.method, reference="llama-2-70b")
@@ -364,7 +364,7 @@ def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_
     assert not before_training(configured(tmp_path), tmp_path, records, []).dense_base  # on a GPU
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_plan_counts_a_base_that_is_held_dense(tmp_path):
     config = configured(tmp_path, "ray.use_gpu=false", "method.name=qlora", "data.max_records=10")
     bodies = [plan.planned(config, small(), cpu_device("this machine", memory, 1)) for memory in (8 * GIB, GIB // 2)]

@@ -1,6 +1,6 @@
 """Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
 
-LoRA runs on one in six always and on half of them in the slow tier. Of the whole table, and of bases shared out by
+LoRA runs on one in six always and on two more of six in the slow tier. Of the whole table, and of bases shared out by
 ZeRO, one in forty is slow; the others are for `make full`.
 """
 
@@ -63,7 +63,7 @@ def configured(folder, s3_server: seaweedfs.Endpoint, tmp_path: Path, monkeypatc
     return config
 
 
-TIERS: list[Any] = [[], pytest.mark.slow, pytest.mark.full, pytest.mark.slow, pytest.mark.full, pytest.mark.slow]
+TIERS: list[Any] = [[], pytest.mark.slow, pytest.mark.full, pytest.mark.full, pytest.mark.full, pytest.mark.slow]
 ONE_IN_SIX = [pytest.param(name, marks=TIERS[index % 6]) for index, name in enumerate(zoo.KINDS)]
 
 

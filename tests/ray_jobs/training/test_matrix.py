@@ -66,7 +66,7 @@ FIRST = {
     "lora-rslora-loftq-nf4-zero0",
     "vera-classic-default-int8-zero0",
 }
-LONG = {"dora-classic-default-bf16-zero0", "lora-classic-default-nf4-zero0", "lora-rslora-loftq-nf4-zero0"}
+LONG = {"dora-classic-default-bf16-zero0", "lora-classic-default-nf4-zero0"}
 REPEATED = REFERENCES[::7]
 
 

@@ -33,8 +33,8 @@ from tests.models.train_group import Trained, in_group, train, train_in_rank
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
-# Stages of ZeRO where 3 shows the same.
-NONE, TWO = pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.full)
+# `make slow` takes ZeRO's stage 3, which shows most.
+STAGES = [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 2)), pytest.param(3, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -75,9 +75,7 @@ def test_accumulating_does_not_change_the_steps(run, config):
     )
 
 
-@pytest.mark.parametrize(
-    "stage", [NONE, pytest.param(1, marks=pytest.mark.full), TWO, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), *STAGES])
 def test_micro_batches_by_tokens_do_not_change_the_steps(run, config, stage):
     # Of this data a step of two or of three rounds; the curve is of the plain mean over a batch's tokens.
     found = run("train.max_tokens=72", f"train.zero_stage={stage}")
@@ -114,7 +112,7 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
 
 
 # What a checkpoint could forget: magnitudes, dropout's chance, a base of its own, and weights that are quantised,
-# sharded or offloaded. One in three in `make slow`; `frozen` resumes in `make test`.
+# sharded or offloaded. One in six in `make slow`; `frozen` resumes in `make test`.
 RESUMED = [
     "method.name=dora method.dropout=0.1 train.zero_stage=3",
     "method.name=qdora method.dropout=0.1 train.max_tokens=72",
@@ -131,7 +129,7 @@ RESUMED = [
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(each, marks=pytest.mark.full if number % 3 else pytest.mark.slow)
+        pytest.param(each, marks=pytest.mark.full if number % 6 else pytest.mark.slow)
         for number, each in enumerate(RESUMED)
     ],
 )
@@ -253,7 +251,7 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
     assert resumed.matmul_dtype == "float32"
 
 
-@pytest.mark.parametrize("zero_stage", [NONE, TWO, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", STAGES)
 def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, config, store, zero_stage):
     changes = ["train.optimizer=adamw_8bit", "train.checkpoint_every_steps=4", f"train.zero_stage={zero_stage}"]
     found = run(*changes, run_id="eight")
@@ -267,7 +265,7 @@ def test_moments_of_8_bits_take_the_steps_of_bitsandbytes_own_optimizer(run, con
     assert state.size < 1.1 * trained * (4 + 2 * (1 + 4 / 256))
 
 
-@pytest.mark.parametrize("zero_stage", [NONE, TWO, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", STAGES)
 def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
     # So strong that a magnitude's change would be a fraction of what it is.
     changes = ["method.name=dora", "train.weight_decay=30", "train.max_steps=6"]
@@ -284,7 +282,7 @@ def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
             np.testing.assert_allclose(np.linalg.norm(found[name]), change.norm().item(), rtol=0.05)
 
 
-@pytest.mark.parametrize("zero_stage", [TWO, 3])
+@pytest.mark.parametrize("zero_stage", [STAGES[1], 3])
 def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
     found = run(
@@ -356,7 +354,7 @@ def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any
         run(*changes, run_id="old")
 
 
-@pytest.mark.parametrize("zero_stage", [TWO, 3])
+@pytest.mark.parametrize("zero_stage", [STAGES[1], 3])
 def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
     weights = run(
         "train.checkpoint_every_steps=4",
