@@ -17,6 +17,7 @@ from ray_jobs.text.chat_format import ChatFormat
 
 Advance = Callable[[int], None]
 OnText = Callable[[str], None]
+OnToken = Callable[[int], None]
 
 
 @torch.inference_mode()
@@ -28,12 +29,13 @@ def greedy(
     max_new_tokens: int,
     advance: Advance = lambda _: None,
     on_text: OnText | None = None,
+    on_token: OnToken = lambda _: None,
 ) -> list[str]:
     """The greedy answer to each prompt of `split`, without what ends it and outer white space.
 
     It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
     answered at once, and fewer where their keys and values would not fit. `on_text` receives the answer to a single
-    prompt word by word as it comes: the pieces joined are the answer.
+    prompt word by word as it comes: the pieces joined are the answer. `on_token` then gets its tokens, with the stop.
     """
     result = [""] * len(split)
     prompts = [split.prompt(row) for row in range(len(split))]
@@ -41,7 +43,7 @@ def greedy(
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         batch = [prompts[index] for index in indices]
-        words = None if on_text is None else _Words(chat, on_text)
+        words = None if on_text is None else _Words(chat, on_text, on_token)
         if reader is None:
             found = _texts(chat, generated(model, chat, batch, max_new_tokens, streamer=words))
         else:
@@ -56,7 +58,14 @@ def greedy(
 
 @torch.inference_mode()
 def sampled(
-    model: Any, chat: ChatFormat, split: TokenizedSplit, max_new_tokens: int, temperature: float, *, on_text: OnText
+    model: Any,
+    chat: ChatFormat,
+    split: TokenizedSplit,
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    on_text: OnText,
+    on_token: OnToken,
 ) -> str:
     """An answer to the single prompt of `split`, drawn from all tokens at `temperature`, which is above 0."""
     with _decoding(model, chat):
@@ -65,7 +74,7 @@ def sampled(
             chat,
             [split.prompt(0)],
             max_new_tokens,
-            streamer=_Words(chat.tokenizer, on_text),
+            streamer=_Words(chat, on_text, on_token),
             do_sample=True,
             temperature=temperature,
             top_k=0,
@@ -159,13 +168,15 @@ def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
 class _Words(TextStreamer):
     """Hands on an answer as transformers' streamer finds its words whole, without outer white space."""
 
-    def __init__(self, chat: ChatFormat, on_text: OnText) -> None:
+    def __init__(self, chat: ChatFormat, on_text: OnText, on_token: OnToken = lambda _: None) -> None:
         super().__init__(chat.tokenizer, skip_prompt=True)
-        self._on_text, self._ends = on_text, chat.ends
+        self._on_text, self._on_token, self._ends = on_text, on_token, chat.ends
         self._space: str | None = None  # white space, passed on if more follows; None before the first word
 
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate` with each token; the prompt comes first."""
+        if not self.next_tokens_are_prompt:
+            self._on_token(int(value))
         if self.next_tokens_are_prompt or int(value) not in self._ends:
             super().put(value)
 

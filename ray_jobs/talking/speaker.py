@@ -33,6 +33,18 @@ LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
 
 
 @dataclass(frozen=True)
+class Said:
+    """An answer."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    """Of the answer, with what ended it."""
+    ended: bool
+    """Whether it came to its end, and not to the longest that was allowed."""
+
+
+@dataclass(frozen=True)
 class Speaker:
     """One of them."""
 
@@ -48,19 +60,22 @@ class Speaker:
 
     def answer(
         self, turns: Sequence[Message], *, on_text: OnText, max_tokens: int | None = None, temperature: float = 0.0
-    ) -> str:
+    ) -> Said:
         """The answer to the last turn, greedy at temperature 0; `on_text` receives it word by word as it comes."""
         # An answer is needed to make a record; generation sees the prompt alone.
         split = tokenize([Record("prompt", list(turns), "-")], self.chat_as, self.max_length)
         if split.cut:
             logger.warning("the conversation is longer than %d tokens: its beginning is left out", self.max_length)
         without = self.is_base and hasattr(self.model, "disable_adapter")
+        most, tokens = max_tokens or self.longest, list[int]()
+        how: dict[str, Any] = {"on_text": on_text, "on_token": tokens.append}
         with self.model.disable_adapter() if without else contextlib.nullcontext():
             if temperature:
-                return sampled(
-                    self.model, self.chat_as, split, max_tokens or self.longest, temperature, on_text=on_text
-                )
-            return greedy(self.model, self.chat_as, split, 1, max_tokens or self.longest, on_text=on_text)[0]
+                text = sampled(self.model, self.chat_as, split, most, temperature, **how)
+            else:
+                (text,) = greedy(self.model, self.chat_as, split, 1, most, **how)
+        ended = bool(tokens) and tokens[-1] in self.chat_as.stops
+        return Said(text, int(split.num_prompt_tokens[0]), len(tokens), ended)
 
 
 @dataclass(frozen=True)
