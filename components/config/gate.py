@@ -10,6 +10,10 @@ from pydantic import AfterValidator, Field, model_validator
 from components.config.section import Added, Section
 from components.shared.metrics import COMPARED, METRICS, OWN, metric_of
 
+LARGE_LOSS = 2.0
+"""Nats per token: rare losses of up to so many are reckoned with."""
+RARE_SHARE = 0.01
+"""Of records, that is not to be missed."""
 SliceKind = Literal["label", "source", "length"]
 
 
@@ -99,6 +103,13 @@ class GateConfig(Section):
     kl_from_base_at_most: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """The candidate's KL divergence from its base on the base's own answers outside the domain
     (evaluate.own_answers) may be at most this, in nats per token. Unset: no limit."""
+    much_worse_by: Annotated[Annotated[float, Field(gt=0)], Added("0.2.0")] = 1.5
+    """A record is much worse where its loss is above the champion's by more than this, in nats per answer token."""
+    much_worse_share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Added("0.2.0")] = None
+    """At most this share of records, or groups, may be much worse than with the champion, shown with confidence
+    (Clopper-Pearson); 1 asks for nothing. Unset: no limit, but, where the metric is a loss, as many records as show a
+    share of 0.01 at least once (299), or, of wide margins, the share that uses worse_than_champion_by up at 2 nats per
+    token each."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
@@ -130,6 +141,15 @@ class GateConfig(Section):
                 f"{losses}, or gate.margins=absolute"
             )
         return self
+
+    def rare_share(self, champion_loss: float) -> float:
+        """`much_worse_share` in force, of a champion with this loss per token."""
+        if self.much_worse_share is not None:
+            return self.much_worse_share
+        if self.metric != "loss":
+            return RARE_SHARE
+        margin = self.worse_than_champion_by * (champion_loss if self.margins == "relative" else 1.0)
+        return min(1.0, max(RARE_SHARE, margin / LARGE_LOSS))
 
     @property
     def slice_budget(self) -> float:

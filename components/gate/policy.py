@@ -7,7 +7,8 @@ that writes its own text, called in `decide`; its bound is a key of `GateConfig`
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
@@ -15,11 +16,15 @@ from components.config.section import identity
 from components.gate import comparisons, slices, suites
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
+from components.gate.rare_losses import few_get_much_worse
 from components.records.steps import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
 from components.registry.looks import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
 from components.store.store import decode_json, encode_json
+
+BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
+"""What a policy that was recorded before a key was there stands for, where that is not the key's default."""
 
 
 def decide(
@@ -88,6 +93,8 @@ def _compared(
         compared = against(best_role, policy.metric, confidence_at(look, policy.confidence))
         rules.append(comparisons.not_worse_than_best(policy, compared, version=best.version, look=look))
     if champion is not None:
+        if (rare := few_get_much_worse(policy, against("champion", "loss"))) is not None:
+            rules.append(rare)
         rules.extend(
             comparisons.guarded(guard, index, against("champion", guard.metric))
             for index, guard in enumerate(policy.guards)
@@ -138,7 +145,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
     and of no key that a release adds and the policy leaves at its default."""
     basis = {
         "adapter": [decision.adapter, decision.alias],
-        "policy": identity(policy),
+        "policy": _asked(policy),
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
@@ -156,6 +163,11 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
         "verdict": decision.verdict,
     }
     return hashlib.sha256(encode_json(basis)).hexdigest()
+
+
+def _asked(policy: GateConfig) -> dict[str, Any]:
+    """A policy that asks for nothing by a rule is that of decisions from before the rule was there."""
+    return {key: value for key, value in identity(policy).items() if BEFORE.get(key) != value}
 
 
 def _required(evaluation: Evaluation, role: Role) -> Measured:

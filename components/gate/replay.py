@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import evidence
-from components.gate.policy import decide
+from components.gate.policy import BEFORE, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation
 from components.registry.event_log import events
@@ -52,7 +52,7 @@ def replay(store: "Store", run_id: str) -> Replayed:
     found = decide(
         evaluation,
         evidence.read(store, evaluation),
-        GateConfig.model_validate(recorded.policy),
+        GateConfig.model_validate({**BEFORE, **recorded.policy}),
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,
     )

@@ -7,6 +7,8 @@ from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
+from components.shared import binomial
+from components.shared.metrics import metric_of
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.scoring.answers import Score, pairs_of
@@ -30,7 +32,13 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
     for role, margin in margins.items():
         pairs = compared.get(role)
         found = bounds(pairs, CLEAR) if pairs and margin else None
-        if found is None or found.lower >= -margin or found.upper < -margin:
+        if found is None or found.upper < -margin:
+            continue
+        if role == "champion" and pairs is not None and metric_of(policy.metric).column == metric_of("loss").column:
+            share = policy.rare_share(float(pairs.theirs.sum() / pairs.weights.sum()))
+            least = binomial.least_of(0, share, policy.confidence)
+            wanted = max(wanted, least if found.groups < least else 0)
+        if found.lower >= -margin:
             continue
         wanted = max(wanted, records_to_decide(replace(found, gain=0.0), -margin, policy.confidence) or 0)
     return wanted

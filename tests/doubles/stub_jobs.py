@@ -95,7 +95,7 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "run_id": options.run_id,
         "dataset_id": options.dataset.rpartition("/")[2],
         "dataset_uri": options.dataset,
-        "records": max(len(records), config.gate.min_records),
+        "records": max(len(records), config.gate.min_records, 300),  # of which a rare loss would show
         "base": {"reference": config.model.base, "identity": {}},
         "models": {
             "base": model(None),

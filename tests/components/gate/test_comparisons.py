@@ -116,7 +116,8 @@ def test_a_guard_with_a_margin_asks_for_a_bound(margin: float, verdict: str) -> 
         model("v2", exact_match=ours.mean()), model(loss=9.0), model("v1", exact_match=theirs.mean())
     ).model_copy(update={"records": 161})
     records = spread(measured, candidate_exact_match=ours, champion_exact_match=theirs)
-    policy = GateConfig(confidence=0.975, guards=[Guard(metric="exact_match", worse_than_champion_by=margin)])
+    guards = [Guard(metric="exact_match", worse_than_champion_by=margin)]
+    policy = GateConfig(confidence=0.975, guards=guards, much_worse_share=1.0)
     assert decide(measured, policy, records).verdict == verdict
 
 

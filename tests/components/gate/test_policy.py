@@ -215,6 +215,7 @@ def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
             pytest.approx(1.15),
             "at most 1.150, not to fall behind the best so far",
         ),
+        ("Few records get much worse", "at most 1 % of records unseen", "champion", None, ""),
         ("Exact match not below production's", "not shown to be worse", "champion", None, ""),
         ("Answers depend on their prompts", "at least 0.1", None, 0.1, "limit: at least 0.100"),
         ("Exact match low enough", "at most 90 %", None, 0.9, "limit: at most 90.0 %"),

@@ -13,7 +13,7 @@ def test_a_promotion_says_which_version_and_lists_every_rule() -> None:
     text = summary(0.9)
     assert text.startswith(f"# Promote: icd10-chapters@production takes {example_runs.CANDIDATE}\n")
     rows = [line for line in text.splitlines() if line.startswith("| passed")]
-    assert len(rows) == 7
+    assert len(rows) == 8
     rule = "Loss better than the base model's | 0.900 | 2.306 | better by at least 0.05 | `gate.better_than_base_by`"
     assert f"| passed | {rule} |" in rows
     assert example_runs.CHAMPION in text

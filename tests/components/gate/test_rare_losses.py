@@ -1,0 +1,80 @@
+"""What a mean over a few hundred records cannot know of."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from components.config.gate import GateConfig
+from components.gate.policy import BEFORE
+from components.records.steps import Decision
+from tests.components.gate.evidenced import TOKENS, decide, evaluation, evidence, model, rule
+
+EQUAL = {"candidate": model("v2"), "base": model(loss=9.0), "champion": model("v1")}
+
+
+def decided(records: int, much_worse: int = 0, groups: int | None = None, **policy: object) -> Decision:
+    """Of a candidate that is as its champion, but for some records that lose two nats per token."""
+    measured = evaluation(**EQUAL).model_copy(update={"records": records})
+    found = evidence(measured)
+    nll = found.columns["champion_nll"] + 2 * TOKENS * (np.arange(records) < much_worse)
+    nll -= 2 * TOKENS * much_worse / records  # the mean stays as it was
+    found = replace(found, columns={**found.columns, "candidate_nll": nll})
+    if groups:
+        found = replace(found, groups=np.arange(records) % groups)
+    return decide(measured, GateConfig(**policy), found)
+
+
+@pytest.mark.parametrize(
+    ("policy", "least"),
+    [
+        ({}, 299),
+        ({"worse_than_champion_by": 0.1}, 59),  # a twentieth at two nats a token
+        ({"margins": "relative", "worse_than_champion_by": 0.2}, 29),  # a tenth: the champion's loss is 1
+        ({"worse_than_champion_by": 0.005}, 299),
+        ({"confidence": 0.99}, 459),
+    ],
+)
+def test_as_many_records_are_asked_for_as_show_what_would_use_the_margin_up(policy, least):
+    share = {59: 0.05, 29: 0.1}.get(least, 0.01)
+    assert binom.cdf(0, least, share) <= 1 - policy.get("confidence", 0.95) < binom.cdf(0, least - 1, share)
+    policy = {"min_records": 2, **policy}
+    assert decided(least, **policy).promoted
+    few = decided(least - 1, **policy)
+    assert few.verdict == "cannot tell"
+    assert rule(few, "much_worse").records_needed == least
+    assert f"{least} records would tell (evaluate.records gave {least - 1})" in few.reasons[0]
+
+
+def test_groups_count_and_not_their_records():
+    assert decided(900, groups=299).promoted
+    assert "298 groups" in decided(894, groups=298).reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("seen", "records", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")]
+)
+def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records, verdict):
+    """Of 300, three are at most 2.6 % of all and thirty at least 7.3 %; of 1,000, four at most 0.9 % (SciPy)."""
+    wide = {"worse_than_champion_by": 2.0, "guards": [], "slices": []}
+    decision = decided(records, seen, much_worse_share=0.01, **wide)
+    assert decision.verdict == verdict
+    assert rule(decision, "much_worse").text.startswith(f"{seen} of {records:,} records lose more than 1.5 nats")
+    unlimited = decided(records, seen, much_worse_share=1.0, **wide)
+    assert not [each for each in unlimited.rules if each.name == "much_worse"]
+
+
+def test_what_is_no_loss_has_no_such_rule():
+    decision = decided(100, metric="token_f1", better_than_base_by=-1.0)
+    assert not [each for each in decision.rules if each.name == "much_worse"]
+
+
+def test_a_decision_from_before_the_rule_is_repeated_without_it():
+    policy = GateConfig(much_worse_share=1.0)
+    measured = evaluation(**EQUAL).model_copy(update={"records": 100})
+    then = decide(measured, policy)
+    recorded = {key: value for key, value in then.policy.items() if not key.startswith("much_worse")}
+    again = decide(measured, GateConfig.model_validate({**BEFORE, **recorded}))
+    assert (again.verdict, again.basis_sha256) == (then.verdict, then.basis_sha256) == ("promote", then.basis_sha256)
+    assert decide(measured, GateConfig()).basis_sha256 != then.basis_sha256
