@@ -42,14 +42,15 @@ CELLS = 2**22
 KEPT_LATELY = 2**16
 """Hashes that are put in order at once, at least."""
 _WORD = re.compile(r"\w+")
-_WORDS_OF_ASCII = {place: " " for place in range(128) if not _WORD.match(chr(place))}
+_WORDS_OF_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
+"""What each byte of such a text becomes."""
 
 
 def said(text: str) -> str:
     """The text without case, punctuation and white space, at least as long as a shingle."""
-    # In ASCII the same words, found in a sixth of the time.
-    words = text.lower().translate(_WORDS_OF_ASCII).split() if text.isascii() else _WORD.findall(text.casefold())
-    return " ".join(words).ljust(CHARS)
+    if text.isascii():  # the same words, in a tenth of the time
+        return b" ".join(text.encode().translate(_WORDS_OF_ASCII).split()).decode().ljust(CHARS)
+    return " ".join(_WORD.findall(text.casefold())).ljust(CHARS)
 
 
 @dataclass(frozen=True)

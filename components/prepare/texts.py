@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_BUFFER = 2**20
+_AT_ONCE = 2**20
+"""Bytes."""
 
 
 class Texts(Sequence[str]):
@@ -49,7 +50,17 @@ class Texts(Sequence[str]):
         return self._read(self._begins, self._sizes)
 
     def _read(self, begins: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]") -> Iterator[str]:
-        with self._path.open("rb", buffering=_BUFFER if len(sizes) > 1 else -1) as file:
-            for begin, size in zip(begins, sizes, strict=True):
-                file.seek(begin)
-                yield file.read(size).decode()
+        """Texts that follow each other in the file are read at once, as long as they are few."""
+        import numpy as np
+
+        ends = begins + sizes
+        follows = (begins[1:] == ends[:-1]) & (np.diff(begins // _AT_ONCE) == 0)
+        first = np.flatnonzero(np.concatenate([[True], ~follows])) if len(sizes) else np.zeros(0, np.int64)
+        with self._path.open("rb") as file:
+            for start, end in zip(first.tolist(), [*first[1:].tolist(), len(sizes)], strict=False):
+                file.seek(begins[start])
+                read = file.read(int(ends[end - 1] - begins[start]))
+                place = 0
+                for size in sizes[start:end].tolist():
+                    yield read[place : place + size].decode()
+                    place += size
