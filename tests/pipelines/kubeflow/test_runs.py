@@ -150,25 +150,26 @@ def test_a_run_that_will_not_end_is_an_error_that_says_where_to_look(three: list
 
 
 def test_the_ray_jobs_of_a_stopped_run_are_stopped_from_here_once_its_steps_are_being_ended(
-    three: list[str], fineloop: Fineloop, server: KfpServer, stub_cluster: JobsApi
+    fineloop: Fineloop, server: KfpServer, stub_cluster: JobsApi
 ) -> None:
-    for name, run_id in {"its": three[2], "others": three[0]}.items():
+    slow = fineloop("submit", "--no-wait", "--param", "seconds=60").body["run_id"]
+    for name, run_id in {"its": slow, "others": "another"}.items():
         about = {"fineloop_run_id": run_id, "fineloop_task": "candidate"}
         body = {"submission_id": name, "entrypoint": "sleep 60", "metadata": about}
         stub_cluster.answer("POST", "/api/jobs/", body, f"Bearer {stub_cluster.token}")
-    answered = fineloop("runs", "stop", three[2])
+    answered = fineloop("runs", "stop", slow)
     assert answered.body["jobs"] == ["its"]
     assert {name: job.status for name, job in stub_cluster.jobs.items()} == {"its": "STOPPED", "others": "RUNNING"}
 
 
 def test_the_rayjobs_of_a_stopped_run_are_looked_for_where_its_config_or_the_runbook_has_them(
-    three: list[str], server: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fineloop: Fineloop
+    server: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fineloop: Fineloop
 ) -> None:
     api = KubernetesDouble(validate=False)
     monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
     given = ("--set", "ray.cluster={kind='rayjob'}", "--param", "seconds=60")
     run_id = fineloop("submit", "--no-wait", *given).body["run_id"]
-    names = {"its": run_id, "others": three[0]}
+    names = {"its": run_id, "others": "another"}
     for name, of in names.items():
         labels = {"app.kubernetes.io/part-of": "fineloop", "fineloop.dev/run-id": of, "fineloop.dev/task": "candidate"}
         api.add({"metadata": {"name": name, "labels": labels}, "spec": {}})
