@@ -31,6 +31,7 @@ class JobsApiCluster(Section):
     kind: Literal["jobs-api"] = "jobs-api"
     """A cluster that is there; its address comes from RAY_ADDRESS."""
     has_address: ClassVar[bool] = True
+    image: ClassVar[str] = ""
     queue_timeout_s: ClassVar[int] = 0
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
@@ -213,6 +214,15 @@ class RayConfig(Section):
     """Deadline of a run's Ray job, which trains and compares, from when it may start; past it, it is stopped."""
     cluster: Cluster = JobsApiCluster()
     """Which cluster: kind jobs-api is one that exists, rayjob makes one for each job on Kubernetes."""
+
+    @model_validator(mode="after")
+    def _image_knows_the_gpu(self) -> "RayConfig":
+        if self.gpu == "V100" and self.cluster.image == IMAGE:
+            raise ValueError(
+                f"gpu V100: PyTorch in cluster.image {IMAGE} is built for CUDA 13, which has no kernels for it: take "
+                "gpu=T4 or a newer one, or an image with PyTorch for CUDA 12"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cluster_holds_the_workers(self) -> "RayConfig":

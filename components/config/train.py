@@ -53,8 +53,8 @@ class TrainConfig(Section):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
     dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
-    """dtype of weights, activations and gradients. auto is bfloat16, and on GPUs without it (T4, V100) float16 with
-    loss scaling."""
+    """dtype of weights, activations and gradients. auto is bfloat16, and on GPUs without it, such as T4, float16
+    with loss scaling."""
     optimizer: Annotated[Optimizer, Added("0.2.0")] = "adamw"
     """adamw is PyTorch's. adamw_8bit keeps the two moments in 8 bits (bitsandbytes), for half of the optimizer's
     memory. paged_adamw_8bit also lets them be paged out to host memory."""

@@ -24,6 +24,7 @@ from ray_jobs.training import checkpoint, preemption, resuming, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.checkpoint_writer import CheckpointWriter
 from ray_jobs.training.group import Worker
+from ray_jobs.training.straggler import Pace
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -101,19 +102,21 @@ def run(
     )  # fmt: skip
     progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
-    started = time.monotonic() - progress.elapsed_s
+    started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
 
     with CheckpointWriter(store, run_id, config, rank=worker.rank) as checkpoints:
         for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
             step_started = time.monotonic()
             loss, grad_norm, num_tokens = take_step(
-                engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step, total=total
-            )
+                engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step,
+                total=total, pace=pace,
+            )  # fmt: skip
             _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
             progress.step += 1
             progress.tokens += num_tokens
             progress.elapsed_s = (ended := time.monotonic()) - started
             trained.stepped(loss)
+            pace.compare(progress.step)
             report({
                 "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
                 "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"],
@@ -190,6 +193,7 @@ def take_step(
     pad: int,
     step: int,
     total: int,
+    pace: Pace,
 ) -> tuple[float, float, int]:
     """One optimizer step. Gives the mean loss over the batch's answer tokens, the gradient norm, the tokens seen."""
     train = config.train
@@ -212,7 +216,8 @@ def take_step(
     for number, indices in enumerate(rounds, start=1):
         if train.max_tokens:
             engine.set_gradient_accumulation_boundary(number == len(rounds))
-        nll = packed.records_nll(engine, split, indices[worker.rank], pad, device=worker.device, packs=packs).sum()
+        with pace.forward():
+            nll = packed.records_nll(engine, split, indices[worker.rank], pad, device=worker.device, packs=packs).sum()
         engine.backward(nll * scale)
         engine.step()
         nll_sum += nll.detach().double()

@@ -14,6 +14,7 @@ import torch
 from components.config.schema import RunConfig
 from components.shared.environment import in_environment
 from components.shared.errors import JobError
+from ray_jobs.base import cuda
 from ray_jobs.base.gathered import gathered
 from ray_jobs.training import optimizer
 
@@ -41,8 +42,12 @@ def prepare_environment(*, use_gpu: bool) -> None:
     """Keep DeepSpeed from compiling a kernel at its first use on CPU, before anything imports it.
 
     That takes a C++ compiler and 40 s; gloo does the kernel's work as fast.
+
+    Raises:
+        ConfigError: PyTorch has no kernels for this worker's GPU.
     """
     if use_gpu:
+        cuda.require_kernels()
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops

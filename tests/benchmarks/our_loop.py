@@ -17,6 +17,7 @@ from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import train_loop, zero
 from ray_jobs.training.group import Worker
+from ray_jobs.training.straggler import Pace
 
 
 def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_base: bool) -> Any:
@@ -45,8 +46,9 @@ def steps(
     """Take one step for each batch of the plan; gives each one's loss and tokens."""
     device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(dist.get_rank(), dist.get_world_size(), device)
+    pace = Pace(worker, zero_stage=config.train.zero_stage)
     for step, batch in enumerate(plan):
         loss, _, seen = train_loop.take_step(
-            engine, batch, config=config, worker=worker, split=split, pad=pad, step=step, total=len(plan)
+            engine, batch, config=config, worker=worker, split=split, pad=pad, step=step, total=len(plan), pace=pace
         )
         yield loss, seen

@@ -132,6 +132,10 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
             ["train.batch_size=15", "train.max_tokens=512", "ray.num_workers=2"],
             "train.batch_size 15 is not a multiple of ray.num_workers 2: try train.batch_size=14",
         ),
+        (
+            ["ray.use_gpu=true", "ray.gpu=V100", "ray.cluster.kind=rayjob"],
+            "has no kernels for it: take gpu=T4 or a newer",
+        ),
         (["model.base=s3://b/f", "model.revision=main"], "remove model.revision"),
         (["model.base=pkg://p/f.gguf", "model.revision=main"], "model.base is pkg://p/f.gguf"),
         (["gate.limits=[{metric='loss',min=2,max=1}]"], "gate.limits.0: min 2.0 is above max 1.0"),

@@ -1,0 +1,74 @@
+"""Which worker holds up the others, as all of them wait for the slowest in each step.
+
+Compared is the time of forward passes, in which no worker waits for another: records are dealt out so that those of all
+workers are alike. Under ZeRO-3 all gather each layer together, and nothing is known of one of them.
+"""
+
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from components.shared.protocol import say
+from ray_jobs.training.group import Worker
+
+EVERY_STEPS = 50
+SLOWER = 1.25
+"""As long as the others, this many times."""
+
+
+class Pace:
+    """Times a worker's forward passes, and compares them with the others' now and then."""
+
+    def __init__(self, worker: Worker, *, zero_stage: int) -> None:
+        self._worker = worker
+        self._is_known = zero_stage < 3 and worker.num_workers > 1
+        self._seconds = 0.0
+        self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._named: set[int] = set()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Within, this worker computes by itself."""
+        if not self._is_known:
+            yield
+        elif self._worker.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._on_gpu.append((begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def compare(self, step: int) -> None:
+        """Name the slowest worker after every so many steps, once; all workers call it after the same step."""
+        if not self._is_known or step % EVERY_STEPS:
+            return
+        mine = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._on_gpu) / 1000
+        self._seconds, self._on_gpu = 0.0, []
+        found: list[tuple[float, str]] = [(0.0, "")] * self._worker.num_workers
+        dist.all_gather_object(found, (mine, socket.gethostname()))
+        rank = straggler([seconds for seconds, _ in found])
+        if self._worker.rank == 0 and rank is not None and rank not in self._named:
+            self._named.add(rank)
+            seconds, host = found[rank]
+            others = statistics.median_high(each for i, (each, _) in enumerate(found) if i != rank)
+            say(
+                "finetune",
+                f"worker {rank} on {host} holds up the others: its forward passes took {seconds:.1f} s and theirs "
+                f"{others:.1f} s, up to step {step}",
+            )
+
+
+def straggler(seconds: Sequence[float]) -> int | None:
+    """The rank that is slower by more than chance than the middle one of the others."""
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median_high([*seconds[:rank], *seconds[rank + 1 :]])
+    return rank if seconds[rank] > SLOWER * others else None
