@@ -49,8 +49,9 @@ class CheckpointWriter:
         self._store, self._run_id, self._rank = store, run_id, rank
         self._keep = config.train.keep_checkpoints
         self._patience = Patience(config.train.store_patience_s)
-        # Of the threads alone: collective operations of one group come in one order.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.ray.collective_timeout_s))
+        self._timeout = timedelta(seconds=config.ray.collective_timeout_s)
+        self._group: dist.ProcessGroup | None = None
+        """Of the threads alone: collective operations of one group come in one order."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
         self._best_step = 0
@@ -63,6 +64,7 @@ class CheckpointWriter:
             StoreError: as `finish`.
         """
         self.finish()
+        self._group = self._group or dist.new_group(backend="gloo", timeout=self._timeout)
         progress.loss_scale = zero.loss_scale(engine)
         snapshot = _Snapshot(
             dataclasses.replace(progress),
@@ -102,6 +104,8 @@ class CheckpointWriter:
             except StoreError as exc:  # what was trained is there, and publishing it has patience of its own
                 logger.warning("the training ends without its newest checkpoint: %s", exc)
         self._thread.shutdown(wait=error is None)
+        if self._group is not None and self._writing is None:
+            dist.destroy_process_group(self._group)
 
     def _write(self, taken: _Snapshot) -> None:
         """Return once the checkpoint is complete, on every worker.
