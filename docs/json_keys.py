@@ -42,6 +42,7 @@ JSON_KEYS = {
     "adapters page": "path adapters",
     "adapters export": "path version form base dtype exact parity answers",
     "chat": "name version against turns",
+    "serve": "name version against",
     "compare": "runs config against_first page",
     "replay": "run_id adapter version same verdict basis_sha256 recorded reasons",
     "reproduce": "name version run_id reproduced_as same agrees differs compared",

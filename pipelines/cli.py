@@ -32,6 +32,7 @@ from pipelines.commands import (
     runs,
     schedule,
     schema,
+    serve,
     store,
     submit,
     sweep,
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(init, run, train, sweep, plan, data, adapters, chat, compare, replay, reproduce, compile, schema),
+        *(init, run, train, sweep, plan, data, adapters, chat, serve, compare, replay, reproduce, compile, schema),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
 MAX_LINES = 400
 
-JOBS = ("candidate", "finetune", "evaluate", "sweep", "chat", "export", "plan", "estimate", "preview")
+JOBS = ("candidate", "finetune", "evaluate", "sweep", "chat", "serve", "export", "plan", "estimate", "preview")
 IMPORT_ALL = """
 import contextlib, importlib, json, pkgutil, runpy, sys
 _, package, *jobs = sys.argv

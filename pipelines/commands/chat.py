@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # How often an idle OpenMP thread looks for work before it sleeps. By default it is some milliseconds, in which it keeps
 # a processor from the thread that it waits for wherever others compute too; a token is several hundred such waits.
 PATIENT_THREADS = {"GOMP_SPINCOUNT": "5000"}
+AGAINST = "what answers beside it: its base (default), the version in production, another version or alias, nothing"
 
 
 def add(commands: Any) -> None:
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
         "--against",
         default="base",
         metavar="base|champion|VERSION|none",
-        help="what answers beside it: its base (default), the version in production, another version or alias, nothing",
+        help=AGAINST,
     )
     chat.add_argument(
         "--system",
@@ -69,10 +70,10 @@ def _chat(options: argparse.Namespace) -> Answer:
     _require_sound(options)
     with opened_registry(options) as store, tempfile.TemporaryDirectory() as folder:
         version = resolve(store, options.reference)
-        against = _against(store, version, options.against)
+        beside = against(store, version, options.against)
         transcript = Path(folder, "turns.jsonl")
         transcript.touch()
-        arguments = ["--version", f"{version.name}@{version.version}", "--against", against]
+        arguments = ["--version", f"{version.name}@{version.version}", "--against", beside]
         arguments += ["--transcript", str(transcript), "--temperature", str(options.temperature)]
         for flag, given in (("--system", options.system), ("--turns", options.turns)):
             arguments += [] if given is None else [flag, given]
@@ -83,7 +84,7 @@ def _chat(options: argparse.Namespace) -> Answer:
         if exit_code == SIGNALLED + signal.SIGINT:
             raise KeyboardInterrupt
         turns = [json.loads(line) for line in transcript.read_text(encoding="utf-8").splitlines()]
-    body = {"name": version.name, "version": version.version, "against": against, "turns": turns}
+    body = {"name": version.name, "version": version.version, "against": beside, "turns": turns}
     return Answer(body, exit_code=exit_code)
 
 
@@ -94,7 +95,7 @@ def _require_sound(options: argparse.Namespace) -> None:
         options.parser.error(f"--temperature {options.temperature}: expected 0 or more")
 
 
-def _against(store: "Store", version: "Version", wanted: str) -> str:
+def against(store: "Store", version: "Version", wanted: str) -> str:
     """What the job is given: base, none, or NAME@VERSION."""
     from components.registry.aliases import PRODUCTION
     from components.registry.versions import resolve

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import requests
 
 from components.config import config_file
 from components.registry.aliases import promote
@@ -92,12 +94,37 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path
     assert turns[0]["answers"][0]["stopped"]
 
 
-def read_until(stream: IO[bytes], words: bytes) -> None:
+@pytest.mark.slow
+def test_it_is_served_over_http_until_an_interrupt(version: Version, tmp_path: Path) -> None:
+    arguments = ["serve", "colours", "--port", "0", "--against", "none", "-c", "where.toml", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as serving:
+        assert serving.stdout
+        assert serving.stderr
+        said = read_until(serving.stderr, b"Ctrl-C ends it")
+        (url,) = re.findall(r"serving \S+ at (\S+)/v1", said.decode())
+        asked = {"model": f"colours@{version.version}", "messages": [{"role": "user", "content": "sky?"}]}
+        answered = requests.post(f"{url}/v1/chat/completions", json=asked, timeout=300)
+        assert answered.json()["choices"][0]["message"]["role"] == "assistant", answered.text
+        serving.send_signal(signal.SIGINT)
+        serving.stderr.read()
+        assert json.loads(serving.stdout.read()) == {"name": "colours", "version": version.version, "against": "none"}
+    assert serving.returncode == 0
+
+
+def read_until(stream: IO[bytes], words: bytes) -> bytes:
     read = b""
     while words not in read:
         piece = stream.read(1)
         assert piece, read.decode()
         read += piece
+    return read
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ COMMANDS = [
     ("data",),
     ("data", "erase"),
     ("chat",),
+    ("serve",),
     ("compare",),
     ("replay",),
     ("reproduce",),
