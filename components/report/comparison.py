@@ -191,8 +191,9 @@ def table(run: RunFiles) -> list[MetricRow]:
 
 
 def rules(run: RunFiles) -> list[RuleRow]:
-    """The gate's rules."""
-    return [_rule_row(rule) for rule in _rules(run)]
+    """The gate's rules: those that failed, then those that do not decide or wait for a person, then those kept."""
+    order = ["failed", "cannot tell", "needs approval", "passed"]
+    return [_rule_row(rule) for rule in sorted(_rules(run), key=lambda rule: order.index(rule.short))]
 
 
 def _rule_row(rule: RuleResult) -> RuleRow:

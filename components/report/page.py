@@ -2,11 +2,12 @@
 
 from markupsafe import Markup
 
-from components.report import comparison, rates, sections
+from components.report import comparison, errors, rates, sections
 from components.report.curve import loss_curve
 from components.report.harness import harness
 from components.report.headline import headline
 from components.report.html import template
+from components.report.next_steps import next_steps
 from components.report.numbers import count, moment
 from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
@@ -35,6 +36,11 @@ def build_report(run: RunFiles) -> str:
         past_decisions=past_decisions(run),
         rules=comparison.rules(run),
         samples=shown,
+        next_steps=next_steps(run),
+        classes=errors.by_class(run.evaluation.confusion if run.evaluation else None),
+        matrix=errors.matrix(run.evaluation.confusion if run.evaluation else None),
+        wrong=run.wrong[: errors.MOST_WRONG],
+        clipped=sections.clipped,
         right_counts=sections.right_counts(shown),
         curve=loss_curve(run.metrics),
         rates=Markup(rates.picture(run.sweep)) if run.sweep else None,

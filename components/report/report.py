@@ -17,6 +17,7 @@ from components.registry.names import version_key
 from components.registry.versions import LINEAGE
 from components.report import open_lineage
 from components.report.continued import find_afresh
+from components.report.errors import Wrong, wrong_answers
 from components.report.numbers import moment
 from components.report.page import build_report
 from components.report.registry_page import write_pages
@@ -66,6 +67,7 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         config_digest=config.digest,
         metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
         evaluation=runs.find(store, run_id, Evaluation),
+        wrong=_wrong(store, run_id),
         decision=runs.find(store, run_id, Decision),
         sweep=runs.find(store, run_id, SweepResult),
         rate=runs.find(store, run_id, TunedRate),
@@ -110,6 +112,11 @@ def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
                 continue
             raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
     return records
+
+
+def _wrong(store: "Store", run_id: str) -> list[Wrong]:
+    found = store.read(runs.run_key(run_id, runs.EVALUATION_RECORDS))
+    return wrong_answers(found[0]) if found is not None else []
 
 
 def _text(store: "Store", key: str) -> str:

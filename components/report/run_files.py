@@ -7,6 +7,7 @@ from typing import Any
 
 from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.records.sweep import SweepResult, TunedRate
+from components.report.errors import Wrong
 from components.report.numbers import parse_moment
 
 
@@ -32,6 +33,8 @@ class RunFiles:
     metrics: Sequence[Mapping[str, Any]] = ()
     """Records of metrics.jsonl."""
     evaluation: Evaluation | None = None
+    wrong: Sequence[Wrong] = ()
+    """What the candidate got wrong, record by record."""
     decision: Decision | None = None
     decided_before: Sequence[Decision] = ()
     """By earlier runs on the same alias, the newest first."""

@@ -3,7 +3,6 @@
 Gains and their bounds are the gate's: its code reads the kept losses of one run's candidate beside the other's.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from components.config.gate import GateConfig
 from components.gate import evidence
 from components.records import runs
 from components.records.steps import Evaluation
+from components.report.errors import last_turn
 from components.shared.errors import DataError, UserError
 from components.shared.metrics import metrics_of
 from components.shared.paired import Bounds, bounds
@@ -181,13 +181,7 @@ def _turned(common: Sequence[Key], before: "pa.Table", after: "pa.Table") -> Ite
     for place, (name, prompt, reference) in enumerate(common):
         if (was := marks[0][place]) != (now := marks[1][place]):
             said, says = (str(column[place]) for column in answers)
-            yield Turned(name, _last_turn(prompt), reference, said, says, now > was)
-
-
-def _last_turn(prompt: str) -> str:
-    """What was said last before the answer."""
-    turns = json.loads(prompt) if prompt.startswith("[") else []
-    return str(turns[-1][1]) if turns else prompt
+            yield Turned(name, last_turn(prompt), reference, said, says, now > was)
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,30 @@
+"""What a reader of the report may want to do now, as commands."""
+
+import shlex
+
+from components.registry.aliases import PRODUCTION
+from components.report.run_files import RunFiles
+
+
+def next_steps(run: RunFiles) -> list[tuple[str, str]]:
+    """Commands, each with what it is for."""
+    version, decision = run.version, run.decision
+    if version is None or (decision is not None and decision.decision == "skipped"):
+        return []
+    reference = f"{run.adapter}@{version}"
+    on_alias = "" if run.alias == PRODUCTION else f" --alias {shlex.quote(run.alias)}"
+    steps = [(f"fineloop chat {reference}", "talk to the candidate, beside its base")]
+    champion = run.model("champion")
+    if champion is not None and champion.version and champion.version != version:
+        compared = f"{run.adapter}@{champion.version} {reference}"
+        steps.append((f"fineloop compare {compared} --html side-by-side.html", "lay it beside the version before it"))
+    if decision is None:
+        steps.append((f"fineloop adapters promote {reference}{on_alias}", f"put it into {run.alias}"))
+    elif decision.waits:
+        approve = f"fineloop adapters approve {reference} --by NAME --reason TEXT{on_alias}"
+        steps.append((approve, f"put it into {run.alias}"))
+    elif decision.promoted and decision.champion:
+        steps.append((f"fineloop adapters rollback {run.adapter}{on_alias}", "go back to the version before it"))
+    elif not decision.promoted:
+        steps.append((f"fineloop replay {run.run_id}", "decide again by the same records"))
+    return steps
