@@ -111,7 +111,8 @@ class GateConfig(Section):
     share of 0.01 at least once (299), or, of wide margins, the share that uses worse_than_champion_by up at 2 nats per
     token each."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
-    """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes once in twenty times."""
+    """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes about once in twenty times,
+    and more often where losses are strongly skewed (docs/gate.md)."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
     """Smallest number of held-out records, or groups, to decide on."""
     too_few_records: Annotated[Literal["refuse", "hold"], Added("0.2.0")] = "refuse"

@@ -13,7 +13,7 @@ from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry.event import EventKind
 from components.registry.event_log import append_event, events
 from components.registry.history import promotion
-from components.registry.looks import looks
+from components.registry.looks import looks, passes
 from components.registry.names import version_key
 from components.shared.errors import DataError
 
@@ -47,7 +47,12 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     if carried_out := promotion(log, run_id, adapter.alias):
         return runs.read(store, run_id, Decision, sha256=carried_out.body["evidence"]["sha256"])
     look = looks(log, adapter.alias, evaluation.test_set, run_id=run_id, has_decided=has_decided)
-    decided = decide(evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look)
+    passed = passes(
+        log, adapter.alias, evaluation.test_set, run_id=run_id, has_promoted=partial(runs.has_promoted, store)
+    )
+    decided = decide(
+        evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look, passed_before=passed
+    )
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
     sha256 = hashlib.sha256(body).hexdigest()

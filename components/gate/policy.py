@@ -28,9 +28,16 @@ BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
 
 
 def decide(
-    evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapter: AdapterConfig, *, look: int = 1
+    evaluation: Evaluation,
+    evidence: Evidence,
+    policy: GateConfig,
+    adapter: AdapterConfig,
+    *,
+    look: int = 1,
+    passed_before: int = 0,
 ) -> Decision:
-    """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
+    """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set; so many before
+    it put one version in the place of another.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -42,7 +49,11 @@ def decide(
             f"the evaluation of run {evaluation.run_id} names no candidate version: publish it, then evaluate it"
         )
     _, best = _best(evaluation)
-    rules = [*_compared(evaluation, evidence, policy, adapter, look), *_limited(candidate, evidence, policy)]
+    best_confidence = confidence_at(look, policy.confidence, passed_before)
+    rules = [
+        *_compared(evaluation, evidence, policy, adapter, look, best_confidence),
+        *_limited(candidate, evidence, policy),
+    ]
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
     rules += _approval(policy.approval, evaluation, adapter.alias)
     verdict, decisive = verdict_of(rules)
@@ -58,6 +69,7 @@ def decide(
         champion=champion.version if champion is not None else None,
         anchor=_anchor(rules, candidate.version, best),
         look=look,
+        passed_before=passed_before,
         test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
     )
@@ -71,7 +83,12 @@ def _best(evaluation: Evaluation) -> tuple[Role, Measured | None]:
 
 
 def _compared(
-    evaluation: Evaluation, evidence: Evidence, policy: GateConfig, adapter: AdapterConfig, look: int
+    evaluation: Evaluation,
+    evidence: Evidence,
+    policy: GateConfig,
+    adapter: AdapterConfig,
+    look: int,
+    best_confidence: float,
 ) -> list[RuleResult]:
     """The rules that compare the candidate with other models."""
     candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
@@ -90,7 +107,7 @@ def _compared(
     best_role, best = _best(evaluation)
     # Of the champion itself, this asks nothing that a broken rule about it has not said.
     if best is not None and best.version is not None and (best_role == "anchor" or rules[-1].passed):
-        compared = against(best_role, policy.metric, confidence_at(look, policy.confidence))
+        compared = against(best_role, policy.metric, best_confidence)
         rules.append(comparisons.not_worse_than_best(policy, compared, version=best.version, look=look))
     if champion is not None:
         if (rare := few_get_much_worse(policy, against("champion", "loss"))) is not None:
@@ -149,6 +166,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
+        **({"passed_before": decision.passed_before} if decision.passed_before > 1 else {}),
         "base": evaluation.base,
         **evaluation.model_dump(
             mode="json", include={"general_text", "own_answers", "changed_answers"}, exclude_none=True

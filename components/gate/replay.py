@@ -55,5 +55,6 @@ def replay(store: "Store", run_id: str) -> Replayed:
         GateConfig.model_validate({**BEFORE, **recorded.policy}),
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,
+        passed_before=recorded.passed_before,
     )
     return Replayed(recorded, found)

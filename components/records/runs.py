@@ -88,6 +88,15 @@ def has_decided(store: Store, run_id: str) -> bool:
     return decision is not None and decision.decision != "skipped"
 
 
+def has_promoted(store: Store, run_id: str) -> bool:
+    """Whether the run's gate let its version pass; one whose decision is damaged since counts as one that did not."""
+    try:
+        decision = find(store, run_id, Decision) if run_id else None
+    except IntegrityError:
+        return False
+    return decision is not None and (decision.promoted or decision.waits)
+
+
 def write(store: Store, run_id: str, record: Record) -> None:
     """Write the run's record of this kind, in the place of an earlier one."""
     match record:

@@ -310,6 +310,8 @@ class Decision(Record):
     """The best version so far, once this decision is carried out; later candidates are held to it too."""
     look: int | None = None
     """How often the alias was decided on by this test set, this time included."""
+    passed_before: int = 0
+    """How many of those put one version in the place of another; 0 in decisions of before it was counted."""
     test_set: tuple[str, ...] = ()
     """As the evaluation has it."""
     evaluation_sha256: str = ""

@@ -25,16 +25,20 @@ def looks(
     `test_set` is the sample of it that an evaluation names; without it, earlier looks are unknown.
     `has_decided` says of a run that an event names whether it made a decision: a training may write events too.
     """
-    ours = set(test_set)
-    seen = {
-        str(event.body.get("run_id", ""))
-        for event in log
-        if event.body.get("alias") == alias
-        and not changed_nothing(event)
-        and ours
-        and len(ours & _sample(event.body)) >= SAME * len(ours)
-    }
-    return sum(has_decided(each) for each in seen - {run_id}) + 1
+    return sum(has_decided(each) for each in _runs(_about(log, alias, test_set)) - {run_id}) + 1
+
+
+def passes(
+    log: Sequence["Event"],
+    alias: str,
+    test_set: Sequence[str],
+    *,
+    run_id: str,
+    has_promoted: Callable[[str], bool] = lambda run_id: True,
+) -> int:
+    """How many of those earlier decisions let a version take the place of another, by the gate's own rules."""
+    moved = [each for each in _about(log, alias, test_set) if each.kind == "promoted" and each.body.get("from")]
+    return sum(has_promoted(each) for each in _runs(moved) - {run_id})
 
 
 def next_part(decided: Sequence[int], *, enough: int) -> int:
@@ -43,12 +47,32 @@ def next_part(decided: Sequence[int], *, enough: int) -> int:
     return min(range(len(decided)), key=lambda part: (max(decided[part], enough - 1), part))
 
 
-def confidence_at(look: int, confidence: float) -> float:
-    """How sure the k-th look has to be, so that all of them together have the error rate of one.
+def confidence_at(look: int, confidence: float, passed: int = 0) -> float:
+    """How sure the k-th look has to be, after so many that passed: LOND, with 1 / (k (k + 1)) as its sequence.
 
-    Each spends 1 / (k (k + 1)) of it: the sum over all looks is 1, however many there will be.
+    Of all that pass on a test set, however many looks there will be, the expected share that ought not to is at most
+    the error rate of one look (Javanmard and Montanari, arXiv:1502.06197; of looks that depend on each other
+    positively, as those at the same records do, Zrnic, Ramdas and Jordan, arXiv:1812.05068). While one or none has
+    passed, all looks together have that error rate.
     """
-    return 1 - (1 - confidence) / (look * (look + 1))
+    return 1 - (1 - confidence) * max(passed, 1) / (look * (look + 1))
+
+
+def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list["Event"]:
+    """The events about decisions on the alias by this test set."""
+    ours = set(test_set)
+    return [
+        event
+        for event in log
+        if event.body.get("alias") == alias
+        and not changed_nothing(event)
+        and ours
+        and len(ours & _sample(event.body)) >= SAME * len(ours)
+    ]
+
+
+def _runs(events: Sequence["Event"]) -> set[str]:
+    return {str(event.body.get("run_id", "")) for event in events}
 
 
 def _sample(body: Mapping[str, Any]) -> set[str]:

@@ -55,10 +55,10 @@ def evaluation(candidate: Measured | None, base: Measured | None, champion: Meas
     return Evaluation(run_id="r", records=300, models=models)
 
 
-def decide(measured: Evaluation, policy: GateConfig, records: Evidence | None = None, *, look: int = 1) -> Decision:
+def decide(measured: Evaluation, policy: GateConfig, records: Evidence | None = None, **looked: int) -> Decision:
     nll_from = "perplexity" if policy.metric == "perplexity" else "loss"
     found = records or evidence(measured, nll_from=nll_from)
-    return policy_of_the_gate.decide(measured, found, policy, AdapterConfig(name="icd10"), look=look)
+    return policy_of_the_gate.decide(measured, found, policy, AdapterConfig(name="icd10"), **looked)
 
 
 def rule(decision: Decision, name: str) -> RuleResult:

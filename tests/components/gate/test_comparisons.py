@@ -155,6 +155,9 @@ def test_each_further_look_at_a_test_set_has_to_be_surer() -> None:
     found = [decide(measured, policy, records, look=look) for look in (1, 30)]
     assert [each.verdict for each in found] == ["promote", "cannot tell"]  # 3.5 errors: enough for one look, not for 30
     assert "this is decision 30 on this test set" in found[1].reasons[0]
+    after_many = decide(measured, policy, records, look=30, passed_before=24)
+    assert after_many.promoted
+    assert rule(after_many, "not_worse_than_best").confidence == pytest.approx(1 - 0.05 * 24 / 930)
 
 
 class GateConfigToCome(GateConfig):

@@ -68,6 +68,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "basis_sha256": decision.basis_sha256,
         "anchor": "v2",
         "look": 1,
+        "passed_before": 0,
         "test_set": [],
         "evaluation_sha256": hashlib.sha256(store.get(f"runs/{RUN}/evaluation.json")).hexdigest(),
         "reasons": list(decision.reasons),

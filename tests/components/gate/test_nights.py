@@ -91,6 +91,7 @@ def in_production(trainer: Trainer, policy: GateConfig) -> Sequence[float]:
     rows = random.integers(0, len(TOKENS), RECORDS)
     columns, losses = dict(MEASURED.columns), []
     champion = best = ""
+    passed = 0
     for night in range(NIGHTS):
         candidate = f"night{night}"
         columns |= {f"{candidate}_{kept}": values for kept, values in trainer.train(night, random).items()}
@@ -98,8 +99,9 @@ def in_production(trainer: Trainer, policy: GateConfig) -> Sequence[float]:
         if champion:
             roles |= {"champion": champion} if best == champion else {"champion": champion, "anchor": best}
         measured, evidence = Task(TOKENS, MEASURED.references, columns).of(rows, roles)
-        decision = decide(measured, policy, evidence, look=night + 1)
+        decision = decide(measured, policy, evidence, look=night + 1, passed_before=passed)
         if decision.promoted:
+            passed += bool(champion)
             champion = candidate
             best = candidate if decision.anchor == decision.version else best
         losses.append(loss(columns[f"{champion}_nll"]))
