@@ -7,6 +7,7 @@ from typing import Any
 
 from components.records.steps import ROLES
 from components.report.comparison import names
+from components.report.cost import cost
 from components.report.numbers import count, moment, parse_moment
 from components.report.run_files import RunFiles
 from components.shared.answers import normal
@@ -202,6 +203,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     if parts := run.until_first_step:
         parts_text = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
         facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {parts_text}"))
+    if cost_text := cost(run):
+        facts.append(("Training cost", cost_text))
     if run.until_compared_s is not None:
         facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return facts
