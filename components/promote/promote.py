@@ -38,7 +38,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
     cause = "; ".join(decision.reasons)
-    event = take_alias(step_run.store, decision, decision_sha256, actor="fineloop pipeline", reason=cause)
+    event = take_alias(step_run.store, decision, decision_sha256, actor=aliases.PIPELINE, reason=cause)
     step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved
     step_run.say(f"{name}@{alias} is now {version}")
     watermark.advance(step_run.store, name, run_id)

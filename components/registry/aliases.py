@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MoveKind = Literal["promoted", "overridden", "rolled_back"]
 PRODUCTION = "production"
+PIPELINE = "fineloop pipeline"
+"""Who moves an alias where its gate did, and no person."""
 ANYONE = "*"
 """For `promote`: take the alias from any holder."""
 FORMAT = 1

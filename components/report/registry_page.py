@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from components.records import runs
 from components.records.steps import Evaluation, PairedDifference
 from components.registry import event_log, versions
-from components.registry.aliases import PRODUCTION, read_alias
+from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.report.html import template
 from components.report.numbers import moment, parse_moment
 from components.shared.errors import IntegrityError, ObjectMissing
@@ -26,8 +26,8 @@ DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage whose changes between versions are shown."""
 HAPPENED = {
     "published": "published",
-    "promoted": "promoted by its run or by a person",
-    "overridden": "promoted by a person although the gate refused it",
+    "promoted": "promoted",
+    "overridden": "promoted although the gate refused it",
     "rolled_back": "gone back to",
     "refused": "refused by the gate",
     "proposed": "left to a person by the gate",
@@ -86,6 +86,8 @@ class Listed:
     """The version, or what to say in its place."""
     since: str
     num_versions: int
+    last: str = ""
+    """What happened last, and when."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,33 @@ class AdapterPage:
 def list_adapter(store: "Store", name: str) -> Listed:
     """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
     num_versions = len(versions.version_ids(store, name))
+    log = event_log.events(store, name)
+    last = f"{what(log[-1].kind, log[-1].body)}, {_when(log[-1].time)}" if log else ""
     try:
         pointer = read_alias(store, name, PRODUCTION)
     except IntegrityError:
-        return Listed(name, "unknown: the alias is damaged", "", num_versions)
+        return Listed(name, "unknown: the alias is damaged", "", num_versions, last)
     if pointer is None:
-        return Listed(name, "nothing", "", num_versions)
-    return Listed(name, pointer.version, _when(pointer.since), num_versions)
+        return Listed(name, "nothing", "", num_versions, last)
+    return Listed(name, pointer.version, _when(pointer.since), num_versions, last)
+
+
+def what(kind: str, body: Mapping[str, Any]) -> str:
+    """What happened to which version, and under which alias: of an event."""
+    version, alias = body.get("to") or body.get("version") or "", body.get("alias")
+    return f"{version} {HAPPENED[kind]}{f' at {alias}' if alias else ''}".strip()
+
+
+def who(kind: str, body: Mapping[str, Any]) -> str:
+    """By name: a person, or the machine."""
+    if kind in ("published", "refused", "proposed") or body.get("actor") == PIPELINE:
+        return "the pipeline"
+    return body.get("actor") or "nobody named"
+
+
+def why(body: Mapping[str, Any]) -> str:
+    """The reason that was given, or the gate's sentences."""
+    return str(body.get("reason") or " ".join(body.get("reasons") or []))
 
 
 def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
@@ -135,7 +157,9 @@ def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
     wanted = [each for each in names if each == name or f"{PAGES}{each}.html" not in there]
     pages = [read_adapter(store, each) for each in wanted]
     listed = [list_adapter(store, each) for each in names]
-    for file, page in build_pages(pages, listed, generated_at=generated_at, address=store.uri("")).items():
+    for file, page in build_pages(
+        pages, listed, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
+    ).items():
         store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
     return store.uri(f"{PAGES}index.html")
 
@@ -223,11 +247,15 @@ def picture(page: AdapterPage) -> Picture | None:
 
 
 def build_pages(
-    pages: Sequence[AdapterPage], listed: Sequence[Listed], *, generated_at: str, address: str
+    pages: Sequence[AdapterPage], listed: Sequence[Listed], *, generated_at: str, address: str, runs_at: str = ""
 ) -> dict[str, str]:
-    """File name to HTML: index.html with what is listed, and each page. Every text from the registry is escaped."""
+    """File name to HTML: index.html with what is listed, and each page. Every text from the registry is escaped.
+
+    `runs_at` is where the runs' folders lie, seen from a page; without it none is linked.
+    """
     page_template = template("registry.html")
-    common = {"generated_at": generated_at, "address": address, "happened": HAPPENED, "when": _when}
+    common: dict[str, Any] = {"generated_at": generated_at, "address": address, "runs_at": runs_at}
+    common |= {"what": what, "who": who, "why": why, "when": _when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
         content = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}

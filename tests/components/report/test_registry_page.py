@@ -7,6 +7,7 @@ import pytest
 from components.records import runs
 from components.records.steps import Evaluation, Measured, PairedDifference
 from components.registry.aliases import Cause, promote, rollback
+from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.registry_page import build_pages, list_adapter, picture, read_adapter, sentence, write_pages
 from components.store.store import Store
@@ -71,8 +72,23 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
     assert "config.train.learning_rate 0.0001 0.0002" in text
     assert "measured.loss 0.300 0.250" in text
     assert "In run r1" in text
-    assert f"{ids[0]} promoted by its run or by a person ann first" in text
+    assert f"{ids[0]} promoted at production ann r0 first" in text
     assert ids[1] in Read(built["index.html"]).text
+
+
+def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report(store: Store, ids: list[str]) -> None:
+    promote(store, "icd", ids[0], "staging", cause=Cause("r7", "fineloop pipeline", "better"))
+    append_event(store, "icd", "refused", {"version": ids[1], "run_id": "r8", "reasons": ["Too bad.", "Too few."]})
+    write_pages(store, "icd", generated_at="now")
+    page, index = (Read(store.get(f"pages/{name}.html").decode()) for name in ("icd", "index"))
+    text = " ".join(page.text.split())
+    assert f"{ids[0]} promoted at staging the pipeline r7 better" in text
+    assert f"{ids[1]} refused by the gate the pipeline r8 Too bad. Too few." in text
+    links = {value for name, value in page.attributes if name == "href"}
+    assert {"../runs/r1/report.html", "../runs/r7/report.html", "../runs/r8/report.html"} <= links
+    assert f"{ids[1]} refused by the gate," in " ".join(index.text.split())
+    elsewhere = Read(pages_of(store)["icd.html"])  # of a folder, beside which no runs lie
+    assert not any("report.html" in str(value) for name, value in elsewhere.attributes if name == "href")
 
 
 def pages_of(store: Store) -> dict[str, str]:
