@@ -47,7 +47,12 @@ def read_by_the_model(base: "PretrainedConfig") -> tuple[str, ...]:
 
 
 def require_causal(base: "PretrainedConfig", *, reference: str) -> None:
-    """Raises ConfigError for a base that writes no text, or sees what it is to write."""
+    """Raises ConfigError for a base that writes no text, sees what it is to write, or looks at padding."""
+    if base.model_type == "doge":
+        raise ConfigError(
+            f"model.base {reference} is of the type doge, which chooses the tokens that it looks at, padding among "
+            "them: in a batch its losses would be wrong. Name another, such as a Llama, Qwen or Mistral"
+        )
     brings_its_own = "AutoModelForCausalLM" in (getattr(base, "auto_map", None) or {})
     if not brings_its_own and (model_class(base) is None or _sees_ahead(base)):
         raise ConfigError(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FLOAT32 = "sdpa_float32"
 RECORDS = "sdpa_records"
 FLASH = "flash_attention_2"
+MOST_TOKENS = 8192
+"""Of a packed row: a kernel that does not know of records gets a mask of the row's length squared."""
 REHEARSED = "rehearsed_"
 """Begins the name of a kernel that a plan runs on no device, without its mask."""
 
@@ -85,6 +87,9 @@ def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
     if base.get_text_config() is not base or not takes_kernels(base):
         return False
     if (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return False
+    # Llama 4's queries grow with their place in the row, by steps of so many tokens.
+    if getattr(base, "attn_temperature_tuning", False) and base.floor_scale < MOST_TOKENS:
         return False
     layers = DynamicCache(config=base).layers
     windows = [layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from components.config.schema import RunConfig
-from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
+from ray_jobs.base.attention import FLOAT32, MOST_TOKENS, RECORDS, looks_at_all_before
 from ray_jobs.base.packing import Packing
 from ray_jobs.text.answer_loss import answer_nll, next_token_nll
 from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_beginning
@@ -27,8 +27,6 @@ from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_begi
 CPU = torch.device("cpu")
 WORTH = 0.1
 """Share of the padded tokens that packing must save: less does not pay for taking the row apart in every layer."""
-MOST_TOKENS = 8192
-"""Of a row: a kernel that does not know of records gets a mask of the row's length squared."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ def test_what_does_not_write_from_left_to_right_is_refused_by_the_plan(kind, tmp
         Rehearsal.of(config, shape)
 
 
+def test_a_base_that_looks_at_padding_is_refused():
+    with pytest.raises(ConfigError, match="of the type doge, which chooses the tokens that it looks at, padding among"):
+        require_causal(transformers.DogeConfig(), reference="x")
+
+
 @pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
 def test_a_base_that_wants_a_package_which_is_not_there_is_refused_with_its_name(tmp_path):
     shape = transformers.Gemma3nConfig()  # whose tower for sight is timm's

@@ -180,6 +180,12 @@ def test_a_window_that_holds_every_record_hides_nothing(kind):
     assert not attention.looks_at_all_before(base, 27)
 
 
+def test_a_base_whose_attention_grows_with_the_place_in_a_row_is_not_packed():
+    base = zoo.KINDS["Llama 4, text"].config()
+    base.floor_scale = 16  # in steps of so many tokens; in the published ones none ends within a row
+    assert_each_has_what_it_has_alone(base, is_packed=False)
+
+
 def test_on_an_accelerator_nothing_stays_behind_on_the_cpu():
     output = subprocess.run(
         [sys.executable, "-m", "tests.models.accelerator"], check=True, capture_output=True, text=True
