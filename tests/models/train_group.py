@@ -201,7 +201,8 @@ def fit_in_rank(
         seen.append(record)
         if record["step"] == stop_after:
             every = config.train.checkpoint_every_steps
-            while every and checkpoint.complete(store, run_id)[:1] != [(stop_after - 1) // every * every]:
+            due = (stop_after - 1) // every * every if every else 0
+            while due and checkpoint.complete(store, run_id)[:1] != [due]:
                 time.sleep(0.05)
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 

@@ -363,7 +363,7 @@ def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store,
         run_id="kept",
     ).weights
     objects = list(store.list("runs/kept/checkpoints/"))
-    assert {o.key.split("/")[3] for o in objects} == {"step-000012"}
+    assert {o.key.split("/")[3] for o in objects} == {"best-000012", "step-000012"}
     trained = sum(weight.size for weight in weights.values())
     held = sum(o.size for o in objects)
     assert held < 1.3 * trained * (2 + 2 + 12)  # two copies in bfloat16; masters and two moments in float32
