@@ -157,9 +157,9 @@ def _answer(talk: Conversation, prompt: str, answering: Answering, say: Callable
         pieces.append(text)
         say(text)
 
-    say(f"{talk.speaker.name:>24} | ")
     stopped = False
     try:
+        say(f"{talk.speaker.name:>24} | ")
         talk.speaker.answer(
             talk.turns, on_text=hear, max_tokens=answering.max_tokens, temperature=answering.temperature
         )
