@@ -172,4 +172,7 @@ def _text_of(row: SourceRow) -> str:
         return row.raw[: 4 * _MAX_ROW_CHARS].decode(errors="replace").rstrip("\r\n")[:_MAX_ROW_CHARS]
     if isinstance(row.value, Unreadable):
         return ""
-    return json.dumps(row.value, ensure_ascii=False, default=str)[:_MAX_ROW_CHARS]
+    try:
+        return json.dumps(row.value, ensure_ascii=False, default=str)[:_MAX_ROW_CHARS]
+    except RecursionError:  # nested almost too deeply to have been read
+        return ""

@@ -180,3 +180,14 @@ def test_no_text_with_personal_data_is_passed_over() -> None:
     assert all(may_hold(pa.array([each + "12 34" + each + "56" for each in digits])).to_pylist())
     plain_texts = ["Why is the sky blue?", "risk-free, right through the night", "12 + 34 = 46", "at 5 @ home"]
     assert not any(may_hold(pa.array(plain_texts)).to_pylist())
+
+
+def test_a_document_is_read_or_refused_however_deeply_it_is_nested(tmp_path: Path) -> None:
+    path, outcomes = tmp_path / "x.json", []
+    for depth in range(900, 1000):
+        path.write_text('[{"prompt": "q", "completion": "a", "x": ' + "[" * depth + "]" * depth + "}]")
+        try:
+            outcomes.append(len(read(find_sources(str(path))).accepted))
+        except DataError:
+            outcomes.append(0)
+    assert set(outcomes) == {0, 1}
