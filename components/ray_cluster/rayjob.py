@@ -210,14 +210,15 @@ def describe(found: Resource, waits_for: str = QUOTA) -> str:
     if deployment == "Running" and status.get("jobStatus") in (None, "", "PENDING"):
         return "the cluster is up: starting the job"
     if deployment == "Retrying":
-        said = ": ".join(each for each in (status.get("reason"), _first_line(status.get("message"))) if each)
+        said = _said(status)
         return f"failed: KubeRay tries again on a new cluster{f' ({said})' if said else ''}"
     return {"Running": "running", "Complete": "complete"}.get(deployment, deployment)
 
 
-def _first_line(message: str | None) -> str:
-    """What KubeRay says itself: the job's last lines follow, which its log has."""
-    return (message or "").partition("\n")[0].strip()
+def _said(status: Resource) -> str:
+    """What KubeRay says itself: the job's last lines follow in its message, and its log has them."""
+    first_line = (status.get("message") or "").partition("\n")[0].strip()
+    return ": ".join(each for each in (status.get("reason"), first_line) if each)
 
 
 def _would_fail_again(log: str) -> bool:
@@ -243,7 +244,7 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
             f"be pulled; {message}"
         )
     exit_code = _EXIT_CODE.search(message)
-    why = f"with exit code {exit_code[1]}" if exit_code else f"({reason or status['jobDeploymentStatus']})"
+    why = f"with exit code {exit_code[1]}" if exit_code else f"({_said(status) or status['jobDeploymentStatus']})"
     return JobEnd("FAILED", why, message)
 
 

@@ -81,6 +81,16 @@ def test_a_person_is_told_where_it_stands(found: dict[str, Any], text: str) -> N
             JobEnd("FAILED", "with exit code -9", "Job failed with exit code -9: x"),
         ),
         (job("Failed", reason="AppFailed"), JobEnd("FAILED", "(AppFailed)")),
+        (
+            job(
+                "Failed", reason="JobDeploymentStatusTransitionGracePeriodExceeded", message="The submitter finished\nx"
+            ),
+            JobEnd(
+                "FAILED",
+                "(JobDeploymentStatusTransitionGracePeriodExceeded: The submitter finished)",
+                "The submitter finished\nx",
+            ),
+        ),
         (job("ValidationFailed"), JobEnd("FAILED", "(ValidationFailed)")),
     ],
 )
