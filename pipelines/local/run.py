@@ -114,7 +114,7 @@ def run_and_read(
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
             environment = {**environment, **ray_address}
-            with in_environment(environment), _goes_on(what, run_id, place):
+            with in_environment(environment), _goes_on(what, run_id, place), _followed(config, run_id, folder):
                 ended = _execute(what, run_id, config, folder, environment, place, display, news, dataset_uri)
                 display.close()
                 return _read(read, config, run_id, folder, ended, ground_s=ground_s, began=began)
@@ -165,6 +165,16 @@ def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
         command += ["--address", place.address] if place.address else []
         exc.add_note(f"to go on from where it was: {shlex.join(command)}")
         raise
+
+
+@contextlib.contextmanager
+def _followed(config: RunConfig, run_id: str, folder: Path) -> Iterator[None]:
+    """Keep event files of its curve while it runs."""
+    from components.store.store import Store
+    from pipelines.local.event_files import beside
+
+    with beside(Store.open(config.registry), run_id, folder):
+        yield
 
 
 def _execute(

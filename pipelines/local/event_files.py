@@ -1,0 +1,82 @@
+"""The curve of a run as TensorBoard's event files in its folder, while it goes on; where tensorboardX is installed."""
+
+import contextlib
+import importlib.util
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.records import runs
+from components.report.report import parse_metrics
+from components.shared.errors import FineloopError
+
+if TYPE_CHECKING:
+    from components.store.store import Store
+
+FOLDER = "tensorboard"
+EVERY_S = 15.0
+"""As often as a training uploads its curve."""
+LAST_S = 10.0
+"""How long the end of a run waits for the last of it, where the store is away."""
+
+
+@contextlib.contextmanager
+def beside(store: "Store", run_id: str, folder: Path) -> Iterator[None]:
+    """Follow a run in a thread, which nothing waits for but the end of the run."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        yield
+        return
+    files, is_over = EventFiles(store, run_id, folder), threading.Event()
+
+    def follow() -> None:
+        while not is_over.wait(EVERY_S):
+            files.follow()
+        files.follow()
+        files.close()
+
+    thread = threading.Thread(target=follow, name="event files", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(LAST_S)
+
+
+class EventFiles:
+    """What is written of runs/<run_id>/metrics.jsonl so far."""
+
+    def __init__(self, store: "Store", run_id: str, folder: Path) -> None:
+        self._store, self._key, self._folder = store, runs.run_key(run_id, runs.METRICS), folder / FOLDER
+        self._written: set[tuple[str, float]] = set()
+        self._writer: Any = None
+
+    def follow(self) -> None:
+        """Add what is new; a store that is away is asked again later."""
+        with contextlib.suppress(FineloopError):
+            found = self._store.read(self._key)
+            self._add(parse_metrics(found[0].decode(), origin=self._key) if found else [])
+
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, records: list[dict[str, Any]]) -> None:
+        new = [each for each in records if (each["kind"], each["step"]) not in self._written]
+        if new and self._writer is None:
+            with warnings.catch_warnings():
+                # It imports Google's storage client where that is installed, which misses a package of its own.
+                warnings.simplefilter("ignore", ImportWarning)
+                from tensorboardX import SummaryWriter
+            self._writer = SummaryWriter(str(self._folder))
+        for record in new:
+            self._written.add((record["kind"], record["step"]))
+            for name, value in record.items():
+                if name not in ("kind", "step") and isinstance(value, (int, float)) and math.isfinite(value):
+                    self._writer.add_scalar(f"{record['kind']}/{name}", value, int(record["step"]))
+        if self._writer is not None:
+            self._writer.flush()  # what its thread has taken by now, which may leave the newest to the next time

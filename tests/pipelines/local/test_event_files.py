@@ -1,0 +1,46 @@
+"""Event files beside a run; they are read back as TFRecords by hand, and their events as TensorBoard's own messages."""
+
+import json
+import struct
+from pathlib import Path
+
+from components.records import runs
+from components.store.store import Store
+from pipelines.local.event_files import EventFiles, beside
+from tests.waiting import wait_until
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    from tensorboardX.proto.event_pb2 import Event  # once the code under test has imported the package
+
+    (file,) = folder.glob("tensorboard/events.out.tfevents.*")
+    body, found = file.read_bytes(), []
+    while len(body) > 12:  # a length of 8 bytes and its checksum of 4, the message, and its checksum of 4
+        (length,) = struct.unpack("<Q", body[:8])
+        event = Event.FromString(body[12 : 12 + length])
+        found += [(each.tag, event.step, each.simple_value) for each in event.summary.value]
+        body = body[16 + length :]
+    return found
+
+
+def test_each_record_of_the_curve_is_written_once_as_it_comes(store: Store, tmp_path: Path) -> None:
+    files = EventFiles(store, "r", tmp_path)
+    files.follow()
+    assert list(tmp_path.iterdir()) == []  # nothing was recorded yet
+    records = [{"kind": "train", "step": 1, "loss": 2.0, "num_steps": 3}, {"kind": "eval", "step": 1, "loss": 1.5}]
+    lines = [json.dumps(each) + "\n" for each in records]
+    store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+
+    def follow() -> bool:
+        files.follow()
+        return len(scalars(tmp_path)) == 3
+
+    wait_until(follow)  # a thread writes them
+    assert scalars(tmp_path) == [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
+    lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
+    store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+    with beside(store, "r", tmp_path / "again"):
+        files.follow()
+    files.close()
+    assert scalars(tmp_path)[3:] == [("train/loss", 2, 1.0)]
+    assert scalars(tmp_path / "again") == scalars(tmp_path)  # a short run's are all written at its end
