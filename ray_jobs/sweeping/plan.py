@@ -147,7 +147,7 @@ class Plan:
     def _rate_loss(self, arm: Arm, place: int, loss: float) -> RateLoss:
         trials = [self.trials[point.name] for point in self._at(arm, place)]
         ends = None
-        if all(trial.record_nll for trial in trials):
+        if all(len(trial.record_nll) > 1 for trial in trials):  # of one record nothing says how far others would be
             ends = interval([trial.record_nll for trial in trials], trials[0].record_tokens)[1:]
         return RateLoss(
             learning_rate=self._grids[arm].rate(place),

@@ -26,12 +26,12 @@ SERVED = {
 def compare(
     tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial], servable_as: ServableAs = "lora"
 ) -> MethodComparison | None:
-    """A method against the reference on the seeds that ended well in both; None where fewer than two did."""
+    """A method against the reference on the seeds that ended well in both; None where fewer than two did, or where
+    there is one record."""
     by_seed = {trial.seed: trial for trial in theirs}
     pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
-    if len(pairs) < 2:
+    if len(pairs) < 2 or len(tokens := pairs[0][0].record_tokens) < 2:
         return None
-    tokens = pairs[0][0].record_tokens
     gain, *ends = paired_gain([a.record_nll for a, _ in pairs], [b.record_nll for _, b in pairs], tokens)
     return MethodComparison(
         method=tuned.method,

@@ -103,6 +103,18 @@ def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(conf
     assert resumed.found(*points.arms(config)).learning_rate == 1e-2
 
 
+def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
+    plan, _ = swept(config, bowl(1e-2))
+    alone = [
+        trial.model_copy(update={"record_nll": trial.record_nll[:1], "record_tokens": trial.record_tokens[:1]})
+        for trial in plan.trials.values()
+    ]
+    found = swept(config, bowl(1e-2), alone)[0].found(*points.arms(config))
+    assert found.learning_rate == 1e-2
+    assert {rate.ci95 for rate in found.rates} == {None}
+    assert Tuned.model_validate_json(found.model_dump_json()) == found
+
+
 def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_out(config):
     many = changed(config, "tune.seeds=2", "tune.refine=false")
 
