@@ -1,5 +1,6 @@
 """The held-out records that a run is judged by: those that no training looks at, or the part whose turn it is."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import folds, validation_and_test
 from components.records import runs
+from components.registry.aliases import read_alias
 from components.registry.event_log import events
 from components.registry.looks import looks, next_part
-from components.shared.errors import DataError
+from components.shared import binomial
+from components.shared.errors import DataError, IntegrityError
+from components.shared.metrics import metric_of
 from components.store.store import Store
 
 SAMPLED = 16
@@ -94,4 +98,26 @@ def lacking(judging: Judges, config: RunConfig) -> str:
     return (
         f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
         f"would be held: raise {raised}, add data or lower gate.min_records"
+    )
+
+
+def too_few_to_replace(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> str:
+    """That so few records judge this run that none can take the place of the version which the alias points at; empty
+    where that may happen, or where it depends on how good that version is."""
+    gate, adapter = config.gate, config.adapter
+    held = None
+    with contextlib.suppress(IntegrityError):  # whoever needs it says so
+        held = read_alias(store, adapter.name, adapter.alias)
+    if held is None or gate.margins == "relative" or metric_of(gate.metric).column != metric_of("loss").column:
+        return ""
+    wanted = binomial.least_of(0, gate.rare_share(1.0), gate.confidence)
+    judging = judges(store, dataset_uri, config, run_id=run_id)
+    found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
+    if found >= wanted:
+        return ""
+    kind = "groups of records" if config.data.group else "records"
+    return (
+        f"{found} {kind} judge this run, and only {wanted} would show a rare large loss: whatever it trains, the gate "
+        f"cannot tell whether it may replace {held.version}. Raise data.eval_share or evaluate.max_records, add data, "
+        "allow more with gate.worse_than_champion_by, or set gate.much_worse_share=1"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import intake, news, parts, workspace
-from components.prepare.judges import require_enough
+from components.prepare.judges import require_enough, too_few_to_replace
 from components.prepare.profile import build_profile
 from components.prepare.screen import Screen
 from components.prepare.shapes import columns_read
@@ -143,6 +143,8 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
         prepared = _publish(step_run.config, step_run.store, work, read, unique)
         if is_decided:
             require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
+            if line := too_few_to_replace(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id):
+                step_run.say(line)
     fingerprints = {source.name: source.fingerprint for source in sources}
     watermark.note(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))

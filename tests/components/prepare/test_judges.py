@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import re
 
 import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.prepare.judges import judges, require_enough
+from components.prepare.judges import judges, require_enough, too_few_to_replace
 from components.records import runs
 from components.records.steps import Decision
+from components.registry.aliases import promote
 from components.registry.event_log import append_event
+from components.registry.versions import publish_version
 from components.shared.errors import DataError
 from tests.doubles import datasets
 
@@ -118,3 +121,29 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
     judging = {record.group for record in judges(store, uri, asked, run_id="r").records}
     with pytest.raises(DataError, match=f"^{len(judging)} groups of records are left for the gate"):
         require_enough(store, uri, asked, run_id="r")
+
+
+@pytest.mark.parametrize(
+    ("number", "keys", "message"),
+    [
+        (400, [], None),
+        (320, [], "records judge this run, and only 299 would show"),
+        (320, ["data.validation_share=0.01"], None),
+        (320, ["gate.worse_than_champion_by=0.1"], None),
+        (320, ["gate.much_worse_share=1"], None),
+        (320, ["gate.much_worse_share=0.02"], None),
+        (320, ["gate.metric=exact_match"], None),
+        (400, ["evaluate.records=20", "evaluate.max_records=100"], "^100 records judge this run, and only 299 would show"),
+    ],
+    ids=str,
+)
+def test_that_no_candidate_can_replace_a_version_is_said_beforehand(config, store, published, keys, number, message):
+    """By the binomial distribution 0.99^299 is the first power below 0.05; of a first version nothing is asked."""
+    asked = config_file.loads(config_file.dumps(config), keys)
+    uri = published(range(number))
+    assert not too_few_to_replace(store, uri, asked, run_id="r")
+    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+    version = publish_version(store, "colours", files, lineage={"run_id": ""}).version
+    promote(store, "colours", version)
+    said = too_few_to_replace(store, uri, asked, run_id="r")
+    assert re.search(f"{message}.* may replace {version}", said) if message else said == ""
