@@ -13,6 +13,7 @@ from components.records.steps import Evaluation, Role, TextLosses
 from components.shared.errors import IntegrityError
 from components.shared.metrics import METRICS, Metric
 from components.shared.paired import Array, Pairs
+from components.shared.parquet import table_of
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -105,10 +106,9 @@ def parse(body: bytes, uri: str) -> Evidence:
         IntegrityError: it is not Parquet, or has no column of answer tokens.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(body))
+        table = table_of(body)
         tokens = _numbers(table.column(TOKENS))
     except (pa.ArrowException, KeyError) as exc:
         raise IntegrityError(f"{uri} holds no evaluated records: {exc}") from exc

@@ -153,7 +153,7 @@ def _among(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[s
 
     wanted, found = pa.array(sorted(record_ids), pa.string()), set()
     with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-        for batch in file.iter_batches(columns=["id"]):
+        for batch in file.iter_batches(columns=["id"], use_threads=False):
             found |= set(batch["id"].filter(pc.is_in(batch["id"], value_set=wanted)).to_pylist())
     return found
 
@@ -164,7 +164,7 @@ def _rejected(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> se
 
     found: set[str] = set()
     with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-        for batch in file.iter_batches(columns=["row"]):
+        for batch in file.iter_batches(columns=["row"], use_threads=False):
             for row in batch["row"].to_pylist():
                 found |= {each for each in record_ids if each in row and _names(row, each)}
     return found

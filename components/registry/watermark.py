@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from components.records import runs
 from components.registry.names import adapter_key
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.shared.parquet import table_of
 from components.store.store import JSON, Store, decode_json, encode_json
 
 if TYPE_CHECKING:
@@ -81,7 +82,6 @@ def contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
         IntegrityError: they are not what the run wrote.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not consumed.file:
         return pa.array(
@@ -94,7 +94,7 @@ def contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
         return content_ids([])
     if f"{runs.CONSUMED}{hashlib.sha256(found[0]).hexdigest()}.parquet" != consumed.file:
         raise IntegrityError(f"{store.uri(key)} has another content than its name says")
-    ids: pa.UInt64Array = pq.read_table(pa.BufferReader(found[0]))[_COLUMN].combine_chunks()
+    ids: pa.UInt64Array = table_of(found[0])[_COLUMN].combine_chunks()
     return ids
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.report.numbers import count
+from components.shared.parquet import table_of
 
 MOST_WRONG = 500
 """Answers on a page."""
@@ -48,10 +49,7 @@ class Matrix:
 
 def wrong_answers(body: bytes) -> list[Wrong]:
     """Of evaluation_records.parquet; nothing where it says of no answer whether it is right."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(pa.BufferReader(body))
+    table = table_of(body)
     if not {"id", "prompt", "reference", _ANSWER, _RIGHT} <= {*table.column_names}:
         return []
     rows = table.select(["id", "prompt", "reference", _ANSWER, _RIGHT]).to_pylist()

@@ -15,6 +15,7 @@ from components.report.errors import last_turn
 from components.shared.errors import DataError, UserError
 from components.shared.metrics import metrics_of
 from components.shared.paired import Bounds, bounds
+from components.shared.parquet import table_of
 from pipelines.local import past_runs
 
 if TYPE_CHECKING:
@@ -84,9 +85,6 @@ def read(store: "Store", wanted: str) -> Side:
         UserError: there is no such run, or it compared nothing.
         IntegrityError: a record of it is not what it should be.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from components.report.report import parse_metrics
 
     run_id = past_runs.find(store, wanted)
@@ -105,7 +103,7 @@ def read(store: "Store", wanted: str) -> Side:
         config=dict(_flat(config)),
         confidence=config.get("gate", {}).get("confidence", GateConfig().confidence),
         evaluation=evaluation,
-        records=pq.read_table(pa.BufferReader(body)),
+        records=table_of(body),
         curve=parse_metrics(curve[0].decode() if curve else "", origin=f"{runs.METRICS} of {run_id}"),
     )
 

@@ -133,7 +133,11 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
         (320, ["gate.much_worse_share=1"], None),
         (320, ["gate.much_worse_share=0.02"], None),
         (320, ["gate.metric=exact_match"], None),
-        (400, ["evaluate.records=20", "evaluate.max_records=100"], "^100 records judge this run, and only 299 would show"),
+        (
+            400,
+            ["evaluate.records=20", "evaluate.max_records=100"],
+            "^100 records judge this run, and only 299 would show",
+        ),
     ],
     ids=str,
 )
