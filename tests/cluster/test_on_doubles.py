@@ -44,7 +44,7 @@ def cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[tuple[KfpServer, Ku
     kubernetes.close()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_suite_passes_against_the_doubles_and_leaves_nothing(
     cluster: tuple[KfpServer, KubernetesDouble, dict[str, str]], s3_server: Endpoint
 ) -> None:

@@ -125,6 +125,7 @@ def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
+@pytest.mark.full
 def test_what_nothing_held_before_is_told_and_audited_until_another_version_takes_it(
     keeper: Keeper, proxy: FaultyProxy
 ) -> None:

@@ -143,7 +143,10 @@ def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: P
         assert alias in owner.does(f"fineloop adapters show colours@{alias} {place}").stdout
 
 
-@pytest.mark.parametrize("status", ["500 Internal Server Error", "503 Service Unavailable", "200 OK"])
+OTHERS = [pytest.param(status, marks=pytest.mark.full) for status in ("503 Service Unavailable", "200 OK")]
+
+
+@pytest.mark.parametrize("status", ["500 Internal Server Error", *OTHERS])
 def test_an_answer_of_400_mb_takes_neither_memory_nor_time(owner: Person, status: str) -> None:
     place = " ".join(registry.PLACE)
     with receiving(huge(status)) as url:

@@ -55,7 +55,7 @@ def driver() -> Iterator[ProcessPoolExecutor]:
     [
         (ConfigError("model.base 'org/name': the model hub refuses it"), "ConfigError", 1),
         pytest.param(JobError("no layer is there"), "JobError", 1, marks=pytest.mark.full),
-        (OSError("a disk went"), "JobError", 2),
+        pytest.param(OSError("a disk went"), "JobError", 2, marks=pytest.mark.full),
     ],
 )
 def test_what_one_worker_raises_ends_all_of_them_with_its_words(driver, tmp_path, config, store, error, kind, attempts):
