@@ -48,7 +48,7 @@ def accepted(path: Path, **columns: Any) -> set[tuple[str, str]]:
         ("rows.tsv", b"prompt\tcompletion\nq\ta\n"),
         ("rows.json", json.dumps([PLAIN], indent=1).encode()),
         ("within.json", json.dumps({"version": 1, "data": [PLAIN]}).encode()),
-        ("packed.jsonl.gz", gzip.compress(lines(PLAIN))),
+        ("packed.jsonl.gz", gzip.compress(lines(PLAIN), mtime=0)),
         ("array.jsonl", json.dumps([PLAIN] * 5, indent=1).encode()),
     ],
 )
