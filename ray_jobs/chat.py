@@ -1,8 +1,6 @@
 """Talk to an adapter: `fineloop chat NAME`. The adapter answers first, then what it is compared with."""
 
 import json
-import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message
 from components.registry.versions import resolve
 from components.shared import garbage
-from components.shared.errors import FineloopError
 from components.store.store import Store
 from ray_jobs import entry
 
@@ -42,24 +39,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as evaluation decodes")
     parser.add_argument("--transcript", type=Path, help="file to add each turn to, a JSON object a line")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the adapter's copy is removed
-    # What takes long is announced, such as converting a base that is here for the first time.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ray_jobs").setLevel(logging.INFO)
-    _print_err("starting PyTorch and transformers")
-    entry.quiet_libraries()
     answering = Answering(arguments.max_tokens, arguments.temperature)
     try:
-        config = entry.load_config(arguments.config, arguments.set)
-        chat(
-            *(config, arguments.version, arguments.against, answering),
-            system=arguments.system,
-            turns=arguments.turns,
-            transcript=arguments.transcript,
-        )
-    except FineloopError as exc:  # a person reads this, not a submitter
-        _print_err(f"fineloop: {exc}")
-        sys.exit(exc.exit_code)
+        with entry.for_people():
+            chat(
+                entry.load_config(arguments.config, arguments.set),
+                *(arguments.version, arguments.against, answering),
+                system=arguments.system,
+                turns=arguments.turns,
+                transcript=arguments.transcript,
+            )
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -112,10 +101,10 @@ def chat(
         other = resolve(store, against)
         speakers += speaker.load(config, store, other, f"{other.name}@{other.version[:SHOWN]}", with_base=False)
     if system:
-        _print_err(f"each conversation begins with the system message {system!r}")
+        entry.print_err(f"each conversation begins with the system message {system!r}")
     if not keeps_turns:
-        _print_err("each prompt stands alone, without those before it: --turns keep makes a conversation of them")
-    _print_err("ready: type a prompt, /help, or Ctrl-D to end")
+        entry.print_err("each prompt stands alone, without those before it: --turns keep makes a conversation of them")
+    entry.print_err("ready: type a prompt, /help, or Ctrl-D to end")
     begun = [Message("system", system)] if system else []
     for turn in converse(speakers, _prompts(), begun, answering, keeps_turns=keeps_turns, say=_say):
         if transcript is not None:
@@ -136,12 +125,12 @@ def converse(
     talks = [Conversation(speaker, [*begun]) for speaker in speakers]
     for prompt in prompts:
         if prompt == "/help":
-            _print_err(HELP)
+            entry.print_err(HELP)
             continue
         if prompt == "/reset" or not keeps_turns:
             talks = [Conversation(speaker, [*begun]) for speaker in speakers]
         if prompt == "/reset":
-            _print_err("a new conversation")
+            entry.print_err("a new conversation")
             continue
         yield {"prompt": prompt, "answers": [_answer(talk, prompt, answering, say) for talk in talks]}
 
@@ -175,14 +164,14 @@ def _prompts() -> Iterator[str]:
     """Lines of stdin that are not empty. Two interrupts in a row end it as its end does."""
     asked = False
     while True:
-        _print_err("> ", end="")
+        entry.print_err("> ", end="")
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:
             if asked:
                 return
             asked = True
-            _print_err("\nCtrl-C again, or Ctrl-D, ends the chat")
+            entry.print_err("\nCtrl-C again, or Ctrl-D, ends the chat")
             continue
         asked = False
         if not line:
@@ -194,11 +183,6 @@ def _prompts() -> Iterator[str]:
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _print_err(text: str, end: str = "\n") -> None:
-    sys.stderr.write(text + end)
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -89,6 +91,27 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def print_err(text: str, end: str = "\n") -> None:
+    """For a person: stdout has answers alone."""
+    sys.stderr.write(text + end)
+    sys.stderr.flush()
+
+
+@contextmanager
+def for_people() -> Iterator[None]:
+    """A job at a terminal: what takes long is announced, and an error of ours becomes a line and its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that copies of adapters are removed
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ray_jobs").setLevel(logging.INFO)
+    print_err("starting PyTorch and transformers")
+    quiet_libraries()
+    try:
+        yield
+    except FineloopError as exc:
+        print_err(f"fineloop: {exc}")
+        sys.exit(exc.exit_code)
 
 
 def connect() -> None:

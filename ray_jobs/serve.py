@@ -1,14 +1,11 @@
 """Try an adapter over HTTP on this machine: `fineloop serve NAME`. It is no production server."""
 
-import logging
-import signal
-import sys
+import contextlib
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.registry.versions import resolve
 from components.shared import garbage
-from components.shared.errors import FineloopError
 from components.store.store import Store
 from ray_jobs import entry
 
@@ -27,21 +24,12 @@ def main() -> None:
     parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
     parser.add_argument("--port", type=int, default=0, help="0 takes any that is free")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ray_jobs").setLevel(logging.INFO)
-    entry.quiet_libraries()
-    try:
+    with contextlib.suppress(KeyboardInterrupt), entry.for_people():
         config = entry.load_config(arguments.config, arguments.set)
         with opened(config, arguments.version, arguments.against, arguments.port) as server:
-            _print_err(f"serving {', '.join(server.speakers)} at {server.url}/v1, and a page at {server.url}")
-            _print_err("for trying out on this machine, no production server: Ctrl-C ends it")
+            entry.print_err(f"serving {', '.join(server.speakers)} at {server.url}/v1, and a page at {server.url}")
+            entry.print_err("for trying out on this machine, no production server: Ctrl-C ends it")
             server.serve_forever()
-    except FineloopError as exc:  # a person reads this, not a submitter
-        _print_err(f"fineloop: {exc}")
-        sys.exit(exc.exit_code)
-    except KeyboardInterrupt:
-        pass
 
 
 def opened(config: RunConfig, reference: str, against: str, port: int) -> "Server":
@@ -66,11 +54,6 @@ def opened(config: RunConfig, reference: str, against: str, port: int) -> "Serve
         speakers += speaker.load(config, store, other, f"{other.name}@{other.version}", with_base=False)
     about = {"models": [each.name for each in speakers], "system": trained.system, "keeps_turns": trained.in_turns}
     return Server(port, {each.name: each for each in speakers}, about)
-
-
-def _print_err(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":
