@@ -161,4 +161,4 @@ def home_option(options: argparse.Namespace) -> str:
 
 def print_err(text: str, end: str = "\n") -> None:
     """Print progress, a warning or an error on stderr; stdout is for the answer."""
-    print(text, file=sys.stderr, end=end, flush=True)  # noqa: T201
+    print(text, file=sys.stderr, end=end, flush=True)  # noqa: T201 - the screen, beside the answer

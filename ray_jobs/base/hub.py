@@ -82,7 +82,7 @@ def _patiently(reference: str, ask: Callable[[], T]) -> T:
     for number in range(TRIES):
         try:
             return ask()
-        except Exception as exc:
+        except Exception as exc:  # of many kinds, some with the hub's answer as their cause
             status = _status(exc)
             if status not in BUSY:
                 raise

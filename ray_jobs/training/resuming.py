@@ -134,7 +134,7 @@ def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: in
         with safe_open(folder / checkpoint.OPTIMIZER, "pt") as file:
             pieces = (file.metadata() or {}).get(checkpoint.PIECES)
             states: dict[int, dict[str, torch.Tensor]] = {}
-            for stored in file.keys():  # noqa: SIM118
+            for stored in file.keys():  # noqa: SIM118 - the file is no dict, and has no other way
                 index, _, name = stored.partition(".")
                 states.setdefault(int(index), {})[name] = file.get_tensor(stored)
         yield (
