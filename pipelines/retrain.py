@@ -123,16 +123,17 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
             )
             run = _begun(data)
             dataset_uri = data.outputs["dataset_uri"]
-            # Every condition has both branches spelled out: kfp.local skips a lone If on a named output in silence.
-            with dsl.If(data.outputs["has_news"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
+            # Two conditions, for an If with an Else is a graph more: a pod of Kubeflow's, and a click to the training.
+            # kfp.local resolves the outputs called Output alone, and would skip a lone If on another in silence.
+            with dsl.If(data.outputs["Output"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
                 evaluation = _compared_candidate(step, run, dataset_uri, tunes=tunes)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
-                with dsl.If(decision.outputs["passed"] == True, name="Better: promote"):  # noqa: E712
+                with dsl.If(decision.outputs["Output"] == True, name="Better: promote"):  # noqa: E712
                     # The record lies where the training may write too: what the gate wrote is known by its sha256.
                     step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
-                with dsl.Else(name="Not better: hold"):
+                with dsl.If(decision.outputs["Output"] == False, name="Not better: hold"):  # noqa: E712
                     step(hold(**run), "Leave the alias as it is")
-            with dsl.Else(name="Nothing new: skip"):
+            with dsl.If(data.outputs["Output"] == False, name="Nothing new: skip"):  # noqa: E712
                 step(skip(**run), "Skip the training")
 
     return retrain

@@ -14,8 +14,8 @@ def gate(
     config_digest: str,
     evaluation_uri: str,
     summary: Output[Markdown],
-) -> NamedTuple("Decided", [("passed", bool), ("decision_sha256", str)]):  # type: ignore[valid-type]
-    """Write the decision; whether it is to promote, and the record's sha256. A refusal is an outcome, no failure."""
+) -> NamedTuple("Decided", [("Output", bool), ("decision_sha256", str)]):  # type: ignore[valid-type]
+    """Write the decision; returns the record's sha256 and as Output whether to promote. A refusal is no failure."""
     from pathlib import Path
 
     from components.gate.gate import run_gate

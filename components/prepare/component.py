@@ -22,8 +22,11 @@ def prepare(
     num_workers: int,
     train_without_new_data: bool,
     is_decided: bool = False,
-) -> NamedTuple("Prepared", [("run_uri", str), ("config_digest", str), ("has_news", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
-    """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's."""
+) -> NamedTuple("Prepared", [("run_uri", str), ("config_digest", str), ("Output", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
+    """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's.
+
+    Output: whether the data is new. A condition reads it, and kfp.local knows the outputs of that name alone there.
+    """
     from components.prepare.parameters import overrides
     from components.prepare.prepare import prepare_if_new
     from components.step.step import first_step

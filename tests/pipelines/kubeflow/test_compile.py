@@ -81,14 +81,29 @@ def test_no_step_moves_an_artifact_out_of_the_runs_folder(spec: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("output", "yes", "no"),
     [
-        ("gate-passed", "Better: promote", "Not better: hold"),
-        ("prepare-has_news", "New data: train, compare, decide", "Nothing new: skip"),
+        ("gate-Output", "Better: promote", "Not better: hold"),
+        ("prepare-Output", "New data: train, compare, decide", "Nothing new: skip"),
     ],
 )
 def test_each_choice_has_both_branches(spec: dict[str, Any], output: str, yes: str, no: str) -> None:
     found = branches(spec, output)
     assert found.keys() == {yes, no}
-    assert found[no] == f"!({found[yes]})"
+    assert found[yes].endswith(" == true")
+    assert found[no] == found[yes].replace("true", "false")
+
+
+def test_the_training_is_two_clicks_from_the_first_page_and_each_group_has_a_name_for_people(
+    spec: dict[str, Any],
+) -> None:
+    groups = {"root": spec["root"]["dag"]} | {n: c["dag"] for n, c in spec["components"].items() if "dag" in c}
+    shown, level = {"root"}, 0
+    while not any("finetune" in groups[name]["tasks"] for name in shown):
+        inside = [task["componentRef"]["name"] for name in shown for task in groups[name]["tasks"].values()]
+        shown, level = {name for name in inside if name in groups}, level + 1
+    assert level == 2
+    assert len(groups) == 7  # each of them a pod of Kubeflow's, one after another
+    named = [task["taskInfo"]["name"] for task in tasks(spec).values()]
+    assert not [name for name in named if name.startswith(("condition", "exit-handler"))]
 
 
 def test_the_report_is_written_however_the_run_ends(spec: dict[str, Any]) -> None:
