@@ -33,6 +33,8 @@ EVALUATION = Evaluation.FILE
 EVALUATION_RECORDS = "evaluation_records.parquet"
 DECISION = Decision.FILE
 REPORT = "report.html"
+PAGES = "pages/"
+"""Of the registry: index.html, and a page for each adapter, which link to the reports."""
 SWEEP = SweepResult.FILE
 TRIALS = "trials/"
 STEPS = "steps/"

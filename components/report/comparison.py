@@ -172,6 +172,7 @@ def interval(
 def table(run: RunFiles) -> list[MetricRow]:
     """Every metric of the three models with the candidate's differences."""
     rows = []
+    broken = {rule.metric for rule in _rules(run) if not rule.passed}
     for metric in metrics_of(_measured(run)):
         values = {role: run.metric(role, metric.key) for role in ROLES}
         if all(value is None for value in values.values()):
@@ -184,7 +185,9 @@ def table(run: RunFiles) -> list[MetricRow]:
                 gains[role] = ("–", "same")  # noqa: RUF001 - a dash for a cell without a number
                 continue
             words = metric.gain_text(metric.gain(ours, theirs))
-            gains[role] = (words, next((way for way in ("better", "worse") if words.endswith(way)), "same"))
+            # Every training moves what lies outside the domain: that is bad news only where a rule says so.
+            shown_as = ("better", "worse") if not metric.probe or metric.key in broken else ()
+            gains[role] = (words, next((way for way in shown_as if words.endswith(way)), "same"))
         shown = {role: "–" if value is None else metric.text(value) for role, value in values.items()}  # noqa: RUF001
         rows.append(MetricRow(metric, shown, gains))
     return rows

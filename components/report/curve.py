@@ -9,6 +9,8 @@ from components.records.steps import finite
 from components.report.numbers import count, number
 
 MAX_POINTS = 400  # more would not be seen and would only make the page larger
+LOG_FROM = 4.0
+"""Where the highest loss is so many times the lowest, the axis is logarithmic."""
 Point = tuple[float, float]
 
 
@@ -42,6 +44,8 @@ class Curve:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     peak_learning_rate: float | None
+    is_log: bool
+    """Whether the loss has a logarithmic scale."""
     num_above: int
     """Points above the top of the plot, which are left out."""
     text: str
@@ -58,21 +62,19 @@ def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
     smooth = smoothed(train)
     first = min(step for step, _ in train + held_out)
     last = max(step for step, _ in train + held_out)
-    low, high = _loss_range(train, smooth + held_out)
-    y_values = nice_ticks(low, high, 5)
-    low, high = min(low, y_values[0]), max(high, y_values[-1])
+    axis = loss_axis([loss for _, loss in train], [loss for _, loss in smooth + held_out])
 
     def place(point: Point) -> Point:
-        return (point[0] - first) / max(last - first, 1) * 100, (high - point[1]) / (high - low) * 100
+        return (point[0] - first) / max(last - first, 1) * 100, 100 - 100 * axis.share(point[1])
 
     peak = max((rate for _, rate in rates), default=0.0)
     best = min((loss for _, loss in held_out), default=None)
-    inside = [point for point in train if point[1] <= high]
+    inside = [point for point in train if point[1] <= axis.high]
     return Curve(
         points=" ".join(f"M{_at(place(point))}h0" for point in thinned(inside)),
         smooth=_path([place(point) for point in thinned(smooth)]),
         # The rate has no axis: its peak touches 40 % of the height, out of the way of the early, high losses.
-        learning_rate=_path([(place((step, low))[0], 100 - 40 * rate / peak) for step, rate in thinned(rates)])
+        learning_rate=_path([(place((step, axis.low))[0], 100 - 40 * rate / peak) for step, rate in thinned(rates)])
         if peak
         else "",
         held_out=_path([place(point) for point in held_out]),
@@ -80,9 +82,12 @@ def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
             Dot(*place((step, loss)), f"step {count(step)}: held-out loss {number(loss)}", loss == best)
             for step, loss in held_out
         ),
-        x_ticks=tuple(Tick(place((value, low))[0], count(value)) for value in nice_ticks(first, last, 5, whole=True)),
-        y_ticks=tuple(Tick(place((first, value))[1], f"{value:g}") for value in y_values),
+        x_ticks=tuple(
+            Tick(place((value, axis.low))[0], count(value)) for value in nice_ticks(first, last, 5, whole=True)
+        ),
+        y_ticks=tuple(Tick(place((first, value))[1], f"{value:g}") for value in axis.ticks),
         peak_learning_rate=peak or None,
+        is_log=axis.is_log,
         num_above=len(train) - len(inside),
         text=_in_words(smooth, held_out),
     )
@@ -130,13 +135,34 @@ def series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[Po
     return sorted(by_step.items())
 
 
-def _loss_range(train: Sequence[Point], lines: Sequence[Point]) -> Point:
-    """What the plot must show: every line, and the training points but for the highest fiftieth."""
-    values = sorted(loss for _, loss in train)
-    shown = [loss for _, loss in lines] + values[: math.ceil(len(values) * 0.98)]
+@dataclass(frozen=True)
+class LossAxis:
+    """From `low` to `high`; logarithmic where a linear one would show the start of a training and nothing after it."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    is_log: bool
+
+    def share(self, value: float) -> float:
+        """How far up the axis the value lies, from 0 to 1."""
+        scale = math.log if self.is_log else float
+        return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+
+
+def loss_axis(points: Sequence[float], lines: Sequence[float]) -> LossAxis:
+    """An axis with every value of the lines, and the points but for the highest fiftieth."""
+    shown = [*lines, *sorted(points)[: math.ceil(len(points) * 0.98)]]
     low, high = min(shown), max(shown)
+    if low > 0 and high / low >= LOG_FROM:
+        low, high = low * 0.97, high * 1.03
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [each for power in powers for each in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
+        return LossAxis(low, high, tuple(float(f"{each:.6g}") for each in ticks if low <= each <= high), is_log=True)
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return max(low - margin, 0.0) if low >= 0 else low - margin, high + margin
+    low, high = max(low - margin, 0.0) if low >= 0 else low - margin, high + margin
+    ticks = nice_ticks(low, high, 5)
+    return LossAxis(min(low, ticks[0]), max(high, ticks[-1]), tuple(ticks), is_log=False)
 
 
 def _in_words(smooth: Sequence[Point], held_out: Sequence[Point]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.report.curve import Point, nice_ticks, series, smoothed, thinned
+from components.report.curve import Point, loss_axis, nice_ticks, series, smoothed, thinned
 from components.report.html import template
 from components.report.numbers import count, number
 from components.report.rates import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, Mark
@@ -19,14 +19,10 @@ def picture(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     if not points:
         return None
     last = max(step for step, _ in points)
-    # A training starts far above where it ends: what is left out of sight are its first few steps.
-    losses = sorted(loss for _, loss in points)
-    top = max(losses[int(0.97 * (len(losses) - 1))], *(loss for each in held_out.values() for _, loss in each[-1:]))
-    y_ticks = nice_ticks(losses[0], top, TICKS)
-    low, high = min(losses[0], y_ticks[0]), max(top, y_ticks[-1])
+    axis = loss_axis([], [loss for _, loss in points])
 
     def place(point: Point) -> Point:
-        share = point[0] / max(last, 1), (min(point[1], high) - low) / ((high - low) or 1.0)
+        share = point[0] / max(last, 1), axis.share(point[1])
         return round(LEFT + share[0] * (WIDTH - RIGHT - LEFT), 1), round(HEIGHT - BOTTOM - share[1] * _HEIGHT, 1)
 
     lines = [
@@ -44,13 +40,13 @@ def picture(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     ]
     return template("rates.html").render(
         title="Loss against optimizer step",
-        x_name="optimizer step; circles are held-out losses",
+        x_name="optimizer step",
         width=WIDTH,
         height=HEIGHT,
         box=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
         lines=lines,
-        x_ticks=[(place((step, low))[0], count(step)) for step in nice_ticks(0, last, TICKS, whole=True)],
-        y_ticks=[(place((0, value))[1], f"{value:g}") for value in y_ticks],
+        x_ticks=[(place((step, axis.low))[0], count(step)) for step in nice_ticks(0, last, TICKS, whole=True)],
+        y_ticks=[(place((0, value))[1], f"{value:g}") for value in axis.ticks],
         text="; ".join(_in_words(name, trained[name], held_out[name]) for name in runs),
     )
 

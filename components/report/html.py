@@ -4,7 +4,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from components.shared.content_policy import script_source
+
 TEMPLATES = Path(__file__).parent / "templates"
+SEARCH = (TEMPLATES / "search.js").read_text(encoding="utf-8")
+"""The only script of a page: it narrows a table to the rows that have the words that are looked for."""
 
 
 def template(name: str) -> Template:
@@ -18,6 +22,8 @@ def template(name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["tight"] = _tight
+    # A page that searches says so: {% set searches = true %}.
+    environment.globals |= {"searches": False, "search_script": SEARCH, "search_source": script_source(SEARCH)}
     return environment.get_template(name)
 
 

@@ -1,9 +1,11 @@
-"""From what a run left behind to one HTML page that needs nothing else: no script, no font, no request."""
+"""From what a run left behind to one HTML page that needs nothing else: no font, no request, and no script but the one
+that searches its own tables."""
 
 from markupsafe import Markup
 
-from components.report import comparison, errors, rates, sections
+from components.report import comparison, errors, forgetting, rates, sections
 from components.report.curve import loss_curve
+from components.report.glossary import explained
 from components.report.harness import harness
 from components.report.headline import headline
 from components.report.html import template
@@ -16,12 +18,18 @@ from components.report.suites import suites
 from components.shared.durations import duration
 
 
-def build_report(run: RunFiles) -> str:
-    """The whole page. Every text that came with data or from a model is escaped."""
+def build_report(run: RunFiles, *, pages_at: str = "") -> str:
+    """The whole page. Every text that came with data or from a model is escaped.
+
+    `pages_at` is where the registry's pages lie, seen from this one; without it none is linked.
+    """
     shown = sections.samples(run)
     champion = run.model("champion")
     return template("report.html").render(
         run=run,
+        pages_at=pages_at,
+        explained=explained,
+        forgotten=forgetting.sentence(run),
         headline=headline(run),
         facts=sections.run_facts(run),
         names=comparison.names(run),

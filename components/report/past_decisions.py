@@ -8,7 +8,7 @@ from components.shared.metrics import RELATIVE, metric_of
 
 def past_decisions(run: RunFiles) -> forest.Picture | None:
     """Decisions that compared by the same metric as this run's, the newest first; None where this is the only one."""
-    rule = _compared(run.decision) if run.decision else None
+    rule = against_champion(run.decision) if run.decision else None
     if run.decision is None or rule is None or not rule.metric:
         return None
     amounts = RELATIVE if rule.relative else metric_of(rule.metric)
@@ -22,7 +22,7 @@ def past_decisions(run: RunFiles) -> forest.Picture | None:
             bad=not each.promoted,
         )
         for each in (run.decision, *run.decided_before)
-        if (found := _compared(each)) and (found.metric, found.relative) == (rule.metric, rule.relative)
+        if (found := against_champion(each)) and (found.metric, found.relative) == (rule.metric, rule.relative)
     ]
     if len(gains) < 2:
         return None
@@ -34,6 +34,7 @@ def past_decisions(run: RunFiles) -> forest.Picture | None:
     return forest.draw(gains, bound=bound, amounts=amounts, note=note)
 
 
-def _compared(decision: Decision) -> RuleResult | None:
+def against_champion(decision: Decision) -> RuleResult | None:
+    """The rule that compared the candidate with the champion between bounds; None where there was none."""
     rules = (rule for rule in decision.rules if rule.name == "not_worse_than_champion" and rule.lower is not None)
     return next(rules, None)

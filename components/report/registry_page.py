@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.records import runs
-from components.records.steps import Evaluation, PairedDifference
+from components.records.runs import PAGES
+from components.records.steps import Decision, Evaluation
 from components.registry import event_log, versions
-from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
+from components.registry.aliases import PRODUCTION, read_alias
+from components.report.happened import what, when, who, why
 from components.report.html import template
-from components.report.numbers import moment, parse_moment
+from components.report.past_decisions import against_champion
+from components.report.registry_index import Listed, list_adapter
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
+from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
@@ -19,20 +22,36 @@ if TYPE_CHECKING:
     from components.registry.versions import Version
     from components.store.store import Store
 
-PAGES = "pages/"
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage whose changes between versions are shown."""
-HAPPENED = {
-    "published": "published",
-    "promoted": "promoted",
-    "overridden": "promoted although the gate refused it",
-    "rolled_back": "gone back to",
-    "refused": "refused by the gate",
-    "proposed": "left to a person by the gate",
-    "collected": "removed, since nothing needed it",
-}
+MOST_NAMED = 12
+"""Dots of the picture that are named beneath it."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better a version was than what was in production when the two were compared."""
+
+    metric: Metric
+    amounts: Metric
+    """How its numbers are written."""
+    gain: float
+    lower: float | None
+    upper: float | None
+    confidence: float | None
+    """Of each bound, where the gate set them; None of an evaluation's 95 % interval."""
+
+    @property
+    def bounds_text(self) -> str:
+        """The bounds in words; empty where there are none."""
+        if self.lower is None or self.upper is None:
+            return ""
+        low, high = self.amounts.signed_text(self.lower), self.amounts.signed_text(self.upper)
+        if self.confidence is None:
+            return f"the 95 % interval of the gain is {low} to {high}"
+        return f"the gain lies between {low} and {high}, each with {self.confidence * 100:.6g} % confidence"
 
 
 @dataclass(frozen=True)
@@ -41,10 +60,11 @@ class Published:
 
     version: "Version"
     evaluation: Evaluation | None
+    decision: Decision | None = None
 
     @property
     def published(self) -> str:
-        return _when(self.version.created_at)
+        return when(self.version.created_at)
 
     def metric(self, key: str) -> str:
         """As people read it; a dash where it was not measured."""
@@ -52,9 +72,17 @@ class Published:
         return "-" if value is None else metric_of(key).text(value)
 
     @property
-    def against_champion(self) -> PairedDifference | None:
-        """How much better it was than what was in production when it was compared."""
-        return self.evaluation.paired.get("champion") if self.evaluation else None
+    def against_champion(self) -> Gain | None:
+        """As the gate decided on it, so that the page and the run's report say the same; else as it was evaluated."""
+        rule = against_champion(self.decision) if self.decision else None
+        if rule is not None and is_metric(rule.metric) and rule.gain is not None:
+            amounts = RELATIVE if rule.relative else metric_of(rule.metric)
+            return Gain(metric_of(rule.metric), amounts, rule.gain, rule.lower, rule.upper, rule.confidence)
+        found = self.evaluation.paired.get("champion") if self.evaluation else None
+        if found is None or not is_metric(found.metric):
+            return None
+        metric, (low, high) = metric_of(found.metric), found.ci95 or (None, None)
+        return Gain(metric, metric, found.difference, low, high, None)
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,8 @@ class Dot:
     low: float
     high: float
     text: str
+    name: str = ""
+    """Beneath it; empty where there are too many to name."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +105,9 @@ class Picture:
     dots: tuple[Dot, ...]
     zero: float
     ticks: tuple[tuple[float, str], ...]
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An adapter in the list of adapters."""
-
-    name: str
-    in_production: str
-    """The version, or what to say in its place."""
-    since: str
-    num_versions: int
-    last: str = ""
-    """What happened last, and when."""
+    metric: Metric
+    bounds: str
+    """What the lines through the dots are."""
 
 
 @dataclass(frozen=True)
@@ -110,38 +130,6 @@ class AdapterPage:
         """All that was measured of any version."""
         measured = [each.evaluation.model("candidate") for each in self.published if each.evaluation]
         return metrics_of(key for model in measured if model for key in model.metrics)
-
-
-def list_adapter(store: "Store", name: str) -> Listed:
-    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
-    num_versions = len(versions.version_ids(store, name))
-    log = event_log.events(store, name)
-    last = f"{what(log[-1].kind, log[-1].body)}, {_when(log[-1].time)}" if log else ""
-    try:
-        pointer = read_alias(store, name, PRODUCTION)
-    except IntegrityError:
-        return Listed(name, "unknown: the alias is damaged", "", num_versions, last)
-    if pointer is None:
-        return Listed(name, "nothing", "", num_versions, last)
-    return Listed(name, pointer.version, _when(pointer.since), num_versions, last)
-
-
-def what(kind: str, body: Mapping[str, Any]) -> str:
-    """What happened to which version, and under which alias: of an event."""
-    version, alias = body.get("to") or body.get("version") or "", body.get("alias")
-    return f"{version} {HAPPENED[kind]}{f' at {alias}' if alias else ''}".strip()
-
-
-def who(kind: str, body: Mapping[str, Any]) -> str:
-    """By name: a person, or the machine."""
-    if kind in ("published", "refused", "proposed") or body.get("actor") == PIPELINE:
-        return "the pipeline"
-    return body.get("actor") or "nobody named"
-
-
-def why(body: Mapping[str, Any]) -> str:
-    """The reason that was given, or the gate's sentences."""
-    return str(body.get("reason") or " ".join(body.get("reasons") or []))
 
 
 def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
@@ -173,12 +161,12 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
     pointer = read_alias(store, name, PRODUCTION)
     found = versions.list_versions(store, name)
     log = event_log.events(store, name)
-    shown = [Published(version, _evaluation(store, version)) for version in found[:MOST_VERSIONS]]
+    shown = [_published(store, version) for version in found[:MOST_VERSIONS]]
     by_id = {each.version.version: each for each in shown}
     held = None
     if pointer is not None and (held := by_id.get(pointer.version)) is None:
         version = versions.resolve(store, f"{name}@{pointer.version}")
-        held = Published(version, _evaluation(store, version))
+        held = _published(store, version)
     before: str | None = pointer.event["from"] if pointer else None
     changes: list[tuple[str, str, str]] = []
     if pointer is not None and held is not None and before is not None:
@@ -188,7 +176,7 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
         name=name,
         pointer=pointer,
         held=held,
-        since=_when(pointer.since) if pointer else "",
+        since=when(pointer.since) if pointer else "",
         before=before,
         published=tuple(shown),
         num_versions=len(found),
@@ -201,30 +189,32 @@ def sentence(page: AdapterPage) -> str:
     """Whether what is in production is better than what it replaced, and how sure that is."""
     if page.held is None:
         return "Nothing is in production."
-    paired = page.held.against_champion
-    if paired is None or not is_metric(paired.metric):
+    found = page.held.against_champion
+    if found is None or page.held.evaluation is None:
         return "It was compared with no version in production before it."
-    metric = metric_of(paired.metric)
-    better = "better" if paired.difference > 0 else "worse" if paired.difference < 0 else "neither better nor worse"
-    text = f"On {paired.records} held-out records its {metric.label} was {better} than the champion's of that day"
-    if paired.difference:
-        text += f", by {metric.amount_text(paired.difference)}"
-    if paired.ci95 is None:
+    better = "better" if found.gain > 0 else "worse" if found.gain < 0 else "neither better nor worse"
+    records = page.held.evaluation.records
+    text = f"On {records} held-out records its {found.metric.label} was {better} than the champion's of that day"
+    if found.gain:
+        text += f", by {found.amounts.amount_text(found.gain)}"
+    if found.lower is None or found.upper is None:
         return f"{text}; no interval was measured."
-    low, high = paired.ci95
-    sure = "which leaves out no difference" if low > 0 or high < 0 else "so that it may be chance"
-    gain = f"{metric.signed_text(low)} to {metric.signed_text(high)}"
-    return f"{text}; the 95 % interval of the gain is {gain}, {sure}."
+    sure = "which leaves out no difference" if found.lower > 0 or found.upper < 0 else "so that it may be chance"
+    return f"{text}; {found.bounds_text}, {sure}."
 
 
 def picture(page: AdapterPage) -> Picture | None:
-    """The paired differences over time, oldest left, on one axis that holds every interval and zero; None without."""
+    """The gains over time in the newest one's metric, oldest left, on one axis that holds every interval and zero;
+    None without any."""
+    gains = [(each, gain) for each in reversed(page.published) if (gain := each.against_champion)]
+    newest = gains[-1][1] if gains else None
     compared = [
-        (each, paired, paired.ci95)
-        for each in reversed(page.published)
-        if (paired := each.against_champion) and paired.ci95
+        (each, gain.gain, (gain.lower, gain.upper))
+        for each, gain in gains
+        if newest and (gain.metric, gain.amounts) == (newest.metric, newest.amounts)
+        if gain.lower is not None and gain.upper is not None
     ]
-    if not compared:
+    if newest is None or not compared:
         return None
     ends = [0.0, *(end for _, _, interval in compared for end in interval)]
     low, span = min(ends), (max(ends) - min(ends)) or 1.0
@@ -232,18 +222,23 @@ def picture(page: AdapterPage) -> Picture | None:
     def height(value: float) -> float:
         return round(95 - 90 * (value - low) / span, 2)
 
+    def signed(value: float) -> str:
+        return newest.amounts.signed_text(value) if newest.amounts.is_share else f"{value:+.2g}"
+
     dots = tuple(
         Dot(
             x=round(5 + 90 * position / max(len(compared) - 1, 1), 2),
-            y=height(paired.difference),
+            y=height(gain),
             low=height(interval[0]),
             high=height(interval[1]),
-            text=f"{each.version.version}, {each.published}: {paired.difference:+.4g}",
+            text=f"{each.version.version}, {each.published}: {newest.amounts.signed_text(gain)}",
+            name=each.version.version[:6] if len(compared) <= MOST_NAMED else "",
         )
-        for position, (each, paired, interval) in enumerate(compared)
+        for position, (each, gain, interval) in enumerate(compared)
     )
-    ticks = tuple((height(end), f"{end:+.2g}" if end else "0") for end in sorted({0.0, low, max(ends)}))
-    return Picture(dots, height(0.0), ticks)
+    ticks = tuple((height(end), signed(end) if end else "0") for end in sorted({0.0, low, max(ends)}))
+    bounds = "its 95 % interval" if newest.confidence is None else "the bounds that the gate decided by"
+    return Picture(dots, height(0.0), ticks, newest.metric, bounds)
 
 
 def build_pages(
@@ -255,7 +250,7 @@ def build_pages(
     """
     page_template = template("registry.html")
     common: dict[str, Any] = {"generated_at": generated_at, "address": address, "runs_at": runs_at}
-    common |= {"what": what, "who": who, "why": why, "when": _when}
+    common |= {"what": what, "who": who, "why": why, "when": when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
         content = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}
@@ -296,15 +291,14 @@ def _lineage(store: "Store", name: str, version: str) -> Mapping[str, Any]:
         return {}
 
 
-def _evaluation(store: "Store", version: "Version") -> Evaluation | None:
+def _published(store: "Store", version: "Version") -> Published:
+    """With what its run measured and decided, as far as that is there and is of this version."""
     try:
         found = runs.find(store, version.run_id, Evaluation) if version.run_id else None
-    except IntegrityError:
-        return None
-    candidate = found.model("candidate") if found else None
-    return found if candidate is not None and candidate.version == version.version else None
-
-
-def _when(time: str) -> str:
-    parsed = parse_moment(time)
-    return moment(parsed) if parsed else time
+        candidate = found.model("candidate") if found else None
+        if candidate is None or candidate.version != version.version:
+            return Published(version, None)
+        decision = runs.find(store, version.run_id, Decision)
+    except IntegrityError:  # an audit reports it; the page shows what there is
+        return Published(version, None)
+    return Published(version, found, decision if decision and decision.version == version.version else None)

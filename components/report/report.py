@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 MOST_DECISIONS = 20
+PAGES_FROM_RUN = f"../../{runs.PAGES}"
+"""From runs/<run_id>/report.html to the registry's pages."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
     """
     run = read_run(config, store, run_id)
-    page = build_report(run)
+    page = build_report(run, pages_at=PAGES_FROM_RUN)
     key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
     logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))

@@ -314,7 +314,8 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
 
 def _page(options: argparse.Namespace) -> Answer:
     from components.report.numbers import moment
-    from components.report.registry_page import build_pages, list_adapter, read_adapter
+    from components.report.registry_index import list_adapter
+    from components.report.registry_page import build_pages, read_adapter
     from components.shared.errors import UserError
     from components.store.client import disk_errors
 

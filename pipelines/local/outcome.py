@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.promote.announce import failed_notifications, warning
 from components.records import runs
+from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult
 from components.registry.aliases import PRODUCTION
 from components.shared.errors import FineloopError
@@ -53,7 +54,8 @@ class Outcome:
 
 
 def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
-    """Read how a run of the whole pipeline ended, and copy its report to `report_path`.
+    """Read how a run of the whole pipeline ended, and copy its report to `report_path`, HOME/runs/RUN/report.html, and
+    the registry's pages to HOME/pages/, where the report's links lead.
 
     Raises:
         ObjectMissing: it did not get as far as a decision, or wrote no report.
@@ -65,6 +67,10 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
     report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+    pages = report_path.parents[2] / PAGES
+    pages.mkdir(exist_ok=True)
+    for info in store.list(PAGES):
+        (pages / Path(info.key).name).write_bytes(store.get(info.key))
     return Outcome(
         run_id=run_id,
         adapter=decision.adapter,

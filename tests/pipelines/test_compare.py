@@ -17,6 +17,7 @@ from components.config.schema import AdapterConfig
 from components.gate import evidence, policy
 from components.records import runs
 from components.records.steps import Evaluation, Measured
+from components.report.html import SEARCH
 from components.shared.errors import DataError, UserError
 from components.store.store import Store
 from pipelines.local import side_by_side
@@ -116,7 +117,7 @@ def test_screen_json_and_page_say_what_differs_and_what_turned(store: Store, con
     assert "question <" not in page
     assert f"{right} records turned right and {len(turned) - right} wrong, of {RECORDS}" in page
     assert page.count("<circle") >= 4  # a held-out loss and an interval's middle of each
-    assert "<script" not in page
+    assert page.count("<script") == page.count(f"<script>{SEARCH}</script>") == 1
 
 
 def test_runs_without_a_common_record_or_an_evaluation_are_refused(store: Store, config_path: Path) -> None:

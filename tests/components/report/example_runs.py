@@ -104,6 +104,17 @@ def decision(measured: Evaluation, policy: GateConfig = CONFIG.gate) -> Decision
     return decide(measured, evidence(measured), policy, CONFIG.adapter).model_copy(update={"version_uri": uri})
 
 
+def bounded(decided: Decision) -> Decision:
+    """With bounds as of records that differ, which the example's made-up ones do not."""
+    rules = [
+        rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.021})
+        if rule.gain is not None
+        else rule
+        for rule in decided.rules
+    ]
+    return decided.model_copy(update={"rules": tuple(rules)})
+
+
 def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
     noise = random.Random(7)
     records: list[dict[str, Any]] = []

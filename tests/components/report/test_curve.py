@@ -1,9 +1,10 @@
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from components.report.curve import MAX_POINTS, loss_curve, nice_ticks, smoothed, thinned
+from components.report.curve import MAX_POINTS, loss_axis, loss_curve, nice_ticks, smoothed, thinned
 from tests.components.report.example_runs import training
 
 
@@ -53,6 +54,19 @@ def test_an_outlier_does_not_flatten_the_curve() -> None:
     curve = loss_curve([train(step, 1.0 + step % 3) for step in range(1, 200)] + [train(200, 1000.0)])
     assert curve is not None
     assert curve.num_above == 1
+
+
+def test_losses_that_differ_much_have_a_logarithmic_axis_and_others_a_linear_one() -> None:
+    steep = loss_axis([], [8.0, 4.0, 2.0, 1.0])
+    assert steep.is_log
+    assert steep.ticks == (1.0, 2.0, 5.0)
+    heights = [steep.share(value) for value in (1.0, 2.0, 4.0, 8.0)]
+    steps = [after - before for before, after in pairwise(heights)]
+    assert steps == pytest.approx([steps[0]] * 3)
+    flat = loss_axis([], [2.0, 1.5, 1.0])
+    assert not flat.is_log
+    assert flat.share(1.5) - flat.share(1.0) == pytest.approx(flat.share(2.0) - flat.share(1.5))
+    assert not loss_axis([], [8.0, 0.0]).is_log  # which no logarithm has
 
 
 def test_smoothing_keeps_a_constant_and_starts_unbiased() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from components.records.steps import RuleResult, StepRecord
-from components.report.html import TEMPLATES
+from components.report.glossary import explained
+from components.report.html import SEARCH, TEMPLATES
 from components.report.page import build_report
 from components.report.run_files import RunFiles
 from components.report.sections import samples
+from components.shared.metrics import METRICS
 from ray_jobs.scoring.marks import exact_match
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CHAMPION
@@ -75,13 +77,15 @@ def test_page_is_balanced_and_has_one_heading_of_the_first_level(build: Build) -
 
 
 @pytest.mark.parametrize("build", VARIANTS)
-def test_page_loads_nothing_and_runs_nothing(build: Build) -> None:
+def test_page_loads_nothing_and_runs_nothing_but_its_search(build: Build) -> None:
     html = build_report(build())
     for tag, attributes in Page(html).tags:
-        assert tag not in {"script", "iframe", "object", "embed", "img", "base", "form"}
+        assert tag not in {"iframe", "object", "embed", "img", "base", "form"}
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
-            assert attributes.get(name) in (None, "data:,"), f"<{tag} {name}={attributes[name]}>"
+            value = attributes.get(name)
+            assert value is None or value == "data:," or value.startswith("#"), f"<{tag} {name}={value}>"
+    assert html.count("<script") == html.count(f"<script>{SEARCH}</script>") <= 1
     assert "@import" not in html
     assert "url(" not in html
     assert "default-src 'none'" in html
@@ -336,3 +340,53 @@ def test_a_skipped_run_says_why_and_that_nothing_is_lost() -> None:
     assert "Skipped" in text
     assert "nothing new since run 2026-11-25-0200" in text
     assert "What is new counts again next time" in text
+
+
+def test_every_metric_with_a_unit_or_a_name_of_the_trade_is_explained_at_a_click() -> None:
+    unexplained = {key for key in METRICS if not explained(key)}
+    assert unexplained == {"rouge_l", "json_valid", "label_accuracy"}  # whose meaning, beside them, says it all
+    for key in METRICS:
+        assert ("nat" in explained(key)) == METRICS[key].unit.startswith("nats")
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "What is that? How much less the model is surprised by an answer behind its own prompt" in text
+
+
+def test_the_contents_lead_to_every_section_and_a_short_page_has_none() -> None:
+    for build in VARIANTS:
+        page = Page(build_report(build()))
+        ids = {attributes["id"] for tag, attributes in page.tags if tag == "h2" and "id" in attributes}
+        links = {str(attributes["href"])[1:] for tag, attributes in page.tags if tag == "a" and "href" in attributes}
+        assert links in (ids, set())
+        assert bool(links) == (len(ids) > 3)
+
+
+@pytest.mark.parametrize(
+    ("nll", "limit", "words"),
+    [
+        (455.0, None, "its loss is 1.150 higher, so that it gives the right token 68 % less chance. No rule limits"),
+        (455.0, 0.5, "68 % less chance. The gate's limit (worse by at most 0.5) is not kept."),
+        (
+            340.1,
+            0.5,
+            "Nothing shows as forgotten: on general text the candidate's loss is 3.401, and the base's 3.400.",
+        ),
+    ],
+)
+def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(
+    nll: float, limit: float | None, words: str
+) -> None:
+    run = example_runs.forgetful_run()
+    assert run.evaluation is not None
+    assert run.evaluation.general_text is not None
+    text = run.evaluation.general_text.model_copy(update={"nll": {"base": [340.0] * 64, "candidate": [nll] * 64}})
+    models = {
+        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
+        for role, model in run.evaluation.models.items()
+    }
+    evaluation = run.evaluation.model_copy(update={"models": models, "general_text": text})
+    policy = example_runs.CONFIG.gate.model_copy(update={"worse_on_general_text_by": limit})
+    html = build_report(replace(run, evaluation=evaluation, decision=example_runs.decision(evaluation, policy)))
+    assert words in Page(html).text.replace("\u00a0", " ")
+    assert bool(re.search(r'class="num worse" data-label="against base">1\.150 worse', html)) == (
+        nll == 455.0 and limit is not None
+    )

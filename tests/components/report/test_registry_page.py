@@ -1,16 +1,22 @@
 """The pages of a registry, read as a browser reads them: what they tell, and that nothing in them runs."""
 
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
 import pytest
 
 from components.records import runs
-from components.records.steps import Evaluation, Measured, PairedDifference
-from components.registry.aliases import Cause, promote, rollback
+from components.records.steps import Decision, Evaluation, Measured, PairedDifference, RuleResult
+from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
-from components.report.registry_page import build_pages, list_adapter, picture, read_adapter, sentence, write_pages
+from components.report.comparison import intervals
+from components.report.registry_index import list_adapter
+from components.report.registry_page import build_pages, picture, read_adapter, sentence, write_pages
+from components.report.run_files import RunFiles
 from components.store.store import Store
+from tests.components.report import example_runs
+from tests.components.report.example_runs import bounded
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 
@@ -89,6 +95,43 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
     assert f"{ids[1]} refused by the gate," in " ".join(index.text.split())
     elsewhere = Read(pages_of(store)["icd.html"])  # of a folder, beside which no runs lie
     assert not any("report.html" in str(value) for name, value in elsewhere.attributes if name == "href")
+
+
+def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: list[str]) -> None:
+    evaluation = runs.read(store, "r1", Evaluation)
+    base = Measured(metrics={"loss": 2.3, "exact_match": 0.1})
+    evaluation = evaluation.model_copy(update={"models": {**evaluation.models, "base": base}})
+    decided = bounded(example_runs.decision(evaluation)).model_copy(update={"version": ids[1], "run_id": "r1"})
+    runs.write(store, "r1", decided)
+    (shown,) = [
+        each.text
+        for each in intervals(RunFiles(run_id="r1", adapter="icd", evaluation=evaluation, decision=decided))
+        if each.name == "Loss not worse than production's"
+    ]
+    said = sentence(read_adapter(store, "icd"))
+    assert shown.partition("better, ")[2] in said
+    assert "+0.029 and +0.071, each with 95 % confidence, which leaves out no difference" in said
+
+
+def test_the_list_says_for_how_long_what_the_gate_said_last_and_how_it_has_gone(store: Store, ids: list[str]) -> None:
+    for number, (loss, verdict) in enumerate([(0.5, "promote"), (0.25, "promote"), (0.375, "hold")]):
+        rule = RuleResult(
+            name="better_than_base", field="f", metric="loss", against="base", candidate=loss, passed=True, text=""
+        )
+        about = {"adapter": "icd", "alias": "production", "run_id": f"r{number}", "rules": (rule,), "reasons": ()}
+        runs.write(store, f"r{number}", Decision(decision=verdict, verdict=verdict, **about))
+    append_event(store, "icd", "refused", {"version": ids[1], "run_id": "r2", "alias": "production"})
+    pointer = read_alias(store, "icd", "production")
+    assert pointer is not None
+    listed = list_adapter(store, "icd", now=datetime.fromisoformat(pointer.since) + timedelta(days=3, hours=1))
+    assert (listed.age, listed.verdict, listed.run_id) == ("for 3 days", "hold", "r2")
+    drawn = listed.sparkline
+    assert drawn is not None
+    assert drawn.points == ((3.0, 3.0), (50.0, 21.0), (97.0, 12.0))  # 0.375 is half way, by hand
+    assert drawn.text == "The last 3 candidates: loss 0.500 to 0.375; lower is better."
+    index = Read(pages_of(store)["index.html"])
+    assert "polyline" in index.tags
+    assert "hold r2" in " ".join(index.text.split())
 
 
 def pages_of(store: Store) -> dict[str, str]:

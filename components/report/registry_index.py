@@ -1,0 +1,129 @@
+"""What the list of all adapters says of each: what is in production, what the gate said last, and how it has gone."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from components.records import runs
+from components.records.steps import Decision, RuleResult
+from components.registry import event_log, versions
+from components.registry.aliases import PRODUCTION, read_alias
+from components.report.happened import what, when
+from components.report.numbers import parse_moment
+from components.shared.errors import IntegrityError
+from components.shared.metrics import is_metric, metric_of
+
+if TYPE_CHECKING:
+    from components.registry.event import Event
+    from components.store.store import Store
+
+MOST_DECISIONS = 12
+"""Points of a sparkline."""
+DECIDED = ("promoted", "refused", "proposed")
+
+
+@dataclass(frozen=True)
+class Sparkline:
+    """The candidates' numbers in the metric that was decided by, oldest first, in a box of 100 by 24."""
+
+    points: tuple[tuple[float, float], ...]
+    text: str
+    """What it shows, for those who do not see it."""
+    ends: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter in the list of adapters."""
+
+    name: str
+    in_production: str
+    """The version, or what to say in its place."""
+    since: str
+    num_versions: int
+    last: str = ""
+    """What happened last, and when."""
+    age: str = ""
+    """How long it has been in production."""
+    verdict: str = ""
+    """Of the last decision."""
+    run_id: str = ""
+    """The run of the last decision."""
+    sparkline: Sparkline | None = None
+
+
+def list_adapter(store: "Store", name: str, *, now: datetime | None = None) -> Listed:
+    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
+    log = event_log.events(store, name)
+    decisions = _decisions(store, log)
+    listed = Listed(
+        name,
+        in_production="nothing",
+        since="",
+        num_versions=len(versions.version_ids(store, name)),
+        last=f"{what(log[-1].kind, log[-1].body)}, {when(log[-1].time)}" if log else "",
+        verdict=decisions[-1].verdict or decisions[-1].decision if decisions else "",
+        run_id=decisions[-1].run_id if decisions else "",
+        sparkline=sparkline(decisions),
+    )
+    try:
+        pointer = read_alias(store, name, PRODUCTION)
+    except IntegrityError:
+        return replace(listed, in_production="unknown: the alias is damaged")
+    if pointer is None:
+        return listed
+    since = age(pointer.since, now or datetime.now(UTC))
+    return replace(listed, in_production=pointer.version, since=when(pointer.since), age=since)
+
+
+def age(since: str, now: datetime) -> str:
+    """How long ago, in whole days; empty where the time cannot be read."""
+    began = parse_moment(since)
+    if began is None:
+        return ""
+    days = max((now - began).days, 0)
+    return "for less than a day" if days == 0 else f"for {days} day{'s' if days > 1 else ''}"
+
+
+def sparkline(decisions: Sequence[Decision]) -> Sparkline | None:
+    """Of the decisions by the newest one's metric; None of fewer than two."""
+    rules = [rule for each in decisions if (rule := _judged(each))]
+    rules = [rule for rule in rules if rule.metric == rules[-1].metric]
+    if len(rules) < 2:
+        return None
+    metric, values = metric_of(rules[0].metric or ""), [rule.candidate or 0.0 for rule in rules]
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    points = tuple(
+        (round(3 + 94 * place / (len(values) - 1), 1), round(21 - 18 * (value - low) / span, 1))
+        for place, value in enumerate(values)
+    )
+    ends = f"{metric.label} {metric.text(values[0])} to {metric.text(values[-1])}"
+    better = "lower" if metric.lower_is_better else "higher"
+    return Sparkline(points, f"The last {len(values)} candidates: {ends}; {better} is better.", ends)
+
+
+def _judged(decision: Decision) -> RuleResult | None:
+    """The rule that compared candidates by the metric of the policy."""
+    found = (each for each in decision.rules if each.against and is_metric(each.metric) and each.candidate is not None)
+    return next(found, None)
+
+
+def _decisions(store: "Store", log: Sequence["Event"]) -> list[Decision]:
+    """On production, of the newest runs that decided, oldest first; what is gone or damaged is left out."""
+    decided = (
+        each.body.get("run_id")
+        for each in log
+        if each.kind in DECIDED and each.body.get("alias", PRODUCTION) == PRODUCTION
+    )
+    run_ids = [run_id for run_id in dict.fromkeys(decided) if run_id][-MOST_DECISIONS:]
+
+    def read(run_id: str) -> Decision | None:
+        try:
+            return runs.find(store, run_id, Decision)
+        except IntegrityError:  # an audit reports it
+            return None
+
+    with ThreadPoolExecutor(MOST_DECISIONS) as pool:
+        return [found for found in pool.map(read, run_ids) if found is not None]
