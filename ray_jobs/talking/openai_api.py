@@ -8,6 +8,7 @@ from typing import Any
 from components.prepare.dataset import Message
 from components.shared.errors import UserError
 from ray_jobs.talking.speaker import Said
+from ray_jobs.text.chat_format import without_reasoning
 
 UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_bias", "seed")
 """What would change an answer and is not looked at."""
@@ -59,7 +60,8 @@ def _turn(message: Any) -> Message:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise UserError("messages: content: expected text, or parts of text")
-    return Message(role, content)
+    # As a chat keeps its turns: what a model thought is no part of the conversation.
+    return Message(role, without_reasoning(content) if role == "assistant" else content)
 
 
 def models(names: Sequence[str], *, since: int) -> dict[str, Any]:

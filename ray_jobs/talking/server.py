@@ -5,8 +5,6 @@ It listens on loopback alone. A page of another site can neither read from it no
 machine as their host, and bring JSON as its own content type, which browsers send nowhere without asking first.
 """
 
-import base64
-import hashlib
 import json
 import re
 import threading
@@ -17,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from components.shared.content_policy import script_source
 from components.shared.errors import FineloopError, UserError
 from ray_jobs.talking import openai_api
 from ray_jobs.talking.speaker import Speaker
@@ -155,10 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _policy() -> str:
     """The page runs its own script alone, and speaks with its own server alone."""
     scripts = re.findall(r"<script>(.*?)</script>", PAGE, flags=re.DOTALL)
-    digests = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
-    )
     return (
-        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {' '.join(map(script_source, scripts))}; style-src 'unsafe-inline'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

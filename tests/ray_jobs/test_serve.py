@@ -5,45 +5,26 @@ The judge of answers is the speaker that test_chat.py holds to plain transformer
 
 import http.client
 import json
-import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.config import config_file
-from components.config.schema import RegistryConfig, RunConfig
 from components.prepare.dataset import Message
 from components.shared.errors import UserError
-from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
-from ray_jobs import serve
+from ray_jobs.talking import openai_api
 from ray_jobs.talking.server import Server
-from tests.models.tiny_version import publish
+from tests.models.served import serving
 
 TURNS = [{"role": "system", "content": "Name it."}, {"role": "user", "content": "the sky?"}]
 
 
 @pytest.fixture(scope="module")
 def server(tiny_base: Path, s3_server: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    text = f'[adapter]\nname = "colours"\n[model]\nbase = "{tiny_base}"\nmax_length = 256\n[data]\nsource = "x.jsonl"\n'
-    config: RunConfig = config_file.loads(text + '[method]\nname = "lora"\n[evaluate]\nmax_new_tokens = 8\n')
-    registry = RegistryConfig(bucket=s3_server.bucket, prefix=f"tests/{uuid.uuid4().hex}")
-    config = config.model_copy(update={"registry": registry})
-    version = publish(config, Store.open(registry), tmp_path_factory.mktemp("version"))
-    with serve.opened(config, f"colours@{version.version}", "base", 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving(tiny_base, s3_server.bucket, tmp_path_factory.mktemp("version")) as server:
         yield server
-        server.shutdown()
-        thread.join()
-    torch.set_num_threads(threads)
 
 
 def ask(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str, Any]:
@@ -112,6 +93,12 @@ def test_what_is_not_served_is_refused_in_openais_words(
     found, text, _ = ask(server, "POST", "/v1/chat/completions", asked)
     assert found == status
     assert words in json.loads(text)["error"]["message"]
+
+
+def test_what_a_model_thought_is_left_out_of_the_turns_that_follow() -> None:
+    thought = {"role": "assistant", "content": "<think>blue?</think>\n\nblue"}
+    turns = openai_api.request({"messages": [*TURNS, thought, TURNS[1]]}).turns
+    assert [each.content for each in turns] == ["Name it.", "the sky?", "blue", "the sky?"]
 
 
 def test_other_sites_can_neither_name_the_server_nor_post_to_it(server: Server) -> None:
