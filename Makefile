@@ -17,13 +17,15 @@ unexport PYTHONDONTWRITEBYTECODE
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test slow slow-rays slow-others full lint docs bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow slow-rays slow-others full browser screenshots lint docs bench crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
 	@echo "make test    the tests without GPU, root or Kubernetes; the whole pipeline on the real model included"
 	@echo "make slow    what takes longer: more runs with Ray, more of the matrix and of the zoo"
 	@echo "make full    every architecture with every method, and every cell of the matrix"
+	@echo "make browser the pages in Chromium, light and dark, wide and narrow, under axe-core; skipped where none is"
+	@echo "make screenshots   the same, with the documentation's pictures written anew"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make docs    write docs/config.md, docs/cli.md and the config's JSON Schema from the code"
 	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
@@ -54,7 +56,7 @@ run: $(READY)
 
 # What needs no GPU, root or Kubernetes. A process more than there are processors, as many tests wait for what they have
 # started; tests/conftest.py says which takes what.
-HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not full
+HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not browser and not full
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -75,6 +77,13 @@ slow-others: $(READY)
 
 full: $(READY)
 	@$(BIN)/python -m pytest -m full $(SIDE_BY_SIDE)
+
+browser: $(READY)
+	@$(BIN)/python -c 'import axe_playwright_python' 2>/dev/null || $(PIP_INSTALL) --editable '.[browser]'
+	@$(BIN)/python -m pytest -m browser tests/browser
+
+screenshots: $(READY)
+	@FINELOOP_PICTURES=docs/images $(MAKE) --no-print-directory browser
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

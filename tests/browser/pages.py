@@ -1,0 +1,233 @@
+"""Every page that Fineloop writes, as a reader gets it: whole, of one night of the example's adapter."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from components.records import runs
+from components.records.steps import Evaluation, Measured, PairedDifference, TextLosses
+from components.registry.aliases import PIPELINE, Cause, promote
+from components.registry.event_log import append_event
+from components.registry.versions import Version, publish_version, resolve
+from components.report import preview_page, side_by_side_page
+from components.report.errors import Wrong
+from components.report.page import build_report
+from components.report.registry_page import write_pages
+from components.report.run_files import RunFiles
+from components.shared.paired import Bounds
+from components.store.store import Store
+from tests.components.report import example_runs
+from tests.components.report.example_runs import (
+    CANDIDATE,
+    CHAMPION,
+    CONFIG,
+    PROFILE,
+    SAMPLES,
+    bounded,
+    decision,
+    metrics,
+)
+
+NOW = datetime(2026, 11, 24, 2, 6, tzinfo=UTC)
+CLASSES = ("Neoplasms", "Injury", "Infections", "Skin", "Musculoskeletal", "Endocrine", "Symptoms", "Pregnancy")
+ASKED = (
+    "Fracture of femur NOS", "Shingles with meningitis", "Anorexia", "Melanoma in situ of scalp and neck", "Mpox",
+    "Kwashiorkor", "Chronic gouty arthropathy", "Retained placenta without hemorrhage", "Carrier of diphtheria",
+    "Cellulitis and acute lymphangitis of face", "Benign neoplasm of skin of lip", "Juvenile osteochondrosis of hip",
+)  # fmt: skip
+
+
+def reports() -> dict[str, str]:
+    """A report with every section, and those of runs that ended early."""
+    found = {
+        "report": full_run(),
+        "report-forgetful": example_runs.forgetful_run(),
+        "report-waits": example_runs.waiting_run(),
+        "report-failed": example_runs.failed_run(),
+        "report-skipped": example_runs.skipped_run(),
+    }
+    return {name: build_report(run) for name, run in found.items()}
+
+
+def full_run() -> RunFiles:
+    """The promoted run with all that an evaluation may measure, its wrong answers and its classes."""
+    run, unlearned = example_runs.promoted_run(), example_runs.unlearned_run()
+    assert run.evaluation
+    assert unlearned.evaluation
+    text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [352.0] * 64})
+    models = {
+        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
+        for role, model in run.evaluation.models.items()
+    }
+    wrong = wrong_answers(84)
+    counts = [
+        [sum((each.reference, each.answer) == (one, other) for each in wrong) for other in CLASSES] for one in CLASSES
+    ]
+    for place, row in enumerate(counts):
+        row[place] = 21 + 3 * place
+    evaluation = run.evaluation.model_copy(
+        update={
+            "models": models,
+            "general_text": text,
+            "suites": unlearned.evaluation.suites,
+            "confusion": {"labels": [*CLASSES], "counts": counts},
+        }
+    )
+    started = example_runs.training(final=0.9)
+    for each in started[:4]:  # as a training starts that knows nothing of its answers
+        each["loss"] *= 4 - each["step"] * 0.6
+    assert run.decision
+    run = replace(run, decision=bounded(run.decision))
+    return replace(run, evaluation=evaluation, wrong=wrong, metrics=started, note="the weekly data, at twice the rank")
+
+
+def wrong_answers(number: int) -> list[Wrong]:
+    drawn = random.Random(3)
+    pairs = [drawn.sample(CLASSES, 2) for _ in range(number)]
+    return [
+        Wrong(f"icd-{place:04}", f"ICD-10 chapter: {ASKED[place % len(ASKED)]}", reference, answer)
+        for place, (reference, answer) in enumerate(pairs)
+    ]
+
+
+def compared() -> str:
+    """`fineloop compare` of two runs."""
+    names = ("20261124-0200", "20261117-0200")
+    columns = [
+        side_by_side_page.Column(names[0], names[0], CHAMPION, "as it was", metrics(0.951, 0.683, 0.712, 1.301)),
+        side_by_side_page.Column(names[1], names[1], CANDIDATE, "rank 32", metrics(0.912, 0.72, 0.743, 1.384)),
+    ]  # fmt: skip
+    turned = [
+        Turned(f"icd-{place:04}", f"ICD-10 chapter: {asked}", reference, before, after, after == reference)
+        for place, (asked, reference, before, after) in enumerate(
+            (asked.partition(": ")[2], reference, champion, candidate)
+            for asked, reference, _, champion, candidate in SAMPLES
+            if (champion == reference) != (candidate == reference)
+        )
+    ]
+    gains = {
+        "loss": Bounds(0.039, 0.018, 0.060, 0.0128, 300, 300),
+        "exact_match": Bounds(0.037, -0.004, 0.078, 0.025, 300, 300),
+    }
+    return side_by_side_page.build_page(
+        columns,
+        {"method.rank": ["16", "32"], "train.epochs": ["1", "2"], "data.source": ["s3://intake/2026-11-16.jsonl", "-"]},
+        [side_by_side_page.Beside(names[1], 300, 0.95, gains, turned)],
+        {names[0]: example_runs.training(125, 0.93), names[1]: example_runs.training(250, 0.88)},
+        generated_at=NOW,
+    )
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A record that one run answers rightly and the other does not."""
+
+    id: str
+    prompt: str
+    reference: str
+    before: str
+    after: str
+    is_right: bool
+
+
+def previewed() -> str:
+    """`fineloop data FILE --html`."""
+    pieces = [
+        {"text": "<|im_start|>user\nICD-10 chapter: Mpox<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+        {"text": "Infections<|im_end|>", "trained": True},
+    ]
+    body = {
+        "profile": PROFILE,
+        "gate": {"lacking": ""},
+        "base": "SmolLM2-135M-Instruct",
+        "shown": [{"id": "icd-0001", "pieces": pieces}, {"id": "icd-0002", "pieces": pieces}],
+        "unread_because": "",
+    }
+    lines = [
+        "2,000 records to train on, 224 held out, of 2,246 rows.",
+        "A run's gate sees a difference of 6.1 points of exact match, or more, in 224 records.",
+    ]
+    return preview_page.build_page(body, lines)
+
+
+def registry(store: Store) -> dict[str, str]:
+    """The index and the adapter's page of a registry with some nights behind it, and two other adapters."""
+    nights(store, "icd10-chapters", losses=(1.31, 1.12, 1.14, 1.02, 0.951, 0.912))
+    nights(store, "support-replies-in-german", losses=(1.2, 1.1, 1.15))
+    publish(store, "meeting-notes", 0)
+    for name in ("icd10-chapters", "support-replies-in-german", "meeting-notes"):
+        write_pages(store, name, generated_at="24 November 2026, 02:06 UTC")
+    folder = "pages/"
+    found = {
+        info.key.removeprefix(folder): store.get(info.key).decode().replace(store.uri(""), "s3://fineloop/")
+        for info in store.list(folder)
+    }
+    return {name.removesuffix(".html"): page for name, page in found.items() if name.endswith(".html")}
+
+
+def nights(store: Store, name: str, losses: Sequence[float]) -> None:
+    """A version a night; one that is not better than the champion is refused, the last is promoted by a person."""
+    champion: tuple[str, float] | None = None
+    for night, loss in enumerate(losses):
+        version = publish(store, name, night)
+        evaluation = judged(version, loss, champion)
+        runs.write(store, version.run_id, evaluation)
+        decided = bounded(decision(evaluation)).model_copy(update={"version": version.version, "adapter": name})
+        runs.write(store, version.run_id, decided)
+        if champion and champion[1] <= loss:
+            body = {"version": version.version, "run_id": version.run_id, "alias": "production"}
+            append_event(
+                store, name, "refused", body | {"reasons": ["The candidate's loss is worse than production's."]}
+            )
+            continue
+        last = night == len(losses) - 1
+        by = Cause(
+            version.run_id,
+            "Ann Example" if last else PIPELINE,
+            "Looked at 40 answers." if last else "Every rule passed.",
+        )
+        promote(store, name, version.version, cause=by)
+        champion = (version.version, loss)
+
+
+def publish(store: Store, name: str, night: int) -> Version:
+    files = {"adapter_model.safetensors": f"{name}{night}".encode(), "adapter_config.json": b"{}"}
+    rate = {"learning_rate": 1e-3 / (1 + night // 3)}
+    lineage = {"run_id": f"{name[:5]}-202611{18 + night}-0200", "config": {"train": rate, "method": {"rank": 16}}}
+    return resolve(store, f"{name}@{publish_version(store, name, files, lineage=lineage).version}")
+
+
+def judged(version: Version, loss: float, champion: tuple[str, float] | None) -> Evaluation:
+    right = math.exp(-loss) * 1.75
+    models = {
+        "base": Measured(metrics=metrics(2.306, 0.023, 0.061, None)),
+        "champion": Measured(version=champion[0], metrics=metrics(champion[1], math.exp(-champion[1]) * 1.75, 0.7, 1.2))
+        if champion
+        else None,
+        "candidate": Measured(version=version.version, metrics=metrics(loss, right, right + 0.03, 1.384)),
+    }
+    paired = {}
+    if champion:
+        gain = champion[1] - loss
+        paired["champion"] = PairedDifference(
+            metric="loss", difference=gain, ci95=(gain - 0.021, gain + 0.021), records=300
+        )
+    return Evaluation(
+        run_id=version.run_id,
+        dataset_id="d0",
+        records=300,
+        models=models,
+        paired=paired,
+        base={"reference": CONFIG.model.base},
+    )
+
+
+def all_pages(store: Store) -> Iterator[tuple[str, str]]:
+    """Each page's name and its HTML."""
+    yield from reports().items()
+    yield "compare", compared()
+    yield "data", previewed()
+    for name, page in registry(store).items():
+        yield f"registry-{name}", page

@@ -1,0 +1,69 @@
+"""The pages that Fineloop writes, in a real browser."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from components.store.store import Store
+from tests.browser import pages
+from tests.browser.looks import check
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+PICTURED = {
+    "report": "report",
+    "compare": "compare",
+    "registry-index": "registry",
+    "registry-icd10-chapters": "adapter",
+}
+"""Pages of the documentation's pictures, and their files."""
+
+
+def go_to(file: Path, page: "Page") -> None:
+    page.goto(file.as_uri())
+
+
+def test_every_page_reads_well_on_every_screen(
+    browser: "Browser", store: Store, tmp_path: Path, pictures: Path
+) -> None:
+    for name, html in pages.all_pages(store):
+        file = tmp_path / f"{name}.html"
+        file.write_text(html, encoding="utf-8")
+        picture = pictures / f"{PICTURED[name]}.png" if name in PICTURED else None
+        check(browser, partial(go_to, file), picture)
+
+
+def test_a_search_leaves_the_wrong_answers_that_have_every_word(browser: "Browser", tmp_path: Path) -> None:
+    file, wrong = tmp_path / "report.html", pages.wrong_answers(84)
+    file.write_text(pages.reports()["report"], encoding="utf-8")
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.get_by_text("All 84 wrong answers").click()
+    page.get_by_label("Search").fill("SKIN femur")
+    shown = page.locator("#wrong tr:visible")
+    texts = [f"{each.id} {each.prompt} {each.reference} {each.answer}".lower() for each in wrong]
+    expected = sum("skin" in text and "femur" in text for text in texts)
+    assert 0 < expected < 10
+    assert shown.count() == expected
+    assert page.locator(".search output").inner_text() == f"{expected} of 84"
+    page.get_by_label("Search").fill("")
+    assert shown.count() == 84
+    context.close()
+
+
+def test_a_script_that_came_with_data_does_not_run(browser: "Browser", tmp_path: Path) -> None:
+    """Even where it had got past the escaping: the page's policy names its own script alone."""
+    file = tmp_path / "report.html"
+    injected = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\"></main>"
+    file.write_text(pages.reports()["report"].replace("</main>", injected), encoding="utf-8")
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(file.as_uri())
+    assert page.title().startswith("Promoted")
+    assert page.get_by_label("Search").count() == 1
+    context.close()
