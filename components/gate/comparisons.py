@@ -5,6 +5,7 @@ in between. Where a number is missing or not finite, it fails: nothing is promot
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from annotated_types import Le
@@ -64,7 +65,7 @@ class Compared:
             return None
         return self.evidence.pairs(self.metric, self.against, relative=self.relative)
 
-    @property
+    @cached_property
     def bounds(self) -> Bounds | None:
         """Of the gain; None where a number is missing or not finite."""
         return bounds(pairs, self.confidence) if (pairs := self.pairs) else None
@@ -87,27 +88,9 @@ def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
     )
 
 
-def not_worse_than_champion(policy: GateConfig, champion: Measured | None, compared: Compared) -> RuleResult:
-    """The candidate is sure to be worse than the champion by no more than the policy allows."""
-    tolerance = policy.worse_than_champion_by
-    words = {
-        "name": "not_worse_than_champion",
-        "field": "gate.worse_than_champion_by",
-        "title": f"{compared.metric.title} not worse than {compared.called}'s",
-    }
-    if champion is None:
-        text = (
-            f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
-            "than."
-        )
-        parts = {**words, **_numbers(compared), "bound": tolerance, "bound_text": _at_most(compared, tolerance)}
-        return RuleResult(**parts, passed=True, text=text)
-    return _not_worse(compared, tolerance, **words, line_words=f", not to fall behind {compared.called}")
-
-
 def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str, look: int) -> RuleResult:
     """The candidate is sure to be worse than the best version so far by no more than the total budget."""
-    found = _not_worse(
+    found = not_worse(
         compared,
         policy.total_budget,
         name="not_worse_than_best",
@@ -123,7 +106,7 @@ def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str,
 
 def remembers(tolerance: float, compared: Compared) -> RuleResult:
     """On general text, the candidate is sure to be worse than the base by no more than is allowed."""
-    return _not_worse(
+    return not_worse(
         compared,
         tolerance,
         name="remembers",
@@ -140,7 +123,7 @@ def stays_near_base(most: float, compared: Compared) -> RuleResult:
     """
     metric, between = compared.metric, compared.bounds
     at_most = f"at most {metric.bound_text(most)}"
-    found = _not_worse(
+    found = not_worse(
         compared,
         most,
         name="near_base",
@@ -166,7 +149,7 @@ def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
     metric, called = compared.metric, compared.called
     title = f"{metric.title} not below {called}'s" if not metric.lower_is_better else f"{metric.title} as {called}'s"
     if guard.worse_than_champion_by is not None:
-        return _not_worse(
+        return not_worse(
             compared,
             guard.worse_than_champion_by,
             name="guard",
@@ -174,7 +157,7 @@ def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
             title=title,
             line_words=f", not to fall behind {called}",
         )
-    parts: dict[str, Any] = {"name": "guard", "field": f"gate.guards[{index}]", "title": title, **_numbers(compared)}
+    parts: dict[str, Any] = {"name": "guard", "field": f"gate.guards[{index}]", "title": title, **numbers(compared)}
     parts |= {"bound_text": "not shown to be worse"}
     found, pairs = compared.bounds, compared.pairs
     if found is None or pairs is None:
@@ -259,11 +242,12 @@ def number(measured: Measured | None, metric: Metric) -> float | None:
     return finite(measured.metrics.get(metric.key)) if measured else None
 
 
-def _not_worse(compared: Compared, tolerance: float, **words: Any) -> RuleResult:
-    allowed = _at_most(compared, tolerance)
+def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **words: Any) -> RuleResult:
+    """The candidate is sure to be worse by no more than `tolerance`, and what is luck of the other model's."""
+    allowed = at_most(compared, tolerance)
     return _required(
         compared,
-        -tolerance,
+        -tolerance - luck,
         demand=f"it may be {allowed}" if tolerance else "it may not be worse at all",
         bound=tolerance,
         bound_text=allowed,
@@ -271,14 +255,17 @@ def _not_worse(compared: Compared, tolerance: float, **words: Any) -> RuleResult
     )
 
 
-def _at_most(compared: Compared, tolerance: float) -> str:
+def at_most(compared: Compared, tolerance: float) -> str:
+    """The demand in words."""
     return f"worse by at most {compared.amounts.margin_text(tolerance)}{compared.of_theirs}"
 
 
-def _required(compared: Compared, required: float, *, demand: str, line_words: str, **words: Any) -> RuleResult:
-    """Whether the gain is `required` or more."""
+def _required(
+    compared: Compared, required: float, *, demand: str, line_words: str, unseen: float = 0.0, **words: Any
+) -> RuleResult:
+    """Whether the gain is `required` or more, even where it is lower by `unseen`."""
     metric, found = compared.metric, compared.bounds
-    parts = {**words, **_numbers(compared)}
+    parts = {**words, **numbers(compared)}
     if compared.theirs is not None and compared.ours is not None:
         parts["line"] = line = metric.better_by(
             compared.theirs, required * abs(compared.theirs) if compared.relative else required
@@ -286,9 +273,9 @@ def _required(compared: Compared, required: float, *, demand: str, line_words: s
         parts["line_text"] = f"{'at most' if metric.lower_is_better else 'at least'} {metric.text(line)}{line_words}"
     if found is None:
         return RuleResult(**parts, passed=False, text=unmeasured(compared))
-    passed = found.lower >= required - ROUNDING
+    passed = found.lower - unseen >= required - ROUNDING
     undecided = not passed and found.upper >= required - ROUNDING
-    needed = records_to_decide(found, required, compared.confidence) if undecided else None
+    needed = records_to_decide(found, required + unseen, compared.confidence) if undecided else None
     text = f"{_how(compared, found.gain, abs(required))}; {demand}. {_sure(compared, found, required)}"
     text += f". {_not_enough(compared, needed)}" if undecided else "."
     return RuleResult(
@@ -301,7 +288,8 @@ def _required(compared: Compared, required: float, *, demand: str, line_words: s
     )
 
 
-def _numbers(compared: Compared) -> dict[str, Any]:
+def numbers(compared: Compared) -> dict[str, Any]:
+    """What of a result says which numbers were compared."""
     return {
         "metric": compared.metric.key,
         "against": compared.against,

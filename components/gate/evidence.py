@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from components.records import runs
 from components.records.steps import Evaluation, Role, TextLosses
+from components.shared.answers import are_labels
 from components.shared.errors import IntegrityError
 from components.shared.metrics import METRICS, Metric
 from components.shared.paired import Array, Pairs
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 Names = npt.NDArray[np.str_]
 
 TOKENS, GROUP, SOURCE = "answer_tokens", "group", "source"
-MOST_LABELS = 30
-"""Of more distinct references, and of ones that are hardly said twice, none is a label."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _slices(table: Any) -> Iterator[tuple[str, Names]]:
         for name in ("prompt", "reference", SOURCE)
         if name in table.schema.names
     }
-    if (references := texts.get("reference")) and 2 <= len(set(references)) <= min(MOST_LABELS, len(references) // 2):
+    if (references := texts.get("reference")) and are_labels(len(set(references)), len(references)):
         yield "label", np.array(references)
     if SOURCE in texts:
         yield "source", np.array(texts[SOURCE])

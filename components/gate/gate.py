@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.gate import evidence
+from components.gate.luck import lead_of
 from components.gate.policy import decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry.event import EventKind
 from components.registry.event_log import append_event, events
 from components.registry.history import promotion
-from components.registry.looks import looks, passes
+from components.registry.looks import looks, passes, runs_before
 from components.registry.names import version_key
 from components.shared.errors import DataError
 
@@ -50,8 +51,17 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     passed = passes(
         log, adapter.alias, evaluation.test_set, run_id=run_id, has_promoted=partial(runs.has_promoted, store)
     )
+    before = runs_before(log, adapter.alias, evaluation.test_set, run_id=run_id)
+    earlier = [each for each in (runs.decision_of(store, run) for run in before) if each is not None]
+    champion = evaluation.model("champion")
     decided = decide(
-        evaluation, evidence.read(store, evaluation), config.gate, adapter, look=look, passed_before=passed
+        evaluation,
+        evidence.read(store, evaluation),
+        config.gate,
+        adapter,
+        look=look,
+        passed_before=passed,
+        lead=lead_of(champion.version, config.gate.metric, earlier) if champion else None,
     )
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))

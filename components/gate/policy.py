@@ -14,10 +14,11 @@ from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
 from components.config.section import identity
 from components.gate import comparisons, slices, suites
+from components.gate.champion import not_worse_than_champion
 from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
 from components.gate.evidence import Evidence
 from components.gate.rare_losses import few_get_much_worse
-from components.records.steps import Decision, Evaluation, Measured, Role, RuleResult, Verdict, finite
+from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, Verdict, finite
 from components.registry.looks import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
@@ -35,9 +36,10 @@ def decide(
     *,
     look: int = 1,
     passed_before: int = 0,
+    lead: Lead | None = None,
 ) -> Decision:
     """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set; so many before
-    it put one version in the place of another.
+    it put one version in the place of another. `lead` is the champion's among them.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -51,7 +53,7 @@ def decide(
     _, best = _best(evaluation)
     best_confidence = confidence_at(look, policy.confidence, passed_before)
     rules = [
-        *_compared(evaluation, evidence, policy, adapter, look, best_confidence),
+        *_compared(evaluation, evidence, policy, adapter, look, best_confidence, lead),
         *_limited(candidate, evidence, policy),
     ]
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
@@ -70,6 +72,7 @@ def decide(
         anchor=_anchor(rules, candidate.version, best),
         look=look,
         passed_before=passed_before,
+        lead=lead,
         test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
     )
@@ -89,6 +92,7 @@ def _compared(
     adapter: AdapterConfig,
     look: int,
     best_confidence: float,
+    lead: Lead | None,
 ) -> list[RuleResult]:
     """The rules that compare the candidate with other models."""
     candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
@@ -103,7 +107,7 @@ def _compared(
         rules.append(_is_new(candidate.version, champion.version, adapter.alias))
     rules.extend(_too_few_records(evidence, policy.min_records))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
-    rules.append(comparisons.not_worse_than_champion(policy, champion, against("champion", policy.metric)))
+    rules.append(not_worse_than_champion(policy, champion, against("champion", policy.metric), lead))
     best_role, best = _best(evaluation)
     # Of the champion itself, this asks nothing that a broken rule about it has not said.
     if best is not None and best.version is not None and (best_role == "anchor" or rules[-1].passed):
@@ -167,6 +171,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,
         **({"passed_before": decision.passed_before} if decision.passed_before > 1 else {}),
+        **({"lead": decision.lead.model_dump(mode="json")} if decision.lead else {}),
         "base": evaluation.base,
         **evaluation.model_dump(
             mode="json", include={"general_text", "own_answers", "changed_answers"}, exclude_none=True

@@ -56,5 +56,6 @@ def replay(store: "Store", run_id: str) -> Replayed:
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,
         passed_before=recorded.passed_before,
+        lead=recorded.lead,
     )
     return Replayed(recorded, found)

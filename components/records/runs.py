@@ -90,12 +90,18 @@ def has_decided(store: Store, run_id: str) -> bool:
     return decision is not None and decision.decision != "skipped"
 
 
+def decision_of(store: Store, run_id: str) -> Decision | None:
+    """What the run's gate decided; None where it decided nothing, or what it left is damaged since."""
+    try:
+        found = find(store, run_id, Decision) if run_id else None
+    except IntegrityError:
+        return None
+    return None if found is None or found.decision == "skipped" else found
+
+
 def has_promoted(store: Store, run_id: str) -> bool:
     """Whether the run's gate let its version pass; one whose decision is damaged since counts as one that did not."""
-    try:
-        decision = find(store, run_id, Decision) if run_id else None
-    except IntegrityError:
-        return False
+    decision = decision_of(store, run_id)
     return decision is not None and (decision.promoted or decision.waits)
 
 

@@ -236,6 +236,17 @@ class SliceResult(Part):
     """Shown to be worse by more than is allowed."""
 
 
+class Lead(Part):
+    """How far the champion stood above what other candidates had on the records that chose it."""
+
+    gain: float
+    """Above the line through all of them, in the metric's unit; positive is better."""
+    variance: float
+    """Of all candidates around that line."""
+    decisions: int
+    """How many candidates there were."""
+
+
 class RuleResult(Part):
     """One rule of the gate as it was applied, with its wording."""
 
@@ -264,6 +275,10 @@ class RuleResult(Part):
     """The gain is at most this, at `confidence`."""
     relative: bool = False
     """Whether gain and bounds are shares of the other model's number."""
+    luck: float | None = None
+    """How much of the champion's lead is taken for luck, in the unit of the gain, which may be lower by as much."""
+    unseen: float | None = None
+    """How much lower the gain is expected to be where the tail of the losses goes on beyond those drawn."""
     confidence: float | None = None
     passed: bool
     undecided: bool = False
@@ -312,6 +327,8 @@ class Decision(Record):
     """How often the alias was decided on by this test set, this time included."""
     passed_before: int = 0
     """How many of those put one version in the place of another; 0 in decisions of before it was counted."""
+    lead: Lead | None = None
+    """The champion's, among earlier decisions on these records; None where they did not choose it, or are few."""
     test_set: tuple[str, ...] = ()
     """As the evaluation has it."""
     evaluation_sha256: str = ""

@@ -25,7 +25,12 @@ def looks(
     `test_set` is the sample of it that an evaluation names; without it, earlier looks are unknown.
     `has_decided` says of a run that an event names whether it made a decision: a training may write events too.
     """
-    return sum(has_decided(each) for each in _runs(_about(log, alias, test_set)) - {run_id}) + 1
+    return sum(map(has_decided, runs_before(log, alias, test_set, run_id=run_id))) + 1
+
+
+def runs_before(log: Sequence["Event"], alias: str, test_set: Sequence[str], *, run_id: str) -> list[str]:
+    """The runs, but for `run_id`, of which an event says that they came to something on this test set, oldest first."""
+    return [each for each in _runs(_about(log, alias, test_set)) if each != run_id]
 
 
 def passes(
@@ -38,7 +43,7 @@ def passes(
 ) -> int:
     """How many of those earlier decisions let a version take the place of another, by the gate's own rules."""
     moved = [each for each in _about(log, alias, test_set) if each.kind == "promoted" and each.body.get("from")]
-    return sum(has_promoted(each) for each in _runs(moved) - {run_id})
+    return sum(has_promoted(each) for each in _runs(moved) if each != run_id)
 
 
 def next_part(decided: Sequence[int], *, enough: int) -> int:
@@ -71,8 +76,8 @@ def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list[
     ]
 
 
-def _runs(events: Sequence["Event"]) -> set[str]:
-    return {str(event.body.get("run_id", "")) for event in events}
+def _runs(events: Sequence["Event"]) -> list[str]:
+    return list(dict.fromkeys(str(event.body.get("run_id", "")) for event in events))
 
 
 def _sample(body: Mapping[str, Any]) -> set[str]:

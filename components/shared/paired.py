@@ -12,6 +12,8 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from components.shared import tails
+
 Array = npt.NDArray[np.float64]
 
 RESAMPLES = 4000
@@ -106,6 +108,18 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
     else:
         lower = upper = gain
     return Bounds(gain, float(lower), float(upper), error, len(numbers), len(sums))
+
+
+def much_worse_unseen(pairs: Pairs) -> float:
+    """How much lower the gain is to be expected where the tail of what records lose goes on beyond those drawn.
+
+    In the unit of the gain, and never below 0; see `tails`.
+    """
+    numbers = np.stack([pairs.ours, pairs.theirs, pairs.weights], axis=1)
+    sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
+    total = sums.sum(axis=0)
+    _, parts = _gains_and_parts(pairs, total[None, :2] / total[2])
+    return tails.unseen((1.0 if pairs.lower_is_better else -1.0) * (sums @ parts[0])) / float(total[2])
 
 
 def wins_and_losses(pairs: Pairs) -> tuple[int, int]:
@@ -217,15 +231,7 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) ->
     blocks = np.array_split(counts, -(-counts.size // COUNTS_IN_CACHE))
     moments = np.concatenate([block.astype(np.float64) @ columns for block in blocks])
     totals, squares = moments[:, :3], moments[:, 3:]
-    means = totals[:, :2] / totals[:, 2:]
-    values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
-    gains, outer = values[:, 0] - values[:, 1], np.broadcast_to([1.0, -1.0], values.shape)
-    if pairs.relative:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = values[:, 0] / values[:, 1]
-            gains, outer = ratios - 1, np.stack([1 / values[:, 1], -ratios / values[:, 1]], axis=1)
-    slopes = (values if pairs.exponential else np.ones_like(means)) * outer
-    residual = np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)
+    gains, residual = _gains_and_parts(pairs, totals[:, :2] / totals[:, 2:])
     parts = residual[:, first] * residual[:, second] * squares
     scale = parts[:, first == second].sum(axis=1)
     # Below what rounding leaves of equal numbers there is no variance.
@@ -233,3 +239,15 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) ->
     variance = np.where(variance > 1e-12 * scale, variance, 0.0) * len(sums) / max(len(sums) - 1, 1)
     sign = -1.0 if pairs.lower_is_better else 1.0
     return sign * gains, np.sqrt(variance) / totals[:, 2]
+
+
+def _gains_and_parts(pairs: Pairs, means: Array) -> tuple[Array, Array]:
+    """Of each row of two means, ours less theirs, and what a record's three numbers weigh in it."""
+    values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
+    gains, outer = values[:, 0] - values[:, 1], np.broadcast_to([1.0, -1.0], values.shape)
+    if pairs.relative:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = values[:, 0] / values[:, 1]
+            gains, outer = ratios - 1, np.stack([1 / values[:, 1], -ratios / values[:, 1]], axis=1)
+    slopes = (values if pairs.exponential else np.ones_like(means)) * outer
+    return gains, np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)

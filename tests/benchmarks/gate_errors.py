@@ -1,9 +1,9 @@
 """How often the gate errs, and how often it tells, on differences that are hard for a mean.
 
 `python -m tests.benchmarks.gate_errors [REPETITIONS]` prints a table: of candidates that are truly worse than the
-champion by the margin, and of equal ones, the share that is promoted by the bound of the mean alone, and with the rule
-on rare losses; "-" where the gate cannot tell, whatever comes. Answers have 2 to 10 tokens, and records differ by 0.2
-nats per token or as the row says.
+champion by the margin, and of equal ones, the share that is promoted by the bound of the mean alone, and with what is
+reckoned of rare losses; "-" where the gate cannot tell, whatever comes. Answers have 2 to 10 tokens, and records differ
+by 0.2 nats per token or as the row says.
 """
 
 import sys
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from components.config.gate import GateConfig
-from components.gate import comparisons
+from components.gate import slices
+from components.gate.champion import not_worse_than_champion
 from components.gate.comparisons import Compared
 from components.gate.evidence import Evidence
 from components.gate.rare_losses import few_get_much_worse
@@ -21,7 +22,7 @@ from components.shared.metrics import METRICS
 
 MARGIN, SPREAD, SIGMA = 0.02, 0.2, 1.5
 RECORDS = (60, 240, 300, 1000)
-POLICY = GateConfig()
+POLICY, MEAN_ALONE = GateConfig(), GateConfig(much_worse_share=1.0)
 Lost = Callable[[np.random.Generator, int, float], np.ndarray]
 """What the candidate loses on each record in nats per token, by so much on the whole."""
 
@@ -72,12 +73,29 @@ def promoted(lost: Lost, records: int, worse_by: float, repetitions: int) -> tup
         compared = Compared(
             measured, Evidence(tokens, columns), METRICS["loss"], "champion", "production", POLICY.confidence
         )
-        mean = comparisons.not_worse_than_champion(POLICY, models["champion"], compared)
+        passed.append(not_worse_than_champion(MEAN_ALONE, models["champion"], compared).passed)
         shown = few_get_much_worse(POLICY, compared)
-        passed.append(mean.passed)
-        seen.append(shown is None or shown.passed)
-    both = float(np.mean(np.logical_and(passed, seen))) if any(seen) else None
-    return float(np.mean(passed)), both
+        if shown is not None and shown.passed:
+            seen.append(not_worse_than_champion(POLICY, models["champion"], compared).passed)
+    return float(np.mean(passed)), sum(seen) / repetitions if seen else None
+
+
+def held_by_a_label(labels: int, records: int, worse_by: float, repetitions: int) -> float:
+    """How often a label is shown to be worse, where one of so many is, by so much, and the others are alike."""
+    random = np.random.default_rng(labels)
+    names = np.resize(np.arange(labels), records).astype(str)
+    held = []
+    for _ in range(repetitions):
+        tokens = random.integers(2, 11, records).astype(float)
+        lost = SPREAD * random.standard_normal(records) + np.where(names == "0", worse_by, 0.0)
+        nll = {"champion": 2.0 * tokens, "candidate": (2.0 + lost) * tokens}
+        models = {role: Measured(version=role, metrics={"loss": of.sum() / tokens.sum()}) for role, of in nll.items()}
+        evidence = Evidence(tokens, {f"{role}_nll": of for role, of in nll.items()}, slices={"label": names})
+        measured = Evaluation(run_id="r", records=records, models=models)
+        compared = Compared(measured, evidence, METRICS["loss"], "champion", "production", POLICY.confidence)
+        found = slices.no_slice_is_worse(POLICY, compared)
+        held.append(found is not None and not found.passed)
+    return float(np.mean(held))
 
 
 def main() -> None:
@@ -89,6 +107,12 @@ def main() -> None:
             found = [promoted(lost, records, worse_by, repetitions) for worse_by in (MARGIN, 0.0)]
             cells = [f"{mean:.3f} | {'-' if both is None else f'{both:.3f}'}" for mean, both in found]
             print(f"| {name} | {records:,} | {' | '.join(cells)} |", flush=True)
+    print("\n| labels | records | held, all alike | one label worse by 0.1 | by 0.2 | by 0.3 |")
+    print("|---|---|---|---|---|---|")
+    for labels in (4, 20):
+        for records in (1000, 3000):
+            shares = [held_by_a_label(labels, records, worse_by, repetitions) for worse_by in (0.0, 0.1, 0.2, 0.3)]
+            print(f"| {labels} | {records:,} | {' | '.join(f'{share:.3f}' for share in shares)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +56,7 @@ def evaluation(candidate: Measured | None, base: Measured | None, champion: Meas
     return Evaluation(run_id="r", records=300, models=models)
 
 
-def decide(measured: Evaluation, policy: GateConfig, records: Evidence | None = None, **looked: int) -> Decision:
+def decide(measured: Evaluation, policy: GateConfig, records: Evidence | None = None, **looked: Any) -> Decision:
     nll_from = "perplexity" if policy.metric == "perplexity" else "loss"
     found = records or evidence(measured, nll_from=nll_from)
     return policy_of_the_gate.decide(measured, found, policy, AdapterConfig(name="icd10"), **looked)

@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from components.config.gate import GateConfig
 from components.gate.policy import BEFORE
-from components.records.steps import Decision
+from components.records.steps import Decision, RuleResult
 from tests.components.gate.evidenced import TOKENS, decide, evaluation, evidence, model, rule
 
 EQUAL = {"candidate": model("v2"), "base": model(loss=9.0), "champion": model("v1")}
@@ -63,6 +63,28 @@ def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records
     assert rule(decision, "much_worse").text.startswith(f"{seen} of {records:,} records lose more than 1.5 nats")
     unlimited = decided(records, seen, much_worse_share=1.0, **wide)
     assert not [each for each in unlimited.rules if each.name == "much_worse"]
+
+
+def with_heavy_tail(**policy: object) -> RuleResult:
+    """Of a candidate whose losses against the champion are a lognormal's of sigma 1.5."""
+    measured = evaluation(**EQUAL).model_copy(update={"records": 1000})
+    found = evidence(measured)
+    lost = TOKENS * np.random.default_rng(2).lognormal(-4, 1.5, 1000)
+    found = replace(found, columns={**found.columns, "candidate_nll": found.columns["champion_nll"] + lost})
+    return rule(decide(measured, GateConfig(**policy), found), "not_worse_than_champion")
+
+
+def test_a_bound_leaves_room_for_what_the_tail_costs_beyond_the_records_drawn():
+    as_drawn = with_heavy_tail(much_worse_share=1.0)
+    assert as_drawn.unseen is None
+    unseen = with_heavy_tail().unseen
+    assert 0 < unseen < as_drawn.upper - as_drawn.lower
+    between = -as_drawn.lower + unseen / 2  # within the bound, and not by as much as that
+    assert with_heavy_tail(worse_than_champion_by=between, much_worse_share=1.0).passed
+    short = with_heavy_tail(worse_than_champion_by=between)
+    assert short.undecided
+    assert "The tail of what records lose is heavy" in short.text
+    assert with_heavy_tail(worse_than_champion_by=between + unseen).passed
 
 
 def test_what_is_no_loss_has_no_such_rule():

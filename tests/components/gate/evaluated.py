@@ -1,0 +1,48 @@
+"""A run that was evaluated, as the gate's step finds it in the store."""
+
+import json
+import math
+from typing import Any
+
+from components.config.gate import GateConfig
+from components.config.schema import RunConfig
+from components.records.steps import Evaluation
+from components.store.store import Store
+from tests.components.gate.evidenced import as_parquet, evidence
+
+RUN = "run-1"
+
+
+def config(**gate: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "adapter": {"name": "icd10"},
+            "model": {"base": "org/model"},
+            "data": {"source": "rows.jsonl"},
+            "gate": GateConfig(**gate).model_dump(),
+        }
+    )
+
+
+def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
+    def model(version: str | None, loss: float, prompt_gain: float | None) -> dict[str, Any]:
+        metrics = {"loss": loss, "perplexity": math.exp(loss), "exact_match": 0.7, "token_f1": 0.7}
+        return {"version": version, "metrics": {**metrics, "answer_prompt_gain": prompt_gain}}
+
+    return {
+        "run_id": RUN,
+        "records": 300,
+        "models": {
+            "base": model(None, 2.0, None),
+            "champion": model("v1", 1.0, 1.1),
+            "candidate": model("v2", candidate_loss, 1.2),
+        },
+        "paired": {"base": None, "champion": None},
+        **changes,
+    }
+
+
+def put(store: Store, found: dict[str, Any], key: str = "", run_id: str = RUN) -> None:
+    store.put_json(key or f"runs/{run_id}/evaluation.json", found)
+    records = as_parquet(evidence(Evaluation.model_validate_json(json.dumps(found))))
+    store.put(f"runs/{run_id}/evaluation_records.parquet", records)
