@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Literal
 
 from components.config.methods import METHODS, OWN_BASE
@@ -89,11 +90,11 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     still = min(oldest, now - A_RUN_RESTS)
     recent = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > still]
     under_way = [run for run in recent if run]
-    published = {name: _published(store, name) for name in versions.list_adapters(store)}
-    unneeded = {
-        name: _unneeded(store, name, published[name], rules, oldest, under_way) for name in names if name in published
-    }
-    found = [_of_version(store, version, by_run.keys()) for each in unneeded.values() for version in each]
+    everything = versions.list_adapters(store)
+    published = cache(lambda name: _published(store, name))
+    unneeded = cache(lambda name: _unneeded(store, name, published(name), rules, oldest, under_way))
+    looked_at = [name for name in everything if name in names and not _are_all_new(store, name, rules)]
+    found = [_of_version(store, version, by_run.keys()) for name in looked_at for version in unneeded(name)]
     for run_id, objects in by_run.items():
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
         if not checkpoints or _newest(checkpoints) > oldest:
@@ -101,11 +102,15 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         decision = runs.find(store, run_id, Decision)
         if decision is not None and decision.adapter in names:
             found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
-    if published.keys() <= set(names):
-        gone = {(version.name, version.version) for each in unneeded.values() for version in each}
-        kept = [each for all_of_it in published.values() for each in all_of_it if (each.name, each.version) not in gone]
+    if set(everything) <= set(names):
+        kept = (each for name in everything for each in published(name) if each not in unneeded(name))
         found += _shared(store, kept, by_run.keys(), under_way, oldest)
     return found
+
+
+def _are_all_new(store: Store, name: str, rules: Rules) -> bool:
+    """Whether an adapter has no more versions than are kept for being new, so that none need be read."""
+    return not store.trusted_keys and len(versions.version_ids(store, name)) <= rules.keep_last
 
 
 def remove(store: Store, removal: Removal) -> bool:
@@ -213,20 +218,27 @@ def _shared(
     oldest: datetime,
 ) -> list[Removal]:
     """Datasets and bases that are old, that no version that is kept was made from, and no run is on its way with."""
+    old_datasets, old_bases = (
+        {} if is_kept else {name: each for name, each in _grouped(store, folder).items() if _newest(each) <= oldest}
+        for folder, is_kept in (
+            (DATASETS, any(run.may_need_any_dataset for run in under_way)),
+            (BASES, any(run.may_need_a_base for run in under_way)),
+        )
+    )
+    if not (old_datasets or old_bases):
+        return []  # and nothing of what is kept is read
     made_from = [ancestor for version in kept for ancestor in version.made_from]
     datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way for dataset in run.datasets)}
     bases = set(_names(made_from, "base"))
-    found: list[Removal] = []
-    if not any(run.may_need_any_dataset for run in under_way):
-        for dataset, objects in _grouped(store, DATASETS).items():
-            if dataset not in datasets and _newest(objects) <= oldest:
-                found.append(_removal("dataset", dataset, "no version or run needs it", objects, runs_seen))
-    if not any(run.may_need_a_base for run in under_way):
-        for base, objects in _grouped(store, BASES).items():
-            uri = store.uri(f"{BASES}{base}")
-            is_needed = any(each == uri or each.startswith(f"{uri}/") for each in bases)
-            if not is_needed and _newest(objects) <= oldest:
-                found.append(_removal("base", base, "no version stands on it", objects, runs_seen))
+    found = [
+        _removal("dataset", name, "no version or run needs it", objects, runs_seen)
+        for name, objects in old_datasets.items()
+        if name not in datasets
+    ]
+    for name, objects in old_bases.items():
+        uri = store.uri(f"{BASES}{name}")
+        if not any(each == uri or each.startswith(f"{uri}/") for each in bases):
+            found.append(_removal("base", name, "no version stands on it", objects, runs_seen))
     return found
 
 

@@ -42,21 +42,25 @@ class Listed:
     in_production: str
     """The version, or what to say in its place."""
     since: str
+    """In UTC, as the alias has it; empty where nothing is in production."""
     num_versions: int
     last: str = ""
     """What happened last, and when."""
-    age: str = ""
-    """How long it has been in production."""
     verdict: str = ""
     """Of the last decision."""
     run_id: str = ""
     """The run of the last decision."""
     sparkline: Sparkline | None = None
 
+    def held(self, now: datetime | None = None) -> str:
+        """For how long it has been in production, and since when."""
+        return f"{age(self.since, now or datetime.now(UTC))}, since {when(self.since)}" if self.since else ""
 
-def list_adapter(store: "Store", name: str, *, now: datetime | None = None) -> Listed:
-    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
-    log = event_log.events(store, name)
+
+def list_adapter(store: "Store", name: str, log: "Sequence[Event] | None" = None) -> Listed:
+    """Read what the list shows of the adapter; a damaged alias is shown as damaged. `log`: its newest events, oldest
+    first, where they have been read."""
+    log = event_log.events(store, name) if log is None else log
     decisions = _decisions(store, log)
     listed = Listed(
         name,
@@ -74,8 +78,7 @@ def list_adapter(store: "Store", name: str, *, now: datetime | None = None) -> L
         return replace(listed, in_production="unknown: the alias is damaged")
     if pointer is None:
         return listed
-    since = age(pointer.since, now or datetime.now(UTC))
-    return replace(listed, in_production=pointer.version, since=when(pointer.since), age=since)
+    return replace(listed, in_production=pointer.version, since=pointer.since)
 
 
 def age(since: str, now: datetime) -> str:

@@ -1,8 +1,10 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from components.records import runs
 from components.records.runs import PAGES
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from components.registry.versions import Version
     from components.store.store import Store
 
+LISTED = f"{PAGES}index.json"
+"""What the list of adapters shows, one entry each: read in one request, and no part of the registry."""
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
@@ -135,21 +139,46 @@ class AdapterPage:
 def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
     """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
 
-    Of another adapter a page is written only where there is none yet: its own runs write it.
+    Of another adapter page and entry are written only where there are none yet: its own runs write them.
 
     Raises:
         IntegrityError: the adapter's alias is damaged.
     """
-    names = versions.list_adapters(store)
-    there = {info.key for info in store.list(PAGES)}
-    wanted = [each for each in names if each == name or f"{PAGES}{each}.html" not in there]
-    pages = [read_adapter(store, each) for each in wanted]
-    listed = [list_adapter(store, each) for each in names]
+    own = read_adapter(store, name)
+    names, known = versions.list_adapters(store), _known(store)
+    pages, new = [own], {name: list_adapter(store, name, own.events[::-1])}
+    if missing := [each for each in names if each != name and each not in known]:
+        there = {info.key for info in store.list(PAGES)}
+        pages += [read_adapter(store, each) for each in missing if f"{PAGES}{each}.html" not in there]
+        new |= {each: list_adapter(store, each) for each in missing}
+        known = _known(store)  # what others wrote meanwhile
+    known |= new
+    listed = [known[each] for each in names if each in known]
+    _write(store, listed)
     for file, page in build_pages(
         pages, listed, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
     ).items():
         store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
     return store.uri(f"{PAGES}index.html")
+
+
+def forget(store: "Store", name: str) -> None:
+    """Have the next run, of whichever adapter, read this one's entry anew: a person has moved its alias."""
+    known = _known(store)
+    if known.pop(name, None):
+        _write(store, known.values())
+
+
+def _write(store: "Store", listed: Iterable[Listed]) -> None:
+    store.put_json(LISTED, {each.name: asdict(each) for each in listed})
+
+
+def _known(store: "Store") -> dict[str, Listed]:
+    """The entries that runs have written; none where they cannot be read, so that they are made anew."""
+    try:
+        return TypeAdapter(dict[str, Listed]).validate_python(store.get_json(LISTED))
+    except (ObjectMissing, IntegrityError, ValidationError):
+        return {}
 
 
 def read_adapter(store: "Store", name: str) -> AdapterPage:
@@ -171,7 +200,8 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
     changes: list[tuple[str, str, str]] = []
     if pointer is not None and held is not None and before is not None:
         changes += _measured(held.evaluation, before)
-        changes += _changes(_lineage(store, name, before), _lineage(store, name, pointer.version))
+        there = {each.version: each for each in found}
+        changes += _changes(_lineage(store, there.get(before)), _lineage(store, there.get(pointer.version)))
     return AdapterPage(
         name=name,
         pointer=pointer,
@@ -284,9 +314,9 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
         yield path, str(value)
 
 
-def _lineage(store: "Store", name: str, version: str) -> Mapping[str, Any]:
+def _lineage(store: "Store", version: "Version | None") -> Mapping[str, Any]:
     try:
-        return versions.read_lineage(store, versions.resolve(store, f"{name}@{version}"))
+        return versions.read_lineage(store, version) if version else {}
     except (IntegrityError, ObjectMissing):  # an audit reports it; the page shows what there is
         return {}
 

@@ -70,6 +70,8 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
     pages = report_path.parents[2] / PAGES
     pages.mkdir(exist_ok=True)
     for info in store.list(PAGES):
+        if not info.key.endswith(".html"):
+            continue
         (pages / Path(info.key).name).write_bytes(store.get(info.key))
     return Outcome(
         run_id=run_id,

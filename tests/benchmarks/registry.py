@@ -1,6 +1,7 @@
 """Requests and seconds of what people ask of an adapter with thousands of versions, in a store of this benchmark's own.
 
 Each command is timed twice: as the first to ask, which reads every object and leaves an index, and with that index.
+With --adapters the versions are those of each of so many, and asked are what a run and a garbage collection ask.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.promote.by_hand import Person, promote_by_hand
-from components.registry import ancestry
+from components.registry import ancestry, collect
 from components.registry.aliases import promote, rollback
 from components.registry.event_log import append_event, events
 from components.registry.versions import list_versions, publish_version, resolve
+from components.report.registry_page import write_pages
 from components.store.store import Store, encode_json
 from pipelines.commands.table import table
 from pipelines.local import seaweedfs, server
@@ -28,7 +31,7 @@ NAME = "icd"
 WRITERS = 16
 
 
-def fill(store: Store, versions: int) -> None:
+def fill(store: Store, name: str, versions: int) -> None:
     """Versions by their manifest, lineage and event; nobody reads the weights of those that no alias points at."""
 
     def one(number: int) -> None:
@@ -38,9 +41,9 @@ def fill(store: Store, versions: int) -> None:
         )
         lineage = encode_json({"run_id": f"run-{number}", "dataset": {"dataset_id": f"d{number % 500}"}})
         digest = {"size": len(lineage), "sha256": hashlib.sha256(lineage).hexdigest()}
-        about = {"name": NAME, "version": version, "run_id": f"run-{number}"}
+        about = {"name": name, "version": version, "run_id": f"run-{number}"}
         manifest = {"format": 1, "files": {"lineage.json": digest}, "about": about, "created_at": at}
-        key, body = f"adapters/{NAME}/versions/{version}", encode_json(manifest)
+        key, body = f"adapters/{name}/versions/{version}", encode_json(manifest)
         store.put(f"{key}/lineage.json", lineage)
         store.put(f"{key}/manifest.json", body)
         body_of_event = {
@@ -48,7 +51,7 @@ def fill(store: Store, versions: int) -> None:
             "manifest_sha256": hashlib.sha256(body).hexdigest(),
             "run_id": f"run-{number}",
         }
-        append_event(store, NAME, "published", body_of_event, at=at)
+        append_event(store, name, "published", body_of_event, at=at)
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(one, range(versions)))
@@ -93,10 +96,37 @@ def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
     return [(f"{versions} versions", "", "", "", ""), *rows]
 
 
+def measure_many(store: Store, adapters: int, versions: int) -> list[tuple[str, ...]]:
+    """Requests of a run's page and of a garbage collection, where there are many adapters."""
+    names = [f"{NAME}-{number:04}" for number in range(adapters)]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda name: fill(store, name, versions), names))
+    sent: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    later = datetime.now(UTC) + timedelta(days=90)
+    asked: dict[str, Callable[[], Any]] = {
+        "a run's page, the first of all": lambda: write_pages(store, names[0], generated_at="now"),
+        "a run's page": lambda: write_pages(store, names[0], generated_at="now"),
+        "gc": lambda: collect.removals(store, names, collect.Rules(), now=later),
+        "gc, all but two versions of each": lambda: collect.removals(
+            store, names, collect.Rules(keep_last=2), now=later
+        ),
+    }
+    rows: list[tuple[str, ...]] = [(f"{adapters} adapters of {versions}", "requests", "a version", "seconds")]
+    for what, ask in asked.items():
+        sent.clear()
+        began = time.perf_counter()
+        ask()
+        seconds = time.perf_counter() - began
+        rows.append((what, str(len(sent)), f"{len(sent) / (adapters * versions):.2f}", f"{seconds:.2f}"))
+    return rows
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=10_000)
+    parser.add_argument("--adapters", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as environment:
         running = server.start(seaweedfs.SeaweedFS(Path(directory), "benchmark"))
@@ -104,8 +134,11 @@ def main() -> None:
             for name, value in seaweedfs.Endpoint.read(running.endpoint).environment().items():
                 environment.setenv(name, value)
             store = Store.open(RegistryConfig(bucket="benchmark"))
-            fill(store, options.versions)
-            print(table(measure(store, options.versions)))
+            if options.adapters > 1:
+                print(table(measure_many(store, options.adapters, options.versions)))
+            else:
+                fill(store, NAME, options.versions)
+                print(table(measure(store, options.versions)))
         finally:
             running.stop()
 

@@ -123,8 +123,9 @@ def test_the_list_says_for_how_long_what_the_gate_said_last_and_how_it_has_gone(
     append_event(store, "icd", "refused", {"version": ids[1], "run_id": "r2", "alias": "production"})
     pointer = read_alias(store, "icd", "production")
     assert pointer is not None
-    listed = list_adapter(store, "icd", now=datetime.fromisoformat(pointer.since) + timedelta(days=3, hours=1))
-    assert (listed.age, listed.verdict, listed.run_id) == ("for 3 days", "hold", "r2")
+    listed = list_adapter(store, "icd")
+    later = datetime.fromisoformat(pointer.since) + timedelta(days=3, hours=1)
+    assert (listed.held(later).split(",")[0], listed.verdict, listed.run_id) == ("for 3 days", "hold", "r2")
     drawn = listed.sparkline
     assert drawn is not None
     assert drawn.points == ((3.0, 3.0), (50.0, 21.0), (97.0, 12.0))  # 0.375 is half way, by hand
@@ -167,10 +168,27 @@ def test_pages_in_the_store_are_the_adapter_s_own_the_list_and_of_others_what_wa
         promote(store, name, publish_version(store, name, files, lineage={"run_id": "r"}).version)
     assert write_pages(store, "icd", generated_at="a week ago") == store.uri("pages/index.html")
     store.put("adapters/broken/aliases/production.json", b"{}")
+    store.delete(["pages/index.json"])  # as release 0.1.0 left it
     rollback(store, "icd")
     write_pages(store, "icd", generated_at="this morning")
-    found = {info.key: Read(store.get(info.key).decode()).text for info in store.list("pages/")}
+    found = {info.key: Read(store.get(info.key).decode()).text for info in store.list("pages/") if "html" in info.key}
     assert {key for key, text in found.items() if "this morning" in text} == {"pages/icd.html", "pages/index.html"}
     assert {key for key, text in found.items() if "a week ago" in text} == {"pages/other.html", "pages/broken.html"}
     assert f"{ids[0]} gone back to" in " ".join(found["pages/icd.html"].split())
     assert "unknown: the alias is damaged" in found["pages/index.html"]
+
+
+def test_a_run_asks_as_little_whatever_other_adapters_there_are(store: Store, ids: list[str]) -> None:
+    asked: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url) or None)
+    counts = []
+    for others in (1, 7):
+        for number in range(others):
+            files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+            publish_version(store, f"other-{others}-{number}", files, lineage={"run_id": "r"})
+        write_pages(store, "icd", generated_at="first")
+        asked.clear()
+        write_pages(store, "icd", generated_at="later")
+        counts.append(len(asked))
+    assert counts[0] == counts[1] <= 28  # most are for two versions, four events and an alias of its own
+    assert "other-7-6" in Read(store.get("pages/index.html").decode()).text
