@@ -38,18 +38,21 @@ def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
 
 def keyed_batch_of(records: Sequence[KeyedRecord]) -> "pa.RecordBatch":
     """All columns of these records, behind their hashes and whether their rows named them."""
-    hashes = [Hashes(each.key, each.place, each.content, each.asked) for each in records]
+    hashes = Hashes(*([getattr(each, name) for each in records] for name in Hashes._fields))
     return keyed_batch(batch_of([each.record for each in records]), hashes, [each.named for each in records])
 
 
-def keyed_batch(records: "pa.RecordBatch", hashes: Sequence[Hashes], named: Sequence[bool]) -> "pa.RecordBatch":
+def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]) -> "pa.RecordBatch":
     """The columns of these records, behind their hashes and whether their rows named them."""
     import pyarrow as pa
 
-    columns = zip(*hashes, strict=True) if hashes else [()] * len(Hashes._fields)
+    def column(values: Sequence[bytes]) -> pa.Array:
+        buffers = [None, pa.py_buffer(b"".join(values))]
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(values), buffers)
+
     return pa.record_batch({
         "named": pa.array(named, pa.bool_()),
-        **{name: pa.array(values, pa.binary(32)) for name, values in zip(Hashes._fields, columns, strict=True)},
+        **{name: column(values) for name, values in hashes._asdict().items()},
         **dict(zip(records.schema.names, records.columns, strict=True)),
     })  # fmt: skip
 

@@ -147,8 +147,8 @@ def _batch(
     said = list(map(canonical_turn, roles, asked.to_pylist()))
     if len(said) > len(names):
         said = ["".join(said[end - size + 1 : end]) for end, size in zip(ends.tolist(), sizes.tolist(), strict=True)]
-    hashes = list(map(hashed, said, answers.to_pylist(), names, groups))
-    ids = [name or each.content.hex()[:ID_DIGITS] for name, each in zip(names, hashes, strict=True)]
+    hashes = hashed(said, answers.to_pylist(), names, groups)
+    ids = [name or content.hex()[:ID_DIGITS] for name, content in zip(names, hashes.content, strict=True)]
     messages = pa.StructArray.from_arrays(
         [pa.array(roles, pa.string()), asked, pa.repeat("", len(roles))], names=Message._fields
     )

@@ -41,18 +41,19 @@ MAX_NAME_CHARS = 4096
 """Of an id or a group."""
 ID_DIGITS = 16
 """Of the content's hash, as the id of a row that gives none."""
+NOTHING = itertools.repeat("")
 MAX_MARKS = 30
 """Combining characters in a row, as Unicode's Stream-Safe Text Format has it (UAX #15, section 13): to put them in
 order takes time by the square of how many there are, and no language has more."""
 
 
 class Hashes(NamedTuple):
-    """What decides a record's split and its duplicates, as `KeyedRecord` has it."""
+    """What decides the split and the duplicates of some records, as `KeyedRecord` has it of one."""
 
-    key: bytes
-    place: bytes
-    content: bytes
-    asked: bytes
+    key: list[bytes]
+    place: list[bytes]
+    content: list[bytes]
+    asked: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +133,30 @@ def canonical_prompt(turns: Iterable[tuple[str, str, str]]) -> str:
     return "".join([canonical_turn(*turn) for turn in turns])
 
 
-def hashed(prompt: str, answer: str, record_id: str, group: str, calls: str = "", tools: str = "") -> Hashes:
-    """Of a record whose canonical prompt this is; `record_id` is the id that its row gave, if any.
+def hashed(
+    prompts: Iterable[str],
+    answers: Iterable[str],
+    ids: Iterable[str],
+    groups: Iterable[str],
+    calls: Iterable[str] = NOTHING,
+    tools: Iterable[str] = NOTHING,
+) -> Hashes:
+    """Of records whose canonical prompts these are; `ids` are those that their rows gave, or nothing.
 
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate.
     """
-    turns = hashlib.sha256(prompt.encode())
-    more = f"tools:{len(tools)}:{tools}" if tools else ""
-    said = turns.copy()
-    said.update((f"{more}answer:{answer}calls:{calls}" if calls else f"{more}answer:{answer}").encode())
-    key = hashlib.sha256((f"id:{record_id}" if record_id else f"prompt:{prompt}{more}").encode()).digest()
-    place = hashlib.sha256(f"group:{group}".encode()).digest() if group else key
-    return Hashes(key, place, said.digest(), turns.digest())
+    found, sha256 = Hashes([], [], [], []), hashlib.sha256
+    for prompt, answer, name, group, call, tool in zip(prompts, answers, ids, groups, calls, tools, strict=False):
+        said = sha256(prompt.encode())
+        found.asked.append(said.digest())
+        more = f"tools:{len(tool)}:{tool}" if tool else ""
+        said.update((f"{more}answer:{answer}calls:{call}" if call else f"{more}answer:{answer}").encode())
+        found.content.append(said.digest())
+        key = sha256((f"id:{name}" if name else f"prompt:{prompt}{more}").encode()).digest()
+        found.key.append(key)
+        found.place.append(sha256(f"group:{group}".encode()).digest() if group else key)
+    return found
 
 
 def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, group: str, source: str) -> KeyedRecord:
@@ -154,11 +166,13 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
         raise DataError("id is empty: give it a value or leave it out")
     record_id = _name(row_id, "id") if named else ""
     try:
-        hashes = hashed(canonical_prompt(turns), answer.content, record_id, group, calls, tools)
+        hashes = hashed([canonical_prompt(turns)], [answer.content], [record_id], [group], [calls], [tools])
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
-    record_id = record_id or hashes.content.hex()[:ID_DIGITS]
-    return KeyedRecord(Record(record_id, turns, answer.content, calls, tools, group, source), *hashes, named)
+    record_id = record_id or hashes.content[0].hex()[:ID_DIGITS]
+    record = Record(record_id, turns, answer.content, calls, tools, group, source)
+    key, place, content, asked = (column[0] for column in hashes)
+    return KeyedRecord(record, key, place, content, asked, named)
 
 
 def _name(value: object, field: str) -> str:
