@@ -135,12 +135,13 @@ def log_as(step: str) -> None:
         logger.handlers = [Lines()]
 
 
-def run(step: str, job: Callable[[], None]) -> None:
+def run(step: str, job: Callable[[], None], *, uses_models: bool = True) -> None:
     """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
     garbage.leave_at_exit()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log_as(step)
-    quiet_libraries()
+    if uses_models:
+        quiet_libraries()
     try:
         job()
     except FineloopError as exc:

@@ -13,7 +13,6 @@ from typing import Any
 from components.config import config_file
 from components.config.cautions import cautions
 from components.config.schema import RunConfig
-from components.prepare.prepare import prepare
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
@@ -24,6 +23,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model
+from ray_jobs.prepare import prepare
 from ray_jobs.text import chat_format
 from ray_jobs.training import splits, starting
 from ray_jobs.training.job import train

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare.prepare import prepare
 from components.records import runs
 from components.records.sweep import SweepResult, Trial, Tuned
 from components.registry import lineage
@@ -29,6 +28,7 @@ with garbage.importing():
     from ray_jobs.adapters import own_base
     from ray_jobs.base import base_config, base_model
     from ray_jobs.base.base_model import Base
+    from ray_jobs.prepare import prepare
     from ray_jobs.probes import general_text
     from ray_jobs.probes.texts import Texts
     from ray_jobs.sweeping import points, verdict

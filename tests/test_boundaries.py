@@ -26,7 +26,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "ray_jobs")
 MAX_LINES = 400
 
-JOBS = ("candidate", "finetune", "evaluate", "sweep", "chat", "serve", "export", "plan", "estimate", "preview")
+JOBS = (
+    "prepare",
+    "candidate",
+    "finetune",
+    "evaluate",
+    "sweep",
+    "chat",
+    "serve",
+    "export",
+    "plan",
+    "estimate",
+    "preview",
+)
 IMPORT_ALL = """
 import contextlib, importlib, json, pkgutil, runpy, sys
 _, package, *jobs = sys.argv
@@ -146,7 +158,7 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
     ]
     spelled = {name for text in code for name in re.findall(r"(?:-m |\")(ray_jobs\.\w+)", text)}
     by_task = {f"ray_jobs.{task}" for text in code for task in re.findall(r"submit_step\(\w+, \"(\w+)\"", text)}
-    assert by_task == {"ray_jobs.sweep", "ray_jobs.candidate"}
+    assert by_task == {"ray_jobs.prepare", "ray_jobs.sweep", "ray_jobs.candidate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")
 

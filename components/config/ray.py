@@ -37,6 +37,10 @@ class JobsApiCluster(Section):
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
         """Nothing is known of it before a job is there."""
 
+    def for_data(self) -> "JobsApiCluster":
+        """Itself."""
+        return self
+
 
 class WorkerPod(Section):
     """What one worker pod asks for, and no more than that: its requests are its limits."""
@@ -54,6 +58,17 @@ class HeadPod(Section):
     """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 8
     """Memory in GiB. The job's own process runs here: it tokenizes, plans and publishes."""
+
+
+class DataPods(Section):
+    """What the pods ask for that prepare the data where data.engine is ray; none has a GPU."""
+
+    pods: Annotated[int, Field(ge=1)] = 2
+    """How many."""
+    cpu: Annotated[int, Field(ge=1)] = 4
+    """CPU cores of each."""
+    memory_gib: Annotated[int, Field(ge=4)] = 16
+    """Memory of each in GiB, a quarter of it shared memory."""
 
 
 class Toleration(Section):
@@ -105,6 +120,7 @@ class RayJobCluster(Section):
     """Size of a worker pod; its GPUs, one for each of its workers, come on top."""
     head: HeadPod = HeadPod()
     """Size of the head, where no training runs."""
+    data: Annotated[DataPods, Added("0.2.0")] = DataPods()
     shared_memory_gib: Annotated[int, Field(ge=1)] = 8
     """/dev/shm of a worker pod in GiB, for NCCL, data loading and Ray's object store; part of the pod's memory."""
     disk_gib: Annotated[int, Field(ge=1)] = 100
@@ -163,6 +179,19 @@ class RayJobCluster(Section):
     def pods(self, num_workers: int) -> int:
         """Worker pods that so many workers are shared out among."""
         return self.nodes or num_workers
+
+    def for_data(self) -> "RayJobCluster":
+        """The cluster of the job that prepares the data, with a worker for each pod."""
+        size = {"cpu": self.data.cpu, "memory_gib": self.data.memory_gib}
+        return self.model_copy(
+            update={
+                "nodes": self.data.pods,
+                "worker": self.worker.model_copy(update=size),
+                "shared_memory_gib": self.data.memory_gib // 4,
+                "node_selector": {},
+                "tolerations": [],
+            }
+        )
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
         """Refuse workers that its pods could not hold.
@@ -228,6 +257,13 @@ class RayConfig(Section):
     def _cluster_holds_the_workers(self) -> "RayConfig":
         self.cluster.require_room(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
         return self
+
+    def for_data(self, *, timeout_s: int) -> "RayConfig":
+        """How the job runs that prepares the data: no GPU, and a deadline of its own."""
+        cluster = self.cluster.for_data()
+        pods = cluster.nodes if isinstance(cluster, RayJobCluster) else self.num_workers
+        changes = {"cluster": cluster, "num_workers": pods, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
+        return self.model_copy(update=changes)
 
     @property
     def patience_s(self) -> int:

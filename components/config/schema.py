@@ -101,17 +101,18 @@ class DataConfig(Section):
     personal_names: Annotated[bool, Added("0.2.0")] = False
     """Look for people's names as well, with Presidio's English model; needs the package presidio-analyzer."""
     loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
-    """Which answers of a conversation are trained on: the last one, or all of the assistant's turns. Evaluation
-    always uses the last one."""
+    """Answers of a conversation that are trained on: the last, or all of the assistant's. Evaluation uses the last."""
     window_days: Annotated[float, Field(ge=0)] = 0
     """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
     still comes from all of them, so that forgetting shows."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
+    engine: Annotated[Literal["local", "ray"], Added("0.2.0")] = "local"
+    """Who prepares the data: the step, or a job on the Ray cluster's CPUs, before a GPU is asked for."""
     memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
     """Memory in GiB that preparing the data takes, about; what does not fit goes to disk."""
     timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
-    """Deadline of the step that reads, checks and publishes the data, in a pipeline on Kubeflow."""
+    """Deadline of the step that prepares the data, in a pipeline on Kubeflow, and of its Ray job."""
 
     @model_validator(mode="after")
     def _replay_needs_a_window(self) -> "DataConfig":

@@ -27,8 +27,8 @@ def prepare(
 
     Output: whether the data is new. A condition reads it, and kfp.local knows the outputs of that name alone there.
     """
+    from components.prepare.by_engine import prepared
     from components.prepare.parameters import overrides
-    from components.prepare.prepare import prepare_if_new
     from components.step.step import first_step
 
     changes = overrides(
@@ -43,5 +43,5 @@ def prepare(
         train_without_new_data=train_without_new_data,
     )
     with first_step("prepare", config, run_id or job_id, overrides=changes) as step_run:
-        dataset = prepare_if_new(step_run, is_decided=is_decided)
+        dataset = prepared(step_run, is_decided=is_decided)
     return (step_run.run_uri, step_run.config.digest, dataset is not None, dataset.uri if dataset else "")

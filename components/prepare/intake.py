@@ -1,7 +1,5 @@
 """Read every source to the end: the records that pass, the rows that do not, and whether that is acceptable."""
 
-import contextlib
-import gc
 import logging
 import re
 from collections import Counter
@@ -11,14 +9,11 @@ from typing import TYPE_CHECKING
 
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
-from components.prepare.local_copies import local_copies
 from components.prepare.personal import Kind
-from components.prepare.rows import read_rows
-from components.prepare.screen import Screen
-from components.prepare.shapes import EXPECTED, advice, columns_read
+from components.prepare.reading import Reader, Rules, read_here
+from components.prepare.shapes import EXPECTED, advice, recognised
 from components.prepare.sources import Source
-from components.prepare.validation import Validated, Validation
-from components.registry.erasures import NONE_ERASED, Erased
+from components.prepare.validation import Validated
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +24,7 @@ logger = logging.getLogger(__name__)
 _NOT_UTF_8 = "not UTF-8 at byte"
 _MAX_NAMES_SHOWN = 20
 _REASONS_SHOWN = 3
+NO_RULES = Rules()
 
 
 @dataclass(frozen=True)
@@ -141,13 +137,10 @@ def read(
     accept: Callable[["pa.RecordBatch"], None],
     reject: Callable[[Reject], None],
     *,
-    group: str = "",
-    columns: ColumnsConfig | None = None,
-    screen: Screen | None = None,
-    erased: Erased = NONE_ERASED,
+    rules: Rules = NO_RULES,
+    reader: Reader = read_here,
 ) -> Intake:
-    """Validate every row of every source; `group` is data.group, `columns` data.columns; `screen` sees each message.
-    What was `erased` is only counted.
+    """Validate every row of every source. What was erased is only counted.
 
     Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come. What shape the rows
     are in is said at the first row that can be used, with the row and the record that it becomes.
@@ -156,41 +149,38 @@ def read(
         DataError: a source cannot be opened.
         StoreError: an s3:// source cannot be read.
     """
-    named, screen = columns or ColumnsConfig(), screen or Screen()
-    intake, validation = Intake(), Validation(group=group, columns=named, screen=screen, erased=erased)
+    intake = Intake(sources=[SourceCount(source) for source in sources])
     found: Counter[tuple[str, ...]] = Counter()
-    with _nothing_old_collected():
-        for source, path in local_copies(sources):
-            counted = SourceCount(source)
-            for rows in read_rows(source, path, wanted=lambda names: columns_read(names, named, group=group)):
-                validated = validation.of(source, rows)
-                found.update(validated.columns)
-                accept(validated.batch)
-                for each in validated.rejects:
-                    intake.reasons.add(each)
-                    reject(each)
-                counted = counted.with_batch(len(rows.lines), validated)
-            intake.sources.append(counted)
-            logger.info("%s: %d rows, %d of them unusable", source.name, counted.rows, counted.rejected)
-    intake.personal, intake.with_personal = screen.found, screen.records
+    shown: set[str] = set()
+    ended = 0
+    for place, rows, validated in reader(sources, rules):
+        _say_read(intake.sources[ended:place])
+        ended = place
+        for name, words in validated.shown:
+            if name not in shown:
+                logger.info("%s", words)
+            shown.add(name)
+        found.update(validated.columns)
+        intake.personal.update(validated.personal)
+        intake.with_personal += validated.with_personal
+        accept(validated.batch)
+        for each in validated.rejects:
+            intake.reasons.add(each)
+            reject(each)
+        intake.sources[place] = intake.sources[place].with_batch(rows, validated)
+    _say_read(intake.sources[ended:])
     for names, count in found.items():
         for column in names:
             intake.columns[column] += count
-        if shape := validation.shape_of(names):
+        if shape := recognised(names, rules.columns):
             intake.num_known_form += count
             intake.shapes[shape.name] += count
     return intake
 
 
-@contextlib.contextmanager
-def _nothing_old_collected() -> Iterator[None]:
-    """Python goes through all objects that there are after every few batches of rows, and libraries have a million: it
-    would be a third of the time that reading takes, for no rows have cycles."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+def _say_read(sources: Sequence[SourceCount]) -> None:
+    for each in sources:
+        logger.info("%s: %d rows, %d of them unusable", each.source.name, each.rows, each.rejected)
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:

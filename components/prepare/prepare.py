@@ -10,7 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare import intake, news, parts, workspace
 from components.prepare.judges import require_enough, too_few_to_replace
 from components.prepare.profile import build_profile
-from components.prepare.screen import Screen
+from components.prepare.reading import Reader, Rules, read_here
 from components.prepare.shapes import columns_read
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
@@ -80,8 +80,9 @@ def _in_memory() -> Iterator[None]:
         ) from exc
 
 
-def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
+def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
+    The dataset is the same whichever reader.
 
     Raises:
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
@@ -89,7 +90,7 @@ def prepare(config: RunConfig, store: "Store") -> PreparedDataset:
     """
     with _in_memory(), _opened(config) as work:
         sources = find_sources(config.data.source)
-        return _publish(config, store, work, *_read(config, sources, work, erasures.erased(store)))
+        return _publish(config, store, work, *_read(config, sources, work, erasures.erased(store), reader))
 
 
 @contextlib.contextmanager
@@ -110,7 +111,9 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
         yield profile, found
 
 
-def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset | None:
+def prepare_if_new(
+    step_run: StepRun, *, is_decided: bool = False, reader: Reader = read_here
+) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 
     What the run read is noted for the watermark. Sources that are all known are not even opened. Where a gate decides
@@ -132,7 +135,7 @@ def prepare_if_new(step_run: StepRun, *, is_decided: bool = False) -> PreparedDa
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     with _in_memory(), _opened(step_run.config) as work:
-        read, unique = _read(step_run.config, sources, work, erasures.erased(step_run.store))
+        read, unique = _read(step_run.config, sources, work, erasures.erased(step_run.store), reader)
         contents = watermark.content_ids(news.contents(work))
         num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
         step_run.result.update(new_records=num_new)
@@ -158,13 +161,13 @@ def _opened(config: RunConfig) -> contextlib.AbstractContextManager[Workspace]:
 
 
 def _read(
-    config: RunConfig, sources: Sequence[Source], work: Workspace, erased: Erased = NONE_ERASED
+    config: RunConfig,
+    sources: Sequence[Source],
+    work: Workspace,
+    erased: Erased = NONE_ERASED,
+    reader: Reader = read_here,
 ) -> tuple[intake.Intake, Deduplicated]:
-    data = config.data
-    screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
-    read = intake.read(
-        sources, work.accept, work.reject, group=data.group, columns=data.columns, screen=screen, erased=erased
-    )
+    read = intake.read(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
     intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     work.finish()
     return read, deduplicate(work)

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.prepare.dataset import Message
@@ -75,6 +76,12 @@ class Screen:
         self.records += bool(self._of_record)
         return self.action != "drop" or not self._of_record
 
+    def taken(self) -> tuple[Counter[Kind], int]:
+        """What was found since this was last asked: pieces of each kind, and the records that hold any."""
+        found = self.found, self.records
+        self.found, self.records = Counter(), 0
+        return found
+
     def _of_object(self, more: str) -> str:
         """JSON with its texts as they may be used."""
         if not more:
@@ -91,6 +98,12 @@ class Screen:
         return {key: self._of_value(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
+@cache
+def _only_one(engine: Callable[[], Any]) -> Any:
+    """Of a process: its model takes seconds to load."""
+    return engine()
+
+
 class _NameFinder:
     """People's names by Presidio's own English model."""
 
@@ -102,7 +115,7 @@ class _NameFinder:
                 "data.personal_names looks for people's names with Presidio, which is not installed: pip install "
                 "presidio-analyzer, or remove data.personal_names"
             ) from exc
-        self._analyzer: Any = AnalyzerEngine()
+        self._analyzer = _only_one(AnalyzerEngine)
 
     def find(self, text: str) -> list[Span]:
         found = self._analyzer.analyze(text=text, entities=["PERSON"], language="en")

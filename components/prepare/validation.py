@@ -1,7 +1,6 @@
 """The rows of one source, a batch at a time: the records that pass and the rows that do not, with what is counted."""
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from components.config.columns import ColumnsConfig
 from components.prepare.arrow_records import keyed_batch_of
 from components.prepare.dataset import Reject
+from components.prepare.personal import Kind
 from components.prepare.plain import Plain, plain
 from components.prepare.row import Rows, SourceRow, Unreadable
 from components.prepare.screen import Screen
@@ -20,8 +20,6 @@ from components.shared.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-logger = logging.getLogger(__name__)
 
 _MAX_ROW_CHARS, _MAX_SHOWN_CHARS = 2000, 300
 _OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that says it is none of them]"
@@ -39,6 +37,12 @@ class Validated(NamedTuple):
     """Rows of records that were erased, usable or not."""
     columns: Counter[tuple[str, ...]]
     """Rows by all their columns."""
+    personal: Counter[Kind]
+    """Pieces of personal data in the records, by kind."""
+    with_personal: int
+    """Records that hold any."""
+    shown: list[tuple[str, str]]
+    """Shapes that this validation met first here, each with a row and the record that it becomes, in words."""
 
 
 Judged = KeyedRecord | Reject | Literal["withheld", "erased"]
@@ -51,7 +55,7 @@ class Validation:
         """`group` is data.group, `columns` data.columns; `screen` sees each message. What was `erased` is counted."""
         self._group, self._columns, self._screen, self._erased = group, columns, screen, erased
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
-        self._shown: set[str] = set()
+        self._shown: dict[str, str] = {}
         self._as_they_are: set[tuple[str, ...]] = set()
 
     def shape_of(self, names: tuple[str, ...]) -> Shape | None:
@@ -63,6 +67,7 @@ class Validation:
     def of(self, source: Source, rows: Rows) -> Validated:
         """These rows, which all come from this source."""
         columns: Counter[tuple[str, ...]] = Counter()
+        known = len(self._shown)
         judged: dict[int, Judged] = {}
         simple: dict[int, Row] = {}
         for place, value in enumerate(rows.values):
@@ -83,6 +88,8 @@ class Validation:
             sum(each == "withheld" for each in judged.values()),
             sum(each == "erased" for each in judged.values()),
             columns,
+            *self._screen.taken(),
+            [*self._shown.items()][known:],
         )
 
     def _plain(self, source: Source, rows: Mapping[int, Row]) -> Plain | None:
@@ -133,8 +140,7 @@ class Validation:
         if not screen.end():
             return "withheld"
         if shape and shape.name not in self._shown:
-            self._shown.add(shape.name)
-            _show(source, row, screen.kept(_text_of(row)), shape, record)
+            self._shown[shape.name] = _described(source, row, screen.kept(_text_of(row)), shape, record)
         return record
 
 
@@ -152,17 +158,12 @@ def _merged(taken: Plain | None, judged: Mapping[int, KeyedRecord]) -> "pa.Recor
     return pa.concat_batches([taken.batch, alone]).take(pa.array(order))
 
 
-def _show(source: Source, row: SourceRow, row_text: str, shape: Shape, keyed: KeyedRecord) -> None:
+def _described(source: Source, row: SourceRow, row_text: str, shape: Shape, keyed: KeyedRecord) -> str:
     record = keyed.record
     asked = record.asked if isinstance(record.asked, str) else json.dumps(record.asked, ensure_ascii=False)
-    logger.info(
-        "%s:%d is read as %s: %s becomes the prompt %r and the answer %r",
-        source.name,
-        row.line,
-        shape.name,
-        row_text[:_MAX_SHOWN_CHARS],
-        asked[:_MAX_SHOWN_CHARS],
-        record.answer_text[:_MAX_SHOWN_CHARS],
+    return (
+        f"{source.name}:{row.line} is read as {shape.name}: {row_text[:_MAX_SHOWN_CHARS]} becomes the prompt "
+        f"{asked[:_MAX_SHOWN_CHARS]!r} and the answer {record.answer_text[:_MAX_SHOWN_CHARS]!r}"
     )
 
 

@@ -34,6 +34,8 @@ class Job:
     metadata: Mapping[str, str] = field(default_factory=dict)
     kfp_run_id: str = ""
     """The Kubeflow run that waits for it; empty outside Kubeflow."""
+    deadline_key: str = "ray.timeout_s"
+    """The config's field that timeout_s comes from."""
     patience_s: float = 0.0
     """After this no step waits for it any more, time in a queue included; 0 means timeout_s."""
 

@@ -152,7 +152,7 @@ class _Clock:
     """How long a job has waited in the queue and run; each has its own limit, and a preempted job does both again."""
 
     def __init__(self, job: Job, cluster: RayJobCluster) -> None:
-        self._limits = {True: float(cluster.queue_timeout_s), False: job.timeout_s}
+        self._limits, self._key = {True: float(cluster.queue_timeout_s), False: job.timeout_s}, job.deadline_key
         self._spent = {True: 0.0, False: 0.0}
         self._queued, self._at = False, time.monotonic()
 
@@ -168,9 +168,7 @@ class _Clock:
         for waits, limit in self._limits.items():
             if self._spent[waits] > limit:
                 stop()
-                key, does = (
-                    ("ray.cluster.queue_timeout_s", "waited in the queue") if waits else ("ray.timeout_s", "ran")
-                )
+                key, does = ("ray.cluster.queue_timeout_s", "waited in the queue") if waits else (self._key, "ran")
                 raise JobError(f"RayJob {job_id} {does} past {key} = {limit:.0f} s and was stopped")
 
     @property
@@ -236,7 +234,7 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     if found["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
         return JobEnd("STOPPED")
     if reason == "DeadlineExceeded":
-        raise JobError(f"RayJob {name} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped by KubeRay")
+        raise JobError(f"RayJob {name} ran past {job.deadline_key} = {job.timeout_s:.0f} s and was stopped by KubeRay")
     if reason == "PreRunningDeadlineExceeded":
         raise JobError(
             f"RayJob {name} had no running cluster after ray.cluster.pre_running_timeout_s = "

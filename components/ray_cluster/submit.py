@@ -85,30 +85,40 @@ def submit_and_wait(
     return job_id
 
 
-def submit_step(step_run: StepRun, task: str, *arguments: str, after: str = "", upto: str = "") -> str:
+def submit_step(
+    step_run: StepRun,
+    task: str,
+    *arguments: str,
+    after: str = "",
+    upto: str = "",
+    ray: RayConfig | None = None,
+    deadline_key: str = "ray.timeout_s",
+) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
-    Steps that name one task share its job, and wait for their parts of it.
+    Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section, and
+    `deadline_key` says where its deadline comes from.
 
     Raises:
         FineloopError: as for `submit_and_wait`.
     """
-    config = step_run.config
+    config, ray = step_run.config, ray or step_run.config.ray
     config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))
     job = Job(
         run_id=step_run.run_id,
         task=task,
         command=("python", "-m", f"ray_jobs.{task}", "--config", config_uri, "--run-id", step_run.run_id, *arguments),
-        timeout_s=config.ray.timeout_s,
+        timeout_s=ray.timeout_s,
+        deadline_key=deadline_key,
         metadata={
             "fineloop_adapter": config.adapter.name,
             "fineloop_config_digest": config.digest,
             "fineloop_user": account(os.environ),
         },
         kfp_run_id=kubeflow_run(os.environ, step_run.run_id),
-        patience_s=config.ray.patience_s,
+        patience_s=ray.patience_s,
     )
-    job_id = submit_and_wait(job, config.ray, after=after, upto=upto)
+    job_id = submit_and_wait(job, ray, after=after, upto=upto)
     step_run.result.update(submission_id=job_id)
     return job_id
 

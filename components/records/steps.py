@@ -62,6 +62,15 @@ class Record(Part):
         return hashlib.sha256(self.as_json()).hexdigest()
 
 
+class Prepared(Record):
+    """What the Ray job that prepared a run's data leaves for the step that waits for it."""
+
+    FILE: ClassVar[str] = "prepared.json"
+
+    result: dict[str, Any]
+    """What the step records: the dataset, or why the run was skipped."""
+
+
 class StepRecord(Record):
     """How one step went."""
 

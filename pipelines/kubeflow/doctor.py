@@ -240,8 +240,11 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
             "queue", False, f"ClusterQueue {name} lets nobody in: {'; '.join(inactive) or 'stopped'}", "start it"
         )
         return
-    short = lacking(demand(config.ray), whole)
-    fix = f"raise the quota of ClusterQueue {name}, or ask for less: ray.num_workers, ray.cluster.worker"
+    jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"
+    if config.data.engine == "ray":
+        jobs, keys = [*jobs, config.ray.for_data(timeout_s=config.data.timeout_s)], f"{keys}, ray.cluster.data"
+    short = list(dict.fromkeys(lack for job in jobs for lack in lacking(demand(job), whole)))
+    fix = f"raise the quota of ClusterQueue {name}, or ask for less: {keys}"
     yield check("queue", not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix)
 
 

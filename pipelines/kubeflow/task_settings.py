@@ -32,7 +32,8 @@ OF_ITS_OWN = {
 """By a step's name, the secret that it alone is given, and its keys: a step that moves an alias signs and announces it,
 and the report sends events to an OpenLineage server."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
-"""Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended."""
+"""Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended. So
+does prepare where data.engine is ray."""
 STEP_S = 3600
 GRACE_S = 900
 DATA_HEADROOM = 4
@@ -46,10 +47,12 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
 
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
-        on_ray = name in ON_RAY
-        deadline_s = {"prepare": config.data.timeout_s}.get(name, STEP_S)
+        reads_here = name == "prepare" and config.data.engine == "local"
+        on_ray = name in ON_RAY or (name == "prepare" and not reads_here)
+        deadline_s = config.data.timeout_s if reads_here else STEP_S
         if on_ray:
-            deadline_s = config.ray.patience_s + GRACE_S
+            ray = config.ray.for_data(timeout_s=config.data.timeout_s) if name == "prepare" else config.ray
+            deadline_s = ray.patience_s + GRACE_S
         kubernetes.set_timeout(task, deadline_s)
         if on_ray:
             for annotation, value in STAYS.items():
@@ -60,7 +63,7 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
         # The first step reads the data; the others hold a few JSON objects.
         task.set_cpu_request("500m").set_cpu_limit("2")
-        limit_gib = math.ceil(DATA_HEADROOM * config.data.memory_gib) if name == "prepare" else 2
+        limit_gib = math.ceil(DATA_HEADROOM * config.data.memory_gib) if reads_here else 2
         task.set_memory_request("1Gi").set_memory_limit(f"{limit_gib}Gi")
         kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.shared.environment import in_environment
 from tests.benchmarks.peak import peak_mb
 
 WORDS, SHORT, LONG = 20_000, 12, 1500
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help=f"prompts of {LONG} words in place of {SHORT}")
     parser.add_argument("--near", type=float, default=0.8, help="data.near_duplicates; 0 compares no prompts")
     parser.add_argument("--memory-gib", type=float, default=2, help="data.memory_gib")
+    parser.add_argument("--files", type=int, default=0, help="have the rows in so many files of a SeaweedFS here")
     parser.add_argument("--only", nargs="+", choices=SIDES, help="these alone")
     parser.add_argument("--one", choices=SIDES, help="measure one here, as JSON")
     parser.add_argument("--file", help="with --one: the rows")
@@ -50,8 +52,26 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "rows.jsonl")
             _make(path, count, LONG if options.long else SHORT)
-            for side in options.only or SIDES:
-                _print(side, count, _in_process(side, path, options))
+            with _where(path, Path(scratch), options.files) as source:
+                for side in options.only or (["fineloop"] if options.files else SIDES):
+                    _print(side, count, _in_process(side, source, options))
+
+
+@contextmanager
+def _where(path: Path, scratch: Path, num_files: int) -> Iterator[str]:
+    """The file itself, or the s3:// folder that its lines are shared out in."""
+    if not num_files:
+        yield str(path)
+        return
+    from components.store.store import open_uri
+    from pipelines.local.local_services import local_services
+
+    with local_services(scratch / "home", bucket="benchmark", ray=False) as environment, in_environment(environment):
+        store, _ = open_uri("s3://benchmark/rows/", field="--files")
+        lines = path.read_bytes().splitlines(keepends=True)
+        for number in range(num_files):
+            store.put(f"rows/{number:06}.jsonl", b"".join(lines[number::num_files]))
+        yield "s3://benchmark/rows/"
 
 
 def _print(side: str, count: int, found: dict[str, Any] | str) -> None:
@@ -64,11 +84,11 @@ def _print(side: str, count: int, found: dict[str, Any] | str) -> None:
     print(f"{count:10,}  {side:>8}  {figures}  {steps}", flush=True)
 
 
-def _in_process(side: str, path: Path, options: argparse.Namespace) -> dict[str, Any] | str:
+def _in_process(side: str, source: str, options: argparse.Namespace) -> dict[str, Any] | str:
     """Its figures, or why there are none."""
     if side != "fineloop" and importlib.util.find_spec(side) is None:
         return "not installed"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.preparing", "--one", side, "--file", str(path)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.preparing", "--one", side, "--file", source]
     command += ["--near", str(options.near), "--memory-gib", str(options.memory_gib)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -96,7 +116,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         steps[name] = _cpu_s() - before
 
     with tempfile.TemporaryDirectory() as scratch:
-        SIDES[options.one](Path(options.file), Path(scratch), step, options)
+        SIDES[options.one](options.file, Path(scratch), step, options)
     return {"cpu_s": _cpu_s(), "wall_s": time.perf_counter() - started, "peak_mb": peak_mb(), "steps": steps}
 
 
@@ -105,18 +125,15 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _fineloop(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -> None:
-    from components.config.schema import DataConfig
+def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
     from components.prepare import intake, workspace
     from components.prepare.profile import build_profile
-    from components.prepare.screen import Screen
     from components.prepare.sources import find_sources
     from components.prepare.split import deduplicate, split
 
-    data = DataConfig(source=str(path))
     with workspace.opened(memory_bytes=round(options.memory_gib * 2**30)) as work:
         with step("read"):
-            read = intake.read(find_sources(str(path)), work.accept, work.reject, screen=Screen(data.personal))
+            read = intake.read(find_sources(source), work.accept, work.reject)
             work.finish()
         with step("deduplicate"):
             unique = deduplicate(work)
@@ -126,7 +143,7 @@ def _fineloop(path: Path, scratch: Path, step: Any, options: argparse.Namespace)
             build_profile(work, read, unique, found, used=())
 
 
-def _duckdb(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -> None:
+def _duckdb(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
     import duckdb
 
     limit = {"memory_limit": f"{int(options.memory_gib * 2**29)}B", "temp_directory": str(scratch / "spilled")}
@@ -134,7 +151,7 @@ def _duckdb(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -
     connection.execute(
         "CREATE TABLE kept AS SELECT id, arg_max(prompt, n) AS prompt, arg_max(completion, n) AS completion"
         f" FROM (SELECT row_number() OVER () AS n, id, nfc_normalize(rtrim(prompt)) AS prompt,"
-        f" nfc_normalize(rtrim(completion)) AS completion FROM read_json('{path}', format = 'newline_delimited'))"
+        f" nfc_normalize(rtrim(completion)) AS completion FROM read_json('{source}', format = 'newline_delimited'))"
         " GROUP BY id"
     )
     connection.execute(
@@ -147,12 +164,12 @@ def _duckdb(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -
         connection.execute(f"COPY ({query}) TO '{scratch / name}.parquet' (COMPRESSION zstd)")
 
 
-def _polars(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -> None:
+def _polars(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
     import polars as pl
 
     texts = [pl.col(name).str.normalize("NFC").str.strip_chars_end() for name in ("prompt", "completion")]
     rows = (
-        pl.scan_ndjson(path)
+        pl.scan_ndjson(source)
         .with_columns(*texts)
         .unique("id", keep="last", maintain_order=True)
         .unique(["prompt", "completion"], keep="first", maintain_order=True)
@@ -164,7 +181,7 @@ def _polars(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -
         rows.filter(side).drop("place").sink_parquet(scratch / f"{name}.parquet", compression="zstd")
 
 
-def _datasets(path: Path, scratch: Path, step: Any, options: argparse.Namespace) -> None:
+def _datasets(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
     import hashlib
     import unicodedata
 
@@ -183,7 +200,7 @@ def _datasets(path: Path, scratch: Path, step: Any, options: argparse.Namespace)
         content = hashlib.sha256(f"{row['prompt']}{row['completion']}".encode()).digest()
         return not (content in seen or seen.add(content))  # type: ignore[func-returns-value]
 
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(scratch / "cache"))
+    rows = datasets.load_dataset("json", data_files=source, split="train", cache_dir=str(scratch / "cache"))
     rows = rows.map(normalised, batched=True).filter(is_new).sort("place")
     border = f"{int(EVAL_SHARE * 2**32):08x}"
     for name, side in (("eval", lambda place: place < border), ("train", lambda place: place >= border)):
@@ -191,7 +208,7 @@ def _datasets(path: Path, scratch: Path, step: Any, options: argparse.Namespace)
 
 
 TEXTS = ("prompt", "completion")
-SIDES: dict[str, Callable[[Path, Path, Any, argparse.Namespace], None]] = {
+SIDES: dict[str, Callable[[str, Path, Any, argparse.Namespace], None]] = {
     "fineloop": _fineloop,
     "polars": _polars,
     "duckdb": _duckdb,

@@ -17,6 +17,7 @@ from components.prepare.arrow_records import batch_of, keyed_batch_of, records_o
 from components.prepare.dataset import Record, Reject
 from components.prepare.intake import Intake
 from components.prepare.parts import DatasetFolder
+from components.prepare.reading import Rules
 from components.prepare.sources import Source
 from components.prepare.validate import Hashes, KeyedRecord
 from components.store.store import Store
@@ -49,7 +50,7 @@ class Read:
     rejects: list[Reject] = field(default_factory=list)
 
 
-def read(sources: Sequence[Source], **options: Any) -> Read:
+def read(sources: Sequence[Source], **rules: Any) -> Read:
     """All rows of the sources, kept."""
     found = Read()
 
@@ -58,7 +59,7 @@ def read(sources: Sequence[Source], **options: Any) -> Read:
         for record, each in zip(records_of(batch), hashes, strict=True):
             found.accepted.append(KeyedRecord(record, **each))
 
-    found.counts = intake.read(sources, accept, found.rejects.append, **options)
+    found.counts = intake.read(sources, accept, found.rejects.append, rules=Rules(**rules))
     return found
 
 

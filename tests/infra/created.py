@@ -14,10 +14,12 @@ CLUSTER = {
     "image": f"registry.example/train@sha256:{'1' * 64}",
     "priority_class": "fineloop-scheduled",
 }
+GPUS = RayConfig.model_validate({"num_workers": 4, "use_gpu": True, "gpu": "A10G", "cluster": CLUSTER})
 CONFIGS = {
     "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},
     "cpus": {"num_workers": 2},
     "spot": {"num_workers": 4, "use_gpu": True, "cluster": {"nodes": 2, "spot": True}},
+    "data": GPUS.for_data(timeout_s=3600).model_dump(exclude_defaults=True),
 }
 
 

@@ -111,7 +111,7 @@ def test_rows_read_together_become_what_each_becomes_by_itself(
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     expected = [by_itself(each, group, action, "") for each in rows]
-    found = read(find_sources(str(path)), group=group, screen=Screen(action))
+    found = read(find_sources(str(path)), group=group, personal=action)
     records = [each for each in expected if isinstance(each, KeyedRecord)]
     assert list(map(astuple, found.accepted)) == list(map(astuple, records))
     reasons = [(line, each) for line, each in enumerate(expected, start=1) if isinstance(each, str)]

@@ -171,6 +171,18 @@ def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Calla
     assert deadlines["exec-gate"] == 3600
 
 
+def test_a_step_whose_data_a_ray_job_prepares_waits_for_it_and_reads_nothing_itself(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    config = make_config("data.engine=ray", "data.timeout_s=20000", "data.memory_gib=9")
+    spec, platform = yaml.safe_load_all(compile_pipeline(config))
+    prepare = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-prepare"]
+    queued_s = config.ray.cluster.queue_timeout_s
+    assert int(prepare["activeDeadlineSeconds"]) > 20_000 + queued_s
+    assert prepare["podMetadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
+    assert executors(spec)["prepare"]["resources"]["resourceMemoryLimit"] == "2Gi"
+
+
 def test_preparing_may_take_four_times_the_memory_that_the_config_says(make_config: Callable[..., RunConfig]) -> None:
     spec, _ = yaml.safe_load_all(compile_pipeline(make_config("data.memory_gib=3.1")))
     limits = {name: container["resources"]["resourceMemoryLimit"] for name, container in executors(spec).items()}

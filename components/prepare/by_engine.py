@@ -1,0 +1,33 @@
+"""The prepare step where `data.engine` says: in this process, or by a Ray job that asks for no GPU."""
+
+from dataclasses import fields
+
+from components.prepare.prepare import PreparedDataset, prepare_if_new
+from components.ray_cluster.submit import submit_step
+from components.records import runs
+from components.records.steps import Prepared
+from components.shared.errors import JobError, ObjectMissing
+from components.step.step import StepRun
+
+
+def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset | None:
+    """As `prepare_if_new`, wherever it is done.
+
+    Raises:
+        FineloopError: as for `prepare_if_new`; of a job, what it failed with.
+        JobError: it ended without success and without saying why, or without a result.
+    """
+    config = step_run.config
+    if config.data.engine == "local":
+        return prepare_if_new(step_run, is_decided=is_decided)
+    decided = ["--decided"] if is_decided else []
+    ray = config.ray.for_data(timeout_s=config.data.timeout_s)
+    submission_id = submit_step(step_run, "prepare", *decided, ray=ray, deadline_key="data.timeout_s")
+    try:
+        result = runs.read(step_run.store, step_run.run_id, Prepared).result
+    except ObjectMissing as exc:
+        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    step_run.result.update(result)
+    if "skipped" in result:
+        return None
+    return PreparedDataset(**{field.name: result[field.name] for field in fields(PreparedDataset)})

@@ -1,0 +1,28 @@
+"""What ends a worker of Ray from inside, once."""
+
+import os
+import signal
+from collections.abc import Set
+from dataclasses import dataclass
+
+from components.registry.erasures import Erased
+
+
+@dataclass(frozen=True)
+class DiesAtItsRecord(Erased):
+    """Erased records; the first process but `driver` that asks for one whose id ends so is killed."""
+
+    records: Set[str] = frozenset({"nobody"})
+    ending: str = ""
+    marker: str = ""
+    driver: int = 0
+
+    def has(self, record_id: str) -> bool:
+        if record_id.endswith(self.ending) and os.getpid() != self.driver:
+            try:
+                os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().has(record_id)
