@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 AHEAD = 4
+ONE_REQUEST_BYTES = 2**23
+"""Of an object that is fetched whole at once: boto3's managed download asks for its size first, and starts threads."""
 
 
 def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | None]]:
@@ -33,7 +35,7 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
             if source.name.startswith("s3://"):
                 store, key = buckets.open(source.name)
                 path = Path(scratch, str(number), Path(key).name)
-                return pool.submit(_downloaded, store, key, path)
+                return pool.submit(_downloaded, store, key, path, source.size_bytes)
             if hub.is_address(source.name):
                 return pool.submit(hub.fetched, source.name)
             found: Future[Path | None] = Future()
@@ -59,6 +61,11 @@ def _next(pending: "deque[tuple[Source, Future[Path | None]]]", scratch: Path) -
         path.unlink()
 
 
-def _downloaded(store: "Store", key: str, path: Path) -> Path:
-    store.download(key, path)
+def _downloaded(store: "Store", key: str, path: Path, size: int) -> Path:
+    if size > ONE_REQUEST_BYTES:
+        store.download(key, path)
+    else:
+        body = store.get(key)
+        path.parent.mkdir()
+        path.write_bytes(body)
     return path
