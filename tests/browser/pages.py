@@ -44,7 +44,6 @@ def reports() -> dict[str, str]:
     found = {
         "report": full_run(),
         "report-forgetful": example_runs.forgetful_run(),
-        "report-waits": example_runs.waiting_run(),
         "report-failed": example_runs.failed_run(),
         "report-skipped": example_runs.skipped_run(),
     }
