@@ -157,7 +157,8 @@ def loss_axis(points: Sequence[float], lines: Sequence[float]) -> LossAxis:
     if low > 0 and high / low >= LOG_FROM:
         low, high = low * 0.97, high * 1.03
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [each for power in powers for each in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
+        multiples = (1, 2, 3, 5) if high / low < 30 else (1, 3)
+        ticks = [multiple * 10.0**power for power in powers for multiple in multiples]
         return LossAxis(low, high, tuple(float(f"{each:.6g}") for each in ticks if low <= each <= high), is_log=True)
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = max(low - margin, 0.0) if low >= 0 else low - margin, high + margin

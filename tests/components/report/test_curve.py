@@ -59,7 +59,8 @@ def test_an_outlier_does_not_flatten_the_curve() -> None:
 def test_losses_that_differ_much_have_a_logarithmic_axis_and_others_a_linear_one() -> None:
     steep = loss_axis([], [8.0, 4.0, 2.0, 1.0])
     assert steep.is_log
-    assert steep.ticks == (1.0, 2.0, 5.0)
+    assert steep.ticks == (1.0, 2.0, 3.0, 5.0)
+    assert loss_axis([], [120.0, 0.9]).ticks == (1.0, 3.0, 10.0, 30.0, 100.0)
     heights = [steep.share(value) for value in (1.0, 2.0, 4.0, 8.0)]
     steps = [after - before for before, after in pairwise(heights)]
     assert steps == pytest.approx([steps[0]] * 3)

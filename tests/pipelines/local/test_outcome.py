@@ -1,7 +1,17 @@
 """What a finished run says to a person."""
 
+import re
+from pathlib import Path
+
+from components.records import runs
+from components.records.steps import Decision
+from components.report.page import build_report
+from components.report.registry_page import write_pages
+from components.report.report import PAGES_FROM_RUN
+from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
-from pipelines.local.outcome import Outcome, summary
+from components.store.store import Store
+from pipelines.local.outcome import Outcome, read_outcome, summary
 
 
 def test_the_numbers_of_all_metrics_stand_in_columns() -> None:
@@ -27,3 +37,18 @@ def test_the_numbers_of_all_metrics_stand_in_columns() -> None:
     table = text.split("\n\n")[1].splitlines()
     assert len(table) == 1 + len(METRICS)
     assert len({len(line) for line in table}) == 1
+
+
+def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store: Store, tmp_path: Path) -> None:
+    about = {"adapter": "sums", "alias": "production", "run_id": "r", "reasons": ()}
+    runs.write(store, "r", Decision(decision="skipped", **about))
+    report = build_report(RunFiles(run_id="r", adapter="sums"), pages_at=PAGES_FROM_RUN)
+    store.put("runs/r/report.html", report.encode())
+    write_pages(store, "sums", generated_at="now")
+    store.put("pages/sums.html", b"its versions")
+    folder = tmp_path / "runs" / "r"
+    folder.mkdir(parents=True)
+    read_outcome(store, "r", ground_s=0, total_s=0, report_path=folder / "report.html")
+    links = re.findall(r'href="(\.\./[^"]+)"', (folder / "report.html").read_text())
+    assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
+    assert all((folder / link).is_file() for link in links)
