@@ -20,6 +20,7 @@ from components.records.steps import Decision
 from components.registry import erasures
 from components.registry.erasures import NONE_ERASED, Erased
 from components.shared import memory
+from components.shared.answers import never_trained_text
 from components.shared.counted import counted
 from components.shared.errors import DataError
 from components.step.step import StepRun
@@ -49,6 +50,8 @@ class PreparedDataset:
     """Rows of this run's sources that are in neither split, by the reason."""
     near_in_train: int
     """Records to train on that hardly differ from another one."""
+    never_trained: dict[str, int]
+    """Held-out records by the label that no record to train on has."""
     created: bool
     """False when the store already held these records: nothing was written."""
 
@@ -59,7 +62,7 @@ class PreparedDataset:
         reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items() if count]
         left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
         alike = f"; {self.near_in_train:,} of those to train on are near another" if self.near_in_train else ""
-        return kept + left_out + alike
+        return kept + left_out + alike + (f"; {never_trained_text(self.never_trained)}" if self.never_trained else "")
 
 
 @contextlib.contextmanager
@@ -207,6 +210,7 @@ def _publish(
         rejected=read.rejected,
         left_out=_left_out(read, unique, found),
         near_in_train=found.near_in_train,
+        never_trained=profile["never_trained"],
         created=folder.created,
     )
     logger.info("%s %s", "published" if folder.created else "already there:", folder.uri)

@@ -9,6 +9,7 @@ from components.prepare.intake import Intake
 from components.prepare.parts import Part
 from components.prepare.split import Deduplicated, TrainEvalSplit
 from components.prepare.workspace import Workspace, quoted
+from components.shared.answers import are_labels
 
 _TOP_ANSWERS = 20
 _SAMPLES = 3
@@ -53,12 +54,28 @@ def build_profile(
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
         "replayed": split.replayed,
+        "never_trained": never_trained(work, split),
         "splits": {"train": _describe(work, split.train), "eval": _describe(work, split.evaluation)},
         "sources": [
             {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
             for each in intake.sources
         ],
     }
+
+
+def never_trained(work: Workspace, split: TrainEvalSplit) -> dict[str, int]:
+    """Held-out records by the label that no record to train on has; none where answers are no labels."""
+    (distinct, records) = work.row(
+        f"SELECT count(DISTINCT answer), count(*) FROM {_read(split.train, split.evaluation)}"
+    )
+    if not are_labels(distinct, records):
+        return {}
+    return dict(
+        work.rows(
+            f"SELECT answer, count(*) FROM {_read(split.evaluation)} WHERE answer NOT IN"
+            f" (SELECT answer FROM {_read(split.train)}) GROUP BY answer ORDER BY 2 DESC, 1"
+        )
+    )
 
 
 def percentiles(lengths: Iterable[int]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from components.shared.answers import never_trained_text
 from components.shared.counted import counted
 from pipelines.commands import erase
 from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
@@ -89,6 +90,8 @@ def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
     train, held_out = splits["train"], splits["eval"]
     groups = f" in {train['groups']:,} groups" if train["groups"] else ""
     yield f"{train['records']:,} records to train on{groups}, {held_out['records']:,} held out"
+    if never_trained := body["profile"]["never_trained"]:
+        yield never_trained_text(never_trained)
     if gate["lacking"]:
         yield f"the gate: {gate['lacking']}"
         return

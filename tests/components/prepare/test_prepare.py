@@ -120,6 +120,33 @@ def test_the_steps_line_says_what_is_left_out_and_why(store: Store, write_rows: 
         prepare(run_config(source, eval_share=0.3), store)
 
 
+def test_a_label_that_is_held_out_and_never_trained_on_is_said(
+    store: Store, write_rows: Write, run_config: Config
+) -> None:
+    config = run_config(write_rows(rows(200)), eval_share=0.3)
+    known = prepare(config, store)
+    assert known.never_trained == {}
+    held_out = load_split(store, known.uri, "eval")[:2]
+    changed = [
+        {
+            **row,
+            "completion": "rare"
+            if row["prompt"] in [each.prompt[0].content for each in held_out]
+            else row["completion"],
+        }
+        for row in rows(200)
+    ]
+    prepared = prepare(run_config(write_rows(changed, name="changed.jsonl"), eval_share=0.3), store)
+    evaluation = load_split(store, prepared.uri, "eval")
+    assert prepared.never_trained == {"rare": sum(each.answer == "rare" for each in evaluation)} != {"rare": 0}
+    assert prepared.summary.endswith("2 held-out records with labels that are never trained on: 'rare'")
+
+
+def test_answers_that_are_no_labels_are_never_missed(store: Store, write_rows: Write, run_config: Config) -> None:
+    free = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(100)]
+    assert prepare(run_config(write_rows(free), eval_share=0.3), store).never_trained == {}
+
+
 def test_rows_without_the_group_that_the_config_names_are_rejects(
     store: Store, write_rows: Write, run_config: Config
 ) -> None:
