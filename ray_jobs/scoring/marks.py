@@ -59,12 +59,19 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def json_valid(answer: str, reference: str) -> float:
-    """Whether the answer is JSON by RFC 8259, and nothing beside it, whatever the reference is."""
+    """Whether the answer is JSON by RFC 8259, and nothing beside it: an object or an array where the reference is one.
+
+    A number alone is JSON too, and no answer to who asked for an object.
+    """
     try:
-        json.loads(answer, parse_constant=_refuse)
+        found = json.loads(answer, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return 0.0
-    return 1.0
+    try:
+        wanted = json.loads(reference)
+    except (ValueError, RecursionError):
+        return 1.0
+    return float(not isinstance(wanted, (dict, list)) or type(found) is type(wanted))
 
 
 MARKS: Mapping[str, Mark] = {

@@ -123,12 +123,19 @@ class ChatFormat:
     def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
         """The turns before each answer, and the answer."""
         self._require_tools_known(record)
-        turns: list[Turn] = [*(_turn(message) for message in record.prompt), _answer(record)]
+        turns: list[Turn] = [*map(self._asked, record.prompt), _answer(record)]
         roles = [turn["role"] for turn in turns]
         places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
         if loss_on == "last":
             places = places[-1:]
         return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]
+
+    def _asked(self, message: Message) -> Turn:
+        """An earlier turn. A model that is not asked to reason says what follows a block of reasoning, and no more."""
+        turn = _turn(message)
+        if message.role != "assistant" or self.thinking:
+            return turn
+        return {**turn, "content": without_reasoning(turn["content"]) or turn["content"]}
 
     def _without_reasoning(self, record: Record, answered: Turn) -> Turn:
         answer: str = answered["content"] if self.thinking else without_reasoning(answered["content"])

@@ -211,3 +211,20 @@ def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own,
     mark = marks.named([key])[key]
     with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {message}"):
         mark("ab", "abc")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ('{"dose": 5}', '{"dose": 6}', 1),
+        ("42", '{"dose": 6}', 0),
+        ('"x"', '{"dose": 6}', 0),
+        ("[1]", '{"dose": 6}', 0),
+        ("[]", "[1, 2]", 1),
+        ("null", "[1, 2]", 0),
+        ("42", "7", 1),
+        ('{"dose": 5}', "7", 1),
+    ],
+)
+def test_where_an_object_or_an_array_is_asked_for_json_is_one(answer: str, reference: str, expected: float) -> None:
+    assert json_valid(answer, reference) == expected

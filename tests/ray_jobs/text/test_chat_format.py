@@ -90,6 +90,21 @@ def test_decoding_is_greedy_and_nothing_else(tmp_path):
     assert said["eos_token_id"] == sorted(chat.stops)
 
 
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+def test_earlier_answers_lose_their_reasoning_too_unless_the_model_is_asked_to_think(tiny_base, tmp_path, loss_on):
+    """By a template that writes every turn as it is."""
+    turns = [Message("user", "sky"), Message("assistant", "<think>\nthe sky\n</think>\n\nblue"), Message("user", "sea")]
+    record = Record("r", turns, "<think>\nthe sea\n</think>\n\ngreen")
+    as_it_is = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    said = "".join(with_template(tiny_base, tmp_path / "plain", as_it_is).rows(record, loss_on)[0])
+    assert said == "[user]sky[assistant]blue[user]sea[assistant]green"
+    thinking = with_template(tiny_base, tmp_path / "thinking", as_it_is, thinking=True)
+    assert "the sky" in "".join(thinking.rows(record, loss_on)[0])
+
+
 @pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
 @pytest.mark.parametrize("said", ["blue", "<think>\nthe sky\n</think>\n\nblue"])
 def test_a_block_of_reasoning_is_closed_before_the_answer_begins(tmp_path, name, said):
