@@ -10,6 +10,12 @@ from components.config.section import Added, Section
 
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_DOMAIN = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/"
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^({_DOMAIN})?{_NAME}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^({_NAME})?$")]
+Quantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(Ki|Mi|Gi|Ti)?$")]
+OtherResource = Annotated[str, StringConstraints(pattern=rf"^(hugepages-[1-9][0-9]*[KMG]i|{_DOMAIN}{_NAME})$")]
 ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
 IMAGE = "fineloop/train:0.2.0"
 """What `make images` builds of this release."""
@@ -21,6 +27,7 @@ NVIDIA_GPU = "nvidia.com/gpu"
 
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
 _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
+_TAKEN = re.compile(r"(^|[.-])(kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io|org|dev)$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
@@ -32,6 +39,8 @@ class JobsApiCluster(Section):
     """A cluster that is there; its address comes from RAY_ADDRESS."""
     has_address: ClassVar[bool] = True
     image: ClassVar[str] = ""
+    ca_bundle: ClassVar[str] = ""
+    labels: ClassVar[dict[str, str]] = {}
     queue_timeout_s: ClassVar[int] = 0
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
@@ -49,6 +58,9 @@ class WorkerPod(Section):
     """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 24
     """Memory in GiB, shared memory included."""
+    resources: Annotated[dict[OtherResource, Quantity], Added("0.2.0")] = {}
+    """What else it asks for, such as "vpc.amazonaws.com/efa" = "4" or "hugepages-2Mi" = "5Gi"; the ClusterQueue must
+    cover each of them."""
 
 
 class HeadPod(Section):
@@ -114,6 +126,17 @@ class RayJobCluster(Section):
     """How long a job may wait in the queue before it is given up."""
     priority_class: OptionalName = ""
     """Kueue's WorkloadPriorityClass; empty means the queue's default."""
+    pod_priority_class: Annotated[OptionalName, Added("0.2.0")] = ""
+    """The pods' PriorityClass, by which the scheduler evicts others for them; empty means the cluster's default."""
+    topology: Annotated[str, StringConstraints(pattern=rf"^(({_DOMAIN})?{_NAME})?$"), Added("0.2.0")] = ""
+    """A level of the queue's Topology, such as a rack, by its nodes' label: Kueue places all workers within one."""
+    topology_required: Annotated[bool, Added("0.2.0")] = False
+    """Wait until one has room, where they are otherwise spread over as few as possible."""
+    labels: Annotated[dict[LabelKey, LabelValue], Added("0.2.0")] = {}
+    """Labels of the RayJob, its pods and the pipeline's steps, such as a cost centre."""
+    ca_bundle: Annotated[OptionalName, Added("0.2.0")] = ""
+    """A ConfigMap whose key ca.crt holds every certificate authority that Ray pods and steps trust, yours and the
+    public ones: it takes the place of the images' own."""
     nodes: Annotated[int, Field(ge=0)] = 0
     """Worker pods, among which ray.num_workers is shared out evenly; 0 means a pod for each worker."""
     worker: WorkerPod = WorkerPod()
@@ -167,8 +190,22 @@ class RayJobCluster(Section):
                 raise ValueError(f"{name} is set by Fineloop: remove it")
         return env
 
+    @field_validator("labels")
+    @classmethod
+    def _are_not_ours(cls, labels: dict[str, str]) -> dict[str, str]:
+        for key in labels:
+            if _TAKEN.search(key.rpartition("/")[0]):
+                raise ValueError(f"label {key} belongs to the cluster or to Fineloop: choose a name of your own")
+        return labels
+
     @model_validator(mode="after")
     def _fits(self) -> "RayJobCluster":
+        if self.gpu_resource in self.worker.resources:
+            raise ValueError(
+                f"worker.resources has {self.gpu_resource}, which use_gpu and num_workers ask for: leave it out"
+            )
+        if self.topology_required and not self.topology:
+            raise ValueError("topology_required needs topology, the label of a level: set it")
         if self.shared_memory_gib >= self.worker.memory_gib:
             raise ValueError(
                 f"shared_memory_gib {self.shared_memory_gib} is a part of worker.memory_gib {self.worker.memory_gib} "

@@ -34,6 +34,12 @@ RAY_SECRET = "fineloop-ray"
 PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+TOPOLOGY = {True: "kueue.x-k8s.io/podset-required-topology", False: "kueue.x-k8s.io/podset-preferred-topology"}
+CA_FOLDER = "/etc/fineloop/ca"
+CA_VARIABLES = {
+    name: f"{CA_FOLDER}/ca.crt" for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "CURL_CA_BUNDLE")
+}
+"""What makes OpenSSL, Go, requests, boto3 and libcurl trust the authorities of `ray.cluster.ca_bundle`."""
 HOME = "/home/fineloop"
 SUBMITTER_DISK_GIB = 1
 NO_MESH = {"sidecar.istio.io/inject": "false"}
@@ -65,6 +71,7 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "name": rayjob_name(job, attempt),
             "namespace": namespace,
             "labels": {
+                **cluster.labels,
                 **labels(job),
                 ATTEMPT: str(attempt),
                 **({QUEUE: cluster.queue} if cluster.queue else {}),
@@ -153,7 +160,14 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
     gpus = {cluster.gpu_resource: str(ray.num_workers // num_pods)} if ray.use_gpu else {}
     container = {
         **_container("ray-worker", cluster),
-        "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
+        "resources": _exactly(
+            {
+                "cpu": str(cluster.worker.cpu),
+                "memory": f"{cluster.worker.memory_gib}Gi",
+                **gpus,
+                **cluster.worker.resources,
+            }
+        ),
     }
     pod = _pod(cluster, job, "worker", container, cluster.disk_gib, shared_memory_gib=cluster.shared_memory_gib)
     taints = [
@@ -165,6 +179,8 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
         pod["spec"]["nodeSelector"] = labels_of_nodes
     if taints:
         pod["spec"]["tolerations"] = taints
+    if cluster.topology:
+        pod["metadata"]["annotations"][TOPOLOGY[cluster.topology_required]] = cluster.topology
     return {
         "groupName": "workers",
         "replicas": num_pods,
@@ -206,10 +222,14 @@ def _pod(
     if shared_memory_gib:
         volumes.append({"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_memory_gib}Gi"}})
         container["volumeMounts"].append({"name": "shared-mem", "mountPath": "/dev/shm"})
+    if cluster.ca_bundle:
+        volumes.append({"name": "ca", "configMap": {"name": cluster.ca_bundle}})
+        container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
+        container["env"] += [{"name": key, "value": value} for key, value in CA_VARIABLES.items()]
     pull = [{"name": name} for name in cluster.image_pull_secrets]
     return {
         "metadata": {
-            "labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}", **NO_MESH},
+            "labels": {**cluster.labels, **labels(job), "app.kubernetes.io/component": f"ray-{component}", **NO_MESH},
             "annotations": dict(STAYS),
         },
         "spec": {
@@ -225,6 +245,7 @@ def _pod(
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             **({"imagePullSecrets": pull} if pull else {}),
+            **({"priorityClassName": cluster.pod_priority_class} if cluster.pod_priority_class else {}),
             "containers": [container],
             "volumes": volumes,
         },

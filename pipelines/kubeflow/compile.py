@@ -38,9 +38,9 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
 def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
     """The retraining pipeline's YAML, the platform's part as a second document.
 
-    What of the config decides how long a step may take, and whether the run tunes, is compiled in. The default of the
-    parameter `config` is `default`, or the config itself. The same gives the same text. An empty image means the
-    project's own.
+    How long a step may take, whether the run tunes, and the steps' labels and certificates are compiled in. The default
+    of the parameter `config` is `default`, or the config itself. The same gives the same text. An empty image means
+    the project's own.
     """
     from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build

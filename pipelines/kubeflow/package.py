@@ -1,7 +1,7 @@
 """A compiled pipeline, and its place on the server: one version for each content.
 
-A config is no part of it, but for how long steps may take: versions change when the pipeline does, and are named by
-release and day.
+A config is no part of it, but for how long steps may take, their labels and their certificates: versions change when
+the pipeline does, and are named by release and day.
 """
 
 import hashlib

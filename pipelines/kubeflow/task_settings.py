@@ -1,4 +1,4 @@
-"""What a step gets on a cluster and needs nowhere else: time, memory, retries, and its environment by reference."""
+"""What a step gets on a cluster and needs nowhere else: time, memory, retries, labels, its environment by reference."""
 
 import math
 from collections.abc import Callable
@@ -6,11 +6,18 @@ from collections.abc import Callable
 from kfp import dsl, kubernetes
 
 from components.config.schema import RunConfig
-from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STAYS, STORE_SECRET
+from components.ray_cluster.rayjob_manifest import (
+    CA_FOLDER,
+    CA_VARIABLES,
+    CONFIG_MAP,
+    RAY_SECRET,
+    STAYS,
+    STORE_SECRET,
+)
 
 ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
-    *("FINELOOP_USER", "OPENLINEAGE_URL"),
+    *("FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY"),
 )
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 PROMOTE_SECRET = "fineloop-promote"
@@ -69,6 +76,12 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
+        for label, value in config.ray.cluster.labels.items():
+            kubernetes.add_pod_label(task, label, value)
+        if bundle := config.ray.cluster.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)
+            for variable, path in CA_VARIABLES.items():
+                task.set_env_variable(variable, path)
         if name in OF_ITS_OWN:
             secret, keys = OF_ITS_OWN[name]
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)

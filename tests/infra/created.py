@@ -21,6 +21,18 @@ CONFIGS = {
     "spot": {"num_workers": 4, "use_gpu": True, "cluster": {"nodes": 2, "spot": True}},
     "data": GPUS.for_data(timeout_s=3600).model_dump(exclude_defaults=True),
 }
+COMPANY = {
+    "num_workers": 2,
+    "use_gpu": True,
+    "cluster": {
+        "worker": {"resources": {"vpc.amazonaws.com/efa": "1", "hugepages-2Mi": "5Gi"}},
+        "topology": "topology.kubernetes.io/zone",
+        "pod_priority_class": "training",
+        "labels": {"cost-centre": "nlp-7"},
+        "ca_bundle": "company-ca",
+    },
+}
+"""What no overlay of ours has."""
 
 
 def created(config: dict[str, Any], owner: Workflow | None = None) -> Manifest:

@@ -101,6 +101,38 @@ def test_the_job_that_prepares_the_data_asks_for_pods_of_its_own_size_and_no_gpu
     assert not {"nodeSelector", "tolerations"} & pod.keys()
     assert next(each for each in pod["volumes"] if each["name"] == "shared-mem")["emptyDir"]["sizeLimit"] == "3Gi"
     assert ray.patience_s == 7 + ray.cluster.queue_timeout_s
+def test_what_else_workers_ask_for_is_requested_exactly_by_them_alone() -> None:
+    """Kubernetes takes hugepages and extended resources where the requests are the limits."""
+    other = {"vpc.amazonaws.com/efa": "4", "hugepages-2Mi": "5Gi"}
+    sizes = {name: each["resources"] for name, each, _ in containers(created({"worker": {"resources": other}}))}
+    assert sizes["ray-worker"]["requests"] == sizes["ray-worker"]["limits"] == {"cpu": "4", "memory": "24Gi", **other}
+    assert not other.keys() & {*sizes["ray-head"]["limits"], *sizes["ray-job-submitter"]["limits"]}
+
+
+@pytest.mark.parametrize(("required", "annotation"), [(True, "required"), (False, "preferred")])
+def test_workers_are_placed_within_one_level_of_the_topology(required: bool, annotation: str) -> None:
+    """By the annotation of the pod set (Kueue's documentation, "Topology Aware Scheduling"); the head lies anywhere."""
+    cluster = {"topology": "cloud.provider.com/topology-rack", "topology_required": required}
+    for name, _, pod in containers(created(cluster)):
+        found = {key: value for key, value in pod["metadata"]["annotations"].items() if "topology" in key}
+        expected = {f"kueue.x-k8s.io/podset-{annotation}-topology": "cloud.provider.com/topology-rack"}
+        assert found == (expected if name == "ray-worker" else {}), name
+
+
+def test_priority_cost_labels_and_certificates_are_on_every_pod() -> None:
+    bundle = {"pod_priority_class": "training", "labels": {"cost-centre": "nlp-7"}, "ca_bundle": "company-ca"}
+    found = created(bundle)
+    assert found["metadata"]["labels"]["cost-centre"] == "nlp-7"
+    for name, container, pod in containers(found):
+        assert pod["metadata"]["labels"]["cost-centre"] == "nlp-7", name
+        assert pod["spec"]["priorityClassName"] == "training", name
+        (volume,) = (each for each in pod["spec"]["volumes"] if "configMap" in each)
+        assert volume["configMap"] == {"name": "company-ca"}
+        (mount,) = (each for each in container["volumeMounts"] if each["name"] == volume["name"])
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        assert {variables[key] for key in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")} == {
+            f"{mount['mountPath']}/ca.crt"
+        }, name
 
 
 def test_the_workflow_of_the_run_owns_it_without_being_its_controller() -> None:
@@ -283,6 +315,13 @@ def test_runs_whose_names_differ_in_what_no_name_may_hold_are_told_apart() -> No
         ({"cpus_per_worker": 5}, "cluster.worker.cpu 4 is less than the 5"),
         ({"cluster": {"tolerations": [{"operator": "Equal"}]}}, 'operator = "Equal" needs a key'),
         ({"cluster": {"queue": "Not A Name"}}, "queue"),
+        ({"cluster": {"worker": {"resources": {"cpu": "4"}}}}, "resources"),
+        ({"cluster": {"worker": {"resources": {"vpc.amazonaws.com/efa": "0"}}}}, "resources"),
+        ({"cluster": {"worker": {"resources": {"nvidia.com/gpu": "4"}}}}, "use_gpu and num_workers ask for"),
+        ({"cluster": {"topology_required": True}}, "topology_required needs topology"),
+        ({"cluster": {"labels": {"kueue.x-k8s.io/queue-name": "mine"}}}, "choose a name of your own"),
+        ({"cluster": {"labels": {"app.kubernetes.io/part-of": "mine"}}}, "choose a name of your own"),
+        ({"cluster": {"labels": {"cost": "two words"}}}, "labels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_cluster_is_asked(ray: dict[str, Any], message: str) -> None:

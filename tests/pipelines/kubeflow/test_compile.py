@@ -229,12 +229,28 @@ def test_every_attempt_of_a_step_has_its_whole_deadline(
         assert seconds["backoffMaxDuration"] >= (retries + 1) * attempt, name
 
 
+def test_steps_have_the_clusters_labels_and_trust_its_certificates(make_config: Callable[..., RunConfig]) -> None:
+    company = (
+        "ray.cluster.kind=rayjob",
+        'ray.cluster.labels={"cost-centre"="nlp-7"}',
+        "ray.cluster.ca_bundle=company-ca",
+    )
+    spec, platform = yaml.safe_load_all(compile_pipeline(make_config(*company)))
+    for name, each in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
+        assert each["podMetadata"]["labels"] == {"cost-centre": "nlp-7"}, name
+        (volume,) = each["configMapAsVolume"]
+        assert volume["configMapName"] == "company-ca", name
+        container = executors(spec)[name.removeprefix("exec-")]
+        variables = {pair["name"]: pair["value"] for pair in container["env"]}
+        assert {variables[key] for key in ("SSL_CERT_FILE", "AWS_CA_BUNDLE")} == {f"{volume['mountPath']}/ca.crt"}, name
+
+
 def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, dict[str, Any]]) -> None:
     def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
     store_and_ray = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
-    plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL")
+    plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY")
     mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
     others = (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", "FINELOOP_WEBHOOK_SECRET", *mlflow)
