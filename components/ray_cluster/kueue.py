@@ -12,7 +12,17 @@ logger = logging.getLogger(__name__)
 QUOTA = "waiting for quota"
 """Before Kueue has looked at it, or where it may not be asked."""
 NEVER_FITS = ("ExceedsMaxQuota", "NoMatchingFlavor")
-"""Reasons of the condition QuotaReserved that no waiting ends (Kueue 0.19, apis/kueue/v1beta2/workload_types.go)."""
+"""Reasons of the condition QuotaReserved that no waiting ends (Kueue 0.19, apis/kueue/v1beta2/workload_types.go).
+Without the feature gate UnadmittedWorkloadsObservability, which is off by itself, the reason is always Pending."""
+NEVER_WORDS = (
+    "> maximum capacity (",
+    "unavailable in ClusterQueue",
+    "untolerated taint",
+    "doesn't match node affinity",
+)
+"""Its message in such a case (pkg/scheduler/flavorassigner/flavorassigner.go)."""
+MAY_FIT_WORDS = "insufficient unused quota"
+"""What the same message says of a flavor, one of several perhaps, that has room when others have ended."""
 HOPELESS_S = 180.0
 """How long one of them must stand: somebody may be raising the quota."""
 
@@ -67,9 +77,13 @@ def waits_for(workloads: Sequence[Resource]) -> str:
 
 
 def never_fits(workloads: Sequence[Resource]) -> bool:
-    """Whether Kueue gives a reason against the newest workload that no waiting ends."""
+    """Whether Kueue has something against the newest workload that no waiting ends."""
     quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
-    return quota.get("status") == "False" and quota.get("reason") in NEVER_FITS
+    if quota.get("status") != "False":
+        return False
+    said = quota.get("message") or ""
+    by_words = any(words in said for words in NEVER_WORDS) and MAY_FIT_WORDS not in said
+    return quota.get("reason") in NEVER_FITS or (quota.get("reason") == "Pending" and by_words)
 
 
 def _newest(workloads: Sequence[Resource]) -> Resource:

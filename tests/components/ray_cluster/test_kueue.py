@@ -53,8 +53,8 @@ def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
     assert "spec.active" in waits_for([workload(active=False)])
 
 
-def waited(*reasons: str) -> list[bool]:
-    """Whether there is no hope after each look, a minute apart, at which Kueue gives these reasons."""
+def waited(*reasons: str, message: str = NEVER_FITS) -> list[bool]:
+    """Whether there is no hope after each look, a minute apart, at which Kueue gives these reasons and this message."""
     found, now = list[dict[str, Any]](), 0.0
 
     class Api:
@@ -63,9 +63,9 @@ def waited(*reasons: str) -> list[bool]:
 
     queue, hopeless = KueueQueue(Api(), clock=lambda: now), []  # type: ignore[arg-type]
     for reason in reasons:
-        found[:] = [workload(("QuotaReserved", "False", NEVER_FITS))]
+        found[:] = [workload(("QuotaReserved", "False", message))]
         found[0]["status"]["conditions"][0]["reason"] = reason
-        assert queue.why("uid") == NEVER_FITS
+        assert queue.why("uid") == message
         hopeless.append(queue.is_hopeless)
         now += HOPELESS_S / 3 + 1
     return hopeless
@@ -76,5 +76,28 @@ def test_a_reason_that_no_waiting_ends_must_stand_for_minutes(reason: str) -> No
     assert waited(*[reason] * 5) == [False, False, False, True, True]
 
 
+UNUSED = "couldn't assign flavors to pod set workers: insufficient unused quota for cpu in flavor any, 2 more needed"
+
+
+@pytest.mark.parametrize(
+    ("message", "never"),
+    [
+        (NEVER_FITS, True),
+        ("couldn't assign flavors to pod set workers: resource ephemeral-storage unavailable in ClusterQueue", True),
+        (
+            "couldn't assign flavors to pod set workers: untolerated taint {pool gpu NoSchedule <nil>} in flavor a10g",
+            True,
+        ),
+        (UNUSED, False),
+        (f"{NEVER_FITS}, insufficient unused quota for nvidia.com/gpu in flavor a100, 8 more needed", False),
+        ("The workload has failed admission checks", False),
+    ],
+)
+def test_a_kueue_that_always_says_pending_is_taken_at_its_words(message: str, never: bool) -> None:
+    """As 0.19.2 does by itself: seen on a cluster, with the first of these messages."""
+    assert waited(*["Pending"] * 5, message=message) == [False, False, False, never, never]
+
+
 def test_a_quota_that_is_raised_meanwhile_gives_hope_again() -> None:
-    assert waited("ExceedsMaxQuota", "ExceedsMaxQuota", "Pending", "ExceedsMaxQuota", "ExceedsMaxQuota") == [False] * 5
+    reasons = ("ExceedsMaxQuota", "ExceedsMaxQuota", "WaitingForQuota", "ExceedsMaxQuota", "ExceedsMaxQuota")
+    assert waited(*reasons) == [False] * 5
