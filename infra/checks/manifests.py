@@ -49,7 +49,8 @@ def render_overlay(overlay: str, line: str = "") -> list[Manifest]:
         line: one that is a comment in it, and is none for this.
     """
     own = copy.deepcopy(_rendered_with(overlay, line)) if line else render(f"infra/overlays/{overlay}")
-    return own + [manifest for part in PARTS if part for manifest in render(f"infra/overlays/{overlay}/{part}")]
+    parts = [part for part in PARTS if part and (INFRA / "overlays" / overlay / part).is_dir()]
+    return own + [manifest for part in parts for manifest in render(f"infra/overlays/{overlay}/{part}")]
 
 
 @cache

@@ -15,8 +15,9 @@ from components.shared.durations import estimated_duration
 from components.shared.errors import ConfigError, FineloopError
 from components.store.store import Store
 from pipelines.kubeflow.run import Run
+from pipelines.kubeflow.run_jobs import INSTALLED_IN
 
-LOGS = "kubectl -n fineloop logs -l pipeline/runid={run_id} -c main --tail 50"
+LOGS = "kubectl -n {namespace} logs -l pipeline/runid={run_id} -c main --tail 50"
 """Kubeflow labels a run's pods so (2.17, apiserver/template/v2_template.go), and deletes them an hour after its end."""
 
 T = TypeVar("T")
@@ -78,7 +79,8 @@ def failures(run: Run, recorded: Recorded) -> list[str]:
     failed = [task for task in run.task_runs() if task.state == "FAILED"] if run.state == "FAILED" else []
     errors = recorded.errors() if failed else {}
     silent = ", ".join(task.name for task in failed if task.step not in errors)
-    where = [f"[{silent}] see the log, for an hour: {LOGS.format(run_id=run.run_id)}"] if silent else []
+    logs = LOGS.format(namespace=run.kubeflow.namespace or INSTALLED_IN, run_id=run.run_id)
+    where = [f"[{silent}] see the log, for an hour: {logs}"] if silent else []
     return [*(f"[{task.name}] {errors[task.step]}" for task in failed if task.step in errors), *where]
 
 

@@ -9,11 +9,12 @@ from infra.checks import schemas
 from infra.checks.manifests import INFRA, OVERLAYS, Loader, overlay_folders, render, render_overlay, title
 from pipelines.kubeflow.task_settings import CONFIG_MAP, ENVIRONMENT
 from tests.infra.changes import CONTAINER, REAPER, changed
-from tests.infra.created import CONFIGS, created
+from tests.infra.created import COMPANY, CONFIGS, created
 
 CRDS = schemas.crds_folder()
 OBSERVABILITY = "infra/observability"
-FOLDERS = [*overlay_folders(), OBSERVABILITY]
+TEAM = "infra/overlays/team"
+FOLDERS = [*overlay_folders(), TEAM, OBSERVABILITY]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -25,7 +26,7 @@ def test_every_object_is_valid_to_the_last_field(folder: str) -> None:
         pytest.skip(f"valid but for {', '.join(missing)}, whose definitions are missing: {schemas.HOW}")
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), COMPANY], ids=[*CONFIGS, "a company's"])
 def test_a_job_that_fineloop_creates_is_valid_to_the_last_field(config: dict[str, Any]) -> None:
     assert schemas.errors(created(config), CRDS) == []
 
@@ -63,15 +64,14 @@ def test_every_manifest_is_named_by_the_kustomization_beside_it() -> None:
     """What nobody applies is not checked either."""
     apart = {
         "helm-values.yaml",
-        "artifact-store.yaml",
-        "lost-steps.yaml",
         "kind-config.yaml",
         "metrics.yaml",
         "rules.test.yaml",
     }
     for file in INFRA.glob("*/**/*.yaml"):
         if file.name not in apart | {"kustomization.yaml"}:
-            assert f"- {file.name}\n" in file.with_name("kustomization.yaml").read_text(encoding="utf-8"), file
+            named = file.with_name("kustomization.yaml").read_text(encoding="utf-8")
+            assert f"- {file.name}\n" in named or f"- path: {file.name}\n" in named, file
 
 
 def test_kueue_is_installed_so_that_no_job_goes_round_its_queue() -> None:
@@ -79,7 +79,8 @@ def test_kueue_is_installed_so_that_no_job_goes_round_its_queue() -> None:
     config = yaml.load(values["managerConfig"]["controllerManagerConfigYaml"], Loader=Loader)
     assert config["apiVersion"] == "config.kueue.x-k8s.io/v1beta2"
     assert config["manageJobsWithoutQueueName"] is True
-    assert config["managedJobsNamespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "fineloop"}}
+    (namespace,) = render("infra/namespace")[:1]
+    assert config["managedJobsNamespaceSelector"]["matchLabels"].items() <= namespace["metadata"]["labels"].items()
     assert config["integrations"]["frameworks"] == ["ray.io/rayjob"]
     assert config["waitForPodsReady"].keys() >= {"timeout", "recoveryTimeout", "requeuingStrategy"}
 
@@ -91,3 +92,21 @@ def test_pods_find_the_store_and_report_to_nobody(overlay: str) -> None:
     assert {name for name in environment if name.startswith("AWS_")} <= {*ENVIRONMENT}
     assert "AWS_DEFAULT_REGION" in environment
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_second_team_has_everything_of_its_own_and_a_queue_that_lends() -> None:
+    """And changes nothing of the first one's: what both apply under one name is the same."""
+    first, second = ({key(m): m for m in render(folder)} for folder in ("infra/overlays/kind", TEAM))
+    assert {key for key in first if key in second and first[key] != second[key]} == set()
+    own = {kind for kind, _, namespace in second.keys() - first.keys() if namespace == "fineloop-team"}
+    assert own >= {"ServiceAccount", "Role", "NetworkPolicy", "ResourceQuota", "LocalQueue", "ConfigMap", "CronJob"}
+    (queue,) = (m for (kind, _, _), m in second.items() if kind == "ClusterQueue")
+    (local,) = (m for (kind, _, _), m in second.items() if kind == "LocalQueue")
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"] == "fineloop-team"
+    assert queue["spec"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "fineloop-team"}
+    assert queue["spec"]["cohortName"]
+    assert "namespace: fineloop\n" not in yaml.safe_dump_all(second.values())
+
+
+def key(manifest: Any) -> tuple[str, str, str]:
+    return manifest["kind"], manifest["metadata"]["name"], manifest["metadata"].get("namespace", "")

@@ -113,7 +113,10 @@ def test_ones_own_store_is_opened_to_all_who_need_it_by_the_overlays_file(port: 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_of_ours_can_look_up_names(overlay: str) -> None:
     dns = End({"k8s-app": "kube-dns"}, namespace="kube-system")
-    assert all(reaches(render_overlay(overlay), end, dns, 53, "UDP") for end in OURS.values())
+    openshifts = End({"dns.operator.openshift.io/daemonset-dns": "default"}, namespace="openshift-dns")
+    for end in OURS.values():
+        assert reaches(render_overlay(overlay), end, dns, 53, "UDP")
+        assert reaches(render_overlay(overlay), end, openshifts, 5353, "UDP")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ HEAD = "RayJob spec rayClusterSpec headGroupSpec"
 ROLE_OF = "ServiceAccount={} metadata annotations " + access.ROLE_ARN
 GPU_OPERATORS = {"nvidia.com/gpu.present": "true"}
 PROMOTER = "arn:aws:iam::000000000000:role/fineloop-000000000000-pipeline"
-LINES = [*product(OVERLAYS, ("", OBSERVABILITY)), ("gpu", PROFILE), ("aws", PROFILE)]
+LINES = [*product(OVERLAYS, ("", OBSERVABILITY)), ("gpu", PROFILE), ("aws", PROFILE), ("team", "")]
 """A laptop's Kubeflow serves one namespace."""
 BREAKS: list[tuple[Policy, str, Any]] = [
     (pods.volumes_spare_the_node, f"{WORKER} volumes +", {"name": "docker", "hostPath": {"path": "/var/run"}}),
@@ -74,6 +74,9 @@ BREAKS: list[tuple[Policy, str, Any]] = [
     (ray.versions_agree, f"{CONTAINER} image", f"registry.invalid/fineloop/train:0.0.9@sha256:{'1' * 64}"),
     (access.accounts_have_their_rights_and_no_other, "Role=fineloop-pipeline rules 1 resources +", "pods/exec"),
     (access.accounts_have_their_rights_and_no_other, "Role=fineloop-kubeflow-run rules 2 resourceNames", REMOVED),
+    (access.people_read_no_secret, "Role=fineloop-reader rules 0 resources +", "secrets"),
+    (access.people_read_no_secret, "Role=fineloop-submitter rules 0 resources +", "pods/exec"),
+    (access.people_read_no_secret, "Role=fineloop-submitter rules 0 resources +", "pods"),
     (access.rights_end_at_the_namespace, "Role=fineloop-reaper rules 0 verbs", ["*"]),
     (access.rights_end_at_the_namespace, "Role=fineloop-reaper kind", "ClusterRole"),
     (access.rights_end_at_the_namespace, "RoleBinding subjects 0 namespace", "default"),

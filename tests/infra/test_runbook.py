@@ -1,8 +1,8 @@
 """The runbook's commands are some: their programs know them, their files are there, their versions the checked ones."""
 
-import json
 import re
 import shlex
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ import yaml
 
 from components.config import config_file
 from infra.checks.crds import KUBERAY, KUEUE
-from infra.checks.manifests import KUBECTL, ROOT, render
+from infra.checks.manifests import INFRA, KUBECTL, ROOT, render
 from infra.checks.policies.access import RIGHTS
 from infra.checks.schemas import KUBERNETES
 from pipelines import cli
@@ -22,6 +22,7 @@ from tests.infra.runbook import RUNBOOK, Command, after, commands
 
 CHARTS = {"kuberay/kuberay-operator": KUBERAY, "oci://registry.k8s.io/kueue/charts/kueue": KUEUE}
 KUBEFLOW: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("kubeflow_objects.yaml").read_text(encoding="utf-8"))
+PIPELINES = INFRA / "kubeflow/pipelines"
 NAMED = r"\b(crd|deployment|svc|configmap)[ /]([\w.-]+)"
 
 
@@ -55,23 +56,73 @@ def test_what_is_installed_are_the_versions_that_the_manifests_are_checked_again
     helm = [command for verb in ("install", "upgrade") for command in commands("helm", verb)]
     versions = {command[3]: after(command, "--version") for command in helm}
     assert [chart for chart, source in CHARTS.items() if f"/v{versions[chart]}/" not in source] == []
-    (clone,) = commands("git", "clone")
+    (kubeflow,) = {ref for kustomization in PIPELINES.rglob("kustomization.yaml") for ref in refs(kustomization)}
     kuberay, kueue = (versions[chart] for chart in CHARTS)
     stated = [f"Kubernetes {KUBERNETES}", f"KubeRay {kuberay}", f"Kueue {kueue}", f"Ray {metadata.version('ray')}"]
-    stated.append(f"Kubeflow Pipelines {after(clone, '--branch')}")
+    stated.append(f"Kubeflow Pipelines {kubeflow}")
     assert [each for each in stated if each not in " ".join(RUNBOOK.split())] == []
 
 
-def test_kubeflow_is_given_our_namespace_and_an_account_that_may_start_ray_jobs() -> None:
+def refs(kustomization: Path) -> list[str]:
+    """The releases that it takes from kubeflow/pipelines."""
+    return re.findall(r"github\.com/kubeflow/pipelines/\S+\?ref=(\S+)", kustomization.read_text(encoding="utf-8"))
+
+
+def kubeflow(release: str, scratch: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What our kustomization makes of a Kubeflow that has this release's names and no more."""
+    there = KUBEFLOW[release]
+    objects = [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": n}} for n in there["configmap"]]
+    repository = {"artifactRepository": "endpoint: seaweedfs.kubeflow.svc:9000"}
+    next(o for o in objects if o["metadata"]["name"] == "workflow-controller-configmap")["data"] = repository
+    for name in there["deployment"]:
+        pod = {"spec": {"containers": [{"name": there["container"].get(name, "main")}]}}
+        objects.append(
+            {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": {"template": pod}}
+        )
+    base, ours = scratch / "base", shutil.copytree(PIPELINES, scratch / "ours")
+    base.mkdir()
+    (base / "all.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
+    (base / "kustomization.yaml").write_text("namespace: kubeflow\nresources: [all.yaml]\n", encoding="utf-8")
+    overlay = ours / "kustomization.yaml"
+    overlay.write_text(re.sub(r"https://\S+", "../base", overlay.read_text(encoding="utf-8")), encoding="utf-8")
+    done = subprocess.run([KUBECTL, "kustomize", ours], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {(found["kind"], found["metadata"]["name"]): found for found in yaml.safe_load_all(done.stdout)}
+
+
+@pytest.mark.parametrize("release", KUBEFLOW)
+def test_kubeflow_is_given_our_namespace_and_an_account_that_may_start_ray_jobs(release: str, tmp_path: Path) -> None:
     """Its manifests and launcher have the namespace kubeflow written in them, and its own account starts no Ray job."""
-    (setting,) = commands("kubectl", "-n", "fineloop", "set", "env", "deployment/ml-pipeline")
-    settings = dict(word.split("=") for word in setting if "=" in word)
+    found = kubeflow(release, tmp_path)
+    assert {each["metadata"]["namespace"] for each in found.values()} == {"fineloop"}
+    containers = {
+        name: each["spec"]["template"]["spec"]["containers"]
+        for (kind, name), each in found.items()
+        if kind == "Deployment"
+    }
+    assert {len(each) for each in containers.values()} == {1}  # a container of another name would be one more
+    settings = {each["name"]: each["value"] for each in containers["ml-pipeline"][0]["env"]}
     assert settings["DEFAULTPIPELINERUNNERSERVICEACCOUNT"] == SERVICE_ACCOUNT
-    (patched,) = (command for command in commands() if "--patch-file" in command and "kfp-launcher" in command)
-    patch = yaml.safe_load((ROOT / after(patched, "--patch-file")).read_text(encoding="utf-8"))
-    store = yaml.safe_load(patch["data"]["providers"])["minio"]["default"]
+    store = yaml.safe_load(found["ConfigMap", "kfp-launcher"]["data"]["providers"])["minio"]["default"]
     assert store["endpoint"] == f"{settings['OBJECTSTORECONFIG_HOST']}:9000" == "seaweedfs.fineloop:9000"
+    argo = found["ConfigMap", "workflow-controller-configmap"]["data"]
+    assert argo["artifactRepository"] == "endpoint: seaweedfs.fineloop.svc:9000"
     assert ("get", f"secrets={store['credentials']['secretRef']['secretName']}") in RIGHTS[SERVICE_ACCOUNT]
+    # A key that KFP itself keeps elsewhere would be written and read by nobody.
+    settable = KUBEFLOW[release]["configmap"]["pipeline-install-config"]
+    assert found["ConfigMap", "pipeline-install-config"]["data"].keys() <= set(settable)
+
+
+@pytest.mark.parametrize("release", KUBEFLOW)
+def test_what_kubeflow_has_for_its_first_version_alone_runs_no_pod(release: str, tmp_path: Path) -> None:
+    asleep = {n for (_, n), each in kubeflow(release, tmp_path).items() if each.get("spec", {}).get("replicas") == 0}
+    assert asleep >= {"cache-deployer-deployment", "cache-server"}  # of which EKS starts none
+    assert not asleep & {
+        "ml-pipeline",
+        "ml-pipeline-persistenceagent",
+        "ml-pipeline-scheduledworkflow",
+        "workflow-controller",
+    }
 
 
 # What Argo 4.0.5 has of a pod on Kubernetes 1.34, and whether its step is to run again. The first four were seen on
@@ -97,8 +148,7 @@ ENDS = [
 def test_a_step_is_run_again_for_what_took_its_pod_and_not_for_its_own_exit_code(
     status: str, exit_code: str, message: str, again: bool
 ) -> None:
-    (patched,) = (command for command in commands() if "infra/kubeflow/lost-steps.yaml" in command)
-    patch = yaml.safe_load((ROOT / after(patched, "--patch-file")).read_text(encoding="utf-8"))
+    patch = yaml.safe_load((PIPELINES / "lost-steps.yaml").read_text(encoding="utf-8"))
     strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]["retryStrategy"]
     assert strategy["retryPolicy"] == "Always"  # another would let the expression see less
     # Three words of the language that Argo has its expressions in, expr-lang, are others in Python.
@@ -108,19 +158,6 @@ def test_a_step_is_run_again_for_what_took_its_pod_and_not_for_its_own_exit_code
         expression = re.sub(theirs, ours, expression)
     known = {"status": status, "exitCode": exit_code, "message": message, "search": re.search, "int": int}
     assert bool(eval(expression, {"__builtins__": {}}, known)) == again
-
-
-def test_kubeflows_manifests_are_led_into_our_namespace(tmp_path: Path) -> None:
-    """kubeflow/pipelines 2.17.0 says twice where it goes: to kustomize, and to what names its Namespace."""
-    (edit,) = commands("sed", "-i", "-e")
-    files = [tmp_path / word for word in edit if word.endswith("/kustomization.yaml")]
-    assert {file.parent.name for file in files} == {"cluster-scoped-resources", "platform-agnostic"}
-    for file in files:
-        file.parent.mkdir(parents=True)
-        file.write_text("namespace: kubeflow\n  - namespace=kubeflow\n  name: kubeflow-pipelines\n")
-    subprocess.run(edit, cwd=tmp_path, check=True)
-    led = "namespace: fineloop\n  - namespace=fineloop\n  name: kubeflow-pipelines\n"
-    assert [file.read_text() for file in files] == [led, led]
 
 
 def test_a_namespace_is_there_before_anything_goes_into_it() -> None:
@@ -133,7 +170,7 @@ def test_a_namespace_is_there_before_anything_goes_into_it() -> None:
             assert after(command, "-n") in there, command
         if command[0] == "kubectl" and "-k" in command:
             folder = after(command, "-k")
-            objects = [] if folder.startswith(".fineloop/kfp/") else render(folder)
+            objects = [] if ROOT / folder in (PIPELINES, PIPELINES / "cluster-scoped") else render(folder)
             there |= {each["metadata"]["name"] for each in objects if each["kind"] == "Namespace"}
             wanted = {each["metadata"].get("namespace", "default") for each in objects} or {"fineloop"}
             assert wanted <= there, command
@@ -146,11 +183,8 @@ def test_what_the_runbook_names_of_kubeflow_is_in_its_manifests(release: str) ->
     there, ours = KUBEFLOW[release], {"fineloop-s3", "fineloop-experiments-head-svc"}
     kubectl = [" ".join(command) for command in commands("kubectl") if "create" not in command]
     asked = {each for command in kubectl for each in re.findall(NAMED, command) if each[1] not in ours}
-    assert {name for _, name in asked} >= {"ml-pipeline", "ml-pipeline-ui", "kfp-launcher", "workflow-controller"}
+    assert {name for _, name in asked} >= {"ml-pipeline", "ml-pipeline-ui", "workflow-controller"}
     assert [(kind, name) for kind, name in asked if name not in there[kind]] == []
-    # A key that KFP itself keeps elsewhere would be written and read by nobody.
-    (patch,) = (command for command in commands("kubectl", "-n", "fineloop", "patch", "configmap") if "-p" in command)
-    assert json.loads(after(patch, "-p"))["data"].keys() <= set(there["configmap"][patch[5]])
 
 
 def test_every_test_that_the_security_table_names_exists() -> None:

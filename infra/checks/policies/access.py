@@ -1,10 +1,12 @@
 """Who may do what: rights in the Kubernetes API, roles in AWS, and what the namespace itself refuses."""
 
 from collections.abc import Iterator
+from itertools import product
 
 from infra.checks.manifests import Manifest, of_kind, title
 
 NAMESPACE = "fineloop"
+"""Of the overlays; one more team has another."""
 PROMETHEUS = "monitoring"
 CLUSTER_KINDS = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass")
 ROLE_ARN = "eks.amazonaws.com/role-arn"
@@ -27,6 +29,13 @@ RIGHTS = {
     "fineloop-trainer": set(),
 }
 """All that each account may do: (verb, group/resource), with =NAME where it is for one object."""
+HARMLESS = {"get", "list", "watch"}
+OF_PEOPLE = {
+    ("create", "pods/portforward"),
+    ("create", "authorization.k8s.io/localsubjectaccessreviews"),
+    ("delete", "ray.io/rayjobs"),
+}
+"""What people may do beside reading; never run a command in a pod, nor create one, which could have any account."""
 
 
 def rights(manifests: list[Manifest], account: str) -> set[tuple[str, str]]:
@@ -34,15 +43,16 @@ def rights(manifests: list[Manifest], account: str) -> set[tuple[str, str]]:
     roles = {role["metadata"]["name"]: role["rules"] for role in of_kind(manifests, "Role", "ClusterRole")}
     bindings = of_kind(manifests, "RoleBinding", "ClusterRoleBinding")
     bound = [b["roleRef"]["name"] for b in bindings if any(s["name"] == account for s in b["subjects"])]
-    return {
-        (verb, f"{group}/{resource}{'=' * bool(name)}{name}".lstrip("/"))
-        for role in bound
-        for rule in roles.get(role, [{"verbs": ["?"], "apiGroups": ["?"], "resources": [role]}])
-        for verb in rule["verbs"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for name in rule.get("resourceNames", [""])
-    }
+    unknown = {"verbs": ["?"], "apiGroups": ["?"]}
+    return {each for role in bound for each in _granted(roles.get(role, [{**unknown, "resources": [role]}]))}
+
+
+def _granted(rules: list[dict[str, list[str]]]) -> Iterator[tuple[str, str]]:
+    """Each verb with what it is for."""
+    for rule in rules:
+        for verb, group, resource in product(rule["verbs"], rule["apiGroups"], rule["resources"]):
+            for name in rule.get("resourceNames", [""]):
+                yield verb, f"{group}/{resource}{'=' * bool(name)}{name}".lstrip("/")
 
 
 def accounts_have_their_rights_and_no_other(manifests: list[Manifest]) -> Iterator[str]:
@@ -55,6 +65,22 @@ def accounts_have_their_rights_and_no_other(manifests: list[Manifest]) -> Iterat
             yield f"{account}: may not {verb} {what}"
 
 
+def people_read_no_secret(manifests: list[Manifest]) -> Iterator[str]:
+    """A role that no account is bound to is for people."""
+    bound = {binding["roleRef"]["name"] for binding in of_kind(manifests, "RoleBinding", "ClusterRoleBinding")}
+    for role in of_kind(manifests, "Role"):
+        if role["metadata"]["name"] in bound:
+            continue
+        for verb, what in _granted(role["rules"]):
+            if what.startswith("secrets") or (verb not in HARMLESS and (verb, what) not in OF_PEOPLE):
+                yield f"{title(role)}: may {verb} {what}"
+
+
+def namespace_of(manifests: list[Manifest]) -> str:
+    """The one that they make, else the overlays'."""
+    return next((found["metadata"]["name"] for found in of_kind(manifests, "Namespace")), NAMESPACE)
+
+
 def rights_end_at_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
     """No wildcard, no right in the whole cluster, and nobody of another namespace."""
     for manifest in of_kind(manifests, "ClusterRole", "ClusterRoleBinding"):
@@ -64,9 +90,10 @@ def rights_end_at_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
             if "*" in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]:
                 yield f"{title(role)}: has a wildcard"
     accounts = {account["metadata"]["name"] for account in of_kind(manifests, "ServiceAccount")}
+    namespace = namespace_of(manifests)
     for binding in of_kind(manifests, "RoleBinding"):
         for subject in binding["subjects"]:
-            ours = subject["kind"] == "ServiceAccount" and subject.get("namespace") == NAMESPACE
+            ours = subject["kind"] == "ServiceAccount" and subject.get("namespace") == namespace
             if not ours or subject["name"] not in accounts:
                 yield f"{title(binding)}: binds {subject['kind']} {subject['name']}, which is no account of ours"
 
@@ -75,16 +102,16 @@ def everything_is_in_the_namespace(manifests: list[Manifest]) -> Iterator[str]:
     """An object without a namespace lands wherever kubectl happens to point. What watches lies where Prometheus is."""
     for manifest in manifests:
         found = manifest["metadata"].get("namespace")
-        if found != _place(manifest):
+        if found != _place(manifest, namespace_of(manifests)):
             yield f"{title(manifest)}: namespace is {found}"
 
 
-def _place(manifest: Manifest) -> str | None:
+def _place(manifest: Manifest, namespace: str) -> str | None:
     if manifest["kind"] in CLUSTER_KINDS:
         return None
     is_dashboard = "grafana_dashboard" in manifest["metadata"].get("labels", {})
     is_watching = is_dashboard or manifest.get("apiVersion", "").startswith("monitoring.coreos.com/")
-    return PROMETHEUS if is_watching else NAMESPACE
+    return PROMETHEUS if is_watching else namespace
 
 
 def the_namespace_is_restricted(manifests: list[Manifest]) -> Iterator[str]:
