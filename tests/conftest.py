@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import signal
 import uuid
@@ -49,18 +50,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a cluster its tests are skipped. One that starts servers is tried once more, as any process may take a
-    port between the choice and the bind; the closing lines name it. Of processes that share the files, none takes a
-    long one at the end: first come those that start Ray, then files of a test or two, which have no more because they
-    are long.
+    """Without a cluster its tests are skipped, and without Kubeflow those that need it. One that starts servers is
+    tried once more, as any process may take a port between the choice and the bind; the closing lines name it. Of
+    processes that share the files, none takes a long one at the end: first come those that start Ray, then files of a
+    test or two, which have no more because they are long.
     """
     for item in items:
         if item.get_closest_marker("e2e") or STARTS_SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    if not config.getoption("--host"):
-        for item in items:
-            if item.get_closest_marker("cluster"):
-                item.add_marker(pytest.mark.skip(reason="on a live cluster alone: --host URL"))
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            needs_kubeflow = "live" in getattr(item, "fixturenames", ())
+            if needs_kubeflow and not config.getoption("--host"):
+                item.add_marker(pytest.mark.skip(reason="on a live cluster with Kubeflow alone: --host URL"))
+            elif not re.search(r"\bcluster\b", config.option.markexpr.replace("not cluster", "")):
+                item.add_marker(pytest.mark.skip(reason="on a live cluster alone: -m cluster"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, tests[item.path] > 2, -tests[item.path]))

@@ -2,11 +2,14 @@
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from components.config.schema import RegistryConfig
+from components.step.kfp import IMAGE
 from components.store.store import Store
+from tests.cluster.kube import Kube
 from tests.cluster.live import Live
 
 SHORT = (
@@ -35,7 +38,28 @@ def live(request: pytest.FixtureRequest) -> Iterator[Live]:
     try:
         given.clean_up()
     finally:
-        keys = dict(each.split("=", 1) for each in option("--set"))
-        bucket = keys.get("registry.bucket", "fineloop")
-        store = Store.open(RegistryConfig(bucket=bucket, prefix=f"acceptance/{name}"))
-        store.delete([entry.key for entry in store.list("")])
+        _empty(option("--set"), f"acceptance/{name}")
+
+
+@pytest.fixture
+def step_image(request: pytest.FixtureRequest) -> str:
+    """Of every step."""
+    return str(request.config.getoption("--step-image") or IMAGE)
+
+
+@pytest.fixture
+def kube(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kube]:
+    """The kubeconfig's cluster, and a name of the test's own, of whose jobs none stays."""
+    option, name = request.config.getoption, f"live-{uuid.uuid4().hex[:6]}"
+    found = Kube(option("--namespace"), [*SHORT, *option("--set")], name, tmp_path)
+    yield found
+    found.clean_up()
+    if found.has_trained:
+        _empty(option("--set"), found.prefix)
+
+
+def _empty(settings: list[str], prefix: str) -> None:
+    """Delete all that is under a prefix of the bucket that the settings name."""
+    keys = dict(each.split("=", 1) for each in settings)
+    store = Store.open(RegistryConfig(bucket=keys.get("registry.bucket", "fineloop"), prefix=prefix))
+    store.delete([entry.key for entry in store.list("")])

@@ -1,0 +1,21 @@
+"""Pods of the tests' own on a live cluster."""
+
+from typing import Any
+
+STEP = {"pipelines.kubeflow.org/v2_component": "true"}
+"""The label by which the network policies know a step."""
+
+
+def pod(name: str, labels: dict[str, str], image: str, *command: str) -> dict[str, Any]:
+    """Of the smallest size, and admitted by a restricted namespace."""
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    size = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}}
+    container = {"name": "try", "image": image, "command": command, "securityContext": security, "resources": size}
+    user = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": user}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {**spec, "containers": [container]},
+    }
