@@ -41,6 +41,7 @@ JSON_KEYS = {
     "adapters serve-manifest": "server version manifest",
     "adapters page": "path adapters",
     "adapters export": "path version form base dtype exact parity answers",
+    "push": "name version repository tag url",
     "chat": "name version against turns",
     "serve": "name version against",
     "compare": "runs config against_first page",

@@ -24,6 +24,7 @@ from pipelines.commands import (
     doctor,
     init,
     plan,
+    push,
     ray,
     reap,
     replay,
@@ -57,7 +58,23 @@ def parser() -> argparse.ArgumentParser:
     root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
-        *(init, run, train, sweep, plan, data, adapters, chat, serve, compare, replay, reproduce, compile, schema),
+        *(
+            init,
+            run,
+            train,
+            sweep,
+            plan,
+            data,
+            adapters,
+            push,
+            chat,
+            serve,
+            compare,
+            replay,
+            reproduce,
+            compile,
+            schema,
+        ),
         *(submit, schedule, runs, reap, store, ray, doctor),
     ):
         command.add(commands)

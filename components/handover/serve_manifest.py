@@ -28,12 +28,12 @@ HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 FOLDER = re.compile(r"/[^\x00-\x1f]*")
 S3_FOLDER = re.compile(r"s3://[^\x00-\x1f]+")
 READ_BY: Mapping[Server, Sequence[re.Pattern[str]]] = {
-    "ray-serve": [HUB_ID],
+    "ray-serve": [HUB_ID, FOLDER, S3_FOLDER],
     "kserve": [HUB_ID, S3_FOLDER],
     "vllm": [HUB_ID, FOLDER],
     "vllm-resolver": [HUB_ID, FOLDER],
 }
-"""The names of bases that each server reads: vLLM a folder of its own machine too."""
+"""The names of bases that each server reads: vLLM, and Ray Serve LLM with it, a folder of its own machine too."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def _ray_serve(facts: Served) -> dict[str, Any]:
     """Requests name any version of the adapter as model="BASE:VERSION"; it is loaded then.
 
     The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: it takes the name of a folder below it for
-    the adapter's (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids).
+    the adapter's (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids). BASE ends at the first colon, so
+    that it is named without its scheme.
     """
-    model: dict[str, Any] = {"model_id": facts.base, "model_source": facts.base}
+    model: dict[str, Any] = {"model_id": facts.base.rpartition("://")[2], "model_source": facts.base}
     engine: dict[str, Any] = {
         "enable_lora": True,
         "max_lora_rank": facts.max_lora_rank,

@@ -29,7 +29,7 @@ def serving(handle: Handle) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_HEAD = do_POST = do_PATCH = _do
+        do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = _do
 
         def log_message(self, *_: Any) -> None:
             """Nothing is printed."""

@@ -29,6 +29,7 @@ COMMANDS = [
     ("plan",),
     ("data",),
     ("data", "erase"),
+    ("push",),
     ("chat",),
     ("serve",),
     ("compare",),

@@ -47,8 +47,9 @@ def written(*, run_id: str = "promoted", base: str = "org/base", commit: str = "
     return Written(kept, {key: value for key, value in lineage.items() if key != "files"}, adapter)
 
 
-def test_ray_serve_finds_a_version_by_its_folder_as_its_own_loader_joins_it() -> None:
-    (application,) = manifest(FACTS, "ray-serve")["applications"]
+@pytest.mark.parametrize("base", ["org/base", "/srv/base", "s3://b/bases/one"])
+def test_ray_serve_finds_a_version_by_its_folder_as_its_own_loader_joins_it(base: str) -> None:
+    (application,) = manifest(dataclasses.replace(FACTS, base=base), "ray-serve")["applications"]
     (config,) = application["args"]["llm_configs"]
     source = Path(importlib.util.find_spec("ray").origin).parent / "llm/_internal/common/utils/lora_utils.py"
     names = {"get_base_model_id", "get_lora_id"}
@@ -57,7 +58,8 @@ def test_ray_serve_finds_a_version_by_its_folder_as_its_own_loader_joins_it() ->
     loader: dict[str, Any] = {}
     exec(compile(ast.Module(functions, []), str(source), "exec"), loader)  # ray's own, without its serving packages
     asked = f"{config['model_loading_config']['model_id']}:{FACTS.version}"
-    assert loader["get_base_model_id"](asked) == "org/base"
+    assert loader["get_base_model_id"](asked) == base.removeprefix("s3://")
+    assert config["model_loading_config"]["model_source"] == base
     # os.path.join(remote_path, lora_name) in download_lora_adapter
     assert f"{config['lora_config']['dynamic_lora_loading_path']}/{loader['get_lora_id'](asked)}" == FACTS.uri
     assert config["engine_kwargs"] == {"enable_lora": True, "max_lora_rank": 16, "max_loras": 16, "revision": "abc"}
@@ -104,7 +106,9 @@ def test_a_server_gets_the_base_that_the_adapter_stands_on_by_a_name_that_it_rea
     for version, base in ((plain, "given/base"), (own, "bases/6b23e4f55dbbd7fd")):  # LoftQ's has a base of its own
         uri = f"s3://{registry.BUCKET}/{registry.PREFIX}/{base}"
         assert manifest(served(store, version), "kserve")["spec"]["model"]["uri"] == uri
-        for server in ("vllm", "vllm-resolver", "ray-serve"):
+        (application,) = manifest(served(store, version), "ray-serve")["applications"]
+        assert application["args"]["llm_configs"][0]["model_loading_config"]["model_source"] == uri
+        for server in ("vllm", "vllm-resolver"):
             with pytest.raises(UserError, match=rf"stands on '{uri}', which --for {server} does not fetch"):
                 manifest(served(store, version), server)
     made = written(base="models/base")

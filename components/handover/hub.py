@@ -1,0 +1,95 @@
+"""A folder of weights onto the Hugging Face hub, or another that speaks as it does (HF_ENDPOINT)."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.shared.errors import FineloopError, UserError
+
+TOKEN = "HF_TOKEN"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HARMLESS = (".safetensors", ".gguf", ".json", ".md", ".jinja", ".txt", ".model", "Modelfile")
+"""What ends the names of files that may go: nothing that runs where it is loaded."""
+CARD = "README.md"
+
+
+def push(
+    folder: Path, repository: str, *, message: str, tag: str, is_public: bool, environment: Mapping[str, str]
+) -> str:
+    """Commit the folder's files to a repository of models, made private where there is none; gives the commit's URL.
+
+    The commit gets the tag, and a commit that has it already is left as it is.
+
+    Raises:
+        UserError: name, token or files are none that the hub takes, or the repository is public and shall not be.
+        FineloopError: the hub is away, or fails.
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise UserError(f"{repository!r} is no repository: expected ORG/NAME")
+    if not environment.get(TOKEN):
+        raise UserError(f"{TOKEN} is not set: put a token that may write to {repository} into the environment")
+    _require_harmless(folder)
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    except ImportError as exc:
+        raise UserError("huggingface_hub is not installed here: pip install 'fineloop[hub]'") from exc
+    hub = HfApi(token=environment[TOKEN])
+    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or its heir
+    try:
+        hub.create_repo(repository, private=not is_public, exist_ok=True)
+        if not is_public and not hub.model_info(repository).private:
+            raise UserError(f"{repository} is public: say --public, or take another repository")
+        if any(each.name == tag for each in hub.list_repo_refs(repository).tags):
+            raise UserError(f"{repository} has {tag} already: take another repository, or delete that tag there")
+        done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        hub.create_tag(repository, tag=tag, revision=done.oid)
+        return str(done.commit_url)
+    except (HFValidationError, BadRequestError) as exc:
+        raise UserError(f"the hub does not take {repository}: {_first_line(exc)}") from exc
+    except OfflineModeIsEnabled as exc:
+        raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub: unset it") from exc
+    except HfHubHTTPError as exc:
+        status = exc.response.status_code
+        if status in (401, 403, 404):
+            raise UserError(
+                f"the hub refuses {repository} ({status}): {TOKEN} must be a token that may write there "
+                f"({_first_line(exc)})"
+            ) from exc
+        raise FineloopError(f"the hub fails at {repository} ({status}): {_first_line(exc)}") from exc
+    except no_answer as exc:
+        raise FineloopError(
+            f"the hub at {hub.endpoint} cannot be reached ({_first_line(exc)}): nothing is pushed; try again, or copy "
+            f"{folder} to a machine that reaches it"
+        ) from exc
+    except ValueError as exc:  # so the library says that the card is none
+        raise UserError(f"the hub does not take {CARD}: {' '.join(str(exc).split())}") from exc
+    except RuntimeError as exc:  # of an upload that was begun
+        raise FineloopError(f"{_first_line(exc)} {exc.__cause__ or ''}: push again, which goes on with it") from exc
+
+
+def _require_harmless(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
+        raise UserError(f"{folder} holds no safetensors and no GGUF: name a folder of `fineloop adapters export`")
+    if other := sorted(path.name for path in files if not path.name.endswith(HARMLESS)):
+        raise UserError(f"{folder} holds {other[0]}: weights go as safetensors alone, and nothing that runs")
+    base = _base_of(folder)
+    if base and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base, re.ASCII):
+        raise UserError(
+            f"the adapter stands on {base}, which nobody else can load: push what `fineloop adapters export --merged` "
+            "writes, with --from"
+        )
+
+
+def _base_of(folder: Path) -> str:
+    """The base that an adapter names; empty where the folder is a whole model."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return ""
+    return str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+
+
+def _first_line(exc: Exception) -> str:
+    return next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -1,0 +1,157 @@
+"""`fineloop push`, to a hub on loopback."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.registry.versions import publish_version
+from components.store.store import Store
+from pipelines.cli import main
+from tests.doubles import writable_hub
+from tests.doubles.writable_hub import READER, WRITER, WritableHub
+
+# huggingface_hub 2.4 hands httpx raw bytes by an old name: lfs.py.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+Push = Callable[..., dict[str, Any]]
+CARD = "---\nbase_model: acme/base\n---\n\n# sums\n"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
+    with writable_hub.running() as running:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield running
+
+
+@pytest.fixture
+def push(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Push:
+    """Runs it, which must end with `exit_code`, and returns its JSON."""
+
+    def run(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
+        assert main(["push", *arguments, "-c", str(config_path), "--json"]) == exit_code
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return answer
+
+    return run
+
+
+def version_of(store: Store, base: str = "acme/base", **more: bytes) -> str:
+    files = {
+        "adapter_model.safetensors": b"weights of " + base.encode(),
+        "adapter_config.json": json.dumps({"base_model_name_or_path": base}).encode(),
+        "README.md": CARD.encode(),
+    }
+    return publish_version(store, "sums", {**files, **more}, lineage={}).version
+
+
+def test_a_version_goes_to_a_private_repository_under_a_tag_of_its_own(
+    store: Store, hub: WritableHub, push: Push
+) -> None:
+    version = version_of(store)
+    answer = push(f"sums@{version}", "acme/sums")
+    there = hub.repositories["acme/sums"]
+    assert there.private
+    assert there.files["adapter_model.safetensors"] == b"weights of acme/base"
+    assert set(there.files) == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "lineage.json",
+        "manifest.json",
+    }
+    assert there.tags == {version: there.commits[-1]}
+    assert answer == {
+        **{"name": "sums", "version": version, "repository": "acme/sums", "tag": version},
+        "url": f"{hub.url}/acme/sums/commit/{there.commits[-1]}",
+    }
+    assert "has v" in push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
+    assert len(there.commits) == 1
+    another = version_of(store, "acme/other")
+    push(f"sums@{another}", "acme/sums")
+    assert set(there.tags) == {version, another}
+
+
+def test_nothing_goes_to_a_public_repository_unless_that_is_said(store: Store, hub: WritableHub, push: Push) -> None:
+    hub.repositories["acme/sums"] = writable_hub.Repository(private=False)
+    version = version_of(store)
+    assert "acme/sums is public" in push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
+    assert hub.repositories["acme/sums"].files == {}
+    push(f"sums@{version}", "acme/sums", "--public")
+    assert hub.repositories["acme/sums"].files
+
+
+def test_what_an_export_wrote_goes_in_place_of_the_version(
+    store: Store, hub: WritableHub, push: Push, tmp_path: Path
+) -> None:
+    version = version_of(store)
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
+    assert "has no export.json" in message
+    (folder / "export.json").write_text(json.dumps({"version": version, "form": "merged"}))
+    (folder / "model.safetensors").write_bytes(b"merged")
+    assert push(f"sums@{version}", "acme/sums", "--from", str(folder))["tag"] == f"{version}-merged"
+    assert hub.repositories["acme/sums"].files["model.safetensors"] == b"merged"
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
+    assert "holds pytorch_model.bin: weights go as safetensors alone" in message
+
+
+@pytest.mark.parametrize(
+    ("token", "base", "repository", "message"),
+    [
+        ("", "acme/base", "acme/sums", "HF_TOKEN is not set"),
+        (READER, "acme/base", "acme/sums", "HF_TOKEN must be a token that may write"),
+        ("hf_wrong", "acme/base", "acme/sums", "refuses acme/sums (401)"),
+        (WRITER, "/home/me/base", "acme/sums", "stands on /home/me/base, which nobody else can load"),
+        (WRITER, "acme/base", "sums", "'sums' is no repository: expected ORG/NAME"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_said(
+    token: str,
+    base: str,
+    repository: str,
+    message: str,
+    store: Store,
+    hub: WritableHub,
+    push: Push,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    version = version_of(store, base)
+    assert message in push(f"sums@{version}", repository, exit_code=2)["error"]["message"]
+    assert not any(each.files for each in hub.repositories.values())
+
+
+def test_a_card_that_the_hub_does_not_take_ends_the_push_before_any_upload(
+    store: Store, hub: WritableHub, push: Push
+) -> None:
+    wrong = CARD.replace("acme/base", "./base").encode()
+    version = publish_version(
+        store,
+        "sums",
+        {
+            "adapter_model.safetensors": b"w",
+            "adapter_config.json": b'{"base_model_name_or_path": "acme/base"}',
+            "README.md": wrong,
+        },
+        lineage={},
+    ).version
+    message = push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
+    assert (
+        'the hub does not take README.md: Invalid metadata in README.md. - "base_model" with value "./base"' in message
+    )
+    assert hub.uploaded == {}
+
+
+def test_without_a_hub_the_push_says_so(store: Store, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    version = version_of(store)
+    answer = push(f"sums@{version}", "acme/sums", exit_code=1)
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in answer["error"]["message"]
