@@ -59,12 +59,14 @@ JSON_KEYS = {
     "runs list": "runs",
     "runs show": f"{_KUBEFLOW} store_run_id",
     "runs stop": "run_id state stopped jobs",
+    "watch": "run_id decision error",
     "reap": "stopped kept dry_run failures",
     "store up": "endpoint bucket",
     "store down": "stopped",
     "ray up": "address",
     "ray down": "stopped",
     "doctor": "ok not_seen checks",
+    "completion": "shell script",
 }
 """By command. Some are there only where they say something, such as `announced`."""
 FREE = {

@@ -20,6 +20,7 @@ from pipelines.commands import (
     chat,
     compare,
     compile,
+    completion,
     data,
     doctor,
     init,
@@ -38,6 +39,7 @@ from pipelines.commands import (
     submit,
     sweep,
     train,
+    watch,
 )
 from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, print_err
 
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="say which release this is")
-    root.set_defaults(command=_alone, parser=root, verbose=False, json=False)
+    root.set_defaults(command=_alone, root=root, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
     for command in (
         *(
@@ -75,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
             compile,
             schema,
         ),
-        *(submit, schedule, runs, reap, store, ray, doctor),
+        *(submit, schedule, runs, watch, reap, store, ray, doctor, completion),
     ):
         command.add(commands)
     return root

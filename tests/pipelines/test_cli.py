@@ -38,8 +38,10 @@ COMMANDS = [
     ("compile",),
     ("schema",),
     ("submit",),
+    ("watch",),
     ("reap",),
     ("doctor",),
+    ("completion",),
     *[("schedule", verb) for verb in ("create", "list", "show", "update", "pause", "resume", "delete")],
     *[("runs", verb) for verb in ("list", "show", "stop")],
     *[

@@ -1,0 +1,35 @@
+"""`fineloop completion`."""
+
+import argparse
+from typing import Any
+
+from pipelines.commands.arguments import Answer, add_command
+
+SHELLS = ("bash", "zsh", "tcsh", "fish")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    completion = add_command(
+        commands,
+        "completion",
+        _completion,
+        does="Print what lets a shell complete commands and options.",
+        more="A shell looks for it in a place of its own: bash in ~/.local/share/bash-completion/completions/fineloop, "
+        "zsh in _fineloop in a folder of its fpath, fish in ~/.config/fish/completions/fineloop.fish.",
+        example="fineloop completion bash > ~/.local/share/bash-completion/completions/fineloop",
+    )
+    completion.add_argument("shell", choices=SHELLS)
+
+
+def _completion(options: argparse.Namespace) -> Answer:
+    from components.shared.errors import UserError
+
+    try:
+        import shtab
+    except ImportError as exc:
+        raise UserError("shtab is not installed here: pip install 'fineloop[local]'") from exc
+    if options.shell not in shtab.SUPPORTED_SHELLS:
+        raise UserError(f"this shtab knows {', '.join(shtab.SUPPORTED_SHELLS)}, and not {options.shell}: upgrade it")
+    script = shtab.complete(options.root, shell=options.shell)
+    return Answer({"shell": options.shell, "script": script}, script)
