@@ -21,6 +21,7 @@ from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Me
 from components.config.ray import IMAGE, RayConfig
 from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
+from components.config.track import TrackConfig
 from components.config.train import TrainConfig as TrainConfig
 from components.config.tune import TuneConfig
 from components.shared.metrics import METRICS
@@ -238,6 +239,7 @@ class RunConfig(Section):
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
     announce: Annotated[AnnounceConfig, Added("0.2.0")] = AnnounceConfig()
+    track: Annotated[TrackConfig, Added("0.2.0")] = TrackConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

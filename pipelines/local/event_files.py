@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.records import runs
+from components.records.curve import scalars
 from components.report.report import parse_metrics
 from components.shared.errors import FineloopError
 
@@ -75,8 +75,7 @@ class EventFiles:
             self._writer = SummaryWriter(str(self._folder))
         for record in new:
             self._written.add((record["kind"], record["step"]))
-            for name, value in record.items():
-                if name not in ("kind", "step") and isinstance(value, (int, float)) and math.isfinite(value):
-                    self._writer.add_scalar(f"{record['kind']}/{name}", value, int(record["step"]))
+            for name, value in scalars(record).items():
+                self._writer.add_scalar(name, value, int(record["step"]))
         if self._writer is not None:
             self._writer.flush()  # what its thread has taken by now, which may leave the newest to the next time

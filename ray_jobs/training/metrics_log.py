@@ -17,6 +17,7 @@ from components.shared.errors import StoreError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs.training.patience import patiently
+from ray_jobs.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,17 @@ class MetricsLog:
     end it waits `patience_s` for a store that is away.
     """
 
-    def __init__(self, store: Store, run_id: str, *, checkpoint_every_steps: int = 0, patience_s: float = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        *,
+        checkpoint_every_steps: int = 0,
+        patience_s: float = 0,
+        trackers: Trackers | None = None,
+    ) -> None:
         self._store = store
+        self._trackers = trackers
         self._patience_s = patience_s
         self._key = runs.run_key(run_id, runs.METRICS)
         self._checkpoint_every = checkpoint_every_steps
@@ -58,6 +68,8 @@ class MetricsLog:
     def add(self, record: Mapping[str, Any]) -> None:
         """Record a step or a measurement."""
         step, kind = record["step"], record["kind"]
+        if self._trackers is not None:
+            self._trackers.add(record)
         later = []  # what a restart comes to again
         while self._points and self._points[-1].step >= step:
             later.append(self._points.pop())
@@ -93,6 +105,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
         if error is None:
             self.upload()
         elif not isinstance(error, StoreError):  # which is away

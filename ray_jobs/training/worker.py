@@ -36,6 +36,7 @@ from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
 from ray_jobs.training.patience import patiently
+from ray_jobs.training.trackers import Trackers
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
 
@@ -73,6 +74,7 @@ def train(
             job.run_id,
             checkpoint_every_steps=config.train.checkpoint_every_steps,
             patience_s=config.train.store_patience_s,
+            trackers=Trackers(config, job.run_id),
         )
         entry.log_as("finetune")
     started_at = datetime.now(UTC)

@@ -1,0 +1,168 @@
+"""MLflow, Weights & Biases and trackio, as far as the config names them, told of a training while it goes on.
+
+A thread tells them, from a queue that holds so much and no more: a step waits for none, and one that is away or slow
+costs its own points.
+"""
+
+import importlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.records.curve import scalars
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+LAST_S = 30.0
+"""How long the end of a training waits for what the trackers have not been told yet."""
+Point = tuple[int, dict[str, float]]
+
+
+class Tracker(Protocol):
+    """One run at one tracker."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add the values of a step."""
+
+    def finish(self) -> None:
+        """The training is over."""
+
+
+class Mlflow:
+    """A run of an MLflow experiment; one that goes on goes on there too (mlflow.MlflowClient of 2.x and 3.x)."""
+
+    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
+        mlflow, entities = importlib.import_module("mlflow"), importlib.import_module("mlflow.entities")
+        self._client, self._metric = mlflow.MlflowClient(tracking_uri=target), entities.Metric
+        name = config.adapter.name
+        experiment = self._client.get_experiment_by_name(name)
+        where = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        found = self._client.search_runs([where], filter_string=f"tags.`fineloop.run_id` = '{run_id}'")
+        run = found[0] if found else self._client.create_run(where, run_name=run_id, tags={"fineloop.run_id": run_id})
+        self._run_id = run.info.run_id
+        self._client.update_run(self._run_id, status="RUNNING")
+        about = {"method": config.method.name, "base": config.model.base, "learning_rate": config.learning_rate}
+        if not found:
+            params = [entities.Param(key, str(value)) for key, value in about.items()]
+            self._client.log_batch(self._run_id, params=params)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """In one request."""
+        now_ms = int(time.time() * 1000)
+        metrics = [self._metric(key, value, now_ms, step) for key, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def finish(self) -> None:
+        """The training is over, however it ended: its version says how."""
+        self._client.set_terminated(self._run_id)
+
+
+class Wandb:
+    """A run of Weights & Biases, by the name of ours (wandb.init)."""
+
+    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
+        entity, _, project = target.rpartition("/")
+        self._run = importlib.import_module("wandb").init(
+            entity=entity or None,
+            project=project,
+            id=run_id,
+            name=run_id,
+            resume="allow",
+            config=config_file.as_table(config),
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Told to its own process."""
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        """Waits for what its process has not sent."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio, by the name of ours (trackio.init)."""
+
+    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
+        self._run = importlib.import_module("trackio").init(
+            project=target, name=run_id, resume="allow", config=config_file.as_table(config), embed=False
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Told to its own thread."""
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        """Waits for that."""
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
+    "mlflow": Mlflow,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+
+
+class Trackers:
+    """Those that the config names, for one training."""
+
+    def __init__(self, config: RunConfig, run_id: str) -> None:
+        self._named = {name: target for name in TRACKERS if (target := getattr(config.track, name))}
+        self._config, self._run_id = config, run_id
+        self._waiting: queue.Queue[Point | None] = queue.Queue(MOST_WAITING)
+        self._lost = 0
+        self._warned: set[str] = set()
+        self._thread = threading.Thread(target=self._tell, name="trackers", daemon=True)
+        if self._named:
+            self._thread.start()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take a step or a measurement, and return at once."""
+        if self._named:
+            self._put((int(record["step"]), scalars(record)))
+
+    def close(self) -> None:
+        """Wait for what is left, for a while."""
+        if not self._named:
+            return
+        self._put(None)
+        self._thread.join(LAST_S)
+        if self._thread.is_alive() or self._lost:
+            logger.warning("%s lacks points of this training: metrics.jsonl has all of them", ", ".join(self._named))
+
+    def _put(self, point: Point | None) -> None:
+        try:
+            self._waiting.put_nowait(point)
+        except queue.Full:
+            self._lost += 1
+
+    def _tell(self) -> None:
+        begun = {name: self._tried(name, self._begin, name) for name in self._named}
+        trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
+        while (point := self._waiting.get()) is not None:
+            for name, tracker in trackers.items():
+                self._tried(name, tracker.log, *point)
+        for name, tracker in trackers.items():
+            self._tried(name, tracker.finish)
+
+    def _begin(self, name: str) -> Tracker:
+        return TRACKERS[name](self._named[name], self._config, self._run_id)
+
+    def _tried(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What the call gives; None and a warning, the first time, where it fails."""
+        try:
+            return call(*arguments)
+        except ModuleNotFoundError:
+            logger.warning("track.%s is set, and %s is not installed beside the workers: pip install %s", *[name] * 3)
+        except Exception as exc:  # each package raises what it likes, and none of it may end a training
+            if name not in self._warned:
+                logger.warning("the training goes on without %s: %s: %s", name, type(exc).__name__, exc)
+            self._warned.add(name)
+        return None

@@ -1,0 +1,174 @@
+"""Trackers, on packages that take what wandb 0.31 and trackio take, and on a real MLflow where it is installed."""
+
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.shared.errors import ConfigError
+from components.store.store import Store
+from ray_jobs.training import trackers
+from ray_jobs.training.metrics_log import MetricsLog
+from ray_jobs.training.trackers import Trackers
+
+STEPS = [
+    {
+        "kind": "train",
+        "step": 1,
+        "num_steps": 2,
+        "loss": 2.0,
+        "elapsed_s": 1.0,
+        "learning_rate": 0.1,
+        "tokens_per_s": 1.0,
+    },
+    {"kind": "eval", "step": 1, "loss": 1.5, "records": 9, "perplexity": float("inf")},
+    {
+        "kind": "train",
+        "step": 2,
+        "num_steps": 2,
+        "loss": 1.0,
+        "elapsed_s": 2.0,
+        "learning_rate": 0.1,
+        "tokens_per_s": 1.0,
+    },
+]
+
+
+def config(*settings: str) -> RunConfig:
+    text = '[adapter]\nname = "sums"\n[data]\nsource = "x.jsonl"\n[model]\nbase = "acme/base"\n'
+    return config_file.loads(text, settings)
+
+
+class Run:
+    """What both packages give: values by step, and an end."""
+
+    def __init__(self, **about: Any) -> None:
+        self.about, self.steps, self.is_over = about, dict[int, dict[str, float]](), False
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        assert step >= max(self.steps, default=0), "wandb drops steps that go back"
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def finish(self) -> None:
+        self.is_over = True
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+
+    def wandb_init(*, entity: str | None, project: str, id: str, name: str, resume: str, config: dict[str, Any]) -> Run:
+        assert not set(id) & set("/\\#?%:")
+        runs["wandb"] = Run(entity=entity, project=project, id=id, resume=resume, config=config)
+        return runs["wandb"]
+
+    def trackio_init(project: str, name: str, *, config: dict[str, Any], resume: str, embed: bool) -> Run:
+        assert resume in ("must", "allow", "never")
+        runs["trackio"] = Run(project=project, name=name, config=config)
+        return runs["trackio"]
+
+    for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
+        module = ModuleType(name)
+        module.init = init  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    return runs
+
+
+def test_each_tracker_that_is_named_has_the_whole_curve(store: Store, packages: dict[str, Run]) -> None:
+    told = Trackers(config("track.wandb=team/sums", "track.trackio=sums"), "run-1")
+    with MetricsLog(store, "run-1", trackers=told) as log:
+        for record in STEPS:
+            log.add(record)
+    for run in packages.values():
+        assert run.is_over
+        assert {step: values["train/loss"] for step, values in run.steps.items()} == {1: 2.0, 2: 1.0}
+        assert run.steps[1]["eval/loss"] == 1.5
+        assert "eval/perplexity" not in run.steps[1]
+        assert run.about["config"]["method"]["name"] == "qlora"
+    assert (packages["wandb"].about["entity"], packages["wandb"].about["project"]) == ("team", "sums")
+    assert packages["wandb"].about["id"] == packages["trackio"].about["name"] == "run-1"
+
+
+@pytest.mark.parametrize("when", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_a_warning_and_the_others_are_told(
+    when: str, store: Store, packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    if when == "init":
+        monkeypatch.setattr(sys.modules["wandb"], "init", fails)
+    else:
+        init = sys.modules["wandb"].init
+        failing = {"log": lambda *_, **__: None, "finish": lambda: None, when: fails}
+        monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: init(**about) and SimpleNamespace(**failing))
+    told = Trackers(config("track.wandb=sums", "track.trackio=sums"), "run-1")
+    for record in STEPS:
+        told.add(record)
+    told.close()
+    assert [each.getMessage() for each in caplog.records] == [
+        "the training goes on without wandb: ConnectionError: no route to host"
+    ]
+    assert set(packages["trackio"].steps) == {1, 2}
+
+
+def test_a_package_that_is_not_installed_is_named(
+    packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that an import finds none
+    told = Trackers(config("track.wandb=sums"), "run-1")
+    told.close()
+    assert "track.wandb is set, and wandb is not installed beside the workers: pip install wandb" in caplog.text
+
+
+def test_no_step_waits_for_a_tracker_that_hangs(
+    packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(trackers, "MOST_WAITING", 3)
+    monkeypatch.setattr(trackers, "LAST_S", 0.05)
+    init = sys.modules["wandb"].init
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: goes_on.wait(60) and init(**about))
+    told = Trackers(config("track.wandb=sums"), "run-1")
+    for step in range(1, 20):
+        told.add({"kind": "train", "step": step, "loss": 1.0})
+    told.close()
+    goes_on.set()
+    assert "wandb lacks points of this training" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting", ["track.wandb=a/b/c", "track.mlflow=http://me:secret@mlflow:5000", "track.mlflow=mlflow:5000"]
+)
+def test_a_target_that_is_none_or_holds_a_secret_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        config(setting)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed here")
+def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger=trackers.__name__)
+    monkeypatch.setattr(trackers, "LAST_S", 600)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for part in (STEPS[:2], STEPS[2:]):
+        told = Trackers(config(f"track.mlflow={uri}"), "run-1")
+        for record in part:
+            told.add(record)
+        told.close()
+    client = importlib.import_module("mlflow").MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("sums").experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((each.step, each.value) for each in history) == [(1, 2.0), (2, 1.0)]
+    assert run.data.params["base"] == "acme/base"
