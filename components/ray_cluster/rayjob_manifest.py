@@ -57,6 +57,11 @@ SPOT = (
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
     {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
 )
+DRAIN_S = 60
+"""What a worker pod that is to go has for a checkpoint: Ray drains its node as it is told to end (SIGTERM), for half as
+long by itself, and the workers see it within seconds. A preStop hook that stops Ray would come before that."""
+ENDING_S = 15
+"""What Ray's processes have to end after it, before Kubernetes kills them."""
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 
 
@@ -175,6 +180,8 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
         *(SPOT if cluster.spot else ()),
         *(_toleration(given) for given in cluster.tolerations),
     ]
+    container["env"].append({"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(DRAIN_S)})
+    pod["spec"]["terminationGracePeriodSeconds"] = DRAIN_S + ENDING_S
     if labels_of_nodes := _node_selector(ray, cluster):
         pod["spec"]["nodeSelector"] = labels_of_nodes
     if taints:

@@ -1,7 +1,10 @@
 """The RayJob as it is sent. Schemas, policies and KubeRay's own rules are held in tests/infra/test_created_jobs.py."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +13,7 @@ from pydantic import ValidationError
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import active_deadline_s, label_value, rayjob, rayjob_name
+from components.ray_cluster.rayjob_manifest import DRAIN_S, active_deadline_s, label_value, rayjob, rayjob_name
 from components.ray_cluster.workflow import Workflow
 
 
@@ -197,6 +200,18 @@ def test_a_gang_never_changes_its_size_and_the_head_trains_nothing() -> None:
     assert {workers[key] for key in ("replicas", "minReplicas", "maxReplicas")} == {4}
     assert spec["enableInTreeAutoscaling"] is False
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_a_worker_pod_that_is_to_go_has_time_for_a_checkpoint() -> None:
+    """Ray reads its variable at import, as a pod does."""
+    (workers,) = created(num_workers=2)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    env = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    read = "from ray._private import ray_constants; print(ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)"
+    drains_for = subprocess.check_output([sys.executable, "-c", read], env={**os.environ, **env}, text=True)
+    assert float(drains_for) == DRAIN_S
+    assert pod["terminationGracePeriodSeconds"] > DRAIN_S
+    assert "lifecycle" not in pod["containers"][0]
 
 
 def test_gpus_are_shared_out_among_the_nodes() -> None:
