@@ -159,7 +159,7 @@ def estimate_of(config: RunConfig, work: Work, found: "Pace", cpu: Cpu) -> Estim
     # The base reads each prompt with its answer once and to answer it once; the candidate once more behind another's.
     read = 5 * records * work.length * found.read_s / at_once
     batches = (
-        math.ceil(math.ceil(records / config.ray.num_workers) / evaluate.batch_size) * config.ray.num_workers / at_once
+        math.ceil(math.ceil(records / config.ray.min_workers) / evaluate.batch_size) * config.ray.min_workers / at_once
     )
     evaluate_s = read + 2 * batches * work.new_tokens * found.write_s
     return Estimate(
@@ -177,7 +177,7 @@ def tokens_per_s(config: RunConfig, found: "Pace", cpu: Cpu, computed: float) ->
 
 def _at_once(config: RunConfig, cpu: Cpu) -> float:
     """Workers that really run at once: more than there are cores for share them."""
-    return min(config.ray.num_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
+    return min(config.ray.min_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
 
 
 def _mean_batch(config: RunConfig, work: Work | None) -> "MeanBatch":

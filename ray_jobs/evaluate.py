@@ -53,6 +53,7 @@ from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import measured_apart, measured_together
+from ray_jobs.training.room import workers_with_room
 from ray_jobs.training.standby import Standby
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def evaluate(
     if config.evaluate.max_new_tokens is None:
         judged = judging.records[: config.evaluate.records]
         config = with_room_for_answers(config, tokens_of(judged, chat, config.model.max_length, store, dataset_uri))
+    entry.connect()
+    config = config.on(workers_with_room(config))
     contenders = [replace(each, dataset_uri=dataset_uri) for each in _contenders(config, store, candidate, run_id)]
     found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
     kept, tokens, scores = found.records, found.tokens, found.scores
@@ -153,7 +156,6 @@ def _measured(
 
     records = held_out[: config.evaluate.records]
     probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
-    entry.connect()
     if _must_be_shared(config, base, ray.nodes()):
         probes = {key: probe.held_together() for key, probe in probes.items()}
         measured = partial(measured_together, config, base, contenders, store=store, run_id=run_id)

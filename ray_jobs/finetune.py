@@ -80,7 +80,6 @@ def finetune(
 
     with garbage.importing():
         from ray_jobs.planning.before_training import before_training
-        from ray_jobs.training import trainer
         from ray_jobs.training.room import wait_for_room
         from ray_jobs.training.train_loop import num_steps
 
@@ -96,14 +95,14 @@ def finetune(
     say(
         STEP,
         f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens; "
-        f"starting {counted(config.ray.num_workers, 'worker')}",
+        f"starting {counted(config.ray.min_workers, 'worker')}{_or_more(config)}",
     )
 
     watch.lap("data")
 
     entry.connect()
     # Before the memory is looked at: a cluster that grows from nothing has none.
-    wait_for_room(config.ray.cluster, trainer.per_worker(config), config.ray.num_workers, lambda line: say(STEP, line))
+    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
         say(STEP, line)
@@ -127,6 +126,10 @@ def finetune(
     return result
 
 
+def _or_more(config: RunConfig) -> str:
+    return f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
+
+
 def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
     """The config at the rate that the run's own sweep has found, if it had one."""
     tuned = runs.find(store, run_id, TunedRate)
@@ -148,17 +151,16 @@ def _trained(
 
 def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
     """Have the workers of `finetune` start before it knows what they train, where that asks nothing of the cluster."""
-    from ray_jobs.training import trainer
     from ray_jobs.training.room import has_room
 
     entry.connect()
-    if _stay(config) and has_room(trainer.per_worker(config), config.ray.num_workers):
+    if _stay(config) and has_room(config.ray.per_worker, config.ray.max_workers):
         _begin(config, Store.open(config.registry), run_id, standby)
 
 
 def _stay(config: RunConfig) -> bool:
-    """Whether workers can do more than train: each holds a whole base."""
-    return config.train.zero_stage < 3
+    """Whether workers can do more than train: each holds a whole base, and none is taken to start with another one."""
+    return config.train.zero_stage < 3 and not config.ray.is_elastic
 
 
 def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
@@ -169,7 +171,7 @@ def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> No
     def run(board: Any) -> dict[str, Any]:
         return _run({"board": board}, config, store, run_id)
 
-    standby.begin(run, num_workers=config.ray.num_workers)
+    standby.begin(run, num_workers=config.ray.max_workers)
 
 
 def _run(what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str) -> dict[str, Any]:

@@ -74,7 +74,10 @@ def main() -> None:
 
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
-    """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars."""
+    """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars.
+
+    Of elastic workers for the fewest, of which each has the most to hold.
+    """
     rehearsal = Rehearsal.of(config, base)
     batch = worst_batch(config)
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
@@ -101,7 +104,8 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
         "dense_base": choice.config.train.dense_base,
-        "num_workers": config.ray.num_workers,
+        "num_workers": config.ray.min_workers,
+        "max_workers": config.ray.max_workers,
         "max_length": batch.length,
         "answer_tokens": batch.answers,
         "device": device.name,
@@ -186,7 +190,7 @@ def _full_fine_tuning(
         whole.step(records, batch.length, checkpointing=train.gradient_checkpointing),
         base="bf16",
         answers=batch.answers * records,
-        sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        sharing=Sharing(config.ray.min_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
         trains_base=True,
@@ -230,7 +234,7 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     expected = speed(
         stats,
         device.gpu,
-        num_gpus=config.ray.num_workers,
+        num_gpus=config.ray.min_workers,
         base=config.method.row.base,
         adapter=config.method.row.adapter,
         length=batch.length,
@@ -239,7 +243,7 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     )
     own_price = config.ray.gpu_price_per_hour
     price = device.gpu.price_per_hour if own_price is None else own_price
-    per_second = price * config.ray.num_workers / 3600
+    per_second = price * config.ray.min_workers / 3600
     time_s = tokens / expected.tokens_per_s if tokens else None
     return {
         "estimate": None,

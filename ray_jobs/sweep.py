@@ -133,7 +133,6 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
     import ray
 
     from ray_jobs.planning.before_training import before_training, planned_bytes
-    from ray_jobs.training import trainer
     from ray_jobs.training.room import wait_for_room
 
     found: dict[Arm, int | None] = {}
@@ -141,7 +140,7 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
         point = Point(arm, points.prior(config, arm), config.train.seed)
         trial = points.trial_config(config, point, len(train_split))
         if not found:
-            wait_for_room(trial.ray.cluster, trainer.per_worker(trial), 1, lambda line: say(STEP, line))
+            wait_for_room(trial.ray.cluster, trial.ray.per_worker, 1, lambda line: say(STEP, line))
         before_training(trial, base.path, train_split, ray.nodes())
         found[arm] = planned_bytes(trial, base.path, train_split) if len(arms) > 1 else None
     return found
@@ -152,13 +151,12 @@ def _make_own_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) ->
     import ray
 
     from ray_jobs.sweeping.trial import make_own_base
-    from ray_jobs.training import trainer
 
     for arm in arms:
         trial = points.trial_config(config, Point(arm, points.prior(config, arm), config.train.seed), num_records)
         if own_base.is_needed(trial.method):
             say(STEP, f"making the base of {arm.method}, or finding it made")
-            each = trainer.per_worker(trial)
+            each = trial.ray.per_worker
             make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_own_base)
             ray.get(make.remote(config_file.dumps(trial)))
 
@@ -176,12 +174,11 @@ def _run_trials(
 
     from ray_jobs.sweeping import search
     from ray_jobs.sweeping.trial import run_trial
-    from ray_jobs.training import trainer
 
     given = {
         "job": job, "train_tokens": train_split.stored, "validation_tokens": validation.stored, "passages": passages,
     }  # fmt: skip
-    trainable = tune.with_resources(tune.with_parameters(run_trial, **given), trainer.per_worker(config))
+    trainable = tune.with_resources(tune.with_parameters(run_trial, **given), config.ray.per_worker)
 
     def keep(trial: Trial) -> None:
         runs.write(store, job.run_id, trial)

@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from components.config.ray import NumWorkers
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
 from components.config.section import Section, descriptions
 from components.config.synonyms import SYNONYMS
@@ -22,7 +23,11 @@ from components.shared.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 COMMIT = re.compile("[0-9a-f]{40}")
-STRINGS = str | list[str]
+EITHER: dict[Any, str] = {
+    str | list[str]: "a string or a list of strings",
+    NumWorkers: "an integer, at least 1, or two of them: [min, max]",
+}
+"""What a key of several types takes."""
 WITH_SET = " with --set"
 Read = TypeVar("Read", bound=Section)
 
@@ -208,8 +213,8 @@ def _explain(error: Any) -> str:
 
 def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] | None) -> str:
     kind, given, message = error["type"], error["input"], error["msg"]
-    if field and field.annotation == STRINGS:
-        return "expected a string or a list of strings"
+    if field and field.annotation in EITHER:
+        return f"expected {EITHER[field.annotation]}"
     if kind == "model_type" and section:
         one = "one section, headed once" if isinstance(given, list) else "a section"
         return f"expected {one}, with keys such as {', '.join(_required(section) or list(section.model_fields)[:3])}"
@@ -244,7 +249,7 @@ def _path(where: Sequence[str | int]) -> str:
     parts: list[str] = []
     for depth, part in enumerate(where):
         field = _located(where[:depth])[0]
-        if field and field.annotation == STRINGS:
+        if field and field.annotation in EITHER:
             break
         if part not in _variants(field):
             parts.append(str(part))

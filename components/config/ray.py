@@ -19,6 +19,8 @@ OtherResource = Annotated[str, StringConstraints(pattern=rf"^(hugepages-[1-9][0-
 ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
 IMAGE = "fineloop/train:0.2.0"
 """What `make images` builds of this release."""
+Count = Annotated[int, Field(ge=1)]
+NumWorkers = Count | Annotated[list[Count], Field(min_length=2, max_length=2)]
 MatmulDtype = Literal["bfloat16", "float32"]
 CpuMatmulDtype = Literal["auto"] | MatmulDtype
 OF_EVERY_STEP = {"use_gpu", "cpu_matmul_dtype"}
@@ -256,8 +258,10 @@ Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
 class RayConfig(Section):
     """The Ray Train workers."""
 
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Worker processes, one per GPU where GPUs are used. A run may go on with more or fewer of them."""
+    num_workers: NumWorkers = 1
+    """Worker processes, one per GPU where GPUs are used. A run may go on with more or fewer of them. [min, max] is as
+    many as have room: a training waits for min of them alone, goes on with fewer when one is lost, and with more once
+    they have room again."""
     use_gpu: bool = False
     """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
     gpu: GpuName | None = None
@@ -292,7 +296,9 @@ class RayConfig(Section):
 
     @model_validator(mode="after")
     def _cluster_holds_the_workers(self) -> "RayConfig":
-        self.cluster.require_room(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers {self.num_workers} is [min, max]: put the smaller number first")
+        self.cluster.require_room(num_workers=self.max_workers, cpus_per_worker=self.cpus_per_worker)
         return self
 
     def for_data(self, *, timeout_s: int) -> "RayConfig":
@@ -301,6 +307,26 @@ class RayConfig(Section):
         pods = cluster.nodes if isinstance(cluster, RayJobCluster) else self.num_workers
         changes = {"cluster": cluster, "num_workers": pods, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
         return self.model_copy(update=changes)
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest that train, and so those of which each has the most to hold."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while they train."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What Ray sets aside for each worker, by its names of resources."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.use_gpu else {})}
 
     @property
     def patience_s(self) -> int:

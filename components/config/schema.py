@@ -5,7 +5,6 @@ field. Secrets are never in it: they come from the environment or from mounted f
 """
 
 import json
-import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -243,19 +242,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        train, factors = self.train, f"ray.num_workers {self.ray.num_workers}"
-        step = self.ray.num_workers
-        if not train.max_tokens:
-            step *= train.micro_batch_size
-            factors = f"train.micro_batch_size {train.micro_batch_size} x {factors}"
-        if train.batch_size % step:
-            each, left_over = divmod(train.batch_size, self.ray.num_workers)
-            smaller = math.gcd(each, train.micro_batch_size)
-            raise ValueError(
-                f"train.batch_size {train.batch_size} is not a multiple of {factors}: "
-                f"try train.batch_size={max(step, train.batch_size // step * step)}"
-                + ("" if left_over else f", or train.micro_batch_size={smaller}, which leaves every step as it is")
-            )
+        for num_workers in (self.ray.min_workers, self.ray.max_workers):
+            self.train.require_even_shares(num_workers)
         if self.model.revision and "://" in self.model.base:
             raise ValueError(
                 f"model.revision belongs to a hub id; model.base is {self.model.base}: remove model.revision"
@@ -374,6 +362,10 @@ class RunConfig(Section):
     def learning_rate(self) -> float:
         """The peak rate in force."""
         return self.train.learning_rate if self.train.learning_rate is not None else self.method.row.learning_rate
+
+    def on(self, num_workers: int) -> "RunConfig":
+        """The config where so many workers train: to compute with, as its digests are others."""
+        return self.model_copy(update={"ray": self.ray.model_copy(update={"num_workers": num_workers})})
 
     @property
     def digest(self) -> str:

@@ -1,5 +1,6 @@
 """The config's `train` section: the optimisation, and what of it lies where."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
@@ -98,3 +99,22 @@ class TrainConfig(Section):
                 "or remove train.activation_offloading"
             )
         return self
+
+    def require_even_shares(self, num_workers: int) -> None:
+        """Refuse a batch that so many workers cannot share out evenly.
+
+        Raises:
+            ValueError: it names what would do.
+        """
+        step, factors = num_workers, f"ray.num_workers {num_workers}"
+        if not self.max_tokens:
+            step *= self.micro_batch_size
+            factors = f"train.micro_batch_size {self.micro_batch_size} x {factors}"
+        if self.batch_size % step:
+            each, left_over = divmod(self.batch_size, num_workers)
+            smaller = math.gcd(each, self.micro_batch_size)
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of {factors}: "
+                f"try train.batch_size={max(step, self.batch_size // step * step)}"
+                + ("" if left_over else f", or train.micro_batch_size={smaller}, which leaves every step as it is")
+            )

@@ -2,7 +2,9 @@
 
 What Kubernetes, Kueue or KubeRay require beyond the schema:
 
-- Kueue admits head and workers together or not at all, for the sizes it reads here: replicas never change.
+- Kueue admits head and workers together or not at all, for the sizes it reads here, and no RayJob whose sizes an
+  autoscaler changes: replicas are as many pods as the most workers need. Elastic workers begin with all of them, go on
+  with fewer when a pod is lost, and with all again once KubeRay has it back. Its partial admission is for a batch Job.
 - Kueue refuses a RayJob whose cluster would stay, and `deletionStrategy`: so shutdownAfterJobFinishes with a ttl.
 - The namespace admits restricted pods alone. KubeRay copies a worker's security context to its init container, but
   gives neither the sidecar of SidecarMode nor the default submitter of K8sJobMode one; only the latter can be replaced.
@@ -161,8 +163,9 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
 
 
 def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]:
-    num_pods = cluster.pods(ray.num_workers)
-    gpus = {cluster.gpu_resource: str(ray.num_workers // num_pods)} if ray.use_gpu else {}
+    num_pods = cluster.pods(ray.max_workers)
+    each = ray.max_workers // num_pods
+    gpus = {cluster.gpu_resource: str(each)} if ray.use_gpu else {}
     container = {
         **_container("ray-worker", cluster),
         "resources": _exactly(
@@ -191,7 +194,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
     return {
         "groupName": "workers",
         "replicas": num_pods,
-        "minReplicas": num_pods,
+        "minReplicas": -(-ray.min_workers // each),
         "maxReplicas": num_pods,
         "rayStartParams": {"object-store-memory": _object_store(cluster.shared_memory_gib, share=0.5)},
         "template": pod,

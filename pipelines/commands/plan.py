@@ -56,6 +56,9 @@ def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         f"{body['method']} on {body['model']}: trains {body['trainable_parameters']:,} of "
         f"{body['parameters'] + body['trainable_parameters']:,} parameters ({_percent(body['trainable_share'])})"
     )
+    if body["max_workers"] > body["num_workers"]:
+        workers = f"{body['num_workers']} to {body['max_workers']} workers"
+        yield f"for {workers}: planned are the fewest, who have the most to hold each, and take the longest"
     yield ""
     yield from _memory_lines(body)
     yield ""

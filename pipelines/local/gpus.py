@@ -18,8 +18,8 @@ def lacking(config: RunConfig, *, address: str = "") -> str:
     count = num_gpus()
     if count == 0:
         return f"ray.use_gpu=true asks for a GPU, and Ray sees none on this machine: {WAYS_OUT}"
-    if count < ray.num_workers:
-        return f"ray.num_workers={ray.num_workers} asks for a GPU each, and this machine has {count}: lower it to that"
+    if count < ray.min_workers:
+        return f"ray.num_workers={ray.min_workers} asks for a GPU each, and this machine has {count}: lower it to that"
     if _torch_is_for_processors():
         return f"ray.use_gpu=true asks for a GPU, and this torch is a build for processors alone: {WAYS_OUT}"
     return ""

@@ -107,14 +107,14 @@ def records_at_once(config: RunConfig, length: int) -> int:
     train = config.train
     if not train.max_tokens:
         return train.micro_batch_size
-    return min(-(-train.max_tokens // length), train.batch_size // config.ray.num_workers)
+    return min(-(-train.max_tokens // length), train.batch_size // config.ray.min_workers)
 
 
 def named_device(config: RunConfig) -> Device:
     """What the config alone says: the GPU it names, or this machine for CPU workers."""
     if config.ray.use_gpu:
         return gpu_device(config.ray.gpu)
-    return cpu_device("this machine", machine_bytes(), config.ray.num_workers)
+    return cpu_device("this machine", machine_bytes(), config.ray.max_workers)
 
 
 def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Device:
@@ -124,7 +124,7 @@ def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Dev
         # A head that runs no workers (num-cpus 0) lends them no memory.
         workers = [node for node in resources if node.get("CPU")]
         memory = sum(node.get("memory", 0) + node.get("object_store_memory", 0) for node in workers)
-        return cpu_device("this cluster", int(memory) or None, config.ray.num_workers)
+        return cpu_device("this cluster", int(memory) or None, config.ray.max_workers)
     if config.ray.gpu:
         return gpu_device(config.ray.gpu)
     kinds = {key.partition(":")[2] for node in resources if node.get("GPU") for key in node if key.startswith("accel")}
@@ -171,7 +171,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         step or step_of(config, rehearsal, batch),
         base=config.method.row.base,
         answers=batch.answers * records,
-        sharing=Sharing(config.ray.num_workers, train.zero_stage, train.cpu_offload),
+        sharing=Sharing(config.ray.min_workers, train.zero_stage, train.cpu_offload),
         optimizer=train.optimizer,
         use_gpu=config.ray.use_gpu,
         dense_base=bool(train.dense_base),
@@ -206,7 +206,7 @@ def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: 
 def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> bool:
     """Whether the workers have to shard the base for inference too: they did in training, and the memory of one does
     not hold it or is unknown."""
-    if config.train.zero_stage < 3 or config.ray.num_workers == 1:
+    if config.train.zero_stage < 3 or config.ray.max_workers == 1:
         return False
     whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))
     return device.memory is None or whole > BASE_SHARE * device.memory
@@ -262,7 +262,7 @@ def pod_memory(config: RunConfig) -> int | None:
     cluster = config.ray.cluster
     if not isinstance(cluster, RayJobCluster):
         return None
-    workers = config.ray.num_workers
+    workers = config.ray.max_workers
     return cluster.worker.memory_gib * GIB * cluster.pods(workers) // workers
 
 
@@ -277,7 +277,7 @@ def _remedy(configured: Choice, better: Choice | None, batch: WorstBatch) -> str
 
 
 def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> Iterator[Choice]:
-    per_worker = config.train.batch_size // config.ray.num_workers
+    per_worker = config.train.batch_size // config.ray.min_workers
     sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
     bases: dict[BaseFormat, None] = dict.fromkeys((config.method.row.base, "nf4"))
     for base in (each for each in bases if each in rehearsal.formats):

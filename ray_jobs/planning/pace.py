@@ -113,7 +113,7 @@ def _holds_dense(config: RunConfig, num_weights: int, kernels: Kernels) -> bool:
     """Whether a training here would hold so many weights dense; its evaluation does where memory allows."""
     if config.train.dense_base is not None:
         return config.train.dense_base
-    return config.train.zero_stage < 3 and kernels.has_room(num_weights, sharers=config.ray.num_workers)
+    return config.train.zero_stage < 3 and kernels.has_room(num_weights, sharers=config.ray.max_workers)
 
 
 def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, kernels: Kernels) -> tuple[Any, int]:

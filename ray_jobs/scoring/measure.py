@@ -159,7 +159,7 @@ def measure_shard(
         for each in local:
             base = each.load_base(kernels, load=held.load)
             if held.num_loaded != seen:
-                kernels.hold_dense_if_room(base, sharers=candidate.ray.num_workers)
+                kernels.hold_dense_if_room(base, sharers=candidate.ray.max_workers)
                 seen = held.num_loaded
             progress.role = each.role
             model = kernels.adopt(build.load(base, each.adapter)) if each.adapter else base

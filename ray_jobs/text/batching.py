@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # the label that cross_entropy passes over
+NO_RECORD = -1  # an empty place in a batch that is dealt out
 MIN_PROMPT_TOKENS = 8  # what must remain of a prompt that is cut to make room for its answer
 AT_ONCE = 1000  # records that are tokenised together: in Python's lists a token takes 25 times its room in an array
 CHARACTERS_AT_ONCE = 2**20  # of rows that are encoded together: an encoding takes 100 B for each token
@@ -196,17 +197,24 @@ def share(
 
     Neighbours in length go to different workers, so that all do equal work in each round. With `max_tokens` a round is
     of as many records of like length as stay within it on each worker, padding included, and of one at least; `lengths`
-    are those of all records.
+    are those of all records. Places are left empty (`NO_RECORD`) where the workers are too many for even shares.
     """
     if not max_tokens:
-        return list(batch.reshape(-1, micro_batch_size, num_workers).transpose(0, 2, 1))
-    longest_first = batch[np.argsort(-lengths[batch], kind="stable")].reshape(-1, num_workers)
+        whole = _filled(batch, micro_batch_size * num_workers)
+        return list(whole.reshape(-1, micro_batch_size, num_workers).transpose(0, 2, 1))
+    longest_first = batch[np.argsort(-lengths[batch], kind="stable")]
+    longest_first = _filled(longest_first, num_workers).reshape(-1, num_workers)
     rounds, start = [], 0
     while start < len(longest_first):
         end = start + max(1, max_tokens // int(lengths[longest_first[start, 0]]))
         rounds.append(longest_first[start:end].T)
         start = end
     return rounds
+
+
+def _filled(batch: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
+    """Up to a multiple of `step`."""
+    return np.pad(batch, (0, -len(batch) % step), constant_values=NO_RECORD)
 
 
 def collate(

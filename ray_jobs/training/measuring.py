@@ -38,7 +38,7 @@ def measured_apart(
     import ray
 
     # Two records at least in each: an answer is also read behind another record's prompt.
-    num_shards = max(1, min(config.ray.num_workers, len(records) // 2))
+    num_shards = max(1, min(config.ray.max_workers, len(records) // 2))
     say(STEP, f"{counted(len(records), 'held-out record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
     shards = [records[start::num_shards] for start in range(num_shards)]
     shares = [
@@ -81,11 +81,11 @@ def measured_together(
     """All records by a group of workers, which share the base out as they do to train on it."""
     from ray_jobs.training import measure_together, trainer
 
-    workers = f"{config.ray.num_workers} workers that hold the base together"
+    workers = f"{config.ray.max_workers} workers that hold the base together"
     say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     name = "ray-evaluate" if kernels is None else "ray-evaluate-more"
-    kernels = kernels or _kernels(config, base, config.ray.num_workers, resources)
+    kernels = kernels or _kernels(config, base, config.ray.max_workers, resources)
     arguments = {"contenders": contenders, "records": records, "probes": probes, "kernels": kernels}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)
     return Found.of(kernels, [records], [answer["result"]])

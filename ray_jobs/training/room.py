@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from components.config.ray import Cluster, RayJobCluster
+from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, WorkersMissing
 
 POLL_S = 1.0
@@ -27,6 +28,12 @@ def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
     import ray
 
     return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
+
+
+def workers_with_room(config: RunConfig) -> int:
+    """Of elastic workers as many as the cluster has room for now, one that others use included; else all."""
+    numbers = range(config.ray.max_workers, config.ray.min_workers, -1)
+    return next((each for each in numbers if has_room(config.ray.per_worker, each)), config.ray.min_workers)
 
 
 def wait_for_room(

@@ -19,7 +19,7 @@ from components.config.schema import RunConfig, TrainConfig
 from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs.text import packed
-from ray_jobs.text.batching import TokenizedSplit, by_length, plan_epoch, share
+from ray_jobs.text.batching import NO_RECORD, TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, preemption, resuming, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.checkpoint_writer import CheckpointWriter
@@ -216,8 +216,12 @@ def take_step(
     for number, indices in enumerate(rounds, start=1):
         if train.max_tokens:
             engine.set_gradient_accumulation_boundary(number == len(rounds))
-        with pace.forward():
-            nll = packed.records_nll(engine, split, indices[worker.rank], pad, device=worker.device, packs=packs).sum()
+        mine = indices[worker.rank]
+        records = mine[mine != NO_RECORD]
+        with pace.forward():  # all take part in each pass: a worker without records repeats one, uncounted
+            nll = packed.records_nll(
+                engine, split, records if len(records) else batch[:1], pad, device=worker.device, packs=packs
+            ).sum() * bool(len(records))
         engine.backward(nll * scale)
         engine.step()
         nll_sum += nll.detach().double()

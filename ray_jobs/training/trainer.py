@@ -16,6 +16,9 @@ from components.records import runs
 from components.shared.errors import JobError, UserError
 from components.store.store import Store
 
+RESIZE_EVERY_S = 60.0
+"""How often an elastic training looks whether more workers have room. They begin at its newest checkpoint."""
+
 
 def run(
     function: Callable[[dict[str, Any]], dict[str, Any]],
@@ -49,9 +52,10 @@ def run(
             backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=config.ray.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.ray.num_workers,
+            num_workers=_num_workers(config),
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=config.ray.use_gpu,
-            resources_per_worker=per_worker(config),
+            resources_per_worker=config.ray.per_worker,
         ),
         run_config=RayRunConfig(
             name=name,
@@ -109,9 +113,9 @@ def _ending_at_mistakes() -> Any:
     return EndsAtMistake()
 
 
-def per_worker(config: RunConfig) -> dict[str, float]:
-    """What Ray sets aside for each worker."""
-    return {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if config.ray.use_gpu else {})}
+def _num_workers(config: RunConfig) -> int | tuple[int, int]:
+    fewest, most = config.ray.min_workers, config.ray.max_workers
+    return (fewest, most) if config.ray.is_elastic else most
 
 
 def _root(exc: Any) -> str:

@@ -81,7 +81,7 @@ def train(
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
     with metrics or contextlib.nullcontext():
         adapted, trained, recipe = fit(
-            config,
+            config.on(worker.num_workers),
             job,
             worker,
             store,

@@ -4,6 +4,7 @@ The same on GPUs and on CPU processes. At stage 3 a weight is whole only while a
 reads its layer's base: DeepSpeed sees that and gathers it once more); vectors stay whole. `gathered` makes the rest so.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -57,7 +58,12 @@ def prepare_environment(*, use_gpu: bool) -> None:
 
 def accumulation(config: RunConfig) -> int:
     """Forward passes of each worker in one optimizer step; with train.max_tokens the most that there can be."""
-    return config.train.batch_size // (_micro_batch_size(config) * config.ray.num_workers)
+    return math.ceil(config.train.batch_size / _records_at_once(config))
+
+
+def _records_at_once(config: RunConfig) -> int:
+    """Of all workers, in each of them."""
+    return _micro_batch_size(config) * config.ray.max_workers
 
 
 def _micro_batch_size(config: RunConfig) -> int:
@@ -92,7 +98,7 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
         if train.cpu_offload:
             zero["offload_param"] = host
     return {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": accumulation(config) * _records_at_once(config),  # places; some may be empty
         "train_micro_batch_size_per_gpu": _micro_batch_size(config),
         "gradient_accumulation_steps": accumulation(config),
         "gradient_clipping": train.max_grad_norm,
@@ -151,7 +157,7 @@ def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = t
     for _, state in master_partitions(engine):
         optimizer.forget_steps(state)  # without ZeRO there is one, which would spoil Adam's bias correction
     if config.train.zero_stage == 3:
-        require_shared(engine.module, num_workers=config.ray.num_workers)
+        require_shared(engine.module, num_workers=config.ray.max_workers)
     return engine
 
 
@@ -184,7 +190,7 @@ def for_inference(
     wanted["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=model, config=wanted)
     try:
-        require_shared(engine.module, num_workers=config.ray.num_workers)
+        require_shared(engine.module, num_workers=config.ray.max_workers)
         yield engine.module
     finally:
         engine.destroy()

@@ -178,6 +178,7 @@ def fit_in_rank(
     from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit
 
+    config = config.on(dist.get_world_size())
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     records = [validate(row).record for row in rows]

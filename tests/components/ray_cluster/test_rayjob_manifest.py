@@ -214,6 +214,14 @@ def test_a_worker_pod_that_is_to_go_has_time_for_a_checkpoint() -> None:
     assert "lifecycle" not in pod["containers"][0]
 
 
+@pytest.mark.parametrize(("nodes", "fewest", "most"), [(0, 2, 4), (2, 1, 2)])
+def test_elastic_workers_have_pods_for_the_most_of_them(nodes: int, fewest: int, most: int) -> None:
+    spec = created({"nodes": nodes}, num_workers=[2, 4])["spec"]["rayClusterSpec"]
+    (workers,) = spec["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [most, fewest, most]
+    assert spec["enableInTreeAutoscaling"] is False
+
+
 def test_gpus_are_shared_out_among_the_nodes() -> None:
     found = created({"nodes": 2, "worker": {"cpu": 8}}, num_workers=8, use_gpu=True, gpu="A10G")
     (workers,) = found["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -327,6 +335,8 @@ def test_runs_whose_names_differ_in_what_no_name_may_hold_are_told_apart() -> No
         ({"cluster": {"env": {"HOME": "/x"}}}, "HOME is set by Fineloop"),
         ({"cluster": {"shared_memory_gib": 24}}, "raise worker.memory_gib"),
         ({"cluster": {"nodes": 3}, "num_workers": 4}, "make it a multiple"),
+        ({"cluster": {"nodes": 3}, "num_workers": [3, 4]}, "make it a multiple"),
+        ({"num_workers": [4, 2]}, "put the smaller number first"),
         ({"cpus_per_worker": 5}, "cluster.worker.cpu 4 is less than the 5"),
         ({"cluster": {"tolerations": [{"operator": "Equal"}]}}, 'operator = "Equal" needs a key'),
         ({"cluster": {"queue": "Not A Name"}}, "queue"),

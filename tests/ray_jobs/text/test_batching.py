@@ -13,7 +13,17 @@ from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
-from ray_jobs.text.batching import AT_ONCE, IGNORED, TokenizedSplit, by_length, collate, plan_epoch, share, tokenize
+from ray_jobs.text.batching import (
+    AT_ONCE,
+    IGNORED,
+    NO_RECORD,
+    TokenizedSplit,
+    by_length,
+    collate,
+    plan_epoch,
+    share,
+    tokenize,
+)
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 
@@ -136,6 +146,18 @@ def test_a_batch_is_dealt_out_whole_and_evenly():
     assert sorted(rounds.ravel()) == list(batch)
     # neighbours in length go to different workers
     assert set(rounds[0, 0]) == {100, 102, 104, 106}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 100, 10_000])
+@pytest.mark.parametrize("num_workers", [3, 5, 12])
+def test_workers_too_many_for_even_shares_leave_places_empty(max_tokens, num_workers):
+    batch = np.random.default_rng(0).permutation(200)[:16]
+    lengths = np.arange(5, 205)
+    rounds = share(batch, lengths, micro_batch_size=4, max_tokens=max_tokens, num_workers=num_workers)
+    dealt = np.concatenate([each.ravel() for each in rounds])
+    assert sorted(dealt[dealt != NO_RECORD]) == sorted(batch)
+    assert all(each.shape[0] == num_workers for each in rounds)
+    assert len(dealt) < len(batch) + num_workers * (1 if max_tokens else 4)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from components.config.schema import RunConfig
 from components.shared.errors import UserError, WorkersMissing
-from ray_jobs.training.room import wait_for_own
+from ray_jobs.training import room
+from ray_jobs.training.room import wait_for_own, workers_with_room
 
 NEEDED = {"CPU": 2.0}
 
@@ -44,3 +46,13 @@ def test_workers_that_do_not_come_are_the_clusters_fault_and_not_the_users() -> 
     with pytest.raises(WorkersMissing, match=r"has 1 of 2 CPUs after ray\.cluster\.pre_running_timeout_s = 60 s") as no:
         wait(iter([{"CPU": 1.0}] * 1000), 60)
     assert not isinstance(no.value, UserError)
+
+
+@pytest.mark.parametrize(("has", "counted"), [(1, 2), (3, 3), (9, 4)])
+def test_elastic_workers_measure_with_as_many_as_have_room(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, has: int, counted: int
+) -> None:
+    monkeypatch.setattr(room, "has_room", lambda _, num_workers: num_workers <= has)
+    ray = config.ray.model_copy(update={"num_workers": [2, 4]})
+    assert workers_with_room(config.model_copy(update={"ray": ray})) == counted
+    assert workers_with_room(config.on(5)) == 5

@@ -167,6 +167,14 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
 
 
+@pytest.mark.slow
+def test_three_workers_of_a_batch_of_sixteen_take_the_steps_of_a_plain_loop(run, config):
+    changes = ["train.micro_batch_size=4", "train.max_steps=6", "ray.num_workers=[1,4]"]
+    found = run(*changes, num_workers=3)
+    expected = plain_training(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS)
+    np.testing.assert_allclose(found.losses, expected.losses, atol=NOISE)
+
+
 SHAPES = [
     pytest.param("lora", [2, 1, 2], [2, 2, 0], "", id="2-1-2 workers, stages 2-2-0"),
     pytest.param("dora", [2, 2, 1], [2, 0, 3], "", marks=pytest.mark.slow, id="2-2-1 workers, stages 2-0-3"),

@@ -1,0 +1,65 @@
+"""A training whose number of workers changes: nodes come and go on a cluster of several nodes on this machine.
+
+The judge is the same training by one worker; that of a plain loop is its equal (test_train_loop.py).
+"""
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from components.records import runs
+from tests.ray_jobs import own_cluster
+
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
+
+NUM_STEPS = 1500
+NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over a few steps
+
+
+def grow_and_shrink() -> list[int]:
+    """A node comes once one worker trains, and goes, without notice, once two train."""
+    (cluster,) = own_cluster.CLUSTERS
+    own_cluster.wait_for_step()
+    first = len(own_cluster.workers())
+    added = cluster.add_node(num_cpus=1)
+    while len(own_cluster.workers()) != 2:
+        time.sleep(0.1)
+    own_cluster.wait_for_step()
+    cluster.remove_node(added, allow_graceful=False)
+    while len(own_cluster.workers()) != 1:
+        time.sleep(0.1)
+    return [first, 2, 1]
+
+
+def trained(config_toml: str, run_id: str) -> dict[str, Any]:
+    """In the driver's process."""
+    from ray_jobs.training import trainer
+
+    trainer.RESIZE_EVERY_S = 2.0
+    return own_cluster.finetuned(config_toml, run_id, grow_and_shrink if run_id == "elastic" else None)
+
+
+def test_workers_come_and_go_and_the_same_batches_are_trained_on_in_the_same_order(config, store, tmp_path):
+    steps = [f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=20", "train.micro_batch_size=4"]
+    toml = {
+        run_id: own_cluster.toml_of(config, store, tmp_path, *steps, f"ray.num_workers={workers}", "ray.max_failures=3")
+        for run_id, workers in (("one", "1"), ("elastic", "[1, 2]"))
+    }
+    with own_cluster.driver(1) as driver:
+        found = {each: driver.submit(trained, toml[each], each).result(timeout=900) for each in toml}
+    assert found["elastic"]["meanwhile"] == [1, 2, 1]
+    assert found["elastic"]["steps"] == NUM_STEPS
+    one, elastic = (
+        [r for r in map(json.loads, store.get(runs.run_key(each, runs.METRICS)).splitlines()) if r["kind"] == "train"]
+        for each in toml
+    )
+    assert [r["step"] for r in elastic] == [*range(1, NUM_STEPS + 1)]
+    assert [r["tokens"] for r in elastic] == [r["tokens"] for r in one]
+    differing = [i for i, (a, b) in enumerate(zip(one, elastic, strict=True)) if a["loss"] != b["loss"]]
+    assert differing, "two workers sum in another order"
+    first = differing[0]
+    assert first % 20 == 0, "they go on from a checkpoint of one"
+    for a, b in zip(one[first : first + 8], elastic[first : first + 8], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=NOISE)
