@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from components.config.columns import ColumnsConfig
-from components.config.schema import DataConfig
+from components.config.data import DataConfig
 from components.prepare.local_copies import local_copies
 from components.prepare.row import Rows
 from components.prepare.rows import read_rows

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from components.config.schema import LossOn
+from components.config.data import LossOn
 from components.prepare.dataset import Record
 from ray_jobs.text.chat_format import ChatFormat
 

@@ -104,6 +104,8 @@ def test_the_job_that_prepares_the_data_asks_for_pods_of_its_own_size_and_no_gpu
     assert not {"nodeSelector", "tolerations"} & pod.keys()
     assert next(each for each in pod["volumes"] if each["name"] == "shared-mem")["emptyDir"]["sizeLimit"] == "3Gi"
     assert ray.patience_s == 7 + ray.cluster.queue_timeout_s
+
+
 def test_what_else_workers_ask_for_is_requested_exactly_by_them_alone() -> None:
     """Kubernetes takes hugepages and extended resources where the requests are the limits."""
     other = {"vpc.amazonaws.com/efa": "4", "hugepages-2Mi": "5Gi"}

@@ -1,0 +1,71 @@
+"""Where the data come from, what of them is held out, and what is left out."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from components.config.columns import ColumnsConfig
+from components.config.section import Added, Section
+
+LossOn = Literal["last", "all"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(Section):
+    """Data source and validation."""
+
+    source: str | list[str]
+    """JSONL, JSON, CSV, TSV or Parquet, also packed by gzip or zstd: a path, a glob, a folder, s3://BUCKET/KEY,
+    s3://BUCKET/FOLDER/, hf://ORG/NAME, or example://icd10. Or a list."""
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of records held out, chosen by a hash of each record's key, so that it never moves on a refresh."""
+    validation_share: Annotated[float, Field(gt=0, lt=1), Added("0.2.0")] = 0.2
+    """Share of the held-out records, by a hash of their ids, on which a training chooses its checkpoint and when to
+    stop. The gate decides on the others, which nothing has used before."""
+    group: Annotated[str, Added("0.2.0")] = ""
+    """Column that names the group of a row, such as a patient or a document. Records of one group are held out
+    together, and the gate counts them as one observation. Empty: no groups."""
+    columns: Annotated[ColumnsConfig, Added("0.2.0")] = ColumnsConfig()
+    near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
+    """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
+    five-character shingles, without case and punctuation, both in whole and in what is left without the text that
+    many prompts share. 0 leaves none out."""
+    max_near_share: Annotated[Share, Added("0.2.0")] = 0.05
+    """Stop when more than this share of what would be trained on is left out as near what is held out."""
+    max_reject_share: Share = 0.05
+    """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
+    records whose answers, and those whose prompts, are too long for model.max_length."""
+    max_records: Annotated[int, Field(ge=0)] = 0
+    """Use only this many records, taken in order of their key's hash; 0 uses all."""
+    min_new_records: Annotated[int, Field(ge=0)] = 0
+    """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
+    not lost: they count again next time. 0 never skips."""
+    personal: Annotated[Literal["report", "mask", "drop"], Added("0.2.0")] = "report"
+    """What is done with e-mail addresses, phone and card numbers, IBANs, keys and tokens in messages: counted in the
+    profile, masked (such as [EMAIL]) before anything is stored, or their records left out."""
+    phone_regions: Annotated[list[Annotated[str, StringConstraints(pattern="^[A-Z]{2}$")]], Added("0.2.0")] = []
+    """Countries (such as DE) whose phone numbers count as personal data without their leading + as well."""
+    personal_names: Annotated[bool, Added("0.2.0")] = False
+    """Look for people's names as well, with Presidio's English model; needs the package presidio-analyzer."""
+    loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
+    """Answers of a conversation that are trained on: the last, or all of the assistant's. Evaluation uses the last."""
+    window_days: Annotated[float, Field(ge=0)] = 0
+    """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
+    still comes from all of them, so that forgetting shows."""
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Share of the training records to draw from before the window, against forgetting."""
+    engine: Annotated[Literal["local", "ray"], Added("0.2.0")] = "local"
+    """Who prepares the data: the step, or a job on the Ray cluster's CPUs, before a GPU is asked for."""
+    memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
+    """Memory in GiB that preparing the data takes, about; what does not fit goes to disk."""
+    timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
+    """Deadline of the step that prepares the data, in a pipeline on Kubeflow, and of its Ray job."""
+
+    @model_validator(mode="after")
+    def _replay_needs_a_window(self) -> "DataConfig":
+        if self.replay_share and not self.window_days:
+            raise ValueError(
+                f"replay_share {self.replay_share:g} draws from before the window, and there is none: "
+                "set data.window_days, or remove data.replay_share"
+            )
+        return self
