@@ -33,7 +33,7 @@ def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_ba
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=use_gpu)
-    adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0))
+    adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=config.train.seed))
     engine = zero.initialize(adapted.train(), config)
     if dense_base:
         kernels.hold_dense(adapted)
