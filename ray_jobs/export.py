@@ -8,6 +8,7 @@ dtype that is saved. The last line of stdout is what export.json there says.
 """
 
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
@@ -55,7 +56,7 @@ SHARD_SIZE = "5GB"
 
 Form = Literal["merged", "lora"]
 BaseWeights = Literal["dequantised", "original"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,16 @@ def main() -> None:
     )
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
     parser.add_argument("--to", required=True, type=Path, dest="target", help="folder to write; must not exist yet")
-    parser.add_argument("--form", required=True, choices=("merged", "lora"))
+    parser.add_argument("--form", required=True, choices=get_args(Form))
     parser.add_argument("--base", choices=("dequantised", "original"), help="merged: the weights merged into")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="merged: as saved")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="merged: as saved")
     parser.add_argument("--approximate", type=int, default=0, metavar="RANK", help="lora: the nearest where it is none")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an unfinished folder is removed
 
     def job() -> None:
-        form, base, dtype = arguments.form, arguments.base, arguments.dtype
-        request = ExportRequest(form, arguments.target, base, dtype, arguments.approximate)
+        given = {name: getattr(arguments, name) for name in ("base", "dtype", "approximate")}
+        request = ExportRequest(arguments.form, arguments.target, **given)
         record = export(entry.load_config(arguments.config, arguments.set), arguments.version, request)
         print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
 
@@ -137,10 +138,11 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     version = resolve(store, reference)
     if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
         raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
+    writers = {"merged": _merged, "lora": _lora}
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         source = _source(config, store, version, Path(scratch) / "adapter")
         say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
-        record = _merged(source, request, folder) if request.form == "merged" else _lora(source, request, folder)
+        record = writers[request.form](source, request, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
         folder.rename(request.target)
@@ -165,6 +167,8 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     adapted = build.load(dense, source.folder).eval()
     del dense
     reference = list(merge.logits(adapted, rows))
+    with adapted.disable_adapter():
+        effect = merge.agreement(reference, merge.logits(adapted, rows))
     before = reference
     if not is_exact:
         say(STEP, "running it on the original weights")
@@ -175,22 +179,33 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     merged = merge.merge(adapted)
     parity = {"merge": merge.agreement(before, merge.logits(merged, rows))}
     merge.require_same(parity["merge"], "the merged model")
-    del adapted, before
+    del adapted
 
     say(STEP, f"saving as {request.dtype}")
     dtype = getattr(torch, request.dtype)
     merged.generation_config = source.chat.generation_config()  # it answers as it was measured
-    merged.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    merged.to(dtype)
+    if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
+    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     source.chat.tokenizer.save_pretrained(folder)
     loader = architecture.auto_class(merged.config)
     del merged
+    if request.dtype != "float32":  # read back in float32, so that nothing but the weights is rounded
+        rounded = merge.logits(loader.from_pretrained(folder, dtype=torch.float32).eval(), rows)
+        parity["rounded"] = merge.agreement(before, rounded)
     reloaded = loader.from_pretrained(folder, dtype=dtype).eval()
     source.kernels.adopt(reloaded)
     saved = list(merge.logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
+    if not math.isfinite(parity["saved"].mean_kl_nats):
+        raise UserError(f"the saved model says nothing finite when it runs in {request.dtype}: use --dtype bfloat16")
     if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
+    parity["effect"] = effect
     _log_parity(parity)
+    warnings = merge.rounding_warnings(request.dtype, parity["rounded"], effect) if "rounded" in parity else []
+    _warn(warnings)
     both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
     for who, found in both.items():
         right, loss = found["exact_match"], found["loss"]
@@ -198,7 +213,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
             STEP,
             f"answers of the {who}: {right:.1%} of {len(source.records)} as held out, loss {loss:.3f} nats a token",
         )
-    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both)
+    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, warnings=warnings)
 
 
 def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
@@ -332,6 +347,11 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
 def _log_parity(parity: dict[str, Agreement]) -> None:
     for name, found in parity.items():
         say(STEP, f"{name}: {found.summary()}")
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        say(STEP, f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MIN_ARGMAX_AGREEMENT = 0.999
 MAX_MEAN_KL_NATS = 1e-6
 """What the order of additions in float32 may change; measured on SmolLM2-135M it is below 1e-9."""
+MOST_ROUNDED_AWAY = 0.1
+"""Of what an adapter changes: rounding that moves the model by more is warned of."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ def require_same(found: Agreement, what: str) -> None:
             f"nothing is exported, for {what} does not say what the adapter on its base says: {found.summary()}; at "
             f"least {MIN_ARGMAX_AGREEMENT:.1%} must agree, with a mean KL of at most {MAX_MEAN_KL_NATS:g} nats"
         )
+
+
+def rounding_warnings(dtype: str, rounded: Agreement, effect: Agreement) -> list[str]:
+    """What to say where rounding the weights takes much of what the adapter changes, its `effect` on the base."""
+    lost, moved = rounded.mean_kl_nats, effect.mean_kl_nats
+    if lost <= MOST_ROUNDED_AWAY * moved:
+        return []
+    finer = "float16 or float32" if dtype == "bfloat16" else "float32"
+    return [
+        f"rounding the weights to {dtype} moves the model by {lost:.2g} nats, and the adapter moves its base by "
+        f"{moved:.2g}: save it with --dtype {finer}, or serve the adapter beside its base"
+    ]
 
 
 def dequantise_into(dense: "PreTrainedModel", quantised: "PreTrainedModel") -> None:

@@ -14,6 +14,8 @@ HOW_SERVED = {
 MEASURED = {
     "merge": "merged, against the adapter on the same weights, in float32",
     "saved": "this folder, against the adapter in float32 on the weights it was trained on",
+    "rounded": "these weights, against the merge before it was rounded, both run in float32",
+    "effect": "for comparison: the base without the adapter, against the adapter on it, in float32",
     "evaluated": "this folder, against the adapter as it was evaluated",
     "converted": "this adapter, against the one it was made from, in float32",
 }

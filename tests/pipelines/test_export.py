@@ -30,7 +30,7 @@ def test_a_version_is_exported_where_told_and_never_over_something(published: Ve
     done = fineloop(*arguments, "--dtype", "float32", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = body(done)
-    assert found.keys() == {"path", "version", "form", "base", "dtype", "exact", "parity", "answers"}
+    assert found.keys() == {"path", "version", "form", "base", "dtype", "exact", "parity", "answers", "warnings"}
     assert found["path"] == str(tmp_path / "out" / "merged")
     assert (found["version"], found["form"], found["dtype"]) == (published.version, "merged", "float32")
     assert found["parity"]["merge"]["argmax_agreement"] >= 0.999

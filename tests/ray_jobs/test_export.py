@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
@@ -123,6 +124,45 @@ def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store,
     assert found.mean_kl_nats / 3 < figures["mean_kl_nats"] < found.mean_kl_nats * 3
     assert 1e-6 < figures["mean_kl_nats"] < 1e-2
     assert record["parity"]["evaluated"]["mean_kl_nats"] < 1e-2
+
+
+def by_hand(config, store, tmp_path) -> tuple[float, float]:
+    """By plain peft in float32: what rounding every merged weight to bfloat16 moves, and what the adapter does."""
+    adapted = on_its_base(config, store, tmp_path / "adapter-lora", load=PeftModel.from_pretrained)
+    said = list(merge.logits(adapted.eval(), ROWS[:4]))
+    with adapted.disable_adapter():
+        effect = merge.agreement(said, merge.logits(adapted, ROWS[:4])).mean_kl_nats
+    merged = adapted.merge_and_unload()
+    for weight in merged.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return merge.agreement(said, merge.logits(merged, ROWS[:4])).mean_kl_nats, effect
+
+
+def test_rounding_that_eats_a_tenth_of_the_adapter_is_warned_of_and_float16_eats_less(of, store, tmp_path, capsys):
+    config = of("lora")
+    small = publish(config, store, tmp_path, std=0.001, with_data=False)
+    lost, effect = by_hand(config, store, tmp_path)
+    assert lost > 0.2 * effect
+    record = export(config, f"{small.name}@{small.version}", ExportRequest("merged", tmp_path / "small"))
+    figures = {name: record["parity"][name]["mean_kl_nats"] for name in ("rounded", "effect")}
+    assert lost / 3 < figures["rounded"] < 3 * lost
+    assert effect / 3 < figures["effect"] < 3 * effect
+    assert len(record["warnings"]) == 1
+    assert "warning: rounding the weights to bfloat16" in capsys.readouterr().out
+    wish = ExportRequest("merged", tmp_path / "half", dtype="float16")
+    half = export(config, f"{small.name}@{small.version}", wish)
+    assert half["parity"]["rounded"]["mean_kl_nats"] < 0.1 * figures["rounded"]
+    assert half["warnings"] == []
+    with safe_open(tmp_path / "half" / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_weights_that_float16_cannot_hold_are_refused(of, store, tmp_path):
+    config = of("lora")
+    version = publish(config, store, tmp_path, std=300, with_data=False)
+    with pytest.raises(UserError, match=r"_proj\.weight does not fit into float16.*--dtype bfloat16"):
+        export(config, f"{version.name}@{version.version}", ExportRequest("merged", tmp_path / "out", dtype="float16"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(of, store, tmp_path, tiny_base):
