@@ -222,7 +222,11 @@ def test_rows_of_csv_are_bad_one_by_one_and_their_header_shows_what_divides_them
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz", "a.parquet.zst"])
-def test_s3_objects_are_read_like_local_files(store: Store, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("one_request_bytes", [0, 2**20])
+def test_s3_objects_are_read_like_local_files(
+    store: Store, tmp_path: Path, name: str, one_request_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.prepare.local_copies.ONE_REQUEST_BYTES", one_request_bytes)
     write(ROWS, tmp_path / name)
     store.put(f"incoming/{name}", tmp_path / name)
     assert [value for _, value in read(store.uri(f"incoming/{name}"))] == ROWS
