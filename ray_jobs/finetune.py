@@ -114,6 +114,8 @@ def finetune(
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=outlook.dense_base,
+        flops_per_token=outlook.flops_per_token,
+        flops_before=starting.flops_of(store, start),
         start=start,
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
         watch=watch,

@@ -10,6 +10,7 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               sweep.json                   what the sweep found
               rate.json                    the learning rate that was tuned for the run
               metrics.jsonl                a record for each step and each measurement
+              restarts.json                how often its training began again, and the steps taken twice
               finetune.json                what the training published
               evaluation.json              the models compared, and evaluation_records.parquet record by record
               decision.json                promote, hold or skipped, with reasons
@@ -29,6 +30,7 @@ CONSUMED = "consumed/"
 CONSUMED_0_1_0 = "consumed.json"
 START = "start.json"
 METRICS = "metrics.jsonl"
+RESTARTS = "restarts.json"
 FINETUNE = TrainResult.FILE
 EVALUATION = Evaluation.FILE
 EVALUATION_RECORDS = "evaluation_records.parquet"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from components.records.harness import HarnessScores
 from components.records.part import Part
 from components.records.suites import Suite
+from components.records.usage import Usage
 from components.shared.errors import IntegrityError
 from components.store.store import decode_json, encode_json
 
@@ -124,6 +125,8 @@ class TrainResult(Record):
     """When the job began, as `trained_at`."""
     until_first_step: list[Took] = []
     """What passed from then to the first step, one part after the other."""
+    usage: Usage | None = None
+    """None where an earlier release wrote this."""
 
 
 class Measured(Part):

@@ -1,9 +1,15 @@
 """What a training cost: the time that its workers were held, how much of it went into steps, and the price of that."""
 
+from typing import Any
+
 from components.config import config_file
-from components.config.gpus import GPUS, PRICED
+from components.config.prices import price_per_hour
+from components.records.usage import Usage
 from components.report.numbers import count, parse_moment
 from components.report.run_files import RunFiles
+from components.shared.counted import counted
+
+MB = 10**6
 
 
 def cost(run: RunFiles) -> str:
@@ -27,18 +33,31 @@ def cost(run: RunFiles) -> str:
     else:
         text = f"{hours:.2f} {unit}s until the last step, {seconds / held_s:.0%} of them in steps"
         text += f"; {count(round(tokens / hours))} tokens a {unit}"
-    return text + _price(run, str(hardware.get("gpu", "")), hours)
+    return text + _used(result.get("usage")) + _price(run, str(hardware.get("gpu", "")), hours)
+
+
+def _used(recorded: Any) -> str:
+    """What earlier releases did not record."""
+    if not recorded:
+        return ""
+    used = Usage.model_validate(recorded)
+    parts = []
+    if used.restarts:
+        parts.append(f"{counted(used.restarts, 'restart')}, {counted(used.steps_repeated, 'step')} taken twice")
+    if used.flops is not None:
+        before = used.flops_with_parents != used.flops and used.flops_with_parents
+        parts.append(f"{used.flops:.2g} FLOPs{f', {before:.2g} with what it went on from' if before else ''}")
+    parts.append(
+        f"{counted(used.s3_requests, 'S3 request')} of the workers, "
+        f"{used.s3_read_bytes / MB:,.1f} MB read, {used.s3_written_bytes / MB:,.1f} MB written"
+    )
+    return "".join(f"; {part}" for part in parts)
 
 
 def _price(run: RunFiles, gpu: str, hours: float) -> str:
     """Of GPUs: at the config's price, or the list's for the product that the workers named."""
-    ray = config_file.loads(run.config_toml).ray if run.config_toml and gpu else None
-    if ray is None:
+    found = price_per_hour(config_file.loads(run.config_toml).ray, gpu) if run.config_toml else None
+    if found is None:
         return ""
-    if ray.gpu_price_per_hour is not None:
-        return f"; ${hours * ray.gpu_price_per_hour:,.2f} at ray.gpu_price_per_hour"
-    listed = next((each for each in GPUS.values() if each.product.replace("-", " ") == gpu), None)
-    listed = listed or (GPUS[ray.gpu] if ray.gpu else None)
-    if listed is None:
-        return ""
-    return f"; ${hours * listed.price_per_hour:,.2f} at ${listed.price_per_hour:g} ({listed.price_source}, {PRICED})"
+    price, source = found
+    return f"; ${hours * price:,.2f} at " + (f"${price:g} ({source})" if " " in source else source)

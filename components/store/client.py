@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared.errors import Conflict, FineloopError, ObjectMissing, StoreError
+from components.store import traffic
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def client_from_environment() -> Any:
     except BotoCoreError as exc:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
     client.meta.events.register("needs-retry.s3", _pause_where_busy)
+    traffic.count(client)
     return client
 
 

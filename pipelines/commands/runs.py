@@ -97,7 +97,8 @@ def _kept(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         found = listed(store, adapter=options.adapter, limit=options.limit)
     chosen = metrics_of({run.metric for run in found} - {LOSS})
-    rows = [("run", "began", "adapter", "outcome", LOSS, *(each.label for each in chosen), "rate", "steps", "note")]
+    measured = [LOSS, *(each.label for each in chosen)]
+    rows = [("run", "began", "adapter", "outcome", *measured, "rate", "steps", "hours", "price", "note")]
     for run in found:
         values = [run.metrics.get(each.key) if each.key == run.metric else None for each in chosen]
         shown = [each.text(value) if value is not None else "-" for each, value in zip(chosen, values, strict=True)]
@@ -105,7 +106,9 @@ def _kept(options: argparse.Namespace) -> Answer:
             (
                 *(run.run_id, run.began[:16].replace("T", " "), run.adapter, run.outcome),
                 *("-" if run.loss is None else metric_of(LOSS).text(run.loss), *shown),
-                *("-" if run.learning_rate is None else f"{run.learning_rate:.3g}", str(run.steps or "-"), run.note),
+                *("-" if run.learning_rate is None else f"{run.learning_rate:.3g}", str(run.steps or "-")),
+                *("-" if run.hours is None else f"{run.hours:.2f}", "-" if run.price is None else f"${run.price:,.2f}"),
+                run.note,
             )
         )
     text = table(rows) if found else "no such runs yet: `fineloop run` starts one"

@@ -37,6 +37,10 @@ class PastRun:
     learning_rate: float | None
     steps: int | None
     note: str
+    hours: float | None
+    """Of one worker, as its training recorded them: GPU-hours where it trained on GPUs."""
+    price: float | None
+    """US dollars for them; None without GPUs."""
 
     @property
     def loss(self) -> float | None:
@@ -105,6 +109,7 @@ def _read(store: "Store", run_id: str, written: datetime) -> PastRun:
     decision, evaluation = runs.find(store, run_id, Decision), runs.find(store, run_id, Evaluation)
     trained = runs.find(store, run_id, TrainResult)
     candidate = evaluation.model("candidate") if evaluation else None
+    used = trained.usage if trained else None
     return PastRun(
         run_id=run_id,
         began=steps[0].started_at if steps else written.astimezone(UTC).isoformat(),
@@ -116,6 +121,8 @@ def _read(store: "Store", run_id: str, written: datetime) -> PastRun:
         learning_rate=rate_of(config, runs.find(store, run_id, TunedRate)),
         steps=trained.steps if trained else None,
         note=config.get("adapter", {}).get("note", ""),
+        hours=used.hours if used else None,
+        price=used.price if used else None,
     )
 
 

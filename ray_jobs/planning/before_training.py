@@ -23,6 +23,7 @@ from ray_jobs.planning.capacity import (
 from ray_jobs.planning.memory import GIB, parts_text
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
+from ray_jobs.planning.speed import flops_per_token
 from ray_jobs.text.batching import Lengths
 
 
@@ -34,6 +35,8 @@ class Outlook:
     """Printed before the training."""
     dense_base: bool = False
     """Whether workers hold the base dense, where memory is free for it when they start."""
+    flops_per_token: float | None = None
+    """Of the records as they are; None of a base that cannot be planned for."""
 
 
 def before_training(
@@ -71,7 +74,13 @@ def before_training(
         *_rank_lines(config, rehearsal),
         *_evaluation_lines(config, rehearsal, batch, device),
     ]
-    return Outlook(lines, is_dense)
+    operations = flops_per_token(
+        rehearsal.stats,
+        length=round(split.lengths.mean()),
+        answer_share=split.num_answer_tokens.sum() / split.lengths.sum(),
+        checkpointing=config.train.gradient_checkpointing,
+    )
+    return Outlook(lines, is_dense, float(operations))
 
 
 def planned_bytes(config: RunConfig, base_folder: Path, split: Lengths) -> int | None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from components.records import runs
 from components.shared.counted import counted
-from components.shared.errors import StoreError
+from components.shared.errors import IntegrityError, ObjectMissing, StoreError
 from components.shared.protocol import say
-from components.store.store import Store
+from components.store.store import JSON, Store, encode_json
 from ray_jobs.training.patience import patiently
 from ray_jobs.training.trackers import Trackers
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
 METRICS_EVERY_S = 15.0
+NDJSON = "application/x-ndjson"
 MOST_POINTS = 10_000
 """Of a curve, about 2.5 MB: beyond it every second step is left out, then every second one of those, and so on."""
 
@@ -56,8 +57,12 @@ class MetricsLog:
         self._key = runs.run_key(run_id, runs.METRICS)
         self._checkpoint_every = checkpoint_every_steps
         found = store.read(self._key)
+        self._restarts_key = runs.run_key(run_id, runs.RESTARTS)
+        self.restarts, self.steps_repeated = _restarts(store, self._restarts_key) if found else (0, 0)
         # After a restart the curve goes on; points beyond the checkpoint are replaced as their steps come again.
         self._points = [_point(json.loads(line)) for line in found[0].splitlines()] if found else []
+        self._taken = max((point.step for point in self._points if point.kind == "train"), default=0)
+        """By those that were lost; 0 once these have taken a step."""
         self._every = 1
         self._said_at = 0.0
         self._uploaded_at = time.monotonic()
@@ -70,6 +75,11 @@ class MetricsLog:
         step, kind = record["step"], record["kind"]
         if self._trackers is not None:
             self._trackers.add(record)
+        if self._taken and kind == "train":
+            self.restarts, self.steps_repeated = self.restarts + 1, self.steps_repeated + max(0, self._taken - step + 1)
+            self._taken = 0
+            counted_so_far = encode_json({"restarts": self.restarts, "steps_repeated": self.steps_repeated})
+            self._thread.submit(self._try, counted_so_far, self._restarts_key, JSON)
         later = []  # what a restart comes to again
         while self._points and self._points[-1].step >= step:
             later.append(self._points.pop())
@@ -99,7 +109,11 @@ class MetricsLog:
         """
         self._thread.shutdown()
         body = self._body()
-        patiently(self._patience_s, lambda: self._put(body), "waiting to upload the curve")
+        patiently(
+            self._patience_s,
+            lambda: self._store.put(self._key, body, content_type=NDJSON),
+            "waiting to upload the curve",
+        )
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -120,9 +134,9 @@ class MetricsLog:
         self._uploaded_at = time.monotonic()
         self._uploading = self._thread.submit(self._try, self._body())
 
-    def _try(self, body: bytes) -> None:
+    def _try(self, body: bytes, key: str = "", content_type: str = NDJSON) -> None:
         try:
-            self._put(body)
+            self._store.put(key or self._key, body, content_type=content_type)
         except StoreError as exc:
             if not self._is_refused:
                 logger.warning("the training goes on, and its curve is uploaded later: %s", exc)
@@ -130,14 +144,20 @@ class MetricsLog:
         else:
             self._is_refused = False
 
-    def _put(self, body: bytes) -> None:
-        self._store.put(self._key, body, content_type="application/x-ndjson")
-
     def _body(self) -> bytes:
         return "".join(point.line for point in self._points).encode()
 
     def _is_kept(self, point: _Point) -> bool:
         return point.kind != "train" or point.step % self._every == 0
+
+
+def _restarts(store: Store, key: str) -> tuple[int, int]:
+    """As the workers before counted them; none where they wrote nothing that can be read."""
+    try:
+        found = store.get_json(key)
+        return int(found["restarts"]), int(found["steps_repeated"])
+    except (ObjectMissing, IntegrityError, LookupError, TypeError, ValueError):
+        return 0, 0
 
 
 def _point(record: Mapping[str, Any]) -> _Point:

@@ -10,7 +10,7 @@ from components.registry.event_log import require_published
 from components.registry.identity import WEIGHTS, require_identity
 from components.registry.names import version_key
 from components.registry.signing import require_signed
-from components.registry.versions import Version, resolve
+from components.registry.versions import Version, read_lineage, resolve
 from components.shared.errors import ConfigError, IntegrityError
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
@@ -73,6 +73,15 @@ def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
     if folders.digest_of(body) != manifest.files[WEIGHTS]:
         raise IntegrityError(f"{store.uri(key)}/{WEIGHTS} is not the one that the manifest lists")
     return dict(load(body))
+
+
+def flops_of(store: Store, version: Version | None) -> float | None:
+    """Of its training and of those before it; None where one of them does not say, 0 without one."""
+    if version is None:
+        return 0.0
+    more = read_lineage(store, version).get("training", {}).get("more", {})
+    found = (more.get("usage") or {}).get("flops_with_parents")
+    return None if found is None else float(found)
 
 
 def begin(adapted: "PeftModel", start: Mapping[str, "torch.Tensor"]) -> None:

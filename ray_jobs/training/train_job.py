@@ -42,5 +42,9 @@ class TrainJob:
     """The plan has workers hold the base dense, where memory is free for it when they start."""
     start: Version | None = None
     """The version that the training goes on from; None begins afresh."""
+    flops_per_token: float | None = None
+    """By the plan; None of a base that cannot be planned for."""
+    flops_before: float | None = 0.0
+    """Of the version that the training goes on from, and all before it; None where one does not say."""
     started: lineage.Started = lineage.NOBODY_SAID
     watch: Stopwatch = field(default_factory=Stopwatch)

@@ -17,6 +17,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.handover.serving import serving
 from components.records.steps import TrainResult
+from components.records.usage import Usage
 from components.registry import lineage, watermark
 from components.registry.versions import Version, publish_version
 from components.shared.counted import counted
@@ -31,7 +32,7 @@ from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import checkpoint, preemption, starting, step_zero, train_loop, zero
+from ray_jobs.training import checkpoint, preemption, starting, step_zero, train_loop, using, zero
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.model_card import model_card
@@ -92,11 +93,12 @@ def train(
             watch=preemption.Watch(worker),
         )
         trained_at = datetime.now(UTC)
-    if worker.rank > 0:
+        usage = using.measured(job, config, worker, trained.progress, metrics, trained_at)
+    if usage is None:
         return {}
     version = patiently(
         config.train.store_patience_s,
-        lambda: _publish(job, config, store, adapted, trained, recipe, worker, started_at),
+        lambda: _publish(job, config, store, adapted, trained, recipe, worker, started_at, usage),
         "trained, and waiting to publish",
     )
     return TrainResult(
@@ -113,6 +115,7 @@ def train(
         trained_at=trained_at.isoformat(),
         began_at=job.watch.began_at,
         until_first_step=job.watch.parts,
+        usage=usage,
     ).model_dump()
 
 
@@ -348,6 +351,7 @@ def _publish(
     recipe: Mapping[str, Any],
     worker: Worker,
     started_at: datetime,
+    usage: Usage | None = None,
 ) -> Version:
     progress = trained.progress
     record = lineage.build_lineage(
@@ -383,6 +387,7 @@ def _publish(
                 "first_loss": trained.first_loss,
                 "best_step": progress.best_step,
                 "stopped_early": trained.stopped_early,
+                **({"usage": usage.model_dump()} if usage else {}),
             },
         ),
     )

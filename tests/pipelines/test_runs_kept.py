@@ -8,6 +8,7 @@ from components.config import config_file
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult
 from components.records.sweep import TunedRate
+from components.records.usage import Usage
 from components.report.run_files import RunFiles
 from components.report.sections import run_facts
 from components.shared.errors import UnknownName, UserError
@@ -24,6 +25,24 @@ def keep(store: Store, config_path: Path, run_id: str, began: str, *overrides: s
     runs.write(store, run_id, StepRecord(step="prepare", status="succeeded", started_at=began, seconds=1.0))
 
 
+USED = Usage(
+    workers=4,
+    gpu="NVIDIA H100 80GB HBM3",
+    held_s=6 * 3600.0,
+    in_steps_s=16_200.0,
+    tokens=12_000_000,
+    restarts=0,
+    steps_repeated=0,
+    flops=None,
+    flops_with_parents=None,
+    s3_requests=12,
+    s3_read_bytes=0,
+    s3_written_bytes=0,
+    price=41.28,
+    price_source="a list",
+)
+
+
 @pytest.fixture
 def three(store: Store, config_path: Path) -> list[str]:
     """One that was promoted at a tuned rate, one that was only trained, and one that failed."""
@@ -33,7 +52,8 @@ def three(store: Store, config_path: Path) -> list[str]:
     for run_id, loss in (("aa-one", 1.25), ("ab-two", 1.5)):
         measured = Measured(version="v1", metrics={"loss": loss, "exact_match": 0.75})
         runs.write(store, run_id, Evaluation(run_id=run_id, records=9, models={"candidate": measured}))
-        runs.write(store, run_id, TrainResult(version=f"v-{run_id}", version_uri="s3://b/v", steps=40))
+        used = USED if run_id == "aa-one" else None  # as an earlier release left it
+        runs.write(store, run_id, TrainResult(version=f"v-{run_id}", version_uri="s3://b/v", steps=40, usage=used))
     decided = Decision(
         decision="promote", verdict="promote", adapter="sums", alias="production", run_id="aa-one", reasons=()
     )
@@ -57,7 +77,7 @@ def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
     assert (of["aa-one"]["metrics"]["loss"], of["aa-one"]["steps"], of["aa-one"]["note"]) == (1.25, 40, "half the data")
     assert of["b-three"]["began"] == "2026-11-29T03:00:00+00:00"
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("aa-one")]
-    assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 half the data"
+    assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 6.00 $41.28 half the data"
 
 
 def test_one_adapters_runs_and_as_many_as_asked(three: list[str], store: Store) -> None:

@@ -56,6 +56,18 @@ def test_a_run_that_went_on_from_a_checkpoint_counts_its_own_job_alone() -> None
     assert cost(run_on("", resumed_from_step=100)) == "6.00 worker-hours of the job that took the last step"
 
 
+def test_what_was_lost_computed_and_asked_of_the_store_is_part_of_it() -> None:
+    used = {
+        "workers": 4, "gpu": "", "held_s": 21600.0, "in_steps_s": 16200.0, "tokens": 12_000_000, "restarts": 1,
+        "steps_repeated": 40, "flops": 2e18, "flops_with_parents": 5e18, "s3_requests": 1, "s3_read_bytes": 2_500_000,
+        "s3_written_bytes": 0, "price": None, "price_source": "",
+    }  # fmt: skip
+    assert cost(run_on("", usage=used)).endswith(
+        "a worker-hour; 1 restart, 40 steps taken twice; 2e+18 FLOPs, 5e+18 with what it went on from; "
+        "1 S3 request of the workers, 2.5 MB read, 0.0 MB written"
+    )
+
+
 @pytest.mark.parametrize("missing", ["began_at", "trained_at", "train_seconds", "tokens"])
 def test_a_run_of_a_release_that_did_not_record_it_says_nothing(missing: str) -> None:
     assert cost(run_on("", **{missing: None})) == ""

@@ -11,6 +11,7 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.store import traffic
 from components.store.client import PART_BYTES
 from components.store.store import Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
@@ -221,3 +222,16 @@ def test_folder_markers_are_not_listed(store: Store) -> None:
     store.put("folder/", b"")
     store.put("folder/file", b"")
     assert [info.key for info in store.list("folder/")] == ["folder/file"]
+
+
+def test_requests_and_bytes_of_bodies_are_counted(store: Store, tmp_path: Path) -> None:
+    before = traffic.so_far()
+    (tmp_path / "body").write_bytes(bytes(1000))
+    store.put("counted", bytes(100))
+    store.put("counted-file", tmp_path / "body")
+    store.get("counted")
+    store.exists("counted")
+    after = traffic.so_far()
+    assert after.requests - before.requests == 4
+    assert after.written_bytes - before.written_bytes == 1100
+    assert after.read_bytes - before.read_bytes == 100

@@ -123,3 +123,14 @@ def test_what_ends_a_training_leaves_its_curve_up_to_there(store: Store):
     with pytest.raises(KeyError):
         cut_off()
     assert points(store, "run") == [("train", step) for step in range(1, 6)]
+
+
+def test_restarts_and_the_steps_that_they_take_twice_are_counted_over_all_of_them(store: Store):
+    for first, last in ((1, 30), (21, 40), (41, 45), (41, 50)):
+        log = MetricsLog(store, "often")
+        for step in range(first, last + 1):
+            log.add(record("train", step))
+        log.upload()
+    assert (log.restarts, log.steps_repeated) == (3, 10 + 0 + 5)
+    again = MetricsLog(store, "often")
+    assert (again.restarts, again.steps_repeated) == (3, 15), "no step was taken yet"

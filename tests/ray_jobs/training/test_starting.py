@@ -12,7 +12,7 @@ from peft import get_peft_model_state_dict
 from components.config import config_file
 from components.registry import collect, lineage
 from components.registry.aliases import promote
-from components.registry.versions import Version, read_lineage
+from components.registry.versions import Version, publish_version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.base import base_model
 from ray_jobs.training import starting, worker, zero
@@ -147,3 +147,13 @@ def test_weights_that_were_changed_are_not_begun_with(config, store):
     store.put(key, store.get(key)[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match="is not the one that the manifest lists"):
         starting.weights(store, version)
+
+
+@pytest.mark.parametrize(
+    ("more", "found"), [({"usage": {"flops_with_parents": 5e18}}, 5e18), ({"usage": {}}, None), ({}, None)]
+)
+def test_what_the_versions_before_it_computed_is_known_where_they_say_so(store, more, found):
+    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+    version = publish_version(store, "icd", files, lineage={"run_id": "r", "training": {"more": more}})
+    assert starting.flops_of(store, version) == found
+    assert starting.flops_of(store, None) == 0

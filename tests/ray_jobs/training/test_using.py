@@ -1,0 +1,62 @@
+"""What a training says that it used, beside figures worked out by hand."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.records.usage import Usage
+from components.registry import lineage
+from components.store import traffic
+from components.store.store import Store
+from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.group import Worker
+from ray_jobs.training.metrics_log import MetricsLog
+from ray_jobs.training.train_job import Stopwatch, TrainJob
+from ray_jobs.training.using import measured
+
+BEGAN = 1_700_000_000.0
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("before", "flops", "with_parents"), [(0.0, 2e12, 2e12), (5e12, 2e12, 7e12), (None, 2e12, None)]
+)
+@pytest.mark.usefixtures("group")
+def test_hours_are_of_all_workers_and_operations_of_all_tokens(
+    config: RunConfig, store: Store, before: float | None, flops: float, with_parents: float | None
+) -> None:
+    job = TrainJob(
+        config_toml=config_file.dumps(config),
+        run_id="used",
+        dataset=lineage.Dataset("d0", "s3://none", "0", 1, 1),
+        base=lineage.Base("base", {}),
+        pad=0,
+        flops_per_token=2e9,
+        flops_before=before,
+        watch=Stopwatch(began=BEGAN),
+    )
+    four = Worker(0, 4, torch.device("cpu"))
+    progress = TrainingProgress("", 4, step=10, tokens=1000, elapsed_s=1350.0)
+    ended = datetime.fromtimestamp(BEGAN + 1800, UTC)
+    metrics = MetricsLog(store, "used")
+    asked = traffic.so_far().requests
+    used = measured(job, config, four, progress, metrics, ended)
+    assert used is not None
+    assert used == Usage.model_validate_json(used.model_dump_json())  # as finetune.json and lineage.json hold it
+    assert (used.hours, used.in_steps_s, used.tokens) == (2.0, 5400.0, 1000)
+    assert (used.flops, used.flops_with_parents) == (flops, with_parents)
+    assert (used.price, used.restarts, used.s3_requests) == (None, 0, asked)
+    assert measured(job, config, four, progress, None, ended) is None
