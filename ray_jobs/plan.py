@@ -36,6 +36,7 @@ with garbage.importing():
         settled,
         step_of,
     )
+    from ray_jobs.planning.disk import disk_bytes
     from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
     from ray_jobs.planning.speed import speed
@@ -95,6 +96,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "memory_bytes": choice.parts.as_json(),
         "host_memory_bytes": choice.parts.host,
         "pod_memory_bytes": pod_memory(config),
+        "disk_bytes": disk_bytes(config, base, stats),
         "expert_bytes": BF16 * stats.experts,
         "evaluation": _evaluation(config, rehearsal, batch, device),
         "activations_are_rough": step.is_estimate,

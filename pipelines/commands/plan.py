@@ -48,6 +48,7 @@ def _plan(options: argparse.Namespace) -> Answer:
 
 def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
+    from components.config.ray import RayJobCluster
     from pipelines.local.estimate import estimate_lines
 
     if body["estimate"]:
@@ -61,6 +62,10 @@ def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         yield f"for {workers}: planned are the fewest, who have the most to hold each, and take the longest"
     yield ""
     yield from _memory_lines(body)
+    if body["disk_bytes"] and isinstance(cluster := config.ray.cluster, RayJobCluster):
+        fits = "fits" if body["disk_bytes"] <= cluster.disk_gib * GIB else "DOES NOT FIT"
+        has = f"{cluster.disk_gib} in ray.cluster.disk_gib"
+        yield f"disk of a pod in GiB: {body['disk_bytes'] / GIB:.1f} for the base (or a checkpoint), {fits}: {has}"
     yield ""
     yield from estimate_lines(config, body["estimate"]) if body["estimate"] else _speed_lines(body)
     yield ""

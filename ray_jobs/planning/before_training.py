@@ -20,6 +20,7 @@ from ray_jobs.planning.capacity import (
     records_to_evaluate,
     require_fit,
 )
+from ray_jobs.planning.disk import require_disk
 from ray_jobs.planning.memory import GIB, parts_text
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
@@ -55,6 +56,7 @@ def before_training(
             rehearsal = Rehearsal.of(config, base)
     except CannotRehearse as exc:  # a plan is no condition of training
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
+    require_disk(config, base, rehearsal.stats)
     batch = _worst_batch(config, split)
     choice = require_fit(config, rehearsal, batch, device)
     parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
