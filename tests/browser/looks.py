@@ -4,10 +4,10 @@ sideways, and nothing goes wrong in the console."""
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 WIDTHS = (1280, 400)
 SCHEMES = ("light", "dark")
@@ -15,12 +15,19 @@ HEIGHT = 900
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
+def patient(browser: "Browser", **how: Any) -> "BrowserContext":
+    """Pages of their own, which wait as long as a busy machine needs."""
+    context = browser.new_context(**how)
+    context.set_default_timeout(120_000)
+    return context
+
+
 def check(browser: "Browser", begin: "Callable[[Page], object]", picture: Path | None = None) -> None:
     """`begin` brings a page to where it is judged. What folds may be closed or open; axe-core looks when it is open."""
     from axe_playwright_python.sync_playwright import Axe
 
     for scheme, width in product(SCHEMES, WIDTHS):
-        context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)  # type: ignore[arg-type]
+        context = patient(browser, viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
         page, complaints = context.new_page(), list[str]()
         page.on("console", lambda message, to=complaints: to.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error, to=complaints: to.append(str(error)))

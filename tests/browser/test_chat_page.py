@@ -13,7 +13,7 @@ from components.shared.errors import DataError
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.talking.server import Server
 from ray_jobs.talking.speaker import Said
-from tests.browser.looks import check
+from tests.browser.looks import check, patient
 from tests.models.served import listening, serving
 from tests.models.tiny import build_base
 
@@ -38,7 +38,7 @@ class Scripted:
         for place, word in enumerate(text.split(" ")):
             on_text(word if place == 0 else f" {word}")
             if self.waits is not None:
-                self.waits.wait(60)
+                self.waits.wait(120)
         if self.fails:
             raise DataError("the answer went wrong")
         return Said(text, 1, 1, ended=True)
@@ -46,8 +46,7 @@ class Scripted:
 
 @pytest.fixture
 def page(browser: "Browser") -> "Iterator[Page]":
-    context = browser.new_context()
-    context.set_default_timeout(60_000)
+    context = patient(browser)
     yield context.new_page()
     context.close()
 
