@@ -23,6 +23,9 @@ WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """What Kubernetes mounts into every pod that may talk to its API."""
 CALL_S = 10.0
+AWAY_S = 600.0
+"""How long the API server may be away from who follows a job, which goes on without it: one that is upgraded, alone in
+its control plane, is away for minutes."""
 _TRANSIENT = (0, 429, 500, 502, 503, 504)
 _STARTING = re.compile("is waiting to start: (ContainerCreating|PodInitializing)$")
 """The kubelet's words for a container that is on its way; it has others for an image that cannot be pulled."""
@@ -232,7 +235,7 @@ class Watched:
     def __init__(self, api: KubernetesApi, name: str, kind: tuple[str, str, str] = RAYJOBS) -> None:
         self._api, self._name, self._kind = api, name, kind
         self._version = ""
-        self._reached = time.monotonic()
+        self._reached, self._has_warned = time.monotonic(), False
         self.newest: Resource | None = None
         """None until the first look, and when it is gone."""
 
@@ -276,8 +279,12 @@ class Watched:
             return
         if status in (401, 403, 404):
             raise self._api.refusal(f"watch {self._kind[2]}", error) from error
-        if time.monotonic() - self._reached > UNREACHABLE_S:
+        away_s = time.monotonic() - self._reached
+        if away_s > AWAY_S:
             raise self._api.refusal(f"watch {self._kind[2]}", error) from error
+        if away_s > UNREACHABLE_S and not self._has_warned:
+            logger.warning("the Kubernetes API is away: %s goes on, and is followed again when it answers", self._name)
+            self._has_warned = True
         logger.debug("the watch on %s broke, and starts again: %s", self._name, error)
         time.sleep(0.5)
 
