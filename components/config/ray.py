@@ -221,14 +221,15 @@ class RayJobCluster(Section):
 
     def for_data(self) -> "RayJobCluster":
         """The cluster of the job that prepares the data, with a worker for each pod."""
-        size = {"cpu": self.data.cpu, "memory_gib": self.data.memory_gib}
         return self.model_copy(
             update={
                 "nodes": self.data.pods,
-                "worker": self.worker.model_copy(update=size),
+                "worker": WorkerPod(cpu=self.data.cpu, memory_gib=self.data.memory_gib),
                 "shared_memory_gib": self.data.memory_gib // 4,
                 "node_selector": {},
                 "tolerations": [],
+                "topology": "",
+                "topology_required": False,
             }
         )
 

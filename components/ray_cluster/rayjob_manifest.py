@@ -60,8 +60,8 @@ SPOT = (
     {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
 )
 DRAIN_S = 60
-"""What a worker pod that is to go has for a checkpoint: Ray drains its node as it is told to end (SIGTERM), for half as
-long by itself, and the workers see it within seconds. A preStop hook that stops Ray would come before that."""
+"""What a worker pod that is to go has for a checkpoint: Ray drains its node at SIGTERM, for half as long by itself, and
+the workers see it within seconds. A preStop hook that stops Ray would come before that."""
 ENDING_S = 15
 """What Ray's processes have to end after it, before Kubernetes kills them."""
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}

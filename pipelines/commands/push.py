@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     push.add_argument("reference", metavar=REFERENCE, help="as everywhere")
     push.add_argument("repository", metavar="ORG/NAME", help="repository of models on the hub")
     push.add_argument("--from", dest="folder", type=Path, metavar="DIR", help="what `adapters export` wrote, instead")
-    push.add_argument("--public", action="store_true", help="everybody may read it")
+    push.add_argument("--public", action="store_true", help="make a repository that anyone may read")
     add_config(push)
     add_home(push)
 

@@ -190,7 +190,7 @@ class ChatFormat:
         if unknown := [name for name, is_used in used.items() if is_used and not re.search(rf"\b{name}\b", template)]:
             raise DataError(
                 f"record {record.id!r} has {' and '.join(unknown)}, and the chat template of model.base knows none: "
-                "take a base whose template does, or tell them as text"
+                "take a base whose template does, or write them as text"
             )
 
     def generation_config(self) -> "GenerationConfig":

@@ -1,6 +1,6 @@
-"""MLflow, Weights & Biases and trackio, as far as the config names them, told of a training while it goes on.
+"""A training's curve, sent to MLflow, Weights & Biases and trackio while it goes on, as far as the config names them.
 
-A thread tells them, from a queue that holds so much and no more: a step waits for none, and one that is away or slow
+A thread sends it, from a queue that holds so much and no more: a step waits for none, and one that is away or slow
 costs its own points.
 """
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
 LAST_S = 30.0
-"""How long the end of a training waits for what the trackers have not been told yet."""
+"""How long the end of a training waits for points that have not been sent yet."""
 Point = tuple[int, dict[str, float]]
 
 
@@ -78,7 +78,7 @@ class Wandb:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Told to its own process."""
+        """Handed to its own process."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:
@@ -95,7 +95,7 @@ class Trackio:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Told to its own thread."""
+        """Handed to its own thread."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:
@@ -119,7 +119,7 @@ class Trackers:
         self._waiting: queue.Queue[Point | None] = queue.Queue(MOST_WAITING)
         self._lost = 0
         self._warned: set[str] = set()
-        self._thread = threading.Thread(target=self._tell, name="trackers", daemon=True)
+        self._thread = threading.Thread(target=self._send, name="trackers", daemon=True)
         if self._named:
             self._thread.start()
 
@@ -143,7 +143,7 @@ class Trackers:
         except queue.Full:
             self._lost += 1
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         begun = {name: self._tried(name, self._begin, name) for name in self._named}
         trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
         while (point := self._waiting.get()) is not None:
