@@ -88,7 +88,7 @@ def train(
             store,
             train_split,
             eval_split,
-            report=metrics.add if metrics else _ignore,
+            report=metrics.add if metrics else lambda _: None,
             load=load,
             watch=preemption.Watch(worker),
         )
@@ -310,10 +310,6 @@ def _adapted(
         model.disable_input_require_grads()
         model.enable_input_require_grads()
     return adapted.train()
-
-
-def _ignore(_: Mapping[str, Any]) -> None:
-    """Ranks beyond 0 report nothing."""
 
 
 def _recipe(

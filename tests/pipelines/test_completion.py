@@ -21,7 +21,7 @@ printf "%s\\n" "${COMPREPLY[@]}"
     [
         (["ad"], {"adapters"}),
         (["adapters", "ro"], {"rollback"}),
-        (["adapters", "export", "--con"], {"--config", "--converter"}),
+        (["adapters", "export", "--con"], {"--config"}),
         (["completion", "z"], {"zsh"}),
     ],
 )

@@ -4,12 +4,10 @@ import contextlib
 import io
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from components.ray_cluster import kubernetes_api
 from components.ray_cluster.kubernetes_api import Watched
 from components.ray_cluster.submit import connect
 from components.shared.errors import JobError, UserError
@@ -102,33 +100,6 @@ def test_a_watch_that_breaks_is_begun_again(cluster: Cluster, broken: str) -> No
     output = io.StringIO()
     cluster.submit("print('done')", output=output)
     assert output.getvalue() == "done\n"
-
-
-def test_an_api_server_that_is_away_for_minutes_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The job goes on without it; the step that follows it is not lost with the run. The clock is the test's."""
-    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, sleep=lambda _: None)
-    monkeypatch.setattr(kubernetes_api, "time", clock)
-
-    class Away:
-        def list(self, *_: object, **__: object) -> Any:
-            return [{"metadata": {"name": "job"}}], "1"
-
-        def events(self, *_: object, **__: object) -> Any:
-            raise ConnectionResetError
-
-        def refusal(self, what: str, _error: Exception) -> JobError:
-            return JobError(what)
-
-    watched = Watched(Away(), "job")  # type: ignore[arg-type]
-    watched.wait(0)
-    for clock.now in (1.0, 60.0, 300.0, 590.0):
-        assert watched.wait(0) is not None
-    assert [message.partition(":")[0] for message in caplog.messages] == ["the Kubernetes API is away"]
-    clock.now = 700.0
-    with pytest.raises(JobError, match="watch rayjobs"):
-        watched.wait(0)
 
 
 def held(cluster: Cluster, **workload: Any) -> None:
