@@ -12,7 +12,7 @@ from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.comparison import intervals
 from components.report.registry_index import list_adapter
-from components.report.registry_page import build_pages, picture, read_adapter, sentence, write_pages
+from components.report.registry_page import build_pages, forget, picture, read_adapter, sentence, write_pages
 from components.report.run_files import RunFiles
 from components.store.store import Store
 from tests.components.report import example_runs
@@ -176,6 +176,20 @@ def test_pages_in_the_store_are_the_adapter_s_own_the_list_and_of_others_what_wa
     assert {key for key, text in found.items() if "a week ago" in text} == {"pages/other.html", "pages/broken.html"}
     assert f"{ids[0]} gone back to" in " ".join(found["pages/icd.html"].split())
     assert "unknown: the alias is damaged" in found["pages/index.html"]
+
+
+def test_what_a_person_moved_is_in_the_list_with_the_next_run_of_any_adapter(store: Store, ids: list[str]) -> None:
+    files = [{"adapter_model.safetensors": body, "adapter_config.json": b"{}"} for body in (b"1", b"2")]
+    made = [publish_version(store, "other", each, lineage={"run_id": "r"}).version for each in files]
+    for version in made:
+        promote(store, "other", version)
+        write_pages(store, "other", generated_at="a week ago")
+    rollback(store, "other")
+    forget(store, "other")
+    write_pages(store, "icd", generated_at="this morning")
+    index = Read(store.get("pages/index.html").decode()).text
+    assert made[0] in index
+    assert made[1] not in index
 
 
 def test_a_run_asks_as_little_whatever_other_adapters_there_are(store: Store, ids: list[str]) -> None:
