@@ -91,8 +91,8 @@ def workers() -> list[dict[str, Any]]:
     return [each for each in actors().values() if "TrainWorker" in each["ActorClassName"] and each["State"] == "ALIVE"]
 
 
-def wait_for_step(first: int = 1) -> None:
-    """Until a group says, after this call, that it has taken this step or a later one."""
+def wait_for_step(first: int = 1) -> int:
+    """The step that a group says, after this call, it has taken: this one or a later one."""
     import ray
 
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
@@ -103,8 +103,9 @@ def wait_for_step(first: int = 1) -> None:
             new = log.read_bytes()[said_before.get(log, 0) :]
             yield from map(int, re.findall(rb"\[finetune\] step (\d+)/", new))
 
-    while not any(step >= first for step in said()):
+    while not (taken := [step for step in said() if step >= first]):
         time.sleep(0.05)
+    return max(taken)
 
 
 def drain_one() -> str:

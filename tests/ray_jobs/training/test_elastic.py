@@ -14,19 +14,22 @@ from tests.ray_jobs import own_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
-NUM_STEPS = 1500
+NUM_STEPS = 600
+CHECKPOINT_EVERY = 20
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over a few steps
 
 
 def grow_and_shrink() -> list[int]:
-    """A node comes once one worker trains, and goes, without notice, once two train."""
+    """A node comes once one worker trains, and goes, without notice, once two have written a checkpoint."""
     (cluster,) = own_cluster.CLUSTERS
     own_cluster.wait_for_step()
     first = len(own_cluster.workers())
-    added = cluster.add_node(num_cpus=1)
+    with pytest.MonkeyPatch.context() as patched:  # a node's handler of SIGTERM can be set by the main thread alone
+        patched.setattr("ray._private.utils.set_sigterm_handler", lambda _: None)
+        added = cluster.add_node(num_cpus=1)
     while len(own_cluster.workers()) != 2:
         time.sleep(0.1)
-    own_cluster.wait_for_step()
+    own_cluster.wait_for_step(own_cluster.wait_for_step() + 2 * CHECKPOINT_EVERY)
     cluster.remove_node(added, allow_graceful=False)
     while len(own_cluster.workers()) != 1:
         time.sleep(0.1)
@@ -42,7 +45,11 @@ def trained(config_toml: str, run_id: str) -> dict[str, Any]:
 
 
 def test_workers_come_and_go_and_the_same_batches_are_trained_on_in_the_same_order(config, store, tmp_path):
-    steps = [f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=20", "train.micro_batch_size=4"]
+    steps = [
+        f"train.max_steps={NUM_STEPS}",
+        f"train.checkpoint_every_steps={CHECKPOINT_EVERY}",
+        "train.micro_batch_size=4",
+    ]
     toml = {
         run_id: own_cluster.toml_of(config, store, tmp_path, *steps, f"ray.num_workers={workers}", "ray.max_failures=3")
         for run_id, workers in (("one", "1"), ("elastic", "[1, 2]"))
@@ -60,6 +67,6 @@ def test_workers_come_and_go_and_the_same_batches_are_trained_on_in_the_same_ord
     differing = [i for i, (a, b) in enumerate(zip(one, elastic, strict=True)) if a["loss"] != b["loss"]]
     assert differing, "two workers sum in another order"
     first = differing[0]
-    assert first % 20 == 0, "they go on from a checkpoint of one"
+    assert first % CHECKPOINT_EVERY < 3, "they go on from a checkpoint of one; a sum or two may come to the same"
     for a, b in zip(one[first : first + 8], elastic[first : first + 8], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=NOISE)
