@@ -128,12 +128,12 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
             with dsl.If(data.outputs["Output"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
                 evaluation = _compared_candidate(step, run, dataset_uri, tunes=tunes)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
-                with dsl.If(decision.outputs["Output"] == True, name="Better: promote"):  # noqa: E712
+                with dsl.If(decision.outputs["Output"] == True, name="Better: promote"):  # noqa: E712 - as above
                     # The record lies where the training may write too: what the gate wrote is known by its sha256.
                     step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
-                with dsl.If(decision.outputs["Output"] == False, name="Not better: hold"):  # noqa: E712
+                with dsl.If(decision.outputs["Output"] == False, name="Not better: hold"):  # noqa: E712 - as above
                     step(hold(**run), "Leave the alias as it is")
-            with dsl.If(data.outputs["Output"] == False, name="Nothing new: skip"):  # noqa: E712
+            with dsl.If(data.outputs["Output"] == False, name="Nothing new: skip"):  # noqa: E712 - as above
                 step(skip(**run), "Skip the training")
 
     return retrain

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from components.records import runs
@@ -18,6 +18,7 @@ from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles
 from components.shared.paired import Bounds
 from components.store.store import Store
+from pipelines.local.side_by_side import Turned
 from tests.components.report import example_runs
 from tests.components.report.example_runs import (
     CANDIDATE,
@@ -119,18 +120,6 @@ def compared() -> str:
         {names[0]: example_runs.training(125, 0.93), names[1]: example_runs.training(250, 0.88)},
         generated_at=NOW,
     )
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A record that one run answers rightly and the other does not."""
-
-    id: str
-    prompt: str
-    reference: str
-    before: str
-    after: str
-    is_right: bool
 
 
 def previewed() -> str:

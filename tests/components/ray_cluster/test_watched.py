@@ -27,7 +27,7 @@ def test_an_api_server_that_is_away_for_minutes_is_waited_for(
         def refusal(self, what: str, _error: Exception) -> JobError:
             return JobError(what)
 
-    watched = Watched(Away(), "job")  # type: ignore[arg-type]
+    watched = Watched(Away(), "job")  # type: ignore[arg-type] - a double of the API
     watched.wait(0)
     for clock.now in (1.0, 60.0, 300.0, 590.0):
         assert watched.wait(0) is not None

@@ -78,7 +78,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
 
     for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
         module = ModuleType(name)
-        module.init = init  # type: ignore[attr-defined]
+        module.init = init  # type: ignore[attr-defined] - a module made here
         monkeypatch.setitem(sys.modules, name, module)
     return runs
 
