@@ -169,7 +169,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monk
 
 @pytest.mark.slow
 def test_three_workers_of_a_batch_of_sixteen_take_the_steps_of_a_plain_loop(run, config):
-    changes = ["train.micro_batch_size=4", "train.max_steps=6", "ray.num_workers=[1,4]"]
+    changes = ["train.micro_batch_size=1", "train.max_steps=6", "ray.num_workers=[1,4]"]  # in the last round one works
     found = run(*changes, num_workers=3)
     expected = plain_training(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS)
     np.testing.assert_allclose(found.losses, expected.losses, atol=NOISE)
