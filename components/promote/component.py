@@ -61,6 +61,7 @@ def move_by_hand(
     from components.config.schema import AnnounceConfig, RegistryConfig
     from components.promote.announce import announce as notify
     from components.promote.by_hand import Request, as_markdown, carry_out
+    from components.records.pages import forget
     from components.store.store import Store
 
     others = AnnounceConfig.model_validate(announce)
@@ -68,5 +69,6 @@ def move_by_hand(
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
+    forget(store, adapter_name)
     notify(others, store, adapter_name, event, os.environ)
     return event.uri

@@ -1,12 +1,13 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from components.records import runs
+from components.records.pages import LISTED
 from components.records.runs import PAGES
 from components.records.steps import Decision, Evaluation
 from components.registry import event_log, versions
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from components.registry.versions import Version
     from components.store.store import Store
 
-LISTED = f"{PAGES}index.json"
-"""What the list of adapters shows, one entry each: read in one request, and no part of the registry."""
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 DIFFERS = ("config", "dataset", "base", "environment")
@@ -154,23 +153,12 @@ def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
         known = _known(store)  # what others wrote meanwhile
     known |= new
     listed = [known[each] for each in names if each in known]
-    _write(store, listed)
+    store.put_json(LISTED, {each.name: asdict(each) for each in listed})
     for file, page in build_pages(
         pages, listed, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
     ).items():
         store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
     return store.uri(f"{PAGES}index.html")
-
-
-def forget(store: "Store", name: str) -> None:
-    """Have the next run, of whichever adapter, read this one's entry anew: a person has moved its alias."""
-    known = _known(store)
-    if known.pop(name, None):
-        _write(store, known.values())
-
-
-def _write(store: "Store", listed: Iterable[Listed]) -> None:
-    store.put_json(LISTED, {each.name: asdict(each) for each in listed})
 
 
 def _known(store: "Store") -> dict[str, Listed]:

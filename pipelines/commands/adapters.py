@@ -1,7 +1,6 @@
 """`fineloop adapters`: what is in the registry, and what the aliases point at."""
 
 import argparse
-import contextlib
 import json
 import os
 from argparse import RawDescriptionHelpFormatter
@@ -203,12 +202,10 @@ def _rollback(options: argparse.Namespace) -> Answer:
 def _moved(options: argparse.Namespace, store: "Store", name: str, before: "Pointer | None", event: "Event") -> Answer:
     """Print the move, and notify the servers that the config names; not where the alias was there before."""
     from components.promote.announce import announce
-    from components.report.registry_page import forget
-    from components.shared.errors import FineloopError
+    from components.records.pages import forget
     from pipelines.commands.registry_answers import move_shown
 
-    with contextlib.suppress(FineloopError):  # it has moved, whatever the store says now
-        forget(store, name)
+    forget(store, name)
     announced = announce(load_config(options).announce, store, name, event, os.environ)
     return move_shown(name, event, announced, moved=before is None or before.since != event.time)
 

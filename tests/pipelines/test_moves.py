@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from components.records import runs
+from components.records.pages import LISTED
 from components.records.steps import Decision
 from components.registry import aliases, event_log
 from components.store.store import Store
@@ -18,13 +19,16 @@ def test_a_refused_version_promoted_by_hand_is_overridden(
 ) -> None:
     new = published[1]
     aliases.append_event(store, "sums", "refused", {"version": new, "alias": "production", "run_id": "r"})
+    store.put_json(LISTED, {"sums": {"in_production": "the old one"}, "other": {"in_production": "its own"}})
     refused = fineloop("adapters", "promote", f"sums@{new}", "-c", config_path, cwd=tmp_path)
     assert refused.returncode == 2
+    assert store.get_json(LISTED).keys() == {"sums", "other"}
     assert f"the gate holds sums {new}, and this overrides it: say who answers for it and why" in refused.stderr
     why = ("--by", "ada", "--reason", "the test set is wrong")
     assert fineloop("adapters", "promote", f"sums@{new}", *why, "-c", config_path, cwd=tmp_path).returncode == 0
     event = event_log.events(store, "sums")[-1]
     assert (event.kind, event.body["actor"], event.body["reason"]) == ("overridden", "ada", "the test set is wrong")
+    assert store.get_json(LISTED).keys() == {"other"}  # the next run reads what is in production of sums
 
 
 @pytest.mark.slow

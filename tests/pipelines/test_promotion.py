@@ -11,6 +11,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
+from components.records.pages import LISTED
 from components.registry import aliases, event_log, signing, versions
 from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
@@ -54,7 +55,9 @@ def test_a_person_moves_the_alias_and_back(
         assert pointer is not None
         return pointer.version
 
+    store.put_json(LISTED, {"sums": {"in_production": "nothing"}, "other": {"in_production": "its own"}})
     assert start(version=first) == first
+    assert store.get_json(LISTED).keys() == {"other"}  # the next run reads what is in production of sums
     assert start(reason="newer", person="ada") == second
     assert start(action="roll back") == first
     key = signing.public_text(Ed25519PrivateKey.generate())

@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 import pytest
 
 from components.records import runs
+from components.records.pages import forget
 from components.records.steps import Decision, Evaluation, Measured, PairedDifference, RuleResult
 from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.comparison import intervals
 from components.report.registry_index import list_adapter
-from components.report.registry_page import build_pages, forget, picture, read_adapter, sentence, write_pages
+from components.report.registry_page import build_pages, picture, read_adapter, sentence, write_pages
 from components.report.run_files import RunFiles
 from components.store.store import Store
 from tests.components.report import example_runs
