@@ -138,11 +138,10 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     version = resolve(store, reference)
     if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
         raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
-    writers = {"merged": _merged, "lora": _lora}
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         source = _source(config, store, version, Path(scratch) / "adapter")
         say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
-        record = writers[request.form](source, request, folder)
+        record = _merged(source, request, folder) if request.form == "merged" else _lora(source, request, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
         folder.rename(request.target)

@@ -9,7 +9,7 @@ from components.shared.errors import FineloopError, UserError
 
 TOKEN = "HF_TOKEN"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-HARMLESS = (".safetensors", ".gguf", ".json", ".md", ".jinja", ".txt", ".model", "Modelfile")
+HARMLESS = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
 """What ends the names of files that may go: nothing that runs where it is loaded."""
 CARD = "README.md"
 
@@ -71,8 +71,8 @@ def push(
 
 def _require_harmless(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
-        raise UserError(f"{folder} holds no safetensors and no GGUF: name a folder of `fineloop adapters export`")
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UserError(f"{folder} holds no safetensors: name a folder of `fineloop adapters export`")
     if other := sorted(path.name for path in files if not path.name.endswith(HARMLESS)):
         raise UserError(f"{folder} holds {other[0]}: weights go as safetensors alone, and nothing that runs")
     base = _base_of(folder)

@@ -7,8 +7,8 @@ from typing import Any
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home, print_err
 from pipelines.commands.opened_registry import opened_registry
 
-FORMS_OF = {"base": ("merged",), "dtype": ("merged",), "approximate": ("lora",)}
-"""The options that not every form has."""
+FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
+"""The options that only one form has."""
 
 
 def add(verbs: Any, *, reference: str) -> None:
@@ -28,7 +28,7 @@ def add(verbs: Any, *, reference: str) -> None:
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--merged", action="store_const", dest="form", const="merged", help="a model that needs no peft")
     form.add_argument("--lora", action="store_const", dest="form", const="lora", help="plain LoRA, where it is one")
-    export.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION-FORM")
+    export.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION-merged or -lora")
     export.add_argument(
         "--base",
         choices=("dequantised", "original"),
@@ -73,11 +73,10 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     """
     from components.shared.errors import UserError
 
-    given = {name: getattr(options, name) for name in FORMS_OF if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in FORM_OF if getattr(options, name) is not None}
     for name in given:
-        if options.form not in FORMS_OF[name]:
-            forms = " or ".join(f"--{form}" for form in FORMS_OF[name])
-            raise UserError(f"--{name} goes with {forms}, not with --{options.form}: remove one of the two")
+        if options.form != FORM_OF[name]:
+            raise UserError(f"--{name} goes with --{FORM_OF[name]}, not with --{options.form}: remove one of the two")
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
