@@ -7,6 +7,7 @@ of them holds a whole one. A job that is run again takes the version that the ru
 
 from components.config.schema import RunConfig
 from components.records import runs
+from components.records.replayed import Replayed
 from components.records.steps import TrainResult
 from components.shared import garbage
 from components.shared.protocol import TRAINED, say
@@ -61,10 +62,12 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standb
     Raises:
         FineloopError: as `ray_jobs.finetune.finetune`.
     """
-    found = runs.find(Store.open(config.registry), run_id, TrainResult)
-    if found is not None and found.dataset_uri == dataset_uri:
+    store = Store.open(config.registry)
+    found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
+    trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
+    if found is not None and found.dataset_uri in trained_on:
         return found
-    if standby is not None:
+    if standby is not None and config.data.replay_from == "records":  # else production answers first, on the same GPUs
         training.begin(config, run_id=run_id, standby=standby)
     return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
 

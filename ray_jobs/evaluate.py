@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,32 +25,30 @@ from components.registry.event_log import events
 from components.registry.history import promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
-from components.shared.errors import ConfigError, ObjectMissing
+from components.shared.errors import ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
+from ray_jobs.planning.sharing import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, drawing
 from ray_jobs.scoring.answers import (
-    USUAL_NEW_TOKENS,
     Score,
     as_columns,
     changed_share,
     confusion,
     cut_short,
-    longest_answer,
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.contender import Contender, of_version
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import tokens_of
+from ray_jobs.scoring.measure import tokens_of, with_room_for_answers
 from ray_jobs.scoring.probe import Outcome
 from ray_jobs.text import chat_format
-from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import measured_apart, measured_together
 from ray_jobs.training.room import workers_with_room
@@ -156,7 +154,7 @@ def _measured(
 
     records = held_out[: config.evaluate.records]
     probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
-    if _must_be_shared(config, base, ray.nodes()):
+    if is_shared(config, base, ray.nodes()):
         probes = {key: probe.held_together() for key, probe in probes.items()}
         measured = partial(measured_together, config, base, contenders, store=store, run_id=run_id)
     else:
@@ -171,38 +169,12 @@ def _measured(
     return found, outside
 
 
-def _must_be_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether one worker cannot hold the base. Where it cannot be planned for, it is held as it was trained on."""
-    from ray_jobs.planning.capacity import cluster_device, must_be_shared
-    from ray_jobs.planning.rehearsal import Rehearsal
-    from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
-
-    if config.train.zero_stage < 3:
-        return False
-    try:
-        with rehearsing():
-            shape = base_config.load(base.path, config.model)
-            rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
-    except (CannotRehearse, ConfigError):
-        return True
-    return must_be_shared(config, rehearsal, cluster_device(config, nodes))
-
-
 def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
     measured = evaluation.model(role)
     for metric in metrics_of(measured.metrics if measured else ()):
         value = evaluation.metric(role, metric.key)
         if value is not None:
             yield f"{metric.label} {metric.text(value)}"
-
-
-def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
-    """The config with `evaluate.max_new_tokens` settled: room for every reference, and no more."""
-    longest = longest_answer(split.num_answer_tokens)
-    if longest > USUAL_NEW_TOKENS:
-        say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
-    settled = config.evaluate.model_copy(update={"max_new_tokens": longest})
-    return config.model_copy(update={"evaluate": settled})
 
 
 def compared(
@@ -269,25 +241,19 @@ def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str
     name, identity = config.adapter.name, recorded.read(config, store, candidate).base_identity
     result = [Contender("base", config, None, identity)]
     if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
-        result.append(_measured_before("champion", config, store, pointer.version))
+        result.append(of_version("champion", config, store, pointer.version))
         # A person who promotes means that version: its move names no other. A rollback's names that of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version):
             try:
                 if is_revoked(store, name, anchor):
                     raise ObjectMissing(f"{anchor} is revoked")
-                result.append(_measured_before("anchor", config, store, anchor))
+                result.append(of_version("anchor", config, store, anchor))
             except ObjectMissing:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     trained = runs.find(store, run_id, TrainResult) if run_id else None
     own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
     return [*result, Contender("candidate", config, candidate, identity, own)]
-
-
-def _measured_before(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
-    found = resolve(store, f"{config.adapter.name}@{version}")
-    theirs = recorded.read(config, store, found)
-    return Contender(role, theirs.config, found, theirs.base_identity)
 
 
 def _write_records(

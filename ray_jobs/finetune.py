@@ -24,6 +24,7 @@ from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model
 from ray_jobs.prepare import prepare
+from ray_jobs.replaying import with_answers
 from ray_jobs.text import chat_format
 from ray_jobs.training import splits, starting
 from ray_jobs.training.job import train
@@ -76,6 +77,7 @@ def finetune(
         dataset_uri = prepared.uri
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     config = _at_tuned_rate(config, store, run_id)
+    dataset_uri = with_answers(config, store, dataset_uri, run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     with garbage.importing():

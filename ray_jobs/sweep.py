@@ -31,6 +31,7 @@ with garbage.importing():
     from ray_jobs.prepare import prepare
     from ray_jobs.probes import general_text
     from ray_jobs.probes.texts import Texts
+    from ray_jobs.replaying import with_answers
     from ray_jobs.sweeping import points, verdict
     from ray_jobs.sweeping.plan import Plan
     from ray_jobs.sweeping.points import Arm, Point
@@ -81,6 +82,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         prepared = prepare(config, store)
         say(STEP, prepared.summary)
         dataset_uri = prepared.uri
+    dataset_uri = with_answers(config, store, dataset_uri, run_id=run_id)
     base = base_model.resolve(config.model, weights=False)
     shape = base_config.load(base.path, config.model)
     base_config.require_positions(shape, config.model)

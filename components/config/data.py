@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from components.config.columns import ColumnsConfig
+from components.config.gate import AnswerMetric
 from components.config.section import Added, Section
 
 LossOn = Literal["last", "all"]
@@ -54,6 +55,13 @@ class DataConfig(Section):
     still comes from all of them, so that forgetting shows."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
+    replay_from: Annotated[Literal["records", "production"], Added("0.2.0")] = "records"
+    """Answers of those earlier records: their own, or what the version that adapter.alias points at answers to them,
+    where that is right (on-policy replay, arXiv:2605.29495). Without such a version, their own."""
+    replay_metric: Annotated[AnswerMetric, Added("0.2.0")] = "exact_match"
+    """Metric by which an answer of production counts as right."""
+    replay_least: Annotated[Annotated[float, Field(gt=0, le=1)], Added("0.2.0")] = 1
+    """Worth by that metric from which an answer of production is trained on."""
     engine: Annotated[Literal["local", "ray"], Added("0.2.0")] = "local"
     """Who prepares the data: the step, or a job on the Ray cluster's CPUs, before a GPU is asked for."""
     memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
@@ -67,5 +75,10 @@ class DataConfig(Section):
             raise ValueError(
                 f"replay_share {self.replay_share:g} draws from before the window, and there is none: "
                 "set data.window_days, or remove data.replay_share"
+            )
+        if self.replay_from == "production" and not self.replay_share:
+            raise ValueError(
+                'replay_from "production" answers the records that replay_share draws, which is 0: '
+                "set data.replay_share, or remove data.replay_from"
             )
         return self

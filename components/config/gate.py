@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from components.config.section import Added, Section
-from components.shared.metrics import COMPARED, METRICS, OWN, metric_of
+from components.shared.metrics import COMPARED, MARKS, METRICS, OWN, metric_of
 
 LARGE_LOSS = 2.0
 """Nats per token: rare losses of up to so many are reckoned with."""
@@ -35,6 +35,7 @@ LimitedMetric = Annotated[
 RequestedMetric = Annotated[
     str, AfterValidator(partial(_known, _ON_REQUEST)), Field(json_schema_extra=_choices(_ON_REQUEST))
 ]
+AnswerMetric = Annotated[str, AfterValidator(partial(_known, MARKS)), Field(json_schema_extra=_choices(MARKS))]
 
 
 class Limit(Section):

@@ -221,6 +221,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _answers_are_whole(self) -> "RunConfig":
+        if self.data.replay_from == "production" and self.model.thinking:
+            raise ValueError(
+                "data.replay_from production trains on answers without their reasoning, and model.thinking trains on "
+                'reasoning: set data.replay_from="records"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _is_legal(self) -> "RunConfig":
         if self.method.alpha is not None and not self.method.row.has_alpha:
             raise ValueError(
@@ -294,7 +303,8 @@ class RunConfig(Section):
         always = [key for key, metric in METRICS.items() if not metric.on_request]
         gate = self.gate
         named = [gate.metric, *(guard.metric for guard in gate.guards), *(limit.metric for limit in gate.limits)]
-        return list(dict.fromkeys([*always, *self.evaluate.metrics, *named]))
+        replayed = [self.data.replay_metric] if self.data.replay_from == "production" else []
+        return list(dict.fromkeys([*always, *self.evaluate.metrics, *named, *replayed]))
 
     @property
     def learning_rate(self) -> float:

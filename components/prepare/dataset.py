@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 Role = Literal["system", "user", "assistant", "tool"]
-SplitName = Literal["train", "eval"]
+SplitName = Literal["train", "eval", "replay"]
+"""Of `replay` the answers are production's to give, before a training mixes it with train; few datasets have it."""
 
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""

@@ -23,7 +23,7 @@ from components.store.store import ObjectInfo, Store
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["train", "eval", "rejects"]
+Part = Literal["train", "eval", "replay", "rejects"]
 
 
 @dataclass(frozen=True)

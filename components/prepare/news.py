@@ -64,9 +64,9 @@ def in_window(intake: Intake, *, days: float) -> list[Span]:
     ]
 
 
-def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float) -> Narrowed:
+def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
     """Keep in the table `others` what the window holds, by its content, and enough earlier records to make up
-    `replay_share` of the result.
+    `replay_share` of the result; with `apart` these go to the table `replayed`.
 
     Which earlier ones is decided by a hash salted with the window's content: each refresh replays others, and the same
     data always gives the same choice. None as the window keeps everything.
@@ -92,4 +92,9 @@ def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: fl
         f"  ORDER BY sha256('{salt.hexdigest()}'.unhex() || content) OFFSET {wanted};"
         "DELETE FROM others WHERE number IN (FROM passed)"
     )
+    if apart:
+        work.run(
+            "CREATE TABLE replayed AS FROM others WHERE number IN (SELECT number FROM earlier);"
+            "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
+        )
     return Narrowed(num_earlier - wanted, wanted)

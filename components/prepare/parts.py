@@ -31,7 +31,7 @@ _READ_RECORDS = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """One side of a split as files on this machine, in their order."""
+    """A split as files on this machine, in their order."""
 
     paths: tuple[Path, ...]
     name: SplitName
@@ -65,34 +65,44 @@ class Parts:
     """A dataset's records on this machine."""
 
     dataset_id: str
-    """`d` and 15 hex digits of a hash over both sides' records, in their order; how they lie in files is no part."""
+    """`d` and 15 hex digits of a hash over all splits' records, in their order; how they lie in files is no part."""
     train: Part
     evaluation: Part
+    replay: Part | None = None
+    """Earlier records that production is to answer."""
+
+    @property
+    def splits(self) -> list[Part]:
+        """All that there are."""
+        return [self.train, self.evaluation, *([self.replay] if self.replay else [])]
 
 
 def write(
     folder: Path,
     train: Iterable["pa.RecordBatch"],
     evaluation: Iterable["pa.RecordBatch"],
+    replay: Iterable["pa.RecordBatch"] | None = None,
     *,
     columns: Set[str] = NOT_ALWAYS,
 ) -> Parts:
-    """Write both sides below the folder; `columns` are those of NOT_ALWAYS to write.
+    """Write the splits below the folder; `columns` are those of NOT_ALWAYS to write.
 
-    Where a part ends depends on the records alone. Each side has one part at least.
+    Where a part ends depends on the records alone. Each split has one part at least.
     """
     digest = hashlib.sha256(f"fineloop dataset {FORMAT}\n".encode())
-    sides = []
-    given: tuple[tuple[SplitName, Iterable[pa.RecordBatch]], ...] = (("train", train), ("eval", evaluation))
-    for name, batches in given:
+    splits = []
+    given: dict[SplitName, Iterable[pa.RecordBatch] | None] = {"train": train, "eval": evaluation, "replay": replay}
+    for name, batches in given.items():
+        if batches is None:
+            continue
         digest.update(f"{name}\n".encode())
         writer = _Writer(Path(folder, name), columns)
         with writer:
             for batch in batches:
                 digest.update(identities(batch))
                 writer.write(batch)
-        sides.append(Part(tuple(writer.paths), name, writer.records))
-    return Parts(f"d{digest.hexdigest()[:15]}", *sides)
+        splits.append(Part(tuple(writer.paths), name, writer.records))
+    return Parts(f"d{digest.hexdigest()[:15]}", *splits)
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,7 @@ def publish(store: "Store", parts: Parts, *, rejects: Path, rejected: int, profi
     if folders.find_manifest(store, key) is not None:
         return present
     files: dict[str, bytes | Path] = {
-        **parts.train.files,
-        **parts.evaluation.files,
+        **{path: file for split in parts.splits for path, file in split.files.items()},
         REJECTS: rejects,
         "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
     }
@@ -127,8 +136,7 @@ def publish(store: "Store", parts: Parts, *, rejects: Path, rejected: int, profi
         "kind": "dataset",
         "format": FORMAT,
         "dataset_id": parts.dataset_id,
-        "train_records": len(parts.train),
-        "eval_records": len(parts.evaluation),
+        **{f"{split.name}_records": len(split) for split in parts.splits},
         "rejected": rejected,
     }
     try:

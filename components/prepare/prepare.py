@@ -44,6 +44,8 @@ class PreparedDataset:
     uri: str
     train_records: int
     eval_records: int
+    replay_records: int
+    """Beside train: those that production is to answer."""
     rejected: int
     """Unusable rows of this run's sources."""
     left_out: dict[str, int]
@@ -59,6 +61,8 @@ class PreparedDataset:
     def summary(self) -> str:
         """For a person."""
         kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
+        if self.replay_records:
+            kept += f", {self.replay_records} earlier ones for production to answer"
         reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items() if count]
         left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
         alike = f"; {self.near_in_train:,} of those to train on are near another" if self.near_in_train else ""
@@ -186,6 +190,7 @@ def _split(config: RunConfig, work: Workspace, read: intake.Intake) -> TrainEval
         max_near_share=data.max_near_share,
         window=news.in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
+        replay_apart=data.replay_from == "production",
     )
 
 
@@ -207,6 +212,7 @@ def _publish(
         uri=folder.uri,
         train_records=len(found.train),
         eval_records=len(found.evaluation),
+        replay_records=len(found.parts.replay or ()),
         rejected=read.rejected,
         left_out=_left_out(read, unique, found),
         near_in_train=found.near_in_train,

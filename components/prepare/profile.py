@@ -55,7 +55,7 @@ def build_profile(
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
         "replayed": split.replayed,
         "never_trained": never_trained(work, split),
-        "splits": {"train": _describe(work, split.train), "eval": _describe(work, split.evaluation)},
+        "splits": {each.name: _describe(work, each) for each in split.parts.splits},
         "sources": [
             {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
             for each in intake.sources

@@ -52,7 +52,7 @@ class TrainEvalSplit:
     before_window: int
     """Left out of train by data.window_days."""
     replayed: int
-    """In train although they stand before the window."""
+    """In train, or in the split `replay`, although they stand before the window."""
     over_max_records: int
     """Left out by data.max_records."""
     near_share: float = 0.0
@@ -127,6 +127,7 @@ def split(
     max_near_share: float = 1.0,
     window: list[Span] | None = None,
     replay_share: float = 0.0,
+    replay_apart: bool = False,
 ) -> TrainEvalSplit:
     """Divide the distinct records by the hash of what they belong to: their group's name or else their own key.
 
@@ -139,6 +140,7 @@ def split(
         max_near_share: Share of the compared records that may be left out so.
         window: Rows whose contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
+        replay_apart: Whether what is drawn so is a split of its own.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
@@ -154,7 +156,7 @@ def split(
     enough = None if window is not None or not max_records else _most_train(max_records, num_held_out, eval_share)
     unlike = _unlike(work, similarity=near_duplicates, enough=enough)
     _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
-    narrowed = narrow(work, window, replay_share=replay_share)
+    narrowed = narrow(work, window, replay_share=replay_share, apart=replay_apart)
     (found,) = work.row("SELECT count(*) FROM others")
     num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
@@ -165,21 +167,24 @@ def split(
             f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
             f"{', or raise data.max_records' if max_records else ''}."
         )
+    num_replayed = narrowed.replayed
+    if replay_apart:
+        num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
     return TrainEvalSplit(
-        parts=_written(work, num_train, num_eval),
+        parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
         prompt_in_eval=total - num_held_out - num_others,
         near_duplicate_of_eval=unlike.left_out,
         before_window=narrowed.before_window,
-        replayed=narrowed.replayed,
-        over_max_records=found - num_train + num_held_out - num_eval + unlike.unread,
+        replayed=num_replayed,
+        over_max_records=found - num_train + num_held_out - num_eval + narrowed.replayed - num_replayed + unlike.unread,
         near_share=unlike.share,
         near_clusters=unlike.clusters,
         near_in_train=unlike.repeats(work, num_train),
     )
 
 
-def _written(work: Workspace, num_train: int, num_eval: int) -> Parts:
-    """The first so many records of each side, written down."""
+def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | None) -> Parts:
+    """The first so many records of each split, written down."""
     import pyarrow as pa
 
     renamed = pa.Table.from_batches(
@@ -194,7 +199,8 @@ def _written(work: Workspace, num_train: int, num_eval: int) -> Parts:
             yield _with_ids(batch, numbers[start : start + len(batch)], renamed)
             start += len(batch)
 
-    return write(work.folder, first("others", num_train), first("held_out", num_eval), columns=work.columns)
+    replay = None if num_apart is None else first("replayed", num_apart)
+    return write(work.folder, first("others", num_train), first("held_out", num_eval), replay, columns=work.columns)
 
 
 def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed: "pa.Table") -> "pa.RecordBatch":

@@ -4,6 +4,7 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               steps/<step>.json            how each step went
               consumed/header.json         which data the run read; it names the file beside it, of the records' hashes
               prepared.json                what a Ray job made of the data, where one did
+              replayed.json                where production's answers to earlier records are, if it gave any
               start.json                   the version that its training goes on from
               checkpoints/step-<n>/        resumable states of the training
               trials/<name>.json           each training of a sweep that has ended

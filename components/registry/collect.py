@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from components.config.methods import METHODS, OWN_BASE
 from components.records import runs
+from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
 from components.registry import signing, versions
 from components.registry.aliases import list_aliases
@@ -270,6 +271,8 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
     if decision or runs.find(store, run_id, Evaluation):  # what is left is its version taking the alias
         return _UnderWay(run_id, made)
     prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
+    if replayed := runs.find(store, run_id, Replayed):
+        prepared.add(replayed.dataset_uri.rpartition("/")[2])
     chosen, body = store.read(runs.run_key(run_id, runs.START)), store.read(runs.run_key(run_id, runs.CONFIG))
     try:
         config: dict[str, Any] = tomllib.loads(body[0].decode()) if body else {}

@@ -236,5 +236,7 @@ def metrics_of(keys: Iterable[str]) -> list[Metric]:
     return [metric for key, metric in METRICS.items() if key in asked] + [metric_of(key) for key in own]
 
 
+MARKS = tuple(metric.key for metric in METRICS.values() if metric.is_share and not metric.probe)
+"""Those that are a mean of what each answer is worth."""
 COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare and not metric.probe)
 """The metrics that base and champion can be compared on."""

@@ -24,7 +24,7 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, marks
-from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score
+from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
@@ -197,6 +197,15 @@ def tokens_of(
     """Held-out records as tokens: those that a training with this chat has left beside the dataset, or made here."""
     found = token_store.find_of_records(store, dataset_uri, records, chat, max_length) if dataset_uri else None
     return tokenize(records, chat, max_length) if found is None else found
+
+
+def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
+    """The config with `evaluate.max_new_tokens` settled: room for every reference, and no more."""
+    longest = longest_answer(split.num_answer_tokens)
+    if longest > USUAL_NEW_TOKENS:
+        say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
+    settled = config.evaluate.model_copy(update={"max_new_tokens": longest})
+    return config.model_copy(update={"evaluate": settled})
 
 
 def _only(contender: LocalContender, ids: set[str]) -> LocalContender:

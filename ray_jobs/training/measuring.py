@@ -77,6 +77,7 @@ def measured_together(
     store: Store,
     run_id: str,
     kernels: Kernels | None = None,
+    name: str = "ray-evaluate",
 ) -> Found:
     """All records by a group of workers, which share the base out as they do to train on it."""
     from ray_jobs.training import measure_together, trainer
@@ -84,7 +85,7 @@ def measured_together(
     workers = f"{config.ray.max_workers} workers that hold the base together"
     say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    name = "ray-evaluate" if kernels is None else "ray-evaluate-more"
+    name = name if kernels is None else f"{name}-more"
     kernels = kernels or _kernels(config, base, config.ray.max_workers, resources)
     arguments = {"contenders": contenders, "records": records, "probes": probes, "kernels": kernels}
     answer = trainer.run(measure_together.run, arguments, config, store, run_id=run_id, name=name, max_failures=0)

@@ -26,12 +26,15 @@ SMALL = 2**29
 """Memory in bytes."""
 
 
-def publish(store: Store, *, train: Sequence[Record], evaluation: Sequence[Record]) -> DatasetFolder:
+def publish(
+    store: Store, *, train: Sequence[Record], evaluation: Sequence[Record], replay: Sequence[Record] | None = None
+) -> DatasetFolder:
     """As the prepare step publishes it."""
     with tempfile.TemporaryDirectory() as folder:
         rejects = Path(folder, "rejects.parquet")
         rejects.touch()
-        written = parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)])
+        answered = None if replay is None else [batch_of(replay)]
+        written = parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)], answered)
         return parts.publish(store, written, rejects=rejects, rejected=0, profile={})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.journeys.bucket import Bucket
+from tests.journeys.bucket import NAME, Bucket
 from tests.journeys.conftest import Done, Person
 from tests.models.tiny import build_base, colour_rows
 
@@ -39,6 +39,7 @@ eval_share = 0.25
 min_new_records = 10
 window_days = 1.5
 replay_share = 0.5
+replay_from = "production"
 [train]
 start_from = "production"
 learning_rate = 0.01
@@ -130,6 +131,20 @@ def held_before(log: list[dict[str, Any]], night: Night) -> dict[str, Any] | Non
     )
     moves = [event for event in log if "to" in event["body"] and event["time"] < decided_at]
     return moves[-1] if moves else None
+
+
+def test_production_answered_earlier_records_and_what_it_answered_rightly_was_trained_on(
+    bucket: Bucket, nights: list[Night]
+) -> None:
+    replayed = [bucket.json(f"runs/{night.run_id}/replayed.json") for night in nights[1:]]
+    assert all(each["version"] for each in replayed)
+    assert sum(each["kept"] for each in replayed) > 0
+    for night, each in zip(nights[1:], replayed, strict=True):
+        dataset = bucket.json(f"runs/{night.run_id}/finetune.json")["dataset_uri"]
+        assert dataset == each["dataset_uri"] != each["prepared_uri"]
+        rows = bucket.json(dataset.removeprefix(f"s3://{NAME}/") + "/manifest.json")["about"]["train_records"]
+        before = bucket.json(each["prepared_uri"].removeprefix(f"s3://{NAME}/") + "/manifest.json")["about"]
+        assert rows == before["train_records"] + (each["kept"] or before["replay_records"])
 
 
 def test_each_night_ended_in_a_decision_and_the_nights_were_of_both_kinds(nights: list[Night]) -> None:

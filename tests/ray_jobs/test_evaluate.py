@@ -3,14 +3,11 @@
 import dataclasses
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -20,25 +17,24 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
-from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
-from components.registry.versions import Version, publish_version, pull_version, read_lineage
+from components.registry.versions import read_lineage
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS
 from components.store.store import Store
-from ray_jobs.adapters import build, recorded
+from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _write_records, compared, with_room_for_answers
+from ray_jobs.evaluate import _contenders, _write_records, compared
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.marks import MARKS
-from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.measure import measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from tests.models.tiny import build_base, colour_rows
+from tests.ray_jobs.plain import Plain, plain_of, published
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
 NOISE = 0.02  # of a token's nats: bfloat16 weights and activations against float32 ones
-TIE = 0.06  # the same of a logit
 MAX_NEW_TOKENS = 8
 TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}] {{ m['content'] }}<|end|>{% endfor %}[a] "
 
@@ -59,87 +55,6 @@ def config(config: RunConfig, store: Store) -> RunConfig:
 
 def changed(config: RunConfig, *overrides: str) -> RunConfig:
     return config_file.loads(config_file.dumps(config), overrides)
-
-
-def published(config: RunConfig, store: Store, directory: Path, *, seed: int) -> Version:
-    """An adapter whose update is drawn at random, published as the finetune job publishes one."""
-    base = base_model.resolve(config.model)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
-    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.1, generator=generator)
-    folder = directory / f"adapter-{seed}"
-    build.save(adapted, folder)
-    lineage = build_lineage(
-        config,
-        run_id=f"run-{seed}",
-        base=Base(config.model.base, base.identity),
-        dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),
-        environment=Environment("3.11", "Linux", {}),
-        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
-        recipe={"adapter": "lora", "base": "bf16"},
-        training=Training(1, 1, 1.0, 1.0, 1.0, 1),
-    )
-    return publish_version(store, config.adapter.name, {p.name: p for p in folder.iterdir()}, lineage=lineage)
-
-
-class Plain:
-    """A model on its base, as anybody would load and ask it."""
-
-    def __init__(self, base: Path | str, adapter: Path | None = None) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
-        if adapter:
-            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
-
-    def tokens(self, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
-        turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]
-        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        encoded = [
-            self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-            for text in (prompt, record.answer + self.tokenizer.eos_token)
-        ]
-        return encoded[0], encoded[1]
-
-    @torch.inference_mode()
-    def nll(self, record: Record, *, prompt_of: Record | None = None) -> float:
-        prompt, answer = self.tokens(prompt_of or record)[0], self.tokens(record)[1]
-        logits = self.model(input_ids=torch.cat([prompt, answer])[None]).logits[0]
-        predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        return -predicted.gather(1, answer[:, None]).sum().item()
-
-    @torch.inference_mode()
-    def answer(self, record: Record, max_new_tokens: int) -> tuple[str, int, bool]:
-        """The greedy answer up to its first near tie, where bfloat16 may go another way.
-
-        Also its number of tokens, and whether that is all of it.
-        """
-        prompt = self.tokens(record)[0][None]
-        out = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best_two = torch.cat(out.logits).topk(2).values
-        ties = (best_two[:, 0] - best_two[:, 1] < TIE).nonzero().flatten().tolist()
-        sure = ties[0] if ties else len(out.logits)
-        text = self.tokenizer.decode(out.sequences[0, prompt.shape[1] :][:sure]).removesuffix(self.tokenizer.eos_token)
-        return (
-            text.strip() if not ties else text.lstrip().rstrip("\ufffd"),
-            sure,
-            not ties,
-        )  # may end within a character
-
-
-def plain_of(config: RunConfig, store: Store, version: Version, directory: Path) -> Plain:
-    pull_version(store, version, directory / version.version)
-    return Plain(config.model.base, directory / version.version)
 
 
 def assert_scores_are(scores: list[Score], plain: Plain) -> None:

@@ -1,0 +1,161 @@
+"""On-policy replay (arXiv:2605.29495): production answers earlier prompts, and what it answers rightly is trained on.
+
+A training keeps closer to the model that it replaces by that model's own words than by another's; wrong ones are worse
+than none. The answers make a dataset of their own, so that a version's lineage names what it was trained on.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.config.schema import RunConfig
+from components.prepare import parts
+from components.prepare.arrow_records import batch_of, present
+from components.prepare.dataset import REJECTS, Record, load_split, read_split
+from components.records import runs
+from components.records.replayed import Replayed
+from components.registry.aliases import read_alias
+from components.registry.names import TOKENS
+from components.shared.counted import counted
+from components.shared.errors import ObjectMissing
+from components.shared.protocol import say
+from components.store import folders
+from components.store.store import JSON, Store, encode_json
+from ray_jobs import entry
+from ray_jobs.base import base_model
+from ray_jobs.scoring.contender import of_version
+from ray_jobs.scoring.measure import tokens_of, with_room_for_answers
+from ray_jobs.text import chat_format
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STEP = "replay"
+FORMAT = 1
+"""Of what is kept of a version's answers: whoever changes how they are made counts on."""
+
+
+def with_answers(config: RunConfig, store: Store, dataset_uri: str, *, run_id: str) -> str:
+    """Address of the dataset to train on: the prepared one, or one with production's answers where it has records for
+    production to answer. A run that goes on takes what it took before.
+
+    Raises:
+        UserError: the version in production cannot be run.
+        JobError: a Ray task failed.
+    """
+    prepared = folders.read_manifest(store, _key(store, dataset_uri))
+    if not prepared.about.get("replay_records"):
+        return dataset_uri
+    before = runs.find(store, run_id, Replayed)
+    if before is None or before.prepared_uri != dataset_uri:
+        before = _replayed(config, store, dataset_uri, run_id)
+        runs.write(store, run_id, before)
+    return before.dataset_uri
+
+
+def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str) -> Replayed:
+    pointer = read_alias(store, config.adapter.name, config.adapter.alias)
+    version = pointer.version if pointer else None
+    key = _answers_key(config, store, dataset_uri, version)
+    if (known := store.read(key)) is not None:
+        found = Replayed.from_json(known[0], store.uri(key))
+        with suppress(ObjectMissing):  # the collector may have taken the answers, and left what names them
+            folders.read_manifest(store, _key(store, found.dataset_uri))
+            say(STEP, f"{found.version or 'nobody'} has answered these records before")
+            return found
+    records = load_split(store, dataset_uri, "replay")
+    if version is None:
+        kept = []
+        say(STEP, f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
+    else:
+        kept = _answered(config, store, version, records, run_id)
+        right = f"{version} answers {len(kept)} of {len(records)} earlier records rightly: they are replayed"
+        say(STEP, right if kept else _nothing_right(config, version))
+    uri = _published(store, dataset_uri, kept or records)
+    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(kept))
+    store.put(key, found.as_json(), content_type=JSON)
+    return found
+
+
+def _nothing_right(config: RunConfig, version: str) -> str:
+    data = config.data
+    return (
+        f"no answer of {version} is worth data.replay_least {data.replay_least:g} by data.replay_metric "
+        f"{data.replay_metric}, so that the records are replayed as they are: name a metric that fits the answers, "
+        "such as rouge_l for texts, or lower data.replay_least"
+    )
+
+
+def _answered(config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str) -> list[Record]:
+    """The records that the version answers rightly, with its answers; a call of tools stays as the record has it."""
+    import ray
+
+    from ray_jobs.planning.sharing import is_shared
+    from ray_jobs.training.measuring import measured_apart, measured_together
+    from ray_jobs.training.room import wait_for_room, workers_with_room
+
+    entry.connect()
+    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
+    config = config.on(workers_with_room(config))
+    champion = of_version("champion", config, store, version)
+    base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False)
+    if champion.config.evaluate.max_new_tokens is None:
+        chat = chat_format.load(base, champion.config.model)
+        asked = tokens_of(records, chat, champion.config.model.max_length, store, "")
+        champion = replace(champion, config=with_room_for_answers(champion.config, asked))
+    if is_shared(config, base, ray.nodes()):
+        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name="ray-replay")
+    else:
+        found = measured_apart(config, base, [champion], records)
+    metric, least = config.data.replay_metric, config.data.replay_least
+    return [
+        record if record.calls else replace(record, answer=score.text)
+        for record, score in zip(found.records, found.scores["champion"], strict=True)
+        if score.text and score.marks[metric] >= least
+    ]
+
+
+def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> str:
+    """Address of a dataset like that one, whose training records end with these."""
+    key = _key(store, dataset_uri)
+    with tempfile.TemporaryDirectory(prefix="fineloop-replay-") as folder:
+        rejects = Path(folder, REJECTS)
+        store.download(f"{key}/{REJECTS}", rejects)
+        written = parts.write(
+            Path(folder),
+            _batches(chain(read_split(store, dataset_uri, "train"), [answered])),
+            _batches(read_split(store, dataset_uri, "eval")),
+            columns=_columns(store, dataset_uri),
+        )
+        profile = {**store.get_json(f"{key}/profile.json"), "replayed_beside": dataset_uri}
+        rejected = folders.read_manifest(store, key).about["rejected"]
+        return parts.publish(store, written, rejects=rejects, rejected=rejected, profile=profile).uri
+
+
+def _batches(some: Iterable[Sequence[Record]]) -> "Iterator[pa.RecordBatch]":
+    return map(batch_of, some)
+
+
+def _columns(store: Store, dataset_uri: str) -> set[str]:
+    """Those of NOT_ALWAYS that any record of the dataset needs."""
+    found: set[str] = set()
+    for split in ("train", "eval", "replay"):
+        for some in read_split(store, dataset_uri, split):
+            found |= present(batch_of(some))
+    return found
+
+
+def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
+    """Where it is kept what the version answered; beside the prepared records, and gone with them."""
+    how = [FORMAT, version, config.data.replay_metric, config.data.replay_least, config.model.thinking]
+    digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
+    return f"{_key(store, dataset_uri)}/{TOKENS}/replayed-{digest}.json"
+
+
+def _key(store: Store, dataset_uri: str) -> str:
+    return store.key(dataset_uri).rstrip("/")

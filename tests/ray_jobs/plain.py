@@ -1,0 +1,99 @@
+"""An adapter as anybody would load and ask it: by plain transformers and peft, a record at a time, in float32."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Record
+from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.versions import Version, publish_version, pull_version
+from components.store.store import Store
+from ray_jobs.adapters import build
+from ray_jobs.base import base_model
+
+TIE = 0.06
+"""Of a logit: where bfloat16 may go another way."""
+
+
+def published(config: RunConfig, store: Store, directory: Path, *, seed: int) -> Version:
+    """An adapter whose update is drawn at random, published as the finetune job publishes one."""
+    base = base_model.resolve(config.model)
+    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
+    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+    folder = directory / f"adapter-{seed}"
+    build.save(adapted, folder)
+    lineage = build_lineage(
+        config,
+        run_id=f"run-{seed}",
+        base=Base(config.model.base, base.identity),
+        dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),
+        environment=Environment("3.11", "Linux", {}),
+        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
+        recipe={"adapter": "lora", "base": "bf16"},
+        training=Training(1, 1, 1.0, 1.0, 1.0, 1),
+    )
+    return publish_version(store, config.adapter.name, {p.name: p for p in folder.iterdir()}, lineage=lineage)
+
+
+class Plain:
+    """A model on its base, as anybody would load and ask it."""
+
+    def __init__(self, base: Path | str, adapter: Path | None = None) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+        if adapter:
+            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+
+    def tokens(self, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+        turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]
+        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        encoded = [
+            self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            for text in (prompt, record.answer + self.tokenizer.eos_token)
+        ]
+        return encoded[0], encoded[1]
+
+    @torch.inference_mode()
+    def nll(self, record: Record, *, prompt_of: Record | None = None) -> float:
+        prompt, answer = self.tokens(prompt_of or record)[0], self.tokens(record)[1]
+        logits = self.model(input_ids=torch.cat([prompt, answer])[None]).logits[0]
+        predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return -predicted.gather(1, answer[:, None]).sum().item()
+
+    @torch.inference_mode()
+    def answer(self, record: Record, max_new_tokens: int) -> tuple[str, int, bool]:
+        """The greedy answer up to its first near tie, where bfloat16 may go another way.
+
+        Also its number of tokens, and whether that is all of it.
+        """
+        prompt = self.tokens(record)[0][None]
+        out = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best_two = torch.cat(out.logits).topk(2).values
+        ties = (best_two[:, 0] - best_two[:, 1] < TIE).nonzero().flatten().tolist()
+        sure = ties[0] if ties else len(out.logits)
+        text = self.tokenizer.decode(out.sequences[0, prompt.shape[1] :][:sure]).removesuffix(self.tokenizer.eos_token)
+        return (
+            text.strip() if not ties else text.lstrip().rstrip("\ufffd"),
+            sure,
+            not ties,
+        )  # may end within a character
+
+
+def plain_of(config: RunConfig, store: Store, version: Version, directory: Path) -> Plain:
+    pull_version(store, version, directory / version.version)
+    return Plain(config.model.base, directory / version.version)

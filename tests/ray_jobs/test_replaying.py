@@ -1,0 +1,108 @@
+"""Production answers earlier records, as plain transformers and peft have its version answer them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record, load_split
+from components.records import runs
+from components.records.replayed import Replayed
+from components.registry.aliases import promote
+from components.store import folders
+from components.store.store import Store
+from ray_jobs import replaying
+from ray_jobs.replaying import with_answers
+from tests.doubles import datasets
+from tests.models.tiny import colour_rows
+from tests.ray_jobs import own_ray
+from tests.ray_jobs.plain import plain_of, published
+
+ROWS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(40)]
+TRAIN, HELD_OUT, EARLIER = ROWS[:4], ROWS[4:8], ROWS[8:]
+MAX_NEW_TOKENS = 8
+
+
+@pytest.fixture
+def config(config: RunConfig, store: Store) -> RunConfig:
+    settings = {
+        "registry.bucket": store.bucket,
+        "registry.prefix": store.prefix,
+        "evaluate.max_new_tokens": MAX_NEW_TOKENS,
+        "data.window_days": 7,
+        "data.replay_share": 0.5,
+        "data.replay_from": "production",
+        "data.replay_metric": "token_f1",
+        "ray.num_workers": 1,
+    }
+    return config_file.loads(config_file.dumps(config), [f"{key}={value}" for key, value in settings.items()])
+
+
+def on_ray(config: RunConfig, dataset_uri: str, run_id: str) -> str:
+    return with_answers(config, Store.open(config.registry), dataset_uri, run_id=run_id)
+
+
+def refuse(*_: object) -> list[Record]:
+    pytest.fail("asked again")
+
+
+def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
+    config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = published(config, store, tmp_path, seed=1)
+    promote(store, version.name, version.version)
+    plain = plain_of(config, store, version, tmp_path)
+    answers = {each.id: plain.answer(each, MAX_NEW_TOKENS) for each in EARLIER}
+    known = [each for each in EARLIER if answers[each.id][2] and any(map(str.isalpha, answers[each.id][0]))]
+    assert len(known) >= 6
+    # The same words in capitals are as right by token F1, and are not what the version wrote.
+    right = [dataclasses.replace(each, answer=answers[each.id][0].swapcase()) for each in known[::2]]
+    wrong = [dataclasses.replace(each, answer="another thing altogether") for each in known[1::2]]
+    prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=right + wrong)
+
+    with own_ray.driver(1) as driver:
+        uri = driver.submit(on_ray, config, prepared.uri, "first").result()
+
+    trained_on = load_split(store, uri, "train")
+    assert trained_on == [*TRAIN, *(dataclasses.replace(each, answer=answers[each.id][0]) for each in right)]
+    assert load_split(store, uri, "eval") == HELD_OUT
+    assert with_answers(config, store, uri, run_id="on its own") == uri
+    found = runs.read(store, "first", Replayed)
+    assert (found.version, found.asked, found.kept) == (version.version, len(right + wrong), len(right))
+    folders.verify(store, store.key(uri))
+
+    monkeypatch.setattr(replaying, "_answered", refuse)
+    assert with_answers(config, store, prepared.uri, run_id="second") == uri
+    promote(store, version.name, published(config, store, tmp_path, seed=2).version)
+    assert with_answers(config, store, prepared.uri, run_id="first") == uri
+
+
+def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
+    config: RunConfig, store: Store
+) -> None:
+    prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
+    uri = with_answers(config, store, prepared.uri, run_id="first")
+    assert load_split(store, uri, "train") == TRAIN + EARLIER
+    assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
+
+
+def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_they_are(
+    config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = published(config, store, tmp_path, seed=1)
+    promote(store, version.name, version.version)
+    prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
+    monkeypatch.setattr(replaying, "_answered", lambda *_: [])
+    uri = with_answers(config, store, prepared.uri, run_id="first")
+    assert load_split(store, uri, "train") == TRAIN + EARLIER
+    assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
+    found = runs.read(store, "first", Replayed)
+    assert (found.version, found.kept) == (version.version, 0)
+
+
+def test_a_dataset_without_earlier_records_is_trained_on_as_it_is(config: RunConfig, store: Store) -> None:
+    prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT)
+    assert with_answers(config, store, prepared.uri, run_id="first") == prepared.uri
+    assert runs.find(store, "first", Replayed) is None
