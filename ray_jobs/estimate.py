@@ -15,7 +15,8 @@ from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
 from components.shared import garbage
 from components.shared.cpus import Cpu, this_cpu
-from components.shared.errors import UserError
+from components.shared.errors import FineloopError, UserError
+from components.shared.protocol import say
 from ray_jobs import entry
 
 with garbage.importing():
@@ -108,11 +109,16 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
         "unknown_because": None,
     }
     try:
+        base = base or base_config.read(config.model)
+        config = base_config.fitted(config, base, lambda line: say(STEP, line))
+    except FineloopError as exc:
+        return {**body, "unknown_because": str(exc)}
+    try:
         work = counted(config)
     except UserError as exc:
         work, body["unknown_because"] = None, str(exc)
     try:
-        found = pace.measure(config, base or base_config.read(config.model), _mean_batch(config, work))
+        found = pace.measure(config, base, _mean_batch(config, work))
     except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
         return {**body, "unknown_because": str(exc)}
     speed = tokens_per_s(config, found, cpu, work.computed if work else 1.0)

@@ -31,7 +31,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import base_model
+from ray_jobs.base import base_config, base_model
 from ray_jobs.planning.sharing import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, drawing
@@ -105,6 +105,7 @@ def evaluate(
     judging = judges(store, dataset_uri, config, run_id=run_id)
     identity = recorded.read(config, store, candidate).base_identity
     base = base_model.resolve(config.model, recorded=identity, weights=False)
+    config = base_config.fitted(config, base_config.load(base.path, config.model), lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
     if config.evaluate.max_new_tokens is None:
         judged = judging.records[: config.evaluate.records]

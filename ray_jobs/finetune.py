@@ -87,7 +87,7 @@ def finetune(
 
     base = base_model.resolve(config.model, weights=False)
     shape = base_config.load(base.path, config.model)
-    base_config.require_positions(shape, config.model)
+    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
     start = starting.choose(config, store, run_id, base)
     if start is not None:

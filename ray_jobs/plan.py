@@ -61,7 +61,7 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         base = base_config.read(config.model)
-        base_config.require_positions(base, config.model)
+        config = base_config.fitted(config, base, lambda line: say(STEP, line))
         for line in cautions(config):
             say(STEP, line)
         say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")

@@ -5,6 +5,7 @@ is the last line of stdout; `fineloop data` lays it out for people.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -69,14 +70,15 @@ def previewed(config: RunConfig) -> dict[str, Any]:
         train = parts.train.head(SAMPLED)
     try:
         base = base_model.Base(config.model.base, base_config.locate(config.model), {})
+        shape = base_config.load(base.path, config.model)
         chat = chat_format.load(base, config.model)
-        positions = base_config.positions(base_config.load(base.path, config.model))
     except UserError as exc:
         return {**body, "unread_because": str(exc)}
+    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
     return {
         **body,
-        "positions": positions,
+        "positions": base_config.positions(shape),
         "tokens": _tokens(config, train, chat),
         "shown": _shown(config, train, chat),
     }
@@ -99,12 +101,14 @@ def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
 
 
 def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> dict[str, Any]:
-    """Lengths in tokens, and what does not fit model.max_length."""
-    split = tokenize(records, chat, config.model.max_length, config.data.loss_on)
+    """Lengths in tokens of whole records, and what does not fit model.max_length."""
+    whole = tokenize(records, chat, sys.maxsize, config.data.loss_on)
+    fits = whole.lengths.max(initial=0) <= config.model.max_length
+    split = whole if fits else tokenize(records, chat, config.model.max_length, config.data.loss_on)
     return {
         "records": len(records),
-        "length": percentiles(split.lengths.tolist()) if len(split) else None,
-        "trained": percentiles(split.num_answer_tokens.tolist()) if len(split) else None,
+        "length": percentiles(whole.lengths.tolist()) if len(whole) else None,
+        "trained": percentiles(whole.num_answer_tokens.tolist()) if len(whole) else None,
         "max_length": config.model.max_length,
         "cut": len(split.cut),
         "too_long": len(split.too_long),

@@ -85,7 +85,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     dataset_uri = with_answers(config, store, dataset_uri, run_id=run_id)
     base = base_model.resolve(config.model, weights=False)
     shape = base_config.load(base.path, config.model)
-    base_config.require_positions(shape, config.model)
+    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
     train_split, validation = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     splits.require_embedded(store, chat, shape, config, train_split, validation)

@@ -135,8 +135,14 @@ def dumps(config: RunConfig) -> str:
 
 
 def as_table(config: RunConfig, *, given_only: bool = False) -> dict[str, Any]:
-    """The resolved config as `validate` takes it, or only the keys that somebody set."""
-    return config.model_dump(mode="json", exclude_none=True, exclude_unset=given_only)
+    """The resolved config as `validate` takes it, or only the keys that somebody set.
+
+    A `model.max_length` that nobody set is in neither: it fits itself to the base, which is not known here.
+    """
+    table = config.model_dump(mode="json", exclude_none=True, exclude_unset=given_only)
+    if "max_length" not in config.model.model_fields_set:
+        table["model"].pop("max_length", None)
+    return table
 
 
 def whole_numbers(value: Any) -> Any:

@@ -123,9 +123,11 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
         return
     limit = f"model.max_length {tokens['max_length']:,}"
     if tokens["cut"] or tokens["too_long"]:
+        has_more = body["positions"] is None or tokens["max_length"] < body["positions"]
+        advice = "raise it" if has_more else "shorten them, or take a base with more positions"
         yield (
             f"of {tokens['records']:,} records {tokens['cut']:,} lose the beginning of their prompt to {limit}, and "
-            f"{tokens['too_long']:,} do not fit at all: raise it"
+            f"{tokens['too_long']:,} do not fit at all: {advice}"
         )
     else:
         yield f"{limit} holds every one of {tokens['records']:,} records"

@@ -34,10 +34,10 @@ def name_from(source: str) -> str:
 
 
 def draft(asked: Asked) -> RunConfig:
-    """What the data are looked at with: as long a context as is ever proposed, so that lengths are seen whole."""
+    """What the data are looked at with."""
     table = {
         "adapter": {"name": asked.name},
-        "model": {"base": asked.base, "max_length": LONGEST},
+        "model": {"base": asked.base},
         "data": {"source": asked.source},
         "gate": {"too_few_records": "hold"},
     }
@@ -94,8 +94,6 @@ def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
         longest = tokens["length"]["p100"]
         wanted = min(LONGEST, max(SHORTEST, 2 ** (max(longest, 1) - 1).bit_length()))
         why = f"tokens; the longest of {tokens['records']:,} records has {longest:,}"
-        if tokens["cut"] or tokens["too_long"]:
-            why += f", and {tokens['cut'] + tokens['too_long']:,} are longer than {LONGEST:,}"
     if positions and positions < wanted:
         return positions, f"{why}; the base has {positions:,} positions"
     return wanted, why

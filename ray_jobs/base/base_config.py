@@ -1,10 +1,12 @@
 """The shape of a base model without its weights: config.json, or the header of a GGUF, and nothing else is fetched."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.config.schema import ModelConfig
+from components.config import config_file
+from components.config.schema import ModelConfig, RunConfig
 from components.shared.errors import ConfigError, ObjectMissing
 from components.store.store import open_uri
 from ray_jobs.base.base_model import FILES
@@ -86,14 +88,25 @@ def positions(base: "PretrainedConfig") -> int | None:
     return int(max(reach))
 
 
-def require_positions(base: "PretrainedConfig", config: ModelConfig) -> None:
-    """Raises ConfigError where `model.max_length` is longer than any text that the base can read."""
-    limit = positions(base)
-    if limit is not None and config.max_length > limit:
+def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], None]) -> RunConfig:
+    """The config with `model.max_length` as it is in force on this base, which `log` is told where nobody set it.
+
+    Raises:
+        ConfigError: the length was set, and is longer than any text that the base can read; or what it is lowered to
+            leaves no room for other keys.
+    """
+    model, limit = config.model, positions(base)
+    if limit is None or model.max_length <= limit:
+        return config
+    if "max_length" in model.model_fields_set:
         raise ConfigError(
-            f"model.max_length {config.max_length} is more than the {limit} positions of model.base {config.base}: "
+            f"model.max_length {model.max_length} is more than the {limit} positions of model.base {model.base}: "
             f"set it to {limit} or less"
         )
+    log(f"model.max_length: {limit}, all the positions that {model.base} has")
+    return config_file.validate(
+        config_file.as_table(config), [f"model.max_length={limit}"], origin=f"model.base {model.base}", overriding=""
+    )
 
 
 def _converted(gguf: Path) -> Path:

@@ -1,6 +1,7 @@
 """The measurement against a plain one: full logits, one record at a time, in float32, on files that were published."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 
@@ -13,17 +14,18 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate import evidence
 from components.prepare.dataset import Message, Record
+from components.prepare.prepare import prepare
 from components.records import runs
 from components.records.steps import TrainResult
 from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.versions import read_lineage
-from components.shared.errors import DataError, IntegrityError
+from components.shared.errors import ConfigError, DataError, IntegrityError
 from components.shared.metrics import METRICS
 from components.store.store import Store
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _write_records, compared
+from ray_jobs.evaluate import _contenders, _write_records, compared, evaluate
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.marks import MARKS
@@ -169,6 +171,16 @@ def test_a_record_too_long_for_one_contender_is_left_out_of_all(config, store, t
     assert {role: len(scores) for role, scores in found.scores.items()} == {"base": 2, "champion": 2, "candidate": 2}
     with pytest.raises(DataError, match=r"no held-out record fits model\.max_length 64: raise it"):
         measure_shard(_contenders(config, store, new), [longer], shard_index=0)
+
+
+def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(config, store, tmp_path):
+    source = tmp_path / "colours.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(400)))
+    dataset = prepare(changed(config, f"data.source={source}"), store)
+    longer = changed(config, "model.max_length=513")
+    place = {"run_id": "r0", "dataset_uri": dataset.uri, "version_uri": published(config, store, tmp_path, seed=1).uri}
+    with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
+        evaluate(longer, **place)
 
 
 def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):

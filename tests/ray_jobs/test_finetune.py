@@ -5,8 +5,10 @@ import json
 import pytest
 
 from components.config import config_file
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
+from ray_jobs.preview import previewed
+from ray_jobs.sweep import sweep
 from tests.models.tiny import colour_rows
 
 
@@ -20,3 +22,21 @@ def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(confi
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
     with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
         finetune.finetune(changed(config, *place, "model.max_length=513"), run_id="r0")
+
+
+@pytest.mark.parametrize("job", [finetune.finetune, sweep])
+def test_a_context_that_nobody_set_is_what_the_base_has_positions_for(job, config, store, tmp_path, capsys):
+    """The answers fit the default and not the base, so that the length in force is named before any worker."""
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps({**row, "completion": "x" * 600}) + "\n" for row in colour_rows(40)))
+    table = config_file.as_table(config)
+    del table["model"]["max_length"]
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
+    unset = config_file.validate(table, place)
+    with pytest.raises(DataError, match=r"too long for model\.max_length 512, and none is ever cut"):
+        job(unset, run_id="r0")
+    said = f"model.max_length: 512, all the positions that {config.model.base} has"
+    assert said in capsys.readouterr().out
+    tokens = previewed(unset)["tokens"]
+    assert said in capsys.readouterr().out
+    assert (tokens["max_length"], tokens["too_long"], tokens["trained"]["p100"]) == (512, tokens["records"], 601)

@@ -4,6 +4,7 @@ import json
 import pytest
 from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
+from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
@@ -90,10 +91,34 @@ def test_how_long_a_text_the_base_has_positions_for(base, expected):
     assert base_config.positions(base) == expected
 
 
-def test_a_context_beyond_the_positions_is_refused_and_the_positions_are_not():
-    base = GPT2Config()
-    base_config.require_positions(base, ModelConfig(base="gpt2", max_length=1024))
+TABLE = {"adapter": {"name": "a"}, "model": {"base": "gpt2"}, "data": {"source": "x.jsonl"}, "method": {"name": "lora"}}
+
+
+def test_a_context_that_nobody_set_is_no_longer_than_the_base_has_positions_for():
+    said: list[str] = []
+    written = config_file.dumps(config_file.validate(TABLE))  # as a run's steps hand it on
+    config = base_config.fitted(config_file.loads(written), GPT2Config(n_positions=512), said.append)
+    assert config.model.max_length == 512
+    assert said == ["model.max_length: 512, all the positions that gpt2 has"]
+    assert config.digest == config_file.validate(TABLE, ["model.max_length=512"]).digest
+    assert base_config.fitted(config, GPT2Config(n_positions=512), said.append) == config
+    for roomy in (GPT2Config(n_positions=2048), BloomConfig()):
+        assert base_config.fitted(config_file.loads(written), roomy, said.append).model.max_length == 1024
+    assert len(said) == 1
+
+
+def test_a_context_that_was_set_beyond_the_positions_is_refused_and_the_positions_are_not():
+    for length in (1024, 1025):  # the default as well, where it was set
+        config = config_file.loads(config_file.dumps(config_file.validate(TABLE, [f"model.max_length={length}"])))
+        reason = rf"model\.max_length {length} is more than the {length - 1} positions of model\.base gpt2"
+        with pytest.raises(ConfigError, match=reason):
+            base_config.fitted(config, GPT2Config(n_positions=length - 1), pytest.fail)
+        assert base_config.fitted(config, GPT2Config(n_positions=length), pytest.fail) == config
+
+
+def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_for():
+    config = config_file.validate(TABLE, ["evaluate.max_new_tokens=600"])
     with pytest.raises(
-        ConfigError, match=r"model\.max_length 1025 is more than the 1024 positions of model\.base gpt2"
+        ConfigError, match=r"base gpt2: evaluate\.max_new_tokens 600 leaves no room .* model\.max_length 512"
     ):
-        base_config.require_positions(base, ModelConfig(base="gpt2", max_length=1025))
+        base_config.fitted(config, GPT2Config(n_positions=512), [].append)
