@@ -36,6 +36,9 @@ class TrainConfig(Section):
     start_from: Annotated[StartFrom, Added("0.2.0")] = "base"
     """base begins afresh. production goes on from the version that adapter.alias points at, and from the base where
     there is none; NAME@VERSION from that one. It has to be of the same base, method, rank and layers."""
+    start_share: Annotated[Annotated[float, Field(ge=0, lt=1)], Added("0.2.0")] = 0
+    """Share of start_from's weights in what is published; the rest is what was trained from there (WiSE-FT,
+    arXiv:2109.01903). 0.5 publishes half the step: two trainings of one recipe then lie half as far apart."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -90,6 +93,15 @@ class TrainConfig(Section):
     """Newest checkpoints to keep."""
     store_patience_s: Annotated[int, Field(ge=0), Added("0.2.0")] = 1_800
     """How long a training goes on while the store is away: without checkpoints, and then waiting to publish."""
+
+    @model_validator(mode="after")
+    def _shares_with_something(self) -> "TrainConfig":
+        if self.start_share and self.start_from == "base":
+            raise ValueError(
+                f"start_share {self.start_share:g} keeps some of what the training starts from, and that is the base: "
+                "set train.start_from=production, or remove train.start_share"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloads_what_is_kept(self) -> "TrainConfig":

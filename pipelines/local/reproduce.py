@@ -77,7 +77,7 @@ def recipe(store: "Store", version: Version, config: RunConfig, overrides: Seque
         "registry": config.registry,
         "adapter": own.adapter.model_copy(update={"note": note}),
         "model": own.model.model_copy(update=revision),
-        "train": own.train.model_copy(update={"start_from": _start(lineage)}),
+        "train": own.train.model_copy(update=_start(lineage)),
         "tune": own.tune.model_copy(update={"when": "never"}),  # the rate that was found is the recorded one
     }
     return Recipe(own.model_copy(update=changed), dataset_uri, lineage)
@@ -101,13 +101,14 @@ def compared(store: "Store", first: Version, found: str, made_from: Recipe) -> R
     return Reproduced(first.version, found, differs, beside)
 
 
-def _start(lineage: Mapping[str, Any]) -> str:
-    """Where the training began: at a version, which the lineage names by its address, or at the base."""
+def _start(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the training began: at a version, which the lineage names by its address, or at the base, of which
+    nothing can stay in what it publishes."""
     for uri in lineage.get("parents", []):
         if "/versions/" in uri:
             name, _, version = uri.rstrip("/").rpartition("/adapters/")[2].partition("/versions/")
-            return f"{name}@{version}"
-    return "base"
+            return {"start_from": f"{name}@{version}"}
+    return {"start_from": "base", "start_share": 0.0}
 
 
 def _computing(lineage: Mapping[str, Any]) -> dict[str, Any]:

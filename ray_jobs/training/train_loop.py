@@ -6,7 +6,7 @@ step and rank, so a resumed training takes exactly the steps of an uninterrupted
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,10 @@ def run(
     pad: int,
     report: Report,
     watch: preemption.Watch | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainedAdapter:
-    """Train to the end, from the newest complete checkpoint of this run when there is one.
+    """Train to the end, from the newest complete checkpoint of this run when there is one. Of the weights `start`,
+    which the training began with, `train.start_share` stays in what comes of it.
 
     `report` gets one record for each step and each measurement, on every rank. `watch` says when a node is about to be
     taken; without it none ever is.
@@ -142,7 +144,19 @@ def run(
         trained.weights, trained.eval_loss = best, progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
+    if start is not None and train.start_share:
+        trained.weights = between(trained.weights, start, train.start_share)
+        checkpoint.copy_weights(trained.weights, engine.module)
+        trained.eval_loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
     return trained
+
+
+def between(
+    trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], share: float
+) -> dict[str, torch.Tensor]:
+    """The weights that lie on the line from `trained` to `start`, at `share` of it: theta = (1 - share) trained +
+    share start (WiSE-FT, arXiv:2109.01903, section 3), summed in float32."""
+    return {name: weight.float().lerp(start[name].float(), share).to(weight.dtype) for name, weight in trained.items()}
 
 
 @torch.no_grad()

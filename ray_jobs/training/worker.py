@@ -168,6 +168,7 @@ def fit(
         if worker.rank == 0:
             say("finetune", _how(worker))
         job.watch.lap("optimizer and first check")
+        began = checkpoint.weights(engine.module) if start is not None and config.train.start_share else None
         trained = train_loop.run(
             engine,
             config=config,
@@ -179,6 +180,7 @@ def fit(
             pad=job.pad,
             report=report,
             watch=watch,
+            start=began,
         )
     _take_whole(adapted, trained)
     return adapted, trained, recipe

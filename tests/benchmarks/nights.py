@@ -25,14 +25,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--distances", type=float, nargs="+", default=DISTANCES)
     parser.add_argument("--moving", type=float, nargs="+", default=(0.0, 0.002))
+    parser.add_argument("--kept", type=float, nargs="+", default=(0.0,), help="production's share in what is published")
     parser.add_argument("--champion", nargs="+", choices=("measured", "shrunk"), default=("measured", "shrunk"))
     parser.add_argument("--resamples", type=int, default=400, help="of each bound; the gate takes ten times as many")
     options = parser.parse_args()
     paired.RESAMPLES, paired.PER_TAIL = options.resamples, max(1, options.resamples // 100)
-    print("| distance | a night's data | champion | promoted of 100 | drift | behind | worse by the margin: promoted |")
-    print("|---|---|---|---|---|---|---|")
-    for apart, moving, champion in itertools.product(options.distances, options.moving, options.champion):
-        trainer = Trainer(apart=apart, on_the_whole=SPREAD * apart, moving=moving)
+    print("| distance | data | kept | champion | promoted of 100 | drift | behind | worse by the margin: promoted |")
+    print("|---|---|---|---|---|---|---|---|")
+    worlds = itertools.product(options.distances, options.moving, options.kept, options.champion)
+    for apart, moving, kept, champion in worlds:
+        trainer = Trainer(apart=apart, on_the_whole=SPREAD * apart, moving=moving, kept=kept)
         years = [
             year(trainer, GateConfig(), records=options.records, seed=seed, shrinks=champion == "shrunk")
             for seed in range(options.seeds)
@@ -44,7 +46,7 @@ def main() -> None:
             f"{max(each.behind for each in years):.3f}",
             f"{sum(each.promoted_worse for each in years)} of {sum(each.worse for each in years)}",
         ]
-        print(f"| {apart:g} | {moving:g} | {champion} | {' | '.join(cells)} |", flush=True)
+        print(f"| {apart:g} | {moving:g} | {kept:g} | {champion} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Trainer:
     """By how much each night's data makes it worse than the night before, in nats per token."""
     moving: float = 0.0
     """By how much a night of new data makes the models of earlier nights wrong, in nats per token."""
+    kept: float = 0.0
+    """Share of production's weights in what a night publishes; of losses it is taken for the same share."""
 
     def train(self, night: int, random: np.random.Generator) -> dict[str, Array]:
         """What a model loses on each record, and which answers are right: as one seed's or the other's."""
@@ -59,6 +61,15 @@ def loss(nll: Array) -> float:
 def lost_of_the_best(held: Sequence[float]) -> float:
     """How far production was above the least loss that it had had before, at most."""
     return float(np.max(held - np.minimum.accumulate(held)))
+
+
+def between(new: dict[str, Array], production: dict[str, Array], kept: float, random: np.random.Generator) -> None:
+    """Move what a night has trained towards production, which each record's answer is with that chance."""
+    from_production = random.random(len(TOKENS)) < kept
+    for column, values in new.items():
+        theirs = production[column]
+        mixed = np.where(from_production, theirs, values) if column == "exact_match" else None
+        new[column] = kept * theirs + (1 - kept) * values if mixed is None else mixed
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,12 @@ def year(trainer: Trainer, policy: GateConfig, *, records: int = RECORDS, seed: 
     promoted = worse = promoted_worse = 0
     for night in range(NIGHTS):
         candidate = f"night{night}"
-        columns |= {f"{candidate}_{kept}": values for kept, values in trainer.train(night, random).items()}
         for older in {champion, best} - {""} if trainer.moving else ():
             columns[f"{older}_nll"] = columns[f"{older}_nll"] + TOKENS * trainer.moving
+        trained = trainer.train(night, random)
+        if champion and trainer.kept:
+            between(trained, {key: columns[f"{champion}_{key}"] for key in trained}, trainer.kept, random)
+        columns |= {f"{candidate}_{key}": values for key, values in trained.items()}
         roles = {"base": "base", "candidate": candidate}
         if champion:
             roles |= {"champion": champion} if best == champion else {"champion": champion, "anchor": best}

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -125,6 +126,49 @@ def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_i
     assert losses == pytest.approx(expected, abs=0.02)
     with pytest.raises(RuntimeError, match=r"the same model unsharded is .* the weights were not sharded right"):
         in_group(functools.partial(fit_from, breaks=True), toml, version, directory=tmp_path, num_workers=2)
+
+
+def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[str, np.ndarray], float]]:
+    """Final weights, and the held-out loss of what is published, of each."""
+    found = {}
+    for name, toml in tomls.items():
+        fitted = fit_in_rank(config_file.loads(toml), colour_rows(36), run_id=name, start=version)
+        weights = worker.checkpoint.trainable(fitted.adapted)
+        found[name] = (
+            {key: weight.detach().float().cpu().numpy() for key, weight in weights.items()},
+            fitted.trained.eval_loss,
+        )
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_began(
+    config, store, tmp_path, zero_stage
+):
+    config = changed(
+        config, store, "train.max_steps=6", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16"
+    )
+    version = published(config, store, moved=0.02)
+    going_on = "train.start_from=production"
+    tomls = {
+        "whole": config_file.dumps(changed(config, store, going_on)),
+        "nowhere": config_file.dumps(changed(config, store, going_on, "train.learning_rate=1e-12")),
+        "three quarters": config_file.dumps(changed(config, store, going_on, "train.start_share=0.25")),
+    }
+    found, *_ = in_group(fit_each, tomls, version, directory=tmp_path, num_workers=2)
+    (whole, whole_loss), (began, began_loss), (between, loss) = found.values()
+    moved = 0.0
+    for name, weight in between.items():
+        np.testing.assert_allclose(weight, 0.75 * whole[name] + 0.25 * began[name], rtol=2**-8, atol=1e-7)
+        moved = max(moved, float(np.abs(whole[name] - began[name]).max()))
+    assert moved > 0.02
+    assert loss not in (whole_loss, began_loss)
+    assert min(whole_loss, began_loss) - 0.05 < loss < max(whole_loss, began_loss)
+
+
+def test_a_share_of_the_base_is_refused(config, store):
+    with pytest.raises(ConfigError, match=r"train\.start_from=production, or remove train\.start_share"):
+        changed(config, store, "train.start_share=0.5")
 
 
 def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
