@@ -3,7 +3,8 @@
 `python -m tests.benchmarks.noise FOLDER [--steps N] [--seeds N] [--minutes N]`
 
 Trains the example's real model with several seeds, from the base and from a version in production, at each rate, and
-measures the held-out losses of the last weights, of averages of them, and of seeds that are joined into one adapter.
+measures the held-out losses of the last weights, of averages of them, of seeds that are joined into one adapter, and
+of weights half way between production and what was trained from there (Wortsman et al., arXiv:2109.01903).
 Each training leaves a file in FOLDER, so that a call goes on where the one before it ended (`--minutes`); the last
 prints the table. Spread is the standard deviation of the loss over seeds; distance that of the difference of two
 seeds record by record, in nats per token, with what they differ by on the whole taken off.
@@ -32,16 +33,21 @@ from components.shared.paired import Array, Pairs, bounds
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 HELD_OUT, BATCH, RANK = 300, 16, 16
 RATES = (1e-3, 4e-4)
+NIGHTS = 2
+"""Trainings in a row, the first from the base, that make what is in production."""
+FIRST_NIGHT = 100
+"""The seed of the first of them, far from those that are compared."""
 SEEDS = 6
 STARTS = ("base", "production")
 JOINED = (2, 3)
+HALF_WAY = "half way"
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Training:
     start: str
-    """base, or production: the training from the base at the first rate, with a seed that no other has."""
+    """base, production, or the name of the training that it goes on from."""
     rate: float
     seed: int
     steps: int
@@ -89,7 +95,7 @@ def main() -> None:
                 print("to be gone on with", flush=True)
                 return
             in_a_process(train, training, options.folder)
-    for joined in JOINED:
+    for joined in (*JOINED, 1):
         if time.monotonic() > ends:
             print("to be gone on with", flush=True)
             return
@@ -110,8 +116,16 @@ def joined_file(folder: Path, joined: int, start: str, rate: float, steps: int) 
     return folder / f"joined{joined}-{start}-{rate:g}-{steps}.json"
 
 
+def nights(steps: int) -> list[Training]:
+    """Those that make what is in production, in their order."""
+    found = [Training("base", RATES[0], FIRST_NIGHT, steps)]
+    while len(found) < NIGHTS:
+        found.append(Training(found[-1].name, RATES[0], FIRST_NIGHT + len(found), steps))
+    return found
+
+
 def plan(steps: int, seeds: int) -> Iterator[Training]:
-    yield Training("base", RATES[0], 100, steps)
+    yield from nights(steps)
     for seed, rate, start in itertools.product(range(seeds), RATES, STARTS):
         yield Training(start, rate, seed, steps)
 
@@ -135,8 +149,9 @@ def train(training: Training, folder: Path) -> None:
     split, held_out = (tokenize(part, chat, config.model.max_length) for part in _records(training.steps))
     kernels = door.choose(config, base_config.load(base.path, config.model))
     engine = our_loop.make(config, base, kernels, dense_base=True)
-    if training.start == "production":
-        weights = load_file(folder / f"{Training('base', RATES[0], 100, training.steps).name}.safetensors")
+    if training.start != "base":
+        start = nights(training.steps)[-1].name if training.start == "production" else training.start
+        weights = load_file(folder / f"{start}.safetensors")
         checkpoint.copy_weights(weights, engine.module)
         engine.optimizer.refresh_fp32_params()
     masters = [master for master, _ in zero.master_partitions(engine)]
@@ -174,7 +189,10 @@ def train(training: Training, folder: Path) -> None:
 
 
 def join(joined: int, steps: int, seeds: int, folder: Path) -> None:
-    """The losses of the mean of several seeds' updates, which is one adapter of so many times the rank."""
+    """The losses of the mean of several seeds' updates, which is one adapter of so many times the rank.
+
+    Of one seed alone, of the mean of its weights and production's: trained from there, they lie in one basin.
+    """
     from ray_jobs import entry
     from ray_jobs.adapters import build
     from ray_jobs.base import base_config, base_model
@@ -196,12 +214,14 @@ def join(joined: int, steps: int, seeds: int, folder: Path) -> None:
     adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0)).eval()
     build.to_training(adapted, torch.bfloat16)
     kernels.hold_dense(adapted)
-    for start, rate in itertools.product(STARTS, RATES):
+    production = load_file(folder / f"{nights(steps)[-1].name}.safetensors")
+    for start, rate in itertools.product(STARTS if joined > 1 else STARTS[1:], RATES):
         found = {}
         for first in range(0, seeds - joined + 1, joined):
             names = [Training(start, rate, seed, steps).name for seed in range(first, first + joined)]
             parts = [load_file(folder / f"{name}.safetensors") for name in names]
-            checkpoint.copy_weights(mean_update(parts), adapted)
+            half_way = {name: (weight + production[name]) / 2 for name, weight in parts[0].items()}
+            checkpoint.copy_weights(mean_update(parts) if joined > 1 else half_way, adapted)
             with torch.inference_mode():
                 found[str(first)] = label_nll(adapted, held_out, BATCH, chat.pad)
         _write(joined_file(folder, joined, start, rate, steps), found, held_out.num_answer_tokens)
@@ -219,15 +239,18 @@ def mean_update(parts: list[Weights]) -> Weights:
 
 def show(folder: Path, steps: int, seeds: int) -> None:
     """The table."""
+    tokens, production = _read(folder / f"{nights(steps)[-1].name}.json")
+    print(f"production: loss {production['last'].sum() / tokens.sum():.4f}\n")
     print("| from | rate | weights | loss | spread | distance | to production | loss against last, 95 % at most |")
     print("|---|---|---|---|---|---|---|---|")
-    tokens, production = _read(folder / f"{Training('base', RATES[0], 100, steps).name}.json")
     for start, rate in itertools.product(STARTS, RATES):
         runs = [_read(folder / f"{Training(start, rate, seed, steps).name}.json")[1] for seed in range(seeds)]
         kinds = {name: [run[name] for run in runs] for name in runs[0]}
         for joined in JOINED:
             of_joined = _read(joined_file(folder, joined, start, rate, steps))[1]
             kinds[f"{joined} seeds joined"] = list(of_joined.values())
+        if start == "production":
+            kinds[HALF_WAY] = list(_read(joined_file(folder, 1, start, rate, steps))[1].values())
         last = np.mean(kinds["last"], axis=0)
         for name, found in kinds.items():
             row = " | ".join(_figures(found, last, production["last"], tokens))
