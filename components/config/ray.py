@@ -7,6 +7,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from components.config.gpus import GpuName
 from components.config.section import Added, Section
+from components.shared.errors import ConfigError
 
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 OptionalName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$")]
@@ -32,6 +33,8 @@ _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
 _TAKEN = re.compile(r"(^|[.-])(kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io|org|dev)$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
+
+GIB = 2**30
 
 
 class JobsApiCluster(Section):
@@ -249,6 +252,18 @@ class RayJobCluster(Section):
             raise ValueError(
                 f"cluster.worker.cpu {self.worker.cpu} is less than the {per_pod * cpus_per_worker} that "
                 f"cpus_per_worker {cpus_per_worker} asks for with {per_pod} workers in a pod"
+            )
+
+    def require_disk(self, base: str, needed: int) -> None:
+        """Refuse a base that the disk of a pod does not hold; `needed` in bytes.
+
+        Raises:
+            ConfigError: it is more than `disk_gib`.
+        """
+        if needed > self.disk_gib * GIB:
+            raise ConfigError(
+                f"each pod downloads {base} and writes {needed / GIB:.0f} GiB to its disk, and ray.cluster.disk_gib is "
+                f"{self.disk_gib}, beyond which it is evicted: set ray.cluster.disk_gib={-(-needed * 5 // (4 * GIB))}"
             )
 
 

@@ -4,6 +4,7 @@ The work is a Ray job that goes on to compare the version, which the evaluate st
 cluster once, and no other job runs in between.
 """
 
+from components.ray_cluster.base_size import require_disk
 from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import TrainResult
@@ -17,7 +18,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
     """Train on the dataset and return the URI of the version that the job published.
 
     Raises:
-        ConfigError: the config wants its rate tuned, and no step has done that.
+        ConfigError: the config wants its rate tuned, and no step has done that; or no pod's disk holds the base.
         FineloopError: what the job failed with.
         JobError: it ended without success and without saying why, or without a result.
     """
@@ -27,6 +28,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
             f"tune.when is {when}, and this pipeline was made without the step that tunes: `fineloop submit` and "
             "`fineloop compile` make it for the config that they are given; else set tune.when=never"
         )
+    require_disk(step_run.config)
     submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, upto=TRAINED)
     try:
         result = runs.read(step_run.store, step_run.run_id, TrainResult)

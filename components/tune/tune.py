@@ -2,6 +2,7 @@
 
 from components.config.schema import RunConfig
 from components.config.tune import When
+from components.ray_cluster.base_size import require_disk
 from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
@@ -59,6 +60,7 @@ def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
 def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
     """What the sweep found for the config's own method; None where it tried others alone. It is remembered."""
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
+    require_disk(config)
     submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)
     try:
         result = runs.read(store, run_id, SweepResult)

@@ -65,11 +65,14 @@ def connected(options: argparse.Namespace) -> "Kubeflow":
 
 
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
-    """The compiled pipeline and its parameters, checked before any request."""
+    """The compiled pipeline and its parameters, checked before Kubeflow is asked for anything."""
+    from components.ray_cluster.base_size import require_disk
     from pipelines.kubeflow import package, parameters
     from pipelines.kubeflow.reach import check_reach
 
     built = package.build(load_config(options), image=options.image)
     resolved = parameters.resolve(built.spec, built.config, options.parameters)
     check_reach(built.config, resolved)
+    if not resolved.get("base_model"):
+        require_disk(built.config)
     return built, resolved

@@ -43,7 +43,18 @@ def _plan(options: argparse.Namespace) -> Answer:
         options.overrides,
     )
     body = answer(job, on_line=print_err, verbose=options.verbose)
-    return Answer(body, "\n".join(lines(config, body)), exit_code=1 if body["fits"] is False else 0)
+    fits = body["fits"] is not False and _fits_on_disk(config, body) is not False
+    return Answer(body, "\n".join(lines(config, body)), exit_code=0 if fits else 1)
+
+
+def _fits_on_disk(config: "RunConfig", body: dict[str, Any]) -> bool | None:
+    """None where no pod is made, or nobody knows what it writes."""
+    from components.config.ray import RayJobCluster
+
+    cluster = config.ray.cluster
+    if not body["disk_bytes"] or not isinstance(cluster, RayJobCluster):
+        return None
+    return bool(body["disk_bytes"] <= cluster.disk_gib * GIB)
 
 
 def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
@@ -62,9 +73,9 @@ def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         yield f"for {workers}: planned are the fewest, who have the most to hold each, and take the longest"
     yield ""
     yield from _memory_lines(body)
-    if body["disk_bytes"] and isinstance(cluster := config.ray.cluster, RayJobCluster):
-        fits = "fits" if body["disk_bytes"] <= cluster.disk_gib * GIB else "DOES NOT FIT"
-        has = f"{cluster.disk_gib} in ray.cluster.disk_gib"
+    if (fits_on_disk := _fits_on_disk(config, body)) is not None and isinstance(config.ray.cluster, RayJobCluster):
+        fits = "fits" if fits_on_disk else "DOES NOT FIT"
+        has = f"{config.ray.cluster.disk_gib} in ray.cluster.disk_gib"
         yield f"disk of a pod in GiB: {body['disk_bytes'] / GIB:.1f} for the base (or a checkpoint), {fits}: {has}"
     yield ""
     yield from estimate_lines(config, body["estimate"]) if body["estimate"] else _speed_lines(body)

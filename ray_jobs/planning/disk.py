@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from components.config.methods import OWN_BASE
 from components.config.ray import RayJobCluster
 from components.config.schema import RunConfig
-from components.shared.errors import ConfigError
-from ray_jobs.planning.memory import BF16, GIB
+from ray_jobs.planning.memory import BF16
 from ray_jobs.planning.rehearsal import ModelStats
 
 if TYPE_CHECKING:
@@ -32,15 +31,11 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
 
 
 def require_disk(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> None:
-    """Before any pod downloads.
+    """Before any worker downloads; what a listing says of a base is asked before there are pods.
 
     Raises:
         ConfigError: a pod's disk does not hold it.
     """
     needed, cluster = disk_bytes(config, base, stats), config.ray.cluster
-    if needed and isinstance(cluster, RayJobCluster) and needed > cluster.disk_gib * GIB:
-        raise ConfigError(
-            f"each pod downloads {config.model.base} and writes {needed / GIB:.0f} GiB to its disk, and "
-            f"ray.cluster.disk_gib is {cluster.disk_gib}, beyond which it is evicted: set ray.cluster.disk_gib="
-            f"{-(-needed * 5 // (4 * GIB))}"
-        )
+    if needed and isinstance(cluster, RayJobCluster):
+        cluster.require_disk(config.model.base, needed)
