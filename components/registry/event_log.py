@@ -62,8 +62,11 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
         )
 
 
-def events(store: Store, name: str) -> list[Event]:
-    """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out."""
+def events(store: Store, name: str, *, always_indexed: bool = False) -> list[Event]:
+    """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out.
+
+    `always_indexed` as `always` of `index.remembered`.
+    """
     folder = adapter_key(name, "events/")
     etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
     records = remembered(
@@ -73,6 +76,7 @@ def events(store: Store, name: str) -> list[Event]:
         sorted(etags),
         lambda each: _read(store, f"{folder}{each}"),
         is_so=lambda each, record: _is_of(record, etags[each]),
+        always=always_indexed,
     )
     found = [event for each, record in records.items() if (event := _parsed(store, name, f"{folder}{each}", record))]
     first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice

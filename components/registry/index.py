@@ -35,20 +35,22 @@ def remembered(
     read: Callable[[str], Any | None],
     *,
     is_so: Callable[[str, Any], bool],
+    always: bool = False,
 ) -> dict[str, Any]:
     """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
 
     What `read` says must never change. Ids for which it returns None are left out, and read again the next time.
-    `is_so` decides whether the index's value of an id can be what `read` would return; else `read` is called.
+    `is_so` decides whether the index's value of an id can be what `read` would return; else `read` is called. `always`
+    keeps the index of however few: for a reader that comes after each object that is new.
     """
-    wanted = list(ids)
-    indexed = _known(store, name, what) if len(wanted) > WORTH_AN_INDEX else {}
+    wanted, worth = list(ids), 0 if always else WORTH_AN_INDEX
+    indexed = _known(store, name, what) if len(wanted) > worth else {}
     known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
     missing = [each for each in wanted if each not in known]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = {each: value for each, value in zip(missing, pool.map(read, missing), strict=True) if value is not None}
     known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
-    if sum(indexed.get(each) != value for each, value in found.items()) > WORTH_AN_INDEX:
+    if sum(indexed.get(each) != value for each, value in found.items()) > worth:
         _keep(store, name, what, known)
     return known
 

@@ -114,12 +114,12 @@ def list_versions(store: Store, name: str) -> list[Version]:
 
     One whose publication was interrupted is not among them, nor, but for a warning, one whose manifest is damaged.
     """
-    described = remembered(
+    known = remembered(
         store,
         name,
         "versions",
         version_ids(store, name),
-        lambda version: _described(store, name, version),
+        lambda version: described(store, name, version),
         is_so=lambda _version, entry: _is_of_texts(entry) and entry.keys() == DESCRIBED,
     )
     aliases = list_aliases(store, name)
@@ -131,7 +131,7 @@ def list_versions(store: Store, name: str) -> list[Version]:
             aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
             **entry,
         )
-        for version, entry in described.items()
+        for version, entry in known.items()
     ]
     return sorted(found, key=lambda version: (version.created_at, version.version), reverse=True)
 
@@ -258,13 +258,21 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
     return read_file(store, version, LINEAGE)
 
 
+def lineage_of(store: Store, name: str, version: str) -> dict[str, Any]:
+    """The lineage record of the version with this id; raises as `read_file`."""
+    return _read_file(store, version_key(name, version), LINEAGE)
+
+
 def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
     """One of the version's JSON files.
 
     Raises:
         IntegrityError: it is not the one in the manifest.
     """
-    key = version_key(version.name, version.version)
+    return _read_file(store, version_key(version.name, version.version), path)
+
+
+def _read_file(store: Store, key: str, path: str) -> dict[str, Any]:
     manifest = folders.read_manifest(store, key)
     body = store.get(f"{key}/{path}")
     if manifest.files.get(path) != folders.digest_of(body):
@@ -295,8 +303,8 @@ def _version(store: Store, name: str, version: str, manifest: Manifest, aliases:
     )
 
 
-def _described(store: Store, name: str, version: str) -> dict[str, str] | None:
-    """What a list says of a version beside its id; a manifest never changes."""
+def described(store: Store, name: str, version: str) -> dict[str, str] | None:
+    """What a list says of a version beside its id; a manifest never changes. None where it is not there whole."""
     try:
         manifest = folders.find_manifest(store, version_key(name, version))
     except IntegrityError as exc:

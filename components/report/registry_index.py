@@ -1,6 +1,6 @@
 """What the list of all adapters says of each: what is in production, what the gate said last, and how it has gone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ from components.shared.errors import IntegrityError
 from components.shared.metrics import is_metric, metric_of
 
 if TYPE_CHECKING:
+    from components.registry.aliases import Pointer
     from components.registry.event import Event
     from components.store.store import Store
 
@@ -57,28 +58,45 @@ class Listed:
         return f"{age(self.since, now or datetime.now(UTC))}, since {when(self.since)}" if self.since else ""
 
 
-def list_adapter(store: "Store", name: str, log: "Sequence[Event] | None" = None) -> Listed:
-    """Read what the list shows of the adapter; a damaged alias is shown as damaged. `log`: its newest events, oldest
-    first, where they have been read."""
-    log = event_log.events(store, name) if log is None else log
-    decisions = _decisions(store, log)
-    listed = Listed(
+def list_adapter(store: "Store", name: str) -> Listed:
+    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
+    log, num_versions = event_log.events(store, name), len(versions.version_ids(store, name))
+    pointer, is_damaged = None, False
+    try:
+        pointer = read_alias(store, name, PRODUCTION)
+    except IntegrityError:
+        is_damaged = True
+    found = listed(name, log, num_versions, pointer, lambda run_id: decision_of(store, run_id))
+    return replace(found, in_production="unknown: the alias is damaged") if is_damaged else found
+
+
+def listed(
+    name: str,
+    log: "Sequence[Event]",
+    num_versions: int,
+    pointer: "Pointer | None",
+    decision: Callable[[str], Decision | None],
+) -> Listed:
+    """What the list shows of an adapter; `log` is its newest events, oldest first, `decision` that of a run."""
+    decisions = _decisions(log, decision)
+    return Listed(
         name,
-        in_production="nothing",
-        since="",
-        num_versions=len(versions.version_ids(store, name)),
+        in_production=pointer.version if pointer else "nothing",
+        since=pointer.since if pointer else "",
+        num_versions=num_versions,
         last=f"{what(log[-1].kind, log[-1].body)}, {when(log[-1].time)}" if log else "",
         verdict=decisions[-1].verdict or decisions[-1].decision if decisions else "",
         run_id=decisions[-1].run_id if decisions else "",
         sparkline=sparkline(decisions),
     )
+
+
+def decision_of(store: "Store", run_id: str) -> Decision | None:
+    """Of a run; None where it is gone, or damaged, which an audit reports."""
     try:
-        pointer = read_alias(store, name, PRODUCTION)
+        return runs.find(store, run_id, Decision)
     except IntegrityError:
-        return replace(listed, in_production="unknown: the alias is damaged")
-    if pointer is None:
-        return listed
-    return replace(listed, in_production=pointer.version, since=pointer.since)
+        return None
 
 
 def age(since: str, now: datetime) -> str:
@@ -113,7 +131,7 @@ def _judged(decision: Decision) -> RuleResult | None:
     return next(found, None)
 
 
-def _decisions(store: "Store", log: Sequence["Event"]) -> list[Decision]:
+def _decisions(log: Sequence["Event"], decision: Callable[[str], Decision | None]) -> list[Decision]:
     """On production, of the newest runs that decided, oldest first; what is gone or damaged is left out."""
     decided = (
         each.body.get("run_id")
@@ -121,12 +139,5 @@ def _decisions(store: "Store", log: Sequence["Event"]) -> list[Decision]:
         if each.kind in DECIDED and each.body.get("alias", PRODUCTION) == PRODUCTION
     )
     run_ids = [run_id for run_id in dict.fromkeys(decided) if run_id][-MOST_DECISIONS:]
-
-    def read(run_id: str) -> Decision | None:
-        try:
-            return runs.find(store, run_id, Decision)
-        except IntegrityError:  # an audit reports it
-            return None
-
     with ThreadPoolExecutor(MOST_DECISIONS) as pool:
-        return [found for found in pool.map(read, run_ids) if found is not None]
+        return [found for found in pool.map(decision, run_ids) if found is not None]

@@ -1,91 +1,33 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from components.records import runs
 from components.records.pages import LISTED
 from components.records.runs import PAGES
-from components.records.steps import Decision, Evaluation
+from components.records.steps import Evaluation
 from components.registry import event_log, versions
-from components.registry.aliases import PRODUCTION, read_alias
+from components.registry.aliases import PRODUCTION, list_aliases, read_alias
+from components.report import published
 from components.report.happened import what, when, who, why
 from components.report.html import template
-from components.report.past_decisions import against_champion
-from components.report.registry_index import Listed, list_adapter
+from components.report.published import Published
+from components.report.registry_index import Listed, decision_of, list_adapter, listed
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
+from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
     from components.registry.event import Event
-    from components.registry.versions import Version
     from components.store.store import Store
 
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
-DIFFERS = ("config", "dataset", "base", "environment")
-"""Parts of the lineage whose changes between versions are shown."""
 MOST_NAMED = 12
 """Dots of the picture that are named beneath it."""
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much better a version was than what was in production when the two were compared."""
-
-    metric: Metric
-    amounts: Metric
-    """How its numbers are written."""
-    gain: float
-    lower: float | None
-    upper: float | None
-    confidence: float | None
-    """Of each bound, where the gate set them; None of an evaluation's 95 % interval."""
-
-    @property
-    def bounds_text(self) -> str:
-        """The bounds in words; empty where there are none."""
-        if self.lower is None or self.upper is None:
-            return ""
-        low, high = self.amounts.signed_text(self.lower), self.amounts.signed_text(self.upper)
-        if self.confidence is None:
-            return f"the 95 % interval of the gain is {low} to {high}"
-        return f"the gain lies between {low} and {high}, each with {self.confidence * 100:.6g} % confidence"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A version with what its run measured."""
-
-    version: "Version"
-    evaluation: Evaluation | None
-    decision: Decision | None = None
-
-    @property
-    def published(self) -> str:
-        return when(self.version.created_at)
-
-    def metric(self, key: str) -> str:
-        """As people read it; a dash where it was not measured."""
-        value = self.evaluation.metric("candidate", key) if self.evaluation else None
-        return "-" if value is None else metric_of(key).text(value)
-
-    @property
-    def against_champion(self) -> Gain | None:
-        """As the gate decided on it, so that the page and the run's report say the same; else as it was evaluated."""
-        rule = against_champion(self.decision) if self.decision else None
-        if rule is not None and is_metric(rule.metric) and rule.gain is not None:
-            amounts = RELATIVE if rule.relative else metric_of(rule.metric)
-            return Gain(metric_of(rule.metric), amounts, rule.gain, rule.lower, rule.upper, rule.confidence)
-        found = self.evaluation.paired.get("champion") if self.evaluation else None
-        if found is None or not is_metric(found.metric):
-            return None
-        metric, (low, high) = metric_of(found.metric), found.ci95 or (None, None)
-        return Gain(metric, metric, found.difference, low, high, None)
 
 
 @dataclass(frozen=True)
@@ -145,17 +87,21 @@ def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
     """
     own = read_adapter(store, name)
     names, known = versions.list_adapters(store), _known(store)
-    pages, new = [own], {name: list_adapter(store, name, own.events[::-1])}
+    decided = {each.decision.run_id: each.decision for each in own.published if each.decision}
+    entry = listed(
+        name, own.events[::-1], own.num_versions, own.pointer, lambda run: decided.get(run) or decision_of(store, run)
+    )
+    pages, new = [own], {name: entry}
     if missing := [each for each in names if each != name and each not in known]:
         there = {info.key for info in store.list(PAGES)}
         pages += [read_adapter(store, each) for each in missing if f"{PAGES}{each}.html" not in there]
         new |= {each: list_adapter(store, each) for each in missing}
         known = _known(store)  # what others wrote meanwhile
     known |= new
-    listed = [known[each] for each in names if each in known]
-    store.put_json(LISTED, {each.name: asdict(each) for each in listed})
+    entries = [known[each] for each in names if each in known]
+    store.put_json(LISTED, {each.name: asdict(each) for each in entries})
     for file, page in build_pages(
-        pages, listed, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
+        pages, entries, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
     ).items():
         store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
     return store.uri(f"{PAGES}index.html")
@@ -175,21 +121,17 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
     Raises:
         IntegrityError: the alias is damaged.
     """
-    pointer = read_alias(store, name, PRODUCTION)
-    found = versions.list_versions(store, name)
-    log = event_log.events(store, name)
-    shown = [_published(store, version) for version in found[:MOST_VERSIONS]]
-    by_id = {each.version.version: each for each in shown}
-    held = None
-    if pointer is not None and (held := by_id.get(pointer.version)) is None:
-        version = versions.resolve(store, f"{name}@{pointer.version}")
-        held = _published(store, version)
+    aliases = list_aliases(store, name)
+    # Of the other aliases a damaged one is passed over, and this one must not be.
+    pointer = next((each for each in aliases if each.alias == PRODUCTION), None) or read_alias(store, name, PRODUCTION)
     before: str | None = pointer.event["from"] if pointer else None
-    changes: list[tuple[str, str, str]] = []
-    if pointer is not None and held is not None and before is not None:
-        changes += _measured(held.evaluation, before)
-        there = {each.version: each for each in found}
-        changes += _changes(_lineage(store, there.get(before)), _lineage(store, there.get(pointer.version)))
+    moved = (before, pointer.version) if pointer and before else None
+    shown, num_versions, changes = published.read(store, name, aliases, moved, MOST_VERSIONS)
+    log = event_log.events(store, name, always_indexed=True)
+    held = None
+    if pointer is not None and (held := {each.version.version: each for each in shown}.get(pointer.version)) is None:
+        held = published.published(store, versions.resolve(store, f"{name}@{pointer.version}"))
+    measured = _measured(held.evaluation, before) if held and before else ()
     return AdapterPage(
         name=name,
         pointer=pointer,
@@ -197,9 +139,9 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
         since=when(pointer.since) if pointer else "",
         before=before,
         published=tuple(shown),
-        num_versions=len(found),
+        num_versions=num_versions,
         events=tuple(reversed(log[-MOST_EVENTS:])),
-        changes=tuple(changes),
+        changes=(*measured, *changes),
     )
 
 
@@ -284,39 +226,3 @@ def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str,
         old, new = evaluation.metric("champion", metric.key), evaluation.metric("candidate", metric.key)
         if old is not None and new is not None:
             yield f"measured.{metric.key}", metric.text(old), metric.text(new)
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    old = {path: text for part in DIFFERS for path, text in _leaves(before.get(part), part)}
-    new = {path: text for part in DIFFERS for path, text in _leaves(after.get(part), part)}
-    for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path):
-            yield path, old.get(path, "-"), new.get(path, "-")
-
-
-def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}")
-    elif value is not None:
-        yield path, str(value)
-
-
-def _lineage(store: "Store", version: "Version | None") -> Mapping[str, Any]:
-    try:
-        return versions.read_lineage(store, version) if version else {}
-    except (IntegrityError, ObjectMissing):  # an audit reports it; the page shows what there is
-        return {}
-
-
-def _published(store: "Store", version: "Version") -> Published:
-    """With what its run measured and decided, as far as that is there and is of this version."""
-    try:
-        found = runs.find(store, version.run_id, Evaluation) if version.run_id else None
-        candidate = found.model("candidate") if found else None
-        if candidate is None or candidate.version != version.version:
-            return Published(version, None)
-        decision = runs.find(store, version.run_id, Decision)
-    except IntegrityError:  # an audit reports it; the page shows what there is
-        return Published(version, None)
-    return Published(version, found, decision if decision and decision.version == version.version else None)

@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,14 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.promote.by_hand import Person, promote_by_hand
+from components.records import runs
+from components.records.pages import LISTED
+from components.records.steps import Decision, Evaluation, Measured
 from components.registry import ancestry, collect
-from components.registry.aliases import promote, rollback
+from components.registry.aliases import Cause, promote, rollback
 from components.registry.event_log import append_event, events
-from components.registry.versions import list_versions, publish_version, resolve
+from components.registry.versions import list_versions, publish_version, resolve, version_ids
+from components.report.registry_index import Listed
 from components.report.registry_page import write_pages
 from components.store.store import Store, encode_json
 from pipelines.commands.table import table
@@ -96,29 +102,56 @@ def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
     return [(f"{versions} versions", "", "", "", ""), *rows]
 
 
-def measure_many(store: Store, adapters: int, versions: int) -> list[tuple[str, ...]]:
-    """Requests of a run's page and of a garbage collection, where there are many adapters."""
-    names = [f"{NAME}-{number:04}" for number in range(adapters)]
+def fill_many(store: Store, names: list[str], versions: int) -> None:
+    """Those that are not there yet, and the list of all that their runs have written."""
+
+    def one(name: str) -> None:
+        if len(version_ids(store, name)) < versions:
+            fill(store, name, versions)
+
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda name: fill(store, name, versions), names))
+        list(pool.map(one, names))
+    listed = [Listed(name, in_production="nothing", since="", num_versions=versions) for name in names]
+    store.put_json(LISTED, {each.name: asdict(each) for each in listed})
+
+
+def night(store: Store, name: str, number: int) -> None:
+    """A version that a run has measured and decided on, as its report step finds it."""
+    run_id, files = f"night-{number}", {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
+    version = publish_version(store, name, files, lineage={"run_id": run_id}).version
+    models = {"candidate": Measured(version=version, metrics={"loss": 0.5})}
+    runs.write(store, run_id, Evaluation(run_id=run_id, records=300, models=models))
+    about = {"adapter": name, "alias": "production", "run_id": run_id, "version": version, "reasons": ("better",)}
+    runs.write(store, run_id, Decision(decision="promote", verdict="promote", **about))
+    promote(store, name, version, cause=Cause(run_id))
+
+
+def measure_many(store: Store, names: list[str], versions: int) -> list[tuple[str, ...]]:
+    """Requests of a run's page and of a garbage collection, where there are many adapters."""
     sent: list[str] = []
     store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
     later = datetime.now(UTC) + timedelta(days=90)
-    asked: dict[str, Callable[[], Any]] = {
-        "a run's page, the first of all": lambda: write_pages(store, names[0], generated_at="now"),
-        "a run's page": lambda: write_pages(store, names[0], generated_at="now"),
-        "gc": lambda: collect.removals(store, names, collect.Rules(), now=later),
-        "gc, all but two versions of each": lambda: collect.removals(
-            store, names, collect.Rules(keep_last=2), now=later
+
+    def nightly(number: int) -> Callable[[], Any]:
+        night(store, names[0], number)
+        return lambda: write_pages(store, names[0], generated_at="now")
+
+    asked: dict[str, Callable[[], Callable[[], Any]]] = {
+        "a run's pages, before there is an index": lambda: nightly(0),
+        "a run's pages, the night after": lambda: nightly(1),
+        "gc": lambda: lambda: collect.removals(store, names, collect.Rules(), now=later),
+        "gc, all but two versions of each": lambda: (
+            lambda: collect.removals(store, names, collect.Rules(keep_last=2), now=later)
         ),
     }
-    rows: list[tuple[str, ...]] = [(f"{adapters} adapters of {versions}", "requests", "a version", "seconds")]
-    for what, ask in asked.items():
+    rows: list[tuple[str, ...]] = [(f"{len(names)} adapters of {versions}", "requests", "a version", "seconds")]
+    for what, prepare in asked.items():
+        ask = prepare()
         sent.clear()
         began = time.perf_counter()
         ask()
         seconds = time.perf_counter() - began
-        rows.append((what, str(len(sent)), f"{len(sent) / (adapters * versions):.2f}", f"{seconds:.2f}"))
+        rows.append((what, str(len(sent)), f"{len(sent) / (len(names) * versions):.2f}", f"{seconds:.2f}"))
     return rows
 
 
@@ -127,15 +160,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=10_000)
     parser.add_argument("--adapters", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keeps the store, so that the next call goes on filling it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as environment:
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as directory,
+        pytest.MonkeyPatch.context() as environment,
+    ):
         running = server.start(seaweedfs.SeaweedFS(Path(directory), "benchmark"))
         try:
             for name, value in seaweedfs.Endpoint.read(running.endpoint).environment().items():
                 environment.setenv(name, value)
             store = Store.open(RegistryConfig(bucket="benchmark"))
             if options.adapters > 1:
-                print(table(measure_many(store, options.adapters, options.versions)))
+                names = [f"{NAME}-{number:04}" for number in range(options.adapters)]
+                fill_many(store, names, options.versions)
+                print(table(measure_many(store, names, options.versions)))
             else:
                 fill(store, NAME, options.versions)
                 print(table(measure(store, options.versions)))
