@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.records import runs
-from components.records.steps import Decision, Evaluation
+from components.records.steps import Decision, Evaluation, Record
 from components.registry import versions
 from components.registry.index import remembered
 from components.registry.names import version_key
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from components.registry.aliases import Pointer
     from components.store.store import Store
 
+R = TypeVar("R", bound=Record)
 DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage whose changes between versions are shown."""
 SETTLED = timedelta(days=7)
@@ -129,9 +130,7 @@ def _published(
         aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
     )
     try:
-        return Published(
-            found, *(kind.from_json(encode_json(part), uri) if (part := entry[kind.FILE]) else None for kind in _KINDS)
-        )
+        return Published(found, _parsed(Evaluation, entry, uri), _parsed(Decision, entry, uri))
     except IntegrityError:  # of another release's index
         return published(store, found)
 
@@ -152,7 +151,9 @@ def _entry(store: "Store", name: str, version: str) -> dict[str, Any] | None:
     }
 
 
-_KINDS = (Evaluation, Decision)
+def _parsed(kind: type[R], entry: Mapping[str, Any], uri: str) -> R | None:
+    part = entry[kind.FILE]
+    return kind.from_json(encode_json(part), uri) if part else None
 
 
 def _small(record: Evaluation | Decision | None, keys: set[str]) -> dict[str, Any] | None:
