@@ -60,6 +60,13 @@ def test_a_query_asks_for_metrics_and_labels_that_exist(where: str, expr: str) -
     assert {*", ".join(grouping).split(", ")} <= {"", *(label for each in found for label in labels_of(each.name))}
 
 
+def test_a_count_of_runs_that_ended_sees_the_first_one() -> None:
+    """Argo's counter appears at 1, in which increase() by itself sees nothing."""
+    counts = [expr for _, expr in queries() if "increase(argo_workflows_total_count" in expr]
+    assert len(counts) == 4
+    assert [expr for expr in counts if "unless argo_workflows_total_count" not in " ".join(expr.split())] == []
+
+
 RAYS = """
 import json
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
