@@ -6,7 +6,6 @@ taken as it is, and only a failed or stopped one is run again, under the next nu
 """
 
 import contextlib
-import io
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from components.ray_cluster.rayjob import RayJobs
 from components.ray_cluster.workflow import own_workflow
 from components.records import runs
 from components.shared.account import account
-from components.shared.errors import JobError, UserError
+from components.shared.errors import JobError
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
 
@@ -67,8 +66,6 @@ def submit_and_wait(
     backend = connect(ray)
     log = LogCopy(output or sys.stdout, after=after, upto=upto)
     attempt, exists = _attempt(backend, job)
-    if not exists and attempt > 1 and job.kfp_run_id:
-        _raise_mistake(backend, job, backend.job_id(job, attempt - 1))
     job_id = backend.job_id(job, attempt)
     with _stopped_with_its_run(backend, job_id) as is_stopping:
         if exists:
@@ -154,21 +151,6 @@ def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:
     if newest and attempts[newest] != "ended":
         return newest, True
     return newest + 1, False
-
-
-def _raise_mistake(backend: Backend, job: Job, ended_id: str) -> None:
-    """Raise what an ended attempt failed with where that was a user's mistake, which another attempt would repeat.
-
-    Kubeflow 2.16 runs a step again whatever its exit code was, and the job of its last attempt is still there then. A
-    person who tries again later, or outside Kubeflow, has mended what was wrong.
-    """
-    log = LogCopy(io.StringIO())
-    with contextlib.suppress(JobError):
-        backend.follow(job, ended_id, log, POLL_S)
-    failure = find_failure(log.text)
-    if failure is not None and failure.exit_code == UserError.exit_code:
-        logger.info("%s %s failed for what another attempt would find too", backend.noun, ended_id)
-        raise failure.as_error()
 
 
 def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
