@@ -113,6 +113,9 @@ class Backend(Protocol):
     def live(self) -> list[LiveJob]:
         """Every job of ours that has not ended, of any run."""
 
+    def spent(self) -> list[LiveJob]:
+        """Every job of ours that ended long ago and that nothing else removes, of any run."""
+
 
 class LogCopy:
     """Copies a growing log to people, whole lines at a time, as `readable` has them; `text` stays as it came.

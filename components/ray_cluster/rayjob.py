@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_WINDOW_S = 20.0
 """How long one watch lasts while there is no log to copy."""
+KEPT_S = 86_400.0
+"""A job that has ended keeps its submitter's log so long, and its place in the namespace's quota of RayJobs."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")
 
@@ -130,6 +132,17 @@ class RayJobs:
         """Those with our label."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [_live(found) for found in items if state(found) == "live"]
+
+    def spent(self) -> list[LiveJob]:
+        """Those that no workflow owns, with which they would go: of a run outside Kubeflow, or made by hand."""
+        items, _ = self._api.list({manifest.PART_OF: "fineloop"})
+        return [
+            _live(found)
+            for found in items
+            if state(found) != "live"
+            and not found["metadata"].get("ownerReferences")
+            and _age_s((found.get("status") or {}).get("endTime") or found["metadata"]["creationTimestamp"]) > KEPT_S
+        ]
 
     def _release(self, job_id: str) -> None:
         """Have the cluster of a job that succeeded go at once: Kueue has given its quota to the next one already.
@@ -249,12 +262,15 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
 def _live(found: Resource) -> LiveJob:
     meta: dict[str, Any] = found["metadata"]
     about = meta.get("annotations") or {}
-    created = datetime.fromisoformat(meta["creationTimestamp"])
     return LiveJob(
         meta["name"],
         about.get(manifest.RUN_ID) or meta["labels"].get(manifest.RUN_ID, ""),
         meta["labels"].get(manifest.TASK, ""),
         about.get(manifest.KFP_RUN_ID, ""),
-        age_s=(datetime.now(UTC) - created).total_seconds(),
+        age_s=_age_s(meta["creationTimestamp"]),
         lifetime_s=float(about.get(manifest.LIFETIME_S, 0)),
     )
+
+
+def _age_s(time_of: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(time_of)).total_seconds()

@@ -1,7 +1,7 @@
 """Ray jobs that no step waits for any more: a Kubeflow run that is terminated has hardly time to stop its own."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from components.ray_cluster.backend import Backend, LiveJob
@@ -59,7 +59,9 @@ def judge(job: LiveJob, state_of: StateOf) -> Verdict:
 def reap(
     backends: Mapping[str, Callable[[], Backend]], state_of: StateOf, *, dry_run: bool
 ) -> tuple[list[Verdict], list[str]]:
-    """Judge every live job of ours, and unless `dry_run` stop the orphans; what one cluster refuses hinders no other.
+    """Judge every job of ours that lives or is left, and unless `dry_run` end the orphans.
+
+    What one cluster refuses hinders no other.
 
     Returns:
         The verdicts on what was seen, and for each failure a line that names the backend.
@@ -68,19 +70,21 @@ def reap(
     for name, connect_to in backends.items():
         try:
             backend = connect_to()
-            live = backend.live()
+            found = [judge(job, state_of) for job in backend.live()]
+            found += [
+                Verdict(job, True, "it ended long ago, and no workflow has it deleted") for job in backend.spent()
+            ]
         except FineloopError as exc:
             failures.append(f"{name}: {exc}")
             continue
-        for job in live:
-            verdict = judge(job, state_of)
+        for verdict in found:
             try:
                 if verdict.is_orphan and not dry_run:
-                    backend.stop_now(job.job_id)
+                    backend.stop_now(verdict.job.job_id)
+                verdicts.append(verdict)
             except FineloopError as exc:
                 failures.append(f"{name}: {exc}")
-                verdict = Verdict(job, False, f"{verdict.why}, but it could not be stopped")
-            verdicts.append(verdict)
+                verdicts.append(replace(verdict, is_orphan=False, why=f"{verdict.why}, but it could not be stopped"))
     return verdicts, failures
 
 

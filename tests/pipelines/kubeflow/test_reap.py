@@ -1,3 +1,4 @@
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,25 @@ def test_a_cluster_that_refuses_hinders_no_other(
     assert [each["job_id"] for each in done.body["stopped"]] == ["old"]
     assert api.rayjobs == {}
     assert "could not look at RAY_ADDRESS http://127.0.0.1:9: could not connect" in done.stderr
+
+
+def test_a_rayjob_that_no_workflow_owns_is_deleted_a_day_after_its_end(
+    no_kubeflow: None, fineloop: Fineloop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those of `fineloop run` and of hand-made ones fill the namespace's quota of RayJobs. KubeRay keeps them."""
+    api = KubernetesDouble(validate=False)
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    workflow = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "1"}
+    long_ago, now = "2026-01-01T00:00:00Z", datetime.now(UTC).isoformat()
+    for name, owners, ended in [("old", [], long_ago), ("new", [], now), ("owned", [workflow], long_ago)]:
+        labels = {"app.kubernetes.io/part-of": "fineloop"}
+        api.add({"metadata": {"name": name, "labels": labels, "ownerReferences": owners}, "spec": {}})
+        api.rayjobs[name]["metadata"]["creationTimestamp"] = long_ago
+        api.rayjobs[name]["status"] = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "endTime": ended}
+    looked = fineloop("reap", "--dry-run", "--rayjobs", "fineloop")
+    assert set(api.rayjobs) == {"old", "new", "owned"}
+    done = fineloop("reap", "--rayjobs", "fineloop")
+    api.close()
+    assert [each["job_id"] for each in done.body["stopped"]] == [each["job_id"] for each in looked.body["stopped"]]
+    assert set(api.rayjobs) == {"new", "owned"}
