@@ -64,7 +64,7 @@ def client_from_environment() -> Any:
         ) from exc
     except BotoCoreError as exc:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
-    client.meta.events.register("needs-retry.s3", _pause_where_busy)
+    client.meta.events.register("needs-retry.s3", _pause_where_away)
     traffic.count(client)
     return client
 
@@ -77,13 +77,23 @@ def _service_models() -> Any:
     return botocore.session.get_session().get_component("data_loader")
 
 
-def _pause_where_busy(attempts: int, response: Any, **_: Any) -> float | None:
-    """Seconds until the next attempt at what a busy store refused, when botocore's own attempts are spent.
+def _pause_where_away(
+    attempts: int, response: Any, caught_exception: Exception | None = None, **_: Any
+) -> float | None:
+    """Seconds until the next attempt at a store that is busy or away, when botocore's own attempts are spent.
 
-    A store that sheds load or starts anew answers 503 for minutes; one that is not there is given up at once.
+    A store that sheds load or starts anew answers 503 for minutes. One that is not there is given up at once, but in a
+    pod: network policies open a new pod's ways after its start, and a Service leads nowhere while its store moves.
     """
-    if response is None or response[0].status_code != 503 or not ATTEMPTS <= attempts < ATTEMPTS_WHERE_BUSY:
+    from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError
+
+    is_busy = response is not None and response[0].status_code == 503
+    is_away = isinstance(caught_exception, EndpointConnectionError | ConnectTimeoutError)
+    in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+    if not (is_busy or (is_away and in_pod)) or not ATTEMPTS <= attempts < ATTEMPTS_WHERE_BUSY:
         return None
+    if is_away and attempts == ATTEMPTS:
+        logger.warning("the store cannot be reached, for which this pod may be too new: trying again for two minutes")
     return busy_pause_s(attempts)
 
 

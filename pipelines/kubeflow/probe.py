@@ -15,21 +15,14 @@ STEP_LABEL = "pipelines.kubeflow.org/v2_component"
 """By which the network policies know a step."""
 UNPLACED_S = 30.0
 """How long no node may take the pod until that is the finding."""
-ASKED = 8
-"""Times, 3 s apart: the policies of a new pod open its way only seconds after it has started."""
+ATTEMPTS = 7
+"""At each request, three quarters of a minute: the policies of a new pod open its way only after it has started."""
 TRY = """
-import time
 from components.config.schema import RegistryConfig
-from components.shared.errors import StoreError
+from components.store import client
 from components.store.store import Store
-for left in reversed(range({asked})):
-    try:
-        Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check()
-        break
-    except StoreError:
-        if not left:
-            raise
-        time.sleep(3)
+client.ATTEMPTS_WHERE_BUSY = {attempts}
+Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check()
 print('fineloop: the store is sound')
 """
 
@@ -86,7 +79,7 @@ def run(cluster: Cluster, registry: RegistryConfig, account: str, image: str) ->
     """
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
     pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
-    script = TRY.format(asked=ASKED, bucket=registry.bucket, prefix=registry.prefix)
+    script = TRY.format(attempts=ATTEMPTS, bucket=registry.bucket, prefix=registry.prefix)
     cluster.create(pods, pod(cluster.namespace, account, image, script, name))
     try:
         return _followed(cluster, f"{pods}/{name}", name, registry, image)

@@ -218,6 +218,30 @@ def test_an_unreachable_endpoint_is_named_with_its_variable(
             use()
 
 
+def test_in_a_pod_a_store_that_cannot_be_reached_yet_is_waited_for(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ways of a new pod open after its start, as on a node where kube-router was a minute behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    monkeypatch.setattr("components.store.client.BUSY_PAUSE_S", 0.001)
+    store = Store.open(RegistryConfig(bucket=s3_server.bucket))
+    tried = []
+    store._client.meta.events.register("before-send.s3", lambda **_: tried.append(1))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        store.get("x")
+    assert len(tried) == client.ATTEMPTS
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    with pytest.raises(StoreError, match="cannot be reached"):
+        store.get("x")
+    assert len(tried) == client.ATTEMPTS + client.ATTEMPTS_WHERE_BUSY
+    assert len(caplog.messages) == 1
+
+
 def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost 9000")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is 'localhost 9000'"):

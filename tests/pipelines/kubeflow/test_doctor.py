@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from components.config.ray import JobsApiCluster
+from components.store import client
 from infra.checks.manifests import INFRA, ROOT, Loader
 from pipelines.kubeflow import doctor, probe
+from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.kfp_server.server import KfpServer
 from tests.doubles.kubernetes.api import NAMESPACE, Refusal
 from tests.doubles.kubernetes.applied import AppliedCluster, applied
@@ -327,28 +329,16 @@ def test_the_rights_that_are_asked_for_are_those_that_infra_grants() -> None:
         assert set(verbs) <= granted[what]
 
 
-def test_the_probe_asks_again_while_the_policies_of_its_pod_are_on_their_way(tmp_path: Path) -> None:
-    """The script itself, in a process, with a store that is away twice."""
-    package = tmp_path / "components" / "store"
-    package.mkdir(parents=True)
-    for folder in (package.parent, package):
-        (folder / "__init__.py").write_text(
-            f"__path__ = [{str(folder)!r}, {str(ROOT / folder.relative_to(tmp_path))!r}]\n"
-        )
-    (package / "store.py").write_text(
-        "from components.shared.errors import StoreError\n"
-        "class Store:\n    asked = 0\n    @classmethod\n    def open(cls, registry): return cls()\n"
-        "    def check(self):\n        Store.asked += 1\n"
-        "        if Store.asked < 3: raise StoreError('away')\n"
-    )
-    script = probe.TRY.format(asked=probe.ASKED, bucket="acme", prefix="").replace("sleep(3)", "sleep(0)")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    refused = script.replace("range(8)", "range(2)")
-    done = subprocess.run(
-        [sys.executable, "-c", refused], cwd=tmp_path, env=environment, capture_output=True, check=False
-    )
-    assert done.stderr.decode().endswith("StoreError: away\n")
+def test_the_script_of_the_probe_tries_the_store_and_asks_again_for_what_its_policies_may_open(
+    s3_server: Endpoint,
+) -> None:
+    """In a process, as in a pod."""
+    script = probe.TRY.format(attempts=client.ATTEMPTS + 1, bucket=s3_server.bucket, prefix="probe")
+    script = script.replace("client.ATTEMPTS_", "client.BUSY_PAUSE_S = 0.01; client.ATTEMPTS_")
+    for endpoint, words in ((s3_server.url, "the store is sound"), ("http://127.0.0.1:9", "cannot be reached")):
+        pod = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": endpoint}
+        environment = {**os.environ, **s3_server.environment(), **pod}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        said = (done.stdout + done.stderr).decode()
+        assert words in said.splitlines()[-1]
+        assert ("trying again" in said) == ("127.0.0.1:9" in endpoint)
