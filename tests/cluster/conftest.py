@@ -9,6 +9,7 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.step.kfp import IMAGE
 from components.store.store import Store
+from tests.cluster import steps
 from tests.cluster.kube import Kube
 from tests.cluster.live import Live
 
@@ -56,6 +57,13 @@ def kube(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kube]:
     found.clean_up()
     if found.has_trained:
         _empty(option("--set"), found.prefix)
+
+
+@pytest.fixture(scope="session")
+def kind_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Argo's, made where it is missing."""
+    with steps.kind_of_runs(Kube("default", [], "argo", tmp_path_factory.mktemp("argo"))):
+        yield
 
 
 def _empty(settings: list[str], prefix: str) -> None:

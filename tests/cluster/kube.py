@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from infra.checks.manifests import KUBECTL
 ROOT = Path(__file__).resolve().parents[2]
 SOON_S = 600.0
 """How long one thing may take on a busy node whose images are there."""
+LEFT = "pods,jobs,services,configmaps,secrets,pvc,pv,rayclusters,rayjobs,workloads.kueue.x-k8s.io"
 T = TypeVar("T")
+STEPS = re.compile(r"step (\d+)/\d+ ")
 
 
 class Followed:
@@ -40,6 +43,15 @@ class Followed:
             return words in self.text
 
         until(said, f"{self.run_id} says {words!r}", timeout_s)
+
+    def has_trained(self, step: int, timeout_s: float = 2 * SOON_S) -> None:
+        """Wait until it says that its training has taken so many steps."""
+
+        def is_there() -> bool:
+            assert self.process.poll() is None, f"ended before step {step}:\n{self.text}"
+            return any(int(number) >= step for number in STEPS.findall(self.text))
+
+        until(is_there, f"{self.run_id} is at step {step}", timeout_s)
 
     def end(self, timeout_s: float = 2 * SOON_S) -> int:
         """Its exit code, once it has ended."""
@@ -124,6 +136,11 @@ class Kube:
         """Of its job: all, or those of `head`, `worker` or `submitter`."""
         kind = [f"app.kubernetes.io/component=ray-{component}"] if component else []
         return self.pods(f"fineloop.dev/run-id={run_id}", *kind)
+
+    def everything(self) -> set[str]:
+        """Kind and name of all that a run may leave in the namespace, and volumes; not what the reaper leaves."""
+        found = self.kubectl("get", LEFT, "-o", "name").split()
+        return {name for name in found if "/fineloop-reap-" not in name}
 
     def nothing_is_left(self, run_id: str, timeout_s: float = SOON_S) -> float:
         """Wait until the run has no pod of Ray; how long that took."""

@@ -10,9 +10,7 @@ import time
 
 import pytest
 
-from components.config.schema import RegistryConfig
 from components.ray_cluster.kueue import HOPELESS_S
-from components.store.store import Store
 from tests.cluster.away import Proxy
 from tests.cluster.kube import SOON_S, Followed, Kube, until
 
@@ -65,17 +63,34 @@ def test_a_job_that_loses_its_head_or_submitter_ends_well_under_its_first_name(k
     assert kube.rayjob(job.run_id)["metadata"]["uid"] == uid
 
 
+@pytest.mark.parametrize("step", [6, 13, 20])
 @pytest.mark.parametrize("lost", [("worker",), ("head",), ("head", "worker")], ids=" and ".join)
-def test_a_training_that_loses_pods_goes_on_from_a_checkpoint(kube: Kube, lost: tuple[str, ...]) -> None:
+def test_a_training_that_loses_pods_goes_on_from_a_checkpoint(kube: Kube, lost: tuple[str, ...], step: int) -> None:
+    """Their node is gone at once: no pod has a last second."""
     job = kube.train(*TRAINS)
-    store = Store.open(RegistryConfig(prefix=kube.prefix))
-    until(lambda: any("/checkpoints/" in entry.key for entry in store.list("")), "it has a checkpoint", 2 * SOON_S)
+    job.has_trained(step, 2 * SOON_S)
+    uid = kube.rayjob(job.run_id)["metadata"]["uid"]
     victims = [pod for component in lost for pod in kube.pods_of(job.run_id, component)]
     victims = victims[:1] if lost == ("worker",) else victims
-    kube.kubectl("delete", "pod", *victims, "--wait=false")
+    kube.kubectl("delete", "pod", *victims, "--grace-period", "0", "--force")
     assert job.end(2400) == 0, job.text
     assert "promoted: " in job.text
+    assert "resum" in job.text
+    assert kube.rayjob(job.run_id)["metadata"]["uid"] == uid
     kube.nothing_is_left(job.run_id)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_short_run_promotes_and_leaves_what_goes_with_its_rayjob(kube: Kube, number: int) -> None:
+    before = kube.everything()
+    job = kube.train()
+    assert job.end() == 0, job.text
+    assert "promoted: " in job.text
+    kube.nothing_is_left(job.run_id)
+    until(lambda: quota_in_use(kube) == "0", "Kueue has its quota back")
+    assert not {"pvc", "pv", "raycluster.ray.io"} & {name.partition("/")[0] for name in kube.everything() - before}
+    kube.clean_up()
+    until(lambda: kube.everything() <= before, f"run {number} has left nothing")
 
 
 def test_what_is_scheduled_takes_the_place_of_what_a_person_started_which_runs_again_after_it(kube: Kube) -> None:

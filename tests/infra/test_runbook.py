@@ -18,6 +18,7 @@ from infra.checks.policies.access import RIGHTS
 from infra.checks.schemas import KUBERNETES
 from pipelines import cli
 from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT
+from tests.infra.retries import Ended, is_run_again
 from tests.infra.runbook import RUNBOOK, Command, after, commands
 
 CHARTS = {"kuberay/kuberay-operator": KUBERAY, "oci://registry.k8s.io/kueue/charts/kueue": KUEUE}
@@ -148,16 +149,7 @@ ENDS = [
 def test_a_step_is_run_again_for_what_took_its_pod_and_not_for_its_own_exit_code(
     status: str, exit_code: str, message: str, again: bool
 ) -> None:
-    patch = yaml.safe_load((PIPELINES / "lost-steps.yaml").read_text(encoding="utf-8"))
-    strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]["retryStrategy"]
-    assert strategy["retryPolicy"] == "Always"  # another would let the expression see less
-    # Three words of the language that Argo has its expressions in, expr-lang, are others in Python.
-    words = {r"lastRetry\.(\w+)": r"\1", r"asInt\((\w+)\)": r"int(\1)", r"(\w+) matches\s+('[^']*')": r"search(\2, \1)"}
-    expression = strategy["expression"].replace("||", "or")
-    for theirs, ours in words.items():
-        expression = re.sub(theirs, ours, expression)
-    known = {"status": status, "exitCode": exit_code, "message": message, "search": re.search, "int": int}
-    assert bool(eval(expression, {"__builtins__": {}}, known)) == again
+    assert is_run_again(Ended(status, exit_code, message)) == again
 
 
 def test_a_namespace_is_there_before_anything_goes_into_it() -> None:
