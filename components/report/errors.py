@@ -8,8 +8,6 @@ from typing import Any
 from components.report.numbers import count
 from components.shared.parquet import table_of
 
-MOST_WRONG = 500
-"""Answers on a page."""
 _ANSWER, _RIGHT = "candidate_answer", "candidate_exact_match"
 _MISTAKEN_FOR = 3
 

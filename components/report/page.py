@@ -15,6 +15,7 @@ from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
 from components.report.slices import slices
 from components.report.suites import suites
+from components.shared.counted import counted
 from components.shared.durations import duration
 
 
@@ -24,6 +25,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
     `pages_at` is where the registry's pages lie, seen from this one; without it none is linked.
     """
     shown = sections.samples(run)
+    wrong, rest = sections.wrong_answers(run)
     champion = run.model("champion")
     return template("report.html").render(
         run=run,
@@ -47,8 +49,9 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         next_steps=next_steps(run),
         classes=errors.by_class(run.evaluation.confusion if run.evaluation else None),
         matrix=errors.matrix(run.evaluation.confusion if run.evaluation else None),
-        wrong=run.wrong[: errors.MOST_WRONG],
-        clipped=sections.clipped,
+        wrong=wrong,
+        rest=rest,
+        counted=counted,
         right_counts=sections.right_counts(shown),
         curve=loss_curve(run.metrics),
         rates=Markup(rates.picture(run.sweep)) if run.sweep else None,

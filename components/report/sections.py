@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from jinja2.utils import htmlsafe_json_dumps
+
 from components.records.steps import ROLES
 from components.report.comparison import names
 from components.report.cost import cost
@@ -14,6 +16,9 @@ from components.shared.answers import normal
 from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
+DRAWN = 100
+"""Answers in the page's table. A browser lays out thousands of rows in seconds, so a script draws the others when they
+are found or asked for."""
 SHOWN_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
 """Of all that lineage.json names."""
 _MAX_ANSWERS = 10
@@ -91,6 +96,16 @@ def right_counts(shown: Sequence[Sample]) -> list[str]:
         for answer in sample.answers:
             totals[answer.name] = totals.get(answer.name, 0) + answer.right
     return [f"{name} {right} of {len(shown)}" for name, right in totals.items()]
+
+
+def wrong_answers(run: RunFiles) -> tuple[list[list[str]], str]:
+    """The candidate's wrong answers: texts of the rows that are drawn, and of the others as JSON for a script."""
+    texts = [
+        [clipped(each.prompt), each.id, clipped(each.reference), clipped(each.answer) or "(empty answer)"]
+        for each in run.wrong
+    ]
+    rest = texts[DRAWN:]
+    return texts[:DRAWN], htmlsafe_json_dumps(rest, ensure_ascii=False, separators=(",", ":")) if rest else ""
 
 
 def clipped(text: str) -> str:

@@ -1,11 +1,14 @@
 """The pages that Fineloop writes, in a real browser."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from components.report.errors import Wrong
+from components.report.page import build_report
 from components.store.store import Store
 from tests.browser import pages
 from tests.browser.looks import check, patient
@@ -53,6 +56,39 @@ def test_a_search_leaves_the_wrong_answers_that_have_every_word(browser: "Browse
     assert page.locator(".search output").inner_text() == f"{expected} of {pages.WRONG}"
     page.get_by_label("Search").fill("")
     assert shown.count() == pages.WRONG
+    context.close()
+
+
+def test_ten_thousand_wrong_answers_are_searched_and_drawn_as_they_are_asked_for(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    wrong = pages.wrong_answers(10_000)
+    file = tmp_path / "report.html"
+    file.write_text(build_report(replace(pages.full_run(), wrong=wrong)), encoding="utf-8")
+    context = patient(browser)
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.get_by_text("All 10,000 wrong answers").click()
+    rows, more = page.locator("#wrong tr"), page.get_by_role("button", name="Show more")
+
+    def texts(each: Wrong) -> list[str]:
+        return [f"{each.prompt}{each.id}", each.reference, each.answer]
+
+    def drawn() -> list[list[str]]:
+        return rows.evaluate_all("rows => rows.map(row => [...row.cells].map(cell => cell.textContent))")
+
+    assert drawn() == [*map(texts, wrong[:100])]
+    more.click()
+    assert drawn() == [*map(texts, wrong[:200])]
+    page.get_by_label("Search").fill("icd-9999")
+    assert drawn() == [texts(wrong[9999])]
+    assert more.count() == 0
+    page.get_by_label("Search").fill("skin FEMUR")
+    found = [each for each in wrong if "Skin" in each.reference + each.answer and "femur" in each.prompt]
+    assert drawn() == [*map(texts, found[:100])]
+    assert page.locator(".search output").inner_text() == f"{len(found)} of 10000"
+    more.click()
+    assert drawn() == [*map(texts, found[:200])]
     context.close()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -46,10 +47,13 @@ def test_the_page_shows_both_and_escapes_what_was_said() -> None:
     run = example_runs.held_run()
     assert run.evaluation
     evaluation = run.evaluation.model_copy(update={"confusion": CONFUSION})
-    wrong = [Wrong(str(place), "<b>asked</b>", "reference", "answered") for place in range(501)]
-    page = build_report(replace(run, evaluation=evaluation, wrong=wrong))
+    said = "<b>asked</b></script><script>é"
+    page = build_report(replace(run, evaluation=evaluation, wrong=[Wrong(str(i), said, "a", "") for i in range(2500)]))
     assert "<b>asked" not in page
-    assert "<summary>The first 500 wrong answers of 501</summary>" in page
+    assert "<summary>All 2,500 wrong answers</summary>" in page
+    (rest,) = re.findall('<script type="application/json" id="wrong-rest">(.*?)</script>', page)
+    assert json.loads(rest) == [[said, str(place), "a", "(empty answer)"] for place in range(100, 2500)]
+    assert page.count('data-label="Reference"') == 100
     assert ">blue (3), (another answer) (1)<" in page
 
 
