@@ -104,7 +104,7 @@ def evaluate(
         return runs.read(store, run_id, Evaluation)
     judging = judges(store, dataset_uri, config, run_id=run_id)
     identity = recorded.read(config, store, candidate).base_identity
-    base = base_model.resolve(config.model, recorded=identity, weights=False)
+    base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
     config = base_config.fitted(config, base_config.load(base.path, config.model), lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
     if config.evaluate.max_new_tokens is None:

@@ -85,7 +85,7 @@ def finetune(
         from ray_jobs.training.room import wait_for_room
         from ray_jobs.training.train_loop import num_steps
 
-    base = base_model.resolve(config.model, weights=False)
+    base = base_model.resolve(config.model, weights=False, registry=store)
     shape = base_config.load(base.path, config.model)
     config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)

@@ -2,7 +2,7 @@
 
 hub id               downloaded by huggingface_hub; identity is the commit
 local folder         used where it lies; identity is the sha256 of its files
-s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of its files
+s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of its files, which the registry remembers
 pkg://PACKAGE/FILE   converted once into the cache; identity is the sha256 of the GGUF
 """
 
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from components.config.methods import BaseFormat
 from components.config.schema import ModelConfig
 from components.shared import garbage
-from components.shared.errors import ConfigError, IntegrityError
-from components.store.store import open_uri
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.store.store import JSON, ObjectInfo, Store, encode_json, open_uri
 from ray_jobs.base import architecture, attention, hub, precision, stored_format
 from ray_jobs.base.digests import remembered, sha256
 from ray_jobs.base.local_cache import cache_dir, once
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # Weights are read from safetensors alone: a pickle can run code.
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+IDENTITY = "identity.json"  # in the registry, of a base in S3
 DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
 
 
@@ -51,11 +52,17 @@ class Base:
     """What makes it this base and no other: kind, and a commit or sha256."""
 
 
-def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None, weights: bool = True) -> Base:
+def resolve(
+    config: ModelConfig,
+    *,
+    recorded: Mapping[str, str] | None = None,
+    weights: bool = True,
+    registry: Store | None = None,
+) -> Base:
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
 
-    Without `weights` it comes without them where its identity can be known so: from the hub. Of a folder in S3 it is
-    that of the files, which nobody but their reader knows.
+    Without `weights` it comes without them where its identity can be known so: from the hub; and from a folder in S3
+    where `registry` remembers what somebody has read there, which everybody who needs the weights verifies.
 
     `recorded` is the identity that a version's lineage gives its base: no other base is returned, and of the hub that
     commit is fetched, wherever its branch is today.
@@ -65,10 +72,10 @@ def resolve(config: ModelConfig, *, recorded: Mapping[str, str] | None = None, w
         IntegrityError: the cached copy is not what was written, or what is there is not what was recorded.
     """
     if recorded is None:
-        return _bring(config, weights)
+        return _bring(config, weights, registry)
     if "commit" in recorded:
         config = config.model_copy(update={"revision": recorded["commit"]})
-    base = _bring(config, weights)
+    base = _bring(config, weights, registry)
     require_same(base, recorded)
     return base
 
@@ -93,12 +100,12 @@ def _text(identity: Mapping[str, str | None]) -> str:
     return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
 
 
-def _bring(config: ModelConfig, weights: bool) -> Base:
+def _bring(config: ModelConfig, weights: bool, registry: Store | None) -> Base:
     match parse(config.base):
         case PackagedGguf() as found:
             return _from_package(config.base, found)
         case S3Folder(uri):
-            return _from_s3(uri)
+            return _from_s3(uri, None if weights else registry)
         case LocalFolder(path):
             return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
         case HubId():
@@ -202,7 +209,8 @@ def _from_hub(config: ModelConfig, weights: bool) -> Base:
     return Base(config.base, path, {"kind": "hub", "commit": path.name})
 
 
-def _from_s3(reference: str) -> Base:
+def _from_s3(reference: str, registry: Store | None) -> Base:
+    """Without its weights, where the registry knows the identity of what the folder lists."""
     store, prefix = open_uri(reference, field="model.base")
     prefix = prefix.rstrip("/") + "/"
     objects = list(store.list(prefix))
@@ -210,16 +218,36 @@ def _from_s3(reference: str) -> Base:
         raise ConfigError(f"model.base {reference}: there is nothing in this folder")
     listing = json.dumps([[item.key, item.size, item.last_modified.isoformat()] for item in objects])
     path = cache_dir() / f"s3-{hashlib.sha256((reference + listing).encode()).hexdigest()[:16]}"
+    weights = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
 
-    def download(target: Path) -> None:
+    def download(target: Path, but: Sequence[ObjectInfo] = ()) -> None:
         for item in objects:
+            if item in but:
+                continue
             name = item.key.removeprefix(prefix)
             if not _is_inside(name):
                 raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
             store.download(item.key, target / name)
 
+    known = f"bases/{path.name}/{IDENTITY}"
+    if registry is not None and not path.exists() and (identity := _known_identity(registry, known)):
+        shape = path.with_name(f"{path.name}-shape")
+        once(shape, lambda target: download(target, weights))
+        return Base(reference, _require_model(shape, reference, has_weights=bool(weights)), identity)
     once(path, download)
-    return Base(reference, _require_model(path, reference), _folder_identity("s3", path))
+    base = Base(reference, _require_model(path, reference), _folder_identity("s3", path))
+    if registry is not None:
+        registry.claim(known, encode_json(base.identity), content_type=JSON)
+    return base
+
+
+def _known_identity(registry: Store, key: str) -> dict[str, str] | None:
+    try:
+        found = registry.get_json(key)
+    except (ObjectMissing, IntegrityError):
+        return None
+    is_one = isinstance(found, dict) and found.keys() == {"kind", "sha256"} and found["kind"] == "s3"
+    return {name: str(value) for name, value in found.items()} if is_one else None
 
 
 def _from_package(reference: str, found: PackagedGguf) -> Base:

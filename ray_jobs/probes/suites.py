@@ -85,7 +85,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     """
     if not config.evaluate.suites:
         return Questions(())
-    base_format, reach = config.method.row.base, _reach(config, contenders[0])
+    base_format, reach = config.method.row.base, _reach(config, contenders[0], store)
     roles = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
     suites = []
     for name in dict.fromkeys(config.evaluate.suites):
@@ -179,6 +179,6 @@ def _passes(sha256: str, before: Evaluation) -> tuple[str, Mapping[str, list[boo
     return (known.base_format, known.passes) if known else None
 
 
-def _reach(config: RunConfig, base: Contender) -> int:
-    found = base_model.resolve(config.model, recorded=base.base_identity, weights=False)
+def _reach(config: RunConfig, base: Contender, store: Store) -> int:
+    found = base_model.resolve(config.model, recorded=base.base_identity, weights=False, registry=store)
     return base_config.positions(base_config.load(found.path, config.model)) or AMPLE

@@ -172,6 +172,42 @@ def test_an_s3_folder_is_downloaded_once_and_again_when_it_changes(uploaded, sto
     assert second.identity != first.identity
 
 
+def test_a_driver_fetches_the_weights_of_an_s3_folder_only_where_nobody_has_read_them(
+    uploaded, store, tmp_path, monkeypatch
+):
+    config, fetched = ModelConfig(base=uploaded), []
+    download = Store.download
+    monkeypatch.setattr(
+        Store, "download", lambda self, key, path: fetched.append(path.name) or download(self, key, path)
+    )
+
+    def on_another_machine(name: str) -> base_model.Base:
+        monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / name))
+        fetched.clear()
+        return base_model.resolve(config, weights=False, registry=store)
+
+    first = on_another_machine("first")
+    assert "model.safetensors" in fetched
+    base = on_another_machine("second")
+    assert set(fetched) == {path.name for path in first.path.iterdir()} - {"model.safetensors"}
+    assert base.identity == first.identity == resolve(uploaded).identity
+    assert chat_format.load(base, config).pad == chat_format.load(first, config).pad
+
+    store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
+    assert on_another_machine("third").identity != first.identity
+    assert "model.safetensors" in fetched
+
+
+def test_a_worker_refuses_a_base_in_s3_that_is_not_the_remembered_one(uploaded, store, cache, monkeypatch, tmp_path):
+    config = ModelConfig(base=uploaded)
+    first = base_model.resolve(config, weights=False, registry=store)
+    store.put_json(f"bases/{first.path.name}/identity.json", {"kind": "s3", "sha256": "0" * 64})
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "another machine"))
+    said = base_model.resolve(config, weights=False, registry=store).identity
+    with pytest.raises(IntegrityError, match="today that is kind s3 sha256"):
+        base_model.resolve(config, recorded=said)
+
+
 def test_a_folder_beside_it_with_a_longer_name_is_not_part_of_it(uploaded, store):
     store.put("bases/tiny-other/stray.txt", b"x")
     assert not (resolve(uploaded).path / "stray.txt").exists()
