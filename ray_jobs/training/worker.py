@@ -148,7 +148,7 @@ def fit(
     worker = _agreed(config, worker, base, on_cpu)
     start = starting.weights(store, job.start) if job.start else None
     check = _FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
-    check.measure_whole(worker)
+    check.measure_whole(worker, store)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = _adapted(
             config,
@@ -243,12 +243,12 @@ class _FirstCheck:
         """Whether the base's loss is read layer by layer from its files, without an adapter."""
         return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
 
-    def measure_whole(self, worker: Worker) -> None:
+    def measure_whole(self, worker: Worker, store: Store) -> None:
         """Under ZeRO-3, on rank 0, before anything is sharded."""
         if self.config.train.zero_stage < 3 or worker.rank > 0:
             return
         if self.is_read_alone:
-            self.expected = step_zero.base_loss(self.config, self.base, self.probe, self.on_cpu)
+            self.expected = step_zero.known_base_loss(store, self.config, self.base, self.probe, self.on_cpu)
         else:
             whole = _adapted(self.config, self.base, use_gpu=False, kernels=self.on_cpu, start=self.start)
             self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))

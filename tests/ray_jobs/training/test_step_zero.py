@@ -1,6 +1,7 @@
 """A sharding that is really broken must stop the training before its first step."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.store.store import Store
-from ray_jobs.training import zero
+from ray_jobs.base import base_model
+from ray_jobs.kernels.door import PLAIN, Kernels
+from ray_jobs.training import step_zero, zero
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
 
@@ -58,3 +61,31 @@ def test_one_broken_part_stops_the_training_with_both_losses(
     assert abs(sharded - plain) > limit > 0
     if zero_stage == 2:  # every worker has weights of its own; under ZeRO-3 all see the broken part
         assert rank == 1
+
+
+def test_the_loss_of_a_base_is_read_from_its_files_once_for_the_same_records(config, store, monkeypatch):
+    base = base_model.resolve(config.model)
+    ids = torch.arange(24).reshape(2, 12)
+    probe = {"input_ids": ids, "labels": ids}
+    plain = step_zero.base_loss(config, base, probe, PLAIN)
+    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == plain
+
+    measured: list[str] = []
+    monkeypatch.setattr(step_zero, "base_loss", lambda config, *_: measured.append(config.method.row.base) or 1.5)
+    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == plain
+    assert measured == []
+    nf4 = config.model_copy(update={"method": config.method.model_copy(update={"base": "nf4"})})
+    other_base = replace(base, identity={"kind": "folder", "sha256": "0"})
+    other_probe = {"input_ids": ids, "labels": ids.flip(0)}
+    for changed in (
+        (nf4, base, probe, PLAIN),
+        (config, other_base, probe, PLAIN),
+        (config, base, other_probe, PLAIN),
+        (config, base, probe, Kernels("float32")),
+    ):
+        assert step_zero.known_base_loss(store, *changed) == 1.5
+    assert measured == ["nf4", "bf16", "bf16", "bf16"]
+
+    for info in list(store.list(step_zero.KNOWN)):
+        store.put(info.key, b"{}")
+    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == 1.5
