@@ -103,7 +103,7 @@ def _answered(config: RunConfig, store: Store, version: str, records: Sequence[R
     wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
     config = config.on(workers_with_room(config))
     champion = of_version("champion", config, store, version)
-    base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False)
+    base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False, registry=store)
     if champion.config.evaluate.max_new_tokens is None:
         chat = chat_format.load(base, champion.config.model)
         asked = tokens_of(records, chat, champion.config.model.max_length, store, "")
