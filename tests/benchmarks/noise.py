@@ -1,6 +1,6 @@
 """How far two trainings of one recipe lie apart, and what brings them nearer.
 
-`python -m tests.benchmarks.noise FOLDER [--steps N] [--seeds N] [--minutes N]`
+`python -m tests.benchmarks.noise FOLDER [--steps N] [--seeds N] [--rates R ...] [--minutes N]`
 
 Trains the example's real model with several seeds, from the base and from a version in production, at each rate, and
 measures the held-out losses of the last weights, of averages of them, of seeds that are joined into one adapter, and
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,23 +85,26 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=96, help=f"optimizer steps of {BATCH} records")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further training after so many")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
-    for training in plan(options.steps, options.seeds):
+    for training in plan(options.steps, options.seeds, options.rates):
         if not (options.folder / f"{training.name}.json").exists():
             if time.monotonic() > ends:
                 print("to be gone on with", flush=True)
                 return
             in_a_process(train, training, options.folder)
-    for joined in (*JOINED, 1):
+    for joined in [1, *(each for each in JOINED if each * 2 <= options.seeds)]:
         if time.monotonic() > ends:
             print("to be gone on with", flush=True)
             return
-        if not joined_file(options.folder, joined, *list(itertools.product(STARTS, RATES))[-1], options.steps).exists():
-            in_a_process(join, joined, options.steps, options.seeds, options.folder)
-    show(options.folder, options.steps, options.seeds)
+        if not joined_file(
+            options.folder, joined, *list(itertools.product(STARTS, options.rates))[-1], options.steps
+        ).exists():
+            in_a_process(join, joined, options.steps, options.seeds, options.rates, options.folder)
+    show(options.folder, options.steps, options.seeds, options.rates)
 
 
 def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
@@ -124,9 +127,9 @@ def nights(steps: int) -> list[Training]:
     return found
 
 
-def plan(steps: int, seeds: int) -> Iterator[Training]:
+def plan(steps: int, seeds: int, rates: Sequence[float]) -> Iterator[Training]:
     yield from nights(steps)
-    for seed, rate, start in itertools.product(range(seeds), RATES, STARTS):
+    for seed, rate, start in itertools.product(range(seeds), rates, STARTS):
         yield Training(start, rate, seed, steps)
 
 
@@ -188,7 +191,7 @@ def train(training: Training, folder: Path) -> None:
     )
 
 
-def join(joined: int, steps: int, seeds: int, folder: Path) -> None:
+def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Path) -> None:
     """The losses of the mean of several seeds' updates, which is one adapter of so many times the rank.
 
     Of one seed alone, of the mean of its weights and production's: trained from there, they lie in one basin.
@@ -215,7 +218,7 @@ def join(joined: int, steps: int, seeds: int, folder: Path) -> None:
     build.to_training(adapted, torch.bfloat16)
     kernels.hold_dense(adapted)
     production = load_file(folder / f"{nights(steps)[-1].name}.safetensors")
-    for start, rate in itertools.product(STARTS if joined > 1 else STARTS[1:], RATES):
+    for start, rate in itertools.product(STARTS if joined > 1 else STARTS[1:], rates):
         found = {}
         for first in range(0, seeds - joined + 1, joined):
             names = [Training(start, rate, seed, steps).name for seed in range(first, first + joined)]
@@ -237,16 +240,16 @@ def mean_update(parts: list[Weights]) -> Weights:
     }
 
 
-def show(folder: Path, steps: int, seeds: int) -> None:
+def show(folder: Path, steps: int, seeds: int, rates: Sequence[float]) -> None:
     """The table."""
     tokens, production = _read(folder / f"{nights(steps)[-1].name}.json")
     print(f"production: loss {production['last'].sum() / tokens.sum():.4f}\n")
     print("| from | rate | weights | loss | spread | distance | to production | loss against last, 95 % at most |")
     print("|---|---|---|---|---|---|---|---|")
-    for start, rate in itertools.product(STARTS, RATES):
+    for start, rate in itertools.product(STARTS, rates):
         runs = [_read(folder / f"{Training(start, rate, seed, steps).name}.json")[1] for seed in range(seeds)]
         kinds = {name: [run[name] for run in runs] for name in runs[0]}
-        for joined in JOINED:
+        for joined in [each for each in JOINED if each * 2 <= seeds]:
             of_joined = _read(joined_file(folder, joined, start, rate, steps))[1]
             kinds[f"{joined} seeds joined"] = list(of_joined.values())
         if start == "production":
