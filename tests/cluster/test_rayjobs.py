@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 SLEEPS = "import sys, time; print('be' 'gan', flush=1); time.sleep(float(sys.argv[1])); print('is ' 'done', flush=1)"
 """Its words in two parts each, for Ray repeats the command in the log."""
-TRAINS = ("train.max_steps=40", "train.epochs=100", "train.early_stopping_patience=0")
+TRAINS = ("train.max_steps=80", "train.epochs=100", "train.early_stopping_patience=0")
 STOP_S = 60.0
 """By when nothing of a stopped job may hold a processor."""
 
@@ -63,7 +63,7 @@ def test_a_job_that_loses_its_head_or_submitter_ends_well_under_its_first_name(k
     assert kube.rayjob(job.run_id)["metadata"]["uid"] == uid
 
 
-@pytest.mark.parametrize("step", [6, 13, 20])
+@pytest.mark.parametrize("step", [6, 20, 40])
 @pytest.mark.parametrize("lost", [("worker",), ("head",), ("head", "worker")], ids=" and ".join)
 def test_a_training_that_loses_pods_goes_on_from_a_checkpoint(kube: Kube, lost: tuple[str, ...], step: int) -> None:
     """Their node is gone at once: no pod has a last second."""
