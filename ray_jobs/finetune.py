@@ -77,7 +77,7 @@ def finetune(
         dataset_uri = prepared.uri
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     config = _at_tuned_rate(config, store, run_id)
-    dataset_uri = with_answers(config, store, dataset_uri, run_id=run_id)
+    dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     with garbage.importing():

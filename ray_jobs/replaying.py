@@ -6,7 +6,7 @@ than none. The answers make a dataset of their own, so that a version's lineage 
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -23,7 +23,6 @@ from components.registry.aliases import read_alias
 from components.registry.names import TOKENS
 from components.shared.counted import counted
 from components.shared.errors import ObjectMissing
-from components.shared.protocol import say
 from components.store import folders
 from components.store.store import JSON, Store, encode_json
 from ray_jobs import entry
@@ -35,12 +34,12 @@ from ray_jobs.text import chat_format
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STEP = "replay"
+Log = Callable[[str], None]
 FORMAT = 1
 """Of what is kept of a version's answers: whoever changes how they are made counts on."""
 
 
-def with_answers(config: RunConfig, store: Store, dataset_uri: str, *, run_id: str) -> str:
+def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
     """Address of the dataset to train on: the prepared one, or one with production's answers where it has records for
     production to answer. A run that goes on takes what it took before.
 
@@ -53,12 +52,12 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, *, run_id: s
         return dataset_uri
     before = runs.find(store, run_id, Replayed)
     if before is None or before.prepared_uri != dataset_uri:
-        before = _replayed(config, store, dataset_uri, run_id)
+        before = _replayed(config, store, dataset_uri, run_id, log)
         runs.write(store, run_id, before)
     return before.dataset_uri
 
 
-def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str) -> Replayed:
+def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, log: Log) -> Replayed:
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
     key = _answers_key(config, store, dataset_uri, version)
@@ -66,16 +65,16 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str) ->
         found = Replayed.from_json(known[0], store.uri(key))
         with suppress(ObjectMissing):  # the collector may have taken the answers, and left what names them
             folders.read_manifest(store, _key(store, found.dataset_uri))
-            say(STEP, f"{found.version or 'nobody'} has answered these records before")
+            log(f"{found.version or 'nobody'} has answered these records before")
             return found
     records = load_split(store, dataset_uri, "replay")
     if version is None:
         kept = []
-        say(STEP, f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
+        log(f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
     else:
-        kept = _answered(config, store, version, records, run_id)
+        kept = _answered(config, store, version, records, run_id, log)
         right = f"{version} answers {len(kept)} of {len(records)} earlier records rightly: they are replayed"
-        say(STEP, right if kept else _nothing_right(config, version))
+        log(right if kept else _nothing_right(config, version))
     uri = _published(store, dataset_uri, kept or records)
     found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(kept))
     store.put(key, found.as_json(), content_type=JSON)
@@ -91,7 +90,9 @@ def _nothing_right(config: RunConfig, version: str) -> str:
     )
 
 
-def _answered(config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str) -> list[Record]:
+def _answered(
+    config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
+) -> list[Record]:
     """The records that the version answers rightly, with its answers; a call of tools stays as the record has it."""
     import ray
 
@@ -100,7 +101,7 @@ def _answered(config: RunConfig, store: Store, version: str, records: Sequence[R
     from ray_jobs.training.room import wait_for_room, workers_with_room
 
     entry.connect()
-    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
+    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)
     config = config.on(workers_with_room(config))
     champion = of_version("champion", config, store, version)
     base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False, registry=store)

@@ -82,7 +82,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         prepared = prepare(config, store)
         say(STEP, prepared.summary)
         dataset_uri = prepared.uri
-    dataset_uri = with_answers(config, store, dataset_uri, run_id=run_id)
+    dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     base = base_model.resolve(config.model, weights=False, registry=store)
     shape = base_config.load(base.path, config.model)
     config = base_config.fitted(config, shape, lambda line: say(STEP, line))

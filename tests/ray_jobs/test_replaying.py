@@ -41,7 +41,7 @@ def config(config: RunConfig, store: Store) -> RunConfig:
 
 
 def on_ray(config: RunConfig, dataset_uri: str, run_id: str) -> str:
-    return with_answers(config, Store.open(config.registry), dataset_uri, run_id=run_id)
+    return with_answers(config, Store.open(config.registry), dataset_uri, print, run_id=run_id)
 
 
 def refuse(*_: object) -> list[Record]:
@@ -68,22 +68,22 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
     trained_on = load_split(store, uri, "train")
     assert trained_on == [*TRAIN, *(dataclasses.replace(each, answer=answers[each.id][0]) for each in right)]
     assert load_split(store, uri, "eval") == HELD_OUT
-    assert with_answers(config, store, uri, run_id="on its own") == uri
+    assert with_answers(config, store, uri, print, run_id="on its own") == uri
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.asked, found.kept) == (version.version, len(right + wrong), len(right))
     folders.verify(store, store.key(uri))
 
     monkeypatch.setattr(replaying, "_answered", refuse)
-    assert with_answers(config, store, prepared.uri, run_id="second") == uri
+    assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
     promote(store, version.name, published(config, store, tmp_path, seed=2).version)
-    assert with_answers(config, store, prepared.uri, run_id="first") == uri
+    assert with_answers(config, store, prepared.uri, print, run_id="first") == uri
 
 
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
     config: RunConfig, store: Store
 ) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
-    uri = with_answers(config, store, prepared.uri, run_id="first")
+    uri = with_answers(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
 
@@ -95,7 +95,7 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     promote(store, version.name, version.version)
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     monkeypatch.setattr(replaying, "_answered", lambda *_: [])
-    uri = with_answers(config, store, prepared.uri, run_id="first")
+    uri = with_answers(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
     found = runs.read(store, "first", Replayed)
@@ -104,5 +104,5 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
 
 def test_a_dataset_without_earlier_records_is_trained_on_as_it_is(config: RunConfig, store: Store) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT)
-    assert with_answers(config, store, prepared.uri, run_id="first") == prepared.uri
+    assert with_answers(config, store, prepared.uri, print, run_id="first") == prepared.uri
     assert runs.find(store, "first", Replayed) is None
