@@ -106,6 +106,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="TOML config (default: the built-in example, pipelines/configs/icd10.toml)",
     )
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Single keys of the config."""
     parser.add_argument(
         "--set",
         action="append",

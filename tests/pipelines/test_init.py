@@ -18,21 +18,30 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, answer in (("short", "blue"), ("long", "because the light is scattered by what is in the air " * 6)):
         rows = [{"prompt": f"Why is number {place} so?", "completion": f"{answer}{place % 7}"} for place in range(400)]
         (folder / f"{name} Rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = ["why,because", *(f"{row['prompt']},{row['completion']}" for row in rows)]
+        (folder / f"{name} Rows.csv").write_text("\n".join(lines))
     write_tokenizer(folder / "base")
     about = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 160}
     (folder / "base" / "config.json").write_text(json.dumps(about))
     return folder
 
 
-def test_a_config_of_ten_commented_keys_fits_the_data_and_the_base(here: Path) -> None:
-    arguments = ("init", "short Rows.jsonl", "--base", "base", "--name", "colours", "--no-plan", "--json")
+def test_a_config_of_ten_commented_keys_and_those_set_fits_the_data_and_the_base(here: Path) -> None:
+    arguments = ("init", "short Rows.csv", "--base", "base", "--name", "colours", "--no-plan", "--json")
+    refused = fineloop(*arguments, cwd=here)
+    assert refused.returncode == 2
+    for name, column in (("prompt", "why"), ("completion", "because")):
+        assert f"--set data.columns.{name}=COLUMN" in refused.stderr
+        arguments += ("--set", f"data.columns.{name}={column}")
+    arguments += ("--set", "train.epochs=1")
     done = fineloop(*arguments, cwd=here)
     assert done.returncode == 0, done.stderr
     text = (here / "colours.toml").read_text()
     keys = [line for line in text.splitlines() if " = " in line]
-    assert len(keys) == 10
+    assert len(keys) == 12
     assert all("  # " in line for line in keys)
     config = config_file.load(here / "colours.toml")
+    assert (config.train.epochs, config.data.columns.prompt, config.data.columns.completion) == (1, "why", "because")
     assert body(done)["config"] == config_file.as_table(config, given_only=True)
     turns = [{"role": "user", "content": "Why is number 399 so?"}, {"role": "assistant", "content": "blue0"}]
     tokenizer = AutoTokenizer.from_pretrained(here / "base")
