@@ -136,10 +136,11 @@ def held_before(log: list[dict[str, Any]], night: Night) -> dict[str, Any] | Non
 def test_production_answered_earlier_records_and_what_it_answered_rightly_was_trained_on(
     bucket: Bucket, nights: list[Night]
 ) -> None:
-    replayed = [bucket.json(f"runs/{night.run_id}/replayed.json") for night in nights[1:]]
+    later = nights[2:]  # on the second night all that came before still lies in the window
+    replayed = [bucket.json(f"runs/{night.run_id}/replayed.json") for night in later]
     assert all(each["version"] for each in replayed)
     assert sum(each["kept"] for each in replayed) > 0
-    for night, each in zip(nights[1:], replayed, strict=True):
+    for night, each in zip(later, replayed, strict=True):
         dataset = bucket.json(f"runs/{night.run_id}/finetune.json")["dataset_uri"]
         assert dataset == each["dataset_uri"] != each["prepared_uri"]
         rows = bucket.json(dataset.removeprefix(f"s3://{NAME}/") + "/manifest.json")["about"]["train_records"]
