@@ -74,7 +74,7 @@ def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], ker
 def known_base_loss(
     store: Store, config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels
 ) -> float:
-    """`base_loss`, which the store remembers: a large base is read for it once, and not at each start of each night."""
+    """`base_loss`, which the store remembers: for a restart, or another run on the same records, no base is read."""
     of = {
         "base": base.identity,
         "format": config.method.row.base,
