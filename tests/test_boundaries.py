@@ -204,8 +204,9 @@ def test_every_fineloop_command_of_the_documents_exists(command: str) -> None:
         return  # named in passing, without what it needs
     options = cli.parser().parse_args(arguments)
     if "overrides" in options:
-        # NAME is for the reader to fill in.
-        named = options.config  # None where a command keeps the config of before; mine.toml is the reader's own
+        # NAME is for the reader to fill in. None where a command makes a config, or keeps the one of before; mine.toml
+        # is the reader's own.
+        named = getattr(options, "config", None)
         config = DEFAULT_CONFIG if named is None or named.name == "mine.toml" else named
         config_file.load(config, [override.replace("NAME", "name") for override in options.overrides])
 
