@@ -13,6 +13,9 @@ from components.shared.metrics import METRICS
 if TYPE_CHECKING:
     from components.store.store import Store
 
+OF_THE_START = ("start_from", "start_share")
+"""Keys of train that say where a training starts, and what of that stays."""
+
 
 def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
     """The version that the training went on from; None where it started afresh."""
@@ -21,7 +24,7 @@ def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
 
 
 def find_afresh(store: "Store", run: RunFiles) -> Afresh | None:
-    """The newest version that the same config, but for train.start_from, trained from the base on the same dataset.
+    """The newest version that the same config, but for where it starts, trained from the base on the same dataset.
 
     None where there is none, or it was compared on other records.
     """
@@ -64,5 +67,5 @@ def sentence(run: RunFiles) -> str:
 
 def _but_for_its_start(lineage: Mapping[str, Any]) -> dict[str, Any]:
     config = lineage.get("config") or {}
-    train = {key: value for key, value in (config.get("train") or {}).items() if key != "start_from"}
+    train = {key: value for key, value in (config.get("train") or {}).items() if key not in OF_THE_START}
     return {**config, "train": train}

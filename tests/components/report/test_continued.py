@@ -22,7 +22,9 @@ def trained(
 ) -> Version:
     """A version with its run's comparison."""
     start = "production" if parents else "base"
-    config = {"train": {"learning_rate": rate, "start_from": start}, "method": {"name": "lora"}}
+    kept = 0.5 if parents else 0.0
+    train = {"learning_rate": rate, "start_from": start, "start_share": kept}
+    config = {"train": train, "method": {"name": "lora"}}
     lineage = {"run_id": run_id, "config": config, "dataset": {"dataset_id": dataset}, "parents": list(parents)}
     files = {"adapter_model.safetensors": run_id.encode(), "adapter_config.json": b"{}"}
     version = publish_version(store, NAME, files, lineage=lineage)
