@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import cli
+from pipelines.commands import plan
 from pipelines.commands.plan import _method_lines
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,16 @@ def test_a_plan_that_does_not_fit_is_exit_1(here: Path) -> None:
     assert json.loads(done.stdout)["fits"] is False
     assert "DOES NOT FIT" in done.stderr
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("kind", "gib", "exit_code"), [("rayjob", 129, 1), ("rayjob", 100, 0), ("jobs-api", 129, 0)])
+def test_a_base_that_no_pods_disk_holds_is_exit_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, kind: str, gib: int, exit_code: int
+) -> None:
+    monkeypatch.setattr("pipelines.local.job.answer", lambda *_, **__: {"fits": True, "disk_bytes": gib * 2**30})
+    monkeypatch.setattr(plan, "lines", lambda *_: [])
+    arguments = ["plan", "-c", str(here / "plan.toml"), "--set", f"ray.cluster.kind={kind}"]
+    assert plan._plan(cli.parser().parse_args(arguments)).exit_code == exit_code
 
 
 @pytest.mark.slow
