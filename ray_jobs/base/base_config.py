@@ -89,7 +89,7 @@ def positions(base: "PretrainedConfig") -> int | None:
 
 
 def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], None]) -> RunConfig:
-    """The config with `model.max_length` as it is in force on this base, which `log` is told where nobody set it.
+    """The config with `model.max_length` as it is in force on this base; `log` receives a line where it is lowered.
 
     Raises:
         ConfigError: the length was set, and is longer than any text that the base can read; or what it is lowered to
