@@ -146,7 +146,7 @@ def counted(config: RunConfig) -> Work:
     sample = tokenize(train, chat, config.model.max_length, config.data.loss_on)
     held_out = tokenize(evaluation, chat, config.model.max_length)
     return Work(
-        train_records=len(split.train),
+        train_records=len(split.train) + len(split.parts.replay or ()),
         eval_records=len(split.evaluation),
         length=float(sample.lengths.mean()),
         answers=float(sample.num_answer_tokens.mean()),

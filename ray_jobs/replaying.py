@@ -153,7 +153,8 @@ def _columns(store: Store, dataset_uri: str) -> set[str]:
 
 def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
     """Where it is kept what the version answered; beside the prepared records, and gone with them."""
-    how = [FORMAT, version, config.data.replay_metric, config.data.replay_least, config.model.thinking]
+    data, longest = config.data, config.evaluate.max_new_tokens
+    how = [FORMAT, version, data.replay_metric, data.replay_least, longest]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
     return f"{_key(store, dataset_uri)}/{TOKENS}/replayed-{digest}.json"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records import runs
+from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation
 from components.records.sweep import SweepResult, TunedRate
 from components.registry.event_log import events
@@ -72,6 +73,7 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         wrong=_wrong(store, run_id),
         decision=runs.find(store, run_id, Decision),
         sweep=runs.find(store, run_id, SweepResult),
+        replayed=runs.find(store, run_id, Replayed),
         rate=runs.find(store, run_id, TunedRate),
         steps=runs.steps(store, run_id),
         decided_before=decided_before(config, store, run_id),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.records.sweep import SweepResult, TunedRate
 from components.report.errors import Wrong
@@ -44,6 +45,8 @@ class RunFiles:
     steps: Sequence[StepRecord] = ()
     """In any order."""
     profile: Mapping[str, Any] | None = None
+    replayed: Replayed | None = None
+    """Of a run whose earlier records production answered."""
     lineage: Mapping[str, Any] | None = None
     afresh: Afresh | None = None
     """Of a run that went on from a version."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
+from components.records.replayed import Replayed
 from components.records.steps import ROLES
 from components.report.comparison import names
 from components.report.cost import cost
@@ -115,8 +116,9 @@ def clipped(text: str) -> str:
     return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
 
 
-def data_profile(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Counts, rejects, splits and answers of profile.json, ready to show; None when there is no profile."""
+def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = None) -> dict[str, Any] | None:
+    """Counts, rejects, splits and answers of profile.json, ready to show, and whose answers were replayed where
+    production was asked; None when there is no profile."""
     if profile is None:
         return None
     rows = profile.get("rows", {})
@@ -133,6 +135,7 @@ def data_profile(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 _in_groups(_with_share(splits["eval"].get("records", 0), num_records), splits["eval"]),
             ),
             ("Rejected rows", _with_share(rows.get("rejected", 0), rows.get("read", 0))),
+            *([("Earlier records replayed", _replayed(replayed))] if replayed else []),
         ],
         "rejected": [
             {"reason": each["reason"], "rows": count(each["rows"]), "example": each.get("example", "")}
@@ -168,6 +171,14 @@ def data_profile(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
             for each in profile.get("sources", [])
         ],
     }
+
+
+def _replayed(found: Replayed) -> str:
+    if found.version is None:
+        return f"{count(found.asked)} with their own answers: nothing was in production"
+    if not found.kept:
+        return f"{count(found.asked)} with their own answers: {found.version} answered none rightly"
+    return f"{count(found.kept)} of {count(found.asked)}, which {found.version} answered rightly, in its words"
 
 
 def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:

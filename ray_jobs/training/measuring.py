@@ -39,7 +39,7 @@ def measured_apart(
 
     # Two records at least in each: an answer is also read behind another record's prompt.
     num_shards = max(1, min(config.ray.max_workers, len(records) // 2))
-    say(STEP, f"{counted(len(records), 'held-out record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
+    say(STEP, f"{counted(len(records), 'record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
     shards = [records[start::num_shards] for start in range(num_shards)]
     shares = [
         {
@@ -83,7 +83,7 @@ def measured_together(
     from ray_jobs.training import measure_together, trainer
 
     workers = f"{config.ray.max_workers} workers that hold the base together"
-    say(STEP, f"{len(records)} held-out records for {_names(contenders)} on {workers}")
+    say(STEP, f"{counted(len(records), 'record')} for {_names(contenders)} on {workers}")
     resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
     name = name if kernels is None else f"{name}-more"
     kernels = kernels or _kernels(config, base, config.ray.max_workers, resources)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from components.records import runs
+from components.records.replayed import Replayed
 from components.registry.event_log import append_event
 from components.report.page import build_report
 from components.report.past_decisions import past_decisions
@@ -43,6 +44,25 @@ def test_a_run_is_read_whole(store: Store) -> None:
     assert found.lineage == run.lineage
     assert found.config_toml == run.config_toml
     assert found.steps == run.steps
+
+
+@pytest.mark.parametrize(
+    ("version", "kept", "words"),
+    [
+        ("v1", 20, "20 of 26, which v1 answered rightly, in its words"),
+        ("v1", 0, "26 with their own answers: v1 answered none rightly"),
+        (None, 0, "26 with their own answers: nothing was in production"),
+    ],
+)
+def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(
+    store: Store, version: str | None, kept: int, words: str
+) -> None:
+    run = example_runs.promoted_run()
+    put(store, run)
+    assert "Earlier records replayed" not in build_report(read_run(CONFIG, store, run.run_id))
+    found = Replayed(prepared_uri="s3://b/d1", dataset_uri="s3://b/d2", version=version, asked=26, kept=kept)
+    runs.write(store, run.run_id, found)
+    assert words in build_report(read_run(CONFIG, store, run.run_id))
 
 
 def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store: Store) -> None:
