@@ -216,7 +216,8 @@ def _from_s3(reference: str, registry: Store | None) -> Base:
     objects = list(store.list(prefix))
     if not objects:
         raise ConfigError(f"model.base {reference}: there is nothing in this folder")
-    listing = json.dumps([[item.key, item.size, item.last_modified.isoformat()] for item in objects])
+    # The etag too: many stores count in whole seconds, and new bytes may be as many as the old.
+    listing = json.dumps([[item.key, item.size, item.etag, item.last_modified.isoformat()] for item in objects])
     path = cache_dir() / f"s3-{hashlib.sha256((reference + listing).encode()).hexdigest()[:16]}"
     weights = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def test_a_driver_fetches_the_weights_of_an_s3_folder_only_where_nobody_has_read
     store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
     assert on_another_machine("third").identity != first.identity
     assert "model.safetensors" in fetched
+
+
+def test_new_bytes_of_the_same_size_and_second_are_another_base(uploaded, store, monkeypatch):
+    listing, second = Store.list, datetime(2026, 11, 29, tzinfo=UTC)
+    monkeypatch.setattr(
+        Store, "list", lambda self, prefix: (replace(info, last_modified=second) for info in listing(self, prefix))
+    )
+    first = resolve(uploaded)
+    store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
+    assert resolve(uploaded).identity != first.identity
 
 
 def test_a_worker_refuses_a_base_in_s3_that_is_not_the_remembered_one(uploaded, store, cache, monkeypatch, tmp_path):
