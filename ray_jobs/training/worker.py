@@ -2,53 +2,51 @@
 
 import contextlib
 import logging
-import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.handover.serving import serving
 from components.records.steps import TrainResult
-from components.records.usage import Usage
-from components.registry import lineage, watermark
-from components.registry.versions import Version, publish_version
 from components.shared.counted import counted
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import build, dora, own_base
-from ray_jobs.base import architecture, base_config, base_model, precision
+from ray_jobs.adapters import dora, own_base
+from ray_jobs.base import base_config, base_model, precision
 from ray_jobs.kernels import allocator, door
-from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.text import chat_format, token_store
+from ray_jobs.kernels.door import Kernels
+from ray_jobs.text import token_store
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import checkpoint, preemption, starting, step_zero, train_loop, using, zero
+from ray_jobs.training import (
+    checkpoint,
+    preemption,
+    publishing,
+    starting,
+    step_zero,
+    train_loop,
+    trained_model,
+    using,
+    zero,
+)
+from ray_jobs.training.first_check import FirstCheck
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
-from ray_jobs.training.model_card import model_card
 from ray_jobs.training.patience import patiently
 from ray_jobs.training.trackers import Trackers
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
+from ray_jobs.training.trained_model import LoadModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-LoadModel = Callable[..., "PreTrainedModel"]
-"""As `door.load_model`."""
 
 
 def train(
@@ -98,7 +96,7 @@ def train(
         return {}
     version = patiently(
         config.train.store_patience_s,
-        lambda: _publish(job, config, store, adapted, trained, recipe, worker, started_at, usage),
+        lambda: publishing.publish(job, config, store, adapted, trained, recipe, worker, started_at, usage),
         "trained, and waiting to publish",
     )
     return TrainResult(
@@ -147,10 +145,10 @@ def fit(
     on_cpu = _kernels(config, original, store, job.run_id)
     worker = _agreed(config, worker, base, on_cpu)
     start = starting.weights(store, job.start) if job.start else None
-    check = _FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
+    check = FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
     check.measure_whole(worker, store)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
-        adapted = _adapted(
+        adapted = trained_model.assemble(
             config,
             base,
             use_gpu=config.ray.use_gpu,
@@ -161,7 +159,7 @@ def fit(
         )
         job.watch.lap("base and adapter")
         check.measure_unsharded(adapted, worker)
-        recipe = _recipe(config, adapted, original, base, worker)
+        recipe = publishing.recipe_of(config, adapted, original, base, worker)
         engine = _engine(config, job, adapted, worker)
         ends.callback(engine.destroy)
         check.require_same(engine, worker)
@@ -226,49 +224,6 @@ def _how(worker: Worker) -> str:
     return f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}"
 
 
-@dataclass
-class _FirstCheck:
-    """Whether the sharded model gives the loss of the unsharded one before its first step; see `step_zero`."""
-
-    config: RunConfig
-    base: base_model.Base
-    probe: dict[str, torch.Tensor]
-    start: Mapping[str, torch.Tensor] | None
-    on_cpu: Kernels
-    """What takes the products of the whole model on a CPU."""
-    expected: float = math.nan
-
-    @property
-    def is_read_alone(self) -> bool:
-        """Whether the base's loss is read layer by layer from its files, without an adapter."""
-        return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
-
-    def measure_whole(self, worker: Worker, store: Store) -> None:
-        """Under ZeRO-3, on rank 0, before anything is sharded."""
-        if self.config.train.zero_stage < 3 or worker.rank > 0:
-            return
-        if self.is_read_alone:
-            self.expected = step_zero.known_base_loss(store, self.config, self.base, self.probe, self.on_cpu)
-        else:
-            whole = _adapted(self.config, self.base, use_gpu=False, kernels=self.on_cpu, start=self.start)
-            self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
-
-    def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
-        """Below ZeRO-3, where every worker holds the whole model."""
-        if self.config.train.zero_stage < 3:
-            self.expected = step_zero.probe_loss(adapted, self.probe, worker.device)
-
-    def require_same(self, engine: Any, worker: Worker) -> None:
-        """Compare; raises as `step_zero.require_same_loss`."""
-        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
-        is_fresh = self.start is None and self.config.method.row.init == "default"
-        with_adapter = is_fresh or not self.is_read_alone
-        loss = step_zero.probe_loss(engine.module, self.probe, worker.device, with_adapter=with_adapter)
-        zero.finish_forward(engine)
-        expected = self.expected if worker.rank == 0 else math.nan
-        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=self.config.train.zero_stage)
-
-
 def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> Kernels:
     """What CPU workers multiply in: as the checkpoint that they go on from, or what all of them are fastest with.
 
@@ -278,123 +233,3 @@ def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id:
     if config.ray.use_gpu:
         return door.choose(config, shape)
     return checkpoint.kernels(store, run_id) or door.agree(config, shape)
-
-
-def _adapted(
-    config: RunConfig,
-    base: base_model.Base,
-    *,
-    use_gpu: bool,
-    kernels: Kernels = PLAIN,
-    dtype: torch.dtype = torch.bfloat16,
-    load: LoadModel = door.load_model,
-    start: Mapping[str, torch.Tensor] | None = None,
-) -> "PeftModel":
-    """The base with a fresh adapter, or one with the weights `start`, to train in `dtype`. The same on every worker."""
-    model = load(
-        base,
-        config.model,
-        config.method.row.base,
-        kernels,
-        use_gpu=use_gpu,
-        in_host_memory=config.train.zero_stage == 3,
-        dtype=dtype,
-    )
-    adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
-    kernels.adopt(adapted)
-    own_base.begin(config, adapted, base)
-    if start is not None:
-        starting.begin(adapted, start)
-    build.to_training(adapted, dtype)
-    if config.train.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.activation_offloading)
-        # Of most models it has done that, and would forget its hooks, which someone takes off, for the next ones.
-        model.disable_input_require_grads()
-        model.enable_input_require_grads()
-    return adapted.train()
-
-
-def _recipe(
-    config: RunConfig, adapted: Any, original: base_model.Base, base: base_model.Base, worker: Worker
-) -> dict[str, Any]:
-    """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
-    trainable, total = adapted.get_nb_trainable_parameters()
-    modules = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
-    parameters = sorted({".".join(name.split(".")[-2:]) for name in adapted.targeted_parameter_names})
-    return {
-        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
-        "rank": config.method.r,
-        **({"alpha": config.method.lora_alpha} if config.method.row.has_alpha else {}),
-        "trainable_parameters": trainable,
-        "parameters": total,
-        "trainable_share": trainable / total,
-        "target_modules": modules,
-        **({"target_parameters": parameters} if parameters else {}),
-        "serving": asdict(serving(config.method.row, rank=config.method.r, target_modules=modules + parameters)),
-        "stands_on": base.reference,
-        "auto_class": architecture.auto_class(adapted.config).__name__,
-        "dtype": str(worker.dtype).removeprefix("torch."),
-        "matmul_dtype": worker.kernels.dtype,
-        "chat": chat_format.load(original, config.model).recipe(),
-        **own_base.recipe(config, base),
-    }
-
-
-def _publish(
-    job: TrainJob,
-    config: RunConfig,
-    store: Store,
-    adapted: Any,
-    trained: TrainedAdapter,
-    recipe: Mapping[str, Any],
-    worker: Worker,
-    started_at: datetime,
-    usage: Usage | None = None,
-) -> Version:
-    progress = trained.progress
-    record = lineage.build_lineage(
-        config,
-        run_id=job.run_id,
-        base=job.base,
-        dataset=job.dataset,
-        environment=lineage.environment(
-            Path(__file__).parent,
-            image=os.environ.get("FINELOOP_IMAGE", ""),
-            revision=os.environ.get("FINELOOP_REVISION", ""),
-        ),
-        hardware=lineage.Hardware(
-            lineage.cpu_model(),
-            cpus_per_worker=config.ray.cpus_per_worker,
-            workers=worker.num_workers,
-            gpu=torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "",
-        ),
-        started=job.started,
-        recipe=recipe,
-        parents=[job.start.uri] if job.start else [],
-        sources=read.sources if (read := watermark.noted(store, job.run_id)) else {},
-        training=lineage.Training(
-            steps=progress.step,
-            tokens=progress.tokens,
-            train_loss=trained.last_loss,
-            eval_loss=trained.eval_loss,
-            wall_s=round(progress.elapsed_s, 3),
-            world_size=worker.num_workers,
-            started_at=started_at.isoformat(),
-            resumed_from=f"step {trained.resumed_from}" if trained.resumed_from else "",
-            more={
-                "first_loss": trained.first_loss,
-                "best_step": progress.best_step,
-                "stopped_early": trained.stopped_early,
-                **({"usage": usage.model_dump()} if usage else {}),
-            },
-        ),
-    )
-    with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
-        folder = Path(scratch)
-        build.save(adapted, folder)
-        # A server must prompt the adapter as it was trained: a base may have no chat template, or change its own.
-        base = base_model.resolve(config.model, recorded=job.base.identity)
-        chat_format.load(base, config.model).tokenizer.save_pretrained(folder)
-        files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
-        files["README.md"] = model_card(config, record).encode()
-        return publish_version(store, config.adapter.name, files, lineage=record)

@@ -9,7 +9,7 @@ from components.config import config_file
 from ray_jobs.base import base_model
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.training.worker import _adapted
+from ray_jobs.training.trained_model import assemble
 from tests.ray_jobs.conftest import CONFIG
 
 BATCH, LENGTH = 4, 48
@@ -32,7 +32,7 @@ def test_the_input_of_every_layer_leaves_and_the_gradients_are_what_they_were(ti
         config = config_file.loads(
             CONFIG.format(base=tiny_base), [*changes, f"train.activation_offloading={str(is_offloaded).lower()}"]
         )
-        adapted = _adapted(config, base_model.resolve(config.model), use_gpu=False)
+        adapted = assemble(config, base_model.resolve(config.model), use_gpu=False)
         answer_nll(adapted, tokens, tokens).mean().backward()
         gradients.append([each.grad for each in adapted.parameters() if each.requires_grad])
         assert len(gone) == 2 * is_offloaded  # the base's layers

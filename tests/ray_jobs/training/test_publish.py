@@ -11,7 +11,7 @@ from components.config import config_file
 from components.registry import lineage
 from components.registry.versions import pull_version, read_lineage
 from ray_jobs.base import base_model
-from ray_jobs.training import worker
+from ray_jobs.training import publishing, trained_model
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
@@ -21,9 +21,9 @@ from tests.models.chat_families import FAMILIES
 
 
 def published(config, store, base):
-    adapted = worker._adapted(config, base, use_gpu=False)
+    adapted = trained_model.assemble(config, base, use_gpu=False)
     one = Worker(0, 1, torch.device("cpu"))
-    recipe = worker._recipe(config, adapted, base, base, one)
+    recipe = publishing.recipe_of(config, adapted, base, base, one)
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id="",
@@ -32,7 +32,7 @@ def published(config, store, base):
         pad=0,
     )
     outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
-    return worker._publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+    return publishing.publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
 
 
 @pytest.mark.parametrize(("name", "template_from"), [("none", "fineloop"), ("gemma", "base")])

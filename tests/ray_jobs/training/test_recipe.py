@@ -10,7 +10,7 @@ from components.config import config_file
 from ray_jobs.adapters import build
 from ray_jobs.base.base_model import Base
 from ray_jobs.training.group import Worker
-from ray_jobs.training.worker import _recipe
+from ray_jobs.training.publishing import recipe_of
 from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
 
@@ -24,7 +24,7 @@ def recipe(tiny_base: Path):
         config = config_file.loads(CONFIG.format(base=tiny_base), settings)
         with torch.device("meta"):
             adapted = build.attach(on_no_device(name), config.method, base_reference="x", seed=0)
-        return adapted, _recipe(config, adapted, base, base, Worker(0, 1, torch.device("cpu")))
+        return adapted, recipe_of(config, adapted, base, base, Worker(0, 1, torch.device("cpu")))
 
     return built
 

@@ -15,8 +15,9 @@ from components.registry import collect, lineage
 from components.registry.aliases import promote
 from components.registry.versions import Version, publish_version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
+from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
-from ray_jobs.training import starting, worker, zero
+from ray_jobs.training import checkpoint, publishing, starting, trained_model, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
@@ -37,10 +38,10 @@ def chosen(config, store, run_id: str) -> Version | None:
 def published(config, store, *, moved: float = 1.0, start: Version | None = None) -> Version:
     """A version whose every weight was moved."""
     base = base_model.resolve(config.model)
-    adapted = worker._adapted(config, base, use_gpu=False)
-    worker.dora.settle(adapted)
+    adapted = trained_model.assemble(config, base, use_gpu=False)
+    dora.settle(adapted)
     with torch.no_grad():
-        for parameter in worker.checkpoint.trainable(adapted).values():
+        for parameter in checkpoint.trainable(adapted).values():
             parameter.add_(moved)
     one = Worker(0, 1, torch.device("cpu"))
     job = TrainJob(
@@ -52,8 +53,8 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
         start=start,
     )
     outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
-    recipe = worker._recipe(config, adapted, base, base, one)
-    return worker._publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+    recipe = publishing.recipe_of(config, adapted, base, base, one)
+    return publishing.publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
 
 
 def test_the_version_that_a_run_began_from_stays_while_the_run_is_under_way(config, store):
@@ -74,8 +75,8 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
     began = chosen(config, store, "run-1")
     assert began.version == version.version
     weights = starting.weights(store, began)
-    adapted = worker._adapted(config, base_model.resolve(config.model), use_gpu=False, start=weights)
-    worker.dora.settle(adapted)
+    adapted = trained_model.assemble(config, base_model.resolve(config.model), use_gpu=False, start=weights)
+    dora.settle(adapted)
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert found.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -90,7 +91,7 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
 
 def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
     """This rank's losses, and how often it had base and adapter made."""
-    initialize, adapted = zero.initialize, worker._adapted
+    initialize, adapted = zero.initialize, trained_model.assemble
 
     def break_one(model: Any, *arguments: Any) -> Any:
         engine = initialize(model, *arguments)
@@ -102,7 +103,7 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
 
     with (
         mock.patch.object(zero, "initialize", break_one if breaks else initialize),
-        mock.patch.object(worker, "_adapted", side_effect=adapted) as made,
+        mock.patch.object(trained_model, "assemble", side_effect=adapted) as made,
     ):
         fitted = fit_in_rank(config_file.loads(config_toml), colour_rows(36), run_id="on", start=version)
     return [each["loss"] for each in fitted.records if each["kind"] == "train"], made.call_count
@@ -133,7 +134,7 @@ def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[st
     found = {}
     for name, toml in tomls.items():
         fitted = fit_in_rank(config_file.loads(toml), colour_rows(36), run_id=name, start=version)
-        weights = worker.checkpoint.trainable(fitted.adapted)
+        weights = checkpoint.trainable(fitted.adapted)
         found[name] = (
             {key: weight.detach().float().cpu().numpy() for key, weight in weights.items()},
             fitted.trained.eval_loss,

@@ -1,0 +1,61 @@
+"""The first check of a training: the loss of the model in one piece, then of the model as it is sharded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from components.config.schema import RunConfig
+from components.store.store import Store
+from ray_jobs.base import base_model
+from ray_jobs.kernels.door import Kernels
+from ray_jobs.training import step_zero, trained_model, zero
+from ray_jobs.training.group import Worker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass
+class FirstCheck:
+    """Whether the sharded model gives the loss of the unsharded one before its first step; see `step_zero`."""
+
+    config: RunConfig
+    base: base_model.Base
+    probe: dict[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor] | None
+    on_cpu: Kernels
+    """What takes the products of the whole model on a CPU."""
+    expected: float = math.nan
+
+    @property
+    def is_read_alone(self) -> bool:
+        """Whether the base's loss is read layer by layer from its files, without an adapter."""
+        return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
+
+    def measure_whole(self, worker: Worker, store: Store) -> None:
+        """Under ZeRO-3, on rank 0, before anything is sharded."""
+        if self.config.train.zero_stage < 3 or worker.rank > 0:
+            return
+        if self.is_read_alone:
+            self.expected = step_zero.known_base_loss(store, self.config, self.base, self.probe, self.on_cpu)
+        else:
+            whole = trained_model.assemble(self.config, self.base, use_gpu=False, kernels=self.on_cpu, start=self.start)
+            self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
+
+    def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
+        """Below ZeRO-3, where every worker holds the whole model."""
+        if self.config.train.zero_stage < 3:
+            self.expected = step_zero.probe_loss(adapted, self.probe, worker.device)
+
+    def require_same(self, engine: Any, worker: Worker) -> None:
+        """Compare; raises as `step_zero.require_same_loss`."""
+        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
+        is_fresh = self.start is None and self.config.method.row.init == "default"
+        with_adapter = is_fresh or not self.is_read_alone
+        loss = step_zero.probe_loss(engine.module, self.probe, worker.device, with_adapter=with_adapter)
+        zero.finish_forward(engine)
+        expected = self.expected if worker.rank == 0 else math.nan
+        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=self.config.train.zero_stage)
