@@ -6,7 +6,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """Far more than anything takes on a machine with other work to do: who waits so long has found a fault. How fast
 something is, the benchmarks say."""
 

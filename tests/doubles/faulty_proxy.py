@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
+from tests.waiting import PATIENCE_S
+
 Fault = Literal["lost", "doubled", "hung", "busy", "undecided"]
 
 
@@ -32,7 +34,7 @@ class Hold:
         """Wait where this is the request."""
         if method == self.method and self.about in path and not self.reached.is_set():
             self.reached.set()
-            self.let_go.wait(60)
+            self.let_go.wait(PATIENCE_S)
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Ways:
     def scheduled(self) -> dict[str, Any]:
         self.on_kubeflow("schedule", "create", "nightly", "--cron", "0 2 * * *", *self.options("scheduled"))
         (run,) = self.kubeflow.tick(datetime(2030, 1, 1, 2, 0, 1, tzinfo=UTC))
-        assert run.wait(300) == "SUCCEEDED", run.log
+        assert run.wait() == "SUCCEEDED", run.log
         return self.left("scheduled", run.record["run_id"])
 
     def ray_job(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from components.registry.versions import publish_version
 from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from tests.journeys.conftest import Person
+from tests.waiting import PATIENCE_S
 
 CONFIG = """\
 [adapter]
@@ -86,7 +87,7 @@ class Keeper(Person):
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Exit code and screen of a command that began."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, output
 
 

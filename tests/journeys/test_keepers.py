@@ -17,6 +17,7 @@ from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.faulty_proxy import FaultyProxy, Hold, faulty_proxy
 from tests.doubles.jobs_api import TOKEN, stub_cluster
 from tests.journeys.keeper import Keeper, ended, keeper_at
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e]
 GC = "fineloop adapters gc --keep-last 0 --older-than-days 0 --delete -c sums.toml"
@@ -78,7 +79,7 @@ def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_ali
     swap = Hold("PUT", "aliases/production")
     proxy.holds.append(swap)
     promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
-    assert swap.reached.wait(60)
+    assert swap.reached.wait(PATIENCE_S)
     keeper.does(GC)
     assert keeper.files(two) == set()
     swap.let_go.set()
@@ -98,7 +99,7 @@ def test_a_version_that_takes_an_alias_while_it_is_being_removed_stays_whole(
     removal = Hold("POST", "delete")
     proxy.holds.append(removal)
     collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
-    assert removal.reached.wait(60)
+    assert removal.reached.wait(PATIENCE_S)
     keeper.does(f"fineloop adapters promote sums@{two} -c sums.toml")
     removal.let_go.set()
     assert ended(collector)[0] == 0
@@ -114,9 +115,9 @@ def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_
     swap, removal = Hold("PUT", "aliases/production"), Hold("POST", "delete", is_answered=True)
     proxy.holds += [swap, removal]
     promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
-    assert swap.reached.wait(60)
+    assert swap.reached.wait(PATIENCE_S)
     collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
-    assert removal.reached.wait(60)  # the manifest is gone, and gc has not looked at the aliases again
+    assert removal.reached.wait(PATIENCE_S)  # the manifest is gone, and gc has not looked at the aliases again
     swap.let_go.set()
     assert ended(promoter)[0] == 1
     removal.let_go.set()
@@ -133,7 +134,7 @@ def test_what_nothing_held_before_is_told_and_audited_until_another_version_take
     swap = Hold("PUT", "aliases/production")
     proxy.holds.append(swap)
     promoter = keeper.begins(f"fineloop adapters promote sums@{one} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
-    assert swap.reached.wait(60)
+    assert swap.reached.wait(PATIENCE_S)
     keeper.does(GC)
     two = keeper.publishes("2")
     swap.let_go.set()

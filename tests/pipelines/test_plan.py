@@ -11,6 +11,7 @@ import pytest
 from pipelines import cli
 from pipelines.commands import plan
 from pipelines.commands.plan import _method_lines
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -55,7 +56,7 @@ def fineloop(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

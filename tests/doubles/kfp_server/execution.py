@@ -16,6 +16,7 @@ from typing import Any
 from tests.doubles.kfp_server.errors import invalid
 from tests.doubles.kfp_server.resolving import unresolved
 from tests.doubles.kfp_server.specs import Pipeline
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 PIPELINE_ROOT = "minio://mlpipeline/v2/artifacts"
@@ -95,7 +96,7 @@ class Execution:
         self._signal(signal.SIGKILL)
         self._thread.join()
 
-    def wait(self, timeout_s: float = 60) -> str:
+    def wait(self, timeout_s: float = 3 * PATIENCE_S) -> str:
         """The state that it ended in."""
         self._thread.join(timeout_s)
         assert self.is_over, f"run {self.record['run_id']} is still {self.record['state']}:\n{self.log}"

@@ -80,7 +80,7 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
 
     def fire(day: int) -> str:
         (run,) = kubeflow.tick(datetime(2030, 1, day, 2, 0, 1, tzinfo=UTC))
-        assert run.wait(120) == "SUCCEEDED", run.log
+        assert run.wait() == "SUCCEEDED", run.log
         return str(store.get_json(f"runs/{run.record['run_id']}/decision.json")["decision"])
 
     assert fire(1) == "promote"

@@ -22,6 +22,7 @@ from pipelines.local.local_services import (
     store_service,
 )
 from pipelines.local.service import ROOT
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -34,7 +35,7 @@ code += "print('RESULT', json.dumps(ray.get(inherited)), flush=True)"
 if sys.argv[1] == "long":
     code += "; import time; time.sleep(600)"
 job = client.submit_job(entrypoint=f'python -c "{code}"')
-deadline = time.monotonic() + 90
+deadline = time.monotonic() + 240
 while time.monotonic() < deadline:
     time.sleep(0.25)
     try:
@@ -51,7 +52,13 @@ def run_job(environment: dict[str, str], kind: str = "short") -> str:
     """Submit from a process of its own, as a pipeline step does."""
     command = [sys.executable, "-c", JOB, kind]
     done = subprocess.run(
-        command, env={**os.environ, **environment}, cwd="/", capture_output=True, text=True, timeout=120, check=False
+        command,
+        env={**os.environ, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     return done.stdout + done.stderr
 

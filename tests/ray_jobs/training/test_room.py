@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.doubles.autoscaling import CLIENT, cluster
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -55,7 +56,7 @@ def ask(address: str, num_workers: int, kind: str, config: str = "") -> dict[str
     """The outcome of a job of that many workers of one CPU, in a driver of its own."""
     command = [sys.executable, "-W", "ignore", "-c", JOB, address, str(num_workers), kind, config]
     done = subprocess.run(
-        command, env={**os.environ, **CLIENT}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**os.environ, **CLIENT}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
