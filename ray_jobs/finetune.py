@@ -92,6 +92,7 @@ def finetune(
     start = starting.choose(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.name} {start.version}")
+        base = starting.base_of(config, store, start, base)
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     splits.require_embedded(store, chat, shape, config, train_split, eval_split)
     say(

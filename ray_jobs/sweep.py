@@ -111,6 +111,9 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     identity = lineage.Base(config.model.base, base.identity)
     job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
     _run_trials(config, plan, store, job, train_split, validation, passages)
+    # As the trials have read it.
+    base = base_model.resolve(config.model, recorded=base.identity, weights=False, registry=store)
+    identity = lineage.Base(config.model.base, base.identity)
     result = _result(config, plan, arms, memory, run_id, dataset, identity, len(validation), time.monotonic() - began)
     runs.write(store, run_id, result)
     return result

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 IDENTITY = "identity.json"  # in the registry, of a base in S3
+LISTING = "listing"
 DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
 
 
@@ -49,7 +50,13 @@ class Base:
     path: Path
     """Folder in transformers' format, with safetensors weights."""
     identity: dict[str, str]
-    """What makes it this base and no other: kind, and a commit or sha256."""
+    """What makes it this base and no other: kind, and a commit or sha256. Of a folder in S3 whose weights nobody has
+    read yet, `listing` is in place of sha256, and holds `resolve` to the same objects."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its identity says which bytes it has."""
+        return LISTING not in self.identity
 
 
 def resolve(
@@ -61,11 +68,12 @@ def resolve(
 ) -> Base:
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
 
-    Without `weights` it comes without them where its identity can be known so: from the hub; and from a folder in S3
-    where `registry` remembers what somebody has read there, which everybody who needs the weights verifies.
+    Without `weights` none are fetched from the hub or from S3. Of a folder in S3 the identity is then what `registry`
+    remembers that somebody has read there, which everybody who needs the weights verifies; see `Base.is_known` for one
+    that nobody has read. With `weights`, `registry` is told.
 
-    `recorded` is the identity that a version's lineage gives its base: no other base is returned, and of the hub that
-    commit is fetched, wherever its branch is today.
+    `recorded` is the identity that a version's lineage gives its base, or that another process has found: no other base
+    is returned, and of the hub that commit is fetched, wherever its branch is today.
 
     Raises:
         ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
@@ -75,7 +83,11 @@ def resolve(
         return _bring(config, weights, registry)
     if "commit" in recorded:
         config = config.model_copy(update={"revision": recorded["commit"]})
-    base = _bring(config, weights, registry)
+    base = _bring(config, weights, registry, recorded.get(LISTING))
+    if LISTING in recorded:
+        return base
+    if not base.is_known:
+        return replace(base, identity=dict(recorded))  # nothing else can be said without reading the weights
     require_same(base, recorded)
     return base
 
@@ -100,12 +112,12 @@ def _text(identity: Mapping[str, str | None]) -> str:
     return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
 
 
-def _bring(config: ModelConfig, weights: bool, registry: Store | None) -> Base:
+def _bring(config: ModelConfig, weights: bool, registry: Store | None, listing: str | None = None) -> Base:
     match parse(config.base):
         case PackagedGguf() as found:
             return _from_package(config.base, found)
         case S3Folder(uri):
-            return _from_s3(uri, None if weights else registry)
+            return _from_s3(uri, weights, registry, listing)
         case LocalFolder(path):
             return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
         case HubId():
@@ -209,17 +221,20 @@ def _from_hub(config: ModelConfig, weights: bool) -> Base:
     return Base(config.base, path, {"kind": "hub", "commit": path.name})
 
 
-def _from_s3(reference: str, registry: Store | None) -> Base:
-    """Without its weights, where the registry knows the identity of what the folder lists."""
+def _from_s3(reference: str, weights: bool, registry: Store | None, expected: str | None) -> Base:
+    """`expected` is the listing that another process has found; None where any will do."""
     store, prefix = open_uri(reference, field="model.base")
     prefix = prefix.rstrip("/") + "/"
     objects = list(store.list(prefix))
     if not objects:
         raise ConfigError(f"model.base {reference}: there is nothing in this folder")
     # The etag too: many stores count in whole seconds, and new bytes may be as many as the old.
-    listing = json.dumps([[item.key, item.size, item.etag, item.last_modified.isoformat()] for item in objects])
-    path = cache_dir() / f"s3-{hashlib.sha256((reference + listing).encode()).hexdigest()[:16]}"
-    weights = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
+    described = json.dumps([[item.key, item.size, item.etag, item.last_modified.isoformat()] for item in objects])
+    listing = hashlib.sha256((reference + described).encode()).hexdigest()[:16]
+    if expected not in (None, listing):
+        raise IntegrityError(f"model.base {reference}: its objects have changed since the run began: begin another run")
+    path = cache_dir() / f"s3-{listing}"
+    held = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
 
     def download(target: Path, but: Sequence[ObjectInfo] = ()) -> None:
         for item in objects:
@@ -230,16 +245,35 @@ def _from_s3(reference: str, registry: Store | None) -> Base:
                 raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
             store.download(item.key, target / name)
 
-    known = f"bases/{path.name}/{IDENTITY}"
-    if registry is not None and not path.exists() and (identity := _known_identity(registry, known)):
+    remembered_at = f"bases/{path.name}/{IDENTITY}"
+    if not weights and not path.exists():
         shape = path.with_name(f"{path.name}-shape")
-        once(shape, lambda target: download(target, weights))
-        return Base(reference, _require_model(shape, reference, has_weights=bool(weights)), identity)
+        once(shape, lambda target: download(target, held))
+        known = _known_identity(registry, remembered_at) if registry is not None else None
+        identity = known or {"kind": "s3", LISTING: listing}
+        return Base(reference, _require_model(shape, reference, has_weights=bool(held)), identity)
     once(path, download)
     base = Base(reference, _require_model(path, reference), _folder_identity("s3", path))
     if registry is not None:
-        registry.claim(known, encode_json(base.identity), content_type=JSON)
+        _tell(registry, remembered_at, base)
     return base
+
+
+def _tell(registry: Store, key: str, base: Base) -> None:
+    """Have the registry remember the identity of what was read, unless it does.
+
+    Raises:
+        IntegrityError: who read the same objects first has read other bytes.
+    """
+    known = _known_identity(registry, key)
+    if known is None:
+        registry.claim(key, encode_json(base.identity), content_type=JSON)
+        known = _known_identity(registry, key)
+    if known not in (None, base.identity):
+        raise IntegrityError(
+            f"model.base {base.reference} has {_text(base.identity)} here, and had {_text(known)} where the same "
+            f"objects were read first: delete {base.path}, or {registry.uri(key)} if that reading was the wrong one"
+        )
 
 
 def _known_identity(registry: Store, key: str) -> dict[str, str] | None:

@@ -203,7 +203,8 @@ def make_own_base(config_toml: str) -> None:
     config = config_file.loads(config_toml)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
-    own_base.prepare(config, base_model.resolve(config.model), Store.open(config.registry))
+    store = Store.open(config.registry)
+    own_base.prepare(config, base_model.resolve(config.model, registry=store), store)
 
 
 def alone(config: RunConfig) -> Worker:

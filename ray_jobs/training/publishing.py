@@ -64,10 +64,11 @@ def publish(
 ) -> Version:
     """Publish what was trained as a version, which nobody sees before it is complete; on rank 0 alone."""
     progress = trained.progress
+    base = base_model.resolve(config.model, recorded=job.base.identity)
     record = lineage.build_lineage(
         config,
         run_id=job.run_id,
-        base=job.base,
+        base=lineage.Base(job.base.reference, base.identity),
         dataset=job.dataset,
         environment=lineage.environment(
             Path(__file__).parent,
@@ -105,7 +106,6 @@ def publish(
         folder = Path(scratch)
         build.save(adapted, folder)
         # A server must prompt the adapter as it was trained: a base may have no chat template, or change its own.
-        base = base_model.resolve(config.model, recorded=job.base.identity)
         chat_format.load(base, config.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()

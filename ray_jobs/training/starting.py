@@ -1,6 +1,7 @@
 """Where a training begins: at the base alone, or at a version of the same shape on the same base."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
@@ -51,9 +52,15 @@ def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) 
         return None
     version = resolve(store, chosen)
     theirs = recorded.read(config, store, version)
-    base_model.require_same(base, theirs.base_identity)
+    if base.is_known:  # else the workers, who read it, compare it with `base_of`
+        base_model.require_same(base, theirs.base_identity)
     _require_same_shape(config, theirs.config, version)
     return version
+
+
+def base_of(config: RunConfig, store: Store, start: Version, base: base_model.Base) -> base_model.Base:
+    """The base with the identity that it must have for a training that goes on from that version."""
+    return base if base.is_known else replace(base, identity=dict(recorded.read(config, store, start).base_identity))
 
 
 def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:

@@ -36,7 +36,8 @@ class TrainJob:
     run_id: str
     dataset: lineage.Dataset
     base: lineage.Base
-    """The identity that the driver resolved; each worker finds the files on its own machine."""
+    """The identity that the driver resolved, perhaps of a base that nobody has read yet; each worker finds the files on
+    its own machine."""
     pad: int
     dense_base: bool = False
     """The plan has workers hold the base dense, where memory is free for it when they start."""

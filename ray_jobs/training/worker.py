@@ -140,7 +140,8 @@ def fit(
         allocator.keep_freed_memory()
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    original = base_model.resolve(config.model, recorded=job.base.identity)  # a branch of the hub may move meanwhile
+    # A branch of the hub may move meanwhile, and so may the objects of a folder.
+    original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
     on_cpu = _kernels(config, original, store, job.run_id)
     worker = _agreed(config, worker, base, on_cpu)

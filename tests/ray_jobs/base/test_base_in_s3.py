@@ -1,8 +1,10 @@
-"""A base in a folder of S3: brought here once, known by its bytes, and known again without them."""
+"""A base in a folder of S3: what a driver and what workers fetch of it, and that all read the same."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,15 +22,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "bases"
 
 
+def resolve(reference: object) -> base_model.Base:
+    return base_model.resolve(ModelConfig(base=str(reference)))
+
+
 @pytest.fixture
 def uploaded(store, tiny_base) -> str:
     for path in tiny_base.iterdir():
         store.put(f"bases/tiny/{path.name}", path)
     return store.uri("bases/tiny")
-
-
-def resolve(reference: object) -> base_model.Base:
-    return base_model.resolve(ModelConfig(base=str(reference)))
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -51,30 +53,56 @@ def test_an_s3_folder_is_downloaded_once_and_again_when_it_changes(uploaded, sto
     assert second.identity != first.identity
 
 
-def test_a_driver_fetches_the_weights_of_an_s3_folder_only_where_nobody_has_read_them(
-    uploaded, store, tmp_path, monkeypatch
-):
-    config, fetched = ModelConfig(base=uploaded), []
+@pytest.fixture
+def on_another_machine(uploaded, store, tmp_path, monkeypatch) -> Callable[..., tuple[base_model.Base, set[str]]]:
+    """The base as it is brought onto a machine of that name, and the files that are fetched for it."""
+    fetched: list[str] = []
     download = Store.download
     monkeypatch.setattr(
         Store, "download", lambda self, key, path: fetched.append(path.name) or download(self, key, path)
     )
 
-    def on_another_machine(name: str) -> base_model.Base:
+    def bring(name: str, **how: Any) -> tuple[base_model.Base, set[str]]:
         monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / name))
         fetched.clear()
-        return base_model.resolve(config, weights=False, registry=store)
+        return base_model.resolve(ModelConfig(base=uploaded), registry=store, **how), set(fetched)
 
-    first = on_another_machine("first")
-    assert "model.safetensors" in fetched
-    base = on_another_machine("second")
-    assert set(fetched) == {path.name for path in first.path.iterdir()} - {"model.safetensors"}
-    assert base.identity == first.identity == resolve(uploaded).identity
-    assert chat_format.load(base, config).pad == chat_format.load(first, config).pad
+    return bring
 
-    store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
-    assert on_another_machine("third").identity != first.identity
-    assert "model.safetensors" in fetched
+
+def test_a_driver_never_fetches_the_weights_of_an_s3_folder(on_another_machine, uploaded, store, tiny_base):
+    config, files = ModelConfig(base=uploaded), {path.name for path in tiny_base.iterdir()}
+    unread, fetched = on_another_machine("driver", weights=False)
+    assert fetched == files - {"model.safetensors"}
+    assert not unread.is_known
+    read, fetched = on_another_machine("worker", recorded=unread.identity)
+    assert fetched == files
+    assert read.identity == {**resolve(tiny_base).identity, "kind": "s3"}
+    assert on_another_machine("worker", recorded=unread.identity) == (read, set())
+    told, fetched = on_another_machine("driver of the next run", weights=False)
+    assert (told.identity, told.is_known, fetched) == (read.identity, True, files - {"model.safetensors"})
+    assert chat_format.load(unread, config).pad == chat_format.load(read, config).pad
+
+    store.put("bases/tiny/model.safetensors", (read.path / "model.safetensors").read_bytes()[::-1])
+    assert not on_another_machine("driver", weights=False)[0].is_known
+    with pytest.raises(IntegrityError, match="have changed since the run began"):
+        on_another_machine("worker of the first run", recorded=unread.identity)
+
+
+def test_what_a_version_was_trained_on_is_taken_at_its_word_until_the_weights_are_read(on_another_machine):
+    recorded = {"kind": "s3", "sha256": "0" * 64}
+    base, fetched = on_another_machine("driver", weights=False, recorded=recorded)
+    assert (base.identity, "model.safetensors" in fetched) == (recorded, False)
+    with pytest.raises(IntegrityError, match="today that is kind s3 sha256"):
+        on_another_machine("worker", recorded=base.identity)
+
+
+def test_workers_that_read_other_bytes_of_the_same_objects_are_told_so(on_another_machine, uploaded, store):
+    unread, _ = on_another_machine("driver", weights=False)
+    on_another_machine("first", recorded=unread.identity)
+    store.put_json(f"bases/s3-{unread.identity['listing']}/identity.json", {"kind": "s3", "sha256": "0" * 64})
+    with pytest.raises(IntegrityError, match=rf"and had kind s3 sha256 {'0' * 64} where the same objects were read"):
+        on_another_machine("second", recorded=unread.identity)
 
 
 def test_new_bytes_of_the_same_size_and_second_are_another_base(uploaded, store, monkeypatch):
@@ -85,16 +113,6 @@ def test_new_bytes_of_the_same_size_and_second_are_another_base(uploaded, store,
     first = resolve(uploaded)
     store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
     assert resolve(uploaded).identity != first.identity
-
-
-def test_a_worker_refuses_a_base_in_s3_that_is_not_the_remembered_one(uploaded, store, cache, monkeypatch, tmp_path):
-    config = ModelConfig(base=uploaded)
-    first = base_model.resolve(config, weights=False, registry=store)
-    store.put_json(f"bases/{first.path.name}/identity.json", {"kind": "s3", "sha256": "0" * 64})
-    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "another machine"))
-    said = base_model.resolve(config, weights=False, registry=store).identity
-    with pytest.raises(IntegrityError, match="today that is kind s3 sha256"):
-        base_model.resolve(config, recorded=said)
 
 
 def test_a_folder_beside_it_with_a_longer_name_is_not_part_of_it(uploaded, store):
@@ -125,6 +143,3 @@ def test_an_s3_folder_that_is_no_model_is_refused(store):
     store.put("bases/odd/weights.bin", b"x")
     with pytest.raises(ConfigError, match=r"bases/odd: no config\.json there"):
         resolve(store.uri("bases/odd"))
-
-
-# pkg:// weights

@@ -35,8 +35,8 @@ def chosen(config, store, run_id: str) -> Version | None:
     return starting.choose(config, store, run_id, base_model.resolve(config.model))
 
 
-def published(config, store, *, moved: float = 1.0, start: Version | None = None) -> Version:
-    """A version whose every weight was moved."""
+def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
+    """A version whose every weight was moved, by a worker that was told that identity of the base."""
     base = base_model.resolve(config.model)
     adapted = trained_model.assemble(config, base, use_gpu=False)
     dora.settle(adapted)
@@ -48,7 +48,7 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
         config_toml=config_file.dumps(config),
         run_id="earlier",
         dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),
-        base=lineage.Base(config.model.base, base.identity),
+        base=lineage.Base(config.model.base, told or base.identity),
         pad=0,
         start=start,
     )
@@ -87,6 +87,29 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
     assert chosen(config, store, "run-1").version == version.version
     assert chosen(config, store, "run-2").version == other.version
     assert read_lineage(store, other)["parents"] == [version.uri]
+
+
+def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_version(
+    config, store, tmp_path, monkeypatch
+):
+    """The version's lineage names the bytes that its run's workers read, though their driver knew of none."""
+    for path in base_model.resolve(config.model).path.iterdir():
+        store.put(f"bases/tiny/{path.name}", path)
+    config = changed(config, store, f"model.base={store.uri('bases/tiny')}", "train.start_from=production")
+    with monkeypatch.context() as on_the_driver:
+        on_the_driver.setenv("FINELOOP_CACHE", str(tmp_path / "driver"))
+        unread = base_model.resolve(config.model, weights=False, registry=store)
+    assert not unread.is_known
+    version = published(config, store, told=unread.identity)
+    promote(store, "colours", version.version)
+    began = starting.choose(config, store, "run-1", unread)
+    wanted = starting.base_of(config, store, began, unread)
+    assert wanted.identity == read_lineage(store, version)["base"]["identity"]
+    assert wanted.identity == base_model.resolve(config.model).identity
+    weights = store.get("bases/tiny/model.safetensors")
+    store.put("bases/tiny/model.safetensors", weights[:-2] + b"\0\0")
+    with pytest.raises(IntegrityError, match="the adapter was trained on"):
+        base_model.resolve(config.model, recorded=wanted.identity, registry=store)
 
 
 def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
