@@ -8,7 +8,7 @@ rollback returns to: so the pointer, which only compare-and-swap changes, leads 
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -69,11 +69,12 @@ _POINTER = TypeAdapter(Pointer)
 
 def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     """Where the alias points, or None when it does not exist."""
+    found = store.read(_alias_key(name, alias))
+    return _pointer(store, name, alias, *found) if found else None
+
+
+def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Pointer:
     key = _alias_key(name, alias)
-    found = store.read(key)
-    if found is None:
-        return None
-    body, etag = found
     data = decode_json(body, store.uri(key))
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {body[:80]!r}")
@@ -95,19 +96,32 @@ def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> 
     Raises:
         IntegrityError: one is damaged, and is not to be passed over with a warning.
     """
+    found = ((info.key, store.read(info.key)) for info in store.list(aliases_key(name)))
+    there = ((key, *object_) for key, object_ in found if object_)
+    return parse_aliases(store, name, there, pass_over_damaged=pass_over_damaged)
+
+
+def aliases_key(name: str) -> str:
+    """Of the folder of an adapter's aliases, with the slash at its end."""
+    return adapter_key(name, "aliases/")
+
+
+def parse_aliases(
+    store: Store, name: str, objects: Iterable[tuple[str, bytes, str]], *, pass_over_damaged: bool = True
+) -> list[Pointer]:
+    """The same, of the key, the content and the etag of each object in the folder of aliases."""
     found = []
-    for info in store.list(adapter_key(name, "aliases/")):
+    for key, body, etag in objects:
+        alias = key.rpartition("/")[2].removesuffix(".json")
         try:
-            pointer = read_alias(store, name, info.key.rpartition("/")[2].removesuffix(".json"))
+            if key == _alias_key(name, alias):
+                found.append(_pointer(store, name, alias, body, etag))
         except UserError as exc:
-            logger.warning("%s is no alias: %s", store.uri(info.key), exc)
-            continue
+            logger.warning("%s is no alias: %s", store.uri(key), exc)
         except IntegrityError as exc:
             if not pass_over_damaged:
                 raise
             logger.warning("%s", exc)
-            continue
-        found += [pointer] if pointer else []
     return found
 
 

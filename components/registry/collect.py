@@ -5,35 +5,33 @@ it), that waits for a person's approval, or that a run under way made or goes on
 newest ones, and all that is younger than an age. To what a trusted key has revoked no alias returns: no longer pointed
 at, it counts neither as held nor as new. Datasets and the bases of adapters' own stay for the versions that are
 kept and for the runs under way. A run is under way until it ends or has written nothing for the age, a day at least.
-Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is trusted.
+Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is trusted: what one holds
+counts where it has the MD5 that the store says of the object itself; see `documents`.
 """
 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
+from itertools import chain
 from typing import Any, Literal
 
 from components.config.methods import METHODS, OWN_BASE
 from components.records import runs
 from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
-from components.registry import signing, versions
+from components.registry import versions
 from components.registry.aliases import list_aliases
-from components.registry.ancestry import Ancestor, of_record
-from components.registry.event_log import append_event, read_log
+from components.registry.ancestry import Ancestor
+from components.registry.event_log import append_event
 from components.registry.history import MOVE_KINDS, waiting
-from components.registry.index import READS_AT_ONCE
+from components.registry.listing import Listing, Needing
 from components.registry.names import version_key
-from components.registry.versions import LINEAGE
 from components.shared.errors import IntegrityError
-from components.store import folders
 from components.store.folders import MANIFEST
-from components.store.store import JSON, ObjectInfo, Store, decode_json
+from components.store.store import JSON, ObjectInfo, Store
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
 A_RUN_RESTS = timedelta(days=1)
@@ -65,19 +63,6 @@ class Removal:
     """The runs that there were: another one may have come to need it."""
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A version with what decides whether it is needed."""
-
-    name: str
-    version: str
-    created_at: str
-    manifest_sha256: str
-    run_id: str
-    made_from: tuple[Ancestor, ...]
-    is_revoked: bool
-
-
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
     """What may go of these adapters and of the runs that decided about them; removes nothing.
 
@@ -92,10 +77,14 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     recent = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > still]
     under_way = [run for run in recent if run]
     everything = versions.list_adapters(store)
-    published = cache(lambda name: _published(store, name))
-    unneeded = cache(lambda name: _unneeded(store, name, published(name), rules, oldest, under_way))
-    looked_at = [name for name in everything if name in names and not _are_all_new(store, name, rules)]
-    found = [_of_version(store, version, by_run.keys()) for name in looked_at for version in unneeded(name)]
+    kept: dict[str, list[Needing]] = {}
+    found = []
+    for name in [name for name in everything if name in names]:
+        listing = Listing.of(store, name)
+        if not store.trusted_keys and len(listing.by_version) <= rules.keep_last:
+            continue  # all are new, and none need be read
+        kept[name], unneeded = _sorted_out(listing, rules, oldest, under_way)
+        found += [_of_version(version, listing.by_version[version.version], by_run.keys()) for version in unneeded]
     for run_id, objects in by_run.items():
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
         if not checkpoints or _newest(checkpoints) > oldest:
@@ -104,14 +93,13 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         if decision is not None and decision.adapter in names:
             found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
     if set(everything) <= set(names):
-        kept = (each for name in everything for each in published(name) if each not in unneeded(name))
-        found += _shared(store, kept, by_run.keys(), under_way, oldest)
+        # Read only where something that is shared may go.
+        others = (Listing.of(store, name) for name in everything if name not in kept)
+        stays = chain.from_iterable(
+            chain(kept.values(), (_sorted_out(each, rules, oldest, under_way)[0] for each in others))
+        )
+        found += _shared(store, stays, by_run.keys(), under_way, oldest)
     return found
-
-
-def _are_all_new(store: Store, name: str, rules: Rules) -> bool:
-    """Whether an adapter has no more versions than are kept for being new, so that none need be read."""
-    return not store.trusted_keys and len(versions.version_ids(store, name)) <= rules.keep_last
 
 
 def remove(store: Store, removal: Removal) -> bool:
@@ -149,46 +137,12 @@ def remove(store: Store, removal: Removal) -> bool:
     return True
 
 
-def _published(store: Store, name: str) -> list[_Kept]:
-    """Every version, newest first."""
-
-    def read(version: str) -> _Kept | None:
-        key = version_key(name, version)
-        manifest = folders.find_manifest(store, key)
-        if manifest is None:  # a publication that has not ended
-            return None
-        body = store.read(f"{key}/{LINEAGE}")
-        if body is None or folders.digest_of(body[0]) != manifest.files.get(LINEAGE):
-            raise IntegrityError(
-                f"{store.uri(key)}/{LINEAGE} is not the one that was published, so that nobody knows what {version} "
-                f"needs: nothing is removed; `fineloop adapters audit {name}` tells what is damaged"
-            )
-        made_from = tuple(of_record(decode_json(body[0], store.uri(key))))
-        run_id = str(manifest.about.get("run_id", ""))
-        trusted = store.trusted_keys
-        revoked = bool(trusted and signing.said(store, name, version, manifest.sha256, trusted).revoked_by)
-        return _Kept(name, version, manifest.created_at, manifest.sha256, run_id, made_from, revoked)
-
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = [each for each in pool.map(read, versions.version_ids(store, name)) if each]
-    return sorted(found, key=lambda each: (each.created_at, each.version), reverse=True)
-
-
-def _unneeded(
-    store: Store,
-    name: str,
-    published: Sequence[_Kept],
-    rules: Rules,
-    oldest: datetime,
-    under_way: Sequence["_UnderWay"],
-) -> list[_Kept]:
-    """Of the versions, newest first, those that nothing needs."""
-    log, junk = read_log(store, name)
-    if junk:
-        key, why = next(iter(junk.items()))
-        raise IntegrityError(f"{store.uri(key)} is no event ({why}), so that nobody knows what held an alias")
+def _sorted_out(
+    listing: Listing, rules: Rules, oldest: datetime, under_way: Sequence["_UnderWay"]
+) -> tuple[list[Needing], list[Needing]]:
+    """The versions that something needs, and those that nothing does, each newest first."""
+    published, log, holders = listing.published(), listing.log(), listing.holders()
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
-    holders = {each.alias: each.version for each in list_aliases(store, name, pass_over_damaged=False)}
     held |= {*holders.values(), *waiting(log, holders)}
     made = {each for run in under_way for each in (run.run_id, run.made) if each}
     starts = tuple(start for run in under_way for start in run.starts)
@@ -199,21 +153,21 @@ def _unneeded(
         for version in published
         if version.version in held
         or datetime.fromisoformat(version.created_at) > oldest
-        or not made.isdisjoint({version.run_id, _uri(store, version)})
-        or f"{name}@{version.version}".startswith(starts)
+        or not made.isdisjoint({version.run_id, version.uri})
+        or f"{version.name}@{version.version}".startswith(starts)
     ]
-    by_uri = {_uri(store, version): version for version in published}
-    needed = {_uri(store, version) for version in kept}
+    by_uri = {version.uri: version for version in published}
+    needed = {version.uri for version in kept}
     while kept:
         parents = {uri for uri in _names(kept.pop().made_from, "parent") if uri in by_uri and uri not in needed}
         needed |= parents
         kept += [by_uri[uri] for uri in parents]
-    return [version for version in published if _uri(store, version) not in needed]
+    return [each for each in published if each.uri in needed], [each for each in published if each.uri not in needed]
 
 
 def _shared(
     store: Store,
-    kept: Iterable[_Kept],
+    kept: Iterable[Needing],
     runs_seen: AbstractSet[str],
     under_way: Sequence["_UnderWay"],
     oldest: datetime,
@@ -298,10 +252,6 @@ def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
     return [ancestor.name for ancestor in made_from if ancestor.kind == kind]
 
 
-def _uri(store: Store, version: _Kept) -> str:
-    return store.uri(version_key(version.name, version.version))
-
-
 def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
     """The objects of each folder in this one."""
     found: dict[str, list[ObjectInfo]] = {}
@@ -316,8 +266,7 @@ def _newest(objects: Iterable[ObjectInfo]) -> datetime:
     return max(info.last_modified for info in objects)
 
 
-def _of_version(store: Store, version: _Kept, runs_seen: AbstractSet[str]) -> Removal:
-    objects = list(store.list(f"{version_key(version.name, version.version)}/"))
+def _of_version(version: Needing, objects: Sequence[ObjectInfo], runs_seen: AbstractSet[str]) -> Removal:
     why = f"published {version.created_at[:10]}, {'revoked' if version.is_revoked else 'never held an alias'}"
     return _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen, version.manifest_sha256)
 

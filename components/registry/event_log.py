@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,7 +13,7 @@ from components.registry.index import remembered
 from components.registry.names import adapter_key
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store.folders import Manifest, now
-from components.store.store import JSON, Store, encode_json
+from components.store.store import JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +101,22 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
 
 def read_log(store: Store, name: str) -> tuple[list[Event], dict[str, str]]:
     """The log as it lies there, oldest first, each object read; and of those that are no event, key and reason."""
+    return parse_log(store, name, ((info.key, store.get(info.key)) for info in store.list(events_key(name))))
+
+
+def events_key(name: str) -> str:
+    """Of the folder of an adapter's events, with the slash at its end."""
+    return adapter_key(name, "events/")
+
+
+def parse_log(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> tuple[list[Event], dict[str, str]]:
+    """The same, of the key and the content of each object in the folder of events."""
     found, junk = [], {}
-    for info in store.list(adapter_key(name, "events/")):
+    for key, body in objects:
         try:
-            found.append(_event(store, name, info.key, store.get_json(info.key)))
+            found.append(_event(store, name, key, decode_json(body, store.uri(key))))
         except (IntegrityError, ValueError, TypeError, KeyError) as exc:
-            junk[info.key] = " ".join(str(exc).split())
+            junk[key] = " ".join(str(exc).split())
     return sorted(found, key=lambda event: (event.time, event.id)), junk
 
 

@@ -13,9 +13,10 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.records import runs
@@ -25,7 +26,7 @@ from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
 from components.shared.errors import IntegrityError, UserError
 from components.store import folders
-from components.store.store import JSON, Store, encode_json
+from components.store.store import JSON, ObjectInfo, Store, encode_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -40,6 +41,7 @@ PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
 LINEAGE = "lineage.json"
 SCHEME = "ed25519:"
 DIGITS = 12
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
 MOST_BYTES = 1 << 16
 """Of an envelope; ours have two thousand."""
 
@@ -224,16 +226,29 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
     return None
 
 
-def said(store: Store, name: str, version: str, manifest_sha256: str, trusted: Sequence[str]) -> Said:
-    """What the trusted keys say of the version, as far as it is of these very bytes and of this registry."""
+def said(
+    store: Store,
+    name: str,
+    version: str,
+    manifest_sha256: str,
+    trusted: Sequence[str],
+    *,
+    objects: Iterable[ObjectInfo] | None = None,
+    bodies: Mapping[str, bytes] = NOTHING,
+) -> Said:
+    """What the trusted keys say of the version, as far as it is of these very bytes and of this registry.
+
+    `objects` are those in its folder of signatures, and `bodies` their content by key, as far as the caller has them.
+    """
     passed, revoked_by, reason, junk = set(), "", "", {}
     subject = {"name": f"{name}/{version}", "digest": {"sha256": manifest_sha256}}
-    for info in store.list(_folder(name, version)):
+    for info in store.list(_folder(name, version)) if objects is None else objects:
         uri = store.uri(info.key)
         try:
             if info.size > MOST_BYTES:
                 raise IntegrityError(f"{uri} has {info.size:,} bytes, and an envelope at most {MOST_BYTES:,}")
-            statement = opened(store.get(info.key), uri, trusted) or {}
+            body = bodies[info.key] if info.key in bodies else store.get(info.key)
+            statement = opened(body, uri, trusted) or {}
         except IntegrityError as exc:
             junk[uri] = str(exc)
             continue
@@ -269,6 +284,11 @@ def require_signed(store: Store, name: str, version: str, manifest_sha256: str, 
             f"promote it that has a key in {KEY_VARIABLE}, or vouch for it with "
             f"`fineloop adapters sign {name}@{version}{alias and f' --alias {alias}'}`"
         )
+
+
+def signatures_key(name: str) -> str:
+    """Of the folder of an adapter's signatures, with the slash at its end."""
+    return adapter_key(name, "signatures/")
 
 
 def is_revoked(store: Store, name: str, version: str) -> bool:
@@ -320,7 +340,7 @@ def _statement(
 
 
 def _folder(name: str, version: str) -> str:
-    return adapter_key(name, "signatures", version, "")
+    return f"{signatures_key(name)}{version}/"
 
 
 def _how_to_make_one() -> str:

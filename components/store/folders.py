@@ -101,13 +101,13 @@ def publish(
         store.create(f"{key}/{MANIFEST}", body, content_type=JSON)
     except Conflict:
         return _same(store, key, read_manifest(store, key), digests)
-    return _parse(body, store.uri(f"{key}/{MANIFEST}"))
+    return parse_manifest(body, store.uri(f"{key}/{MANIFEST}"))
 
 
 def find_manifest(store: Store, key: str) -> Manifest | None:
     """The folder's manifest, or None when there is no such folder."""
     found = store.read(f"{key}/{MANIFEST}")
-    return _parse(found[0], store.uri(f"{key}/{MANIFEST}")) if found else None
+    return parse_manifest(found[0], store.uri(f"{key}/{MANIFEST}")) if found else None
 
 
 def read_manifest(store: Store, key: str) -> Manifest:
@@ -194,7 +194,12 @@ def _is_inside(path: str) -> bool:
     )
 
 
-def _parse(body: bytes, uri: str) -> Manifest:
+def parse_manifest(body: bytes, uri: str) -> Manifest:
+    """The manifest that the object with this address holds.
+
+    Raises:
+        IntegrityError: it is none of a format that this version knows.
+    """
     data = decode_json(body, uri)
     try:
         if data["format"] != FORMAT:

@@ -1,8 +1,11 @@
 """What may go of a registry: nothing that an alias, a decision, a parent or a run on its way needs."""
 
-from collections.abc import Iterator
+import gzip
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -61,6 +64,44 @@ def test_what_is_young_stays_and_without_a_newest_to_keep_only_what_is_needed_do
     gone = [f"icd@{published[number].version}" for number in (5, 4, 3, 2)]
     assert removed(store, Rules(keep_last=0)) == gone
     assert removed(store, Rules(keep_last=2)) == gone[2:3]
+
+
+def test_a_second_look_asks_less_than_once_a_version_and_sees_all_that_is_new(
+    store: Store, published: list[Version]
+) -> None:
+    for number in range(6, 24):
+        files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
+        published.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}"}))
+    rules, sent = Rules(keep_last=2), []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    gone = removed(store, rules)
+    sent.clear()
+    assert removed(store, rules) == gone
+    assert len(sent) <= 6  # runs, adapters, this one, its index, datasets and bases, for 24 versions
+    promote(store, "icd", published[10].version)
+    files = {"adapter_model.safetensors": b"child", "adapter_config.json": b"{}"}
+    publish_version(store, "icd", files, lineage={"run_id": "r", "parents": [published[12].uri]})
+    assert set(gone) - set(removed(store, rules)) == {f"icd@{published[number].version}" for number in (10, 12)}
+
+
+@pytest.mark.parametrize("forged", ["in another's place", "longer", "shorter", "no text", "beyond bytes", "junk"])
+def test_no_forged_index_makes_anything_go(store: Store, published: list[Version], forged: str) -> None:
+    """Packed here with plain gzip and json; the judge is what is read where there is no index."""
+    gone, key = removed(store, Rules(keep_last=2)), "adapters/icd/index/documents.json.gz"
+    champion, child, other = published[0].version, published[2].version, published[3].version
+    change: Callable[[str], Any] = {
+        "in another's place": lambda text: text.replace(champion, other).replace(child, other),
+        "longer": lambda text: text + " ",
+        "shorter": lambda text: text.replace(published[2].uri, ""),
+        "no text": lambda _text: {"parents": []},
+        "beyond bytes": lambda text: "\u20ac" + text[1:],
+        "junk": lambda text: "x" * len(text),
+    }[forged]
+    known = json.loads(gzip.decompress(store.get(key)))
+    assert any(champion in text for file, text in known.items() if file.startswith("aliases/"))
+    store.put(key, gzip.compress(json.dumps({file: change(text) for file, text in known.items()}).encode()))
+    assert removed(store, Rules(keep_last=2)) == gone
+    assert json.loads(gzip.decompress(store.get(key))) == known  # and is made anew
 
 
 def test_what_was_revoked_goes_once_no_alias_points_at_it_and_keys_can_still_be_rotated(store: Store) -> None:
