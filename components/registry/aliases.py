@@ -219,7 +219,7 @@ def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
     Raises:
         IntegrityError: an event on that way is damaged or gone.
     """
-    move = _event(pointer)
+    move = event_of(pointer)
     every = [move, *moves_beneath(store, name, move)]
     return {str(each.body["to"]): str(each.body["manifest_sha256"]) for each in reversed(every)}
 
@@ -333,11 +333,12 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
 
 def _record(store: Store, name: str, pointer: Pointer) -> Event:
     """The event that moved the alias to where `pointer` says, written when the log lacks it."""
-    event = _event(pointer)
+    event = event_of(pointer)
     return replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
 
 
-def _event(pointer: Pointer) -> Event:
+def event_of(pointer: Pointer) -> Event:
+    """The event that moved the alias to where it points, whose address is not looked for."""
     # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
     body = {**pointer.event, "since": pointer.since}
     return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)

@@ -35,9 +35,8 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
                 return store.uri(info.key)
         at = now()
     key = _key(name, {"time": at, "sha256": sha256})
-    record = {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
     try:
-        store.create(key, encode_json(record), content_type=JSON)
+        store.create(key, encode_json(_record(name, kind, at, body, event_id)), content_type=JSON)
     except Conflict:
         logger.debug("%s is there already", store.uri(key))
     return store.uri(key)
@@ -45,7 +44,17 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 def publication(version: str, manifest: Manifest) -> dict[str, Any]:
     """The body of the event that a version was published with this manifest; it is filed at `manifest.created_at`."""
-    return {"version": version, "manifest_sha256": manifest.sha256, "run_id": str(manifest.about.get("run_id", ""))}
+    return _publication(version, manifest.sha256, str(manifest.about.get("run_id", "")))
+
+
+def publication_event(version: str, manifest_sha256: str, run_id: str, created_at: str) -> Event:
+    """That event, whose address is not looked for."""
+    body = _publication(version, manifest_sha256, run_id)
+    return Event(event_sha256("published", body)[:ID_LENGTH], "published", created_at, "", body)
+
+
+def _publication(version: str, manifest_sha256: str, run_id: str) -> dict[str, Any]:
+    return {"version": version, "manifest_sha256": manifest_sha256, "run_id": run_id}
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
@@ -62,19 +71,29 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
         )
 
 
-def events(store: Store, name: str, *, always_indexed: bool = False) -> list[Event]:
+def events(store: Store, name: str, *, always_indexed: bool = False, guesses: Iterable[Event] = ()) -> list[Event]:
     """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out.
 
-    `always_indexed` as `always` of `index.remembered`.
+    `always_indexed` as `always` of `index.remembered`. An event that the caller knows from elsewhere, one of `guesses`,
+    is not read where its object has just these bytes.
     """
     folder = adapter_key(name, "events/")
     etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
+    guessed = {
+        _key(name, each.reference).removeprefix(folder): _record(name, each.kind, each.time, each.body, each.id)
+        for each in guesses
+    }
+
+    def read(each: str) -> Any | None:
+        record = guessed.get(each)
+        return record if record and _is_of(record, etags[each]) else _read(store, f"{folder}{each}")
+
     records = remembered(
         store,
         name,
         "events",
         sorted(etags),
-        lambda each: _read(store, f"{folder}{each}"),
+        read,
         is_so=lambda each, record: _is_of(record, etags[each]),
         always=always_indexed,
     )
@@ -155,6 +174,10 @@ def _event(store: Store, name: str, key: str, record: Any) -> Event:
     if event.kind in MOVE_KINDS:
         event.body["alias"], event.body["from"], event.body["to"], event.body["manifest_sha256"]
     return event
+
+
+def _record(name: str, kind: EventKind, at: str, body: Mapping[str, Any], event_id: str) -> dict[str, Any]:
+    return {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
 
 
 def _key(name: str, reference: Reference) -> str:

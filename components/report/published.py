@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Record)
 DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage whose changes between versions are shown."""
+LINEAGE = "lineage "
+"""Before a version's id, the index's name of what is compared of its lineage."""
 SETTLED = timedelta(days=7)
 """Nothing more is measured of a version that is older."""
 
@@ -89,26 +91,26 @@ class Published:
 
 
 def read(
-    store: "Store", name: str, aliases: "Sequence[Pointer]", moved: tuple[str, str] | None, most: int
+    store: "Store", name: str, aliases: "Sequence[Pointer]", moved: tuple[str | None, str] | None, most: int
 ) -> tuple[list[Published], int, list[tuple[str, str, str]]]:
     """The newest versions, the newest first; how many there are; and what changed in the lineage from the first of
     `moved` to the second: path, before, after."""
     ids = versions.version_ids(store, name)
-    between = "..".join(moved) if moved else ""
+    # The index keeps that of what is in production, which will be compared with what comes after it.
+    lineages = {f"{LINEAGE}{version}": version for version in moved or () if version in ids}
 
     def entry(key: str) -> Any | None:
-        return _changes(store, name, *moved) if moved and key == between else _entry(store, name, key)
-
-    wanted = [*ids, between] if moved and set(moved) <= set(ids) else ids
+        return _leaves_of(store, name, lineages[key]) if key in lineages else _entry(store, name, key)
 
     def is_so(key: str, found: Any) -> bool:
-        return _are_changes(found) if key == between else _is_settled(found)
+        return _are_texts(found) if key in lineages else _is_settled(found)
 
-    entries = remembered(store, name, "page", wanted, entry, is_so=is_so, always=True)
-    changes = entries.pop(between, [])
+    entries = remembered(store, name, "page", [*ids, *lineages], entry, is_so=is_so, always=True)
+    compared = [entries.pop(key) for key in lineages if key in entries]
+    changes = _changes(*compared) if len(compared) == 2 else []
     newest = sorted(entries.items(), key=lambda item: (item[1]["created_at"], item[0]), reverse=True)
     published = [_published(store, name, version, found, aliases) for version, found in newest[:most]]
-    return published, len(entries), [(path, old, new) for path, old, new in changes]
+    return published, len(entries), changes
 
 
 def published(store: "Store", version: Version) -> Published:
@@ -147,8 +149,13 @@ def _entry(store: "Store", name: str, version: str) -> dict[str, Any] | None:
         **described,
         "settled": is_old or decision is not None,
         Evaluation.FILE: _small(evaluation, {"run_id", "records", "models", "paired"}),
-        Decision.FILE: _small(decision, {"decision", "verdict", "adapter", "alias", "run_id", "version", "rules"}),
+        Decision.FILE: small(decision),
     }
+
+
+def small(decision: Decision | None) -> dict[str, Any] | None:
+    """What pages show of a decision, as `Decision` reads it."""
+    return _small(decision, {"decision", "verdict", "adapter", "alias", "run_id", "version", "rules"})
 
 
 def _parsed(kind: type[R], entry: Mapping[str, Any], uri: str) -> R | None:
@@ -176,10 +183,8 @@ def _is_settled(found: Any) -> bool:
     )
 
 
-def _are_changes(found: Any) -> bool:
-    return isinstance(found, list) and all(
-        isinstance(row, list) and len(row) == 3 and all(isinstance(text, str) for text in row) for row in found
-    )
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
 
 
 def _of_run(store: "Store", run_id: str, version: str) -> tuple[Evaluation | None, Decision | None]:
@@ -195,15 +200,16 @@ def _of_run(store: "Store", run_id: str, version: str) -> tuple[Evaluation | Non
     return found, decision if decision and decision.version == version else None
 
 
-def _changes(store: "Store", name: str, before: str, after: str) -> list[tuple[str, str, str]] | None:
-    """None where one of the two is damaged: an audit reports it."""
+def _leaves_of(store: "Store", name: str, version: str) -> dict[str, str] | None:
+    """What the page compares of a version's lineage, by path; None where it is damaged: an audit reports it."""
     try:
-        old, new = (
-            {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}
-            for lineage in (versions.lineage_of(store, name, version) for version in (before, after))
-        )
+        lineage = versions.lineage_of(store, name, version)
     except (IntegrityError, ObjectMissing):
         return None
+    return {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}
+
+
+def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
     return [
         (path, old.get(path, "-"), new.get(path, "-"))
         for path in sorted(old.keys() | new.keys())

@@ -10,7 +10,7 @@ from components.records.pages import LISTED
 from components.records.runs import PAGES
 from components.records.steps import Evaluation
 from components.registry import event_log, versions
-from components.registry.aliases import PRODUCTION, list_aliases, read_alias
+from components.registry.aliases import PRODUCTION, event_of, list_aliases, read_alias
 from components.report import published
 from components.report.happened import what, when, who, why
 from components.report.html import template
@@ -125,9 +125,15 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
     # Of the other aliases a damaged one is passed over, and this one must not be.
     pointer = next((each for each in aliases if each.alias == PRODUCTION), None) or read_alias(store, name, PRODUCTION)
     before: str | None = pointer.event["from"] if pointer else None
-    moved = (before, pointer.version) if pointer and before else None
+    moved = (before, pointer.version) if pointer else None
     shown, num_versions, changes = published.read(store, name, aliases, moved, MOST_VERSIONS)
-    log = event_log.events(store, name, always_indexed=True)
+    # What the newest versions and the alias say of their events is what the log has, or it is read.
+    guesses = [
+        event_log.publication_event(each.version, each.manifest_sha256, each.run_id, each.created_at)
+        for each in (one.version for one in shown)
+    ]
+    guesses += [event_of(pointer)] if pointer else []
+    log = event_log.events(store, name, always_indexed=True, guesses=guesses)
     held = None
     if pointer is not None and (held := {each.version.version: each for each in shown}.get(pointer.version)) is None:
         held = published.published(store, versions.resolve(store, f"{name}@{pointer.version}"))

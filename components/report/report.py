@@ -2,9 +2,9 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
@@ -14,9 +14,10 @@ from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation
 from components.records.sweep import SweepResult, TunedRate
 from components.registry.event_log import events
+from components.registry.index import remembered
 from components.registry.names import version_key
 from components.registry.versions import LINEAGE
-from components.report import open_lineage
+from components.report import open_lineage, published
 from components.report.continued import find_afresh
 from components.report.errors import Wrong, wrong_answers
 from components.report.numbers import moment
@@ -24,6 +25,7 @@ from components.report.page import build_report
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
+from components.store.store import encode_json
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -90,11 +92,26 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
 def decided_before(config: RunConfig, store: "Store", run_id: str) -> list[Decision]:
     """What the gate decided on the alias in earlier runs, as far as they are kept, the newest first."""
     adapter = config.adapter
-    log = [event.body for event in reversed(events(store, adapter.name)) if event.body.get("alias") == adapter.alias]
-    known = dict.fromkeys(body.get("run_id") for body in log)
-    known.pop(run_id, None)
-    found = (runs.find(store, each, Decision) for each in known if each)
-    return list(islice((each for each in found if each is not None), MOST_DECISIONS))
+    log = events(store, adapter.name, always_indexed=True)
+    bodies = [event.body for event in reversed(log) if event.body.get("alias") == adapter.alias]
+    run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
+    found = remembered(
+        store,
+        adapter.name,
+        "decisions",
+        run_ids[:MOST_DECISIONS],
+        lambda each: published.small(runs.find(store, each, Decision)),
+        is_so=lambda _run_id, each: isinstance(each, dict),
+        always=True,
+    )
+    return [decision for each, body in found.items() if (decision := _decision(store, each, body))]
+
+
+def _decision(store: "Store", run_id: str, body: Mapping[str, Any]) -> Decision | None:
+    try:
+        return Decision.from_json(encode_json(body), store.uri(runs.run_key(run_id, Decision.FILE)))
+    except IntegrityError:  # of another release's index
+        return runs.find(store, run_id, Decision)
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:

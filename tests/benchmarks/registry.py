@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.config.schema import RegistryConfig
 from components.promote.by_hand import Person, promote_by_hand
 from components.records import runs
@@ -29,11 +31,20 @@ from components.registry.event_log import append_event, events
 from components.registry.versions import list_versions, publish_version, resolve, version_ids
 from components.report.registry_index import Listed
 from components.report.registry_page import write_pages
+from components.report.report import run_report
 from components.store.store import Store, encode_json
 from pipelines.commands.table import table
 from pipelines.local import seaweedfs, server
 
 NAME = "icd"
+CONFIG = """
+[adapter]
+name = "{name}"
+[model]
+base = "org/base"
+[data]
+source = "rows.jsonl"
+"""
 WRITERS = 16
 
 
@@ -127,22 +138,37 @@ def night(store: Store, name: str, number: int) -> None:
 
 
 def measure_many(store: Store, names: list[str], versions: int) -> list[tuple[str, ...]]:
-    """Requests of a run's page and of a garbage collection, where there are many adapters."""
+    """Requests of a run's pages and report and of a garbage collection, where there are many adapters.
+
+    The indexes that an earlier call has left are deleted first.
+    """
+    store.delete([info.key for info in store.list("adapters/") if "/index/" in info.key])
+    nights = count(len(version_ids(store, names[0])))
     sent: list[str] = []
     store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
     later = datetime.now(UTC) + timedelta(days=90)
 
-    def nightly(number: int) -> Callable[[], Any]:
-        night(store, names[0], number)
+    def pages() -> Callable[[], Any]:
+        night(store, names[0], next(nights))
         return lambda: write_pages(store, names[0], generated_at="now")
 
+    def report() -> Callable[[], Any]:
+        number = next(nights)
+        night(store, names[0], number)
+        config = config_file.loads(CONFIG.format(name=names[0]))
+        return lambda: run_report(config, store, f"night-{number}")
+
+    def gc_of_all() -> Any:
+        return collect.removals(store, names, collect.Rules(keep_last=2), now=later)
+
     asked: dict[str, Callable[[], Callable[[], Any]]] = {
-        "a run's pages, before there is an index": lambda: nightly(0),
-        "a run's pages, the night after": lambda: nightly(1),
+        "a run's pages, before there is an index": pages,
+        "a run's pages, the night after": pages,
+        "a run's report with its pages, the night after that": report,
+        "the same, another night": report,
         "gc": lambda: lambda: collect.removals(store, names, collect.Rules(), now=later),
-        "gc, all but two versions of each": lambda: (
-            lambda: collect.removals(store, names, collect.Rules(keep_last=2), now=later)
-        ),
+        "gc, all but two versions of each": lambda: gc_of_all,
+        "the same again": lambda: gc_of_all,
     }
     rows: list[tuple[str, ...]] = [(f"{len(names)} adapters of {versions}", "requests", "a version", "seconds")]
     for what, prepare in asked.items():

@@ -82,6 +82,19 @@ def test_a_sound_index_spares_the_reading(store: Store, refused: str) -> None:
     assert len(sent) == 2
 
 
+def test_a_guessed_event_spares_its_reading_only_where_its_object_is_just_that(store: Store, refused: str) -> None:
+    aliases.promote(store, "icd", refused)
+    pointer = aliases.read_alias(store, "icd", "production")
+    assert pointer is not None
+    move, sent = aliases.event_of(pointer), []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    assert event_log.events(store, "icd", guesses=[move])[-1].body == move.body
+    assert len(sent) == 2
+    uri = aliases.last_move(store, "icd").uri
+    store.put(store.key(uri), store.get(store.key(uri)).replace(b"promoted", b"overruled"))
+    assert {each.kind for each in event_log.events(store, "icd", guesses=[move])} == {"published", "refused"}
+
+
 def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
     made = [
         publish_version(

@@ -88,6 +88,11 @@ def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store
     assert drawn.rows[0].position < drawn.bound < drawn.zero
     assert "Decisions so far" in build_report(found)
     assert past_decisions(run) is None
+    asked: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url) or None)
+    again = read_run(CONFIG, store, run.run_id)
+    assert past_decisions(again) == drawn
+    assert not any("before-" in url or "/events/" in url for url in asked)
 
 
 def test_the_report_lies_with_its_run(store: Store) -> None:
