@@ -3,8 +3,10 @@
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+LOCKS = "locks"
 
 
 def sha256(path: Path) -> str:
@@ -16,18 +18,25 @@ def sha256(path: Path) -> str:
 def remembered(path: Path, known: Path) -> str:
     """The same, from the folder `known` where path, size and times of the file are those of an earlier reading.
 
-    Processes share the folder; one that cannot be written to costs a reading each time.
+    Processes share the folder, and those that ask at once wait for the first of them; one that cannot be written to
+    costs a reading each time.
     """
+    from filelock import FileLock
+
     status = path.stat()
     state = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     entry = known / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
     with suppress(OSError):
         return entry.read_text(encoding="ascii")
-    digest = sha256(path)
-    with suppress(OSError):
-        known.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=known)  # so that no process reads half of it
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(digest)
-        Path(scratch).rename(entry)
-    return digest
+    with ExitStack() as first:
+        with suppress(OSError):
+            (known / LOCKS).mkdir(parents=True, exist_ok=True)
+            first.enter_context(FileLock(known / LOCKS / entry.name))
+            return entry.read_text(encoding="ascii")  # of who was
+        digest = sha256(path)
+        with suppress(OSError):
+            handle, scratch = tempfile.mkstemp(dir=known)  # so that no process reads half of it
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(digest)
+            Path(scratch).rename(entry)
+        return digest

@@ -3,12 +3,14 @@
 import hashlib
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from components.config.schema import ModelConfig
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, digests
 from ray_jobs.base.digests import remembered
 
 opened: list[str] = []
@@ -26,7 +28,25 @@ def test_a_file_is_read_once_by_all_processes_of_a_machine(tmp_path):
     opened.clear()
     assert remembered(path, known) == sha256(b"one")
     assert str(path) not in opened
-    assert len(list(known.iterdir())) == 1
+    assert len([each for each in known.iterdir() if each.is_file()]) == 1
+
+
+def test_of_processes_that_ask_at_once_one_reads(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    path, known, another = tmp_path / "weights", tmp_path / "known", threading.Event()
+    path.write_bytes(b"one")
+    read, begun = digests.sha256, []
+
+    def slowly(file: Path) -> str:
+        begun.append(file)
+        if len(begun) > 1:
+            another.set()
+        another.wait(1.0)  # as long as a reading lasts, in which any other one would begin
+        return read(file)
+
+    monkeypatch.setattr(digests, "sha256", slowly)
+    with ThreadPoolExecutor(8) as pool:  # a lock of files, which is the same among threads as among processes
+        assert set(pool.map(lambda _: remembered(path, known), range(8))) == {sha256(b"one")}
+    assert begun == [path]
 
 
 def test_a_file_that_changed_is_read_again_though_its_size_and_its_time_did_not(tmp_path):
