@@ -73,7 +73,7 @@ def resolve(
 
     Without `weights` none are fetched from the hub or from S3. Of a folder in S3 the identity is then what `registry`
     remembers that somebody has read there, which everybody who needs the weights verifies; see `Base.is_known` for one
-    that nobody has read. With `weights`, `registry` is told.
+    that nobody has read. With `weights`, the registry records what was read.
 
     `recorded` is the identity that a version's lineage gives its base, or that another process has found: no other base
     is returned, and of the hub that commit is fetched, wherever its branch is today.
@@ -258,11 +258,11 @@ def _from_s3(reference: str, weights: bool, registry: Store | None, expected: st
     once(path, download)
     base = Base(reference, _require_model(path, reference), _folder_identity("s3", path))
     if registry is not None:
-        _tell(registry, remembered_at, base)
+        _record_identity(registry, remembered_at, base)
     return base
 
 
-def _tell(registry: Store, key: str, base: Base) -> None:
+def _record_identity(registry: Store, key: str, base: Base) -> None:
     """Have the registry remember the identity of what was read, unless it does.
 
     Raises:
