@@ -40,7 +40,7 @@ JSON_KEYS = {
     "adapters pull": "path version verified base_path",
     "adapters serve-manifest": "server version manifest",
     "adapters page": "path adapters",
-    "adapters export": "path version form base dtype exact parity answers warnings",
+    "adapters export": "path version form base dtype exact parity answers tensors warnings",
     "push": "name version repository tag url",
     "chat": "name version against turns",
     "serve": "name version against",

@@ -1,19 +1,22 @@
-"""Write a version in another form: `python -m ray_jobs.export --version NAME --to DIR --form merged|lora`.
+"""Write a version in another form: `python -m ray_jobs.export --version NAME --to DIR --form merged|lora|gguf`.
 
 merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
+gguf     the same as one file of llama.cpp's, with a Modelfile for Ollama
 lora     the same function as plain LoRA, where it is one
 
-Either is compared with the adapter on its base before anything appears at DIR: the merge before it is rounded to the
+Each is compared with the adapter on its base before anything appears at DIR: the merge before it is rounded to the
 dtype that is saved. The last line of stdout is what export.json there says.
 """
 
 import json
 import math
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -29,7 +32,7 @@ from components.store.store import Store
 
 with garbage.importing():
     from ray_jobs import entry
-    from ray_jobs.adapters import build, convert, merge, own_base, recorded
+    from ray_jobs.adapters import build, convert, gguf_file, merge, own_base, recorded
     from ray_jobs.adapters.merge import Agreement
     from ray_jobs.base import architecture, base_config, base_model, stored_format
     from ray_jobs.base.base_model import Base
@@ -37,7 +40,8 @@ with garbage.importing():
     from ray_jobs.kernels.door import Kernels
     from ray_jobs.planning import placement
     from ray_jobs.scoring.answers import USUAL_NEW_TOKENS
-    from ray_jobs.text import chat_format
+    from ray_jobs.talking import speaker
+    from ray_jobs.text import chat_format, ollama
     from ray_jobs.text.batching import TokenizedSplit, tokenize
     from ray_jobs.text.chat_format import ChatFormat
     from ray_jobs.training import model_card
@@ -54,9 +58,11 @@ MAX_POSITIONS = 1024
 """Compared on at least one record and at most about so many positions: their logits are held in memory."""
 SHARD_SIZE = "5GB"
 
-Form = Literal["merged", "lora"]
+Form = Literal["merged", "lora", "gguf"]
 BaseWeights = Literal["dequantised", "original"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+USUAL_DTYPE: dict[Form, Dtype] = {"gguf": "float16"}
+"""Ollama quantises no bfloat16 (ollama v0.17, server/create.go)."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ class ExportRequest:
     form: Form
     target: Path
     base: BaseWeights | None = None
-    """Merged only: the weights merged into. None means those that the adapter was trained on."""
+    """Not for LoRA: the weights merged into. None means those that the adapter was trained on."""
     dtype: Dtype = "bfloat16"
-    """Merged only: what the weights are saved as."""
+    """Not for LoRA: what the weights are saved as."""
     approximate: int = 0
     """LoRA only: where it is none, the nearest one of this rank; 0 refuses."""
+    converter: Path | None = None
+    """GGUF only: llama.cpp's. None means the one on PATH."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ class ExportSource:
     stands_on: Base
     """The original, or a base of the adapter's own."""
     chat: ChatFormat
+    system: str
+    """The system message that all its training data began with, if one."""
     rows: Sequence["torch.Tensor"]
     compared_on: str
     records: Sequence[Record]
@@ -103,20 +113,22 @@ def main() -> None:
     """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.export",
-        "Write an adapter's version merged into its base, or as plain LoRA.",
+        "Write an adapter's version merged into its base, as a folder or a GGUF, or as plain LoRA.",
         "fineloop adapters export icd10-chapters@production --merged",
     )
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
     parser.add_argument("--to", required=True, type=Path, dest="target", help="folder to write; must not exist yet")
     parser.add_argument("--form", required=True, choices=get_args(Form))
-    parser.add_argument("--base", choices=("dequantised", "original"), help="merged: the weights merged into")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="merged: as saved")
+    parser.add_argument("--base", choices=("dequantised", "original"), help="not for lora: the weights merged into")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="not for lora: as saved")
     parser.add_argument("--approximate", type=int, default=0, metavar="RANK", help="lora: the nearest where it is none")
+    parser.add_argument("--converter", type=Path, help="gguf: llama.cpp's convert_hf_to_gguf.py")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an unfinished folder is removed
 
     def job() -> None:
-        given = {name: getattr(arguments, name) for name in ("base", "dtype", "approximate")}
+        given = {name: getattr(arguments, name) for name in ("base", "approximate", "converter")}
+        given["dtype"] = arguments.dtype or USUAL_DTYPE.get(arguments.form, "bfloat16")
         request = ExportRequest(arguments.form, arguments.target, **given)
         record = export(entry.load_config(arguments.config, arguments.set), arguments.version, request)
         print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
@@ -129,8 +141,8 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
 
     Raises:
         ObjectMissing: there is no such version.
-        UserError: the target is not empty, the version cannot be had in this form, or its base comes with code that
-            `config` does not allow to run.
+        UserError: the target is not empty, the version cannot be had in this form, there is no converter, or its base
+            comes with code that `config` does not allow to run.
         IntegrityError: its base is not there any more as it was trained on.
         FineloopError: what came out does not say what the adapter on its base says.
     """
@@ -138,10 +150,12 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     version = resolve(store, reference)
     if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
         raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
+    if request.form == "gguf":
+        gguf_file.converter(request.converter)  # before anything is loaded
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         source = _source(config, store, version, Path(scratch) / "adapter")
         say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
-        record = _merged(source, request, folder) if request.form == "merged" else _lora(source, request, folder)
+        record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
         folder.rename(request.target)
@@ -186,14 +200,17 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     merged.to(dtype)
     if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
-    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    source.chat.tokenizer.save_pretrained(folder)
-    loader = architecture.auto_class(merged.config)
+    plain = folder if request.form == "merged" else folder / "merged"
+    merged.save_pretrained(plain, max_shard_size=SHARD_SIZE)
+    source.chat.tokenizer.save_pretrained(plain)
+    load: Callable[..., Any] = partial(architecture.auto_class(merged.config).from_pretrained, plain)
     del merged
+    form: dict[str, Any] = {"warnings": []}
+    if request.form == "gguf":
+        form, load = _gguf(source, request, plain, folder, load)
     if request.dtype != "float32":  # read back in float32, so that nothing but the weights is rounded
-        rounded = merge.logits(loader.from_pretrained(folder, dtype=torch.float32).eval(), rows)
-        parity["rounded"] = merge.agreement(before, rounded)
-    reloaded = loader.from_pretrained(folder, dtype=dtype).eval()
+        parity["rounded"] = merge.agreement(before, merge.logits(load(dtype=torch.float32).eval(), rows))
+    reloaded = load(dtype=dtype).eval()
     source.kernels.adopt(reloaded)
     saved = list(merge.logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
@@ -202,9 +219,14 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
     parity["effect"] = effect
+    if found := form.get("tensors"):
+        same = f"{found['compared']} tensors of the merged model, largest difference {found['max_abs_difference']:.2g}"
+        say(STEP, f"the GGUF holds the {same}")
     _log_parity(parity)
-    warnings = merge.rounding_warnings(request.dtype, parity["rounded"], effect) if "rounded" in parity else []
-    _warn(warnings)
+    if "rounded" in parity:
+        form["warnings"] += merge.rounding_warnings(request.dtype, parity["rounded"], effect)
+    for warning in form["warnings"]:
+        say(STEP, f"warning: {warning}")
     both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
     for who, found in both.items():
         right, loss = found["exact_match"], found["loss"]
@@ -212,7 +234,32 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
             STEP,
             f"answers of the {who}: {right:.1%} of {len(source.records)} as held out, loss {loss:.3f} nats a token",
         )
-    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, warnings=warnings)
+    if plain != folder:
+        shutil.rmtree(plain)
+    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
+
+
+def _gguf(
+    source: ExportSource, request: ExportRequest, plain: Path, folder: Path, load: Callable[..., Any]
+) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """Write the merged folder `plain` as a GGUF with a Modelfile; what the record says of it, and what loads it."""
+    version, model = source.version, source.config.model
+    file = folder / f"{version.name}-{version.version}.gguf"
+    if (sentencepiece := source.original.path / "tokenizer.model").is_file():  # a converter may know no other form
+        shutil.copy(sentencepiece, plain)
+    say(STEP, f"converting it to {file.name}")
+    title = f"{version.name} {version.version}"
+    gguf_file.convert(gguf_file.converter(request.converter), plain, file, dtype=request.dtype, name=title)
+    positions = base_config.positions(base_config.load(plain, model))
+    length = min(positions or model.max_length, max(model.max_length, ollama.USUAL_CONTEXT))
+    form: dict[str, Any] = {"warnings": gguf_file.write_modelfile(file, source.chat, title, source.system, length)}
+
+    def filled(**how: Any) -> Any:
+        read = load(**how)
+        form["tensors"] = asdict(gguf_file.fill(read, file))
+        return read
+
+    return form, filled
 
 
 def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
@@ -251,7 +298,8 @@ def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> E
     kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)
-    return ExportSource(version, config, folder, original, stands_on, chat, *compared, kernels, use_gpu)
+    system = speaker.as_trained(given, store, version).system if records else ""
+    return ExportSource(version, config, folder, original, stands_on, chat, system, *compared, kernels, use_gpu)
 
 
 def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tuple[list[Record], TokenizedSplit]:
@@ -346,11 +394,6 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
 def _log_parity(parity: dict[str, Agreement]) -> None:
     for name, found in parity.items():
         say(STEP, f"{name}: {found.summary()}")
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        say(STEP, f"warning: {warning}")
 
 
 if __name__ == "__main__":

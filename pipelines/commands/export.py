@@ -7,8 +7,8 @@ from typing import Any
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home, print_err
 from pipelines.commands.opened_registry import opened_registry
 
-FORM_OF = {"base": "merged", "dtype": "merged", "approximate": "lora"}
-"""The options that only one form has."""
+FORMS_OF = {"base": ("merged", "gguf"), "dtype": ("merged", "gguf"), "approximate": ("lora",), "converter": ("gguf",)}
+"""The options that not every form has."""
 
 
 def add(verbs: Any, *, reference: str) -> None:
@@ -17,34 +17,43 @@ def add(verbs: Any, *, reference: str) -> None:
         verbs,
         "export",
         _export,
-        does="Write a version merged into its base, or as plain LoRA.",
+        does="Write a version merged into its base, as a folder or a GGUF, or as plain LoRA.",
         more="What is guarded is the merge before it is rounded to --dtype: where it does not say, in float32, what "
         "the adapter on its base says, nothing is written. What rounding costs is measured on the folder: its exact "
         "match and loss on held-out records beside the adapter's, with a warning where it takes more than a tenth of "
-        "what the adapter changes.",
+        "what the adapter changes. --gguf writes one file for llama.cpp by the converter that comes with it, compares "
+        "its tensors with the merged model's, and writes a Modelfile for Ollama beside it.",
         example="fineloop adapters export icd10-chapters@production --merged",
     )
     export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--merged", action="store_const", dest="form", const="merged", help="a model that needs no peft")
     form.add_argument("--lora", action="store_const", dest="form", const="lora", help="plain LoRA, where it is one")
-    export.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION-merged or -lora")
+    form.add_argument("--gguf", action="store_const", dest="form", const="gguf", help="for llama.cpp and Ollama")
+    export.add_argument("--to", type=Path, metavar="DIR", help="default: ./NAME-VERSION-merged, -lora or -gguf")
     export.add_argument(
         "--base",
         choices=("dequantised", "original"),
-        help="with --merged: into the weights that it was trained on, exactly (default), or into those from "
+        help="with --merged or --gguf: into the weights that it was trained on, exactly (default), or into those from "
         "before quantising, with the error measured",
     )
     export.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="with --merged: how the weights are saved (default: bfloat16); float16 rounds eight times finer",
+        help="with --merged or --gguf: how the weights are saved (default: bfloat16, in a GGUF float16); float16 "
+        "rounds eight times finer",
     )
     export.add_argument(
         "--approximate",
         type=_rank,
         metavar="RANK",
         help="with --lora: where it is no LoRA, the nearest one of this rank, with the error measured",
+    )
+    export.add_argument(
+        "--converter",
+        type=Path,
+        metavar="FILE",
+        help="with --gguf: llama.cpp's convert_hf_to_gguf.py (default: the one on PATH)",
     )
     add_config(export)
     add_home(export)
@@ -61,7 +70,7 @@ def _export(options: argparse.Namespace) -> Answer:
         arguments = ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
         job = Job("ray_jobs.export", str(options.config.absolute()), [*arguments, *chosen], options.overrides)
         record = answer(job, on_line=print_err, verbose=options.verbose)
-    keys = ("version", "form", "base", "dtype", "exact", "parity", "answers", "warnings")
+    keys = ("version", "form", "base", "dtype", "exact", "parity", "answers", "tensors", "warnings")
     return Answer({"path": str(target), **{key: record.get(key) for key in keys}})
 
 
@@ -73,10 +82,11 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     """
     from components.shared.errors import UserError
 
-    given = {name: getattr(options, name) for name in FORM_OF if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in FORMS_OF if getattr(options, name) is not None}
     for name in given:
-        if options.form != FORM_OF[name]:
-            raise UserError(f"--{name} goes with --{FORM_OF[name]}, not with --{options.form}: remove one of the two")
+        if options.form not in FORMS_OF[name]:
+            forms = " or ".join(f"--{form}" for form in FORMS_OF[name])
+            raise UserError(f"--{name} goes with {forms}, not with --{options.form}: remove one of the two")
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 

@@ -80,6 +80,16 @@ class ChatFormat:
         text: str = self.tokenizer.decode([int(token) for token in answer if token not in self.ends])
         return text.strip()
 
+    @property
+    def begins(self) -> bool:
+        """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
+        return _begins(self.tokenizer)
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """What the model goes on from after these turns; nothing where the template refuses them."""
+        how = {"thinking": self.thinking, "in_parts": self.in_parts}
+        return _shown(self.tokenizer, turns, **how, add_generation_prompt=True)
+
     def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
         """The record as rows of text, each in pieces: prompt and answer, alternating.
 

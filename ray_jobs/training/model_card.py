@@ -92,11 +92,15 @@ def _serving(lineage: Mapping[str, Any]) -> str:
 def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
     """The README.md of an exported folder: what it is, what it was made from and how far it is from that. Markdown."""
     base = record["base_model"]
-    is_merged = record["form"] == "merged"
+    is_lora = record["form"] == "lora"
+    read_by = {
+        "merged": "a transformers model that needs no peft",
+        "gguf": "a file for llama.cpp; Ollama takes it with `ollama create NAME -f Modelfile` in this folder",
+    }
     what = (
         f"`{base['reference']}` with the adapter merged into its {record['base']} weights, saved as "
-        f"{record['dtype']}: a transformers model that needs no peft."
-        if is_merged
+        f"{record['dtype']}: {read_by[record['form']]}."
+        if not is_lora
         else f"{'The adapter' if record['exact'] else 'The nearest LoRA to the adapter, not the adapter itself,'} as "
         f"plain LoRA of rank {record['rank']}, for the base `{base['stands_on']}`."
     )
@@ -107,12 +111,13 @@ def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
         for name, found in parity.items()
         if name in MEASURED
     ]
-    front = {"library_name": "transformers" if is_merged else "peft", "base_model": base["reference"]}
+    library = {"merged": "transformers", "gguf": "gguf", "lora": "peft"}[record["form"]]
+    front = {"library_name": library, "base_model": base["reference"]}
     return "\n".join(
         [
             "---",
             *(f"{key}: {value}" for key, value in front.items()),
-            f"tags: [{'merged' if is_merged else 'lora'}, fineloop]",
+            f"tags: [{record['form']}, fineloop]",
             "---",
             "",
             f"# {record['adapter']}",
