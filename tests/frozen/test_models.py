@@ -122,7 +122,8 @@ def nll_of(folder: Path, row: dict) -> float:
     return -logits.log_softmax(-1).gather(1, answer[:, None]).sum().item()
 
 
-@pytest.mark.parametrize("run_id", ["promoted", pytest.param("held", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("run_id", ["promoted", "held"])
 def test_chat_gives_the_answers_that_the_release_recorded(run_id, frozen, tmp_path):
     rows = pq.read_table(frozen.path(f"runs/{run_id}/evaluation_records.parquet")).to_pylist()[:8]
     prompts = [json.loads(row["prompt"])[-1][1] for row in rows]

@@ -30,6 +30,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.base import base_model
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
+    from ray_jobs.training import publishing
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.group import Worker
     from ray_jobs.training.splits import of_dataset
@@ -58,6 +59,6 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     adapted, outcome, recipe = jobs.fit(config, job, worker, store, *splits, report=records.append)
     if worker.rank:
         return None
-    version = jobs._publish(job, config, store, adapted, outcome, recipe, worker, started_at)
+    version = publishing.publish(job, config, store, adapted, outcome, recipe, worker, started_at)
     losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
     return asdict(Done(losses, outcome.resumed_from, version.version))

@@ -104,6 +104,7 @@ def test_an_erased_record_is_in_nothing_that_comes_later_and_all_that_saw_it_is_
     assert keeper.keys(f"datasets/{seen}/") == before[seen]
 
 
+@pytest.mark.slow
 def test_a_look_beforehand_erases_nothing(keeper: Keeper) -> None:
     said = keeper.does("fineloop data erase p1 p2 --dry-run -c sums.toml")
     assert "nothing is erased" in said.stdout

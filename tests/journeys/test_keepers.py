@@ -71,6 +71,7 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
+@pytest.mark.slow
 def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_alias(
     keeper: Keeper, proxy: FaultyProxy
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_ali
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
+@pytest.mark.slow
 def test_a_version_that_takes_an_alias_while_it_is_being_removed_stays_whole(
     keeper: Keeper, proxy: FaultyProxy
 ) -> None:

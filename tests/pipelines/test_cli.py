@@ -367,6 +367,7 @@ def test_env_of_a_server_that_is_not_up_says_how_to_start_it(group: str, tmp_pat
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
     stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_lengths_are_those_of_the_tokenizer(said):
     assert (tokens["max_length"], tokens["cut"], tokens["too_long"]) == (64, 0, 0)
 
 
+@pytest.mark.slow
 def test_the_gate_sees_what_a_test_of_changed_answers_sees(said, here):
     gate = said[0]["gate"]
     assert gate["records"] == gate["independent"]
@@ -89,6 +90,7 @@ def test_the_gate_sees_what_a_test_of_changed_answers_sees(said, here):
     assert 0.01 < found < 0.2
 
 
+@pytest.mark.slow
 def test_what_a_run_would_be_held_for_is_said_in_advance(here):
     few = ["--set", "data.max_records=100"]
     done = fineloop("data", "rows.jsonl", "-c", "colours.toml", *few, cwd=here)

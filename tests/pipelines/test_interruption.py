@@ -74,6 +74,7 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
     stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:

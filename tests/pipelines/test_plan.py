@@ -61,24 +61,22 @@ def fineloop(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> None:
-    done = fineloop("plan", "-c", "plan.toml", "--json", "--all-methods", cwd=here)
+    done = fineloop("plan", "-c", "plan.toml", "--json", cwd=here)
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)
     assert (body["method"], body["device"], body["fits"]) == ("qlora", "L4", True)
-    assert len(body["methods"]) == 8
     assert done.stderr.startswith("rehearsing a training step of ")
-    for line in (
-        "all 8 methods",
-        "qlora on",
-        "weights",
-        "total",
-        "fits: 22.5 on L4",
-        "full fine-tuning",
-        "$0.805",
-        "advised",
-        "dvora",
-    ):
+    for line in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised"):
         assert line in done.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_of_all_methods_has_a_line_for_each(here: Path) -> None:
+    done = fineloop("plan", "-c", "plan.toml", "--json", "--all-methods", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["methods"]) == 8
+    assert "all 8 methods" in done.stderr
+    assert "dvora" in done.stderr
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def test_a_job_gets_its_config_and_overrides_and_its_last_line_is_the_answer() -
     assert lines == ["half way"]
 
 
+@pytest.mark.slow
 def test_where_there_is_no_gpu_a_job_does_not_load_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

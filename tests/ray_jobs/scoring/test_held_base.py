@@ -69,7 +69,7 @@ def measured_by_a_task(config_toml: str, version: str) -> Any:
 @pytest.mark.parametrize(
     ("method", "dtype", "dense_base", "loaded"),
     [
-        ("qlora", "bfloat16", False, 1),
+        pytest.param("qlora", "bfloat16", False, 1, marks=pytest.mark.slow),
         ("loftq", "float32", True, 3),  # its own base, the one that it is compared with, and its own again
         pytest.param("qlora", "float32", True, 1, marks=pytest.mark.slow),
         pytest.param("lora", "bfloat16", False, 1, marks=pytest.mark.slow),

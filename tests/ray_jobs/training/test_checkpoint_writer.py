@@ -5,6 +5,8 @@ from threading import Event
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.store import folders
@@ -40,6 +42,7 @@ def uploads(config_toml: str) -> list[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_once(
     config: RunConfig, store: Store, tmp_path: Path
 ):
