@@ -194,16 +194,9 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     merge.require_same(parity["merge"], "the merged model")
     del adapted
 
-    say(STEP, f"saving as {request.dtype}")
     dtype = getattr(torch, request.dtype)
-    merged.generation_config = source.chat.generation_config()  # it answers as it was measured
-    merged.to(dtype)
-    if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
     plain = folder if request.form == "merged" else folder / "merged"
-    merged.save_pretrained(plain, max_shard_size=SHARD_SIZE)
-    source.chat.tokenizer.save_pretrained(plain)
-    load: Callable[..., Any] = partial(architecture.auto_class(merged.config).from_pretrained, plain)
+    load = _saved(source, request, merged.to(dtype), plain)
     del merged
     form: dict[str, Any] = {"warnings": []}
     if request.form == "gguf":
@@ -219,24 +212,38 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     if is_exact and request.dtype == "float32":
         merge.require_same(parity["saved"], "the saved model")
     parity["effect"] = effect
-    if found := form.get("tensors"):
-        same = f"{found['compared']} tensors of the merged model, largest difference {found['max_abs_difference']:.2g}"
-        say(STEP, f"the GGUF holds the {same}")
-    _log_parity(parity)
     if "rounded" in parity:
         form["warnings"] += merge.rounding_warnings(request.dtype, parity["rounded"], effect)
-    for warning in form["warnings"]:
-        say(STEP, f"warning: {warning}")
     both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
-    for who, found in both.items():
-        right, loss = found["exact_match"], found["loss"]
-        say(
-            STEP,
-            f"answers of the {who}: {right:.1%} of {len(source.records)} as held out, loss {loss:.3f} nats a token",
-        )
+    _say_found(parity, form, both, len(source.records))
     if plain != folder:
         shutil.rmtree(plain)
     return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
+
+
+def _saved(source: ExportSource, request: ExportRequest, merged: "PreTrainedModel", folder: Path) -> Callable[..., Any]:
+    """Save the merged model as a transformers folder; gives what loads it in a dtype."""
+    say(STEP, f"saving as {request.dtype}")
+    if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
+    merged.generation_config = source.chat.generation_config()  # it answers as it was measured
+    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    source.chat.tokenizer.save_pretrained(folder)
+    return partial(architecture.auto_class(merged.config).from_pretrained, folder)
+
+
+def _say_found(parity: dict[str, Agreement], form: dict[str, Any], answers: dict[str, Any], num_records: int) -> None:
+    """What was found of the written files, on the screen."""
+    lines = [f"{name}: {found.summary()}" for name, found in parity.items()]
+    if found := form.get("tensors"):
+        same = f"{found['compared']} tensors of the merged model, largest difference {found['max_abs_difference']:.2g}"
+        lines = [f"the GGUF holds the {same}", *lines]
+    lines += [f"warning: {warning}" for warning in form["warnings"]]
+    for who, found in answers.items():
+        right, loss = found["exact_match"], found["loss"]
+        lines += [f"answers of the {who}: {right:.1%} of {num_records} as held out, loss {loss:.3f} nats a token"]
+    for line in lines:
+        say(STEP, line)
 
 
 def _gguf(
@@ -274,7 +281,7 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
     build.save(plain, folder)
-    _log_parity(parity)
+    say(STEP, f"converted: {parity['converted'].summary()}")
     return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
@@ -384,16 +391,8 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
             "format": method.row.base,
         },
         **form,
-        "parity": {
-            "compared_on": source.compared_on,
-            **{name: asdict(found) for name, found in parity.items()},
-        },
+        "parity": {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}},
     }
-
-
-def _log_parity(parity: dict[str, Agreement]) -> None:
-    for name, found in parity.items():
-        say(STEP, f"{name}: {found.summary()}")
 
 
 if __name__ == "__main__":

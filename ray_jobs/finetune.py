@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.cautions import cautions
@@ -30,6 +30,9 @@ from ray_jobs.training import splits, starting
 from ray_jobs.training.job import train
 from ray_jobs.training.standby import Standby
 from ray_jobs.training.train_job import Stopwatch, TrainJob
+
+if TYPE_CHECKING:
+    from ray_jobs.planning.before_training import Outlook
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +73,11 @@ def finetune(
     watch = Stopwatch()
     store = Store.open(config.registry)
     store.check()
-    if dataset_uri is None:
-        say(STEP, f"preparing {config.data.source}")
-        prepared = prepare(config, store)
-        say(STEP, prepared.summary)
-        dataset_uri = prepared.uri
+    dataset_uri = dataset_uri or _prepared(config, store)
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     config = _at_tuned_rate(config, store, run_id)
     dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
-
-    with garbage.importing():
-        from ray_jobs.planning.before_training import before_training
-        from ray_jobs.training.room import wait_for_room
-        from ray_jobs.training.train_loop import num_steps
 
     base = base_model.resolve(config.model, weights=False, registry=store)
     shape = base_config.load(base.path, config.model)
@@ -95,20 +89,11 @@ def finetune(
         base = starting.base_of(config, store, start, base)
     train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     splits.require_embedded(store, chat, shape, config, train_split, eval_split)
-    say(
-        STEP,
-        f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens; "
-        f"starting {counted(config.ray.min_workers, 'worker')}{_or_more(config)}",
-    )
-
+    size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
+    say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{_or_more(config)}")
     watch.lap("data")
 
-    entry.connect()
-    # Before the memory is looked at: a cluster that grows from nothing has none.
-    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
-    outlook = before_training(config, base.path, train_split, ray.nodes())
-    for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
-        say(STEP, line)
+    outlook = _planned(config, base, train_split)
     watch.lap("plan")
     job = TrainJob(
         config_toml=config_file.dumps(config),
@@ -123,12 +108,40 @@ def finetune(
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
         watch=watch,
     )
-    what = {
-        "job": job, "train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored),
-    }  # fmt: skip
+    what = {"job": job, "train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored)}
     result = TrainResult(**_trained(what, config, store, run_id, standby))
     runs.write(store, run_id, result)
     return result
+
+
+def _prepared(config: RunConfig, store: Store) -> str:
+    """Address of the dataset that the config's data make."""
+    say(STEP, f"preparing {config.data.source}")
+    prepared = prepare(config, store)
+    say(STEP, prepared.summary)
+    return prepared.uri
+
+
+def _planned(config: RunConfig, base: base_model.Base, train_split: splits.PlannedSplit) -> "Outlook":
+    """What the training will take, of a cluster that has room for it.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    import ray
+
+    with garbage.importing():
+        from ray_jobs.planning.before_training import before_training
+        from ray_jobs.training.room import wait_for_room
+        from ray_jobs.training.train_loop import num_steps
+
+    entry.connect()
+    # Before the memory is looked at: a cluster that grows from nothing has none.
+    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
+    outlook = before_training(config, base.path, train_split, ray.nodes())
+    for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
+        say(STEP, line)
+    return outlook
 
 
 def _or_more(config: RunConfig) -> str:

@@ -160,13 +160,7 @@ def split(
     (found,) = work.row("SELECT count(*) FROM others")
     num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
-        limited = f" and data.max_records = {max_records}" if max_records else ""
-        remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
-        raise DataError(
-            f"{total} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
-            f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
-            f"{', or raise data.max_records' if max_records else ''}."
-        )
+        raise _too_few(total, num_train, num_eval, eval_share=eval_share, max_records=max_records)
     num_replayed = narrowed.replayed
     if replay_apart:
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
@@ -180,6 +174,16 @@ def split(
         near_share=unlike.share,
         near_clusters=unlike.clusters,
         near_in_train=unlike.repeats(work, num_train),
+    )
+
+
+def _too_few(total: int, num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> DataError:
+    limited = f" and data.max_records = {max_records}" if max_records else ""
+    remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
+    return DataError(
+        f"{total} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
+        f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
+        f"{', or raise data.max_records' if max_records else ''}."
     )
 
 

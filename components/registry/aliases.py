@@ -257,17 +257,11 @@ def move_alias(
     require_signed(store, name, version, manifest.sha256, alias=alias)
     # The log must be whole before the pointer that could complete it is replaced.
     last = _record(store, name, expected).reference if expected else None
+    before = expected.version if expected else None
     body = {
-        "alias": alias,
-        "from": expected.version if expected else None,
-        "to": version,
-        "manifest_sha256": manifest.sha256,
-        "run_id": cause.run_id,
-        "actor": cause.actor,
-        "reason": cause.reason,
-        "previous": last,
-        **_returning(back_to, cause, last),
-    }
+        "alias": alias, "from": before, "to": version, "manifest_sha256": manifest.sha256, "run_id": cause.run_id,
+        "actor": cause.actor, "reason": cause.reason, "previous": last, **_returning(back_to, cause, last),
+    }  # fmt: skip
     since = _after(expected.since) if expected else now()
     fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": cause.run_id}
     pointer = encode_json({"format": FORMAT, **fields, "kind": kind, "event": body})
@@ -281,7 +275,7 @@ def move_alias(
         holder = read_alias(store, name, alias)
         if holder is not None and holder.version == version:  # another run of the same move won
             return _held(store, name, holder)
-        raise _conflict(store, name, alias, version, expected.version if expected else None, holder) from exc
+        raise _conflict(store, name, alias, version, before, holder) from exc
     logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
     moved = Pointer(alias, **fields, kind=kind, event=body, etag=etag)
     try:

@@ -54,7 +54,7 @@ class RayHead:
     title: ClassVar[str] = "the local Ray head"
     num_ports: ClassVar[int] = len(PORT_FLAGS) + 1
     orphan_signal: ClassVar[signal.Signals] = signal.SIGTERM
-    start_timeout_s: ClassVar[float] = 60.0
+    start_timeout_s: ClassVar[float] = 180.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
         """`ray start --head`."""

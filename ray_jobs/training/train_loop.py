@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,11 @@ class TrainedAdapter:
     eval_loss: float | None = None
     resumed_from: int = 0
 
-    def stepped(self, loss: float) -> None:
-        """Note the loss of a step."""
+    def stepped(self, loss: float, num_tokens: int, *, elapsed_s: float) -> None:
+        """Note a step that has been taken."""
+        self.progress.step += 1
+        self.progress.tokens += num_tokens
+        self.progress.elapsed_s = elapsed_s
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
 
@@ -98,38 +102,28 @@ def run(
     """
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
-    fresh = TrainingProgress(
-        config.training_digest, worker.num_workers, matmul_dtype=worker.kernels.dtype, magnitudes="change",
-        held_out=eval_split.digest,
-    )  # fmt: skip
+    measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
+    fresh = _fresh(config, worker, eval_split)
     progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
-
     with CheckpointWriter(store, run_id, config, rank=worker.rank) as checkpoints:
         for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
-            step_started = time.monotonic()
+            began = time.monotonic()
             loss, grad_norm, num_tokens = take_step(
                 engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step,
                 total=total, pace=pace,
             )  # fmt: skip
             _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
-            progress.step += 1
-            progress.tokens += num_tokens
-            progress.elapsed_s = (ended := time.monotonic()) - started
-            trained.stepped(loss)
+            ended = time.monotonic()
+            trained.stepped(loss, num_tokens, elapsed_s=ended - started)
             pace.compare(progress.step)
-            report({
-                "kind": "train", "step": progress.step, "num_steps": total, "epoch": epoch, "loss": loss,
-                "grad_norm": grad_norm, "learning_rate": engine.optimizer.param_groups[0]["lr"],
-                "tokens": progress.tokens, "tokens_per_s": num_tokens / (ended - step_started),
-                "elapsed_s": progress.elapsed_s,
-            })  # fmt: skip
+            found = {"epoch": epoch, "loss": loss, "grad_norm": grad_norm, "tokens_per_s": num_tokens / (ended - began)}
+            report(_of_step(trained, engine, **found))
             if progress.step in measured:
-                loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-                trained.eval_loss = loss
-                report({"kind": "eval", "step": progress.step, "loss": loss, "records": len(eval_split)})
-                if progress.measured(loss):
+                trained.eval_loss = measure()
+                report({"kind": "eval", "step": progress.step, "loss": trained.eval_loss, "records": len(eval_split)})
+                if progress.measured(trained.eval_loss):
                     best = checkpoint.weights(engine.module)
                 trained.stopped_early = 0 < train.early_stopping_patience <= progress.evals_without_gain
             if trained.stopped_early or progress.step == total:
@@ -140,15 +134,47 @@ def run(
                 if is_preempted and checkpoints.finish():
                     preemption.leave(progress.step)
 
+    _settle(trained, engine, train, best, start, measure)
+    return trained
+
+
+def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit) -> TrainingProgress:
+    """Of a training that has taken no step."""
+    return TrainingProgress(
+        config.training_digest,
+        worker.num_workers,
+        matmul_dtype=worker.kernels.dtype,
+        magnitudes="change",
+        held_out=eval_split.digest,
+    )
+
+
+def _of_step(trained: TrainedAdapter, engine: Any, **found: float) -> dict[str, Any]:
+    """The record of the step that was taken last."""
+    progress = trained.progress
+    return {
+        "kind": "train", "step": progress.step, "num_steps": trained.num_steps, "tokens": progress.tokens,
+        "learning_rate": engine.optimizer.param_groups[0]["lr"], "elapsed_s": progress.elapsed_s, **found,
+    }  # fmt: skip
+
+
+def _settle(
+    trained: TrainedAdapter,
+    engine: Any,
+    train: TrainConfig,
+    best: dict[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor] | None,
+    measure: Callable[[], float],
+) -> None:
+    """Choose the weights that are published: the best or the last, or between them and those of the start."""
     if train.early_stopping_patience:
-        trained.weights, trained.eval_loss = best, progress.best_loss
+        trained.weights, trained.eval_loss = best, trained.progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
     if start is not None and train.start_share:
         trained.weights = between(trained.weights, start, train.start_share)
         checkpoint.copy_weights(trained.weights, engine.module)
-        trained.eval_loss = held_out_loss(engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-    return trained
+        trained.eval_loss = measure()
 
 
 def between(

@@ -66,16 +66,7 @@ def train(
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     store = Store.open(config.registry)
-    metrics = None
-    if worker.rank == 0:
-        metrics = MetricsLog(
-            store,
-            job.run_id,
-            checkpoint_every_steps=config.train.checkpoint_every_steps,
-            patience_s=config.train.store_patience_s,
-            trackers=Trackers(config, job.run_id),
-        )
-        entry.log_as("finetune")
+    metrics = _metrics(config, job, store) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
     with metrics or contextlib.nullcontext():
@@ -117,6 +108,18 @@ def train(
     ).model_dump()
 
 
+def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
+    """What rank 0 writes the curve with."""
+    entry.log_as("finetune")
+    return MetricsLog(
+        store,
+        job.run_id,
+        checkpoint_every_steps=config.train.checkpoint_every_steps,
+        patience_s=config.train.store_patience_s,
+        trackers=Trackers(config, job.run_id),
+    )
+
+
 def fit(
     config: RunConfig,
     job: TrainJob,
@@ -134,10 +137,7 @@ def fit(
     What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory;
     `watch` says when a node is about to be taken.
     """
-    zero.prepare_environment(use_gpu=config.ray.use_gpu)
-    if not config.ray.use_gpu:
-        torch.set_num_threads(config.ray.cpus_per_worker)
-        allocator.keep_freed_memory()
+    _prepare_process(config)
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
     # A branch of the hub may move meanwhile, and so may the objects of a folder.
@@ -150,13 +150,7 @@ def fit(
     check.measure_whole(worker, store)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = trained_model.assemble(
-            config,
-            base,
-            use_gpu=config.ray.use_gpu,
-            kernels=worker.kernels,
-            dtype=worker.dtype,
-            load=load,
-            start=start,
+            config, base, use_gpu=config.ray.use_gpu, kernels=worker.kernels, dtype=worker.dtype, load=load, start=start
         )
         job.watch.lap("base and adapter")
         check.measure_unsharded(adapted, worker)
@@ -183,6 +177,14 @@ def fit(
         )
     _take_whole(adapted, trained)
     return adapted, trained, recipe
+
+
+def _prepare_process(config: RunConfig) -> None:
+    """Before PyTorch or DeepSpeed do anything in it."""
+    zero.prepare_environment(use_gpu=config.ray.use_gpu)
+    if not config.ray.use_gpu:
+        torch.set_num_threads(config.ray.cpus_per_worker)
+        allocator.keep_freed_memory()
 
 
 def _take_whole(adapted: "PeftModel", trained: TrainedAdapter) -> None:

@@ -21,7 +21,7 @@ printf "%s\\n" "${COMPREPLY[@]}"
     [
         (["ad"], {"adapters"}),
         (["adapters", "ro"], {"rollback"}),
-        (["adapters", "export", "--con"], {"--config"}),
+        (["adapters", "export", "--conf"], {"--config"}),
         (["completion", "z"], {"zsh"}),
     ],
 )
