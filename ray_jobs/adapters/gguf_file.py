@@ -110,7 +110,8 @@ def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
 def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, context: int) -> list[str]:
     """Write Ollama's Modelfile beside the GGUF; returns warnings of what it cannot say. `context` is in tokens."""
     tokenizer = chat.tokenizer
-    joints = ollama.joints(chat.prompt, tokenizer.bos_token if _adds_bos(file, chat) else "")
+    bos = tokenizer.bos_token if _adds_bos(file, chat) else None
+    joints = ollama.joints(chat.prompt, bos or "")
     warnings = []
     if joints is None:
         warnings += [
