@@ -1,0 +1,101 @@
+"""What large_base.py has others do: each function is the whole of one process."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import config_file
+from tests.benchmarks.counting_proxy import APP_ID
+from tests.ray_jobs.own_ray import ATTEMPTS
+
+DIED = "LARGE_BASE_DIED"
+"""In the environment, a file whose being there says that a worker has died; without one, none does."""
+
+
+def start_ray(cpus: int, gpus: int) -> None:
+    """In a driver's process. GPUs are a number to Ray."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+
+    for attempt in range(ATTEMPTS):
+        try:
+            here = ray.init(
+                address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, configure_logging=False
+            )
+        except Exception as exc:  # a busy machine may not start a node in the seconds that Ray gives it
+            ray.shutdown()
+            if attempt == ATTEMPTS - 1 or "timed out during startup" not in str(exc):
+                raise
+        else:
+            break
+    os.environ["RAY_ADDRESS"] = here.address_info["address"]  # there may be others on this machine
+
+
+class Reached(Exception):
+    """Workers would begin now."""
+
+
+def asked_for_disk(config_toml: str) -> None:
+    """What `submit` and the Kubeflow step ask before a queue is asked for pods."""
+    from components.ray_cluster import base_size
+
+    base_size.require_disk(config_file.loads(config_toml))
+
+
+def planned(config_toml: str) -> None:
+    """`fineloop plan`'s own part that reads the base."""
+    from ray_jobs import plan
+    from ray_jobs.base import base_config
+    from ray_jobs.planning.capacity import named_device
+
+    config = config_file.loads(config_toml)
+    plan.planned(config, base_config.read(config.model), named_device(config))
+
+
+def driven(config_toml: str, run_id: str) -> None:
+    """`ray_jobs.finetune`'s driver, until it would start workers."""
+    from ray_jobs import finetune
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise Reached
+
+    start_ray(16, 8)
+    with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Reached):
+        patched.setattr(finetune, "_trained", stop)
+        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
+
+
+def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """In each worker: Fineloop's own training function, under the worker's name; the first of rank 1 dies."""
+    import ray.train
+
+    from ray_jobs.training import job, train_loop
+
+    rank, take_step = ray.train.get_context().get_world_rank(), train_loop.take_step
+    died = Path(os.environ[DIED]) if DIED in os.environ else None
+    driver, is_again = os.environ[APP_ID].removesuffix("-driver"), died is not None and died.exists()
+    os.environ[APP_ID] = f"{driver}-rank-{rank}{'-again' if is_again else ''}"
+
+    def dying(*given: Any, step: int, **how: Any) -> Any:
+        if rank == 1 and step == 1 and died is not None and not is_again:
+            died.touch()
+            os._exit(1)
+        return take_step(*given, step=step, **how)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_loop, "take_step", dying)
+        return job.train(arguments)
+
+
+def trained(config_toml: str, run_id: str) -> None:
+    """`ray_jobs.finetune`, with its workers."""
+    from ray_jobs import finetune
+
+    start_ray(2, 0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune, "train", train)
+        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
