@@ -1,5 +1,6 @@
 """A conversation with a version of the tiny base; the judge of its answers is plain transformers with peft."""
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,16 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
-from components.prepare.dataset import Message
+from components.prepare.dataset import Message, Record
 from components.prepare.prepare import prepare
 from components.registry.versions import Version, pull_version
 from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.chat import Answering, converse
+from ray_jobs.scoring.scoring import score
 from ray_jobs.talking import speaker
 from ray_jobs.talking.speaker import Speaker
+from ray_jobs.text.batching import tokenize
 from tests.models.tiny_version import publish
 
 LONGEST = 8
@@ -54,6 +57,14 @@ def version(long_config: RunConfig, kept: Store, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def speakers(long_config: RunConfig, kept: Store, version: Version) -> list[Speaker]:
     return speaker.load(long_config, kept, version, "colours", with_base=True)
+
+
+@pytest.fixture(scope="module")
+def exact(long_config: RunConfig, kept: Store, version: Version) -> list[Speaker]:
+    """The same in float32. In bfloat16 two tokens may be as likely, and another kernel, or a draw, take either."""
+    both = speaker.load(long_config, kept, version, "colours", with_base=True)
+    both[0].model.float()
+    return both
 
 
 def talk(speakers: Sequence[Speaker], *prompts: str, system: str = "", **how: Any) -> list[dict[str, Any]]:
@@ -111,6 +122,34 @@ def test_three_turns_are_answered_as_plain_transformers_answers_the_conversation
     assert said[0]["answers"][0]["text"] != said[0]["answers"][1]["text"]
 
 
+def test_three_turns_are_answered_as_evaluation_answers_the_same_messages(
+    exact: list[Speaker], long_config: RunConfig
+) -> None:
+    asked = ["the sky?", "and the grass?", "and coal?"]
+    said = talk(exact, *asked, system="Name the colour.")
+    for number, each in enumerate(exact):
+        answers = [turn["answers"][number]["text"] for turn in said]
+        records = []
+        for place in range(len(asked)):
+            turns = [Message("system", "Name the colour.")]
+            for prompt, answer in zip(asked[:place], answers, strict=False):
+                turns += [Message("user", prompt), Message("assistant", answer)]
+            records.append(Record(str(place), [*turns, Message("user", asked[place])], "blue"))
+        with each.model.disable_adapter() if each.is_base else contextlib.nullcontext():
+            scores = score(
+                each.model,
+                each.chat_as,
+                records,
+                tokenize(records, each.chat_as, each.max_length),
+                with_other_prompts=None,
+                batch_size=long_config.evaluate.batch_size,
+                max_new_tokens=LONGEST,
+                advance=lambda _: None,
+            )
+        assert [found.text for found in scores] == answers
+        assert len(set(answers)) == 3
+
+
 def test_a_reset_and_prompts_that_stand_alone_begin_anew(speakers: list[Speaker]) -> None:
     first, again = talk(speakers, "the sky?", "/reset", "the sky?")
     assert first == again
@@ -119,12 +158,12 @@ def test_a_reset_and_prompts_that_stand_alone_begin_anew(speakers: list[Speaker]
     assert alone[1]["answers"] != talk(speakers, "the sky?", "and the grass?")[1]["answers"]
 
 
-def test_answers_are_as_long_as_asked_and_drawn_more_freely_the_warmer(speakers: list[Speaker]) -> None:
-    (short,) = talk(speakers[:1], "the sky?", answering=Answering(max_tokens=2))
-    (greedy,) = talk(speakers[:1], "the sky?")
+def test_answers_are_as_long_as_asked_and_drawn_more_freely_the_warmer(exact: list[Speaker]) -> None:
+    (short,) = talk(exact[:1], "the sky?", answering=Answering(max_tokens=2))
+    (greedy,) = talk(exact[:1], "the sky?")
     assert len(short["answers"][0]["text"]) <= 2 < len(greedy["answers"][0]["text"])
-    assert talk(speakers[:1], "the sky?", answering=Answering(temperature=1e-4)) == [greedy]
-    warm = [talk(speakers[:1], "the sky?", answering=Answering(temperature=5.0))[0] for _ in range(3)]
+    assert talk(exact[:1], "the sky?", answering=Answering(temperature=1e-4)) == [greedy]
+    warm = [talk(exact[:1], "the sky?", answering=Answering(temperature=5.0))[0] for _ in range(3)]
     assert any(each != greedy for each in warm)
 
 
