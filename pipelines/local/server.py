@@ -15,7 +15,9 @@ from pipelines.local import guard
 from pipelines.local.ports import choose_ports
 from pipelines.local.private import UMASK, private_folder
 
-ATTEMPTS = 2  # another process may take a port between our choice and the server's bind
+# Another process may take a port between our choice and the bind. And Ray gives its agent 15 s to come up (ray 2.60,
+# raylet/node_manager.cc, WaitForDashboardAgentPorts), which a busy machine may not.
+ATTEMPTS = 3
 POLL_S = 0.05
 
 

@@ -15,6 +15,7 @@ from components.ray_cluster.submit import submit_and_wait
 from tests.doubles.jobs_api import TOKEN
 from tests.doubles.kubernetes.api import KubernetesDouble, Resource
 from tests.doubles.kubernetes.operator import Operator
+from tests.waiting import PATIENCE_S
 
 
 @dataclass
@@ -25,7 +26,9 @@ class Cluster:
     operator: Operator
     caplog: pytest.LogCaptureFixture
 
-    def submit(self, code: str, *, timeout_s: float = 60, output: io.StringIO | None = None, **cluster: Any) -> str:
+    def submit(
+        self, code: str, *, timeout_s: float = PATIENCE_S, output: io.StringIO | None = None, **cluster: Any
+    ) -> str:
         job = Job("r", "finetune", ("python", "-u", "-c", code), timeout_s)
         return submit_and_wait(job, config(**cluster), output=output or io.StringIO(), poll_s=0.05)
 
