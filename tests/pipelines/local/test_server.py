@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from components.shared.errors import GroundError
-from pipelines.local.server import start
+from pipelines.local.server import ATTEMPTS, start
 
 FAILS = [sys.executable, "-c", "raise SystemExit('no room')"]
 
@@ -70,7 +70,7 @@ def test_a_server_that_does_not_come_up_is_tried_again_on_another_port(tmp_path:
 
 
 def test_a_server_that_never_comes_up_says_where_its_log_is(tmp_path: Path) -> None:
-    server = FileServer(tmp_path, failures=2)
+    server = FileServer(tmp_path, failures=ATTEMPTS)
     with pytest.raises(GroundError, match=f"the file server ended at once: see the logs in {tmp_path}"):
         start(server)
     assert "no room" in (tmp_path / "server.log").read_text()
