@@ -100,10 +100,13 @@ def discard_after(store: Store, run_id: str, step: int) -> None:
 
 
 def keep_newest(store: Store, run_id: str, count: int) -> None:
-    """Delete all but the newest checkpoints, and what is left of those that were never complete."""
+    """Delete all but the newest checkpoints, and what is left of older ones that were never complete.
+
+    Beyond the newest lies what other workers are writing by now: they do not wait for a deletion.
+    """
     kept = complete(store, run_id)[:count]
     for key, step in _steps(store, run_id):
-        if step not in kept:
+        if kept and step < kept[0] and step not in kept:
             _delete(store, key)
     best = _steps(store, run_id, "best")
     if len(best) > 1:

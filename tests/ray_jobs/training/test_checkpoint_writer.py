@@ -60,3 +60,13 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_
     assert all(after > int(folder[5:11]) for folder, after in found)
     assert {item.key.split("/")[3] for item in store.list("runs/beside/checkpoints/")} == {"best-000008", "step-000010"}
     assert checkpoint.complete(store, "beside") == [10]
+
+
+def test_what_another_worker_is_writing_by_now_is_not_deleted_with_what_is_old(store: Store):
+    """Only rank 0 deletes, and no other one waits for it: their parts of the next checkpoint may be there already."""
+    for folder in ("1/shared", "1/rank-1", "2/rank-1", "3/shared", "3/rank-0", "3/rank-1", "4/rank-1"):
+        step, _, part = folder.partition("/")
+        folders.publish(store, f"{checkpoint.key_of('run', int(step))}/{part}", {checkpoint.STATE: b"{}"})
+    checkpoint.keep_newest(store, "run", 1)
+    left = {item.key.removeprefix("runs/run/checkpoints/step-00000").rpartition("/")[0] for item in store.list("runs/")}
+    assert left == {"3/shared", "3/rank-0", "3/rank-1", "4/rank-1"}
