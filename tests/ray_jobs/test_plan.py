@@ -353,6 +353,7 @@ def test_micro_batches_by_tokens_are_planned_for_as_many_as_their_longest_record
     assert better.changes(asked)["train.max_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_path):
     small().save_pretrained(tmp_path)
     records = split([40, 90, 20], [3, 5, 10])

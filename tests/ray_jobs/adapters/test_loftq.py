@@ -323,6 +323,7 @@ def test_the_number_of_workers_does_not_change_a_bit(changed, store, tmp_path):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base):
     shutil.copytree(learned_base, tmp_path / "zero")
     weights = load_file(learned_base / "model.safetensors")

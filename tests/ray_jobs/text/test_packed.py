@@ -186,6 +186,7 @@ def test_a_base_whose_attention_grows_with_the_place_in_a_row_is_not_packed():
     assert_each_has_what_it_has_alone(base, is_packed=False)
 
 
+@pytest.mark.slow
 def test_on_an_accelerator_nothing_stays_behind_on_the_cpu():
     output = subprocess.run(
         [sys.executable, "-m", "tests.models.accelerator"], check=True, capture_output=True, text=True
