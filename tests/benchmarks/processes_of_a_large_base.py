@@ -10,29 +10,18 @@ import pytest
 
 from components.config import config_file
 from tests.benchmarks.counting_proxy import APP_ID
-from tests.ray_jobs.own_ray import ATTEMPTS
+from tests.ray_jobs import own_ray
 
 DIED = "LARGE_BASE_DIED"
 """In the environment, a file whose being there says that a worker has died; without one, none does."""
 
 
 def start_ray(cpus: int, gpus: int) -> None:
-    """In a driver's process. GPUs are a number to Ray."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    """In a driver's process, whose jobs then find it: there may be others on this machine."""
+    own_ray.start(cpus, gpus)
     import ray
 
-    for attempt in range(ATTEMPTS):
-        try:
-            here = ray.init(
-                address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, configure_logging=False
-            )
-        except Exception as exc:  # a busy machine may not start a node in the seconds that Ray gives it
-            ray.shutdown()
-            if attempt == ATTEMPTS - 1 or "timed out during startup" not in str(exc):
-                raise
-        else:
-            break
-    os.environ["RAY_ADDRESS"] = here.address_info["address"]  # there may be others on this machine
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 class Reached(Exception):

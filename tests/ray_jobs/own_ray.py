@@ -12,8 +12,11 @@ from multiprocessing import get_context
 ATTEMPTS = 4
 
 
-def start(num_cpus: int) -> None:
-    """Start it here. Ray gives a node 30 seconds, a constant of its own, in which a busy machine may not manage."""
+def start(num_cpus: int, num_gpus: int | None = None) -> None:
+    """Start it here. Ray gives a node 30 seconds, a constant of its own, in which a busy machine may not manage.
+
+    `num_gpus` is a number to it; None means those that are here.
+    """
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
@@ -22,6 +25,7 @@ def start(num_cpus: int) -> None:
             ray.init(
                 address="local",  # never another one on this machine
                 num_cpus=num_cpus,
+                num_gpus=num_gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
