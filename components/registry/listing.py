@@ -15,23 +15,17 @@ from components.registry.event import Event
 from components.registry.event_log import events_key, parse_log
 from components.registry.identity import VERSION_PATTERN
 from components.registry.names import adapter_key, version_key
-from components.registry.versions import LINEAGE
+from components.registry.versions import LINEAGE, Version
 from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.folders import MANIFEST
 from components.store.store import ObjectInfo, Store, decode_json
 
 
-@dataclass(frozen=True)
-class Needing:
+@dataclass(frozen=True, kw_only=True)
+class Needing(Version):
     """A version with what decides whether it is needed, and what it needs."""
 
-    name: str
-    version: str
-    uri: str
-    created_at: str
-    manifest_sha256: str
-    run_id: str
     made_from: tuple[Ancestor, ...]
     is_revoked: bool
 
