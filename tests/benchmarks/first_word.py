@@ -54,7 +54,7 @@ def main() -> None:
             small = [part for each in SMALL for part in ("--set", each)]
             subprocess.run([*FINELOOP, "train", *small, "--home", str(home)], check=True, stdout=subprocess.DEVNULL)
         try:
-            chat = ["chat", NAME, "--against", "none", "--home", str(home)]
+            chat = [*FINELOOP, "chat", NAME, "--against", "none", "--home", str(home)]
             found = [waited(chat) for _ in range(options.rounds)]
         finally:
             if options.home is None:
@@ -69,7 +69,7 @@ def main() -> None:
 def waited(command: Sequence[str], *, cwd: Path | None = None) -> Waited:
     """Of one `fineloop chat`, which is given its words."""
     begun, pipe = time.perf_counter(), subprocess.PIPE
-    with subprocess.Popen([*FINELOOP, *command], cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe) as chat:
+    with subprocess.Popen(command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
         assert chat.stderr is not None
