@@ -71,6 +71,8 @@ def push(
 
 def _require_harmless(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
+    if any(path.suffix == ".gguf" for path in files):
+        raise UserError(f"{folder} holds a GGUF, and weights go as safetensors alone: push what --merged writes")
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no safetensors: name a folder of `fineloop adapters export`")
     if other := sorted(path.name for path in files if not path.name.endswith(HARMLESS)):

@@ -100,6 +100,9 @@ def test_what_an_export_wrote_goes_in_place_of_the_version(
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
     assert "holds pytorch_model.bin: weights go as safetensors alone" in message
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
+    assert "holds a GGUF, and weights go as safetensors alone: push what --merged writes" in message
 
 
 @pytest.mark.parametrize(
