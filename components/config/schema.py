@@ -50,8 +50,9 @@ class ModelConfig(Section):
     """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Context in tokens, at most what the base has positions for; unset, all of them where they are fewer than the
-    default. Longer prompts lose their beginning, and an answer is never cut: data.max_reject_share bounds how many
-    records either may happen to."""
+    default. Longer prompts lose their oldest exchanges and then the beginning of their longest text; the answer is
+    never cut, and a record without room for its prompt is left out. data.max_reject_share bounds how many records
+    either may happen to."""
     thinking: Annotated[bool, Added("0.2.0")] = False
     """Have a reasoning model reason before it answers, and train on the reasoning in the answers. When off, the chat
     template's reasoning block is closed before the answer begins. No metric reads a reasoning block."""

@@ -126,7 +126,7 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
         has_more = body["positions"] is None or tokens["max_length"] < body["positions"]
         advice = "raise it" if has_more else "shorten them, or take a base with more positions"
         yield (
-            f"of {tokens['records']:,} records {tokens['cut']:,} lose the beginning of their prompt to {limit}, and "
+            f"of {tokens['records']:,} records {tokens['cut']:,} lose part of their prompt to {limit}, and "
             f"{tokens['too_long']:,} do not fit at all: {advice}"
         )
     else:

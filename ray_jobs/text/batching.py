@@ -9,15 +9,15 @@ Rows are padded on the right, so a causal model needs no attention mask: no real
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from components.config.data import LossOn
 from components.prepare.dataset import Record
+from ray_jobs.text import pieces, shortening
 from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ IGNORED = -100  # the label that cross_entropy passes over
 NO_RECORD = -1  # an empty place in a batch that is dealt out
 MIN_PROMPT_TOKENS = 8  # what must remain of a prompt that is cut to make room for its answer
 AT_ONCE = 1000  # records that are tokenised together: in Python's lists a token takes 25 times its room in an array
-CHARACTERS_AT_ONCE = 2**20  # of rows that are encoded together: an encoding takes 100 B for each token
 MEGABATCH = 8  # batches that are sorted together: enough to pair like lengths, few enough to stay random
 
 
@@ -50,7 +49,7 @@ class TokenizedSplit:
     too_long: Sequence[str]
     """Ids of the records whose answer leaves no room for a prompt, or would end early; they are not in the arrays."""
     cut: Sequence[str]
-    """Ids of the records whose prompt lost its beginning."""
+    """Ids of the records whose prompt is not whole."""
     answers: npt.NDArray[np.int32] | None = None
     """Length N: the labelled tokens of each row, where somebody has counted them."""
 
@@ -115,7 +114,8 @@ class Lengths(Protocol):
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
-    """Tokenise as the base's chat reads. Prompts that do not fit lose their beginning; the last answer is never cut.
+    """Tokenise as the base's chat reads. Prompts that do not fit are made shorter, see `shortening`; the last answer is
+    never cut.
 
     Raises:
         DataError: a record cannot be formatted with the base's chat template.
@@ -134,35 +134,46 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
 
 
 def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
-    rows_of = zip(records, chat.rows_of(records, loss_on), strict=True)
-    texts = [(record, row) for record, rows in rows_of for row in rows]
-    ids, rows, labels, num_prompt_tokens, too_long, cut = [], [], [], [], [], []
-    for (record, _), pieces in zip(texts, _read(chat.tokenizer, [row for _, row in texts]), strict=True):
-        *before, last = pieces
+    rows_of = list(zip(records, chat.rows_of(records, loss_on), strict=True))
+    owners = [(record, len(rows)) for record, rows in rows_of for _ in rows]
+    read = pieces.read(chat.tokenizer, [row for _, rows in rows_of for row in rows])
+    excess = partial(_excess, chat=chat, max_length=max_length)
+    no_room = [
+        max_length - len(_ended(row[-1], chat)) < min(MIN_PROMPT_TOKENS, sum(map(len, row[:-1])))
+        or chat.ends_early(record, loss_on)
+        for (record, _), row in zip(owners, read, strict=True)
+    ]
+    is_cut = [not is_out and excess(row) > 0 for is_out, row in zip(no_room, read, strict=True)]
+    # Where a template makes a row for each answer, a shorter conversation has other rows.
+    alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
+    shorter = shortening.fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
+    for place, found in zip(alone, shorter, strict=True):
+        read[place] = found or read[place]
+    rows, labels, num_prompt_tokens = [], [], []
+    kept = [place for place, is_out in enumerate(no_room) if not is_out]
+    for *before, last in (read[place] for place in kept):
         answer = _ended(last, chat)
         prompt = [token for piece in before for token in piece]
-        room = max_length - len(answer)
-        if room < min(MIN_PROMPT_TOKENS, len(prompt)) or chat.ends_early(record, loss_on):
-            too_long.append(record.id)
-            continue
-        lost = max(0, len(prompt) - room)
-        if lost:
-            cut.append(record.id)
+        lost = max(0, len(prompt) + len(answer) - max_length)  # of what no shorter text made fit
         earlier = _earlier_answers(before, chat)[lost:]
         earlier &= ~np.logical_and.accumulate(earlier)  # what is left of an answer that is cut in two is not learned
-        ids.append(record.id)
         rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
         labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
         num_prompt_tokens.append(len(prompt) - lost)
     return TokenizedSplit(
-        ids=ids,
+        ids=[owners[place][0].id for place in kept],
         tokens=np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
         labelled=np.concatenate([np.zeros(0, dtype=np.bool_), *labels]),
         offsets=_offsets([len(row) for row in rows]),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=too_long,
-        cut=cut,
+        too_long=[record.id for (record, _), is_out in zip(owners, no_room, strict=True) if is_out],
+        cut=[record.id for (record, _), each in zip(owners, is_cut, strict=True) if each],
     )
+
+
+def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) -> int:
+    """By how many tokens a row is too long; its last piece is the answer."""
+    return sum(map(len, row[:-1])) + len(_ended(list(row[-1]), chat)) - max_length
 
 
 def plan_epoch(
@@ -248,84 +259,6 @@ def by_length(lengths: npt.NDArray[np.int64], batch_size: int) -> Iterator[npt.N
 
 def _offsets(lengths: "Sequence[int] | npt.NDArray[np.int64]") -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def _read(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The tokens of each piece of each row, as the piece follows those before it.
-
-    Alone a text may read otherwise: a SentencePiece tokenizer begins it with a space that is not there. Only where two
-    pieces merge over their border is the second read alone, since generation will see the first one's tokens.
-    """
-    sizes = np.cumsum([sum(map(len, row)) for row in rows])
-    parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // CHARACTERS_AT_ONCE)) + 1)
-    return [pieces for part in parts for pieces in _read_whole(tokenizer, [rows[row] for row in part])]
-
-
-def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The same of rows that are read together, each of them once where its borders allow that.
-
-    A tokenizer splits a text at its added tokens first, and reads what lies between by itself. So the beginning of a
-    row up to a border reads as in the whole row wherever its tail, from the last added token on, does.
-    """
-    encodings = _encode(tokenizer, ["".join(row) for row in rows]).encodings or [] if rows else []
-    added = frozenset(tokenizer.added_tokens_decoder)
-    found = [_borders(row, encoding, added) for row, encoding in zip(rows, encodings, strict=False)]
-    tails = list(dict.fromkeys(border.tail for borders in found for border in borders or ()))
-    reads = dict(zip(tails, _encode(tokenizer, tails)["input_ids"], strict=True)) if tails else {}
-    result: list[list[list[int]] | None] = [None] * len(rows)
-    for place, borders in enumerate(found):
-        ids = encodings[place].ids
-        if borders is not None and all(ids[each.start : each.end] == reads[each.tail] for each in borders):
-            result[place] = [ids[a:b] for a, b in pairwise([0, *(each.end for each in borders), len(ids)])]
-    rest = iter(_read_from_beginnings(tokenizer, [row for row, pieces in zip(rows, result, strict=True) if not pieces]))
-    return [pieces or next(rest) for pieces in result]
-
-
-class _Border(NamedTuple):
-    """Where a piece of a row ends."""
-
-    start: int
-    """The last added token before it."""
-    end: int
-    """The first token behind it."""
-    tail: str
-    """The text between the two."""
-
-
-def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[_Border] | None:
-    """None where they do not lie between two tokens."""
-    text, ids, found, end = "".join(row), encoding.ids, [], 0
-    for piece in row[:-1]:
-        end += len(piece)
-        # A tokenizer of bytes counts the spaces before a word to it, and leaves them out of where it says the word is.
-        behind = encoding.char_to_token(len(text) - len(text[end:].lstrip(" ")))
-        if not behind:
-            return None
-        start = next((place for place in range(behind - 1, 0, -1) if ids[place] in added), 0)
-        found.append(_Border(start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
-    return found
-
-
-def _read_from_beginnings(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    beginnings = ["".join(row[: end + 1]) for row in rows for end in range(len(row))]
-    read = iter(_encode(tokenizer, beginnings)["input_ids"] if beginnings else [])
-    result = []
-    for row in rows:
-        pieces: list[list[int]] = []
-        known: list[int] = []
-        for piece in row:
-            whole = next(read)
-            is_known = whole[: len(known)] == known
-            tokens = whole[len(known) :] if is_known else _encode(tokenizer, [piece])["input_ids"][0]
-            pieces.append(tokens)
-            known = known + tokens
-        result.append(pieces)
-    return result
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> Any:
-    # The template has written every special token that belongs there, a beginning-of-sequence token included.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
 
 def _ended(tokens: list[int], chat: ChatFormat) -> list[int]:

@@ -28,7 +28,7 @@ ROW = np.dtype(
         ("length", "<i4"),  # tokens; 0 where the answer leaves no room for a prompt
         ("prompt", "<i4"),  # of them before the last answer
         ("answers", "<i4"),  # of them to be learned
-        ("cut", "<i4"),  # 1 where its record's prompt lost its beginning
+        ("cut", "<i4"),  # 1 where its record's prompt is not whole
         ("id", "<i4"),  # bytes of the record's id
     ]
 )

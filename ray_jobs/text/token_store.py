@@ -32,7 +32,7 @@ from ray_jobs.text.token_files import Ids, Rows
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Of the files, and of how records become tokens: whoever changes either counts on."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 """Whose releases may read a text otherwise."""

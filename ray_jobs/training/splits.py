@@ -132,7 +132,7 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
         why = f"their answers do not fit model.max_length {limit}, or hold a token that ends an answer"
         log(f"left out {counted(len(too_long), 'record')}: {why}")
     if cut:
-        log(f"cut {len(cut)} prompts at their beginning: they do not fit model.max_length {limit}")
+        log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}")
 
 
 def of_dataset(store: Store, uri: str) -> lineage.Dataset:

@@ -66,12 +66,28 @@ def test_the_prompt_is_what_generation_will_see(chat):
     assert split.tokens[: split.num_prompt_tokens[0]].tolist() == expected
 
 
-def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_whole(chat):
+def test_a_long_prompt_loses_the_beginning_of_its_text_and_the_answer_stays_whole(chat):
     split = tokenize([record("x" * 100 + "sky", "blue")], chat, 32)
     assert split.lengths.tolist() == [32]
     assert split.cut == ["r"]
     text = chat.tokenizer.decode(split.tokens)
-    assert text.endswith("xsky<|end|>\n<|assistant|>blue<|end|>")
+    assert text == f"<|user|>{'x' * 20}sky<|end|>\n<|assistant|>blue<|end|>"
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama-3", "mistral", "gemma", "qwen-3", "none"])
+def test_what_is_left_of_a_long_record_reads_as_a_record_of_its_own(family, tmp_path):
+    """The judge is the same function on a short record: what a long one kept of its text, read out of its tokens."""
+    folder = chat_families.build(tmp_path, FAMILIES[family])
+    chat = chat_format.load(base_model.Base(family, folder, {}), ModelConfig(base=str(folder)))
+    text = " ".join(f"line {number}," for number in range(200)) + " what is it?"
+    earlier = [Message("user", "hello"), Message("assistant", "hi")]
+    split = tokenize([Record("r", [*earlier, Message("user", text)], "paper")], chat, 160)
+    assert (split.cut, split.too_long) == (["r"], [])
+    assert 140 < split.lengths[0] <= 160
+    written = chat.tokenizer.decode(split.tokens)
+    left = next(text[begin:] for begin in range(len(text)) if text[begin:] in written)
+    assert left.endswith("what is it?")
+    assert tokenize([record(left, "paper")], chat, 160).tokens.tolist() == split.tokens.tolist()
 
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(chat):
@@ -300,21 +316,27 @@ def test_the_last_answer_alone_is_learned_unless_all_are_asked_for(chat):
     assert everything.num_prompt_tokens.tolist() == last.num_prompt_tokens.tolist()
 
 
+BEFORE, COAL = "<|system|>Be brief.<|end|>\n", "<|user|>coal<|end|>\n<|assistant|>black<|end|>"
+
+
 @pytest.mark.parametrize(
-    ("max_length", "expected"),
+    ("max_length", "text", "answers"),
     [
-        (37, ["blue<|end|>", "green<|end|>", "black<|end|>"]),
-        (36, ["green<|end|>", "black<|end|>"]),  # nothing before its first letter to predict that from
-        (35, ["green<|end|>", "black<|end|>"]),
-        (22, ["green<|end|>", "black<|end|>"]),
-        (20, ["black<|end|>"]),
+        (45, f"{BEFORE}<|user|>grass<|end|>\n<|assistant|>green<|end|>\n{COAL}", ["green<|end|>", "black<|end|>"]),
+        (40, f"{BEFORE}{COAL}", ["black<|end|>"]),
+        (26, f"{BEFORE}{COAL}", ["black<|end|>"]),
+        (25, f"<|system|>e brief.<|end|>\n{COAL}", ["black<|end|>"]),
+        # Where only the form is left of a prompt, its tokens are cut, and of an answer that is cut in two nothing is
+        # learned.
+        (22, f"<|assistant|>green<|end|>\n{COAL}", ["green<|end|>", "black<|end|>"]),
+        (20, f"reen<|end|>\n{COAL}", ["black<|end|>"]),
     ],
 )
-def test_an_answer_that_is_cut_in_two_is_not_learned(chat, max_length, expected):
+def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_form(chat, max_length, text, answers):
     split = tokenize([TALK], chat, max_length, "all")
-    assert split.lengths.tolist() == [max_length]
+    assert chat.tokenizer.decode(split.tokens) == text
     assert split.cut == ["talk"]
-    assert learned(split, chat) == [expected]
+    assert learned(split, chat) == [answers]
 
 
 def test_where_a_template_rewrites_earlier_turns_each_answer_has_a_row(tmp_path):

@@ -37,7 +37,7 @@ def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, cha
     most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
     (train, _), said = planned(records(10, 100, 10, 10), records(20), chat, most, store)
     assert len(train) == 4
-    assert said == ["cut 1 prompts at their beginning: they do not fit model.max_length 64"]
+    assert said == ["made 1 prompt shorter, to fit model.max_length 64"]
     split = token_store.load(store, train.stored)
     assert (list(split.cut), list(split.too_long)) == (["r1"], [])
     with pytest.raises(DataError, match=r"the prompts of 2 of 4 records \(50%; as 'r1'\) are too long for model\.max"):

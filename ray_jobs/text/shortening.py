@@ -1,0 +1,66 @@
+"""Prompts that do not fit, made shorter so that they keep their form: what a template writes, and the system message.
+
+The oldest exchanges go first, each from a user's turn to the next one's. Of the last exchange the longest text that is
+no answer loses its beginning, since a question usually follows what it is about.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from components.config.data import LossOn
+from components.prepare.dataset import Record
+from ray_jobs.text.chat_format import ChatFormat
+from ray_jobs.text.pieces import read
+
+Pieces = list[list[int]]
+MOST_TRIES = 16
+"""Each takes as many exchanges, or characters of one text, as hold the tokens that are too many, on average."""
+KEPT_CHARS = 8
+"""Of a text that is cut, at least."""
+
+
+def fitted(
+    too_long: Sequence[tuple[Record, Pieces]], chat: ChatFormat, loss_on: LossOn, excess: Callable[[Pieces], int]
+) -> list[Pieces | None]:
+    """The tokens of each record, whose row is one, with so much less to its prompt that `excess` is at most 0.
+
+    `excess` says by how many tokens a row is too long. None for a record that cannot be made to fit so.
+    """
+    found: list[Pieces | None] = [None] * len(too_long)
+    pending = dict(enumerate(too_long))
+    for _ in range(MOST_TRIES):
+        shorter = {place: each for place, row in pending.items() if (each := _shorter(*row, chat, excess)) is not None}
+        rows = list(chat.rows_of(list(shorter.values()), loss_on))
+        shorter = {place: each for (place, each), row in zip(shorter.items(), rows, strict=True) if len(row) == 1}
+        texts = [row[0] for row in rows if len(row) == 1]
+        if not texts:
+            break
+        pending = {}
+        for (place, record), pieces in zip(shorter.items(), read(chat.tokenizer, texts), strict=True):
+            if excess(pieces) > 0:
+                pending[place] = record, pieces
+            else:
+                found[place] = pieces
+    return found
+
+
+def _shorter(record: Record, pieces: Pieces, chat: ChatFormat, excess: Callable[[Pieces], int]) -> Record | None:
+    """The record without its oldest exchanges, or with less of its longest text; None where neither is possible."""
+    turns = record.prompt
+    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if len(asked) > 1:
+        of_a_token = sum(len(turn.content) for turn in turns) / sum(map(len, pieces[:-1]))
+        ends = itertools.accumulate(len(turn.content) for turn in turns[asked[0] :])
+        before = dict(zip(range(asked[0] + 1, len(turns) + 1), ends, strict=True))
+        enough = (place for place in asked[1:] if before[place] >= of_a_token * excess(pieces))
+        return replace(record, prompt=[*turns[: asked[0]], *turns[next(enough, asked[-1]) :]])
+    others = [place for place, turn in enumerate(turns) if turn.role != "assistant"]
+    place = max(others, key=lambda place: len(turns[place].content))
+    text = turns[place].content
+    num_tokens = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+    cut = min(len(text) - KEPT_CHARS, math.ceil(len(text) * excess(pieces) / max(1, num_tokens)))
+    if cut <= 0:
+        return None
+    return replace(record, prompt=[*turns[:place], turns[place]._replace(content=text[cut:]), *turns[place + 1 :]])
