@@ -79,7 +79,7 @@ def finetune(
     dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
-    base = base_model.resolve(config.model, weights=False, registry=store)
+    base = _base(config, store, run_id)
     shape = base_config.load(base.path, config.model)
     config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
@@ -120,6 +120,21 @@ def _prepared(config: RunConfig, store: Store) -> str:
     prepared = prepare(config, store)
     say(STEP, prepared.summary)
     return prepared.uri
+
+
+def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
+    """Without its weights; where an earlier attempt of the run has left a checkpoint, the base of that one.
+
+    Raises:
+        IntegrityError: what `model.base` names has changed since.
+    """
+    recorded = None
+    if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
+        from ray_jobs.training import checkpoint  # which imports DeepSpeed
+
+        found = checkpoint.newest(store, run_id)
+        recorded = found.base or None if found else None
+    return base_model.resolve(config.model, recorded=recorded, weights=False, registry=store)
 
 
 def _planned(config: RunConfig, base: base_model.Base, train_split: splits.PlannedSplit) -> "Outlook":

@@ -14,7 +14,7 @@ does: a half-uploaded one is never resumed from. Release 0.1.0 has the best weig
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.base.gathered import gathered
-from ray_jobs.kernels.door import Kernels
 from ray_jobs.training import optimizer, zero
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
@@ -54,6 +53,8 @@ class TrainingProgress:
     """What is held of magnitudes, where there are any; a checkpoint that does not say holds them, not their change."""
     held_out: str = ""
     """Names the records that `best_loss` was measured on; a checkpoint that does not say measured on others."""
+    base: dict[str, str] = field(default_factory=dict)
+    """Identity of the base that was trained on; a checkpoint that does not say has none."""
 
     def measured(self, loss: float) -> bool:
         """Note a held-out loss, and whether it is the best so far."""
@@ -84,11 +85,12 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
             parameter.data.copy_(source[name])
 
 
-def kernels(store: Store, run_id: str) -> Kernels | None:
-    """What the run's checkpoints were trained with, and so must go on with; None without one that can be read."""
+def newest(store: Store, run_id: str) -> TrainingProgress | None:
+    """Where the newest checkpoint stands: what goes on from it does so on the same base, by the same products. None
+    without one that can be read."""
     for step in complete(store, run_id):
         with contextlib.suppress(IntegrityError, ObjectMissing):
-            return Kernels(progress_of(store, run_id, step).matmul_dtype)
+            return progress_of(store, run_id, step)
     return None
 
 

@@ -79,7 +79,7 @@ def resume(
     progress = found.progress
     by = f" of {progress.num_workers} workers" if progress.num_workers != fresh.num_workers else ""
     logger.info("resumed from step %d%s", step, by)
-    progress.config_digest, progress.num_workers = fresh.config_digest, fresh.num_workers
+    progress.config_digest, progress.num_workers, progress.base = fresh.config_digest, fresh.num_workers, fresh.base
     if progress.held_out != fresh.held_out:
         logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
         progress.best_loss, progress.evals_without_gain = float("inf"), 0

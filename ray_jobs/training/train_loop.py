@@ -87,12 +87,14 @@ def run(
     train_split: TokenizedSplit,
     eval_split: TokenizedSplit,
     pad: int,
+    base: Mapping[str, str],
     report: Report,
     watch: preemption.Watch | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainedAdapter:
     """Train to the end, from the newest complete checkpoint of this run when there is one. Of the weights `start`,
-    which the training began with, `train.start_share` stays in what comes of it.
+    which the training began with, `train.start_share` stays in what comes of it. Checkpoints say that they are of the
+    base with the identity `base`.
 
     `report` gets one record for each step and each measurement, on every rank. `watch` says when a node is about to be
     taken; without it none ever is.
@@ -103,7 +105,7 @@ def run(
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
     measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-    fresh = _fresh(config, worker, eval_split)
+    fresh = _fresh(config, worker, eval_split, base)
     progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
@@ -138,7 +140,7 @@ def run(
     return trained
 
 
-def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit) -> TrainingProgress:
+def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit, base: Mapping[str, str]) -> TrainingProgress:
     """Of a training that has taken no step."""
     return TrainingProgress(
         config.training_digest,
@@ -146,6 +148,7 @@ def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit) -> Tra
         matmul_dtype=worker.kernels.dtype,
         magnitudes="change",
         held_out=eval_split.digest,
+        base=dict(base),
     )
 
 

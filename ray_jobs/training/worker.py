@@ -171,6 +171,7 @@ def fit(
             train_split=train_split,
             eval_split=eval_split,
             pad=job.pad,
+            base=original.identity,
             report=report,
             watch=watch,
             start=began,
@@ -235,4 +236,5 @@ def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id:
     shape = base_config.load(original.path, config.model)
     if config.ray.use_gpu:
         return door.choose(config, shape)
-    return checkpoint.kernels(store, run_id) or door.agree(config, shape)
+    found = checkpoint.newest(store, run_id)
+    return Kernels(found.matmul_dtype) if found else door.agree(config, shape)
