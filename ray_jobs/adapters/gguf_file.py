@@ -1,5 +1,6 @@
 """A merged model as one GGUF file: llama.cpp's own converter writes it, and transformers reads it back."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from ray_jobs.text.chat_format import ChatFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NEEDED = "sentencepiece"
+"""A package that llama.cpp's script imports when it comes to the vocabulary, minutes after its start."""
 CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
 """In a checkout of llama.cpp, and where its pyproject.toml has been installed."""
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -36,22 +39,25 @@ def converter(named: Path | None) -> list[str]:
     """The command of the converter that was named, or of the first on PATH.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it would not run here.
     """
     if named is None:
         found = next((Path(path) for name in CONVERTERS if (path := shutil.which(name))), None)
         if found is None:
             raise UserError(
                 f"--gguf needs the converter of llama.cpp, and neither {' nor '.join(CONVERTERS)} is on PATH: clone "
-                "https://github.com/ggml-org/llama.cpp, run `pip install sentencepiece`, and name the script with "
+                f"https://github.com/ggml-org/llama.cpp, run `pip install {NEEDED}`, and name the script with "
                 "--converter llama.cpp/convert_hf_to_gguf.py"
             )
     elif not named.is_file():
         raise UserError(f"--converter {named}: there is no such file; name llama.cpp's {CONVERTERS[0]}")
     else:
         found = named.absolute()
-    # A script gets this Python, which has torch and transformers; whatever else it is brings its own.
-    return [sys.executable, str(found)] if found.suffix == ".py" else [str(found)]
+    if found.suffix != ".py":
+        return [str(found)]
+    if importlib.util.find_spec(NEEDED) is None:
+        raise UserError(f"{found.name} needs {NEEDED}, which is not installed here: pip install {NEEDED}")
+    return [sys.executable, str(found)]  # a script gets this Python, which has torch and transformers; else its own
 
 
 def convert(command: list[str], model: Path, file: Path, *, dtype: str, name: str) -> None:

@@ -95,6 +95,23 @@ def test_without_a_converter_nothing_is_loaded_and_the_remedy_is_named(on: Any, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a script of llama.cpp needs is installed."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / f"{gguf_file.NEEDED}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+
+
+@pytest.mark.skipif(importlib.util.find_spec(gguf_file.NEEDED) is not None, reason="sentencepiece is installed")
+def test_a_script_that_would_not_run_here_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.touch()
+    with pytest.raises(UserError, match=r"convert_hf_to_gguf\.py needs sentencepiece, .*: pip install sentencepiece"):
+        gguf_file.converter(script)
+
+
+@pytest.mark.usefixtures("needed")
 def test_a_script_runs_in_this_python_and_a_program_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, program = tmp_path / "convert_hf_to_gguf.py", tmp_path / "llama-convert-hf-to-gguf"
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -103,6 +120,7 @@ def test_a_script_runs_in_this_python_and_a_program_by_itself(tmp_path: Path, mo
         assert gguf_file.converter(None) == gguf_file.converter(path) == command
 
 
+@pytest.mark.usefixtures("needed")
 def test_what_a_converter_said_last_is_in_the_error(tmp_path: Path) -> None:
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import sys\nsys.exit(f'BPE pre-tokenizer was not recognized: {sys.argv[1:]}')\n")
