@@ -27,6 +27,46 @@ MAX_BYTES = 256 * 2**20
 """Of an index, unpacked; an entry has some hundreds."""
 
 
+class Index:
+    """One index of an adapter, read at most once, of which `keep` leaves what was asked for."""
+
+    def __init__(self, store: Store, name: str, what: str, *, worth: int = 0) -> None:
+        """`worth` is how many values one has to ask for, so that it is read, and how many have to be new, so that it is
+        written, each time more than that."""
+        self._store, self._name, self._what, self._worth = store, name, what, worth
+        self._indexed: dict[str, Any] | None = None
+        self._known: dict[str, Any] = {}
+        self._num_new = 0
+
+    def of(
+        self, ids: Iterable[str], read: Callable[[str], Any | None], *, is_so: Callable[[str, Any], bool]
+    ) -> dict[str, Any]:
+        """What `read` says of each id, as `remembered` gives it."""
+        wanted = list(ids)
+        if self._indexed is None and len(wanted) > self._worth:
+            self._indexed = _read(self._store, self._name, self._what)
+        indexed = self._indexed or {}
+        known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
+        missing = [each for each in wanted if each not in known]
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            read_now = zip(missing, pool.map(read, missing), strict=True)
+            found = {each: value for each, value in read_now if value is not None}
+        self._num_new += sum(indexed.get(each) != value for each, value in found.items())
+        known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
+        self._known |= known
+        return known
+
+    def keep(self) -> None:
+        """Write the index, where enough of it is new; without the right to, every reader reads the objects."""
+        if self._num_new <= self._worth:
+            return
+        key, body = _key(self._name, self._what), gzip.compress(encode_json(self._known), compresslevel=1, mtime=0)
+        try:
+            self._store.put(key, body, content_type="application/gzip")
+        except StoreError as exc:
+            logger.debug("%s is not written: %s", self._store.uri(key), exc)
+
+
 def remembered(
     store: Store,
     name: str,
@@ -43,19 +83,13 @@ def remembered(
     `is_so` decides whether the index's value of an id can be what `read` would return; else `read` is called. `always`
     keeps the index of however few: for a reader that comes after each object that is new.
     """
-    wanted, worth = list(ids), 0 if always else WORTH_AN_INDEX
-    indexed = _known(store, name, what) if len(wanted) > worth else {}
-    known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
-    missing = [each for each in wanted if each not in known]
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = {each: value for each, value in zip(missing, pool.map(read, missing), strict=True) if value is not None}
-    known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
-    if sum(indexed.get(each) != value for each, value in found.items()) > worth:
-        _keep(store, name, what, known)
+    index = Index(store, name, what, worth=0 if always else WORTH_AN_INDEX)
+    known = index.of(ids, read, is_so=is_so)
+    index.keep()
     return known
 
 
-def _known(store: Store, name: str, what: str) -> dict[str, Any]:
+def _read(store: Store, name: str, what: str) -> dict[str, Any]:
     key = _key(name, what)
     found = store.read(key)
     if found is None:
@@ -80,14 +114,6 @@ def _unpacked(body: bytes) -> bytes:
     if len(unpacked) > MAX_BYTES:
         raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
     return unpacked
-
-
-def _keep(store: Store, name: str, what: str, known: dict[str, Any]) -> None:
-    key = _key(name, what)
-    try:
-        store.put(key, gzip.compress(encode_json(known), compresslevel=1, mtime=0), content_type="application/gzip")
-    except StoreError as exc:  # without the right to write, every reader reads the objects
-        logger.debug("%s is not written: %s", store.uri(key), exc)
 
 
 def _key(name: str, what: str) -> str:

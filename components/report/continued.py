@@ -1,20 +1,12 @@
 """What a run gained by going on from a version, beside one that started afresh on the same data."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from components.records import runs
-from components.records.steps import Evaluation
-from components.registry import ancestry, versions
+from components.registry import ancestry
+from components.report.adapter_files import AdapterFiles, trained
 from components.report.run_files import Afresh, RunFiles
-from components.shared.errors import IntegrityError
 from components.shared.metrics import METRICS
-
-if TYPE_CHECKING:
-    from components.store.store import Store
-
-OF_THE_START = ("start_from", "start_share")
-"""Keys of train that say where a training starts, and what of that stays."""
 
 
 def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
@@ -23,28 +15,18 @@ def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
     return parents[0].rpartition("/")[2] if parents else None
 
 
-def find_afresh(store: "Store", run: RunFiles) -> Afresh | None:
+def find_afresh(files: AdapterFiles, run: RunFiles) -> Afresh | None:
     """The newest version that the same config, but for where it starts, trained from the base on the same dataset.
 
     None where there is none, or it was compared on other records.
     """
     if run.lineage is None or run.evaluation is None or parent_of(run.lineage) is None:
         return None
-    try:
-        return _like(store, run.adapter, run.lineage, run.evaluation)
-    except IntegrityError:  # an audit reports it; this report is of the run
-        return None
-
-
-def _like(store: "Store", name: str, ours: Mapping[str, Any], evaluation: Evaluation) -> Afresh | None:
-    wanted = _but_for_its_start(ours)
-    for version in ancestry.descendants(store, name, {"dataset": evaluation.dataset_id}):
-        lineage = versions.read_lineage(store, version)
-        if parent_of(lineage) is not None or _but_for_its_start(lineage) != wanted:
-            continue
-        found = runs.find(store, version.run_id, Evaluation) if version.run_id else None
-        if found and (found.dataset_id, found.records) == (evaluation.dataset_id, evaluation.records):
-            return Afresh(version.version, found)
+    wanted = {**trained(run.lineage), "dataset": run.evaluation.dataset_id, "parent": ""}
+    for version, entry in files.entries.items():
+        evaluation = files.published(version).evaluation if entry["trained"] == wanted else None
+        if evaluation is not None and evaluation.records == run.evaluation.records:
+            return Afresh(version, evaluation)
     return None
 
 
@@ -63,9 +45,3 @@ def sentence(run: RunFiles) -> str:
         f"It went on from {parent}. Compared with {run.afresh.version}, which the same config trained from the base "
         f"on the same data: {gained}, as far as one run of each can tell."
     )
-
-
-def _but_for_its_start(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    config = lineage.get("config") or {}
-    train = {key: value for key, value in (config.get("train") or {}).items() if key not in OF_THE_START}
-    return {**config, "train": train}

@@ -66,7 +66,12 @@ def list_adapter(store: "Store", name: str) -> Listed:
         pointer = read_alias(store, name, PRODUCTION)
     except IntegrityError:
         is_damaged = True
-    found = listed(name, log, num_versions, pointer, lambda run_id: decision_of(store, run_id))
+
+    def decisions(run_ids: Sequence[str]) -> list[Decision]:
+        with ThreadPoolExecutor(MOST_DECISIONS) as pool:
+            return [found for found in pool.map(lambda run_id: decision_of(store, run_id), run_ids) if found]
+
+    found = listed(name, log, num_versions, pointer, decisions)
     return replace(found, in_production="unknown: the alias is damaged") if is_damaged else found
 
 
@@ -75,10 +80,11 @@ def listed(
     log: "Sequence[Event]",
     num_versions: int,
     pointer: "Pointer | None",
-    decision: Callable[[str], Decision | None],
+    decisions_of: Callable[[Sequence[str]], Sequence[Decision]],
 ) -> Listed:
-    """What the list shows of an adapter; `log` is its newest events, oldest first, `decision` that of a run."""
-    decisions = _decisions(log, decision)
+    """What the list shows of an adapter; `log` is its newest events, oldest first, `decisions_of` gives what runs
+    decided, in their order, without what is gone or damaged."""
+    decisions = decisions_of(_decided(log))
     return Listed(
         name,
         in_production=pointer.version if pointer else "nothing",
@@ -131,13 +137,11 @@ def _judged(decision: Decision) -> RuleResult | None:
     return next(found, None)
 
 
-def _decisions(log: Sequence["Event"], decision: Callable[[str], Decision | None]) -> list[Decision]:
-    """On production, of the newest runs that decided, oldest first; what is gone or damaged is left out."""
+def _decided(log: Sequence["Event"]) -> list[str]:
+    """The newest runs that decided on production, oldest first."""
     decided = (
         each.body.get("run_id")
         for each in log
         if each.kind in DECIDED and each.body.get("alias", PRODUCTION) == PRODUCTION
     )
-    run_ids = [run_id for run_id in dict.fromkeys(decided) if run_id][-MOST_DECISIONS:]
-    with ThreadPoolExecutor(MOST_DECISIONS) as pool:
-        return [found for found in pool.map(decision, run_ids) if found is not None]
+    return [run_id for run_id in dict.fromkeys(decided) if run_id][-MOST_DECISIONS:]

@@ -9,13 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 from components.records.pages import LISTED
 from components.records.runs import PAGES
 from components.records.steps import Evaluation
-from components.registry import event_log, versions
-from components.registry.aliases import PRODUCTION, event_of, list_aliases, read_alias
-from components.report import published
+from components.registry import versions
+from components.registry.aliases import PRODUCTION, read_alias
+from components.report.adapter_files import AdapterFiles
 from components.report.happened import what, when, who, why
 from components.report.html import template
 from components.report.published import Published
-from components.report.registry_index import Listed, decision_of, list_adapter, listed
+from components.report.registry_index import Listed, list_adapter, listed
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import Metric, metrics_of
 
@@ -77,20 +77,20 @@ class AdapterPage:
         return metrics_of(key for model in measured if model for key in model.metrics)
 
 
-def write_pages(store: "Store", name: str, *, generated_at: str) -> str:
+def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterFiles | None = None) -> str:
     """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
 
-    Of another adapter page and entry are written only where there are none yet: its own runs write them.
+    Of another adapter page and entry are written only where there are none yet: its own runs write them. `files` is
+    what has been read of the adapter so far.
 
     Raises:
         IntegrityError: the adapter's alias is damaged.
     """
-    own = read_adapter(store, name)
+    files = files or AdapterFiles(store, name)
+    own = _page_of(files)
+    entry = listed(name, own.events[::-1], own.num_versions, own.pointer, files.sound_decisions)
+    files.keep()
     names, known = versions.list_adapters(store), _known(store)
-    decided = {each.decision.run_id: each.decision for each in own.published if each.decision}
-    entry = listed(
-        name, own.events[::-1], own.num_versions, own.pointer, lambda run: decided.get(run) or decision_of(store, run)
-    )
     pages, new = [own], {name: entry}
     if missing := [each for each in names if each != name and each not in known]:
         there = {info.key for info in store.list(PAGES)}
@@ -121,22 +121,23 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
     Raises:
         IntegrityError: the alias is damaged.
     """
-    aliases = list_aliases(store, name)
+    files = AdapterFiles(store, name)
+    page = _page_of(files)
+    files.keep()
+    return page
+
+
+def _page_of(files: AdapterFiles) -> AdapterPage:
+    store, name = files.store, files.name
     # Of the other aliases a damaged one is passed over, and this one must not be.
-    pointer = next((each for each in aliases if each.alias == PRODUCTION), None) or read_alias(store, name, PRODUCTION)
+    production = (each for each in files.aliases if each.alias == PRODUCTION)
+    pointer = next(production, None) or read_alias(store, name, PRODUCTION)
     before: str | None = pointer.event["from"] if pointer else None
-    moved = (before, pointer.version) if pointer else None
-    shown, num_versions, changes = published.read(store, name, aliases, moved, MOST_VERSIONS)
-    # What the newest versions and the alias say of their events is what the log has, or it is read.
-    guesses = [
-        event_log.publication_event(each.version, each.manifest_sha256, each.run_id, each.created_at)
-        for each in (one.version for one in shown)
-    ]
-    guesses += [event_of(pointer)] if pointer else []
-    log = event_log.events(store, name, always_indexed=True, guesses=guesses)
+    shown = [files.published(version) for version in [*files.entries][:MOST_VERSIONS]]
+    changes = files.changes(before, pointer.version) if pointer else []
     held = None
     if pointer is not None and (held := {each.version.version: each for each in shown}.get(pointer.version)) is None:
-        held = published.published(store, versions.resolve(store, f"{name}@{pointer.version}"))
+        held = files.read_anew(versions.resolve(store, f"{name}@{pointer.version}"))
     measured = _measured(held.evaluation, before) if held and before else ()
     return AdapterPage(
         name=name,
@@ -145,8 +146,8 @@ def read_adapter(store: "Store", name: str) -> AdapterPage:
         since=when(pointer.since) if pointer else "",
         before=before,
         published=tuple(shown),
-        num_versions=num_versions,
-        events=tuple(reversed(log[-MOST_EVENTS:])),
+        num_versions=len(files.entries),
+        events=tuple(reversed(files.log[-MOST_EVENTS:])),
         changes=(*measured, *changes),
     )
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,10 @@ from components.records import runs
 from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation
 from components.records.sweep import SweepResult, TunedRate
-from components.registry.event_log import events
-from components.registry.index import remembered
 from components.registry.names import version_key
 from components.registry.versions import LINEAGE
-from components.report import open_lineage, published
+from components.report import open_lineage
+from components.report.adapter_files import AdapterFiles
 from components.report.continued import find_afresh
 from components.report.errors import Wrong, wrong_answers
 from components.report.numbers import moment
@@ -25,7 +23,6 @@ from components.report.page import build_report
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
-from components.store.store import encode_json
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -46,13 +43,14 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
     """
-    run = read_run(config, store, run_id)
+    files = AdapterFiles(store, config.adapter.name)
+    run = read_run(config, store, run_id, files)
     page = build_report(run, pages_at=PAGES_FROM_RUN)
     key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
     logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
     try:
-        pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)))
+        pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)), files=files)
         logger.info("the registry's pages at %s", pages)
     except FineloopError as exc:  # a report that is there is no failure
         logger.warning("the registry's pages are not written: %s", exc)
@@ -60,8 +58,14 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     return store.uri(key)
 
 
-def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
-    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out."""
+def read_run(config: RunConfig, store: "Store", run_id: str, files: AdapterFiles | None = None) -> RunFiles:
+    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out.
+
+    `files` is what has been read of its adapter so far; what is read here stays there.
+    """
+    files = files or AdapterFiles(store, config.adapter.name)
+    store = files.store
+    store.list(runs.run_key(run_id))  # says what is not there, so that it is not asked for
     metrics_key = runs.run_key(run_id, runs.METRICS)
     run = RunFiles(
         run_id=run_id,
@@ -78,7 +82,7 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         replayed=runs.find(store, run_id, Replayed),
         rate=runs.find(store, run_id, TunedRate),
         steps=runs.steps(store, run_id),
-        decided_before=decided_before(config, store, run_id),
+        decided_before=decided_before(files, config.adapter.alias, run_id),
     )
     dataset_id = run.dataset_id
     run = replace(
@@ -86,32 +90,14 @@ def read_run(config: RunConfig, store: "Store", run_id: str) -> RunFiles:
         profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
         lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
-    return replace(run, afresh=find_afresh(store, run))
+    return replace(run, afresh=find_afresh(files, run))
 
 
-def decided_before(config: RunConfig, store: "Store", run_id: str) -> list[Decision]:
+def decided_before(files: AdapterFiles, alias: str, run_id: str) -> list[Decision]:
     """What the gate decided on the alias in earlier runs, as far as they are kept, the newest first."""
-    adapter = config.adapter
-    log = events(store, adapter.name, always_indexed=True)
-    bodies = [event.body for event in reversed(log) if event.body.get("alias") == adapter.alias]
+    bodies = [event.body for event in reversed(files.log) if event.body.get("alias") == alias]
     run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
-    found = remembered(
-        store,
-        adapter.name,
-        "decisions",
-        run_ids[:MOST_DECISIONS],
-        lambda each: published.small(runs.find(store, each, Decision)),
-        is_so=lambda _run_id, each: isinstance(each, dict),
-        always=True,
-    )
-    return [decision for each, body in found.items() if (decision := _decision(store, each, body))]
-
-
-def _decision(store: "Store", run_id: str, body: Mapping[str, Any]) -> Decision | None:
-    try:
-        return Decision.from_json(encode_json(body), store.uri(runs.run_key(run_id, Decision.FILE)))
-    except IntegrityError:  # of another release's index
-        return runs.find(store, run_id, Decision)
+    return files.decisions(run_ids[:MOST_DECISIONS])
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:

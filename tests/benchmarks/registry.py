@@ -35,6 +35,7 @@ from components.report.report import run_report
 from components.store.store import Store, encode_json
 from pipelines.commands.table import table
 from pipelines.local import seaweedfs, server
+from tests.components.report.example_runs import leave_files
 
 NAME = "icd"
 CONFIG = """
@@ -152,9 +153,10 @@ def measure_many(store: Store, names: list[str], versions: int) -> list[tuple[st
         night(store, names[0], next(nights))
         return lambda: write_pages(store, names[0], generated_at="now")
 
-    def report() -> Callable[[], Any]:
+    def report(leave: Callable[[Store, str], None] = lambda _store, _run_id: None) -> Callable[[], Any]:
         number = next(nights)
         night(store, names[0], number)
+        leave(store, f"night-{number}")
         config = config_file.loads(CONFIG.format(name=names[0]))
         return lambda: run_report(config, store, f"night-{number}")
 
@@ -166,6 +168,7 @@ def measure_many(store: Store, names: list[str], versions: int) -> list[tuple[st
         "a run's pages, the night after": pages,
         "a run's report with its pages, the night after that": report,
         "the same, another night": report,
+        "the same of a run with all 10 files": lambda: report(leave_files),
         "gc": lambda: lambda: collect.removals(store, names, collect.Rules(), now=later),
         "gc, all but two versions of each": lambda: gc_of_all,
         "the same again": lambda: gc_of_all,

@@ -1,5 +1,6 @@
 """Runs as the steps leave them: one promoted, one held, one first of its kind, and some that ended early."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -9,11 +10,24 @@ from typing import Any
 from components.config import config_file
 from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
-from components.records.steps import Decision, Evaluation, Measured, PairedDifference, StepRecord, TextLosses
+from components.records import runs
+from components.records.steps import (
+    Decision,
+    Evaluation,
+    Measured,
+    PairedDifference,
+    RuleResult,
+    StepRecord,
+    TextLosses,
+)
 from components.records.suites import LostItem, Suite
+from components.registry.aliases import Cause, promote
+from components.registry.event_log import append_event
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
+from components.registry.versions import publish_version
 from components.report.run_files import RunFiles
-from tests.components.gate.evidenced import evidence
+from components.store.store import Store
+from tests.components.gate.evidenced import as_parquet, evidence
 
 CONFIG = config_file.loads(
     """
@@ -342,3 +356,41 @@ def failed_run() -> RunFiles:
         adapter=CONFIG.adapter.name,
         steps=steps("prepare", "finetune", failed="finetune"),
     )
+
+
+def night(store: Store, number: int, *, promotes: bool) -> None:
+    """A version that went on from another one, and that its run has compared and decided on."""
+    run_id, files = f"night-{number}", {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
+    parents = [f"s3://fineloop/adapters/icd/versions/{CHAMPION}"]
+    lineage = {"run_id": run_id, "config": {"train": {"learning_rate": number / 1000}}, "parents": parents}
+    version = publish_version(store, "icd", files, lineage=lineage).version
+    models = {"candidate": Measured(version=version, metrics={"loss": 1 - number / 100})}
+    paired = {"champion": PairedDifference(metric="loss", difference=0.05, ci95=(0.01, 0.09), records=250)}
+    runs.write(store, run_id, Evaluation(run_id=run_id, records=250, models=models, paired=paired))
+    compared = {"metric": "loss", "candidate": 1 - number / 100, "other": 1.0, "confidence": 0.95, "passed": promotes}
+    rules = (
+        RuleResult(name="better_than_base", field="f", against="base", text="said at length", **compared),
+        RuleResult(
+            name="not_worse_than_champion", field="f", against="champion", gain=0.04, lower=0.02, upper=0.06, text="t",
+            **compared,
+        ),
+    )  # fmt: skip
+    outcome = "promote" if promotes else "hold"
+    about = {"adapter": "icd", "alias": "production", "run_id": run_id, "version": version, "reasons": ("why",)}
+    runs.write(store, run_id, Decision(decision=outcome, verdict=outcome, rules=rules, **about))
+    if promotes:
+        promote(store, "icd", version, cause=Cause(run_id, "ann", "better"))
+    else:
+        append_event(store, "icd", "refused", {"version": version, "run_id": run_id, "alias": "production"})
+
+
+def leave_files(store: Store, run_id: str) -> None:
+    """What else a run leaves beside evaluation and decision, with the profile of its dataset: the promoted one's."""
+    run, folder = promoted_run(), f"runs/{run_id}/"
+    assert run.evaluation is not None
+    store.put(f"{folder}{runs.CONFIG}", run.config_toml.encode())
+    store.put(f"{folder}{runs.METRICS}", "".join(json.dumps(each) + "\n" for each in run.metrics).encode())
+    store.put(f"{folder}{runs.EVALUATION_RECORDS}", as_parquet(evidence(run.evaluation)))
+    for step in run.steps:
+        runs.write(store, run_id, step)
+    store.put_json(f"datasets/{DATASET}/profile.json", run.profile)

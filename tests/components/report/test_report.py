@@ -88,6 +88,7 @@ def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store
     assert drawn.rows[0].position < drawn.bound < drawn.zero
     assert "Decisions so far" in build_report(found)
     assert past_decisions(run) is None
+    run_report(CONFIG, store, run.run_id)  # leaves the index
     asked: list[str] = []
     store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url) or None)
     again = read_run(CONFIG, store, run.run_id)

@@ -1,0 +1,82 @@
+"""A store as it is seen by who reads each thing in it once, however many ask for it."""
+
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+from pathlib import Path
+
+from components.store.store import BINARY, ObjectInfo, Store
+
+
+class ReadOnce(Store):
+    """A store whose small objects and listings are kept once they are read, for as long as one report takes.
+
+    In a folder that was listed, an object that was not there is not asked for. What is written through it is read anew;
+    what others write meanwhile is not seen. Like any store it may be shared between threads.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Of the same place, and nothing is read yet."""
+        super().__init__(store._client, store.bucket, store.prefix, field=store._field, trusted_keys=store.trusted_keys)
+        self._objects: dict[str, tuple[bytes, str] | None] = {}
+        self._listed: dict[str, dict[str, ObjectInfo]] = {}
+        self._folders: dict[str, list[str]] = {}
+
+    def read(self, key: str) -> tuple[bytes, str] | None:
+        """As `Store.read`."""
+        if key not in self._objects:
+            listed = self._listed_at(key)
+            self._objects[key] = super().read(key) if listed is None or key in listed else None
+        return self._objects[key]
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """As `Store.folders`, all at once."""
+        if prefix not in self._folders:
+            self._folders[prefix] = [*super().folders(prefix)]
+        return iter(self._folders[prefix])
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """As `Store.list`, all at once: for folders of a few thousand objects."""
+        listed = self._listed_at(prefix)
+        if listed is None:
+            listed = self._listed[prefix] = {info.key: info for info in super().list(prefix)}
+        return (info for key, info in listed.items() if key.startswith(prefix))
+
+    def list_first(self, prefix: str, *folders: str) -> None:
+        """Know the listings of those folders, before which nothing much lies in `prefix`, by one listing of it."""
+        last = max(folders)
+        until = takewhile(lambda info: info.key < last or info.key.startswith(last), super().list(prefix))
+        found = {info.key: info for info in until}
+        for folder in folders:
+            self._listed[folder] = {key: info for key, info in found.items() if key.startswith(folder)}
+
+    def put(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> None:
+        """As `Store.put`."""
+        self._forget(key)
+        super().put(key, body, content_type=content_type)
+
+    def create(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> str:
+        """As `Store.create`."""
+        self._forget(key)
+        return super().create(key, body, content_type=content_type)
+
+    def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
+        """As `Store.swap`."""
+        self._forget(key)
+        return super().swap(key, body, etag, content_type=content_type)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """As `Store.delete`."""
+        gone = [*keys]
+        for key in gone:
+            self._forget(key)
+        super().delete(gone)
+
+    def _listed_at(self, key: str) -> dict[str, ObjectInfo] | None:
+        """The listing that shows whatever has this key or this beginning; None where there was none."""
+        return next((found for prefix, found in [*self._listed.items()] if key.startswith(prefix)), None)
+
+    def _forget(self, key: str) -> None:
+        self._objects.pop(key, None)
+        for known in (self._listed, self._folders):
+            for prefix in [each for each in known if key.startswith(each)]:
+                del known[prefix]

@@ -1,0 +1,63 @@
+"""A store that reads each thing once: the judge is what the client sends, and what lies there."""
+
+import pytest
+
+from components.store.once import ReadOnce
+from components.store.store import Store
+
+
+@pytest.fixture
+def sent(store: Store) -> list[str]:
+    found: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: found.append(request.method) or None)
+    return found
+
+
+def test_an_object_and_a_listing_are_read_once(store: Store, sent: list[str]) -> None:
+    for key in ("a/1", "a/b/2", "a-c/3"):
+        store.put(key, key.encode())
+    once = ReadOnce(store)
+    sent.clear()
+    for _ in range(2):
+        assert once.get("a-c/3") == b"a-c/3"
+        assert once.read("a-c/4") is None
+        assert [*once.folders("")] == [*store.folders("")] == ["a", "a-c"]
+        assert [info.key for info in once.list("a/")] == ["a/1", "a/b/2"]
+        assert [info.key for info in once.list("a/b/")] == ["a/b/2"]
+        assert once.read("a/b/3") is None
+    assert len(sent) == 4 + 2  # two of them are the store's own
+
+
+def test_what_is_written_through_it_is_read_anew_and_what_others_write_is_not_seen(store: Store) -> None:
+    once = ReadOnce(store)
+    store.put("a/1", b"1")
+    assert [*once.folders("")] == ["a"]
+    assert [info.key for info in once.list("a/")] == ["a/1"]
+    assert once.get("a/1") == b"1"
+    store.put("a/1", b"2")
+    store.put("a/2", b"2")
+    assert (once.get("a/1"), once.read("a/2")) == (b"1", None)
+    etag = once.create("b/1", b"1")
+    assert once.get("b/1") == b"1"
+    once.swap("b/1", b"2", etag)
+    assert once.get("b/1") == b"2"
+    once.put("a/3", b"3")
+    assert [*once.folders("")] == ["a", "b"]
+    assert [info.key for info in once.list("a/")] == ["a/1", "a/2", "a/3"]
+    once.delete(["a/3", "b/1"])
+    assert (once.read("a/3"), once.read("b/1")) == (None, None)
+    assert [info.key for info in once.list("a/")] == ["a/1", "a/2"]
+
+
+def test_folders_that_come_first_are_listed_by_one_request(store: Store, sent: list[str]) -> None:
+    keys = ["x/a/1", "x/ab/1", "x/b/1", "x/b/2", "x/c/1"]
+    for key in keys:
+        store.put(key, b"1")
+    once = ReadOnce(store)
+    sent.clear()
+    once.list_first("x/", "x/a/", "x/b/")
+    assert [info.key for info in once.list("x/a/")] == ["x/a/1"]
+    assert [info.key for info in once.list("x/b/")] == ["x/b/1", "x/b/2"]
+    assert once.read("x/b/3") is None
+    assert len(sent) == 1
+    assert [info.key for info in once.list("x/")] == keys
