@@ -18,7 +18,14 @@ NAME = CONFIG.adapter.name
 
 
 def trained(
-    store: Store, run_id: str, *, loss: float, parents: tuple[str, ...] = (), dataset: str = "d1", rate: float = 1e-3
+    store: Store,
+    run_id: str,
+    *,
+    loss: float,
+    parents: tuple[str, ...] = (),
+    dataset: str = "d1",
+    rate: float = 1e-3,
+    records: int = 250,
 ) -> Version:
     """A version with its run's comparison."""
     start = "production" if parents else "base"
@@ -29,7 +36,7 @@ def trained(
     files = {"adapter_model.safetensors": run_id.encode(), "adapter_config.json": b"{}"}
     version = publish_version(store, NAME, files, lineage=lineage)
     models = {"candidate": Measured(version=version.version, metrics={"loss": loss})}
-    runs.write(store, run_id, Evaluation(run_id=run_id, dataset_id=dataset, records=250, models=models))
+    runs.write(store, run_id, Evaluation(run_id=run_id, dataset_id=dataset, records=records, models=models))
     return version
 
 
@@ -49,7 +56,10 @@ def test_what_going_on_gained_is_told_against_the_same_training_from_the_base(st
     assert sentence_of(store, "afresh") == ""
 
 
-@pytest.mark.parametrize("other", [{"dataset": "d2"}, {"rate": 2e-3}, {"parents": ("s3://b/adapters/x/versions/v1",)}])
+@pytest.mark.parametrize(
+    "other",
+    [{"dataset": "d2"}, {"rate": 2e-3}, {"parents": ("s3://b/adapters/x/versions/v1",)}, {"records": 100}],
+)
 def test_a_training_that_differs_in_more_than_its_start_is_no_comparison(store: Store, other: dict[str, Any]) -> None:
     first = trained(store, "first", loss=0.5, dataset="d0")
     trained(store, "other", loss=0.3, **other)
