@@ -20,14 +20,13 @@ not with its square, and texts are read in batches.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from components.prepare.minhash import MinHash, Numbers, Signatures
-from components.prepare.shingles import CHARS, Batch, Hashes, Marks, Rows, Seen, frequent, in_batches, is_in
+from components.prepare.minhash import Band, MinHash, Minima, Numbers, Signatures
+from components.prepare.shingles import CHARS, Batch, Hashes, Known, Marks, Rows, frequent, in_batches
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
@@ -40,6 +39,8 @@ many are compared: a bound to the work on prompts that are all alike, of which a
 AT_ONCE = 4096
 KEPT_BYTES = 2**27
 """Of sets of shingles that are kept for the next comparison."""
+AHEAD = 64
+"""Texts whose sets are made together."""
 
 
 class _Said(NamedTuple):
@@ -59,8 +60,10 @@ class _Shingled(NamedTuple):
 
     hashes: Hashes
     rows: Rows
+    is_whole: Marks
+    """Of each, whether it is a shingle that counts."""
     is_own: Marks
-    """Of each, whether it reaches into what no shared text covers."""
+    """Of each, whether it also reaches into what no shared text covers."""
     equals: Hashes
     """Of each text the hash of all of it."""
 
@@ -76,26 +79,32 @@ class Comparison:
         self._signed: list[tuple[Signatures, Hashes]] = []
         """Of the prompts that were compared with what is held out."""
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
-        self._common = frequent(lambda: _shingles_in(held_out), more_than=most)
-        self._shared = frequent(
-            lambda: _runs_in(held_out, prompts), more_than=max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
-        )
+        shingles = (hashes for hashes, _ in _shingles_in(held_out))
+        self._common = Known(frequent(shingles, lambda: _shingles_in(held_out), more_than=most))
+        most = max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
+        runs = _Runs(held_out, prompts)
+        self._shared = Known(frequent(runs.of_all(), runs.of_different, more_than=most))
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
         """For each prompt, in order, the held-out one that it is near to, if any; lazy, some thousand at a time."""
         theirs, equals = self._signatures(self._held_out)
-        bands = [theirs.in_band(band) for band in range(self._minhash.bands)]
-        place_of = {value: row for row, value in reversed(list(enumerate(equals.tolist())))}
+        bands = [Band(theirs, band) for band in range(self._minhash.bands)]
+        known, first = np.unique(equals, return_index=True)
         sets = _Sets(self, self._held_out)
         pending = iter(prompts)
         while batch := list(islice(pending, AT_ONCE)):
             ours, equals = self._signatures(batch)
             self._signed.append((ours, equals))
-            found = [place_of.get(value) for value in equals.tolist()]
-            open_rows = np.flatnonzero(ours.is_found & np.array([each is None for each in found]))
-            for row, candidates in self._candidates(ours, open_rows, theirs, bands):
-                said = self.said(batch[row])
-                found[row] = next((each for each in candidates if self._are_near(said, sets[each])), None)
+            places = np.searchsorted(known, equals).clip(max=len(known) - 1)
+            is_equal = known[places] == equals
+            found = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
+            open_rows = np.flatnonzero(ours.is_found & ~is_equal)
+            own_sets, candidates = _Sets(self, batch), self._candidates(ours, open_rows, theirs, bands)
+            while some := list(islice(candidates, AHEAD)):
+                own_sets.make(row for row, _ in some)
+                sets.make(others[0] for _, others in some)
+                for row, others in some:
+                    found[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
             yield from found
 
     def repeats(self, prompts: Sequence[str], kept: Marks | None = None) -> int:
@@ -112,31 +121,42 @@ class Comparison:
             pairs = np.setdiff1d(_neighbours(*ours.in_band(band), size=len(prompts)), known, assume_unique=True)
             rows, others = np.divmod(pairs[~is_repeat[pairs // len(prompts)]], len(prompts))
             likely = self._minhash.likely(ours, rows, ours, others) >= 0
-            compared = []
-            for row, other in zip(rows[likely].tolist(), others[likely].tolist(), strict=True):
-                if not is_repeat[row]:
-                    is_repeat[row] = self._are_near(sets[row], sets[other])
-                    compared.append(row * len(prompts) + other)
+            pending, compared = zip(rows[likely].tolist(), others[likely].tolist(), strict=True), []
+            while some := list(islice(pending, AHEAD)):
+                sets.make(chain.from_iterable(pair for pair in some if not is_repeat[pair[0]]))
+                for row, other in some:
+                    if not is_repeat[row]:
+                        is_repeat[row] = self._are_near(sets[row], sets[other])
+                        compared.append(row * len(prompts) + other)
             known = np.union1d(known, np.array(compared, np.int64))
         return int(np.count_nonzero(is_repeat))
 
-    def said(self, text: str) -> _Said:
-        """The sets that the text is compared by."""
-        (found,) = self._shingled([text])
-        return _Said(np.unique(found.hashes), np.unique(found.hashes[found.is_own]))
+    def said(self, texts: Iterable[str]) -> Iterator[_Said]:
+        """The sets that each of the texts is compared by."""
+        for found in self._shingled(texts):
+            starts = np.searchsorted(found.rows, np.arange(len(found.equals) + 1)).tolist()
+            for part in map(slice, starts[:-1], starts[1:]):
+                hashes, is_whole, is_own = found.hashes[part], found.is_whole[part], found.is_own[part]
+                whole = np.unique(hashes[is_whole])
+                yield _Said(whole, whole if (is_own == is_whole).all() else np.unique(hashes[is_own]))
 
     def _are_near(self, one: _Said, other: _Said) -> bool:
         least = self._similarity - ROUNDING
-        return _jaccard(one.own, other.own) >= least and _jaccard(one.whole, other.whole) >= least
+        if _jaccard(one.own, other.own) < least:
+            return False
+        return (one.own is one.whole and other.own is other.whole) or _jaccard(one.whole, other.whole) >= least
 
     def _shingled(self, texts: Iterable[str]) -> Iterator[_Shingled]:
-        for said in in_batches(texts):
-            batch = Batch.of(said)
-            hashes, rows, first = batch.shingles()
-            own_before = np.concatenate([[0], np.cumsum(batch.words().outside(self._shared))])
-            kept = ~is_in(hashes, self._common)
-            is_own = own_before[first + CHARS] > own_before[first]
-            yield _Shingled(hashes[kept], rows[kept], is_own[kept], batch.texts())
+        for some in in_batches(texts):
+            batch = Batch.of(some)
+            hashes, is_whole = batch.shingles()
+            if len(self._common):
+                is_whole &= ~self._common.has(hashes)
+            outside = batch.words().outside(self._shared, batch) if len(self._shared) else batch.is_word
+            is_own = np.zeros(len(hashes), bool)
+            for place in range(CHARS):
+                is_own |= outside[place : place + len(hashes)]
+            yield _Shingled(hashes, batch.row_of[: len(hashes)], is_whole, is_own & is_whole, batch.texts())
 
     def _signatures(self, texts: Sequence[str]) -> tuple[Signatures, Hashes]:
         equals: list[Hashes] = []
@@ -144,7 +164,8 @@ class Comparison:
         def parts() -> Iterator[Signatures]:
             for found in self._shingled(texts):
                 equals.append(found.equals)
-                yield self._minhash.signatures(found.hashes, found.rows, found.is_own, texts=len(found.equals))
+                marks = (found.is_whole, found.is_own)
+                yield self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(found.equals))
 
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
 
@@ -162,23 +183,19 @@ class Comparison:
         return Signatures.joined(parts(), texts=int(np.count_nonzero(kept))), np.concatenate(equals)
 
     def _candidates(
-        self,
-        ours: Signatures,
-        rows: Numbers,
-        theirs: Signatures,
-        bands: Sequence[tuple[npt.NDArray[np.uint32], Numbers]],
+        self, ours: Signatures, rows: Numbers, theirs: Signatures, bands: Sequence[Band]
     ) -> Iterator[tuple[int, list[int]]]:
         """Of each row that has any, whom to compare it with, the most similar first."""
-        pairs = [np.zeros((0, 2), np.int64)]
-        for band, (keys, others) in enumerate(bands):
-            begin = np.searchsorted(keys, ours.bands[rows, band], "left")
-            found = np.minimum(np.searchsorted(keys, ours.bands[rows, band], "right") - begin, MOST_IN_BAND)
-            offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
-            pairs.append(np.stack([np.repeat(rows, found), others[np.repeat(begin, found) + offsets]], axis=1))
-        candidates = np.unique(np.concatenate(pairs), axis=0)
-        likely = self._minhash.likely(ours, candidates[:, 0], theirs, candidates[:, 1])
-        order = np.lexsort((candidates[:, 1], -likely, candidates[:, 0]))
-        sorted_pairs = candidates[order[likely[order] >= 0]].tolist()
+        found = [np.zeros((2, 0), np.int64)]
+        for band, hashes in zip(bands, ours.bands, strict=True):
+            found.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))
+        places, others = np.concatenate(found, axis=1)
+        pairs = np.unique(rows[places] * len(theirs.is_found) + others)
+        rows, others = np.divmod(pairs, len(theirs.is_found))
+        likely = self._minhash.likely(ours, rows, theirs, others)
+        order = np.lexsort((others, -likely, rows))
+        order = order[likely[order] >= 0]
+        sorted_pairs = zip(rows[order].tolist(), others[order].tolist(), strict=True)
         for row, group in groupby(sorted_pairs, key=lambda pair: pair[0]):
             yield row, [other for _, other in islice(group, MOST_COMPARED)]
 
@@ -192,40 +209,66 @@ class _Sets:
         self._kept: OrderedDict[int, _Said] = OrderedDict()
         self._bytes = 0
 
-    def __getitem__(self, row: int) -> _Said:
-        if row not in self._kept:
-            said = self._kept[row] = self._comparison.said(self._texts[row])
+    def make(self, rows: Iterable[int]) -> None:
+        """Those of these texts together, which takes less time than one by one."""
+        missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
+        for row, said in zip(missing, self._comparison.said(self._texts[row] for row in missing), strict=True):
+            self._kept[row] = said
             self._bytes += said.nbytes
             while self._bytes > KEPT_BYTES and len(self._kept) > 1:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def __getitem__(self, row: int) -> _Said:
+        self.make([row])
         return self._kept[row]
 
 
-def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
-    for said in in_batches(texts):
-        hashes, rows, _ = Batch.of(said).shingles()
-        yield hashes, rows
+class _Runs:
+    """The runs of words of some texts, which are gone through twice."""
 
+    def __init__(self, *parts: Iterable[str]) -> None:
+        self._parts = parts
+        self._equals = [np.zeros(0, np.uint64)]
+        """Of each text the hash of all of it."""
 
-def _runs_in(*parts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
-    """The runs of words of each different text."""
-    seen = Seen()
-    for part in parts:
-        for said in in_batches(part):
-            batch = Batch.of(said)
-            is_new = seen.are_new(batch.texts())
+    def of_all(self) -> Iterator[Hashes]:
+        """Those of each text."""
+        for batch in self._batches():
+            self._equals.append(batch.texts())
+            yield batch.words().runs()[0]
+
+    def of_different(self) -> Iterator[tuple[Hashes, Rows]]:
+        """And whose they are, without those of a text that has come before; to be called after `of_all`."""
+        equals = np.concatenate(self._equals)
+        is_new = np.zeros(len(equals), bool)
+        is_new[np.unique(equals, return_index=True)[1]] = True
+        start = 0
+        for batch in self._batches():
             words = batch.words()
             hashes, first = words.runs()
-            rows = words.row_of[first]
-            yield hashes[is_new[rows]], rows[is_new[rows]]
+            rows = words.row_of(first)
+            of_new = is_new[start + rows]
+            start += len(batch.ends)
+            yield hashes[of_new], rows[of_new]
+
+    def _batches(self) -> Iterator[Batch]:
+        for part in self._parts:
+            yield from map(Batch.of, in_batches(part))
 
 
-def _neighbours(keys: npt.NDArray[np.uint32], rows: Numbers, *, size: int) -> Numbers:
+def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
+    for batch in map(Batch.of, in_batches(texts)):
+        hashes, is_one = batch.shingles()
+        yield hashes[is_one], batch.row_of[: len(hashes)][is_one]
+
+
+def _neighbours(keys: Minima, rows: Numbers, *, size: int) -> Numbers:
     """Of each row, in order of the keys, the first with its key and the one before it: pairs as row * size + other."""
-    starts = np.searchsorted(keys, keys)
-    places = np.arange(len(keys))
-    pairs = [(rows * size + rows[others])[others < places] for others in (starts, np.maximum(places - 1, starts))]
-    return np.unique(np.concatenate(pairs))
+    begins = np.ones(len(keys), bool)
+    begins[1:] = keys[1:] != keys[:-1]
+    starts, places = np.flatnonzero(begins), np.flatnonzero(~begins)
+    first = starts[np.searchsorted(starts, places) - 1]
+    return np.unique(np.concatenate([rows[places] * size + rows[others] for others in (first, places - 1)]))
 
 
 def _jaccard(one: Hashes, other: Hashes) -> float:

@@ -6,15 +6,16 @@ All hashes are of 64 bits and depend on the text alone, so that the same texts a
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 """For each of some hashes, which text of the batch it is of; ascending."""
+Places = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 
 CHARS = 5
@@ -26,7 +27,7 @@ FACTORS: Hashes = np.array(
 )
 """xxHash's primes, one for each character of a shingle."""
 BASE = 0x9E3779B97F4A7C15
-"""Of the polynomials by which words and runs of them are hashed: odd, as the golden ratio has its digits."""
+"""Of the polynomials by which words, runs of them and texts are hashed: odd, as the golden ratio has its digits."""
 SPACE = ord(" ")
 UNSPACED = (
     (0x0E00, 0x0EFF),
@@ -39,71 +40,98 @@ UNSPACED = (
 """Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): a character is a word."""
 CELLS = 2**22
 """Counters of a first, coarse count: 16 MiB of them."""
-KEPT_LATELY = 2**16
-"""Hashes that are put in order at once, at least."""
 _WORD = re.compile(r"\w+")
-_WORDS_OF_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
+_SAID_IN_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
 """What each byte of such a text becomes."""
-
-
-def said(text: str) -> str:
-    """The text without case, punctuation and white space, at least as long as a shingle."""
-    if text.isascii():  # the same words, in a tenth of the time
-        return b" ".join(text.encode().translate(_WORDS_OF_ASCII).split()).decode().ljust(CHARS)
-    return " ".join(_WORD.findall(text.casefold())).ljust(CHARS)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some texts, as `said` gives them, one behind the other."""
+    """What some texts say, without case, punctuation and white space, one behind the other."""
 
-    characters: Hashes
-    row_of: Rows
-    """Of each character."""
+    characters: npt.NDArray[np.uint8] | npt.NDArray[np.uint32]
+    """Of each text its words with a space after each, and spaces until it is as long as a shingle and one more."""
+    ends: Places
+    """Behind the last character of each text."""
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Batch":
-        """The texts must be as `said` gives them."""
-        points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        row_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        return cls(points.astype(np.uint64), row_of)
+        """Of at least one text."""
+        together = "\n".join([*texts, ""])
+        characters: npt.NDArray[Any]
+        if together.isascii():  # the same words, in a third of the time
+            characters = np.frombuffer(together.encode().translate(_SAID_IN_ASCII), np.uint8)
+        else:
+            texts = [text.casefold() for text in texts]
+            points = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+            characters = np.where(_are_of_words()[points], points, np.uint32(SPACE))
+        is_kept = characters != SPACE
+        is_kept[1:] |= is_kept[:-1]
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        ends -= np.searchsorted(np.flatnonzero(~is_kept), ends)
+        characters = characters[is_kept]
+        missing = (CHARS + 1 - np.diff(ends, prepend=0)).clip(min=0)
+        if missing.any():
+            characters = np.insert(characters, np.repeat(ends, missing), SPACE)
+            ends += np.cumsum(missing)
+        return cls(characters, ends)
 
-    def shingles(self) -> tuple[Hashes, Rows, npt.NDArray[np.int64]]:
-        """The hash, the text and the first character of every five characters in a row."""
-        size = len(self.characters) - CHARS + 1
-        if size < 1:
-            return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        hashes = np.zeros(size, np.uint64)
-        for place, factor in enumerate(FACTORS):
-            hashes += self.characters[place : place + size] * factor
-        within = np.flatnonzero(self.row_of[:size] == self.row_of[CHARS - 1 :])
-        return hashes[within], self.row_of[within], within
+    @cached_property
+    def starts(self) -> Places:
+        """The first character of each text."""
+        return np.concatenate([[0], self.ends[:-1]])
+
+    @cached_property
+    def is_word(self) -> Marks:
+        """Of each character, whether it is of a word."""
+        return self.characters != SPACE
+
+    @cached_property
+    def row_of(self) -> Rows:
+        """Of each character."""
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
+
+    def shingles(self) -> tuple[Hashes, Marks]:
+        """Of each character but the last four the hash of the five from it on, and whether they are of one text."""
+        wide = self.characters.astype(np.uint64)
+        size = len(wide) - CHARS + 1
+        hashes = wide[:size] * FACTORS[0]
+        for place in range(1, CHARS):
+            hashes += wide[place : place + size] * FACTORS[place]
+        is_one = np.ones(len(wide), bool)
+        for back in range(1, CHARS + 1):
+            is_one[self.ends - back] = False
+        return mixed(hashes), is_one[:size]
 
     def texts(self) -> Hashes:
         """The hash of each text, whole."""
-        starts = np.searchsorted(self.row_of, np.arange(self.row_of[-1] + 1))
-        place = np.arange(len(self.row_of)) - starts[self.row_of]
-        values = (self.characters + np.uint64(1)) * _powers(int(place.max()) + 1)[place]
-        return mixed(np.add.reduceat(values, starts))
+        return self._hashed(self._values, self.starts)
 
     def words(self) -> "Words":
-        """The words, and where each begins and ends."""
-        points, row_of = self.characters, self.row_of
-        is_word = points != SPACE
-        alone = np.zeros(len(points), bool)
-        for first, last in UNSPACED if points.max() >= UNSPACED[0][0] else ():
-            alone |= (points >= first) & (points <= last)
-        begins = is_word.copy()
-        begins[1:] &= (points[:-1] == SPACE) | alone[1:] | alone[:-1] | (row_of[1:] != row_of[:-1])
-        starts = np.flatnonzero(begins)
+        """The words, and where each begins."""
+        begins, is_alone = self.is_word.copy(), self._are_alone()
+        begins[1:] &= ~self.is_word[:-1] | is_alone[1:] | is_alone[:-1]
+        first = np.flatnonzero(begins)
+        values = np.where(self.is_word, self._values, np.uint64(0))  # a space adds nothing
+        return Words(self._hashed(values, first), first, np.searchsorted(first, self.ends))
+
+    def _are_alone(self) -> Marks:
+        points = self.characters
+        is_alone = np.zeros(len(points), bool)
+        for first, last in UNSPACED if points.dtype == np.uint32 else ():
+            is_alone |= (points >= first) & (points <= last)
+        return is_alone
+
+    @cached_property
+    def _values(self) -> Hashes:
+        """Of a polynomial over all characters."""
+        return (self.characters.astype(np.uint64) + np.uint64(1)) * _powers(BASE, len(self.characters))
+
+    def _hashed(self, values: Hashes, starts: Places) -> Hashes:
+        """Of what begins at these places and ends where the next begins, wherever it stands."""
         if not len(starts):
-            return Words(np.zeros(0, np.uint64), row_of[:0], np.zeros(len(points), np.int64), is_word)
-        word_of = np.cumsum(begins) - 1
-        place = np.arange(len(points)) - starts[word_of.clip(min=0)]
-        powers = _powers(int(place.max()) + 1)
-        # A space adds nothing, and neither does what stands before the first word.
-        values = np.where(is_word, (points + np.uint64(1)) * powers[place.clip(min=0)], np.uint64(0))
-        return Words(mixed(np.add.reduceat(values, starts)), row_of[starts], word_of, is_word)
+            return np.zeros(0, np.uint64)
+        return mixed(np.add.reduceat(values, starts) * _powers(pow(BASE, -1, 2**64), len(values))[starts])
 
 
 @dataclass(frozen=True)
@@ -111,33 +139,40 @@ class Words:
     """The words of a batch."""
 
     hashes: Hashes
-    row_of: Rows
-    word_of: npt.NDArray[np.int64]
-    """Of each character, the word that it is of or stands behind."""
-    is_word: Marks
-    """Of each character, whether it is of a word."""
+    first: Places
+    """The character that each begins with."""
+    ends: Places
+    """Behind the last word of each text."""
 
-    def runs(self) -> tuple[Hashes, Rows]:
+    def runs(self) -> tuple[Hashes, Places]:
         """The hash, and the first word, of every eight words in a row."""
         size = len(self.hashes) - WORDS + 1
         if size < 1:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
         hashes = np.zeros(size, np.uint64)
-        for place, factor in enumerate(_powers(WORDS)):
+        for place, factor in enumerate(_powers(BASE, WORDS)):
             hashes += self.hashes[place : place + size] * factor
-        within = np.flatnonzero(self.row_of[:size] == self.row_of[WORDS - 1 :])
+        is_one = np.ones(len(self.hashes), bool)
+        for back in range(1, WORDS):  # Before the first word is behind the last one, where no run begins either.
+            is_one[self.ends - back] = False
+        within = np.flatnonzero(is_one[:size])
         return mixed(hashes[within]), within
 
-    def outside(self, shared: Hashes) -> Marks:
-        """Of each character, whether it is of a word that no run in `shared` covers."""
+    def row_of(self, words: Places) -> Rows:
+        """The texts of these words, which ascend."""
+        return np.searchsorted(self.ends, words, "right")
+
+    def outside(self, shared: "Known", batch: Batch) -> Marks:
+        """Of each character of the batch, whether it is of a word that no shared run covers."""
         hashes, first = self.runs()
-        found = first[is_in(hashes, shared)]
+        found = first[shared.has(hashes)]
         if not len(found):
-            return self.is_word
+            return batch.is_word
         depth = np.zeros(len(self.hashes) + 1, np.int64)
         np.add.at(depth, found, 1)
         np.add.at(depth, found + WORDS, -1)
-        return self.is_word & (np.cumsum(depth[:-1]) == 0)[self.word_of.clip(min=0)]
+        is_outside = np.concatenate([[True], np.cumsum(depth[:-1]) == 0])  # and what stands before the first word
+        return batch.is_word & np.repeat(is_outside, np.diff(self.first, prepend=0, append=len(batch.characters)))
 
 
 def mixed(hashes: Hashes) -> Hashes:
@@ -147,51 +182,55 @@ def mixed(hashes: Hashes) -> Hashes:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-def is_in(hashes: Hashes, known: Hashes) -> Marks:
-    """Of each, whether it is among the sorted ones."""
-    if len(hashes) > len(known) > 0:  # a table of the known ones is worth its making
-        found = pc.is_in(pa.array(hashes), value_set=pa.array(known))
-        return np.asarray(found.to_numpy(zero_copy_only=False), bool)
-    if not len(known):
-        return np.zeros(len(hashes), bool)
-    return known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+class Known:
+    """Some hashes that others are looked up among: a table with one of them a slot, and those whose slot was taken."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        """Of mixed bits, sorted."""
+        bits = (4 * len(hashes)).bit_length()
+        self._shift = np.uint64(64 - bits)
+        slots = self._slots(hashes)
+        self._table = np.full(2**bits, hashes[0] if len(hashes) else 0, np.uint64)
+        self._table[slots] = hashes
+        self._others = hashes[self._table[slots] != hashes]
+        self._is_crowded = np.zeros(2**bits, bool)
+        self._is_crowded[self._slots(self._others)] = True
+        self._size = len(hashes)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def has(self, hashes: Hashes) -> Marks:
+        """Of each, whether it is one of them."""
+        if not len(self):
+            return np.zeros(len(hashes), bool)
+        slots = self._slots(hashes)
+        is_known = self._table[slots] == hashes
+        rest = np.flatnonzero(self._is_crowded[slots] & ~is_known)
+        places = np.searchsorted(self._others, hashes[rest]).clip(max=len(self._others) - 1)
+        is_known[rest] = self._others[places] == hashes[rest]
+        return is_known
+
+    def _slots(self, hashes: Hashes) -> Places:
+        return (hashes >> self._shift).view(np.int64)
 
 
-class Seen:
-    """Hashes that have come before, in 8 bytes each."""
+def frequent(
+    first: Iterable[Hashes], again: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than: float
+) -> Hashes:
+    """What is in more than so many texts, sorted: of hashes of mixed bits, some texts' at a time.
 
-    def __init__(self) -> None:
-        self._known = np.zeros(0, np.uint64)
-        self._lately: set[int] = set()
-
-    def are_new(self, hashes: Hashes) -> Marks:
-        """Of each, whether it is the first of its kind."""
-        is_new = ~is_in(hashes, self._known)
-        for place in np.flatnonzero(is_new).tolist():
-            value = int(hashes[place])
-            is_new[place] = value not in self._lately
-            self._lately.add(value)
-        if len(self._lately) >= max(KEPT_LATELY, len(self._known) // 8):
-            self._known = np.union1d(self._known, np.fromiter(self._lately, np.uint64, len(self._lately)))
-            self._lately = set()
-        return is_new
-
-
-def frequent(batches: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than: float) -> Hashes:
-    """What is in more than so many texts, sorted. `batches` is called twice and must give the same both times.
-
-    Exact, in memory that does not grow with the number of hashes: a coarse count first, which is never too low, and
-    then a count of those alone that pass it.
+    Exact, in memory that does not grow with the number of hashes: a coarse count of all of `first`, which is never too
+    low, and where there is need a count of those alone that pass it. Only what `again` gives is counted, of `first`.
     """
     coarse = np.zeros(CELLS, np.uint32)
-    for hashes, _ in batches():
-        cells, how_often = np.unique(_cell(hashes), return_counts=True)  # in order, so that memory is, too
-        coarse[cells] += how_often.astype(np.uint32)
+    for hashes in first:
+        np.add.at(coarse, _cell(hashes), np.uint32(1))
     if not (coarse > more_than).any():
         return np.zeros(0, np.uint64)
     pending: list[Hashes] = []
     seen, counts, size = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0
-    for hashes, rows in batches():
+    for hashes, rows in again():
         kept = coarse[_cell(hashes)] > more_than
         pending.append(_once_a_text(hashes[kept], rows[kept]))
         size += len(pending[-1])
@@ -220,23 +259,37 @@ def _once_a_text(hashes: Hashes, rows: Rows) -> Hashes:
     return hashes[is_first]
 
 
-def _cell(hashes: Hashes) -> npt.NDArray[np.uint32]:
-    return (mixed(hashes) % np.uint64(CELLS)).astype(np.uint32)
+def _cell(hashes: Hashes) -> Places:
+    return ((hashes >> np.uint64(32)) * np.uint64(CELLS) >> np.uint64(32)).view(np.int64)
 
 
-def _powers(count: int) -> Hashes:
-    powers = np.full(count, BASE, np.uint64)
-    powers[:1] = 1
+def _powers(base: int, count: int) -> Hashes:
+    return _some_powers(base, count.bit_length())[:count]
+
+
+@lru_cache(maxsize=8)
+def _some_powers(base: int, bits: int) -> Hashes:
+    powers = np.full(2**bits, base, np.uint64)
+    powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)
 
 
+@cache
+def _are_of_words() -> Marks:
+    """Of each character there is, whether it is of a word."""
+    found = np.zeros(0x110000, bool)
+    for word in _WORD.finditer(np.arange(len(found), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")):
+        found[word.start() : word.end()] = True
+    return found
+
+
 def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**16) -> Iterator[list[str]]:
-    """The texts as `said` gives them, so many at a time that a batch stays small."""
+    """So many texts at a time that a batch stays small."""
     batch: list[str] = []
     chars = 0
     for text in texts:
-        batch.append(said(text))
-        chars += len(batch[-1])
+        batch.append(text)
+        chars += len(text)
         if len(batch) == max_texts or chars >= max_chars:
             yield batch
             batch, chars = [], 0

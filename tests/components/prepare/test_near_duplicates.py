@@ -206,6 +206,17 @@ def test_prompts_that_are_all_shared_text_are_near_their_equals_alone() -> None:
     ]
 
 
+def test_a_prompt_that_comes_often_is_no_shared_text() -> None:
+    """Its copies count once, in whatever case."""
+    rng = random.Random(0)
+    form = prose(rng, 30)
+    rows = [rng.choice([form, form.upper(), f"({form})"]) for _ in range(100)]
+    held_out = [edited(rng, form), *(prose(rng, 30) for _ in range(20))]
+    judge = Judge([*rows, *held_out], held_out)
+    assert judge.are_near(rows[0], held_out[0])
+    assert near_duplicates(rows, held_out, similarity=0.8) == [True] * 100
+
+
 def test_repeats_are_counted_once_each() -> None:
     rng = random.Random(0)
     rows = [prose(rng, 30) for _ in range(300)]
