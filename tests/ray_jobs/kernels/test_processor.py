@@ -5,10 +5,13 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoConfig, GPT2Config
 
@@ -38,6 +41,24 @@ SHAPE = (1536, 576)
 )
 def test_float32_is_taken_where_it_is_clearly_faster(rates: Rates, dtype: str):
     assert rates.faster == dtype
+
+
+def test_what_else_the_machine_does_decides_nothing():
+    """A busy machine takes the processor away in the middle of a product, as a sleep does."""
+    linear, threads = torch.nn.functional.linear, torch.get_num_threads()
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.1)
+        return linear(*arguments)
+
+    torch.set_num_threads(1)
+    try:
+        alone = processor.measure(SHAPE)
+        with mock.patch.object(torch.nn.functional, "linear", interrupted):
+            found = processor.measure(SHAPE)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.bfloat16 > alone.bfloat16 / 5
 
 
 def test_of_a_group_the_slowest_of_each_dtype_counts():
