@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,15 +71,20 @@ class Signatures:
             filled += len(part.is_found)
         return cls(arrays[0].T, *arrays[1:])
 
-    def where(self, kept: Marks) -> "Signatures":
-        """Those of the marked texts."""
-        return Signatures(self.bands[:, kept], self.whole[kept], self.own[kept], self.is_found[kept])
-
     def in_band(self, band: int) -> tuple[Minima, Numbers]:
         """The band's hashes, sorted, and whose they are: among equals, in the order of the texts."""
-        rows = np.flatnonzero(self.is_found).astype(np.uint64)
-        packed = np.sort(self.bands[band, self.is_found].astype(np.uint64) << np.uint64(32) | rows)
-        return (packed >> np.uint64(32)).astype(np.uint32), (packed & np.uint64(2**32 - 1)).view(np.int64)
+        return sorted_band(self.bands[band], self.is_found)
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """A byte of each minimum of these texts, a row each, of what they say in whole and of their own."""
+        return self.whole[places], self.own[places]
+
+
+class Minimal(Protocol):
+    """Signatures as far as pairs are estimated by them."""
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """As `Signatures.minima_at`."""
 
 
 class Band:
@@ -124,20 +129,27 @@ class MinHash:
         is_found = own[0] != EMPTY
         return Signatures(_combined(of_a_band), whole.T.astype(np.uint8), own.T.astype(np.uint8), is_found)
 
-    def likely(self, ours: Signatures, rows: Numbers, theirs: Signatures, others: Numbers) -> npt.NDArray[np.float32]:
+    def likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
         """How similar each pair seems: of both sets the less similar, or -1 where it cannot be as much as asked."""
         starts = range(0, len(rows), PAIRS_AT_ONCE)
         parts = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
         found = [self._likely(ours, rows[part], theirs, others[part]) for part in parts]
         return np.concatenate([np.zeros(0, np.float32), *found])
 
-    def _likely(self, ours: Signatures, rows: Numbers, theirs: Signatures, others: Numbers) -> npt.NDArray[np.float32]:
+    def _likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
         estimates = []
-        for one, other in ((ours.whole, theirs.whole), (ours.own, theirs.own)):
-            agreeing = (one[rows] == other[others]).mean(axis=1, dtype=np.float32)
+        for one, other in zip(ours.minima_at(rows), theirs.minima_at(others), strict=True):
+            agreeing = (one == other).mean(axis=1, dtype=np.float32)
             deviation = math.sqrt(self.similarity * (1 - self.similarity) / one.shape[1])
             estimates.append(np.where(agreeing >= self.similarity - DEVIATIONS * deviation - ROUNDING, agreeing, -1))
         return np.minimum(*estimates)
+
+
+def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
+    """The hashes of the marked texts, sorted, and whose they are: among equals, in the order of the texts."""
+    rows = np.flatnonzero(marked).astype(np.uint64)
+    packed = np.sort(hashes[marked].astype(np.uint64) << np.uint64(32) | rows)
+    return (packed >> np.uint64(32)).astype(np.uint32), (packed & np.uint64(2**32 - 1)).view(np.int64)
 
 
 def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:

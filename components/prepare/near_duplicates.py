@@ -15,18 +15,20 @@ Five characters that stand in more than a twentieth of the held-out prompts coun
 of fewer than eight words, is no similarity where many prompts have it.
 
 Candidates come from `minhash`, and each decision from the exact sets. The cost grows with the number of prompts and
-not with its square, and texts are read in batches.
+not with its square; texts are read in batches, and what is kept of each lies on disk.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from components.prepare.minhash import Band, MinHash, Minima, Numbers, Signatures
 from components.prepare.shingles import CHARS, Batch, Hashes, Known, Marks, Rows, frequent, in_batches
+from components.prepare.signed import Signed
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
@@ -71,12 +73,13 @@ class _Shingled(NamedTuple):
 class Comparison:
     """How near prompts of one corpus are: it learns what is shared among `prompts` and `held_out` together."""
 
-    def __init__(self, prompts: Sequence[str], held_out: Sequence[str], *, similarity: float) -> None:
-        """`similarity` is above 0 and at most 1. The texts are kept, and not copied."""
+    def __init__(self, prompts: Sequence[str], held_out: Sequence[str], *, similarity: float, folder: Path) -> None:
+        """`similarity` is above 0 and at most 1. The texts are kept, and not copied; signatures of prompts lie in files
+        in `folder`, which are the caller's to remove."""
         self._held_out = held_out
         self._similarity = similarity
         self._minhash = MinHash(similarity)
-        self._signed: list[tuple[Signatures, Hashes]] = []
+        self._signed = Signed(folder)
         """Of the prompts that were compared with what is held out."""
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
         shingles = (hashes for hashes, _ in _shingles_in(held_out))
@@ -94,7 +97,7 @@ class Comparison:
         pending = iter(prompts)
         while batch := list(islice(pending, AT_ONCE)):
             ours, equals = self._signatures(batch)
-            self._signed.append((ours, equals))
+            self._signed.add(ours, equals)
             places = np.searchsorted(known, equals).clip(max=len(known) - 1)
             is_equal = known[places] == equals
             found = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
@@ -107,27 +110,28 @@ class Comparison:
                     found[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
             yield from found
 
-    def repeats(self, prompts: Sequence[str], kept: Marks | None = None) -> int:
-        """How many of the prompts are near an earlier one; `kept` marks which they are of those that
-        `near_held_out` has gone through, whose signatures are then used, once.
+    def repeats(self, prompts: Sequence[str], kept: Marks) -> int:
+        """How many of the marked prompts are near an earlier one of them. `prompts` are those that `near_held_out` has
+        gone through, and perhaps more, which are not marked.
 
         Of those that share a band each is compared with the first and with the one before it, not with all.
         """
-        ours, equals = self._signatures(prompts) if kept is None else self._signed_where(kept)
-        is_repeat = np.ones(len(prompts), bool)
-        is_repeat[np.unique(equals, return_index=True)[1]] = False
+        equals = self._signed.equals
+        size, kept = len(equals), kept[: len(equals)]
+        is_repeat = kept.copy()
+        is_repeat[np.flatnonzero(kept)[np.unique(equals[kept], return_index=True)[1]]] = False
         sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
         for band in range(self._minhash.bands):
-            pairs = np.setdiff1d(_neighbours(*ours.in_band(band), size=len(prompts)), known, assume_unique=True)
-            rows, others = np.divmod(pairs[~is_repeat[pairs // len(prompts)]], len(prompts))
-            likely = self._minhash.likely(ours, rows, ours, others) >= 0
+            pairs = np.setdiff1d(_neighbours(*self._signed.in_band(band, kept), size=size), known, assume_unique=True)
+            rows, others = np.divmod(pairs[~is_repeat[pairs // size]], size)
+            likely = self._minhash.likely(self._signed, rows, self._signed, others) >= 0
             pending, compared = zip(rows[likely].tolist(), others[likely].tolist(), strict=True), []
             while some := list(islice(pending, AHEAD)):
                 sets.make(chain.from_iterable(pair for pair in some if not is_repeat[pair[0]]))
                 for row, other in some:
                     if not is_repeat[row]:
                         is_repeat[row] = self._are_near(sets[row], sets[other])
-                        compared.append(row * len(prompts) + other)
+                        compared.append(row * size + other)
             known = np.union1d(known, np.array(compared, np.int64))
         return int(np.count_nonzero(is_repeat))
 
@@ -168,19 +172,6 @@ class Comparison:
                 yield self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(found.equals))
 
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
-
-    def _signed_where(self, kept: Marks) -> tuple[Signatures, Hashes]:
-        equals: list[Hashes] = []
-
-        def parts() -> Iterator[Signatures]:
-            start = 0
-            for signatures, hashes in iter(lambda: self._signed.pop(0) if self._signed else None, None):
-                marks = kept[start : start + len(hashes)]
-                start += len(hashes)
-                equals.append(hashes[marks])
-                yield signatures.where(marks)
-
-        return Signatures.joined(parts(), texts=int(np.count_nonzero(kept))), np.concatenate(equals)
 
     def _candidates(
         self, ours: Signatures, rows: Numbers, theirs: Signatures, bands: Sequence[Band]

@@ -248,8 +248,7 @@ class _Unlike:
         import numpy as np
 
         kept = work.numbers(f"SELECT number FROM others {_IN_ORDER} LIMIT {num_train}")
-        is_kept = np.isin(self.numbers, kept)
-        return self.comparison.repeats(self.texts.where(is_kept), is_kept)
+        return self.comparison.repeats(self.texts, np.isin(self.numbers, kept))
 
 
 def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlike:
@@ -264,7 +263,7 @@ def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlik
 
     numbers, prompts = _prompts(work, "others")
     _, held_out = _prompts(work, "held_out")
-    comparison = Comparison(prompts, held_out, similarity=similarity)
+    comparison = Comparison(prompts, held_out, similarity=similarity, folder=work.folder)
     is_kept = np.zeros(len(numbers), bool)
     num_kept = looked_at = 0
     near: Counter[int] = Counter()

@@ -33,10 +33,6 @@ class Texts(Sequence[str]):
         sizes = np.concatenate(parts)
         return cls(path, np.cumsum(sizes) - sizes, sizes)
 
-    def where(self, kept: "npt.NDArray[np.bool_]") -> "Texts":
-        """Those of these texts that are marked."""
-        return Texts(self._path, self._begins[kept], self._sizes[kept])
-
     def __len__(self) -> int:
         return len(self._sizes)
 

@@ -1,20 +1,24 @@
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from components.prepare import icd10
+from components.prepare import icd10, signed
+from components.prepare import near_duplicates as compared
 from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison
 
 
 def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: float) -> list[bool]:
     """Of each prompt, whether it is near one that is held out."""
-    comparison = Comparison(prompts, held_out, similarity=similarity)
-    return [row is not None for row in comparison.near_held_out(prompts)]
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(prompts, held_out, similarity=similarity, folder=Path(folder))
+        return [row is not None for row in comparison.near_held_out(prompts)]
 
 
 def terms(count: int) -> list[str]:
@@ -182,7 +186,7 @@ def test_a_question_that_is_asked_of_other_documents_is_not_near_itself() -> Non
     assert not any(near_duplicates(rows[120:], rows[:120], similarity=0.8))
 
 
-def test_prompts_that_say_the_same_of_their_own_and_less_in_whole_are_not_near() -> None:
+def test_prompts_that_say_the_same_of_their_own_and_less_in_whole_are_not_near(tmp_path: Path) -> None:
     rng = random.Random(0)
     form, ends = prose(rng, 80), [prose(rng, 14) for _ in range(2)]
     asked = [prose(rng, 7) for _ in range(40)]
@@ -191,7 +195,7 @@ def test_prompts_that_say_the_same_of_their_own_and_less_in_whole_are_not_near()
     prompts = [f"{form} {ends[1]} {question}" for question in asked]
     judge = Judge([*others, *prompts, *held_out], [])
     assert all(judge.sets(one)[1] & judge.sets(other)[1] for one, other in zip(prompts, held_out, strict=True))
-    comparison = Comparison([*others, *prompts], held_out[:3], similarity=0.8)
+    comparison = Comparison([*others, *prompts], held_out[:3], similarity=0.8, folder=tmp_path)
     assert [*comparison.near_held_out([*prompts, held_out[2].upper() + "!"])] == [*[None] * 40, 2]
 
 
@@ -217,7 +221,7 @@ def test_a_prompt_that_comes_often_is_no_shared_text() -> None:
     assert near_duplicates(rows, held_out, similarity=0.8) == [True] * 100
 
 
-def test_repeats_are_counted_once_each() -> None:
+def test_repeats_are_counted_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     rows = [prose(rng, 30) for _ in range(300)]
     copies = [edited(rng, text) for text in rows[:50]]
@@ -225,18 +229,25 @@ def test_repeats_are_counted_once_each() -> None:
     judge = Judge([*rows, *copies], held_out)
     expected = sum(judge.are_near(text, copy) for text, copy in zip(rows, copies, strict=False))
     assert expected > 20
-    comparison = Comparison([*rows, *copies], held_out, similarity=0.8)
-    assert comparison.repeats([*rows, *copies]) == expected
-    assert comparison.repeats([*rows, *rows[:7], *rows[:7]]) == 14
-    assert comparison.repeats(rows) == 0
+
+    def repeats(prompts: list[str], kept: np.ndarray | None = None) -> int:
+        comparison = Comparison([*rows, *copies], held_out, similarity=0.8, folder=tmp_path)
+        list(comparison.near_held_out(prompts))
+        return comparison.repeats(prompts, np.ones(len(prompts), bool) if kept is None else kept)
+
     given = [*rows, *copies]
-    list(comparison.near_held_out(given))
+    assert repeats(given) == expected
+    assert repeats([*rows, *rows[:7], *rows[:7]]) == 14
+    assert repeats(rows) == 0
     kept = np.array([rng.random() < 0.7 for _ in given])
     some = [text for text, is_kept in zip(given, kept, strict=True) if is_kept]
-    assert comparison.repeats(some, kept) == comparison.repeats(some) > 10
+    monkeypatch.setattr(compared, "AT_ONCE", 64)  # their signatures come in parts
+    monkeypatch.setattr(signed, "_AT_ONCE", 5)
+    assert repeats(given, kept) == repeats(some) > 10
+    assert repeats(given) == expected
 
 
-def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are() -> None:
+def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are(tmp_path: Path) -> None:
     """They share no run of eight words, and most pairs are candidates: at most sixteen of them are compared."""
     rng = random.Random(0)
     gaps = [prose(rng, 4) for _ in range(6)]
@@ -248,12 +259,12 @@ def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_ar
             compared.append(one)
             return super()._are_near(one, other)
 
-    comparison = Counting(rows[600:], rows[:600], similarity=0.8)
+    comparison = Counting(rows[600:], rows[:600], similarity=0.8, folder=tmp_path)
     assert len(list(comparison.near_held_out(rows[600:]))) == 600
     assert len(compared) <= 600 * MOST_COMPARED
 
 
-def test_what_is_asked_for_lazily_is_compared_no_further() -> None:
+def test_what_is_asked_for_lazily_is_compared_no_further(tmp_path: Path) -> None:
     rng = random.Random(0)
     rows = [prose(rng, 10) for _ in range(60)]
     read: list[str] = []
@@ -263,6 +274,6 @@ def test_what_is_asked_for_lazily_is_compared_no_further() -> None:
             read.append(row)
             yield row
 
-    found = Comparison(rows, rows[:10], similarity=0.8).near_held_out(reading())
+    found = Comparison(rows, rows[:10], similarity=0.8, folder=tmp_path).near_held_out(reading())
     assert [next(found) for _ in range(11)] == [*range(10), None]
     assert len(read) <= 4096

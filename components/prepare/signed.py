@@ -1,0 +1,66 @@
+"""Signatures of many texts on disk: in memory there are nine bytes of each."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from components.prepare.minhash import Minima, Numbers, Signatures, sorted_band
+from components.prepare.shingles import Hashes, Marks
+
+_AT_ONCE = 2**14
+"""Of texts, whose pages of the file are in memory while their numbers are read: 4 KiB each."""
+
+
+class Signed:
+    """Signatures that were taken a part at a time, and each text's hash of all of it.
+
+    The bands' hashes lie part by part, a row a band, and the bytes of the minima text by text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """In two new files there."""
+        self._bands, self._minima = folder / "bands", folder / "minima"
+        self._sizes: list[int] = []
+        self._equals: list[Hashes] = []
+        self._are_found: list[Marks] = []
+        self._num_bands = self._num_whole = 0
+
+    def add(self, signatures: Signatures, equals: Hashes) -> None:
+        """Take those of some more texts."""
+        for path, array in (
+            (self._bands, signatures.bands),
+            (self._minima, np.concatenate([signatures.whole, signatures.own], axis=1)),
+        ):
+            with path.open("ab" if self._sizes else "wb") as file:
+                file.write(np.ascontiguousarray(array).data)
+        self._num_bands, self._num_whole = len(signatures.bands), signatures.whole.shape[1]
+        self._sizes.append(len(equals))
+        self._equals.append(equals)
+        self._are_found.append(signatures.is_found)
+
+    @property
+    def equals(self) -> Hashes:
+        """Of each text the hash of all of it."""
+        return np.concatenate([np.zeros(0, np.uint64), *self._equals])
+
+    def in_band(self, band: int, kept: Marks) -> tuple[Minima, Numbers]:
+        """As `Signatures.in_band`, of the marked texts."""
+        hashes, begin = np.empty(len(kept), np.uint32), 0
+        with self._bands.open("rb") as file:
+            for size in self._sizes:
+                file.seek(hashes.itemsize * (begin * self._num_bands + band * size))
+                file.readinto(hashes[begin : begin + size].data)
+                begin += size
+        return sorted_band(hashes, kept & np.concatenate([kept[:0], *self._are_found]))
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """As `Signatures.minima_at`."""
+        wanted, where = np.unique(places, return_inverse=True)
+        parts = []
+        for start in range(0, max(1, len(wanted)), _AT_ONCE):
+            # Opened anew, so that no page of it stays.
+            mapped = np.memmap(self._minima, np.uint8, "r").reshape(sum(self._sizes), -1)
+            parts.append(np.asarray(mapped[wanted[start : start + _AT_ONCE]]))
+        found = np.concatenate(parts)[where]
+        return found[:, : self._num_whole], found[:, self._num_whole :]
