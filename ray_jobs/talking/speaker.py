@@ -65,7 +65,9 @@ class Speaker:
         # An answer is needed to make a record; generation sees the prompt alone.
         split = tokenize([Record("prompt", list(turns), "-")], self.chat_as, self.max_length)
         if split.cut:
-            logger.warning("the conversation is longer than %d tokens: the oldest of it is left out", self.max_length)
+            logger.warning(
+                "the conversation is longer than %d tokens: the model does not see its beginning", self.max_length
+            )
         without = self.is_base and hasattr(self.model, "disable_adapter")
         most, tokens = max_tokens or self.longest, list[int]()
         how: dict[str, Any] = {"on_text": on_text, "on_token": tokens.append}
