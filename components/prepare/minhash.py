@@ -71,10 +71,6 @@ class Signatures:
             filled += len(part.is_found)
         return cls(arrays[0].T, *arrays[1:])
 
-    def in_band(self, band: int) -> tuple[Minima, Numbers]:
-        """The band's hashes, sorted, and whose they are: among equals, in the order of the texts."""
-        return sorted_band(self.bands[band], self.is_found)
-
     def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """A byte of each minimum of these texts, a row each, of what they say in whole and of their own."""
         return self.whole[places], self.own[places]
@@ -90,17 +86,19 @@ class Minimal(Protocol):
 class Band:
     """Texts by their hashes in one band."""
 
-    def __init__(self, signatures: Signatures, band: int) -> None:
-        self._hashes, rows = signatures.in_band(band)
-        self._rows = rows.astype(np.uint32)
+    def __init__(self, hashes: Minima, rows: Numbers) -> None:
+        """As `sorted_band` gives them; of each text there are nine bytes or ten."""
+        self._hashes, self._rows = hashes, rows.astype(np.uint32)
         bits = min((4 * len(rows)).bit_length(), 32)
         self._shift = np.uint32(32 - bits)
-        self._is_taken = np.zeros(2**bits, bool)
-        self._is_taken[self._hashes >> self._shift] = True
+        is_taken = np.zeros(max(8, 2**bits), bool)
+        is_taken[hashes >> self._shift] = True
+        self._taken = np.packbits(is_taken, bitorder="little")
 
     def with_hash(self, hashes: Minima, *, most: int) -> tuple[Numbers, Numbers]:
         """Pairs of a place in `hashes` and a text that has the hash there; for each place at most so many."""
-        places = np.flatnonzero(self._is_taken[hashes >> self._shift])  # most have none: asked of a small table first
+        slots = hashes >> self._shift  # most have none: asked of a small table first, of one bit each
+        places = np.flatnonzero(self._taken[slots >> np.uint32(3)] >> (slots & np.uint32(7)) & np.uint32(1))
         begin = np.searchsorted(self._hashes, hashes[places])
         is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
         places, begin = places[is_there], begin[is_there]

@@ -74,13 +74,14 @@ class Comparison:
     """How near prompts of one corpus are: it learns what is shared among `prompts` and `held_out` together."""
 
     def __init__(self, prompts: Sequence[str], held_out: Sequence[str], *, similarity: float, folder: Path) -> None:
-        """`similarity` is above 0 and at most 1. The texts are kept, and not copied; signatures of prompts lie in files
-        in `folder`, which are the caller's to remove."""
+        """`similarity` is above 0 and at most 1. The texts are kept, and not copied; their signatures lie in files in
+        `folder`, which are the caller's to remove."""
         self._held_out = held_out
         self._similarity = similarity
         self._minhash = MinHash(similarity)
-        self._signed = Signed(folder)
+        self._signed = Signed(folder, "prompts")
         """Of the prompts that were compared with what is held out."""
+        self._signed_held_out = Signed(folder, "held_out")
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
         shingles = (hashes for hashes, _ in _shingles_in(held_out))
         self._common = Known(frequent(shingles, lambda: _shingles_in(held_out), more_than=most))
@@ -90,19 +91,21 @@ class Comparison:
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
         """For each prompt, in order, the held-out one that it is near to, if any; lazy, some thousand at a time."""
-        theirs, equals = self._signatures(self._held_out)
-        bands = [Band(theirs, band) for band in range(self._minhash.bands)]
-        known, first = np.unique(equals, return_index=True)
+        theirs = self._signed_held_out
+        for batch in _batched(self._held_out):
+            theirs.add(*self._signatures(batch))
+        every = np.ones(len(self._held_out), bool)
+        bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
+        known, first = np.unique(theirs.equals, return_index=True)
         sets = _Sets(self, self._held_out)
-        pending = iter(prompts)
-        while batch := list(islice(pending, AT_ONCE)):
+        for batch in _batched(prompts):
             ours, equals = self._signatures(batch)
             self._signed.add(ours, equals)
             places = np.searchsorted(known, equals).clip(max=len(known) - 1)
             is_equal = known[places] == equals
             found = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
             open_rows = np.flatnonzero(ours.is_found & ~is_equal)
-            own_sets, candidates = _Sets(self, batch), self._candidates(ours, open_rows, theirs, bands)
+            own_sets, candidates = _Sets(self, batch), self._candidates(ours, open_rows, bands)
             while some := list(islice(candidates, AHEAD)):
                 own_sets.make(row for row, _ in some)
                 sets.make(others[0] for _, others in some)
@@ -173,17 +176,15 @@ class Comparison:
 
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
 
-    def _candidates(
-        self, ours: Signatures, rows: Numbers, theirs: Signatures, bands: Sequence[Band]
-    ) -> Iterator[tuple[int, list[int]]]:
+    def _candidates(self, ours: Signatures, rows: Numbers, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
         """Of each row that has any, whom to compare it with, the most similar first."""
         found = [np.zeros((2, 0), np.int64)]
         for band, hashes in zip(bands, ours.bands, strict=True):
             found.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))
         places, others = np.concatenate(found, axis=1)
-        pairs = np.unique(rows[places] * len(theirs.is_found) + others)
-        rows, others = np.divmod(pairs, len(theirs.is_found))
-        likely = self._minhash.likely(ours, rows, theirs, others)
+        pairs = np.unique(rows[places] * len(self._held_out) + others)
+        rows, others = np.divmod(pairs, len(self._held_out))
+        likely = self._minhash.likely(ours, rows, self._signed_held_out, others)
         order = np.lexsort((others, -likely, rows))
         order = order[likely[order] >= 0]
         sorted_pairs = zip(rows[order].tolist(), others[order].tolist(), strict=True)
@@ -245,6 +246,12 @@ class _Runs:
     def _batches(self) -> Iterator[Batch]:
         for part in self._parts:
             yield from map(Batch.of, in_batches(part))
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    pending = iter(texts)
+    while batch := list(islice(pending, AT_ONCE)):
+        yield batch
 
 
 def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:

@@ -18,9 +18,11 @@ class Signed:
     The bands' hashes lie part by part, a row a band, and the bytes of the minima text by text.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """In two new files there."""
-        self._bands, self._minima = folder / "bands", folder / "minima"
+    def __init__(self, folder: Path, name: str) -> None:
+        """In two new files of that name there."""
+        self._bands, self._minima = folder / f"{name}.bands", folder / f"{name}.minima"
+        for path in (self._bands, self._minima):
+            path.write_bytes(b"")
         self._sizes: list[int] = []
         self._equals: list[Hashes] = []
         self._are_found: list[Marks] = []
@@ -32,7 +34,7 @@ class Signed:
             (self._bands, signatures.bands),
             (self._minima, np.concatenate([signatures.whole, signatures.own], axis=1)),
         ):
-            with path.open("ab" if self._sizes else "wb") as file:
+            with path.open("ab") as file:
                 file.write(np.ascontiguousarray(array).data)
         self._num_bands, self._num_whole = len(signatures.bands), signatures.whole.shape[1]
         self._sizes.append(len(equals))
@@ -45,7 +47,7 @@ class Signed:
         return np.concatenate([np.zeros(0, np.uint64), *self._equals])
 
     def in_band(self, band: int, kept: Marks) -> tuple[Minima, Numbers]:
-        """As `Signatures.in_band`, of the marked texts."""
+        """The band's hashes of the marked texts as `sorted_band` has them."""
         hashes, begin = np.empty(len(kept), np.uint32), 0
         with self._bands.open("rb") as file:
             for size in self._sizes:

@@ -4,7 +4,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from components.prepare.minhash import EMPTY, Band, MinHash, Signatures, lenders_of, minima_of
+from components.prepare.minhash import EMPTY, Band, MinHash, lenders_of, minima_of, sorted_band
 from components.prepare.shingles import Hashes
 
 
@@ -70,8 +70,8 @@ def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(size: int
     minhash = MinHash(similarity)
     ours, theirs = (minhash.signatures(hashes, rows, is_in, is_in, texts=count) for is_in in (in_one, in_other))
     is_found = np.zeros(count, bool)
-    for band, keys in enumerate(ours.bands):
-        places, texts = Band(theirs, band).with_hash(keys, most=64)
+    for keys, others in zip(ours.bands, theirs.bands, strict=True):
+        places, texts = Band(*sorted_band(others, theirs.is_found)).with_hash(keys, most=64)
         is_found[places[places == texts]] = True
     likely = minhash.likely(ours, np.arange(count), theirs, np.arange(count)) >= 0
     assert np.count_nonzero(~(is_found & likely)) <= 0.001 * count
@@ -92,8 +92,7 @@ def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int) -> None:
     hashes = rng.integers(0, 2**32, (2, texts), np.uint32) // 2**22 * 2**22
     hashes[:, ::3] = rng.integers(0, 2**32, hashes[:, ::3].shape, np.uint32)
     is_found = rng.random(texts) < 0.9
-    none = np.zeros((texts, 0), np.uint8)
-    band = Band(Signatures(hashes, none, none, is_found), 1)
+    band = Band(*sorted_band(hashes[1], is_found))
     asked = np.concatenate([hashes[1, ::2], rng.integers(0, 2**32, 500, np.uint32)])
     for most in (1, 3, 10**6):
         found = list(zip(*(each.tolist() for each in band.with_hash(asked, most=most)), strict=True))

@@ -247,6 +247,12 @@ def test_repeats_are_counted_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     assert repeats(given) == expected
 
 
+def test_of_a_band_each_is_compared_with_the_first_of_its_hash_and_with_the_one_before() -> None:
+    keys, rows = np.array([5, 5, 5, 5, 7, 8, 8], np.uint32), np.array([0, 3, 6, 9, 2, 1, 4])
+    pairs = compared._neighbours(keys, rows, size=10)
+    assert [divmod(pair, 10) for pair in pairs.tolist()] == [(3, 0), (4, 1), (6, 0), (6, 3), (9, 0), (9, 6)]
+
+
 def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are(tmp_path: Path) -> None:
     """They share no run of eight words, and most pairs are candidates: at most sixteen of them are compared."""
     rng = random.Random(0)

@@ -26,7 +26,7 @@ def test_signatures_on_disk_are_those_that_were_taken_in_parts(
     parts = [drawn(rng, texts) for texts in (5, 64, 1, 30)]
     whole = Signatures.joined(parts, texts=100)
     equals = rng.integers(0, 2**63, 100, np.uint64)
-    found, begin = Signed(tmp_path), 0
+    found, begin = Signed(tmp_path, "some"), 0
     for part in parts:
         found.add(part, equals[begin : begin + len(part.is_found)])
         begin += len(part.is_found)
