@@ -11,7 +11,7 @@ from components.config.section import Added, Section
 from components.shared.metrics import COMPARED, MARKS, METRICS, OWN, metric_of
 
 LARGE_LOSS = 2.0
-"""Nats per token: rare losses of up to so many are reckoned with."""
+"""Nats per token: rare losses of up to so many are allowed for."""
 RARE_SHARE = 0.01
 """Of records, that is not to be missed."""
 SliceKind = Literal["label", "source", "length"]

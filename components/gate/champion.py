@@ -1,6 +1,6 @@
 """The rule that compares the candidate with the champion: worse by no more than the margin; pure.
 
-Two things that the records do not show are reckoned with: what of the champion's lead is luck, which is not asked of
+Two things that the records do not show are allowed for: what of the champion's lead is luck, which is not asked of
 the candidate, and what losses cost that are rarer than those drawn, which is.
 """
 

@@ -78,7 +78,7 @@ def test_a_bound_leaves_room_for_what_the_tail_costs_beyond_the_records_drawn():
     as_drawn = with_heavy_tail(much_worse_share=1.0)
     assert as_drawn.unseen is None
     unseen = with_heavy_tail().unseen
-    assert 0 < unseen < as_drawn.upper - as_drawn.lower
+    assert 0 < unseen < 2 * (as_drawn.upper - as_drawn.lower)
     between = -as_drawn.lower + unseen / 2  # within the bound, and not by as much as that
     assert with_heavy_tail(worse_than_champion_by=between, much_worse_share=1.0).passed
     short = with_heavy_tail(worse_than_champion_by=between)

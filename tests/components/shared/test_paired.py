@@ -93,6 +93,21 @@ def test_score_bounds_keep_what_they_promise_of_every_small_sample():
         assert chance < 0.065, lost
 
 
+def test_bounds_keep_what_they_promise_where_few_records_flip_either_way() -> None:
+    """The exact chance, summed over all tables of 300 records, that a bound lies above the mean itself."""
+    records, flips = 300, 16
+    ours = np.zeros((flips, flips))
+    for won, lost in itertools.product(range(flips), repeat=2):
+        gains = np.repeat([3.0, -3.0, 0.0], [won, lost, records - won - lost])
+        found = bounds(Pairs(gains, np.zeros(records), np.ones(records)), 0.95)
+        ours[won, lost] = found.lower
+    won, lost = np.mgrid[:flips, :flips]
+    for share_won, share_lost in ((0.02, 0.02), (0.02, 0.027), (0.03, 0.02)):
+        shares = [share_won, share_lost, 1 - share_won - share_lost]
+        chances = stats.multinomial.pmf(np.stack([won, lost, records - won - lost], axis=-1), records, shares)
+        assert chances[ours > 3 * (share_won - share_lost)].sum() < 0.06
+
+
 def test_nothing_is_said_of_numbers_that_are_not_finite():
     assert bounds(Pairs(np.array([1.0, math.nan]), np.zeros(2), np.ones(2)), 0.95) is None
 

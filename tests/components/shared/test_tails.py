@@ -22,8 +22,8 @@ def test_fewer_sums_of_a_heavy_tail_fall_far_below_its_mean() -> None:
     lacks = 1000 * mean - drawn.sum(axis=1)
     lacks_still = lacks - np.array([unseen(each) for each in drawn])
     far = np.quantile(lacks, 0.9)
-    assert np.mean(lacks_still > far) < 0.7 * np.mean(lacks > far)
-    assert np.mean(lacks_still > 0) > 0.4
+    assert np.mean(lacks_still > far) < 0.5 * np.mean(lacks > far)
+    assert np.mean(lacks_still > 0) > 0.3
 
 
 @pytest.mark.parametrize(
