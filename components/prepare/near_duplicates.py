@@ -7,7 +7,7 @@ task's instruction, a document with its many questions, a form letter. So instru
 messages near, and no question is near another because both are on the same page. A question that is asked of several
 pages is not near itself, because in whole the pages differ. Prompts that are the same word for word are always near.
 
-The bound is that of GPT-3's authors, to whom what overlaps with more than ten documents was boilerplate and no leak
+The bound is that of GPT-3's authors, who took what overlaps with more than ten documents for boilerplate and no leak
 (arXiv:2005.14165, appendix C). A page with ten questions or fewer is no shared text, and its questions are near where
 it is most of what they say: data.group keeps them together.
 
@@ -177,7 +177,7 @@ class Comparison:
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
 
     def _candidates(self, ours: Signatures, rows: Numbers, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
-        """Of each row that has any, whom to compare it with, the most similar first."""
+        """Of each row that has any, the held-out texts to compare it with, the most similar first."""
         found = [np.zeros((2, 0), np.int64)]
         for band, hashes in zip(bands, ours.bands, strict=True):
             found.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))

@@ -31,7 +31,7 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
-"""The role of whom other forms have speak."""
+"""What other formats call the roles."""
 # What a tool's message says beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40

@@ -204,7 +204,7 @@ def quoted(path: Path) -> str:
 
 
 def _positions(places: "pa.FixedSizeBinaryArray") -> "npt.NDArray[np.float64]":
-    """Where each hash lies among all hashes, as `split.position` reckons it."""
+    """Where each hash lies among all hashes, as `split.position` computes it."""
     import numpy as np
 
     size = places.type.byte_width

@@ -235,7 +235,7 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     `published_sha256` is that of the manifest which the caller's own run published: that one needs no signature yet.
 
     Raises:
-        IntegrityError: besides, its manifest is not the one that the log says was published.
+        IntegrityError: also where its manifest is not the one that the log says was published.
     """
     key = version_key(version.name, version.version)
     manifest = require_identity(store, key, folders.read_manifest(store, key))

@@ -1,4 +1,4 @@
-"""Whether what Kubernetes has been told of also runs: the operators' deployments, and a node that takes pods."""
+"""Whether what was applied to Kubernetes also runs: the operators' deployments, and a node that takes pods."""
 
 from collections.abc import Iterator, Sequence
 

@@ -71,9 +71,9 @@ def resolve(
 ) -> Base:
     """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
 
-    Without `weights` none are fetched from the hub or from S3. Of a folder in S3 the identity is then what `registry`
-    remembers that somebody has read there, which everybody who needs the weights verifies; see `Base.is_known` for one
-    that nobody has read. With `weights`, the registry records what was read.
+    Without `weights` none are fetched from the hub or from S3. The identity of a folder in S3 is then the one that an
+    earlier reading left in `registry`, and each process that loads the weights verifies it; see `Base.is_known` for a
+    folder that was never read. With `weights`, the registry records what was read.
 
     `recorded` is the identity that a version's lineage gives its base, or that another process has found: no other base
     is returned, and of the hub that commit is fetched, wherever its branch is today.

@@ -115,7 +115,7 @@ class Packed:
         return flat.index_select(0, self.back).view(1, -1, self.heads.queries, flat.shape[-1])
 
     def gradients(self, flat: Tensor) -> Tensor:
-        """The gradient of `apart`: every record attended to the common prefix, which has its own gradient besides."""
+        """The gradient of `apart`: every record attended to the common prefix, which also has a gradient of its own."""
         K, G, C = self.heads.queries, self.heads.keys, self.common
         found = flat.index_select(0, self.all_back).view(1, -1, K + 2 * G, flat.shape[-1])
         batch, tokens, looked_at = self.shapes[0]

@@ -51,7 +51,7 @@ class TokenizedSplit:
     cut: Sequence[str]
     """Ids of the records whose prompt is not whole."""
     answers: npt.NDArray[np.int32] | None = None
-    """Length N: the labelled tokens of each row, where somebody has counted them."""
+    """Length N: the labelled tokens of each row, where they have been counted."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -72,7 +72,7 @@ def nothing_secret_is_written_down(manifests: list[Manifest]) -> Iterator[str]:
     """Secrets are made by hand and referred to by name."""
     for manifest in manifests:
         if manifest["kind"] == "Secret":
-            yield f"{title(manifest)}: a Secret in a file is in everybody's clone"
+            yield f"{title(manifest)}: a Secret in a file is in every clone"
         for where, name, text in _texts(manifest, title(manifest)):
             if _CREDENTIAL.search(text):
                 yield f"{where}: holds a key"
