@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 REASONS_SHOWN = 3
 MEMORY_SHARE = 0.8
 """Of what is free: small files may unpack to more than any machine has."""
+LEAST_ROOM = 2**29
+"""Bytes. With less, a library may fail to start a thread, whose stack counts in whole, and end in words of its own."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,14 @@ def _in_memory() -> Iterator[None]:
     """What is done here stays within the memory that is free.
 
     Raises:
-        DataError: it needs more.
+        DataError: it needs more, or there is too little to begin with.
     """
     room = int(MEMORY_SHARE * memory.available_bytes())
+    if room < LEAST_ROOM:
+        raise DataError(
+            f"{room / 2**30:.1f} GiB of memory are free for the records of data.source, and to read any takes "
+            f"{LEAST_ROOM / 2**30:.1f} GiB: end other programs, or prepare them where there is more memory"
+        )
     try:
         with memory.at_most(room):
             yield

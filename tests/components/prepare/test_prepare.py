@@ -13,6 +13,7 @@ import pytest
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
+from components.shared import memory
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
@@ -23,6 +24,16 @@ Config = Callable[..., RunConfig]
 
 def rows(count: int) -> list[Any]:
     return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i % 7}", "topic": "t"} for i in range(count)]
+
+
+def test_on_a_machine_that_is_out_of_memory_nothing_is_begun(
+    store: Store, write_rows: Write, run_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 400 * 2**20)
+    with pytest.raises(
+        DataError, match=r"^0\.3 GiB of memory are free for the records of data\.source, and to read any"
+    ):
+        prepare(run_config(write_rows(rows(99)), eval_share=0.2), store)
 
 
 def test_prepare_writes_what_load_split_reads(store: Store, write_rows: Write, run_config: Config) -> None:
