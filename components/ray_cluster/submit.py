@@ -23,12 +23,15 @@ from components.ray_cluster.workflow import own_workflow
 from components.records import runs
 from components.shared.account import account
 from components.shared.errors import JobError
+from components.shared.low_memory import ran_low
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+LINES_OF_RAY = 80
+"""Of the end of a log: more than Ray's own message has of a node that ran out of memory."""
 BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
     "jobs-api": lambda _: JobsApi(os.environ.get("RAY_ADDRESS", "")),
     "rayjob": RayJobs,
@@ -159,6 +162,8 @@ def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
         return failure.as_error()
     if ended.status == "STOPPED":
         return JobError(f"{noun} {job_id} was stopped by someone else")
+    if low := ran_low(ended.message) or ran_low(last_lines(log, LINES_OF_RAY)):
+        return JobError(f"{noun} {job_id} failed: {low}")
     last = last_lines(log) or last_lines(ended.message) or "it printed nothing"
     return JobError(f"{noun} {job_id} failed {ended.why}; its last lines:\n  {last}")
 

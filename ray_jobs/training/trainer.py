@@ -14,6 +14,7 @@ from typing import Any
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared.errors import JobError, UserError
+from components.shared.low_memory import ran_low
 from components.store.store import Store
 
 RESIZE_EVERY_S = 60.0
@@ -38,6 +39,7 @@ def run(
         UserError: the user's mistake, as the first worker that met it raised it.
         JobError: the workers failed for another reason.
     """
+    from ray.exceptions import OutOfMemoryError
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -71,9 +73,11 @@ def run(
     except ControllerError as exc:
         if is_mistake(exc.controller_failure):
             raise exc.controller_failure from None
-        raise JobError(f"the workers failed: {exc.controller_failure}") from exc
+        raise _failed(str(exc.controller_failure)) from exc
+    except OutOfMemoryError as exc:  # of the controller itself
+        raise _failed(str(exc)) from exc
     except TrainingFailedError as exc:
-        raise JobError(f"the workers failed: {_root(exc)}") from exc
+        raise _failed(_root(exc)) from exc
     return answer
 
 
@@ -116,6 +120,10 @@ def _ending_at_mistakes() -> Any:
 def _num_workers(config: RunConfig) -> int | tuple[int, int]:
     fewest, most = config.ray.min_workers, config.ray.max_workers
     return (fewest, most) if config.ray.is_elastic else most
+
+
+def _failed(why: str) -> JobError:
+    return JobError(f"the workers failed: {ran_low(why) or why}")
 
 
 def _root(exc: Any) -> str:

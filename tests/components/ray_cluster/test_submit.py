@@ -193,6 +193,16 @@ def test_a_job_that_dies_without_a_word_shows_its_last_lines(cluster: Cluster, r
         cluster.submit(job(run_id, "print('CUDA out of memory'); raise SystemExit(9)"))
 
 
+def test_a_job_that_ray_ended_for_its_node_s_memory_says_so(cluster: Cluster, run_id: str) -> None:
+    said = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: f6f2) "
+        "was 10.41GB used / 23.54GB limit (0.442091)"
+    )
+    code = f"print({said!r})\nfor line in range(40): print(line)\nraise SystemExit(1)"
+    with pytest.raises(JobError, match=r"failed: node 10\.0\.0\.7 ran out of memory \(10\.41 of 23\.54 GB in use\)"):
+        cluster.submit(job(run_id, code))
+
+
 def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluster: Cluster, run_id: str) -> None:
     with pytest.raises(JobError):
         cluster.submit(job(run_id, "print('attempt one'); raise SystemExit(9)"))
