@@ -15,7 +15,7 @@ from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, StoreError
-from components.shared.memory import machine_bytes
+from components.shared.memory import available_bytes, machine_bytes
 from pipelines.check import Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.estimate import estimate_here
@@ -64,7 +64,7 @@ def _machine(home: Path) -> Iterator[Check]:
     yield check(
         "memory",
         memory >= MEMORY_BYTES,
-        f"{memory / GIB:.1f} GiB",
+        f"{memory / GIB:.1f} GiB, {available_bytes() / GIB:.1f} of them free now",
         f"the built-in example needs {MEMORY_BYTES / GIB:.0f} GiB: lower ray.num_workers or use a larger machine",
     )
     cpu = this_cpu()
