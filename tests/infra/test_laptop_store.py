@@ -36,7 +36,8 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
     chosen = dict(zip(flags, choose_ports(len(flags), earlier=[]), strict=True))
     command += [f"-{flag}={port}" for flag, port in chosen.items()]
     keys = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), KEYS, strict=True))
-    environment = {**os.environ, **keys, "S3_BUCKET": "fineloop", "GOMEMLIMIT": "384MiB"}
+    kept = {"S3_BUCKET": "fineloop", "GOMEMLIMIT": "384MiB", "TMPDIR": str(folder / "tmp")}  # its /tmp, for its log
+    environment = {**os.environ, **keys, **kept}
     options = {"orphan_signal": signal.SIGKILL, "environment": environment, "directory": folder}
     with (folder / "log").open("wb") as log:
         process = guard.start(command, stdout=log.fileno(), **options)
