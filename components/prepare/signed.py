@@ -8,8 +8,8 @@ import numpy.typing as npt
 from components.prepare.minhash import Minima, Numbers, Signatures, sorted_band
 from components.prepare.shingles import Hashes, Marks
 
-_AT_ONCE = 2**14
-"""Of texts, whose pages of the file are in memory while their numbers are read: 4 KiB each."""
+_AT_ONCE = 2**11
+"""Of texts, around whose numbers the kernel maps 64 KiB of the file each while they are read."""
 
 
 class Signed:
