@@ -1,6 +1,7 @@
 """What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
 
 import gc
+import importlib
 import os
 import re
 import shutil
@@ -20,8 +21,10 @@ from pipelines.local import seaweedfs, server
 if TYPE_CHECKING:
     from tests.doubles.kubernetes.control_plane import ControlPlane
 
-# A process keeps the mode that it first imports Ray with, and whatever answers as a cluster here wants a token.
+# A process keeps the mode that it first imports Ray with, and whatever answers as a cluster here wants a token. It is
+# imported now, since a test may take the variable away while something else imports it.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+importlib.import_module("ray")
 # A worker's 15 would wait minutes for a test process that is busy, as in pipelines/local/ray_head.py.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
