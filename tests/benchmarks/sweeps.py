@@ -6,6 +6,7 @@ Each sweep is a `fineloop sweep`, and its record is kept in `tests/benchmarks/sw
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ def _at_the_best(result: SweepResult) -> list[float]:
 def _measured(name: str, result: SweepResult) -> list[str]:
     return [
         "```bash",
-        " ".join(["fineloop sweep", *SWEEPS[name]]),
+        shlex.join(["fineloop", "sweep", *SWEEPS[name]]),
         "```",
         "",
         f"On {result.environment['cpu']}, beside other work. Losses are nats per answer token on {result.records}",
