@@ -145,9 +145,15 @@ class MinHash:
 
 def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
     """The hashes of the marked texts, sorted, and whose they are: among equals, in the order of the texts."""
-    rows = np.flatnonzero(marked).astype(np.uint64)
-    packed = np.sort(hashes[marked].astype(np.uint64) << np.uint64(32) | rows)
-    return (packed >> np.uint64(32)).astype(np.uint32), (packed & np.uint64(2**32 - 1)).view(np.int64)
+    packed = np.flatnonzero(marked).view(np.uint64)
+    upper = hashes[marked].astype(np.uint64)
+    upper <<= np.uint64(32)  # in place, as there may be millions
+    packed |= upper
+    del upper
+    packed.sort()
+    keys = (packed >> np.uint64(32)).astype(np.uint32)
+    packed &= np.uint64(2**32 - 1)
+    return keys, packed.view(np.int64)
 
 
 def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:

@@ -43,6 +43,8 @@ KEPT_BYTES = 2**27
 """Of sets of shingles that are kept for the next comparison."""
 AHEAD = 64
 """Texts whose sets are made together."""
+LOOKED_UP = 2**20
+"""Hashes at once."""
 
 
 class _Said(NamedTuple):
@@ -119,10 +121,9 @@ class Comparison:
 
         Of those that share a band each is compared with the first and with the one before it, not with all.
         """
-        equals = self._signed.equals
-        size, kept = len(equals), kept[: len(equals)]
-        is_repeat = kept.copy()
-        is_repeat[np.flatnonzero(kept)[np.unique(equals[kept], return_index=True)[1]]] = False
+        size = len(self._signed)
+        kept, is_repeat = kept[:size], np.zeros(size, bool)
+        is_repeat[kept] = _came_before(self._signed.equals[kept])
         sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
         for band in range(self._minhash.bands):
             pairs = np.setdiff1d(_neighbours(*self._signed.in_band(band, kept), size=size), known, assume_unique=True)
@@ -258,6 +259,18 @@ def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
     for batch in map(Batch.of, in_batches(texts)):
         hashes, is_one = batch.shingles()
         yield hashes[is_one], batch.row_of[: len(hashes)][is_one]
+
+
+def _came_before(hashes: Hashes) -> Marks:
+    """Of each whether an earlier one is the same. Most stand alone, and are sorted without their places."""
+    in_order = np.sort(hashes)
+    several = Known(np.unique(in_order[1:][in_order[1:] == in_order[:-1]]))
+    del in_order
+    parts = [several.has(hashes[start : start + LOOKED_UP]) for start in range(0, len(hashes), LOOKED_UP)]
+    found = np.concatenate([np.zeros(0, bool), *parts])
+    places = np.flatnonzero(found)
+    found[places[np.unique(hashes[places], return_index=True)[1]]] = False
+    return found
 
 
 def _neighbours(keys: Minima, rows: Numbers, *, size: int) -> Numbers:

@@ -41,6 +41,9 @@ class Signed:
         self._equals.append(equals)
         self._are_found.append(signatures.is_found)
 
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
     @property
     def equals(self) -> Hashes:
         """Of each text the hash of all of it."""
@@ -62,7 +65,7 @@ class Signed:
         parts = []
         for start in range(0, max(1, len(wanted)), _AT_ONCE):
             # Opened anew, so that no page of it stays.
-            mapped = np.memmap(self._minima, np.uint8, "r").reshape(sum(self._sizes), -1)
+            mapped = np.memmap(self._minima, np.uint8, "r").reshape(len(self), -1)
             parts.append(np.asarray(mapped[wanted[start : start + _AT_ONCE]]))
         found = np.concatenate(parts)[where]
         return found[:, : self._num_whole], found[:, self._num_whole :]
