@@ -44,7 +44,7 @@ KEPT_BYTES = 2**27
 AHEAD = 64
 """Texts whose sets are made together."""
 LOOKED_UP = 2**20
-"""Hashes at once."""
+"""Hashes that are looked up at once."""
 
 
 class _Said(NamedTuple):
@@ -90,12 +90,12 @@ class Comparison:
         most = max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
         runs = _Runs(held_out, prompts)
         self._shared = Known(frequent(runs.of_all(), runs.of_different, more_than=most))
+        for batch in _batched(held_out):
+            self._signed_held_out.add(*self._signatures(batch))
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
         """For each prompt, in order, the held-out one that it is near to, if any; lazy, some thousand at a time."""
         theirs = self._signed_held_out
-        for batch in _batched(self._held_out):
-            theirs.add(*self._signatures(batch))
         every = np.ones(len(self._held_out), bool)
         bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
         known, first = np.unique(theirs.equals, return_index=True)
