@@ -6,7 +6,7 @@ Its own message has fifty lines, of which a person's eye falls on the last: a ta
 import re
 from pathlib import PurePosixPath
 
-# Ray 2.60, src/ray/raylet/worker_killing_policy.cc and threshold_memory_monitor.cc.
+# As the raylet of Ray 2.60 writes it.
 _SAID = re.compile(
     r"killed due to the node running low on memory\. Memory on the node \(IP: ([^,\s]+)[^)]*\) was (\S+)GB used / "
     r"(\S+)GB limit"
