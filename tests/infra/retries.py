@@ -25,7 +25,7 @@ def is_run_again(ended: Ended) -> bool:
     assert strategy["retryPolicy"] == "Always"  # another would let the expression see less
     # Three words of the language that Argo has its expressions in, expr-lang, are others in Python.
     words = {r"lastRetry\.(\w+)": r"\1", r"asInt\((\w+)\)": r"int(\1)", r"(\w+) matches\s+('[^']*')": r"search(\2, \1)"}
-    expression = strategy["expression"].replace("||", "or")
+    expression = strategy["expression"].replace("||", "or").replace("&&", "and")
     for theirs, ours in words.items():
         expression = re.sub(theirs, ours, expression)
     known = {"status": ended.status, "exitCode": ended.exit_code, "message": ended.message}

@@ -126,8 +126,9 @@ def test_what_kubeflow_has_for_its_first_version_alone_runs_no_pod(release: str,
     }
 
 
-# What Argo 4.0.5 has of a pod on Kubernetes 1.34, and whether its step is to run again. The first four were seen on
-# a cluster; the others are the kubelet's words (pkg/kubelet/eviction/helpers.go, nodeshutdown, preemption).
+# What Argo 4.0.5 has of a pod on Kubernetes 1.34, and whether its step is to run again. The first four, 143 and the
+# graph were seen on a cluster; the others are the kubelet's words (pkg/kubelet/eviction/helpers.go, nodeshutdown,
+# preemption).
 ENDS = [
     ("Error", "-1", "pod deleted", True),
     ("Failed", "1", "main: OOMKilled (exit code 1)", True),
@@ -141,6 +142,7 @@ ENDS = [
     ("Failed", "-1", "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ", True),
     ("Failed", "-1", "Pod was terminated in response to imminent node shutdown.", True),
     ("Failed", "-1", "Preempted in order to admit critical pod", True),
+    ("Error", "-1", "", False),  # a graph whose step is lost for good
     ("Failed", "-1", "Pod was active on the node longer than the specified deadline", False),
 ]
 
