@@ -59,9 +59,14 @@ SPOT = (
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
     {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
 )
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+"""For how long Ray drains a node at SIGTERM."""
 DRAIN_S = 60
 """What a worker pod that is to go has for a checkpoint: Ray drains its node at SIGTERM, for half as long by itself, and
 the workers see it within seconds. A preStop hook that stops Ray would come before that."""
+HEAD_DRAIN_S = 10
+"""For how long a head that is to go still answers, by itself 30 s. Workers that go with it are drained within seconds,
+but one that finds no head any more asks for as long as DRAIN_S (ray/_private/node.py)."""
 ENDING_S = 15
 """What Ray's processes have to end after it, before Kubernetes kills them."""
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
@@ -151,6 +156,7 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
         "ports": [{"name": name, "containerPort": port} for name, port in _PORTS.items()],
         "resources": _exactly({"cpu": str(cluster.head.cpu), "memory": f"{cluster.head.memory_gib}Gi"}),
     }
+    container["env"].append({"name": DRAIN, "value": str(HEAD_DRAIN_S)})
     return {
         "rayStartParams": {
             "num-cpus": "0",  # no training on the head
@@ -183,8 +189,11 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
         *(SPOT if cluster.spot else ()),
         *(_toleration(given) for given in cluster.tolerations),
     ]
-    container["env"].append({"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(DRAIN_S)})
+    container["env"].append({"name": DRAIN, "value": str(DRAIN_S)})
     pod["spec"]["terminationGracePeriodSeconds"] = DRAIN_S + ENDING_S
+    # KubeRay's init container waits for the head in a shell. As process 1 that ignores SIGTERM: a pod that is stopped
+    # meanwhile would stay for all of the grace period.
+    pod["spec"]["shareProcessNamespace"] = True
     if labels_of_nodes := _node_selector(ray, cluster):
         pod["spec"]["nodeSelector"] = labels_of_nodes
     if taints:

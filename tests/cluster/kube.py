@@ -17,6 +17,8 @@ from infra.checks.manifests import KUBECTL
 ROOT = Path(__file__).resolve().parents[2]
 SOON_S = 600.0
 """How long one thing may take on a busy node whose images are there."""
+STOP_S = 60.0
+"""By when nothing of a stopped run may hold a processor."""
 LEFT = "pods,jobs,services,configmaps,secrets,pvc,pv,rayclusters,rayjobs,workloads.kueue.x-k8s.io"
 T = TypeVar("T")
 STEPS = re.compile(r"step (\d+)/\d+ ")

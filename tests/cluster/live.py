@@ -16,6 +16,7 @@ RUN_S = 3600.0
 """How long a short run may take on a cluster whose nodes and images have to come first."""
 SOON_S = 900.0
 """How long one thing of it may."""
+COMPONENT = "app.kubernetes.io/component"
 OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 T = TypeVar("T")
 
@@ -124,6 +125,12 @@ class Live:
         return [
             pod.metadata.name for pod in found if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp
         ]
+
+    def ray_pods(self, run_id: str, *kinds: str) -> list[str]:
+        """Of its job's head and workers; also those on their way out, for they hold their GPUs."""
+        found = self._core.list_namespaced_pod(self.namespace, label_selector=f"fineloop.dev/run-id={run_id}").items
+        kinds = kinds or ("ray-head", "ray-worker")
+        return [pod.metadata.name for pod in found if pod.metadata.labels.get(COMPONENT) in kinds]
 
     def delete_pod(self, name: str) -> None:
         """As a drained node does."""

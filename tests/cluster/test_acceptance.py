@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.kubeflow.client import connect
+from tests.cluster.kube import STOP_S
 from tests.cluster.live import RUN_S, Live
 
 pytestmark = pytest.mark.cluster
@@ -45,12 +47,28 @@ def test_a_source_that_is_not_there_is_told_in_one_sentence(live: Live) -> None:
     assert live.rayjobs(failed.body["run_id"]) == []
 
 
-def test_a_stopped_run_stops_its_training(live: Live) -> None:
+@pytest.mark.parametrize("how", ["by the command", "in the page"])
+@pytest.mark.parametrize("when", ["has a job", "has a head", "trains"])
+def test_a_stopped_run_has_no_pod_of_ray_within_a_minute(live: Live, when: str, how: str) -> None:
+    """What the page's *Terminate* asks the server for, it asks for without the command."""
     run_id = live.submit(settings=MINUTES, wait=False).body["run_id"]
-    live.training(run_id)
-    stopped = live.fineloop("runs", "stop", run_id, "--host", live.host)
-    assert stopped.body["state"] == "CANCELED", stopped.stderr
-    live.until(lambda: not live.rayjobs(run_id), "the RayJob is deleted", 120)
+    if when == "trains":
+        live.training(run_id)
+    elif when == "has a head":
+        live.until(lambda: live.ray_pods(run_id, "ray-head"), f"{run_id} has a head", RUN_S)
+    else:
+        live.until(lambda: live.rayjobs(run_id), f"{run_id} has a job", RUN_S)
+    began = time.monotonic()
+    if how == "by the command":
+        stopped = live.fineloop("runs", "stop", run_id, "--host", live.host)
+        assert stopped.body["state"] == "CANCELED", stopped.stderr
+    else:
+        connect({}, host=live.host).client.terminate_run(run_id)
+    live.until(lambda: not live.ray_pods(run_id), "no pod of Ray is left")
+    took_s = time.monotonic() - began
+    print(f"no pod of Ray is left after {took_s:.1f} s")
+    assert took_s < STOP_S
+    live.until(lambda: not live.rayjobs(run_id), "the RayJob is deleted", STOP_S)
     assert live.production() is None
 
 

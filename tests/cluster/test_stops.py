@@ -6,13 +6,11 @@ import pytest
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.submit import stop_run
-from tests.cluster.kube import Kube
+from tests.cluster.kube import STOP_S, Kube
 from tests.cluster.steps import Step
 
 pytestmark = pytest.mark.cluster
 
-STOP_S = 60.0
-"""By when nothing of a stopped run may hold a processor."""
 SLEEPS = ("python", "-c", "import time; print('be' 'gan', flush=True); time.sleep(900)")
 
 

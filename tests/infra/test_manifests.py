@@ -56,19 +56,19 @@ def test_a_wrong_field_or_kind_is_found(where: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_worker_pods_that_are_to_go_have_as_long_for_a_checkpoint_as_those_fineloop_creates(
-    overlay: str,
-) -> None:
-    def graces(manifest: dict[str, Any]) -> list[tuple[int, str]]:
+def test_pods_that_are_to_go_have_as_long_as_those_that_fineloop_creates(overlay: str) -> None:
+    def ends(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
         cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
-        pods = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]
-        drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        pods = [group["template"]["spec"] for group in groups]
         env = [{each["name"]: each.get("value") for each in pod["containers"][0]["env"]} for pod in pods]
-        return [(pod["terminationGracePeriodSeconds"], each[drain]) for pod, each in zip(pods, env, strict=True)]
+        drains = [each["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] for each in env]
+        keys = ("terminationGracePeriodSeconds", "shareProcessNamespace")
+        return [(*(pod.get(key) for key in keys), drain) for pod, drain in zip(pods, drains, strict=True)]
 
-    (wanted,) = graces(created(next(iter(CONFIGS.values()))))
+    wanted = ends(created(next(iter(CONFIGS.values()))))
     clusters = [each for each in render_overlay(overlay) if each["kind"] in ("RayJob", "RayCluster")]
-    assert {grace for each in clusters for grace in graces(each)} == {wanted}
+    assert all(ends(each) == wanted for each in clusters)
 
 
 def test_an_overlay_that_does_not_render_says_why() -> None:

@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import DRAIN_S, active_deadline_s, label_value, rayjob, rayjob_name
+from components.ray_cluster.rayjob_manifest import (
+    DRAIN_S,
+    HEAD_DRAIN_S,
+    active_deadline_s,
+    label_value,
+    rayjob,
+    rayjob_name,
+)
 from components.ray_cluster.workflow import Workflow
 
 
@@ -206,16 +213,25 @@ def test_a_gang_never_changes_its_size_and_the_head_trains_nothing() -> None:
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_a_worker_pod_that_is_to_go_has_time_for_a_checkpoint() -> None:
+def drains_for_s(pod: dict[str, Any]) -> float:
     """Ray reads its variable at import, as a pod does."""
-    (workers,) = created(num_workers=2)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    pod = workers["template"]["spec"]
     env = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
     read = "from ray._private import ray_constants; print(ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)"
-    drains_for = subprocess.check_output([sys.executable, "-c", read], env={**os.environ, **env}, text=True)
-    assert float(drains_for) == DRAIN_S
+    return float(subprocess.check_output([sys.executable, "-c", read], env={**os.environ, **env}, text=True))
+
+
+def test_a_head_that_is_to_go_hears_its_workers_out_and_keeps_them_no_longer() -> None:
+    head = created(num_workers=2)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert drains_for_s(head) == HEAD_DRAIN_S
+
+
+def test_a_worker_pod_that_is_to_go_has_time_for_a_checkpoint() -> None:
+    (workers,) = created(num_workers=2)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    assert drains_for_s(pod) == DRAIN_S
     assert pod["terminationGracePeriodSeconds"] > DRAIN_S
     assert "lifecycle" not in pod["containers"][0]
+    assert pod["shareProcessNamespace"]  # else KubeRay's init container takes all of that time
 
 
 @pytest.mark.parametrize(("nodes", "fewest", "most"), [(0, 2, 4), (2, 1, 2)])
@@ -307,6 +323,7 @@ def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch
         "PYTHONUNBUFFERED": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "FINELOOP_IMAGE": head["image"],
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(HEAD_DRAIN_S),
         "NCCL_DEBUG": "INFO",
     }
     assert found["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "fineloop-ray"}

@@ -114,6 +114,7 @@ _POD = _object(
         nodeSelector=_TEXTS,
         tolerations=_list(_object(key=_TEXT, operator=_TEXT, value=_TEXT, effect=_TEXT)),
         restartPolicy=_TEXT,
+        shareProcessNamespace=_FLAG,
         terminationGracePeriodSeconds=_COUNT,
     ),
 )
