@@ -44,6 +44,7 @@ def client_from_environment() -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    _keep_botocore_quiet()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         signature_version="s3v4",
@@ -67,6 +68,13 @@ def client_from_environment() -> Any:
     client.meta.events.register("needs-retry.s3", _pause_where_away)
     traffic.count(client)
     return client
+
+
+def _keep_botocore_quiet() -> None:
+    """At INFO, which kfp's executor and Ray's workers show, it says of each client where it found credentials."""
+    botocore = logging.getLogger("botocore")
+    if botocore.level == logging.NOTSET:
+        botocore.setLevel(logging.WARNING)
 
 
 @cache

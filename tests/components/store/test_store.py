@@ -12,7 +12,7 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from components.store import traffic
-from components.store.client import PART_BYTES
+from components.store.client import PART_BYTES, client_from_environment
 from components.store.store import Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
 
@@ -235,3 +235,16 @@ def test_requests_and_bytes_of_bodies_are_counted(store: Store, tmp_path: Path) 
     assert after.requests - before.requests == 4
     assert after.written_bytes - before.written_bytes == 1100
     assert after.read_bytes - before.read_bytes == 100
+
+
+def test_where_credentials_were_found_stands_in_no_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kfp's executor logs all from INFO on, and each store of a step would say it again."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(logging.getLogger("botocore"), "level", logging.NOTSET)
+    with caplog.at_level(logging.INFO):
+        client_from_environment()
+    assert [record for record in caplog.records if record.name.startswith("botocore")] == []
