@@ -1,5 +1,6 @@
 """The held-out records part by part: an unchanged mean may hide that one kind of record got worse; pure."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -89,18 +90,27 @@ def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
         name=part.name,
         records=found.records,
         gain=found.gain,
-        lower=found.lower,
-        upper=found.upper,
+        lower=_finite(found.lower),
+        upper=_finite(found.upper),
         worse=worse,
     )
+
+
+def _finite(bound: float) -> float | None:
+    """None for the bound of a slice whose records are so few, or so alike, that some resamples have no spread."""
+    return bound if math.isfinite(bound) else None
 
 
 def _text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
     metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
 
     def described(each: SliceResult) -> str:
-        ends = " and ".join(compared.amounts.signed_text(end) for end in (each.lower, each.upper))
-        return f"{each.kind} {each.name!r} ({each.records} records, gain between {ends})"
+        text = compared.amounts.signed_text
+        if each.lower is None or each.upper is None:
+            between = f"{text(each.gain)} without a bound"
+        else:
+            between = f"between {text(each.lower)} and {text(each.upper)}"
+        return f"{each.kind} {each.name!r} ({each.records} records, gain {between})"
 
     if worse:
         return (

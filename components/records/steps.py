@@ -174,7 +174,7 @@ class PairedDifference(Part):
     metric: str
     difference: float
     ci95: tuple[float, float] | None = None
-    """The ends of the 95 % interval of the difference."""
+    """The ends of the 95 % interval of the difference; None where the records set it no bound."""
     records: int
 
 
@@ -241,9 +241,9 @@ class SliceResult(Part):
     name: str
     records: int
     gain: float
-    lower: float
-    """The gain is at least this, at the rule's confidence."""
-    upper: float
+    lower: float | None
+    """The gain is at least this, at the rule's confidence; None where the records set it no bound."""
+    upper: float | None
     worse: bool
     """Shown to be worse by more than is allowed."""
 

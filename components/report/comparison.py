@@ -115,7 +115,8 @@ def panels(run: RunFiles) -> list[Panel]:
 
 def intervals(run: RunFiles) -> list[Interval]:
     """The gain between its bounds, for each comparison that the gate made; without a gate, those of the evaluation."""
-    decided = [rule for rule in _rules(run) if rule.against and is_metric(rule.metric) and rule.lower is not None]
+    compared = (rule for rule in _rules(run) if rule.against and is_metric(rule.metric))
+    decided = [rule for rule in compared if rule.lower is not None and rule.upper is not None]
     return [_of_rule(rule) for rule in decided] if decided else list(_of_evaluation(run))
 
 

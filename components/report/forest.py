@@ -13,8 +13,8 @@ class Gain:
     name: str
     about: str
     gain: float
-    lower: float
-    upper: float
+    lower: float | None
+    upper: float | None
     bad: bool
 
 
@@ -43,7 +43,8 @@ class Picture:
 
 def draw(gains: Sequence[Gain], *, bound: float, amounts: Metric, note: str) -> Picture:
     """On an axis that holds every interval, zero, and the bound."""
-    marks = [0.0, bound, *(end for each in gains for end in (each.lower, each.upper))]
+    ends = [end for each in gains for end in (each.gain, each.lower, each.upper) if end is not None]
+    marks = [0.0, bound, *ends]
     pad = (max(marks) - min(marks)) * 0.03 or 1.0
     start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
 
@@ -55,11 +56,17 @@ def draw(gains: Sequence[Gain], *, bound: float, amounts: Metric, note: str) -> 
             name=each.name,
             about=each.about,
             position=place(each.gain),
-            low=place(each.lower),
-            high=place(each.upper),
-            text="{} ({} to {})".format(*map(amounts.signed_text, (each.gain, each.lower, each.upper))),
+            low=0.0 if each.lower is None else place(each.lower),
+            high=100.0 if each.upper is None else place(each.upper),
+            text=f"{amounts.signed_text(each.gain)} ({_between(each, amounts)})",
             bad=each.bad,
         )
         for each in gains
     )
     return Picture(rows, place(0.0), place(bound), note)
+
+
+def _between(gain: Gain, amounts: Metric) -> str:
+    if gain.lower is None or gain.upper is None:
+        return "not bounded"
+    return f"{amounts.signed_text(gain.lower)} to {amounts.signed_text(gain.upper)}"

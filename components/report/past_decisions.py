@@ -17,8 +17,8 @@ def past_decisions(run: RunFiles) -> forest.Picture | None:
             each.run_id,
             each.verdict or each.decision,
             found.gain or 0.0,
-            found.lower or 0.0,
-            found.upper or 0.0,
+            found.lower,
+            found.upper,
             bad=not each.promoted,
         )
         for each in (run.decision, *run.decided_before)

@@ -123,8 +123,10 @@ def paired_difference(
     found = bounds(pairs_of(candidate, other, num_answer_tokens, metric, groups), confidence=0.975)
     if found is None:
         return None
+    ends = (found.lower, found.upper)
+    is_bounded = all(map(math.isfinite, ends))  # not where the models differ on hardly any record
     return PairedDifference(
-        metric=metric, difference=found.gain, ci95=(found.lower, found.upper), records=found.records
+        metric=metric, difference=found.gain, ci95=ends if is_bounded else None, records=found.records
     )
 
 

@@ -125,3 +125,14 @@ def test_a_number_that_is_missing_in_a_slice_stops_the_candidate() -> None:
     judged = rule(decide(evaluation(model("v2"), model(loss=9.0), model("v1")), GateConfig(), found), "slices")
     assert not judged.passed
     assert "of single records is unknown" in judged.text
+
+
+def test_a_decision_on_a_slice_without_a_bound_is_read_back() -> None:
+    """Of a slice whose models differ on one record, a resample may have none that differs, and so no spread."""
+    gains = {"Eye": around(0.1, 0.1, 200), "Skin": np.append(np.zeros(29), 0.5)}
+    decision = decided(gains, GateConfig())
+    read = Decision.from_json(decision.as_json(), "s3://bucket/decision.json")
+    assert rule(read, "slices") == rule(decision, "slices")
+    (skin,) = [each for each in rule(decision, "slices").slices if each.name == "Skin"]
+    assert None in (skin.lower, skin.upper)
+    assert "label 'Skin' (30 records, gain +0.017 without a bound)" in rule(decision, "slices").text

@@ -4,10 +4,11 @@ import pytest
 
 from components.config.gate import GateConfig, Limit
 from components.records.steps import RuleResult, SliceResult
+from components.report import forest
 from components.report.comparison import intervals, panels, rules
 from components.report.run_files import RunFiles
 from components.report.slices import slices
-from components.shared.metrics import METRICS
+from components.shared.metrics import METRICS, metric_of
 from tests.components.report import example_runs
 
 
@@ -154,3 +155,14 @@ def test_without_a_gate_the_intervals_are_those_of_the_evaluation() -> None:
 def test_differences_are_told_as_better_or_worse(key: str, ours: float, theirs: float, words: str) -> None:
     metric = METRICS[key]
     assert metric.gain_text(metric.gain(ours, theirs)) == words
+
+
+def test_a_gain_without_a_bound_is_drawn_over_the_whole_axis() -> None:
+    gains = [
+        forest.Gain("label: Eye", "200 records", 0.1, 0.05, 0.15, bad=False),
+        forest.Gain("label: Skin", "30 records", 0.02, None, None, bad=False),
+    ]
+    eye, skin = forest.draw(gains, bound=-0.05, amounts=metric_of("loss"), note="").rows
+    assert 0 < eye.low < eye.position < eye.high < 100
+    assert (skin.low, skin.high) == (0, 100)
+    assert skin.text == "+0.020 (not bounded)"

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from components.records.steps import PairedDifference
 from components.shared.metrics import METRICS
 from ray_jobs.scoring.answers import (
     MAX_CLASSES,
@@ -63,6 +64,14 @@ def test_the_interval_spans_zero_when_neither_is_better():
     assert found is not None
     low, high = found.ci95
     assert low < 0 < high
+
+
+def test_a_difference_on_one_record_of_many_has_no_interval_and_is_read_back():
+    theirs = [score(1.0, f1=1.0)] * 30
+    found = paired_difference([score(1.0, f1=0.5), *theirs[1:]], theirs, [1] * 30, "token_f1")
+    assert found is not None
+    assert found.ci95 is None
+    assert found == PairedDifference.model_validate_json(found.model_dump_json())
 
 
 def test_there_is_no_difference_where_a_number_is_not_finite():
