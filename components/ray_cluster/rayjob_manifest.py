@@ -65,8 +65,8 @@ DRAIN_S = 60
 """What a worker pod that is to go has for a checkpoint: Ray drains its node at SIGTERM, for half as long by itself, and
 the workers see it within seconds. A preStop hook that stops Ray would come before that."""
 HEAD_DRAIN_S = 10
-"""For how long a head that is to go still answers, by itself 30 s. Workers that go with it are drained within seconds,
-but one that finds no head any more asks for as long as DRAIN_S (ray/_private/node.py)."""
+"""For how long a head that is to go still answers; by itself Ray takes 30 s. Workers that go with it end in seconds,
+but one that finds no head any more tries to reach it for DRAIN_S (ray/_private/node.py)."""
 ENDING_S = 15
 """What Ray's processes have to end after it, before Kubernetes kills them."""
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
