@@ -4,6 +4,7 @@ A comparison passes when the gain is sure to be as large as required, fails when
 in between. Where a number is missing or not finite, it fails: nothing is promoted on a guess.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -275,7 +276,8 @@ def _required(
         return RuleResult(**parts, passed=False, text=unmeasured(compared))
     passed = found.lower - unseen >= required - ROUNDING
     undecided = not passed and found.upper >= required - ROUNDING
-    needed = records_to_decide(found, required + unseen, compared.confidence) if undecided else None
+    may_tell = undecided and math.isfinite(found.lower)
+    needed = records_to_decide(found, required + unseen, compared.confidence) if may_tell else None
     text = f"{_how(compared, found.gain, abs(required))}; {demand}. {_sure(compared, found, required)}"
     text += f". {_not_enough(compared, needed)}" if undecided else "."
     return RuleResult(
@@ -319,10 +321,11 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     records = (
         f"{found.records} of them" if found.groups == found.records else f"{found.records} in {found.groups} groups"
     )
-    low, high = (compared.amounts.signed_text(end, *beside) for end in (found.lower, found.upper))
+    lies = compared.amounts.range_text(found.lower, found.upper, *beside)
+    each_with = "each with" if lies.startswith("between") else "with"
     confidence = f"{compared.confidence * 100:.6g} % confidence"
     each = "Passage by passage" if compared.metric.probe else "Record by record"
-    return f"{each} ({records}), the gain lies between {low} and {high}, each with {confidence}"
+    return f"{each} ({records}), the gain lies {lies}, {each_with} {confidence}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:
@@ -333,6 +336,8 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
     else:
         there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
         what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"
+    if compared.bounds is not None and not math.isfinite(compared.bounds.lower):
+        return f"That does not tell: the two differ on too few of the {what} ({used})."
     if needed is None:
         return f"That is too near the line to tell, with any number of {what} ({used})."
     return f"That does not tell: about {needed} {what} would ({used})."

@@ -105,12 +105,8 @@ def _text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> s
     metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
 
     def described(each: SliceResult) -> str:
-        text = compared.amounts.signed_text
-        if each.lower is None or each.upper is None:
-            between = f"{text(each.gain)} without a bound"
-        else:
-            between = f"between {text(each.lower)} and {text(each.upper)}"
-        return f"{each.kind} {each.name!r} ({each.records} records, gain {between})"
+        lies = compared.amounts.range_text(each.lower, each.upper)
+        return f"{each.kind} {each.name!r} ({each.records} records, gain {lies})"
 
     if worse:
         return (

@@ -8,7 +8,7 @@ from components.shared.metrics import Metric
 
 @dataclass(frozen=True)
 class Gain:
-    """One of them."""
+    """One of them. A bound that is None is not finite."""
 
     name: str
     about: str
@@ -58,7 +58,7 @@ def draw(gains: Sequence[Gain], *, bound: float, amounts: Metric, note: str) -> 
             position=place(each.gain),
             low=0.0 if each.lower is None else place(each.lower),
             high=100.0 if each.upper is None else place(each.upper),
-            text=f"{amounts.signed_text(each.gain)} ({_between(each, amounts)})",
+            text=f"{amounts.signed_text(each.gain)} ({_lies(each, amounts)})",
             bad=each.bad,
         )
         for each in gains
@@ -66,7 +66,7 @@ def draw(gains: Sequence[Gain], *, bound: float, amounts: Metric, note: str) -> 
     return Picture(rows, place(0.0), place(bound), note)
 
 
-def _between(gain: Gain, amounts: Metric) -> str:
+def _lies(gain: Gain, amounts: Metric) -> str:
     if gain.lower is None or gain.upper is None:
-        return "not bounded"
+        return amounts.range_text(gain.lower, gain.upper)
     return f"{amounts.signed_text(gain.lower)} to {amounts.signed_text(gain.upper)}"

@@ -1,5 +1,6 @@
 """Several runs side by side as one HTML page that needs nothing else."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -73,8 +74,8 @@ def metric_rows(of_each: Sequence[Mapping[str, float | None]]) -> list[tuple[str
 def gain_text(key: str, found: Bounds, confidence: float) -> str:
     """A gain with its bounds, in words."""
     metric = metric_of(key)
-    low, high = metric.signed_text(found.lower), metric.signed_text(found.upper)
-    return f"{metric.gain_text(found.gain)}, between {low} and {high}, each with {confidence * 100:.6g} % confidence"
+    lies = metric.range_text(found.lower, found.upper)
+    return f"{metric.gain_text(found.gain)}, {lies}, each with {confidence * 100:.6g} % confidence"
 
 
 def _intervals(first: str, beside: Beside) -> list[comparison.Interval]:
@@ -87,6 +88,7 @@ def _intervals(first: str, beside: Beside) -> list[comparison.Interval]:
             (found.lower, found.upper),
         )
         for key, found in beside.gains.items()
+        if math.isfinite(found.lower) and math.isfinite(found.upper)
     ]
 
 

@@ -4,6 +4,7 @@ A new metric is a row here and its computation in `ray_jobs/scoring/` or `ray_jo
 function of its own as `module:function`, which is a row like the others.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,6 +93,14 @@ class Metric:
     def signed_text(self, gain: float, *beside: float) -> str:
         """A difference with its sign."""
         return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
+
+    def range_text(self, lower: float | None, upper: float | None, *beside: float) -> str:
+        """Where a difference lies: between two bounds, or on one side of the only one that is finite."""
+        low = self.signed_text(lower, *beside) if lower is not None and math.isfinite(lower) else None
+        high = self.signed_text(upper, *beside) if upper is not None and math.isfinite(upper) else None
+        if low and high:
+            return f"between {low} and {high}"
+        return f"above {low}" if low else f"below {high}" if high else "anywhere"
 
     def _difference(self, text: str) -> str:
         return text.replace(" %", " points") if self.differs_in_points else text

@@ -67,6 +67,19 @@ def test_what_cannot_be_told_says_how_many_records_would_tell() -> None:
     )
 
 
+def test_models_that_differ_on_one_record_have_no_bound_and_no_number_of_records_that_would_tell() -> None:
+    ours, theirs = np.append(np.ones(299), 0.0), np.ones(300)
+    measured = evaluation(
+        model("v2", token_f1=float(ours.mean())), model(token_f1=0.0), model("v1", token_f1=float(theirs.mean()))
+    )
+    records = spread(measured, candidate_token_f1=ours * 0.9 + 0.1, champion_token_f1=theirs, base_token_f1=0 * theirs)
+    found = rule(decide(measured, GateConfig(metric="token_f1"), records), "not_worse_than_champion")
+    assert found.undecided
+    assert found.records_needed is None
+    assert "the gain lies below +0.0 points, with 95 % confidence." in found.text
+    assert "the two differ on too few of the held-out records (evaluate.records gave 300)" in found.text
+
+
 def test_too_few_records_decide_nothing() -> None:
     measured = evaluation(model("v2"), model(loss=2.0)).model_copy(update={"records": 29})
     decision = decide(measured, GateConfig())

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ from components.records.steps import RuleResult, SliceResult
 from components.report import forest
 from components.report.comparison import intervals, panels, rules
 from components.report.run_files import RunFiles
+from components.report.side_by_side_page import gain_text
 from components.report.slices import slices
 from components.shared.metrics import METRICS, metric_of
+from components.shared.paired import Bounds
 from tests.components.report import example_runs
 
 
@@ -165,4 +168,16 @@ def test_a_gain_without_a_bound_is_drawn_over_the_whole_axis() -> None:
     eye, skin = forest.draw(gains, bound=-0.05, amounts=metric_of("loss"), note="").rows
     assert 0 < eye.low < eye.position < eye.high < 100
     assert (skin.low, skin.high) == (0, 100)
-    assert skin.text == "+0.020 (not bounded)"
+    assert skin.text == "+0.020 (anywhere)"
+
+
+def test_a_difference_that_is_bounded_on_one_side_alone_is_said_so() -> None:
+    """An infinite bound is one in memory, and null in a record."""
+    loss = metric_of("loss")
+    assert loss.range_text(-0.1, 0.2) == "between \N{MINUS SIGN}0.100 and +0.200"
+    assert loss.range_text(-math.inf, 0.2) == loss.range_text(None, 0.2) == "below +0.200"
+    assert loss.range_text(-0.1, math.inf) == "above \N{MINUS SIGN}0.100"
+    assert loss.range_text(None, math.inf) == "anywhere"
+    assert gain_text("loss", Bounds(0.1, -math.inf, 0.2, 0.1, 30, 30), 0.95).endswith(
+        "below +0.200, each with 95 % confidence"
+    )
