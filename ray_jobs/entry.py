@@ -21,6 +21,8 @@ from components.shared.errors import FineloopError
 from components.shared.protocol import say, say_failure
 from components.store.store import open_uri
 
+OURS = ("components", "ray_jobs")
+
 
 def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser with what every job takes."""
@@ -128,11 +130,20 @@ def log_as(step: str) -> None:
         def emit(self, record: logging.LogRecord) -> None:
             say(step, record.getMessage())
 
-    for name in ("components", "ray_jobs"):
+    for name in OURS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.handlers = [Lines()]
+
+
+def log_warnings() -> None:
+    """Let our own modules' warnings alone reach people: a second worker does what the first one has said.
+
+    Ray Train's root logger in a worker lets everything through (ray/train/v2/_internal/logging/logging.py).
+    """
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def run(step: str, job: Callable[[], None], *, uses_models: bool = True) -> None:

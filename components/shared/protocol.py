@@ -14,6 +14,8 @@ from components.shared.errors import FineloopError
 # Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
 _WORKER = re.compile(r"^\(\w+ pid=\d+[^()]*\) (?=\[[a-z][a-z0-9_-]*\] )")
+_SILENT = re.compile(r"^\(\w+ pid=\d+[^()]*\)\s*$")
+"""Ray breaks the line before each state of a bar, and puts the worker's name on the empty one."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"\d+%\|.*\| *[\d.]+[kMGT]?/")
 """tqdm's: "12%|####    | 3/25 [00:01<00:09, 2.1it/s]"."""
@@ -87,7 +89,8 @@ def readable(log: str) -> str:
     Of the workers rank 0 alone prints such lines; what a library prints keeps its worker's name.
     """
     lines = [_COLOUR.sub("", line) for line in log.split("\n")]
-    shown = [_WORKER.sub("", line.rpartition("\r")[2]) for line in lines if not _BAR.search(line)]
+    kept = [line.rpartition("\r")[2] for line in lines if not (_BAR.search(line) or _SILENT.match(line))]
+    shown = [_WORKER.sub("", line) for line in kept]
     return "\n".join(shown)
 
 

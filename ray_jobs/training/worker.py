@@ -66,6 +66,10 @@ def train(
     device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     store = Store.open(config.registry)
+    if worker.rank == 0:
+        entry.log_as("finetune")
+    else:
+        entry.log_warnings()
     metrics = _metrics(config, job, store) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
@@ -110,7 +114,6 @@ def train(
 
 def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
     """What rank 0 writes the curve with."""
-    entry.log_as("finetune")
     return MetricsLog(
         store,
         job.run_id,

@@ -60,6 +60,8 @@ def test_a_log_is_copied_without_colours_bars_and_the_name_of_the_worker_that_pr
         f"{worker} [finetune] step 1: loss 2.1",
         bar,
         f"{bar}\r{bar.replace('12%', '100%')}",
+        f"{worker} ",
+        "Converting tensors...:  26%|##6       | 72/272 [00:01<00:02, 93.67it/s]",
         "\x1b[33m(RayTrainWorker pid=117)\x1b[0m a library warns",
         "at 100% of 3 workers | all of them",
         "[finetune] done",
