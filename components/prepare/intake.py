@@ -14,6 +14,7 @@ from components.prepare.reading import Reader, Rules, read_here
 from components.prepare.shapes import EXPECTED, advice, recognised
 from components.prepare.sources import Source
 from components.prepare.validation import Validated
+from components.shared.counted import counted
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def read(
 
 def _say_read(sources: Sequence[SourceCount]) -> None:
     for each in sources:
-        logger.info("%s: %d rows, %d of them unusable", each.source.name, each.rows, each.rejected)
+        logger.info("%s: %s, %d of them unusable", each.source.name, counted(each.rows, "row"), each.rejected)
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from components.prepare import hub
 from components.prepare.buckets import Buckets
 from components.prepare.formats import ENDINGS, FIRST, form_of
+from components.shared.counted import counted
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -135,9 +136,9 @@ def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
     first = [each for each, form in found.items() if form.ending in FIRST and not form.packed]
     if beside := [names[each] for each in found if first and each not in first]:
         logger.warning(
-            "%s: %d files beside JSONL and Parquet are not read, such as %s: name them in data.source if they are data",
+            "%s: of what lies beside JSONL and Parquet %s not read, such as %s: name in data.source what is data",
             entry,
-            len(beside),
+            f"{counted(len(beside), 'file')} {'is' if len(beside) == 1 else 'are'}",
             min(beside),
         )
     return first or list(found)

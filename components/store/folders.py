@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+from components.shared.counted import counted
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from components.store.client import disk_errors
 from components.store.store import BINARY, CHUNK_BYTES, JSON, Store, decode_json, encode_json
@@ -84,7 +85,7 @@ def publish(
     existing = find_manifest(store, key)
     if existing is not None:
         return _same(store, key, existing, digests)
-    logger.info("publishing %d files to %s", len(files), store.uri(key))
+    logger.info("publishing %s to %s", counted(len(files), "file"), store.uri(key))
     before = _sizes(store, key, apart)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         created = dict(

@@ -11,6 +11,7 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Tuned
 from components.report.rates import picture
+from components.shared.counted import counted
 from components.shared.errors import ConfigError
 from pipelines.local.run import Place, run_and_read
 
@@ -45,7 +46,7 @@ def picture_path(place: Place, run_id: str) -> Path:
 def sweep_lines(result: SweepResult) -> Iterator[str]:
     """What was found, as lines of text."""
     for tuned in result.tuned:
-        yield f"{tuned.method}, rank {tuned.rank}, {tuned.batch_size} records a step"
+        yield f"{tuned.method}, rank {tuned.rank}, {counted(tuned.batch_size, 'record')} a step"
         yield from _rate_lines(tuned)
         yield ""
     yield result.verdict

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from components.config.schema import RunConfig
+from components.shared.counted import counted
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
@@ -77,7 +78,7 @@ def resume(
     best = found.best or checkpoint.weights(engine.module)
     _restore(engine, found)
     progress = found.progress
-    by = f" of {progress.num_workers} workers" if progress.num_workers != fresh.num_workers else ""
+    by = f" of {counted(progress.num_workers, 'worker')}" if progress.num_workers != fresh.num_workers else ""
     logger.info("resumed from step %d%s", step, by)
     progress.config_digest, progress.num_workers, progress.base = fresh.config_digest, fresh.num_workers, fresh.base
     if progress.held_out != fresh.held_out:
@@ -156,7 +157,7 @@ def _states(
     is_same_number = progress.num_workers == fresh.num_workers
     if pieces is None and not is_same_number:
         raise ConfigError(
-            f"{uri} was written by {progress.num_workers} workers of release 0.1.0 and ray.num_workers is "
+            f"{uri} was written by {counted(progress.num_workers, 'worker')} of release 0.1.0 and ray.num_workers is "
             f"{fresh.num_workers}: resume with ray.num_workers={progress.num_workers}, or start a new run"
         )
     if pieces is None or (is_same_number and pieces == wanted):

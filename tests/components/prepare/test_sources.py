@@ -161,7 +161,7 @@ def test_other_formats_beside_jsonl_and_parquet_are_not_read_which_is_said(
         (folder / name).write_text("{}")
     caplog.set_level("WARNING")
     assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
-    assert "3 files beside JSONL and Parquet are not read, such as dataset_info.json" in caplog.text
+    assert "beside JSONL and Parquet 3 files are not read, such as dataset_info.json" in caplog.text
     assert names([str(folder / "*.csv"), str(folder / "old.jsonl.gz")], folder) == ["stats.csv", "old.jsonl.gz"]
     for path in folder.rglob("*"):
         if path.suffix in (".jsonl", ".parquet", ".NDJSON"):
