@@ -36,6 +36,8 @@ class Job:
     """The Kubeflow run that waits for it; empty outside Kubeflow."""
     deadline_key: str = "ray.timeout_s"
     """The config's field that timeout_s comes from."""
+    asks_by: str = "ray.num_workers, ray.cluster.worker"
+    """The config's fields that say how much it asks for."""
     patience_s: float = 0.0
     """After this no step waits for it any more, time in a queue included; 0 means timeout_s."""
 

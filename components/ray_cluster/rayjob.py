@@ -91,7 +91,8 @@ class RayJobs:
                 logger.info("RayJob: %s", stage)
             if waits_for and queue.is_hopeless:
                 self.stop(job_id)
-                raise JobError(f"RayJob {job_id} never fits its queue: raise the quota or ask for less: {waits_for}")
+                less = f"raise the quota or ask for less ({job.asks_by})"
+                raise JobError(f"RayJob {job_id} never fits its queue: {less}: {waits_for}")
             ended = state(found) != "live"
             has_log = bool(status.get("dashboardURL"))
             if has_log:

@@ -51,8 +51,9 @@ class Recorded:
         if not steps:
             return ""
         step, total, elapsed_s = (steps[-1][key] for key in ("step", "num_steps", "elapsed_s"))
-        left = estimated_duration(math.ceil(elapsed_s / step * (total - step)))
-        return f"step {step} of {total}, loss {steps[-1]['loss']:.3f}, about {left} left"
+        at = f"step {step} of {total}, loss {steps[-1]['loss']:.3f}"
+        left_s = math.ceil(elapsed_s / step * (total - step))
+        return f"{at}, about {estimated_duration(left_s)} left" if left_s else at
 
     def decision(self) -> Decision | None:
         """What was decided; None before that."""

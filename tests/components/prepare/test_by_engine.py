@@ -73,7 +73,7 @@ def test_the_job_asks_for_no_gpu_and_has_the_deadline_of_the_data(
     prepared(run("ray", "there", timeout_s=77))
     (job,) = submitted
     assert (job["task"], job["arguments"], job["deadline_key"]) == ("prepare", (), "data.timeout_s")
-    assert (job["ray"].use_gpu, job["ray"].timeout_s) == (False, 77)
+    assert (job["ray"].use_gpu, job["ray"].timeout_s, job["asks_by"]) == (False, 77, "ray.cluster.data")
 
 
 def test_a_job_in_which_too_little_is_new_skips_the_run(

@@ -155,7 +155,9 @@ def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(
     monkeypatch.setattr("components.ray_cluster.kueue.HOPELESS_S", 0.0)
     quota = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "16 > 8"}
     held(cluster, status={"conditions": [quota]})
-    with pytest.raises(JobError, match="never fits its queue: raise the quota or ask for less: 16 > 8"):
+    with pytest.raises(
+        JobError, match=r"never fits its queue: .* or ask for less \(ray.num_workers, ray.cluster.worker\): 16 > 8"
+    ):
         cluster.submit("")
     assert cluster.api.rayjobs == {}
 

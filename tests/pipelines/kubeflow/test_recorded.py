@@ -47,6 +47,8 @@ def test_the_training_is_told_while_it_goes_on(start: Start, store: Store) -> No
     assert outcome_lines(run, recorded) == []
     store.put(run_files.run_key(run.run_id, run_files.METRICS), steps(49, 50))
     assert outcome_lines(run, recorded) == ["step 50 of 200, loss 1.500, about 2 min left"]
+    store.put(run_files.run_key(run.run_id, run_files.METRICS), steps(199, 200))
+    assert outcome_lines(run, recorded) == ["step 200 of 200, loss 0.000"]
 
 
 def test_progress_is_asked_for_twice_a_minute_and_told_when_it_is_new(start: Start) -> None:
