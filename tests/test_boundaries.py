@@ -157,7 +157,7 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
         path.read_text(encoding="utf-8") for top in ("components", "pipelines") for path in (ROOT / top).rglob("*.py")
     ]
     spelled = {name for text in code for name in re.findall(r"(?:-m |\")(ray_jobs\.\w+)", text)}
-    by_task = {f"ray_jobs.{task}" for text in code for task in re.findall(r"submit_step\(\w+, \"(\w+)\"", text)}
+    by_task = {f"ray_jobs.{task}" for text in code for task in re.findall(r"submit_step\(\s*\w+, \"(\w+)\"", text)}
     assert by_task == {"ray_jobs.prepare", "ray_jobs.sweep", "ray_jobs.candidate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")

@@ -16,6 +16,8 @@ RUN_S = 3600.0
 """How long a short run may take on a cluster whose nodes and images have to come first."""
 SOON_S = 900.0
 """How long one thing of it may."""
+MINUTES = ("train.max_steps=240", "train.epochs=100", "train.early_stopping_patience=0")
+"""What makes a training so long that something can happen to it: ten minutes on two small CPU workers."""
 COMPONENT = "app.kubernetes.io/component"
 OVER = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 T = TypeVar("T")

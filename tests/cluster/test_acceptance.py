@@ -11,12 +11,9 @@ import pytest
 
 from pipelines.kubeflow.client import connect
 from tests.cluster.kube import STOP_S
-from tests.cluster.live import RUN_S, Live
+from tests.cluster.live import MINUTES, RUN_S, Live
 
 pytestmark = pytest.mark.cluster
-
-MINUTES = ("train.max_steps=240", "train.epochs=100", "train.early_stopping_patience=0")
-"""So long that something can happen to it: ten minutes on two small CPU workers."""
 
 
 def states(run: dict[str, Any]) -> set[str]:

@@ -1,4 +1,4 @@
-"""A run in Kubeflow's own page, in a browser: `make browser` says which one, and `--host` is the page's address.
+"""A run in Kubeflow's own page, in the browser of `make browser`; `--host` is the page's address.
 
 Judged by what upstream's page shows and does: it is not ours.
 """
@@ -10,8 +10,7 @@ import pytest
 
 from tests.browser.conftest import browser
 from tests.cluster.kube import STOP_S
-from tests.cluster.live import Live
-from tests.cluster.test_acceptance import MINUTES
+from tests.cluster.live import MINUTES, Live
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
