@@ -321,11 +321,9 @@ def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
     records = (
         f"{found.records} of them" if found.groups == found.records else f"{found.records} in {found.groups} groups"
     )
-    lies = compared.amounts.range_text(found.lower, found.upper, *beside)
-    each_with = "each with" if lies.startswith("between") else "with"
-    confidence = f"{compared.confidence * 100:.6g} % confidence"
+    lies = compared.amounts.range_text(found.lower, found.upper, *beside, confidence=compared.confidence)
     each = "Passage by passage" if compared.metric.probe else "Record by record"
-    return f"{each} ({records}), the gain lies {lies}, {each_with} {confidence}"
+    return f"{each} ({records}), the gain lies {lies}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:

@@ -25,12 +25,13 @@ class Gain:
     @property
     def bounds_text(self) -> str:
         """The bounds in words; empty where there are none."""
+        if self.confidence is not None:
+            return f"the gain lies {self.amounts.range_text(self.lower, self.upper, confidence=self.confidence)}"
         if self.lower is None or self.upper is None:
             return ""
-        low, high = self.amounts.signed_text(self.lower), self.amounts.signed_text(self.upper)
-        if self.confidence is None:
-            return f"the 95 % interval of the gain is {low} to {high}"
-        return f"the gain lies between {low} and {high}, each with {self.confidence * 100:.6g} % confidence"
+        return (
+            f"the 95 % interval of the gain is {' to '.join(map(self.amounts.signed_text, (self.lower, self.upper)))}"
+        )
 
 
 @dataclass(frozen=True)

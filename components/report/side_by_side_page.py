@@ -74,8 +74,7 @@ def metric_rows(of_each: Sequence[Mapping[str, float | None]]) -> list[tuple[str
 def gain_text(key: str, found: Bounds, confidence: float) -> str:
     """A gain with its bounds, in words."""
     metric = metric_of(key)
-    lies = metric.range_text(found.lower, found.upper)
-    return f"{metric.gain_text(found.gain)}, {lies}, each with {confidence * 100:.6g} % confidence"
+    return f"{metric.gain_text(found.gain)}, {metric.range_text(found.lower, found.upper, confidence=confidence)}"
 
 
 def _intervals(first: str, beside: Beside) -> list[comparison.Interval]:

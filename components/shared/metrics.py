@@ -94,13 +94,22 @@ class Metric:
         """A difference with its sign."""
         return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
 
-    def range_text(self, lower: float | None, upper: float | None, *beside: float) -> str:
-        """Where a difference lies: between two bounds, or on one side of the only one that is finite."""
+    def range_text(
+        self, lower: float | None, upper: float | None, *beside: float, confidence: float | None = None
+    ) -> str:
+        """Where a difference lies: between two bounds, or on one side of the only one that is finite.
+
+        `confidence`, from 0 to 1, is that of each bound.
+        """
         low = self.signed_text(lower, *beside) if lower is not None and math.isfinite(lower) else None
         high = self.signed_text(upper, *beside) if upper is not None and math.isfinite(upper) else None
         if low and high:
-            return f"between {low} and {high}"
-        return f"above {low}" if low else f"below {high}" if high else "anywhere"
+            where, sure = f"between {low} and {high}", ", each with"
+        elif low or high:
+            where, sure = f"above {low}" if low else f"below {high}", ", with"
+        else:
+            return "anywhere"
+        return where if confidence is None else f"{where}{sure} {confidence * 100:.6g} % confidence"
 
     def _difference(self, text: str) -> str:
         return text.replace(" %", " points") if self.differs_in_points else text

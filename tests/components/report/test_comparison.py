@@ -178,6 +178,10 @@ def test_a_difference_that_is_bounded_on_one_side_alone_is_said_so() -> None:
     assert loss.range_text(-math.inf, 0.2) == loss.range_text(None, 0.2) == "below +0.200"
     assert loss.range_text(-0.1, math.inf) == "above \N{MINUS SIGN}0.100"
     assert loss.range_text(None, math.inf) == "anywhere"
+    assert loss.range_text(None, math.inf, confidence=0.95) == "anywhere"
+    assert gain_text("loss", Bounds(0.1, -0.1, 0.2, 0.1, 30, 30), 0.95).endswith(
+        " and +0.200, each with 95 % confidence"
+    )
     assert gain_text("loss", Bounds(0.1, -math.inf, 0.2, 0.1, 30, 30), 0.95).endswith(
-        "below +0.200, each with 95 % confidence"
+        "below +0.200, with 95 % confidence"
     )
