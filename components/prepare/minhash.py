@@ -1,15 +1,18 @@
-"""MinHash: of two sets of hashes a few numbers each, by which similar pairs are found without looking at all; pure.
+"""MinHash with banding (LSH): find the pairs of similar sets of hashes without comparing all pairs; pure.
 
-Of a text there are two sets, what it says in whole and what of that it says of its own, and two texts are similar when
-both are. So each band holds minima of both, and a pair that only one of them makes similar seldom shares a band.
 Broder (1997); Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.
 
-A set's hashes are divided into as many bins as there are minima, and the smallest of each bin is one: one permutation
-for all of them (Li, Owen and Zhang, 2012, arXiv:1208.1259). A bin without any takes the minimum of another that has
-some, of those the first in an order of its own, so that the minima of two sets agree as often as the sets are similar
-(Shrivastava, 2017, arXiv:1703.04664). Of pairs that are just as similar as asked, by 0.5, 0.8 or 0.9, one in some
-thousands is missed where the larger set has ten hashes or more; of two or four hashes one may find its bin taken, and
-at 0.5 three in a hundred such pairs are missed.
+Each text has two sets, the shingles of the whole text and those of its own part (see `near_duplicates`). Two texts are
+similar if both are. So each band holds minima of both sets, and a pair with only one of them similar seldom shares a
+band.
+
+The minima come from one permutation (Li, Owen and Zhang, 2012, arXiv:1208.1259): the hashes of a set are divided into
+as many bins as there are minima, and each bin gives its smallest. An empty bin copies the minimum of a bin that is not
+empty, the first in an order that depends on the empty bin alone (optimal densification: Shrivastava, 2017,
+arXiv:1703.04664). So the share of equal minima is an unbiased estimate of the similarity.
+
+Of pairs exactly at the threshold (0.5, 0.8, 0.9), a few in ten thousand are missed if the larger set has ten hashes or
+more. With two to four hashes in it, three in a hundred are missed at 0.5.
 """
 
 import math
@@ -24,19 +27,19 @@ import numpy.typing as npt
 from components.prepare.shingles import BASE, Hashes, Marks, Rows, mixed
 
 MISSED = 1e-4
-"""Probability, of independent minima, that no band finds a pair of exactly the similarity asked for; one of more
-similarity is missed less."""
+"""Probability that no band finds a pair exactly at the threshold, if the minima were independent. Pairs of more
+similarity are missed less often."""
 SELECTIVITY = 0.3
-"""Probability, about, that one band finds such a pair: it decides how many minima a band holds."""
+"""Approximate probability that one band finds such a pair. It decides how many minima a band holds."""
 FEWEST_MINIMA, MOST_MINIMA, MOST_BANDS = 2, 8, 256
 DEVIATIONS = 5
-"""By how many standard deviations of so many independent minima an estimate may lie below the similarity asked for.
-What bins borrow makes it vary more, by an eighth at most, among texts of about twenty shingles."""
+"""How many standard deviations, of independent minima, an estimate may lie below the threshold. Copied minima increase
+the deviation, by at most an eighth, for texts of about twenty shingles."""
 
 EMPTY = np.uint32(2**32 - 1)
-"""What stands for the minimum of no hashes."""
+"""The minimum of an empty set."""
 FEW = 16
-"""Bins are asked for one by one where less than one in so many is still empty, and else all at once."""
+"""If fewer than one bin in this number is still empty, the empty ones are filled one by one, else all at once."""
 ROUNDING = 1e-6
 PAIRS_AT_ONCE = 2**16
 
@@ -46,15 +49,15 @@ Minima = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Signatures:
-    """Of some texts: the bands' hashes, and of each minimum a byte, which similarity is estimated by."""
+    """The signatures of some texts: the hash of each band, and one byte of each minimum, to estimate similarity."""
 
     bands: Minima
-    """A row a band, a column a text."""
+    """One row per band, one column per text."""
     whole: npt.NDArray[np.uint8]
-    """A row a text, as `own`."""
+    """One row per text, as in `own`."""
     own: npt.NDArray[np.uint8]
     is_found: Marks
-    """False for a text that says nothing of its own: no band finds it."""
+    """False for a text without an own part, which no band proposes."""
 
     @classmethod
     def joined(cls, parts: Iterable["Signatures"], *, texts: int) -> "Signatures":
@@ -72,22 +75,22 @@ class Signatures:
         return cls(arrays[0].T, *arrays[1:])
 
     def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """A byte of each minimum of these texts, a row each, of what they say in whole and of their own."""
+        """One byte of each minimum, one row per text: of the whole texts, and of their own parts."""
         return self.whole[places], self.own[places]
 
 
 class Minimal(Protocol):
-    """Signatures as far as pairs are estimated by them."""
+    """The part of signatures that estimates need."""
 
     def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """As `Signatures.minima_at`."""
 
 
 class Band:
-    """Texts by their hashes in one band."""
+    """An index of texts by their hash in one band."""
 
     def __init__(self, hashes: Minima, rows: Numbers) -> None:
-        """As `sorted_band` gives them; of each text there are nine bytes or ten."""
+        """`hashes` and `rows` as `sorted_band` returns them. The index takes nine or ten bytes per text."""
         self._hashes, self._rows = hashes, rows.astype(np.uint32)
         bits = min((4 * len(rows)).bit_length(), 32)
         self._shift = np.uint32(32 - bits)
@@ -96,8 +99,8 @@ class Band:
         self._taken = np.packbits(is_taken, bitorder="little")
 
     def with_hash(self, hashes: Minima, *, most: int) -> tuple[Numbers, Numbers]:
-        """Pairs of a place in `hashes` and a text that has the hash there; for each place at most so many."""
-        slots = hashes >> self._shift  # most have none: asked of a small table first, of one bit each
+        """Pairs of an index into `hashes` and a text with that hash, at most `most` texts per index."""
+        slots = hashes >> self._shift  # most hashes have no text: a table of one bit per slot rules them out first
         places = np.flatnonzero(self._taken[slots >> np.uint32(3)] >> (slots & np.uint32(7)) & np.uint32(1))
         begin = np.searchsorted(self._hashes, hashes[places])
         is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
@@ -108,7 +111,7 @@ class Band:
 
 
 class MinHash:
-    """As many bands of as many minima as find pairs of this similarity, the same ones on every machine."""
+    """Bands and minima that find pairs of this similarity; the same on every machine."""
 
     def __init__(self, similarity: float) -> None:
         minima = round(math.log(SELECTIVITY) / math.log(similarity)) if similarity < 1 else MOST_MINIMA
@@ -120,7 +123,8 @@ class MinHash:
         self._whole, self._own = self.bands * (minima - minima // 2), self.bands * (minima // 2)
 
     def signatures(self, hashes: Hashes, rows: Rows, is_whole: Marks, is_own: Marks, *, texts: int) -> Signatures:
-        """Of a batch of so many texts, by their hashes, of mixed bits, whose each one is, and of which sets."""
+        """The signatures of a batch of `texts` texts. `hashes` have mixed bits; `rows`, `is_whole` and `is_own` give
+        for each the text that it belongs to, and whether it counts in the whole text's set and in the own part's."""
         whole = minima_of(hashes, rows, is_whole, texts=texts, bins=self._whole)
         own = minima_of(hashes * np.uint64(BASE), rows, is_own, texts=texts, bins=self._own)
         of_a_band = np.concatenate([whole.reshape(self.bands, -1, texts), own.reshape(self.bands, -1, texts)], axis=1)
@@ -128,7 +132,7 @@ class MinHash:
         return Signatures(_combined(of_a_band), whole.T.astype(np.uint8), own.T.astype(np.uint8), is_found)
 
     def likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
-        """How similar each pair seems: of both sets the less similar, or -1 where it cannot be as much as asked."""
+        """Estimated similarity of each pair, the lower one of both sets, or -1 if it is surely below the threshold."""
         starts = range(0, len(rows), PAIRS_AT_ONCE)
         parts = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
         found = [self._likely(ours, rows[part], theirs, others[part]) for part in parts]
@@ -144,7 +148,7 @@ class MinHash:
 
 
 def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
-    """The hashes of the marked texts, sorted, and whose they are: among equals, in the order of the texts."""
+    """The hashes of the marked texts, sorted, and the texts' indices. Equal hashes are in the order of the texts."""
     packed = np.flatnonzero(marked).view(np.uint64)
     upper = hashes[marked].astype(np.uint64)
     upper <<= np.uint64(32)  # in place, as there may be millions
@@ -157,9 +161,9 @@ def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
 
 
 def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:
-    """Of each bin, a row, and each text, a column, the smallest number of the marked hashes, and `EMPTY` of no hashes.
+    """The minima of each text, one row per bin and one column per text; `EMPTY` for a text without marked hashes.
 
-    The upper half of a hash says which bin it falls into, and the lower is its number.
+    The upper half of a hash selects its bin, and the lower half is the number that is compared.
     """
     found = np.full((texts, bins), EMPTY, np.uint32)
     cells = rows * bins + ((hashes >> np.uint64(32)) * np.uint64(bins) >> np.uint64(32)).view(np.int64)
@@ -168,7 +172,7 @@ def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int
 
 
 def _densified(sparse: Minima) -> Minima:
-    """With what each empty bin borrows."""
+    """Fill each empty bin from another bin of the same text."""
     dense = sparse.copy()
     lenders = iter(lenders_of(len(sparse)))
     is_empty = (dense == EMPTY) & (dense.min(axis=0) != EMPTY)
@@ -185,11 +189,11 @@ def _densified(sparse: Minima) -> Minima:
 
 @cache
 def lenders_of(bins: int) -> Numbers:
-    """Of each bin, a column, all bins in the order in which it asks them."""
+    """One column per bin: all bins, in the order in which an empty bin tries them."""
     return np.argsort(mixed(np.arange(bins * bins, dtype=np.uint64) + np.uint64(BASE)).reshape(bins, bins), axis=0)
 
 
 def _combined(minima: Minima) -> Minima:
-    """The numbers along the second axis as one."""
+    """Hash the numbers along the second axis into one."""
     factors = mixed(np.arange(1, minima.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
     return (mixed((minima * factors[:, np.newaxis]).sum(axis=1)) >> np.uint64(32)).astype(np.uint32)

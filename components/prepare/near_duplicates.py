@@ -1,21 +1,22 @@
-"""Which prompts say nearly the same as another, between training and what is held out and within training; pure.
+"""Find near-duplicate prompts, between training and held-out records and within training; pure.
 
-Two prompts are near when they are as similar as asked **in whole and in what each says of its own**. Similarity is
-Jaccard's, of the sets of five characters in a row, without case, punctuation and white space. Of its own a prompt says
-what is no shared text, and shared text is every run of eight words that stands in more than ten different prompts: a
-task's instruction, a document with its many questions, a form letter. So instructions before many messages make no two
-messages near, and no question is near another because both are on the same page. A question that is asked of several
-pages is not near itself, because in whole the pages differ. Prompts that are the same word for word are always near.
+Two prompts are near-duplicates if the Jaccard similarity of their shingles reaches the threshold twice: for the whole
+texts, and for their own texts. Shingles are the sets of five consecutive characters, without case, punctuation and
+white space. A prompt's own text is the prompt without shared text. Shared text is every run of eight words that occurs
+in more than ten different prompts, such as a task's instruction, a document with many questions, or a form letter.
 
-The bound is that of GPT-3's authors, who took what overlaps with more than ten documents for boilerplate and no leak
-(arXiv:2005.14165, appendix C). A page with ten questions or fewer is no shared text, and its questions are near where
-it is most of what they say: data.group keeps them together.
+So a common instruction does not make two messages near, nor a common page two questions. The same question about two
+pages is not near either, because the whole texts differ. Prompts with the same words are always near-duplicates.
 
-Five characters that stand in more than a twentieth of the held-out prompts count in neither set, so that a short form,
-of fewer than eight words, is no similarity where many prompts have it.
+The bound of ten is from GPT-3 (arXiv:2005.14165, appendix C), whose authors took an overlap with more than ten
+documents for boilerplate and not for a leak. A page with ten questions or fewer is therefore not shared text, and its
+questions are near if the page is most of each prompt: data.group keeps them together.
 
-Candidates come from `minhash`, and each decision from the exact sets. The cost grows with the number of prompts and
-not with its square; texts are read in batches, and what is kept of each lies on disk.
+Shingles that occur in more than a twentieth of the held-out prompts are ignored, so that a common short phrase, of
+fewer than eight words, does not count as similarity.
+
+`minhash` finds the candidates, and the exact sets decide. The cost is linear in the number of prompts; texts are read
+in batches, and what is kept of each is on disk.
 """
 
 from collections import OrderedDict
@@ -31,24 +32,24 @@ from components.prepare.shingles import CHARS, Batch, Hashes, Known, Marks, Rows
 from components.prepare.signed import Signed
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
-"""What is in more than this share of the held-out prompts, and in more than so many, is no similarity."""
+"""A shingle in more than this share of the held-out prompts, and in more than this number of them, is ignored."""
 SHARED, SHARED_AT_LEAST = 0.01, 10
-"""A run of words in more than this share of all prompts, and in more than so many different ones, is shared text."""
+"""A run of words in more than this share of all prompts, and in more than this number of different ones, is shared."""
 ROUNDING = 1e-9
 MOST_IN_BAND, MOST_COMPARED = 64, 16
-"""Of the held-out prompts that a band finds so many are looked at, and of those that all bands find the most similar so
-many are compared: a bound to the work on prompts that are all alike, of which any may stand for the others."""
+"""At most how many held-out prompts one band may propose, and how many of all proposals, the most similar first, are
+compared exactly. It bounds the work where many prompts are alike, of which any one may stand for the others."""
 AT_ONCE = 4096
 KEPT_BYTES = 2**27
-"""Of sets of shingles that are kept for the next comparison."""
+"""Bound on the cache of shingle sets that the next comparison may need."""
 AHEAD = 64
-"""Texts whose sets are made together."""
+"""Texts whose shingles are made in one batch."""
 LOOKED_UP = 2**20
-"""Hashes that are looked up at once."""
+"""Hashes that are looked up in one batch."""
 
 
-class _Said(NamedTuple):
-    """What one text says, and of that what it says of its own: each hash once, sorted."""
+class _ShingleSets(NamedTuple):
+    """Shingles of one text, the whole and its own part: each hash once, sorted."""
 
     whole: Hashes
     own: Hashes
@@ -65,15 +66,15 @@ class _Shingled(NamedTuple):
     hashes: Hashes
     rows: Rows
     is_whole: Marks
-    """Of each, whether it is a shingle that counts."""
+    """For each hash, whether it counts in the whole text's set."""
     is_own: Marks
-    """Of each, whether it also reaches into what no shared text covers."""
+    """For each hash, whether it also counts in the own part's set: some of it lies outside shared text."""
     equals: Hashes
-    """Of each text the hash of all of it."""
+    """For each text, one hash of all of it."""
 
 
 class Comparison:
-    """How near prompts of one corpus are: it learns what is shared among `prompts` and `held_out` together."""
+    """Compares the prompts of one corpus. What is shared text is learned from `prompts` and `held_out` together."""
 
     def __init__(self, prompts: Sequence[str], held_out: Sequence[str], *, similarity: float, folder: Path) -> None:
         """`similarity` is above 0 and at most 1. The texts are kept, and not copied; their signatures lie in files in
@@ -82,7 +83,7 @@ class Comparison:
         self._similarity = similarity
         self._minhash = MinHash(similarity)
         self._signed = Signed(folder, "prompts")
-        """Of the prompts that were compared with what is held out."""
+        """Signatures of the prompts that were compared with the held-out ones."""
         self._signed_held_out = Signed(folder, "held_out")
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
         shingles = (hashes for hashes, _ in _shingles_in(held_out))
@@ -94,7 +95,7 @@ class Comparison:
             self._signed_held_out.add(*self._signatures(batch))
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
-        """For each prompt, in order, the held-out one that it is near to, if any; lazy, some thousand at a time."""
+        """For each prompt, in order, the index of a held-out prompt that it is near to, if any. Lazy, in batches."""
         theirs = self._signed_held_out
         every = np.ones(len(self._held_out), bool)
         bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
@@ -116,10 +117,10 @@ class Comparison:
             yield from found
 
     def repeats(self, prompts: Sequence[str], kept: Marks) -> int:
-        """How many of the marked prompts are near an earlier one of them. `prompts` are those that `near_held_out` has
-        gone through, and perhaps more, which are not marked.
+        """How many of the prompts marked in `kept` are near an earlier marked one. `prompts` are the ones that
+        `near_held_out` has read, and perhaps more, which are not marked.
 
-        Of those that share a band each is compared with the first and with the one before it, not with all.
+        Within a band each prompt is compared with the first and with the previous one, not with all.
         """
         size = len(self._signed)
         kept, is_repeat = kept[:size], np.zeros(size, bool)
@@ -139,16 +140,16 @@ class Comparison:
             known = np.union1d(known, np.array(compared, np.int64))
         return int(np.count_nonzero(is_repeat))
 
-    def said(self, texts: Iterable[str]) -> Iterator[_Said]:
-        """The sets that each of the texts is compared by."""
+    def shingle_sets(self, texts: Iterable[str]) -> Iterator[_ShingleSets]:
+        """The two sets of each text."""
         for found in self._shingled(texts):
             starts = np.searchsorted(found.rows, np.arange(len(found.equals) + 1)).tolist()
             for part in map(slice, starts[:-1], starts[1:]):
                 hashes, is_whole, is_own = found.hashes[part], found.is_whole[part], found.is_own[part]
                 whole = np.unique(hashes[is_whole])
-                yield _Said(whole, whole if (is_own == is_whole).all() else np.unique(hashes[is_own]))
+                yield _ShingleSets(whole, whole if (is_own == is_whole).all() else np.unique(hashes[is_own]))
 
-    def _are_near(self, one: _Said, other: _Said) -> bool:
+    def _are_near(self, one: _ShingleSets, other: _ShingleSets) -> bool:
         least = self._similarity - ROUNDING
         if _jaccard(one.own, other.own) < least:
             return False
@@ -178,7 +179,7 @@ class Comparison:
         return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
 
     def _candidates(self, ours: Signatures, rows: Numbers, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
-        """Of each row that has any, the held-out texts to compare it with, the most similar first."""
+        """For each row that has any, the held-out texts to compare it with, the most similar first."""
         found = [np.zeros((2, 0), np.int64)]
         for band, hashes in zip(bands, ours.bands, strict=True):
             found.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))
@@ -194,44 +195,44 @@ class Comparison:
 
 
 class _Sets:
-    """The sets of some texts, made when they are first asked for; those that were made last are kept."""
+    """The sets of some texts, made on first use. A cache keeps the most recent ones."""
 
     def __init__(self, comparison: Comparison, texts: Sequence[str]) -> None:
         self._comparison = comparison
         self._texts = texts
-        self._kept: OrderedDict[int, _Said] = OrderedDict()
+        self._kept: OrderedDict[int, _ShingleSets] = OrderedDict()
         self._bytes = 0
 
     def make(self, rows: Iterable[int]) -> None:
-        """Those of these texts together, which takes less time than one by one."""
+        """Make the sets of these texts in one batch, which is faster than one by one."""
         missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
-        for row, said in zip(missing, self._comparison.said(self._texts[row] for row in missing), strict=True):
-            self._kept[row] = said
-            self._bytes += said.nbytes
+        for row, found in zip(missing, self._comparison.shingle_sets(self._texts[row] for row in missing), strict=True):
+            self._kept[row] = found
+            self._bytes += found.nbytes
             while self._bytes > KEPT_BYTES and len(self._kept) > 1:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
-    def __getitem__(self, row: int) -> _Said:
+    def __getitem__(self, row: int) -> _ShingleSets:
         self.make([row])
         return self._kept[row]
 
 
 class _Runs:
-    """The runs of words of some texts, which are gone through twice."""
+    """The runs of eight words in some texts, which are read twice."""
 
     def __init__(self, *parts: Iterable[str]) -> None:
         self._parts = parts
         self._equals = [np.zeros(0, np.uint64)]
-        """Of each text the hash of all of it."""
+        """For each text, one hash of all of it."""
 
     def of_all(self) -> Iterator[Hashes]:
-        """Those of each text."""
+        """Yield the runs' hashes, a batch of texts at a time."""
         for batch in self._batches():
             self._equals.append(batch.texts())
             yield batch.words().runs()[0]
 
     def of_different(self) -> Iterator[tuple[Hashes, Rows]]:
-        """And whose they are, without those of a text that has come before; to be called after `of_all`."""
+        """Yield the runs' hashes and the rows of their texts, without repeated texts. Call it after `of_all`."""
         equals = np.concatenate(self._equals)
         is_new = np.zeros(len(equals), bool)
         is_new[np.unique(equals, return_index=True)[1]] = True
@@ -262,7 +263,7 @@ def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
 
 
 def _came_before(hashes: Hashes) -> Marks:
-    """Of each whether an earlier one is the same. Most stand alone, and are sorted without their places."""
+    """For each hash, whether an earlier one is equal. Most hashes are unique, so their positions are not sorted."""
     in_order = np.sort(hashes)
     several = Known(np.unique(in_order[1:][in_order[1:] == in_order[:-1]]))
     del in_order
@@ -274,7 +275,7 @@ def _came_before(hashes: Hashes) -> Marks:
 
 
 def _neighbours(keys: Minima, rows: Numbers, *, size: int) -> Numbers:
-    """Of each row, in order of the keys, the first with its key and the one before it: pairs as row * size + other."""
+    """Pair each row, in order of the keys, with the first row of its key and the previous one: row * size + other."""
     begins = np.ones(len(keys), bool)
     begins[1:] = keys[1:] != keys[:-1]
     starts, places = np.flatnonzero(begins), np.flatnonzero(~begins)
