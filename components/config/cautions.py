@@ -1,22 +1,22 @@
-"""Settings that are allowed and hardly ever meant: said before a training, and refused nowhere."""
+"""Cautions about settings that are allowed and hardly ever meant: shown before a training, never an error."""
 
 from collections.abc import Iterator
 
 from components.config.schema import RunConfig
 
 FAR = 30.0
-"""How many times above or below the method's own value a setting is worth a word: VeRA's rate is 30 times LoRA's."""
+"""A setting this many times above or below the method's own value gets a caution: VeRA's rate is 30 times LoRA's."""
 MOST_DECAY = 1.0
-"""Of train.weight_decay; publications use 0.1 and less."""
+"""The largest train.weight_decay without a caution; publications use 0.1 and less."""
 LEAST_NORM = 0.03
-"""Of train.max_grad_norm; 1 is usual."""
+"""The smallest train.max_grad_norm without a caution; 1 is usual."""
 MOST_SHARE = 0.5
-"""Of method.dropout and train.warmup_share."""
+"""The largest method.dropout, and train.warmup_share, without a caution."""
 FEW_STEPS = 20
 
 
 def cautions(config: RunConfig, num_steps: int | None = None) -> Iterator[str]:
-    """A line for each; `num_steps` are the training's optimizer steps, where they are known."""
+    """Yield one line per caution. `num_steps` is the training's number of optimizer steps; None where it is unknown."""
     method, train, name = config.method, config.train, config.method.name
     for field, value, usual in (
         ("train.learning_rate", config.learning_rate, method.row.learning_rate),

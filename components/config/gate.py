@@ -11,9 +11,9 @@ from components.config.section import Added, Section
 from components.shared.metrics import COMPARED, MARKS, METRICS, OWN, metric_of
 
 LARGE_LOSS = 2.0
-"""Nats per token: rare losses of up to so many are allowed for."""
+"""Nats per token: rare losses of up to this size are allowed for."""
 RARE_SHARE = 0.01
-"""Of records, that is not to be missed."""
+"""Share of records: much worse losses on this share must not go unnoticed."""
 SliceKind = Literal["label", "source", "length"]
 
 
@@ -145,7 +145,7 @@ class GateConfig(Section):
         return self
 
     def rare_share(self, champion_loss: float) -> float:
-        """`much_worse_share` in force, of a champion with this loss per token."""
+        """The `much_worse_share` in force against a champion with this loss per token."""
         if self.much_worse_share is not None:
             return self.much_worse_share
         if self.metric != "loss":

@@ -43,7 +43,7 @@ class TuneConfig(Section):
     seeds: Annotated[int, Field(ge=1, le=20)] = 1
     """Trainings at each rate, which differ in their seed; what counts is their mean loss."""
     compare_seeds: Annotated[int, Field(ge=2, le=50)] = 3
-    """Of each compared method, further trainings at its best rate, with seeds that its search has not seen."""
+    """Further trainings of each compared method at its best rate, with seeds that its search has not seen."""
     margin: Annotated[float, Field(ge=0)] = 0.01
     """Another method is advised in place of plain LoRA only when the 95 % interval of its gain lies above this, in nats
     per answer token."""

@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "general_text": ("passages", "general_passages"),
     "own_answers": ("answers", "own_answers"),
 }
-"""What texts are called, and the key of `evaluate` that says how many there are."""
+"""By kind of text: the noun for its texts, and the key of `evaluate` that sets their number."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Compared:
 
     @property
     def amounts(self) -> Metric:
-        """The unit of differences."""
+        """The metric in whose unit differences are stated."""
         return RELATIVE if self.relative else self.metric
 
     @property
     def of_theirs(self) -> str:
-        """What relative differences are a share of."""
+        """The words that say what a relative difference is a share of; empty for an absolute one."""
         return f" of {self.called}'s" if self.relative else ""
 
     @property
@@ -61,14 +61,14 @@ class Compared:
 
     @property
     def pairs(self) -> Pairs | None:
-        """Record by record; None where a number is missing."""
+        """Both models' values, record by record; None where a number is missing."""
         if self.ours is None or self.theirs is None:
             return None
         return self.evidence.pairs(self.metric, self.against, relative=self.relative)
 
     @cached_property
     def bounds(self) -> Bounds | None:
-        """Of the gain; None where a number is missing or not finite."""
+        """The confidence bounds of the gain; None where a number is missing or not finite."""
         return bounds(pairs, self.confidence) if (pairs := self.pairs) else None
 
 
@@ -182,7 +182,7 @@ def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
 def depends_on_prompts(
     minimum: float, index: int, metric: Metric, candidate: Measured, prompts: Pairs, confidence: float
 ) -> RuleResult:
-    """The candidate is sure to predict an answer that much better from its own prompt than from another record's."""
+    """The candidate is sure to predict an answer better by `minimum` from its own prompt than from another record's."""
     ours, found = number(candidate, metric), bounds(prompts, confidence)
     parts: dict[str, Any] = {
         "name": "limit_min",
@@ -221,7 +221,7 @@ def depends_on_prompts(
 
 
 def unmeasured(compared: Compared) -> str:
-    """What to say of a comparison for which a number is missing."""
+    """The sentence about a comparison for which a number is missing."""
     model, metric = compared.evaluation.model, compared.metric
     if compared.ours is None:
         return unmeasured_number(metric, model("candidate"), "candidate")
@@ -232,19 +232,19 @@ def unmeasured(compared: Compared) -> str:
 
 
 def unmeasured_number(metric: Metric, measured: Measured | None, name: str) -> str:
-    """What to say of a number that is missing or not finite."""
+    """The sentence about a number that is missing or not finite."""
     value = measured.metrics.get(metric.key) if measured else None
     seen = "was not measured" if value is None else f"is {value}, not a finite number"
     return f"The {name}'s {metric.label} {seen}, so this rule cannot be checked and counts as failed."
 
 
 def number(measured: Measured | None, metric: Metric) -> float | None:
-    """The metric of a model; None where it was not measured or is not finite."""
+    """The metric's value for a model; None where it was not measured or is not finite."""
     return finite(measured.metrics.get(metric.key)) if measured else None
 
 
 def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **words: Any) -> RuleResult:
-    """The candidate is sure to be worse by no more than `tolerance`, and what is luck of the other model's."""
+    """The candidate is sure to be worse by no more than `tolerance` plus the other model's `luck`."""
     allowed = at_most(compared, tolerance)
     return _required(
         compared,
@@ -257,14 +257,14 @@ def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **word
 
 
 def at_most(compared: Compared, tolerance: float) -> str:
-    """The demand in words."""
+    """The demand that `tolerance` makes, in words."""
     return f"worse by at most {compared.amounts.margin_text(tolerance)}{compared.of_theirs}"
 
 
 def _required(
     compared: Compared, required: float, *, demand: str, line_words: str, unseen: float = 0.0, **words: Any
 ) -> RuleResult:
-    """Whether the gain is `required` or more, even where it is lower by `unseen`."""
+    """The gain is sure to be `required` or more, even if it is lower by `unseen`."""
     metric, found = compared.metric, compared.bounds
     parts = {**words, **numbers(compared)}
     if compared.theirs is not None and compared.ours is not None:
@@ -291,7 +291,7 @@ def _required(
 
 
 def numbers(compared: Compared) -> dict[str, Any]:
-    """What of a result says which numbers were compared."""
+    """The fields of a result that say which numbers were compared."""
     return {
         "metric": compared.metric.key,
         "against": compared.against,
@@ -342,5 +342,5 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
 
 
 def _most(field: str) -> str:
-    """How large a number of `evaluate` may be: as many texts as come with Fineloop."""
+    """The upper bound of a number in `evaluate`: as many texts as come with Fineloop."""
     return next(str(rule.le) for rule in EvaluateConfig.model_fields[field].metadata if isinstance(rule, Le))

@@ -1,4 +1,4 @@
-"""What the gate decides on: each held-out record's part in each model's metrics, from evaluation_records.parquet."""
+"""The evidence that the gate decides on: each model's values on each held-out record (evaluation_records.parquet)."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -30,21 +30,21 @@ class Evidence:
 
     tokens: Array
     columns: Mapping[str, Array]
-    """By `<role>_<what is kept of a record>`; NaN where it was not measured."""
+    """One value per record, by `<role>_<quantity>`; NaN where it was not measured."""
     groups: npt.NDArray[np.int64] | None = None
-    """Which records go together, counted from 0; None where each stands for itself."""
+    """The index of each record's group, from 0; None where each record stands for itself."""
     slices: Mapping[str, Names] = field(default_factory=dict)
-    """By kind, the name of the slice that each record belongs to."""
+    """For each kind of slice, the name of each record's slice."""
     texts: Mapping[str, "Evidence"] = field(default_factory=dict)
-    """The same of texts that are no records, those that were read."""
+    """By kind, the same for texts that are not records; only the kinds that were read."""
 
     @property
     def num_independent(self) -> int:
-        """Groups, or else records."""
+        """The number of groups, or of records where there are no groups."""
         return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
 
     def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
-        """Candidate and another model on every record, or text; None where either was not measured so."""
+        """The candidate's and another model's values on every record, or text; None where either was not measured."""
         of = self.texts.get(metric.probe) if metric.probe else self
         if of is None:
             return None
@@ -54,7 +54,7 @@ class Evidence:
         return Pairs(ours, theirs, of._weights(metric), of.groups, metric.lower_is_better, metric.exponential, relative)
 
     def prompts(self, metric: Metric) -> Pairs | None:
-        """The candidate behind each record's own prompt and behind another's; None where it was not measured so."""
+        """The candidate's losses given each record's own prompt and another's; None where they were not measured."""
         ours, others = (self.columns.get(f"candidate_{name}") for name in ("nll", "other_prompt_nll"))
         if ours is None or others is None:
             return None
@@ -90,7 +90,7 @@ def read(store: "Store", evaluation: Evaluation) -> Evidence:
 
 
 def of_texts(evaluation: Evaluation) -> Iterator[tuple[str, Evidence]]:
-    """What the evaluation says of each passage of general text, and of each of the base's own answers."""
+    """Yield each kind of text with its evidence: a row per passage of general text, or per answer of the base's own."""
     for kind in filter(None, (metric.probe for metric in METRICS.values())):
         found = getattr(evaluation, kind, None)
         if isinstance(found, TextLosses):
@@ -137,7 +137,7 @@ def _slices(table: Any) -> Iterator[tuple[str, Names]]:
 
 
 def _thirds(lengths: npt.NDArray[np.int64]) -> Names:
-    """Of prompt and reference together, in characters."""
+    """The name of each record's third by length: the characters of prompt and reference together."""
     short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
     return np.select(
         [lengths <= short, lengths <= long],

@@ -25,7 +25,7 @@ from components.shared.metrics import Metric, metric_of, metrics_of
 from components.store.store import decode_json, encode_json
 
 BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
-"""What a policy that was recorded before a key was there stands for, where that is not the key's default."""
+"""The values that policies recorded before a key existed stand for, where they differ from the key's default."""
 
 
 def decide(
@@ -38,8 +38,9 @@ def decide(
     passed_before: int = 0,
     lead: Lead | None = None,
 ) -> Decision:
-    """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set; so many before
-    it put one version in the place of another. `lead` is the champion's among them.
+    """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
+
+    `passed_before` is how many earlier decisions replaced a version; `lead` is the champion's lead among them.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -109,7 +110,7 @@ def _compared(
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(not_worse_than_champion(policy, champion, against("champion", policy.metric), lead))
     best_role, best = _best(evaluation)
-    # Of the champion itself, this asks nothing that a broken rule about it has not said.
+    # Where the best version is the champion itself, a broken rule about the champion has already said as much.
     if best is not None and best.version is not None and (best_role == "anchor" or rules[-1].passed):
         compared = against(best_role, policy.metric, best_confidence)
         rules.append(comparisons.not_worse_than_best(policy, compared, version=best.version, look=look))
@@ -144,7 +145,7 @@ def _limited(candidate: Measured, evidence: Evidence, policy: GateConfig) -> Ite
 
 
 def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResult]]:
-    """What follows from the rules, and from which of them."""
+    """The verdict, and the rules that it follows from."""
     failed = [rule for rule in rules if not (rule.passed or rule.undecided or rule.needs_approval)]
     undecided = [rule for rule in rules if rule.undecided]
     waiting = [rule for rule in rules if rule.needs_approval]
@@ -156,14 +157,14 @@ def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResul
 
 
 def _anchor(rules: Sequence[RuleResult], candidate: str, best: Measured | None) -> str | None:
-    """The best version once the candidate is promoted: itself only where that is sure to be better."""
+    """The best version once the candidate is promoted: the candidate if there was none or it is sure to be better."""
     gained = next((rule.lower for rule in rules if rule.name == "not_worse_than_best"), None)
     return candidate if best is None or (gained is not None and gained > 0) else best.version
 
 
 def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision) -> str:
-    """Of what was asked, of what it was asked about, and of what came out; of no words, which a release may change,
-    and of no key that a release adds and the policy leaves at its default."""
+    """The sha256, in hex, of a decision's policy, inputs and outcome. It covers no texts, which a release may change,
+    and no key that a release adds and the policy leaves at its default."""
     basis = {
         "adapter": [decision.adapter, decision.alias],
         "policy": _asked(policy),
@@ -189,7 +190,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
 
 
 def _asked(policy: GateConfig) -> dict[str, Any]:
-    """A policy that asks for nothing by a rule is that of decisions from before the rule was there."""
+    """The keys that identify a policy. A rule that asks for nothing is left out, as in decisions older than it."""
     return {key: value for key, value in identity(policy).items() if BEFORE.get(key) != value}
 
 

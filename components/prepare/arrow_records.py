@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NOT_ALWAYS = frozenset({*WHERE_ANY, "more"})
-"""The columns, and the field of a turn, that a dataset has only where any of its records needs them."""
+"""The optional columns, and the optional field of a turn: a dataset has them only if any of its records needs them."""
 _ESCAPED = r'["\\\x00-\x1f]'
-"""What JSON has to escape in a text."""
+"""Pattern of a character that JSON has to escape in a text."""
 
 
 def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
-    """All columns of these records."""
+    """A batch with all columns of these records."""
     import pyarrow as pa
 
     turns = [turn for record in records for turn in record.prompt]
@@ -37,13 +37,13 @@ def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
 
 
 def keyed_batch_of(records: Sequence[KeyedRecord]) -> "pa.RecordBatch":
-    """All columns of these records, behind their hashes and whether their rows named them."""
+    """A batch with all columns of these records, preceded by `named` (whether the row gave the id) and the hashes."""
     hashes = Hashes(*([getattr(each, name) for each in records] for name in Hashes._fields))
     return keyed_batch(batch_of([each.record for each in records]), hashes, [each.named for each in records])
 
 
 def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]) -> "pa.RecordBatch":
-    """The columns of these records, behind their hashes and whether their rows named them."""
+    """The batch with columns put in front: `named` (whether the row gave the id) and the hashes."""
     import pyarrow as pa
 
     def column(values: Sequence[bytes]) -> pa.Array:
@@ -58,12 +58,12 @@ def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]
 
 
 def records_of(batch: "pa.RecordBatch") -> Iterator[Record]:
-    """The records of a batch, which may lack columns that none of them needs."""
+    """The records of a batch, which may lack optional columns."""
     return map(record_of, batch.to_pylist())
 
 
 def present(batch: "pa.RecordBatch") -> set[str]:
-    """Of NOT_ALWAYS what any record of the batch needs."""
+    """The names in NOT_ALWAYS that any record of the batch needs."""
     import pyarrow.compute as pc
 
     found = {name for name in WHERE_ANY if pc.any(pc.not_equal(batch[name], "")).as_py()}
@@ -71,7 +71,7 @@ def present(batch: "pa.RecordBatch") -> set[str]:
 
 
 def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
-    """The batch with these of NOT_ALWAYS alone."""
+    """The batch without the optional columns (NOT_ALWAYS) that are not in `names`."""
     import pyarrow as pa
 
     columns = {name: batch[name] for name in ("id", "prompt", "answer", *(each for each in WHERE_ANY if each in names))}
@@ -85,7 +85,7 @@ def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
 
 
 def sizes(batch: "pa.RecordBatch") -> "pa.Array":
-    """Bytes of each record's prompt and answer."""
+    """The bytes of each record's prompt and answer together, as int64."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -98,7 +98,7 @@ def sizes(batch: "pa.RecordBatch") -> "pa.Array":
 
 
 def asked(batch: "pa.RecordBatch") -> list[str]:
-    """What each record's prompt says, a turn a line, without the system's."""
+    """The text of each record's prompt: the contents of its turns, without the system's, joined by newlines."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -111,8 +111,8 @@ def asked(batch: "pa.RecordBatch") -> list[str]:
 
 
 def identities(batch: "pa.RecordBatch") -> memoryview:
-    """What makes each record the one that it is, as a line of JSON each: id, prompt and answer, then calls, tools and
-    group where it has any of them. A record without is named as by a release that knew nothing of them."""
+    """Each record's identity as a line of JSON: id, prompt and answer, then calls, tools and group where it has any of
+    them. A record without them has the same identity as in releases that did not know them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -141,7 +141,7 @@ def identities(batch: "pa.RecordBatch") -> memoryview:
 
 
 def _quoted(texts: "pa.Array") -> "pa.Array":
-    """Each as JSON, as Python writes it."""
+    """Each text as a JSON string, as Python's `json.dumps` writes it without `ensure_ascii`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -152,7 +152,7 @@ def _quoted(texts: "pa.Array") -> "pa.Array":
 
 
 def _where(mask: "pa.Array", *pieces: "pa.Array | str") -> "pa.Array":
-    """The pieces joined, and nothing where the mask is false."""
+    """The pieces joined; an empty text where the mask is false."""
     import pyarrow.compute as pc
 
     return pc.if_else(mask, _joined(*pieces), "")
@@ -165,7 +165,7 @@ def _joined(*pieces: "pa.Array | str") -> "pa.Array":
 
 
 def _offsets(lists: "pa.ListArray") -> "pa.Array":
-    """Where each list begins in what `flatten` gives, and where the last one ends."""
+    """The start of each list in the result of `flatten`, and the end of the last one."""
     import pyarrow.compute as pc
 
     return pc.subtract(lists.offsets, lists.offsets[0])

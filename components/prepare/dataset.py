@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant", "tool"]
 SplitName = Literal["train", "eval", "replay"]
-"""Of `replay` the answers are production's to give, before a training mixes it with train; few datasets have it."""
+"""Production gives the answers in `replay` before a training mixes it with train; few datasets have this split."""
 
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
 REJECTS = "rejects.parquet"
 RECORDS_AT_ONCE = 1000
-"""Of a split that is read a part at a time."""
+"""Records per batch when a split is read in batches."""
 WHERE_ANY = ("calls", "tools", "group", "source")
-"""What a split has a column for where any of its records has it."""
+"""Optional columns, which are written only if any record has a value there."""
 
 
 class Message(NamedTuple):
@@ -31,10 +31,10 @@ class Message(NamedTuple):
     role: Role
     content: str
     more: str = ""
-    """What the turn carries beside its text, as JSON of an object: tool_calls, tool_call_id, name."""
+    """The turn's other fields as a JSON object: tool_calls, tool_call_id, name; empty where it has none."""
 
     def as_json(self) -> list[str]:
-        """Role and text, and what else there is; of a turn with no more, what a release without tools made of it."""
+        """Role, content and, unless empty, `more`; without it the list is the same as in releases without tools."""
         return [self.role, self.content, *([self.more] if self.more else [])]
 
 
@@ -52,20 +52,20 @@ class Record:
     tools: str = ""
     """The tools that may be called, as JSON of a list."""
     group: str = ""
-    """What the record belongs to, with others of the same; empty where it stands for itself."""
+    """The name of the group that the record belongs to; empty where it stands for itself."""
     source: str = ""
-    """The entry of data.source that it came from, where there are several; no part of what the record is."""
+    """The entry of data.source that it came from, where there are several; not part of the record's identity."""
 
     @property
     def asked(self) -> str | list[dict[str, str]]:
-        """The question for people: its text, or of a conversation who says, or calls, what in each turn."""
+        """The prompt for people: its text, or, for a conversation, the role and the content or calls of each turn."""
         if [turn.role for turn in self.prompt] == ["user"]:
             return self.prompt[0].content
         return [{"role": turn.role, "content": turn.content or turn.more} for turn in self.prompt]
 
     @property
     def answer_text(self) -> str:
-        """The answer for people: its text, or else its calls."""
+        """The answer for people: its text, or its calls where it has no text."""
         return self.answer or self.calls
 
 
@@ -92,7 +92,7 @@ def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
 
 
 def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Record]]:
-    """The same, RECORDS_AT_ONCE at a time, so that a process need not hold them all.
+    """Read one split as `load_split` does, RECORDS_AT_ONCE records at a time, so that they need not all be in memory.
 
     Raises:
         ObjectMissing: there is no dataset, or it has no manifest.

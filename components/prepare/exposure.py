@@ -46,7 +46,7 @@ class Exposed:
     uri: str
     aliases: tuple[str, ...]
     dataset_id: str
-    """Its own; empty where only the version that it grew from was trained on such a dataset, or nobody knows."""
+    """The dataset that it was trained on; empty where only an ancestor was trained on one, or it is unknown."""
     why: Literal["dataset", "parent", "unknown"]
     """`unknown` where its lineage cannot be read."""
     revoked: bool
@@ -54,18 +54,18 @@ class Exposed:
 
 @dataclass(frozen=True)
 class Exposure:
-    """All that saw the records."""
+    """The datasets, versions and runs that saw the records."""
 
     datasets: tuple[Holder, ...]
     versions: tuple[Exposed, ...]
     runs: tuple[str, ...]
-    """Ids of runs whose evaluated records hold the text of some."""
+    """Ids of runs whose evaluated records hold the text of any of them."""
     unread: tuple[str, ...]
-    """Addresses of files that cannot be read, or have no ids, so that nobody knows."""
+    """URIs of files that cannot be read, or have no ids: whether they hold any of the records is unknown."""
 
 
 def find(store: Store, record_ids: Collection[str]) -> Exposure:
-    """Look through the whole registry; of Parquet files the ids are read alone, of rejected rows their text."""
+    """Search the whole registry. Only the ids are read from Parquet files, and only the text from rejected rows."""
     files = [info for info in store.list(DATASETS) if info.key.endswith(".parquet")]
     files += [info for info in store.list(RUNS) if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -94,7 +94,7 @@ def _holders(store: Store, held: dict[ObjectInfo, set[str]]) -> list[Holder]:
 
 
 def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
-    """The versions that were trained on one of them, those that grew from such, and those of which nobody knows."""
+    """The versions that were trained on one of the datasets, their descendants, and those of unknown lineage."""
     made_from: dict[tuple[str, str], list[Ancestor]] = {}
     unknown: set[tuple[str, str]] = set()
     for name in versions.list_adapters(store):
@@ -132,7 +132,7 @@ def _is_revoked(store: Store, name: str, version: str) -> bool:
 
 
 def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str] | None:
-    """Of the ids those that the file holds; None where it cannot be read."""
+    """The given ids that the file holds; None where it cannot be read."""
     import pyarrow as pa
 
     search = _rejected if info.key.endswith(f"/{REJECTS}") else _among
@@ -146,7 +146,7 @@ def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[st
 
 
 def _among(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
-    """Of the ids those in the file's column of ids."""
+    """The given ids that are in the file's `id` column."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -159,7 +159,7 @@ def _among(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[s
 
 
 def _rejected(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
-    """Of the ids those that the text of a rejected row has as a value, or as a word where it is no JSON."""
+    """The given ids that a rejected row's text holds as a value, or as a word where it is not a JSON object."""
     import pyarrow.parquet as pq
 
     found: set[str] = set()

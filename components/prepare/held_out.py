@@ -1,4 +1,4 @@
-"""Of the records that are held out, which choose the weights and which judge them; pure."""
+"""Divides the held-out records into those that choose the weights and those that judge them; pure."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from components.prepare.split import position
 
 
 def validation_and_test(records: Sequence[Record], *, validation_share: float) -> tuple[list[Record], list[Record]]:
-    """Records to choose a checkpoint on, and those that the gate decides on; each stays where it is for good.
+    """The records that a checkpoint is chosen on (validation), and those that the gate decides on (test).
 
-    Decided by a hash of the record's id, or its group's name, so that no refresh moves one. Of so few records that
-    either side would be empty, both hold all.
+    A hash of the record's id, or of its group's name, decides, so that no refresh moves a record to the other side.
+    Where there are so few records that either side would be empty, both hold all of them.
     """
     validation = [each for each in records if is_validation(each, validation_share)]
     test = [each for each in records if not is_validation(each, validation_share)]
@@ -19,12 +19,12 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
 
 
 def is_validation(record: Record, validation_share: float) -> bool:
-    """Whether a record is on the side of `validation_and_test` that chooses, where neither is empty."""
+    """Whether `validation_and_test` puts the record on the validation side, where neither side is empty."""
     return _position(record, "validation") < validation_share
 
 
 def folds(records: Sequence[Record], *, number: int) -> list[list[Record]]:
-    """Records that judge, in as many parts; each stays in its part for good, by another hash of what it belongs to."""
+    """Divide test records into `number` parts. Another hash of the group's name or the id keeps each in its part."""
     parts: list[list[Record]] = [[] for _ in range(number)]
     for record in records:
         parts[int(number * _position(record, "fold"))].append(record)

@@ -19,31 +19,31 @@ from components.shared.metrics import metric_of
 from components.store.store import Store
 
 SAMPLED = 16
-"""Records of a test set by which it is known again."""
+"""Number of a test set's records by which it is recognised later."""
 
 
 @dataclass(frozen=True)
 class Judges:
-    """In the order of their key's hash."""
+    """The records that judge a run, in the order of their key's hash."""
 
     records: list[Record]
     fold: int | None = None
-    """Which part they are, counted from 1; None where there is one alone."""
+    """The number of the part that they are, from 1; None where there is only one part."""
 
     def num_independent(self, most: int) -> int:
-        """Of the first so many, the groups that the gate counts, or else records."""
+        """The number of groups among the first `most` records, as the gate counts; of records if none has a group."""
         used = self.records[:most]
         return len({record.group for record in used}) if any(record.group for record in used) else len(used)
 
     @property
     def sample(self) -> tuple[str, ...]:
-        """The smallest of short hashes of the records' ids: a refresh, or another number used, changes few of them."""
+        """The smallest short hashes of the records' ids. A refresh, or using another number of records, changes few."""
         hashes = (hashlib.sha256(record.id.encode()).hexdigest()[:12] for record in self.records)
         return tuple(sorted(hashes)[:SAMPLED])
 
 
 def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> Judges:
-    """Who judges this run, by the decisions so far.
+    """The records that judge this run, chosen by the decisions so far.
 
     Raises:
         DataError: a part is empty.
@@ -58,7 +58,7 @@ def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) ->
 
 
 def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
-    """Those of the held-out records that no training looks at, in `evaluate.folds` parts that judge in turn.
+    """The held-out records that no training looks at, in `evaluate.folds` parts that judge in turn.
 
     Raises:
         DataError: a part is empty.
@@ -77,7 +77,7 @@ def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
 
 
 def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> None:
-    """Nothing where those who judge this run are as many as its gate asks for, or may be fewer.
+    """Require as many records to judge this run as its gate asks for, unless the config allows fewer.
 
     Raises:
         DataError: the run would be trained and then held, whatever comes out.
@@ -88,7 +88,7 @@ def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id:
 
 
 def lacking(judging: Judges, config: RunConfig) -> str:
-    """What a gate lacks to decide on these records, and how to give it; empty where they are enough."""
+    """A sentence that says how many records the gate lacks, and what to do; empty where they are enough."""
     wanted = config.gate.min_records
     found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
     if found >= wanted:
@@ -102,8 +102,8 @@ def lacking(judging: Judges, config: RunConfig) -> str:
 
 
 def too_few_to_replace(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> str:
-    """That so few records judge this run that none can take the place of the version which the alias points at; empty
-    where that may happen, or where it depends on how good that version is."""
+    """A warning that so few records judge this run that no candidate can replace the version that the alias points to;
+    empty where one may replace it, or where that depends on how good the version is."""
     gate, adapter = config.gate, config.adapter
     held = None
     with contextlib.suppress(IntegrityError):  # whoever needs it says so

@@ -1,4 +1,4 @@
-"""Sources as files on this machine: those in S3 and on a hub are fetched, the next few while one is read."""
+"""Sources as local files: those in S3 and on a hub are fetched, the next few while one is read."""
 
 import tempfile
 from collections import deque
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 AHEAD = 4
 ONE_REQUEST_BYTES = 2**23
-"""Of an object that is fetched whole at once: boto3's managed download asks for its size first, and starts threads."""
+"""Most bytes of an object to fetch with one request: boto3's download asks for its size first, and starts threads."""
 
 
 def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | None]]:
-    """Each source in order with where it lies here, the example with None. What was fetched from S3 is removed as soon
-    as the next one is asked for.
+    """Yield each source in order with the path of its local file; None for the example. A file that was fetched from S3
+    is removed as soon as the next source is asked for.
 
     Raises:
         StoreError: an s3:// source cannot be read.

@@ -56,7 +56,7 @@ class _ShingleSets(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of both."""
+        """Bytes of both sets."""
         return self.whole.nbytes + self.own.nbytes
 
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 Span = tuple[int, int]
-"""The numbers of some records that were read one after the other: the first, and one more than the last."""
+"""A range of record numbers, in the order in which they were read: the first, and one more than the last."""
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Where the records went that are not trained on."""
+    """How many records from before the window were left out, and how many were taken."""
 
     before_window: int
     """Left out because the window begins after them."""
@@ -31,29 +31,29 @@ class Narrowed:
 
 
 def new_sources(sources: Iterable[Source], consumed: "Consumed | None") -> list[Source]:
-    """The files and objects that came, or changed, since then."""
+    """The files and objects that were added or changed since `consumed`; None means all of them."""
     seen = consumed.sources if consumed else {}
     return [each for each in sources if seen.get(each.name) != each.fingerprint]
 
 
 def contents(work: "Workspace") -> Iterator[bytes]:
-    """The sha256 of each distinct record's content, in no order."""
+    """Yield the sha256 of each distinct record's content, in no particular order."""
     for batch in work.batches("SELECT content FROM chosen"):
         yield from batch["content"].to_pylist()
 
 
 def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
-    """Of distinct contents, by their ids, those that were not there then: added or changed, wherever they stand."""
+    """How many ids of distinct `contents` are not `known`: records that were added or changed, wherever they stand."""
     import pyarrow.compute as pc
 
     return len(contents) - (pc.sum(pc.is_in(contents, value_set=known)).as_py() or 0)
 
 
 def in_window(intake: Intake, *, days: float) -> list[Span]:
-    """The records that a file or object of the last `days` before the newest one gave.
+    """The records from the files and objects that were modified in the last `days` before the newest one.
 
     The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
-    What has no time, the example, is always in it.
+    A source without a time, such as the example, is always in it.
     """
     times = [source.modified_at for source, _ in intake.by_source() if source.modified_at]
     begin = max(times) - timedelta(days=days) if times else None
@@ -65,11 +65,11 @@ def in_window(intake: Intake, *, days: float) -> list[Span]:
 
 
 def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
-    """Keep in the table `others` what the window holds, by its content, and enough earlier records to make up
-    `replay_share` of the result; with `apart` these go to the table `replayed`.
+    """Keep in the table `others` the records whose content is in the window, and enough earlier records to make up
+    `replay_share` of the result; with `apart` the earlier ones go to the table `replayed`.
 
-    Which earlier ones is decided by a hash salted with the window's content: each refresh replays others, and the same
-    data always gives the same choice. None as the window keeps everything.
+    A hash salted with the window's content chooses the earlier records: each refresh replays others, and the same data
+    always gives the same choice. `window` None keeps everything.
     """
     if window is None:
         return Narrowed(0, 0)

@@ -1,7 +1,7 @@
-"""Rows of a file in another order, in little memory however many and however long they are.
+"""Reads the rows of a file in another order, in little memory however many and however long they are.
 
-Where each row goes is known, so it takes two passes: the first sends each row to the bucket that its place is in, and
-the second puts one bucket after the other in order. A bucket holds some tens of megabytes.
+The target place of each row is known, so two passes are enough: the first writes each row to the bucket of its target
+place, the second reads one bucket after the other and sorts it. A bucket holds some tens of megabytes.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES, MOST_BUCKETS = 2**25, 200
 PENDING_BYTES = 2**25
-"""Of rows that wait to be written to their buckets."""
+"""Bytes of rows to buffer before they are written to their buckets."""
 _RANK = "rank"
 _AT_ONCE = 2048
 
@@ -24,8 +24,8 @@ _AT_ONCE = 2048
 def in_order(
     path: Path, numbers: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]", columns: Sequence[str]
 ) -> Iterator["pa.RecordBatch"]:
-    """These columns of the rows of a Parquet file with these numbers, from 0, in the order of the numbers; `sizes` are
-    the bytes, about, of every row of the file."""
+    """Yield columns of the rows of a Parquet file that `numbers` lists, counted from 0, in the order of `numbers`.
+    `sizes` are the approximate bytes of every row of the file."""
     import numpy as np
 
     rank = np.full(len(sizes), -1, np.int64)
@@ -33,7 +33,7 @@ def in_order(
     ends = np.cumsum(sizes[numbers])
     total = int(ends[-1]) if len(ends) else 0
     bucket_of = (ends - 1) // max(BUCKET_BYTES, -(-total // MOST_BUCKETS))
-    del ends  # of ten million rows 80 MB, while they are read
+    del ends  # else 80 MB for ten million rows, while they are read
     with tempfile.TemporaryDirectory(prefix="order-", dir=path.parent) as folder:
         buckets = _Buckets(Path(folder))
         for table in _ranked(path, rank, columns):
@@ -44,7 +44,7 @@ def in_order(
 
 
 def _ranked(path: Path, rank: "npt.NDArray[np.int64]", columns: Sequence[str]) -> Iterator["pa.Table"]:
-    """The rows that have a rank, with it, a row group at a time."""
+    """Yield the rows that have a rank, with the rank as a column, one row group at a time."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,7 +62,7 @@ def _ranked(path: Path, rank: "npt.NDArray[np.int64]", columns: Sequence[str]) -
 
 
 class _Buckets:
-    """Rows by their bucket: in memory while they are few, and in a file a bucket where they are not."""
+    """Rows by bucket: in memory while they are few, else in one file per bucket."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -83,7 +83,7 @@ class _Buckets:
             self._flush()
 
     def tables(self) -> Iterator["pa.Table"]:
-        """One bucket after the other."""
+        """Yield the buckets in order, each as one table."""
         import pyarrow as pa
 
         if self._writers:

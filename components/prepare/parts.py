@@ -1,4 +1,4 @@
-"""A dataset's files, written as its records come, the id that these give it, and its folder in the store."""
+"""Writes a dataset's files as its records come, computes its id from them, and publishes its folder to the store."""
 
 import hashlib
 import json
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_RECORDS, MOST_BYTES = 2**17, 2**28
-"""Of one part, the latter of prompts and answers: a part ends with the record that reaches either."""
+"""Bounds on one part: its records, and bytes of prompts and answers. It ends with the record that reaches either."""
 _GROUP_BYTES = 2**25
-"""Of a row group, about: what a writer holds at once."""
+"""Approximate bytes of a row group, which a writer buffers."""
 _READ_RECORDS = 1024
 
 
 @dataclass(frozen=True)
 class Part:
-    """A split as files on this machine, in their order."""
+    """A split as local files, in order."""
 
     paths: tuple[Path, ...]
     name: SplitName
     records: int
 
     def __len__(self) -> int:
-        """How many records it has."""
+        """The number of records."""
         return self.records
 
     def __iter__(self) -> Iterator[Record]:
-        """The records, some at a time."""
+        """Iterate over the records, reading them in batches."""
         import pyarrow.parquet as pq
 
         for path in self.paths:
@@ -51,29 +51,29 @@ class Part:
                     yield from records_of(batch)
 
     def head(self, count: int) -> list[Record]:
-        """The first so many records."""
+        """The first `count` records, or all where there are fewer."""
         return list(islice(self, count))
 
     @property
     def files(self) -> dict[str, Path]:
-        """By their paths within the dataset's folder."""
+        """The local files, by their paths within the dataset's folder."""
         return {f"{self.name}/{path.name}": path for path in self.paths}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A dataset's records on this machine."""
+    """A dataset's records as local files."""
 
     dataset_id: str
-    """`d` and 15 hex digits of a hash over all splits' records, in their order; how they lie in files is no part."""
+    """`d` and 15 hex digits of a hash over all splits' records in order, however they are divided into files."""
     train: Part
     evaluation: Part
     replay: Part | None = None
-    """Earlier records that production is to answer."""
+    """Earlier records that production is to answer; None where the dataset has no such split."""
 
     @property
     def splits(self) -> list[Part]:
-        """All that there are."""
+        """All splits that the dataset has."""
         return [self.train, self.evaluation, *([self.replay] if self.replay else [])]
 
 
@@ -85,7 +85,7 @@ def write(
     *,
     columns: Set[str] = NOT_ALWAYS,
 ) -> Parts:
-    """Write the splits below the folder; `columns` are those of NOT_ALWAYS to write.
+    """Write the splits below the folder; `columns` are the optional columns (NOT_ALWAYS) to write.
 
     Where a part ends depends on the records alone. Each split has one part at least.
     """
@@ -107,7 +107,7 @@ def write(
 
 @dataclass(frozen=True)
 class DatasetFolder:
-    """Where a dataset lies."""
+    """A dataset's folder in the store."""
 
     dataset_id: str
     uri: str
@@ -116,11 +116,11 @@ class DatasetFolder:
 
 
 def publish(store: "Store", parts: Parts, *, rejects: Path, rejected: int, profile: Mapping[str, Any]) -> DatasetFolder:
-    """Write the dataset's folder, or nothing when the store holds these records already; `rejected` are the rows that
-    `rejects` lists.
+    """Write the dataset's folder, or nothing when the store holds these records already. `rejected` is the number of
+    rows that `rejects` lists.
 
-    The first run to publish some records also decides the profile and the rejects that are kept beside them, each by
-    itself.
+    The profile and the rejects beside some records are those of the first run that publishes them. If two runs publish
+    at once, profile and rejects may come from different ones.
     """
     key = f"datasets/{parts.dataset_id}"
     folder = DatasetFolder(parts.dataset_id, store.uri(key), created=True)
@@ -171,7 +171,7 @@ class _Writer:
         self._close()
 
     def write(self, batch: "pa.RecordBatch") -> None:
-        """Append the batch, which has all columns, to the part that is open, and to more where it is full."""
+        """Append the batch, which has all columns, to the open part, and to new parts once that is full."""
         import numpy as np
 
         while len(batch):

@@ -33,35 +33,36 @@ logger = logging.getLogger(__name__)
 
 REASONS_SHOWN = 3
 MEMORY_SHARE = 0.8
-"""Of what is free: small files may unpack to more than any machine has."""
+"""Share of the free memory that may be used: small files may unpack to more than any machine has."""
 LEAST_ROOM = 2**29
-"""Bytes. With less, a library may fail to start a thread, whose stack counts in whole, and end in words of its own."""
+"""Fewest bytes to work with. With less, a library may fail to start a thread, whose stack counts in full, and exit with
+a message of its own."""
 
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """What the later steps need to know."""
+    """The facts about a dataset that the later steps need."""
 
     dataset_id: str
     uri: str
     train_records: int
     eval_records: int
     replay_records: int
-    """Beside train: those that production is to answer."""
+    """Records beside train, which production is to answer."""
     rejected: int
     """Unusable rows of this run's sources."""
     left_out: dict[str, int]
-    """Rows of this run's sources that are in neither split, by the reason."""
+    """Number of rows of this run's sources that are in neither split, by reason."""
     near_in_train: int
     """Records to train on that hardly differ from another one."""
     never_trained: dict[str, int]
-    """Held-out records by the label that no record to train on has."""
+    """Number of held-out records by label, for the labels that no record to train on has."""
     created: bool
     """False when the store already held these records: nothing was written."""
 
     @property
     def summary(self) -> str:
-        """For a person."""
+        """One line for people."""
         kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
         if self.replay_records:
             kept += f", {self.replay_records} earlier ones for production to answer"
@@ -73,7 +74,7 @@ class PreparedDataset:
 
 @contextlib.contextmanager
 def _in_memory() -> Iterator[None]:
-    """What is done here stays within the memory that is free.
+    """Keep the work in this context within the free memory.
 
     Raises:
         DataError: it needs more, or there is too little to begin with.
@@ -96,7 +97,7 @@ def _in_memory() -> Iterator[None]:
 
 def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
-    The dataset is the same whichever reader.
+    The dataset is the same with every reader.
 
     Raises:
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
@@ -109,10 +110,10 @@ def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) ->
 
 @contextlib.contextmanager
 def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], TrainEvalSplit]]:
-    """What `prepare` would publish: the profile, and the records to train on and to hold out, which can be read until
-    it ends; nothing is published.
+    """Yield what `prepare` would publish: the profile, and the records to train on and to hold out, which can be read
+    until the context ends. Nothing is published.
 
-    It knows no store, and so of no record that was erased.
+    It reads no store, and so does not know which records were erased.
 
     Raises:
         DataError: as for `prepare`.
@@ -130,8 +131,8 @@ def prepare_if_new(
 ) -> PreparedDataset | None:
     """Prepare a run's data, or return None and record a decision to skip when fewer than data.min_new_records are new.
 
-    What the run read is noted for the watermark. Sources that are all known are not even opened. Where a gate decides
-    at the end of the run, as much as it asks for has to be held out.
+    The sources and contents that the run read are noted for the watermark. If all sources are known, none is opened.
+    `is_decided` says that a gate decides at the end of the run: as many records as it asks for have to be held out.
 
     Raises:
         FineloopError: as for `prepare`.
@@ -142,7 +143,7 @@ def prepare_if_new(
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
     consumed = watermark.read(step_run.store, step_run.config.adapter.name)
     if consumed is not None and consumed.run_id == step_run.run_id:
-        consumed = None  # this very run has ended before: repeating it is no news, and should give the same again
+        consumed = None  # this very run has ended before: a repetition has nothing new, and should give the same result
     sources = find_sources(step_run.config.data.source)
     if minimum and consumed and not news.new_sources(sources, consumed):
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"

@@ -1,4 +1,4 @@
-"""From sources to validated rows, in order: in this process, or wherever an engine has it done."""
+"""Reads and validates the rows of sources, in order: in this process, or wherever an engine runs it."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ from components.registry.erasures import NONE_ERASED, Erased
 
 @dataclass(frozen=True)
 class Rules:
-    """What makes a row a record; each is the key of `data` of its name, but for the records that were erased."""
+    """The rules by which a row becomes a record. Each but `erased` is the key of `data` with the same name."""
 
     group: str = ""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -32,12 +32,12 @@ class Rules:
 
     @classmethod
     def of(cls, data: DataConfig, erased: Erased = NONE_ERASED) -> "Rules":
-        """Those of a config."""
+        """The rules of a config, with the records that were erased."""
         regions = tuple(data.phone_regions)
         return cls(data.group, data.columns, data.personal, regions, data.personal_names, erased)
 
     def validation(self) -> Validation:
-        """What applies them to rows.
+        """The validation that applies these rules to rows.
 
         Raises:
             DataError: names are looked for, and presidio-analyzer is not installed.
@@ -50,19 +50,19 @@ class Batch(NamedTuple):
     """Some rows of one source, in order."""
 
     place: int
-    """Of the source among all."""
+    """The index of the source among all sources."""
     rows: int
-    """How many were read."""
+    """How many rows were read."""
     validated: Validated
 
 
 Reader = Callable[[Sequence[Source], Rules], Iterator[Batch]]
-"""Validates every row of every source, and gives what became of them in order; raises DataError where a source cannot
-be opened, and StoreError where one in S3 cannot be read."""
+"""A function that validates every row of every source, and yields the results in order; it raises DataError where a
+source cannot be opened, and StoreError where one in S3 cannot be read."""
 
 
 def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
-    """The reader that is this process alone."""
+    """The reader that runs in this process alone."""
     validation = rules.validation()
     with nothing_old_collected():
         for place, rows in rows_of(sources, rules):
@@ -70,7 +70,7 @@ def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
 
 
 def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows]]:
-    """All rows, some at a time, each with its source's place."""
+    """Yield all rows in batches, each with the index of its source."""
     wanted = partial(columns_read, named=rules.columns, group=rules.group)
     for place, (source, path) in enumerate(local_copies(sources)):
         for rows in read_rows(source, path, wanted=wanted):
@@ -79,8 +79,8 @@ def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows
 
 @contextlib.contextmanager
 def nothing_old_collected() -> Iterator[None]:
-    """Python goes through all objects that there are after every few batches of rows, and libraries have a million: it
-    would be a third of the time that reading takes, for no rows have cycles."""
+    """Exclude all existing objects from garbage collection. Libraries have a million of them, and Python would go
+    through all after every few batches: a third of the reading time, although rows have no reference cycles."""
     gc.freeze()
     try:
         yield

@@ -1,10 +1,10 @@
-"""Rows as they were read, before anything is asked of them."""
+"""Rows as they were read, before any validation."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 2**19
-"""About so many."""
+"""Approximate bounds on a batch of rows: their number, and their bytes."""
 
 
 class Unreadable(NamedTuple):
@@ -19,9 +19,9 @@ class SourceRow(NamedTuple):
     line: int
     """1-based: the line of a JSONL or CSV file (blank ones count), the row of anything else."""
     value: object
-    """What was parsed, or `Unreadable`."""
+    """The parsed value, or `Unreadable`."""
     raw: bytes | None = None
-    """The line itself, where there is one."""
+    """The line as it was read; None where there is none."""
     unread_columns: tuple[str, ...] = ()
     """Columns that the row has and `value` leaves out, because no record needs them."""
 
@@ -35,13 +35,13 @@ class Rows(NamedTuple):
     unread_columns: tuple[str, ...] = ()
 
     def row(self, place: int) -> SourceRow:
-        """One of them."""
+        """The row at this index."""
         raw = None if self.raws is None else self.raws[place]
         return SourceRow(self.lines[place], self.values[place], raw, self.unread_columns)
 
 
 def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
-    """Rows that come one by one, so many at a time that few are in memory."""
+    """Group rows that come one by one into batches, small enough that few are in memory."""
     pending: list[SourceRow] = []
     size = 0
     for row in rows:
@@ -59,4 +59,4 @@ def _of(rows: Sequence[SourceRow]) -> Rows:
 
 
 Wanted = Callable[[Collection[str]], Collection[str]]
-"""Of a file's columns, those to read."""
+"""A function that is given a file's columns and returns those to read."""

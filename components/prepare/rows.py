@@ -21,12 +21,12 @@ _BEGINNING_BYTES = 4096
 _BETWEEN = secrets.token_hex(16)
 _BETWEEN_QUOTED = f',"{_BETWEEN}",'
 MAX_LINE_BYTES = 16 * 2**20
-"""Of a line of JSON or a cell of CSV, its end included: several times the longest context that any model has."""
+"""Bound on a line of JSON or a cell of CSV, its end included: several times the longest context of any model."""
 
 
 def read_rows(source: Source, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]:
-    """Stream the rows of a source that lies at `path` here, and of the example, which lies nowhere; blank lines are
-    skipped.
+    """Stream the rows of a source whose local file is at `path`, or of the example, whose `path` is None. Blank lines
+    are skipped.
 
     Raises:
         DataError: the file cannot be opened, or is not what its name says.
@@ -63,7 +63,7 @@ def _read_text(file: BinaryIO, name: str, form: Form) -> Iterator[Rows]:
 
 
 def _is_array(beginning: bytes) -> bool:
-    """Whether it is a list of objects; a line that is a list of anything else is a bad row."""
+    """Whether the file is one list of objects; a line that is a list of anything else is a bad row."""
     return beginning.startswith(b"[") and beginning[1:].lstrip()[:1] in (b"{", b"]", b"")
 
 
@@ -84,11 +84,11 @@ def _read_json_lines(file: BinaryIO) -> Iterator[Rows]:
 
 
 def _parsed_together(lines: list[bytes]) -> list[Any] | None:
-    """The values of lines that each hold one object, in half the time that they take one by one; None where any holds
+    """The values of lines that each hold one object, in half the time of parsing them one by one; None where any holds
     something else.
 
-    The objects are read as one list, with a text between two of them that no file can know, so that no line goes on in
-    the next one.
+    The lines are parsed as one list, with a random text between every two that no file can know: it shows that no value
+    extends into the next line.
     """
     try:
         text = _BETWEEN_QUOTED.join([raw.decode() for raw in lines])
@@ -103,7 +103,7 @@ def _parsed_together(lines: list[bytes]) -> list[Any] | None:
 
 
 def _lines(file: BinaryIO) -> Iterator[list[bytes]]:
-    """All lines without their ends, some at a time; of one that is too long its beginning."""
+    """Yield all lines without their ends, in batches; only the beginning of a line that is too long."""
     piece, begun = file.read(BYTES_AT_ONCE).removeprefix(_BOM), b""
     while piece:
         lines = piece.split(b"\n")
@@ -152,7 +152,7 @@ def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
 
 
 def _elements(text: str, place: int) -> Iterator[SourceRow]:
-    """One after the other, so that the objects of all are never held at once."""
+    """Yield the elements one by one, so that they are never all in memory as objects."""
     decoder, row = json.JSONDecoder(), 0
     place = _after_space(text, place)
     while not text.startswith("]", place):
@@ -175,7 +175,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def _with_names(value: object) -> object:
-    """The value, where its columns have names that can be written down."""
+    """The value, or `Unreadable` where the name of a column cannot be encoded."""
     try:
         if isinstance(value, dict):
             "".join(value).encode()

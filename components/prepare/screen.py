@@ -1,4 +1,4 @@
-"""What is done with personal data in the messages of a dataset: counted, masked, or their records left out."""
+"""Screens the messages of a dataset for personal data: counts it, masks it, or leaves out its records."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ Action = Literal["report", "mask", "drop"]
 
 
 class Screen:
-    """Looks at the messages of one dataset, and counts what it finds or puts its kind in place of it."""
+    """Looks at the messages of one dataset, counts what it finds, and may put each piece's kind in its place."""
 
     def __init__(self, action: Action = "report", *, regions: Sequence[str] = (), names: bool = False) -> None:
         """`regions` as for `find`; `names` looks for people's names as well.
@@ -29,23 +29,23 @@ class Screen:
         """
         self.action = action
         self.found: Counter[Kind] = Counter()
-        """Pieces of each kind in the records that were looked at."""
+        """Number of pieces of each kind in the records that were screened."""
         self.records = 0
-        """Records with any of them."""
+        """Number of records with any of them."""
         self._regions = regions
         self._names = _NameFinder() if names else None
         self._of_record: Counter[Kind] = Counter()
 
     def begin(self) -> None:
-        """Another record."""
+        """Begin another record."""
         self._of_record.clear()
 
     def message(self, message: Message) -> Message:
-        """The message as it may be used."""
+        """Count a message's personal data, and return the message as it may be used."""
         return Message(message.role, self.text(message.content), self._of_object(message.more))
 
     def text(self, text: str) -> str:
-        """The text as it may be used."""
+        """Count a text's personal data, and return the text as it may be used."""
         spans = find(text, regions=self._regions)
         if self._names is not None:
             spans = apart([*spans, *self._names.find(text)])
@@ -53,7 +53,7 @@ class Screen:
         return mask(text, spans) if self.action == "mask" else text
 
     def changes(self, texts: "pa.Array") -> "npt.NDArray[np.bool_]":
-        """Of each text, whether it has to go through `text`; nothing is counted."""
+        """One flag per text: whether `text` might change or count something in it. Counts nothing itself."""
         import numpy as np
 
         if self._names is not None:
@@ -64,26 +64,26 @@ class Screen:
         return found
 
     def kept(self, row: str) -> str:
-        """A row's raw text where it may be kept or shown: only where personal data are no more than counted.
+        """The raw text of a row if it may be kept or shown, that is if personal data is only counted; else a notice.
 
         Raw text may be cut or escaped, so that no pattern would find all of it.
         """
         return row if self.action == "report" else f"[withheld: data.personal is {self.action}]"
 
     def end(self) -> bool:
-        """Count the record; gives whether it may be used."""
+        """Count the record, and return whether it may be used."""
         self.found += self._of_record
         self.records += bool(self._of_record)
         return self.action != "drop" or not self._of_record
 
     def taken(self) -> tuple[Counter[Kind], int]:
-        """What was found since this was last asked: pieces of each kind, and the records that hold any."""
+        """Return the counts since the last call: pieces of each kind, and records that hold any."""
         found = self.found, self.records
         self.found, self.records = Counter(), 0
         return found
 
     def _of_object(self, more: str) -> str:
-        """JSON with its texts as they may be used."""
+        """The JSON with its texts as they may be used."""
         if not more:
             return more
         value = json.loads(more)
@@ -100,12 +100,12 @@ class Screen:
 
 @cache
 def _only_one(engine: Callable[[], Any]) -> Any:
-    """Of a process: its model takes seconds to load."""
+    """Create the engine once per process: its model takes seconds to load."""
     return engine()
 
 
 class _NameFinder:
-    """People's names by Presidio's own English model."""
+    """Finds people's names with Presidio's own English model."""
 
     def __init__(self) -> None:
         try:

@@ -1,7 +1,7 @@
-"""In which shape a row says what it says, and the same row as prompt and completion or as messages; pure.
+"""Recognises the shape of a row, and converts the row to prompt and completion or to messages; pure.
 
-A row is known by its columns, or by what data.columns says of them. A shape only moves texts to where `validate` looks
-for them, which then judges whether they will do.
+A shape is recognised by a row's columns, or given by data.columns. It only moves texts to where `validate` looks for
+them; `validate` then judges whether they are valid.
 """
 
 import json
@@ -23,17 +23,17 @@ _ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", 
 
 
 class Shape(NamedTuple):
-    """A form that rows have."""
+    """A format of rows."""
 
     name: str
     columns: tuple[str, ...]
-    """What is read of a row, beside the columns that every shape may have."""
+    """The columns that are read, beside those that every shape may have."""
     convert: Callable[[Row], dict[str, Any]]
     """The row's texts as prompt and completion, or as messages."""
 
 
 def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
-    """The shape of rows with these columns; None where it is none that we know."""
+    """The shape of rows with these columns; None where it is unknown."""
     if named.messages or named.completion or named.prompt:
         return _as_named(columns, named)
     if has_known_form(tuple(columns)):
@@ -48,7 +48,7 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
 
 
 def is_record(shape: Shape | None, named: ColumnsConfig) -> bool:
-    """Whether `as_record` gives rows in this shape as they are."""
+    """Whether `as_record` returns rows in this shape unchanged."""
     return (shape is None or shape in (PLAIN, MESSAGES)) and named == ColumnsConfig()
 
 
@@ -56,7 +56,7 @@ def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str
     """The row with the columns that `validate` reads.
 
     Raises:
-        DataError: a text is missing, or a turn of a conversation is from nobody that we know.
+        DataError: a text is missing, or a turn of a conversation is from an unknown speaker.
     """
     if is_record(shape, named):
         return row
@@ -72,14 +72,14 @@ def id_of(row: object, named: ColumnsConfig) -> str | None:
 
 
 def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str = "") -> set[str]:
-    """Of rows with these columns, the ones that are needed."""
+    """The columns that are needed, for rows with these columns."""
     shape = recognised(columns, named)
     read = {*KNOWN_COLUMNS, group, named.id, named.tools, named.system}
     return (read | set(shape.columns) if shape else read) & set(columns)
 
 
 def advice(columns: Collection[str], named: ColumnsConfig) -> str:
-    """What to do about rows in no shape that we know."""
+    """The advice for rows whose shape is unknown."""
     if named != ColumnsConfig():
         named_columns = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
         return f"No row has the columns that data.columns names: {named_columns}"
@@ -126,7 +126,7 @@ def _joined(prompts: list[str], answer: str) -> Callable[[Row], dict[str, Any]]:
 
 
 def _text(value: Any) -> Any:
-    """A whole number as text: labels often are."""
+    """The value, a whole number as text: labels are often numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

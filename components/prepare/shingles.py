@@ -1,6 +1,6 @@
-"""Texts as numbers to compare them by: characters and words a few at a time, hashed a batch at once; pure.
+"""Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure.
 
-All hashes are of 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
+All hashes have 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
 """
 
 import re
@@ -14,20 +14,20 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
-"""For each of some hashes, which text of the batch it is of; ascending."""
+"""For each hash, the index of its text in the batch; ascending."""
 Places = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 
 CHARS = 5
 WORDS = 8
-"""In a row, that make a run: the fewest by which GPT-3's authors looked for overlaps (arXiv:2005.14165, appendix C)."""
+"""Words in a run: the fewest by which GPT-3's authors looked for overlaps (arXiv:2005.14165, appendix C)."""
 FACTORS: Hashes = np.array(
     [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5],
     dtype=np.uint64,
 )
 """xxHash's primes, one for each character of a shingle."""
 BASE = 0x9E3779B97F4A7C15
-"""Of the polynomials by which words, runs of them and texts are hashed: odd, as the golden ratio has its digits."""
+"""Base of the polynomial hashes of words, runs and texts: the golden ratio's digits, odd to have a modular inverse."""
 SPACE = ord(" ")
 UNSPACED = (
     (0x0E00, 0x0EFF),
@@ -37,26 +37,26 @@ UNSPACED = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
-"""Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): a character is a word."""
+"""Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): each character is a word."""
 CELLS = 2**22
-"""Counters of a first, coarse count: 16 MiB of them."""
+"""Counters of the first, coarse count: 16 MiB as uint32."""
 _WORD = re.compile(r"\w+")
 _SAID_IN_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
-"""What each byte of such a text becomes."""
+"""Translation table for ASCII text: characters of words in lower case, all others as spaces."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What some texts say, without case, punctuation and white space, one behind the other."""
+    """The words of some texts, concatenated, without case and punctuation; white space is single spaces."""
 
     characters: npt.NDArray[np.uint8] | npt.NDArray[np.uint32]
-    """Of each text its words with a space after each, and spaces until it is as long as a shingle and one more."""
+    """Code points of each text's words, a space after each, padded with spaces to at least CHARS + 1 characters."""
     ends: Places
-    """Behind the last character of each text."""
+    """The end of each text in `characters`, exclusive."""
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Batch":
-        """Of at least one text."""
+        """Make a batch of at least one text."""
         together = "\n".join([*texts, ""])
         characters: npt.NDArray[Any]
         if together.isascii():  # the same words, in a third of the time
@@ -78,21 +78,21 @@ class Batch:
 
     @cached_property
     def starts(self) -> Places:
-        """The first character of each text."""
+        """The index of each text's first character."""
         return np.concatenate([[0], self.ends[:-1]])
 
     @cached_property
     def is_word(self) -> Marks:
-        """Of each character, whether it is of a word."""
+        """One flag per character: whether it belongs to a word."""
         return self.characters != SPACE
 
     @cached_property
     def row_of(self) -> Rows:
-        """Of each character."""
+        """For each character, the index of its text."""
         return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
 
     def shingles(self) -> tuple[Hashes, Marks]:
-        """Of each character but the last four the hash of the five from it on, and whether they are of one text."""
+        """The hash of every five consecutive characters, and one flag per hash: whether the five are of one text."""
         wide = self.characters.astype(np.uint64)
         size = len(wide) - CHARS + 1
         hashes = wide[:size] * FACTORS[0]
@@ -104,11 +104,11 @@ class Batch:
         return mixed(hashes), is_one[:size]
 
     def texts(self) -> Hashes:
-        """The hash of each text, whole."""
+        """One hash per text, of all of it."""
         return self._hashed(self._values, self.starts)
 
     def words(self) -> "Words":
-        """The words, and where each begins."""
+        """The words of the batch, and where each begins."""
         begins, is_alone = self.is_word.copy(), self._are_alone()
         begins[1:] &= ~self.is_word[:-1] | is_alone[1:] | is_alone[:-1]
         first = np.flatnonzero(begins)
@@ -124,11 +124,11 @@ class Batch:
 
     @cached_property
     def _values(self) -> Hashes:
-        """Of a polynomial over all characters."""
+        """One term per character of the polynomial that hashes are sums of, modulo 2**64."""
         return (self.characters.astype(np.uint64) + np.uint64(1)) * _powers(BASE, len(self.characters))
 
     def _hashed(self, values: Hashes, starts: Places) -> Hashes:
-        """Of what begins at these places and ends where the next begins, wherever it stands."""
+        """The hash of each segment between one of `starts` and the next, independent of where the segment stands."""
         if not len(starts):
             return np.zeros(0, np.uint64)
         return mixed(np.add.reduceat(values, starts) * _powers(pow(BASE, -1, 2**64), len(values))[starts])
@@ -140,12 +140,12 @@ class Words:
 
     hashes: Hashes
     first: Places
-    """The character that each begins with."""
+    """The index of each word's first character."""
     ends: Places
-    """Behind the last word of each text."""
+    """The end of each text in the words, exclusive."""
 
     def runs(self) -> tuple[Hashes, Places]:
-        """The hash, and the first word, of every eight words in a row."""
+        """The hash, and the index of the first word, of every run of eight words in one text."""
         size = len(self.hashes) - WORDS + 1
         if size < 1:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -153,17 +153,17 @@ class Words:
         for place, factor in enumerate(_powers(BASE, WORDS)):
             hashes += self.hashes[place : place + size] * factor
         is_one = np.ones(len(self.hashes), bool)
-        for back in range(1, WORDS):  # Before the first word is behind the last one, where no run begins either.
+        for back in range(1, WORDS):  # A negative index wraps around to the end, where no run begins either.
             is_one[self.ends - back] = False
         within = np.flatnonzero(is_one[:size])
         return mixed(hashes[within]), within
 
     def row_of(self, words: Places) -> Rows:
-        """The texts of these words, which ascend."""
+        """For each of these words, which ascend, the index of its text."""
         return np.searchsorted(self.ends, words, "right")
 
     def outside(self, shared: "Known", batch: Batch) -> Marks:
-        """Of each character of the batch, whether it is of a word that no shared run covers."""
+        """One flag per character of the batch: whether it belongs to a word that no shared run covers."""
         hashes, first = self.runs()
         found = first[shared.has(hashes)]
         if not len(found):
@@ -171,22 +171,22 @@ class Words:
         depth = np.zeros(len(self.hashes) + 1, np.int64)
         np.add.at(depth, found, 1)
         np.add.at(depth, found + WORDS, -1)
-        is_outside = np.concatenate([[True], np.cumsum(depth[:-1]) == 0])  # and what stands before the first word
+        is_outside = np.concatenate([[True], np.cumsum(depth[:-1]) == 0])  # first, what stands before the first word
         return batch.is_word & np.repeat(is_outside, np.diff(self.first, prepend=0, append=len(batch.characters)))
 
 
 def mixed(hashes: Hashes) -> Hashes:
-    """The same numbers with every bit depending on all of them: the finalizer of SplitMix64."""
+    """The hashes with their bits mixed, so that each depends on all: the finalizer of SplitMix64."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
 
 
 class Known:
-    """Some hashes that others are looked up among: a table with one of them a slot, and those whose slot was taken."""
+    """A set of hashes for look-ups: a table with one hash per slot, and a list of those whose slot was taken."""
 
     def __init__(self, hashes: Hashes) -> None:
-        """Of mixed bits, sorted."""
+        """`hashes` are sorted, and their bits are mixed."""
         bits = (4 * len(hashes)).bit_length()
         self._shift = np.uint64(64 - bits)
         slots = self._slots(hashes)
@@ -201,7 +201,7 @@ class Known:
         return self._size
 
     def has(self, hashes: Hashes) -> Marks:
-        """Of each, whether it is one of them."""
+        """One flag per hash: whether it is in the set."""
         if not len(self):
             return np.zeros(len(hashes), bool)
         slots = self._slots(hashes)
@@ -218,10 +218,10 @@ class Known:
 def frequent(
     first: Iterable[Hashes], again: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than: float
 ) -> Hashes:
-    """What is in more than so many texts, sorted: of hashes of mixed bits, some texts' at a time.
+    """The hashes that are in more than `more_than` texts, sorted. They are given for some texts at a time, bits mixed.
 
     Exact, in memory that does not grow with the number of hashes: a coarse count of all of `first`, which is never too
-    low, and where there is need a count of those alone that pass it. Only what `again` gives is counted, of `first`.
+    low, and if needed an exact count, over `again`, of those alone that pass it. `again` is all or a part of `first`.
     """
     coarse = np.zeros(CELLS, np.uint32)
     for hashes in first:
@@ -251,8 +251,8 @@ def _merged(
 
 
 def _once_a_text(hashes: Hashes, rows: Rows) -> Hashes:
-    """The hashes of all texts, without those that repeat one of the same text."""
-    order = np.argsort(hashes, kind="stable")  # each hash's rows are ascending as they came
+    """The hashes of all texts, sorted, each once per text."""
+    order = np.argsort(hashes, kind="stable")  # stable: the rows of each hash keep ascending
     hashes, rows = hashes[order], rows[order]
     is_first = np.ones(len(hashes), bool)
     is_first[1:] = (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1])
@@ -276,7 +276,7 @@ def _some_powers(base: int, bits: int) -> Hashes:
 
 @cache
 def _are_of_words() -> Marks:
-    """Of each character there is, whether it is of a word."""
+    """One flag per Unicode code point: whether it belongs to a word."""
     found = np.zeros(0x110000, bool)
     for word in _WORD.finditer(np.arange(len(found), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")):
         found[word.start() : word.end()] = True
@@ -284,7 +284,7 @@ def _are_of_words() -> Marks:
 
 
 def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**16) -> Iterator[list[str]]:
-    """So many texts at a time that a batch stays small."""
+    """Yield the texts in batches, which end with the text that reaches `max_texts` texts or `max_chars` characters."""
     batch: list[str] = []
     chars = 0
     for text in texts:

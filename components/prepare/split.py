@@ -1,7 +1,7 @@
-"""Which records are kept, and on which side of the split each one stands.
+"""Decides which records are kept, and on which side of the split each one is.
 
-All of it is decided by hashes of the records themselves, so that the order of files has no part in it, and a refresh
-that adds rows never moves a record from eval to train.
+Hashes of the records themselves decide all of it, so that the order of files does not matter, and a refresh that adds
+rows never moves a record from eval to train.
 """
 
 from collections import Counter
@@ -35,9 +35,9 @@ class Deduplicated:
 
     records: int
     duplicates: int
-    """Same prompt and answer as another record."""
+    """Records with the same prompt and answer as another record."""
     superseded: int
-    """Same id as a later row with other content."""
+    """Records with the same id as a later row, and other content."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class TrainEvalSplit:
     over_max_records: int
     """Left out by data.max_records."""
     near_share: float = 0.0
-    """Of the records that were compared with what is held out, the share that was left out."""
+    """The share that was left out of the records that were compared with the held-out ones."""
     near_clusters: tuple[tuple[str, int], ...] = ()
-    """The first words of what most of them are near to, and how many are."""
+    """The held-out prompts that most left-out records are near to: their first words, and the number of records."""
     near_in_train: int = 0
-    """In train although a prompt much like it stands there too."""
+    """Kept in train although a prompt much like it is in train too."""
 
     @property
     def train(self) -> Part:
@@ -76,10 +76,10 @@ class TrainEvalSplit:
 def deduplicate(work: Workspace) -> Deduplicated:
     """Keep the last row of each id, then one record of each content, in the table `chosen`.
 
-    Of records with the same content the one with the smallest place stays. A new duplicate can thus move the content
+    Among records with the same content the one with the smallest place stays. A new duplicate can move the content
     towards eval, whose places are the small ones, and never away from it.
     """
-    # Rows without an id share a key when they share a prompt; with another answer they are records of their own.
+    # Rows without an id share a key when they share a prompt; with another answer they are separate records.
     work.run("CREATE VIEW identified AS SELECT *, CASE WHEN named THEN key ELSE content END AS identity FROM records")
     work.run(
         "CREATE TABLE latest AS SELECT identity, max(number) AS number, count(*) AS rows FROM identified GROUP BY ALL"
@@ -107,8 +107,8 @@ def deduplicate(work: Workspace) -> Deduplicated:
 
 
 def _name_apart(work: Workspace) -> None:
-    """No two records of one id: where a row gave one that another record has by its content, that one gets a longer,
-    in the table `renamed`."""
+    """Make ids unique: where a row gave an id that another record has by its content, the latter gets a longer one, in
+    the table `renamed`."""
     work.run(
         "CREATE TEMP VIEW given_ids AS SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named;"
         "CREATE TABLE renamed AS SELECT number, lower(hex(content)) AS id FROM chosen"
@@ -137,10 +137,10 @@ def split(
         max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
         near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out. With
             max_records and without a window only as many records are compared as are needed.
-        max_near_share: Share of the compared records that may be left out so.
+        max_near_share: Share of the compared records that may be left out for that reason.
         window: Rows whose contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
-        replay_apart: Whether what is drawn so is a split of its own.
+        replay_apart: Whether the records drawn from outside the window form a separate split.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
@@ -188,7 +188,7 @@ def _too_few(total: int, num_train: int, num_eval: int, *, eval_share: float, ma
 
 
 def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | None) -> Parts:
-    """The first so many records of each split, written down."""
+    """Write the first records of each split, as many as given; `num_apart` None writes no split `replay`."""
     import pyarrow as pa
 
     renamed = pa.Table.from_batches(
@@ -208,7 +208,7 @@ def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | No
 
 
 def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed: "pa.Table") -> "pa.RecordBatch":
-    """The batch, whose records have these numbers, with the ids of those that are renamed, in the order of theirs."""
+    """The batch with renamed records' new ids. `numbers` are its records' numbers; `renamed` is sorted by number."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -225,7 +225,7 @@ def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed
 
 @dataclass(frozen=True)
 class _Unlike:
-    """How the comparison with what is held out went."""
+    """The result of the comparison with the held-out records."""
 
     looked_at: int
     left_out: int = 0
@@ -233,16 +233,16 @@ class _Unlike:
     clusters: tuple[tuple[str, int], ...] = ()
     comparison: "Comparison | None" = None
     numbers: "npt.NDArray[np.int64] | None" = None
-    """Of the texts that were compared, in their order."""
+    """The record numbers of `texts`, in their order."""
     texts: Texts | None = None
 
     @property
     def share(self) -> float:
-        """Of those that were looked at, how many were left out."""
+        """The share that was left out of the records that were looked at."""
         return self.left_out / max(1, self.looked_at)
 
     def repeats(self, work: Workspace, num_train: int) -> int:
-        """How many of the first so many records to train on are near an earlier one."""
+        """How many of the first `num_train` records to train on are near an earlier one."""
         if self.comparison is None or self.numbers is None or self.texts is None:
             return 0
         import numpy as np
@@ -252,7 +252,7 @@ class _Unlike:
 
 
 def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlike:
-    """Leave out what is near, in order, until there are enough, and then what follows; None goes through all."""
+    """Leave out near records, in order, until `enough` are kept, then all others; `enough` None compares all."""
     counts = work.row("SELECT (SELECT count(*) FROM others), (SELECT count(*) FROM held_out)")
     if not similarity or not all(counts):
         return _Unlike(counts[0])
@@ -319,7 +319,7 @@ def position(place: bytes) -> float:
 
 
 def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> tuple[int, int]:
-    """How many of each split to keep; where one is too short for its part, the other fills up."""
+    """How many records of each split to keep; where one has too few for its share, the other makes up for it."""
     if not max_records or num_train + num_eval <= max_records:
         return num_train, num_eval
     kept_train = min(num_train, _most_train(max_records, num_eval, eval_share))
@@ -327,5 +327,5 @@ def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int
 
 
 def _most_train(max_records: int, num_eval: int, eval_share: float) -> int:
-    """How many of max_records are train's, where it has as many."""
+    """How many of `max_records` go to train, if it has that many."""
     return max_records - min(num_eval, max(1, round(max_records * eval_share)))

@@ -31,24 +31,24 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
-"""What other formats call the roles."""
-# What a tool's message says beside its result.
+"""The names of the roles in other formats."""
+# Fields of a tool's message beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
 _MAX_VALUE_CHARS = 40
 MAX_TEXT_CHARS = 16 * 2**20
-"""Of one text, as of a whole line of JSONL: a cell of Parquet may unpack to far more than its file holds."""
+"""Bound on one text, the same as on a line of JSONL: a cell of Parquet may unpack to far more than its file holds."""
 MAX_NAME_CHARS = 4096
-"""Of an id or a group."""
+"""Bound on an id or a group's name."""
 ID_DIGITS = 16
-"""Of the content's hash, as the id of a row that gives none."""
+"""Hex digits of the content's hash that are the id of a row without one."""
 NOTHING = itertools.repeat("")
 MAX_MARKS = 30
-"""Combining characters in a row, as Unicode's Stream-Safe Text Format has it (UAX #15, section 13): to put them in
-order takes time by the square of how many there are, and no language has more."""
+"""Bound on combining characters in a row, as in Unicode's Stream-Safe Text Format (UAX #15, section 13): sorting them
+takes time quadratic in their number, and no language uses more."""
 
 
 class Hashes(NamedTuple):
-    """What decides the split and the duplicates of some records, as `KeyedRecord` has it of one."""
+    """The hashes that decide the split and the duplicates of some records: lists of the fields of `KeyedRecord`."""
 
     key: list[bytes]
     place: list[bytes]
@@ -70,7 +70,7 @@ class KeyedRecord:
     asked: bytes
     """sha256 of the prompt's turns."""
     named: bool
-    """The row gave an id."""
+    """Whether the row gave an id."""
 
 
 def has_known_form(columns: tuple[str, ...]) -> bool:
@@ -83,7 +83,7 @@ def validate(
 ) -> KeyedRecord:
     """Turn one row into a record in NFC without trailing whitespace; `group` is the column that names its group.
 
-    `screen` gives each message as it may be used.
+    `screen` returns each message as it may be used.
 
     Raises:
         DataError: the row is unusable; the message is the reason alone, without file and line.
@@ -110,7 +110,7 @@ def validate(
 
 
 def named_id(value: object) -> str | None:
-    """The id that a row gives with this value; None where it gives none, or none that will do."""
+    """The id that a row gives with this value; None where it gives none, or an invalid one."""
     try:
         return _name(value, "id")
     except DataError:
@@ -118,12 +118,12 @@ def named_id(value: object) -> str | None:
 
 
 def ids_of(row: KeyedRecord) -> tuple[str, ...]:
-    """The ids that a dataset may have the record by: its row's own, or else those by its content."""
+    """The ids that the record may have in a dataset: the one that its row gave, or else those from its content."""
     return (row.record.id,) if row.named else (row.content.hex()[:ID_DIGITS], row.content.hex())
 
 
 def canonical_turn(role: str, content: str, more: str = "") -> str:
-    """The turn as a string that, behind others and before others, is that of no other turn."""
+    """The turn as a string that stays unambiguous when turns are concatenated."""
     said = f"{role}:{len(content)}:{content}"
     return f"{said}+{len(more)}:{more}" if more else said
 
@@ -141,7 +141,7 @@ def hashed(
     calls: Iterable[str] = NOTHING,
     tools: Iterable[str] = NOTHING,
 ) -> Hashes:
-    """Of records whose canonical prompts these are; `ids` are those that their rows gave, or nothing.
+    """The hashes of records with these canonical prompts; `ids` are those that their rows gave, or empty.
 
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate.
@@ -240,7 +240,7 @@ def _message(message: object, field: str) -> Message:
 
 
 def _content(content: object, field: str) -> object:
-    """The content as text, of OpenAI's parts the texts on lines of their own, as vLLM hands them to a template."""
+    """The content as text. OpenAI's text parts are joined by newlines, as vLLM passes them to a template."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -326,7 +326,7 @@ def _require_bounded(text: str, field: str) -> None:
 
 
 def _most_marks(text: str) -> int:
-    """Combining characters in a row, at most."""
+    """The largest number of combining characters in a row."""
     runs = itertools.groupby(text, key=lambda each: unicodedata.combining(each) > 0)
     return max((sum(1 for _ in run) for is_mark, run in runs if is_mark), default=0)
 

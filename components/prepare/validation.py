@@ -1,4 +1,4 @@
-"""The rows of one source, a batch at a time: the records that pass and the rows that do not, with what is counted."""
+"""Validates the rows of one source, a batch at a time: into records and rejected rows, with counts of both."""
 
 import json
 from collections import Counter
@@ -26,33 +26,33 @@ _OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that 
 
 
 class Validated(NamedTuple):
-    """What became of some rows."""
+    """The result of validating some rows."""
 
     batch: "pa.RecordBatch"
-    """The records that may be used, in order, as `keyed_batch` has them."""
+    """The records that may be used, in order, with the columns of `keyed_batch`."""
     rejects: list[Reject]
     withheld: int
-    """Records that hold personal data, where data.personal leaves them out."""
+    """Number of records that hold personal data, where data.personal leaves them out."""
     erased: int
-    """Rows of records that were erased, usable or not."""
+    """Number of rows of erased records, usable or not."""
     columns: Counter[tuple[str, ...]]
-    """Rows by all their columns."""
+    """Number of rows by the names of all their columns."""
     personal: Counter[Kind]
-    """Pieces of personal data in the records, by kind."""
+    """Number of pieces of personal data in the records, by kind."""
     with_personal: int
-    """Records that hold any."""
+    """Number of records that hold any personal data."""
     shown: list[tuple[str, str]]
-    """Shapes that this validation met first here, each with a row and the record that it becomes, in words."""
+    """Shapes that this validation first met in these rows: name, and in words a row and the record that it becomes."""
 
 
 Judged = KeyedRecord | Reject | Literal["withheld", "erased"]
 
 
 class Validation:
-    """How rows become records."""
+    """Turns rows into records."""
 
     def __init__(self, *, group: str, columns: ColumnsConfig, screen: Screen, erased: Erased) -> None:
-        """`group` is data.group, `columns` data.columns; `screen` sees each message. What was `erased` is counted."""
+        """`group` is data.group, `columns` data.columns; `screen` sees each message, and `erased` rows are counted."""
         self._group, self._columns, self._screen, self._erased = group, columns, screen, erased
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
         self._shown: dict[str, str] = {}
@@ -65,7 +65,7 @@ class Validation:
         return self._shapes[names]
 
     def of(self, source: Source, rows: Rows) -> Validated:
-        """These rows, which all come from this source."""
+        """Validate these rows, which all come from this source."""
         columns: Counter[tuple[str, ...]] = Counter()
         known = len(self._shown)
         judged: dict[int, Judged] = {}
@@ -93,7 +93,7 @@ class Validation:
         )
 
     def _plain(self, source: Source, rows: Mapping[int, Row]) -> Plain | None:
-        """Of these rows those that are plain, and were not erased."""
+        """The plain rows among these, without erased records; None where none is left."""
         taken = plain(rows, self._group, source.entry, self._screen.changes)
         if taken is None or not self._erased:
             return taken
@@ -104,7 +104,7 @@ class Validation:
         return plain(kept, self._group, source.entry, self._screen.changes) if any(is_erased) else taken
 
     def _simple(self, names: tuple[str, ...], row: Row) -> Row | None:
-        """The row as a record, which may be a plain one; None where it has to be looked at by itself."""
+        """The row with a record's columns, which may be plain; None where it has to be validated by itself."""
         if names in self._as_they_are:
             return row
         shape = self.shape_of(names)
@@ -118,7 +118,7 @@ class Validation:
             return None
 
     def _judged(self, source: Source, row: SourceRow) -> Judged:
-        """One row, by itself."""
+        """Validate one row by itself."""
         screen, erased = self._screen, self._erased
         row_id = id_of(row.value, self._columns) if erased else None
         if row_id is not None and erased.has(row_id):
@@ -145,7 +145,7 @@ class Validation:
 
 
 def _merged(taken: Plain | None, judged: Mapping[int, KeyedRecord]) -> "pa.RecordBatch":
-    """Both in the order of their places."""
+    """Both as one batch, in the order of their places."""
     import numpy as np
     import pyarrow as pa
 

@@ -1,8 +1,8 @@
-"""Records on disk while a dataset is made of them, and DuckDB over them, which holds as much in memory as it may.
+"""Keeps records on disk while a dataset is made of them, and queries them with DuckDB, within a memory limit.
 
-What a step decides it keeps in a table of the records' numbers and hashes, which DuckDB sorts and joins on disk where
-they do not fit. The records themselves stay in a file, and are read in another order when that is known. Of each record
-there are a few numbers in memory.
+Each step keeps its decisions in tables of the records' numbers and hashes, which DuckDB sorts and joins on disk where
+they do not fit into memory. The records themselves stay in a file, and are read in another order once that is known.
+A few numbers per record are in memory.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OF_DUCKDB = 0.4
-"""Of the memory that a workspace may take. The rest is Python's, with Arrow's batches and the comparison of prompts."""
+"""DuckDB's share of a workspace's memory. The rest is for Python: Arrow's batches and the comparison of prompts."""
 LEAST_OF_A_THREAD = 2**27
 """Bytes without which DuckDB cannot sort on another thread."""
 ENOUGH, ENOUGH_BYTES = 8192, 2**24
-"""Of records, and their bytes, to be written at once."""
+"""Records, or bytes of them, that are enough to write a batch."""
 MOST_REJECTS_AT_ONCE = 4096
 _BATCH = 4096
 _OTHER_BYTES = 100
-"""Of a record beside its prompt and answer, about."""
+"""Approximate bytes of a record beside its prompt and answer."""
 
 
 class Workspace:
@@ -41,7 +41,7 @@ class Workspace:
 
         self.folder = folder
         self.columns: set[str] = set()
-        """Of the columns that a dataset need not have, those that any record needs."""
+        """The optional columns (NOT_ALWAYS) that any record needs."""
         self._records = _Spilled(
             folder / "records.parquet", compression="lz4", use_dictionary=False, write_statistics=False
         )
@@ -62,19 +62,19 @@ class Workspace:
         )
 
     def accept(self, records: "pa.RecordBatch") -> None:
-        """Take some more records, as `keyed_batch` has them."""
+        """Add some records, with the columns of `keyed_batch`."""
         self._pending.append(records)
         if sum(map(len, self._pending)) >= ENOUGH or sum(each.nbytes for each in self._pending) >= ENOUGH_BYTES:
             self._write()
 
     def reject(self, reject: Reject) -> None:
-        """Take one more row that became none."""
+        """Add one row that became no record."""
         self._pending_rejects.append(reject)
         if len(self._pending_rejects) == MOST_REJECTS_AT_ONCE:
             self._write_rejects()
 
     def finish(self) -> None:
-        """Nothing more comes: what was taken is the view `records`."""
+        """End the input: the records that were added become the view `records`."""
         if self._pending or not self._sizes:
             self._write()
         self._write_rejects()
@@ -83,7 +83,7 @@ class Workspace:
         self.run(f"CREATE VIEW records AS FROM read_parquet({quoted(self._records.path)})")
 
     def numbers(self, query: str, *values: Any) -> "npt.NDArray[np.int64]":
-        """The one column of whole numbers that a query gives."""
+        """The result of a query with one column of integers."""
         import numpy as np
 
         parts = [batch.column(0).to_numpy() for batch in self.batches(query, *values)]
@@ -106,18 +106,18 @@ class Workspace:
             self._duckdb.execute(statement, list(values))
 
     def row(self, query: str, *values: Any) -> tuple[Any, ...]:
-        """The one row that a query gives."""
+        """The single row of a query's result."""
         rows = self.rows(query, *values)
         assert len(rows) == 1
         return rows[0]
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """The few rows that a query gives."""
+        """All rows of a query's result, which has few."""
         with _own_errors():
             return list(self._duckdb.execute(query, list(values)).fetchall())
 
     def batches(self, query: str, *values: Any) -> Iterator["pa.RecordBatch"]:
-        """What a query gives, some rows at a time; nothing else may run until it ends."""
+        """Yield a query's result in batches; no other statement may run until it ends."""
         with _own_errors():
             reader = self._duckdb.sql(query, params=list(values) or None).to_arrow_reader(_BATCH)
             yield from reader
@@ -133,7 +133,7 @@ class Workspace:
             self._duckdb.unregister("given")
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Close DuckDB, and release what it holds."""
         self._duckdb.close()
 
     def _write(self) -> None:
@@ -185,7 +185,7 @@ class _Spilled:
 
 @contextlib.contextmanager
 def opened(*, memory_bytes: int) -> Iterator[Workspace]:
-    """A workspace in a folder of its own, which is gone afterwards.
+    """Open a workspace in a new temporary folder, which is removed afterwards.
 
     Raises:
         FineloopError: the disk under the folder for temporary files is full.
@@ -199,7 +199,7 @@ def opened(*, memory_bytes: int) -> Iterator[Workspace]:
 
 
 def quoted(path: Path) -> str:
-    """The path as SQL writes a text."""
+    """The path as a string literal of SQL."""
     return "'" + str(path).replace("'", "''") + "'"
 
 
@@ -214,7 +214,7 @@ def _positions(places: "pa.FixedSizeBinaryArray") -> "npt.NDArray[np.float64]":
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """What DuckDB finds no memory or disk for is an error as any other's."""
+    """Raise DuckDB's out-of-memory errors as MemoryError, and its I/O errors as OSError."""
     import duckdb
 
     try:

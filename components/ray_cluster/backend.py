@@ -15,12 +15,12 @@ STOP_S = 10.0
 """How long a stopped job may take to end."""
 
 READING_SHARE = 0.1
-"""Of the time that may go into reading a log: every source gives it whole each time, however long it has become."""
+"""Largest share of the time to spend on reading a log: every source returns all of it each time, however long."""
 LONGEST_REST_S = 15.0
 """The longest pause between two readings of a log, however slow the last one was."""
 
 State = Literal["live", "succeeded", "ended"]
-"""Of an attempt: live may still end well or badly; ended is failed, stopped or on its way to be deleted."""
+"""The state of an attempt: live may still end well or badly; ended is failed, stopped or being deleted."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Job:
     asks_by: str = "ray.num_workers, ray.cluster.worker"
     """The config's fields that say how much it asks for."""
     patience_s: float = 0.0
-    """After this no step waits for it any more, time in a queue included; 0 means timeout_s."""
+    """Seconds after which no step waits for it any more, time in a queue included; 0 means timeout_s."""
 
     @property
     def lifetime_s(self) -> int:
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def about(self) -> dict[str, str]:
-        """What the cluster remembers of it."""
+        """The metadata about it that the cluster keeps."""
         known = {
             "fineloop_run_id": self.run_id,
             "fineloop_task": self.task,
@@ -79,7 +79,7 @@ class LiveJob:
     kfp_run_id: str
     age_s: float
     lifetime_s: float
-    """0 when it does not say."""
+    """The `Job.lifetime_s` that its metadata says; 0 when it does not say."""
 
 
 class Backend(Protocol):
@@ -120,7 +120,7 @@ class Backend(Protocol):
 
 
 class LogCopy:
-    """Copies a growing log to people, whole lines at a time, as `readable` has them; `text` stays as it came.
+    """Copies a growing log to an output, whole lines at a time, as `readable` shows them; `text` is the log unchanged.
 
     Where several steps wait for one job, each copies a part: what comes after the line that says `after`, and up to the
     one that says `upto`, with which its part of the job is done.
@@ -139,7 +139,7 @@ class LogCopy:
         return bool(self._upto) and end_of(self.text, self._upto) is not None
 
     def take(self, text: str, *, source: str = "", final: bool = False) -> None:
-        """Copy what is new in `text`, the log so far. Another source of the same log goes on where the last one was."""
+        """Copy what is new in `text`, the log so far. Another source of the same log continues where the last ended."""
         if source != self._source:
             self._copied = _same_place(self.text[: self._copied], text)
             self._source = source
@@ -157,7 +157,7 @@ class LogCopy:
         self.text = text
 
     def restart(self) -> None:
-        """The job begins anew, and with it its log."""
+        """Start over: the job begins anew, and its log with it."""
         self.text, self._copied = "", 0
 
 

@@ -1,4 +1,4 @@
-"""Whether the disk of a pod holds the base, asked before a queue is: by what a listing says, not by its bytes."""
+"""Checks before a job is queued that the disk of a pod holds the base; sizes are from a listing, not a download."""
 
 import fnmatch
 import logging
@@ -17,7 +17,8 @@ HUB_TIMEOUT_S = 10.0
 
 
 def require_disk(config: RunConfig) -> None:
-    """Of a job that brings pods of its own. A base whose size nobody says here is the job's own to look at.
+    """Require that each pod's disk holds the base, where the job creates its pods. A base whose size is unknown here is
+    checked by the job itself.
 
     Raises:
         ConfigError: each of the pods would be evicted while it downloads the base.
@@ -28,7 +29,7 @@ def require_disk(config: RunConfig) -> None:
 
 
 def base_bytes(model: ModelConfig) -> int | None:
-    """What a pod downloads; None where no listing can be had, or the base is on no other machine."""
+    """The bytes that a pod downloads; None where there is no listing, or the base is neither in S3 nor on a hub."""
     if model.base.startswith("s3://"):
         return _in_s3(model.base)
     return None if "://" in model.base or model.base.startswith((".", "/", "~")) else _on_the_hub(model)
@@ -50,7 +51,7 @@ def _on_the_hub(model: ModelConfig) -> int | None:
         found = HfApi().model_info(
             model.base, revision=model.revision or None, files_metadata=True, timeout=HUB_TIMEOUT_S
         )
-    except Exception as exc:  # not installed, out of reach, or refused: of many kinds, and no condition of a run
+    except Exception as exc:  # not installed, out of reach, or refused: many types, and none has to stop a run
         logger.info("the size of model.base is not known here: %s", str(exc).partition("\n")[0])
         return None
     names = {each.rfilename: each.size or 0 for each in found.siblings or []}

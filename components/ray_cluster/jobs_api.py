@@ -37,7 +37,7 @@ class JobsApi:
         return f"fineloop-{job.run_id}-{job.task}-{attempt}"
 
     def attempts(self, job: Job) -> dict[int, State]:
-        """By the number at the end of the submission id."""
+        """The attempts by the number at the end of their submission ids."""
         pattern = re.compile(re.escape(self.job_id(job, 0)[:-1]) + r"(\d+)")
         return {
             int(match[1]): _state(found.status)
@@ -46,7 +46,7 @@ class JobsApi:
         }
 
     def start(self, job: Job, attempt: int) -> None:
-        """Submit it; a head answers before it can take jobs, and a busy one drops a connection now and then."""
+        """Submit it, and try again: a head answers before it can take jobs, and a busy one drops some connections."""
         import requests
 
         submission_id = self.job_id(job, attempt)
@@ -75,7 +75,7 @@ class JobsApi:
         _call(f"submit {submission_id}", submit)
 
     def adopt(self, job_id: str) -> None:
-        """Nothing belongs to the process that submitted it."""
+        """Do nothing: a job does not belong to the process that submitted it."""
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         """Ask for the status every `poll_s`, and for the log when it is due or the job has ended."""
@@ -99,7 +99,7 @@ class JobsApi:
             time.sleep(poll_s)
 
     def stop_now(self, job_id: str) -> None:
-        """One call."""
+        """Request the stop with one call."""
         _call(f"stop {job_id}", lambda: self._client.stop_job(job_id))
 
     def stop(self, job_id: str) -> None:
@@ -113,7 +113,7 @@ class JobsApi:
                 time.sleep(0.2)
 
     def live(self) -> list[LiveJob]:
-        """Those whose metadata names a run of ours."""
+        """The jobs whose metadata names a run of ours, and that have not ended."""
         now = time.time()
         return [
             LiveJob(
@@ -129,7 +129,7 @@ class JobsApi:
         ]
 
     def spent(self) -> list[LiveJob]:
-        """None: a cluster's list of jobs goes with it."""
+        """Empty: a cluster's list of jobs is gone with the cluster."""
         return []
 
     def _ended(self, job_id: str, status: str) -> JobEnd:

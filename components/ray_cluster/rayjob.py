@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 IDLE_WINDOW_S = 20.0
 """How long one watch lasts while there is no log to copy."""
 KEPT_S = 86_400.0
-"""A job that has ended keeps its submitter's log so long, and its place in the namespace's quota of RayJobs."""
+"""How long a job that has ended keeps its submitter's log, and its place in the namespace's quota of RayJobs."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")
 
@@ -52,12 +52,12 @@ class RayJobs:
         return manifest.rayjob_name(job, attempt)
 
     def attempts(self, job: Job) -> dict[int, State]:
-        """By the number in the label."""
+        """The attempts by the number in their label."""
         items, _ = self._api.list(manifest.labels(job))
         return {int(found["metadata"]["labels"].get(manifest.ATTEMPT, 1)): state(found) for found in items}
 
     def start(self, job: Job, attempt: int) -> None:
-        """Create it; one that another process of this step has just created is followed."""
+        """Create the RayJob; if another process of this step has just created it, that one is followed."""
         owner = self._workflow
         body = manifest.rayjob(self._ray, job, attempt, namespace=self._api.namespace, owner=owner)
         if self._api.create(body):
@@ -111,11 +111,11 @@ class RayJobs:
             found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
 
     def stop_now(self, job_id: str) -> None:
-        """One call: Kubernetes deletes cluster and pods with it, and KubeRay stops the job first."""
+        """Delete it with one call: KubeRay stops the job first, and Kubernetes deletes cluster and pods with it."""
         self._api.delete(job_id)
 
     def stop(self, job_id: str) -> None:
-        """Delete it until it is gone or on its way, for a while: one that was being created may appear late."""
+        """Delete it, for a while, until it is gone or being deleted: one that was being created may appear late."""
         deadline, absent, warned = time.monotonic() + STOP_S, 0, ""
         while time.monotonic() < deadline and absent < 3:
             try:
@@ -130,12 +130,12 @@ class RayJobs:
             time.sleep(0.1)
 
     def live(self) -> list[LiveJob]:
-        """Those with our label."""
+        """The RayJobs with our label that have not ended."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [_live(found) for found in items if state(found) == "live"]
 
     def spent(self) -> list[LiveJob]:
-        """Those that no workflow owns, with which they would go: of a run outside Kubeflow, or made by hand."""
+        """The RayJobs that ended over KEPT_S ago and have no owner to go with: from outside Kubeflow, or by hand."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [
             _live(found)
@@ -146,7 +146,7 @@ class RayJobs:
         ]
 
     def _release(self, job_id: str) -> None:
-        """Have the cluster of a job that succeeded go at once: Kueue has given its quota to the next one already.
+        """Delete the cluster of a job that succeeded at once: Kueue has already given its quota to the next job.
 
         KubeRay looks at the time to live again whenever the RayJob changes, and keeps the submitter with its log
         (rayjob_controller.go, v1.7, JobDeploymentStatusComplete).
@@ -158,7 +158,7 @@ class RayJobs:
 
     @cached_property
     def _workflow(self) -> Workflow | None:
-        # An owner in another namespace is one that does not exist, and what it owns is deleted at once.
+        # Kubernetes takes an owner in another namespace as missing, and deletes what it owns at once.
         return own_workflow() if self._api.namespace == own_namespace() else None
 
 
@@ -171,7 +171,7 @@ class _Clock:
         self._queued, self._at = False, time.monotonic()
 
     def check(self, queued: bool, stop: Callable[[], None], job_id: str) -> None:
-        """Count the time since the last look to where the job was then.
+        """Add the time since the last call to the phase that the job was in then, and check the limits.
 
         Raises:
             JobError: a limit is passed; the job has been stopped.
@@ -187,12 +187,12 @@ class _Clock:
 
     @property
     def left_s(self) -> float:
-        """Until the limit that is now running down."""
+        """Seconds until the limit of the current phase."""
         return max(0.0, self._limits[self._queued] - self._spent[self._queued])
 
 
 def state(found: Resource) -> State:
-    """Where an attempt stands; one on its way out counts as stopped."""
+    """The state of an attempt; one that is being deleted counts as ended."""
     status = found.get("status") or {}
     if found["metadata"].get("deletionTimestamp"):
         return "ended"
@@ -208,7 +208,7 @@ def is_queued(found: Resource) -> bool:
 
 
 def describe(found: Resource, waits_for: str = QUOTA) -> str:
-    """Where it stands, for people; in the queue with what it waits for there."""
+    """The stage of a RayJob in words; in the queue with what it waits for there."""
     status = found.get("status") or {}
     deployment, cluster = status.get("jobDeploymentStatus") or "", status.get("rayClusterStatus") or {}
     if is_queued(found):
@@ -228,19 +228,19 @@ def describe(found: Resource, waits_for: str = QUOTA) -> str:
 
 
 def _said(status: Resource) -> str:
-    """What KubeRay says itself: the job's last lines follow in its message, and its log has them."""
+    """KubeRay's own words: the job's last lines, which follow in its message, are in the log anyway."""
     first_line = (status.get("message") or "").partition("\n")[0].strip()
     return ": ".join(each for each in (status.get("reason"), first_line) if each)
 
 
 def _would_fail_again(log: str) -> bool:
-    """Whether it said why it failed, and that is no matter of its cluster."""
+    """Whether the log says why the job failed, and another cluster would not help."""
     failure = find_failure(log)
     return failure is not None and failure.error != WorkersMissing.__name__
 
 
 def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
-    """Why it ended, in the config's words where a limit of ours was passed."""
+    """How it ended; a JobError in the config's words where a limit of ours was passed."""
     status, name = found.get("status") or {}, found["metadata"]["name"]
     reason, message = status.get("reason") or "", status.get("message") or ""
     if state(found) == "succeeded":

@@ -28,11 +28,11 @@ from components.ray_cluster.workflow import Workflow
 MAX_NAME = 47
 """KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""
 CONFIG_MAP = "fineloop-env"
-"""Where the cluster keeps what is no secret: the store's endpoint and region, the address of a shared Ray cluster."""
+"""Name of the ConfigMap of what is no secret: the store's endpoint and region, a shared Ray cluster's address."""
 STORE_SECRET = "fineloop-s3"
-"""Static credentials of the store; absent where a service account's role gives them."""
+"""Name of the secret with static credentials of the store; absent where a service account's role gives them."""
 RAY_SECRET = "fineloop-ray"
-"""The token of Ray's clusters; a step needs it for one that is shared."""
+"""Name of the secret with the token of Ray's clusters; a step needs it for a shared cluster."""
 PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
@@ -41,17 +41,17 @@ CA_FOLDER = "/etc/fineloop/ca"
 CA_VARIABLES = {
     name: f"{CA_FOLDER}/ca.crt" for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "CURL_CA_BUNDLE")
 }
-"""What makes OpenSSL, Go, requests, boto3 and libcurl trust the authorities of `ray.cluster.ca_bundle`."""
+"""Variables that make OpenSSL, Go, requests, boto3 and libcurl trust the authorities of `ray.cluster.ca_bundle`."""
 HOME = "/home/fineloop"
 SUBMITTER_DISK_GIB = 1
 NO_MESH = {"sidecar.istio.io/inject": "false"}
-"""Label of a pod that gets no Istio sidecar, as namespaces of a multi-user Kubeflow give every pod: with one that stays
-the submitter never ends, and the proxy stands between Ray's processes."""
+"""Label of a pod that is to get no Istio sidecar, which namespaces of a multi-user Kubeflow add to every pod: it does
+not end, so the submitter would never end either, and its proxy would stand between Ray's processes."""
 SUBMITTER_RETRIES = 10
-"""Of the pod that follows the job's log: with the last of them KubeRay gives the job up, well as it may be (KubeRay's
-own are 2). A new pod goes on following, or starts the job again under its id where a new head does not know it."""
+"""Retries of the pod that follows the job's log; after the last KubeRay gives up the job, even a healthy one (KubeRay's
+default is 2). A new pod goes on following, or starts the job again under its id where a new head does not know it."""
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-"""Annotations of a pod that autoscalers are not to move elsewhere, only to have a node less."""
+"""Annotations of a pod that autoscalers must not evict in order to remove a node."""
 
 # Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
 SPOT = (
@@ -60,20 +60,20 @@ SPOT = (
     {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
 )
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-"""For how long Ray drains a node at SIGTERM."""
+"""Environment variable: for how long Ray drains a node at SIGTERM, in seconds."""
 DRAIN_S = 60
-"""What a worker pod that is to go has for a checkpoint: Ray drains its node at SIGTERM, for half as long by itself, and
-the workers see it within seconds. A preStop hook that stops Ray would come before that."""
+"""Seconds that a worker pod has for a checkpoint before it ends: Ray drains its node at SIGTERM, by default for half as
+long, and the workers see it within seconds. A preStop hook that stops Ray would come before that."""
 HEAD_DRAIN_S = 10
-"""For how long a head that is to go still answers; by itself Ray takes 30 s. Workers that go with it end in seconds,
-but one that finds no head any more tries to reach it for DRAIN_S (ray/_private/node.py)."""
+"""Seconds that a head still answers before it ends; Ray's default is 30. Workers that end with it need seconds, but one
+that no longer finds a head tries to reach it for DRAIN_S (ray/_private/node.py)."""
 ENDING_S = 15
-"""What Ray's processes have to end after it, before Kubernetes kills them."""
+"""Seconds that Ray's processes have to end after the drain, before Kubernetes kills them."""
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 
 
 def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Workflow | None = None) -> dict[str, Any]:
-    """The whole resource. What it is owned by takes it along; an owner in another namespace would do so at once."""
+    """The whole resource. It is deleted with its owner, and at once if that is in another namespace."""
     cluster = ray.cluster
     assert isinstance(cluster, RayJobCluster)
     return {
@@ -133,12 +133,12 @@ def rayjob_name(job: Job, attempt: int) -> str:
 
 
 def labels(job: Job) -> dict[str, str]:
-    """By which all attempts at a job are found, and its pods."""
+    """The labels by which all attempts at a job, and its pods, are found."""
     return {PART_OF: "fineloop", RUN_ID: label_value(job.run_id), TASK: label_value(job.task)}
 
 
 def label_value(text: str) -> str:
-    """The text, or where it is no value for a label, a part of it and a hash."""
+    """The text, or a part of it and a hash where it is not a valid label value."""
     if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", text):
         return text
     return f"{text[:40].strip('._-')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -211,7 +211,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
 
 
 def _submitter(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
-    """Posts the job and follows its log. It needs no S3, so it gets none, and no account of its own."""
+    """The pod that posts the job and follows its log. It needs no S3, so it gets no credentials, and no account."""
     container = {
         "name": "ray-job-submitter",
         "image": cluster.image,
@@ -255,7 +255,7 @@ def _pod(
             "serviceAccountName": cluster.service_account,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            # A name as the image's USER proves nothing to the kubelet: runAsNonRoot needs the number.
+            # runAsNonRoot needs a number: the kubelet cannot check a name, as the image's USER is.
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": 1000,
@@ -293,7 +293,7 @@ def _container_security() -> dict[str, Any]:
 
 
 def _mounts() -> list[dict[str, str]]:
-    """All that can be written, the root being read-only."""
+    """The mounts of all writable folders; the root file system is read-only."""
     return [
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "home", "mountPath": HOME},
@@ -306,7 +306,7 @@ def _exactly(resources: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def _object_store(shared_memory_gib: int, *, share: float) -> str:
-    """A share of /dev/shm in bytes: by itself Ray takes 30 % of the memory, on a disk if /dev/shm is smaller."""
+    """A share of /dev/shm in bytes: by default Ray takes 30 % of the memory, on a disk if /dev/shm is smaller."""
     return str(int(shared_memory_gib * 2**30 * share))
 
 

@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 LINES_OF_RAY = 80
-"""Of the end of a log: more than Ray's own message has of a node that ran out of memory."""
+"""Lines to search at the end of a log: more than Ray's own message about a node that ran out of memory has."""
 BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
     "jobs-api": lambda _: JobsApi(os.environ.get("RAY_ADDRESS", "")),
     "rayjob": RayJobs,
 }
-"""By `ray.cluster.kind`: makes the backend of a config."""
+"""Functions that make the backend of a config, by `ray.cluster.kind`."""
 
 
 def submit_and_wait(
@@ -172,7 +172,7 @@ def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
 
 @contextlib.contextmanager
 def _stopped_with_its_run(backend: Backend, job_id: str) -> Iterator[threading.Event]:
-    """Stop the job with the run that this process belongs to; the event is set once that is being stopped."""
+    """Stop the job when the run that this process belongs to is stopped; the event is set once that begins."""
     is_stopping = threading.Event()
     if workflow := own_workflow():
 
@@ -206,7 +206,7 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        backend.stop(job_id)  # a submission that was under way came to be after the first call
+        backend.stop(job_id)  # a submission that was under way may have succeeded after the first call
         raise
     finally:
         for number, handler in before.items():
