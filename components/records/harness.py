@@ -1,4 +1,4 @@
-"""What tasks of lm-evaluation-harness say of the models of a comparison. No rule of the gate reads it."""
+"""Scores of the compared models on lm-evaluation-harness tasks. No rule of the gate reads them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,49 +10,49 @@ class TaskScore(Part):
 
     task: str
     metric: str
-    """As the task names it; of answers that a filter has read, with the filter's name."""
+    """The metric's name in the task; if a filter processed the answers, with the filter's name."""
     value: float | None
-    """None where it is no finite number."""
+    """The metric's value; None if it is not a finite number."""
     stderr: float | None = None
-    """Of the value, over the task's documents; None where the task has none."""
+    """Standard error of `value` over the task's documents; None if the task reports none."""
 
 
 class HarnessScores(Part):
-    """All tasks that a run asked for."""
+    """Scores of all tasks that a run asked for."""
 
     lm_eval: str
-    """The version that ran; the tasks that it ships, and their versions, are fixed with it."""
+    """Version of lm-evaluation-harness that ran; it also fixes the tasks that it ships, and their versions."""
     tasks: tuple[str, ...]
-    """As the config names them: tasks, groups or tags."""
+    """Names of tasks, groups or tags, as in the config."""
     limit: int | None = None
-    """Documents of each task; None takes all."""
+    """Maximum number of documents per task; None means all."""
     include_sha256: str = ""
-    """Of the folder with tasks of one's own; empty where there is none."""
+    """SHA-256 of the folder of custom tasks (`evaluate.lm_eval_include`); empty if there is none."""
     base_format: str = ""
-    """What the base was in: bf16, nf4 or int8."""
+    """Number format of the base's weights: bf16, nf4 or int8."""
     left_out: str = ""
-    """Why no model was measured; empty where one was."""
+    """Why no model was measured; empty if one was."""
     scores: dict[str, tuple[TaskScore, ...]] = {}
-    """By role; roles on another base than the candidate's are left out."""
+    """Scores by role; roles on another base than the candidate's are left out."""
 
     def same_tasks(self, other: "HarnessScores") -> bool:
-        """Whether the other's numbers stand beside these."""
+        """Whether these scores and the other's are comparable: same harness version, tasks, limit and custom tasks."""
         return all(
             getattr(self, name) == getattr(other, name) for name in ("lm_eval", "tasks", "limit", "include_sha256")
         )
 
     def score(self, role: str, task: str, metric: str) -> TaskScore | None:
-        """One number of one model; None where it was not measured."""
+        """Return one model's score for one metric of one task; None if it was not measured."""
         return next((each for each in self.scores.get(role, ()) if (each.task, each.metric) == (task, metric)), None)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """Task and metric of all that was measured, in the order of the tasks."""
+        """The (task, metric) pairs that were measured, in the order of the tasks."""
         return list(dict.fromkeys((each.task, each.metric) for scores in self.scores.values() for each in scores))
 
     @property
     def summary(self) -> list[str]:
-        """A line a task: of those that the config names, or of all where it names more than tasks and groups."""
+        """One line for each task or group in the config, or for everything measured if the config names tags."""
         if self.left_out:
             return [f"lm-eval: left out, {self.left_out}"]
         measured = list(dict.fromkeys(task for task, _ in self.rows))
@@ -68,7 +68,7 @@ class HarnessScores(Part):
 
 
 def score_text(score: TaskScore | None) -> str:
-    """The value with its standard error."""
+    """Format a score with its standard error; a dash if there is no value."""
     if score is None or score.value is None:
         return "–"  # noqa: RUF001 - a dash for a number that is not there
     return f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr is not None else "")

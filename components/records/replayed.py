@@ -1,4 +1,4 @@
-"""What production answered to the earlier records of a dataset."""
+"""Record of a replay: the production version's answers to earlier records of a dataset."""
 
 from typing import ClassVar
 
@@ -6,16 +6,16 @@ from components.records.steps import Record
 
 
 class Replayed(Record):
-    """Where a training finds production's answers beside the prepared records."""
+    """Where a training finds the dataset that holds production's answers beside the prepared records."""
 
     FILE: ClassVar[str] = "replayed.json"
 
     prepared_uri: str
-    """Of the dataset with the records that were to be answered."""
+    """URI of the dataset with the records to be answered."""
     dataset_uri: str
-    """Of the one that is trained on."""
+    """URI of the dataset that is trained on."""
     version: str | None
-    """Who was asked; None where nothing was in production, and the records' own answers were taken."""
+    """The version that was asked; None if nothing was in production, so that the records' own answers were taken."""
     asked: int
     kept: int
-    """Of the answers, those that were right; where none was, the records' own were taken."""
+    """Number of answers that were right; if none was, the records' own answers were taken."""

@@ -2,7 +2,7 @@
 
 runs/<run_id>/config.toml                  the resolved config, overrides applied
               steps/<step>.json            how each step went
-              consumed/header.json         which data the run read; it names the file beside it, of the records' hashes
+              consumed/header.json         which data the run read; names the file of record hashes beside it
               prepared.json                what a Ray job made of the data, where one did
               replayed.json                where production's answers to earlier records are, if it gave any
               start.json                   the version that its training goes on from
@@ -38,7 +38,7 @@ EVALUATION_RECORDS = "evaluation_records.parquet"
 DECISION = Decision.FILE
 REPORT = "report.html"
 PAGES = "pages/"
-"""Of the registry: index.html, and a page for each adapter, which link to the reports."""
+"""Folder of the registry's pages: index.html and one page per adapter, which link to the reports."""
 SWEEP = SweepResult.FILE
 TRIALS = "trials/"
 STEPS = "steps/"
@@ -48,21 +48,21 @@ R = TypeVar("R", bound=Record)
 
 
 def run_key(run_id: str, file: str = "") -> str:
-    """Where a file of the run lies in the store; without one, its folder with a slash at the end."""
+    """Return the key of a file of the run in the store; without `file`, the run's folder with a trailing slash."""
     return f"runs/{run_id}/{file}"
 
 
 def step_key(run_id: str, step: str) -> str:
-    """Where a step's record lies."""
+    """Return the key of a step's record."""
     return run_key(run_id, f"{STEPS}{step}.json")
 
 
 def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None) -> R:
-    """The run's record of this kind.
+    """Read the run's record of this kind.
 
     Raises:
-        ObjectMissing: there is none.
-        IntegrityError: it is not what it should be, or its bytes are not those with `sha256`.
+        ObjectMissing: the run has no such record.
+        IntegrityError: the record is malformed, or its SHA-256 is not `sha256`.
     """
     key = run_key(run_id, kind.FILE)
     body = store.get(key)
@@ -75,10 +75,10 @@ def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None)
 
 
 def find(store: Store, run_id: str, kind: type[R]) -> R | None:
-    """The run's record of this kind, or None where the run did not get that far.
+    """Read the run's record of this kind; None if the run did not get that far.
 
     Raises:
-        IntegrityError: it is not what it should be.
+        IntegrityError: the record is malformed.
     """
     key = run_key(run_id, kind.FILE)
     found = store.read(key)
@@ -86,7 +86,7 @@ def find(store: Store, run_id: str, kind: type[R]) -> R | None:
 
 
 def has_decided(store: Store, run_id: str) -> bool:
-    """Whether the run's gate left a decision; one that is damaged since counts as one."""
+    """Whether the run's gate left a decision; a damaged one counts, `skipped` does not."""
     try:
         decision = find(store, run_id, Decision) if run_id else None
     except IntegrityError:
@@ -95,7 +95,7 @@ def has_decided(store: Store, run_id: str) -> bool:
 
 
 def decision_of(store: Store, run_id: str) -> Decision | None:
-    """What the run's gate decided; None where it decided nothing, or what it left is damaged since."""
+    """Return the decision of the run's gate; None if it decided nothing, or the decision is damaged."""
     try:
         found = find(store, run_id, Decision) if run_id else None
     except IntegrityError:
@@ -104,13 +104,13 @@ def decision_of(store: Store, run_id: str) -> Decision | None:
 
 
 def has_promoted(store: Store, run_id: str) -> bool:
-    """Whether the run's gate let its version pass; one whose decision is damaged since counts as one that did not."""
+    """Whether the run's gate passed its version, or left it waiting for approval; False if the decision is damaged."""
     decision = decision_of(store, run_id)
     return decision is not None and (decision.promoted or decision.waits)
 
 
 def write(store: Store, run_id: str, record: Record) -> None:
-    """Write the run's record of this kind, in the place of an earlier one."""
+    """Write the run's record of this kind, replacing an earlier one."""
     match record:
         case StepRecord():
             key = step_key(run_id, record.step)
@@ -122,10 +122,10 @@ def write(store: Store, run_id: str, record: Record) -> None:
 
 
 def steps(store: Store, run_id: str) -> list[StepRecord]:
-    """How each step went, in the order in which they began.
+    """Read the records of the run's steps, in the order in which the steps began.
 
     Raises:
-        IntegrityError: a record is not what it should be.
+        IntegrityError: a record is malformed.
     """
     keys = [entry.key for entry in store.list(run_key(run_id, STEPS)) if entry.key.endswith(".json")]
     found = [StepRecord.from_json(store.get(key), store.uri(key)) for key in keys]
@@ -133,10 +133,10 @@ def steps(store: Store, run_id: str) -> list[StepRecord]:
 
 
 def trials(store: Store, run_id: str) -> list[Trial]:
-    """The trials of a sweep that have ended, in any order.
+    """Read the trials of a sweep that have ended, in any order.
 
     Raises:
-        IntegrityError: a record is not what it should be.
+        IntegrityError: a record is malformed.
     """
     keys = [entry.key for entry in store.list(run_key(run_id, TRIALS)) if entry.key.endswith(".json")]
     return [Trial.from_json(store.get(key), store.uri(key)) for key in keys]

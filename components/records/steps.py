@@ -1,7 +1,7 @@
-"""What the steps of a run leave for each other, as frozen types; `runs` knows where each lies.
+"""Records that the steps of a run leave for each other, as frozen types; `runs` defines where each is stored.
 
-Reading is tolerant: a key that this release does not know stays in the record. `format` rises only when an older reader
-would misunderstand a record, which it then refuses; release 0.1.0 wrote none, and means 1.
+Reading is tolerant: keys that this release does not know stay in the record. `format` rises only when an older reader
+would misunderstand a record, which it then refuses; release 0.1.0 wrote no format, which means 1.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from components.store.store import decode_json, encode_json
 
 Role = Literal["base", "champion", "candidate", "anchor"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
-"""The models of every comparison. The anchor, the best version so far, is measured where the champion is another."""
+"""The models of every comparison. The anchor, the best version so far, is added if it is not the champion."""
 Outcome = Literal["promote", "hold", "skipped"]
 Verdict = Literal["promote", "hold", "cannot tell", "needs approval"]
 Status = Literal["succeeded", "failed"]
@@ -38,7 +38,7 @@ class Record(Part):
         """Parse a record.
 
         Raises:
-            IntegrityError: it is not JSON, lacks a key, has one of another type, or is of a later format.
+            IntegrityError: the body is not JSON, lacks a key, has a key of the wrong type, or has a later format.
         """
         value = decode_json(body, uri)
         written = value.get("format") if isinstance(value, dict) else None
@@ -59,7 +59,7 @@ class Record(Part):
 
     @property
     def sha256(self) -> str:
-        """Of the record as it is written."""
+        """SHA-256 of the record as it is written, in hex."""
         return hashlib.sha256(self.as_json()).hexdigest()
 
 
@@ -69,7 +69,7 @@ class Prepared(Record):
     FILE: ClassVar[str] = "prepared.json"
 
     result: dict[str, Any]
-    """What the step records: the dataset, or why the run was skipped."""
+    """The step's result: the dataset, or why the run was skipped."""
 
 
 class StepRecord(Record):
@@ -80,10 +80,10 @@ class StepRecord(Record):
     step: str
     status: Status
     started_at: str
-    """ISO 8601, with its zone."""
+    """Start time in ISO 8601, with time zone."""
     seconds: float
     result: dict[str, Any] = {}
-    """What the step gave; of a failed one `error` with kind and message."""
+    """The step's result; for a failed step, `error` with kind and message."""
 
     @property
     def succeeded(self) -> bool:
@@ -91,12 +91,12 @@ class StepRecord(Record):
 
     @property
     def moved_alias(self) -> bool:
-        """Whether it promoted, even where it failed after that."""
+        """Whether the step promoted, even if it failed afterwards."""
         return self.step == "promote" and (self.succeeded or "event_uri" in self.result)
 
 
 class Took(Part):
-    """A part of what was waited for."""
+    """One part of a waiting time."""
 
     part: str
     seconds: float
@@ -110,59 +110,59 @@ class TrainResult(Record):
     version: str
     version_uri: str
     manifest_sha256: str = ""
-    """Of the version, as published; empty where an earlier release wrote this."""
+    """SHA-256 of the version's manifest, as published; empty in records of earlier releases."""
     dataset_uri: str = ""
     train_seconds: float | None = None
     steps: int | None = None
     tokens: int | None = None
     eval_loss: float | None = None
-    """Held-out loss of what was published, on the records that training looks at."""
+    """Held-out loss of the published weights, on the records that the training looks at."""
     stopped_early: bool = False
     resumed_from_step: int | None = None
     trained_at: str = ""
-    """When the last step had been taken, before anything was published; ISO 8601, with its zone."""
+    """When the last step ended, before anything was published; ISO 8601, with time zone."""
     began_at: str = ""
-    """When the job began, as `trained_at`."""
+    """When the job began; same format as `trained_at`."""
     until_first_step: list[Took] = []
-    """What passed from then to the first step, one part after the other."""
+    """Parts of the time from `began_at` to the first training step, in order."""
     usage: Usage | None = None
-    """None where an earlier release wrote this."""
+    """Resources that the training used; None in records of earlier releases."""
 
 
 class Measured(Part):
     """One model of a comparison."""
 
     version: str | None = None
-    """None of the base, which is no version."""
+    """The model's version; None for the base, which is not a version."""
     metrics: dict[str, float | None]
-    """By the keys of `METRICS`; None where it was not measured."""
+    """Value of each metric, by its key in `METRICS`; None if it was not measured."""
 
 
 class TextLosses(Part):
-    """How surprising each model finds texts that are no held-out records: general text, or the base's own answers."""
+    """Losses of each model on texts other than held-out records: general text, or the base's own answers."""
 
     text_sha256: str
-    """Of the texts, as the base's tokenizer reads them."""
+    """SHA-256 of the texts, as tokenized by the base's tokenizer."""
     base_format: str = ""
-    """What the base was in: bf16, nf4 or int8."""
+    """Number format of the base's weights: bf16, nf4 or int8."""
     tokens: list[int]
-    """Of each text; of an answer, without its prompt."""
+    """Number of tokens of each text; for an answer, without its prompt."""
     nll: dict[Role, list[float]]
-    """-log p of each text, in nats; roles on another base than the candidate's are left out."""
+    """-log p of each text, in nats, by role; roles on another base than the candidate's are left out."""
     asked_sha256: str | None = None
-    """Of what the base was asked, and how its answers were drawn; None of texts that are no answers."""
+    """SHA-256 of the base's prompts and of how its answers were sampled; None if the texts are not answers."""
     answers: list[list[int]] | None = None
-    """The tokens of each answer of the base's; None of texts that are none."""
+    """Token ids of each of the base's answers; None if the texts are not answers."""
 
     def loss(self, role: Role) -> float | None:
-        """Per token; None where it was not measured."""
+        """Return the mean loss per token, in nats; None if it was not measured."""
         return sum(self.nll[role]) / sum(self.tokens) if role in self.nll and self.tokens else None
 
     def above_base(self, role: Role) -> float | None:
-        """How far its loss lies above the base's; None where either was not measured.
+        """Return how far the role's loss lies above the base's; None if either was not measured.
 
-        On answers that were drawn from the base this estimates the KL divergence from it, per token: the expectation
-        of log p_base - log p over what the base says.
+        On answers sampled from the base this estimates the KL divergence from it, per token: the expectation of
+        log p_base - log p over the base's answers.
         """
         ours, base = self.loss(role), self.loss("base")
         return None if ours is None or base is None else ours - base
@@ -174,12 +174,12 @@ class PairedDifference(Part):
     metric: str
     difference: float
     ci95: tuple[float, float] | None = None
-    """The ends of the 95 % interval of the difference; None where the records set it no bound."""
+    """Ends of the 95 % confidence interval of the difference; None if the records do not bound it."""
     records: int
 
 
 class Evaluation(Record):
-    """Base, champion where there is one, and candidate on the same held-out records."""
+    """Comparison of base, champion (if there is one) and candidate on the same held-out records."""
 
     FILE: ClassVar[str] = "evaluation.json"
 
@@ -188,75 +188,75 @@ class Evaluation(Record):
     dataset_uri: str = ""
     records: int
     held_out: int | None = None
-    """How many records the dataset holds out to decide on; `records` of them were used."""
+    """Number of records that the dataset holds out for decisions; `records` of them were used."""
     test_set: tuple[str, ...] = ()
-    """Short hashes of some of the records, by which a test set is known again after a refresh."""
+    """Short hashes of some of the records; they identify the test set after its data are refreshed."""
     fold: int | None = None
-    """Which part of the held-out records this is, counted from 1; None where they are not divided."""
+    """Number of the fold of the held-out records that was used, from 1; None if they are not divided."""
     folds: int = 1
     records_sha256: str = ""
-    """Of evaluation_records.parquet, which says record by record what this one says in sum."""
+    """SHA-256 of evaluation_records.parquet, which holds record by record what this record sums up."""
     base: dict[str, Any] = {}
     """Reference and identity of the base model."""
     models: dict[str, Measured | None]
-    """By role."""
+    """Measurements of each model, by role."""
     general_text: TextLosses | None = None
-    """None where it was not measured."""
+    """Losses on general text; None if they were not measured."""
     suites: tuple[Suite, ...] = ()
-    """Of questions outside the domain; none where none were asked for."""
+    """Results on suites of questions outside the domain; empty if none were requested."""
     own_answers: TextLosses | None = None
-    """Of what the base says to prompts of no domain; None where it was not asked."""
+    """Losses on the base's answers to prompts of no domain; None if the base was not asked."""
     harness: HarnessScores | None = None
-    """Of tasks of lm-evaluation-harness; None where none were asked for."""
+    """Scores on lm-evaluation-harness tasks; None if none were requested."""
     probes: dict[str, Any] = {}
-    """What further probes recorded, by their names."""
+    """Results of further probes, by the probe's name."""
     changed_answers: float | None = None
-    """Share of the records to which the candidate gives another answer than the champion; None where there is none."""
+    """Share of the records on which candidate and champion answer differently; None if there is no champion."""
     paired: dict[str, PairedDifference | None] = {}
-    """The candidate against each other role."""
+    """Difference between the candidate and each other model, by its role."""
     confusion: dict[str, Any] | None = None
-    """Labels, and counts[reference][answer]; None where the answers are no classes."""
+    """Confusion matrix: labels, and counts[reference][answer]; None if the answers are not classes."""
     samples: list[dict[str, Any]] = []
-    """Prompt (its text, or the turns of a conversation), reference and each role's answer."""
+    """Samples: prompt (its text, or the turns of a conversation), reference and each role's answer."""
     generation: dict[str, Any] = {}
     matmul_dtype: str | None = None
     first_scored_at: str = ""
-    """When the first records had been scored; ISO 8601, with its zone."""
+    """When the first records had been scored; ISO 8601, with time zone."""
     seconds: dict[str, float] = {}
 
     def model(self, role: Role) -> Measured | None:
-        """What was measured of a role; None where there is no such model."""
+        """Return the measurements of a role; None if there is no such model."""
         return self.models.get(role)
 
     def metric(self, role: Role, key: str) -> float | None:
-        """One number; None where it was not measured or is not finite."""
+        """Return one metric of a role; None if it was not measured or is not finite."""
         measured = self.model(role)
         return finite(measured.metrics.get(key)) if measured else None
 
 
 class SliceResult(Part):
-    """How much better the candidate is than another model on one kind of record."""
+    """How much better the candidate is than another model on one slice of the records."""
 
     kind: str
     name: str
     records: int
     gain: float
     lower: float | None
-    """The gain is at least this, at the rule's confidence; None where the records set it no bound."""
+    """Lower bound of the gain, at the rule's confidence; None if the records do not bound it."""
     upper: float | None
     worse: bool
-    """Shown to be worse by more than is allowed."""
+    """Whether the candidate is shown to be worse by more than is allowed."""
 
 
 class Lead(Part):
-    """How far the champion stood above what other candidates had on the records that chose it."""
+    """How far the champion stood above other candidates on the records by which it was chosen."""
 
     gain: float
-    """Above the line through all of them, in the metric's unit; positive is better."""
+    """Distance of the champion above the line through all candidates, in the metric's unit; positive is better."""
     variance: float
-    """Of all candidates around that line."""
+    """Variance of all candidates around that line."""
     decisions: int
-    """How many candidates there were."""
+    """Number of candidates."""
 
 
 class RuleResult(Part):
@@ -274,10 +274,10 @@ class RuleResult(Part):
     other: float | None = None
     """The other model's number."""
     bound: float | None = None
-    """As the config states it: a margin or a limit."""
+    """The bound as stated in the config: a margin or a limit."""
     bound_text: str = ""
     line: float | None = None
-    """Where the bound lies on the metric's own axis: what the candidate had to reach."""
+    """The bound as a value of the metric: what the candidate had to reach."""
     line_text: str = ""
     gain: float | None = None
     """How much better the candidate is than the other model."""
@@ -288,25 +288,25 @@ class RuleResult(Part):
     relative: bool = False
     """Whether gain and bounds are shares of the other model's number."""
     luck: float | None = None
-    """How much of the champion's lead is taken for luck, in the unit of the gain, which may be lower by as much."""
+    """Part of the champion's lead attributed to luck, in the gain's unit; the gain may be lower by this much."""
     unseen: float | None = None
-    """How much lower the gain is expected to be where the tail of the losses goes on beyond those drawn."""
+    """How much lower the gain is expected to be if the tail of the losses extends beyond the records drawn."""
     confidence: float | None = None
     passed: bool
     undecided: bool = False
-    """Neither passed nor failed: the records do not decide it."""
+    """Whether the rule neither passed nor failed, because the records do not decide it."""
     needs_approval: bool = False
-    """Whether it is a person who lets it pass."""
+    """Whether a person has to approve it."""
     records_needed: int | None = None
-    """Of an undecided rule, how many records would decide it; None where no number is worth naming."""
+    """How many records would decide an undecided rule; None if no useful number is known."""
     slices: tuple[SliceResult, ...] = ()
-    """Of the rule that judges them, those that were judged, the worst first."""
+    """The slices that the rule judged, the worst first; empty for a rule that judges none."""
     text: str
-    """A few sentences for people."""
+    """The result in a few sentences."""
 
     @property
     def short(self) -> str:
-        """How it went, in a word or two."""
+        """The result in a word or two."""
         if self.passed:
             return "passed"
         return "cannot tell" if self.undecided else "needs approval" if self.needs_approval else "failed"
@@ -319,38 +319,38 @@ class Decision(Record):
 
     decision: Outcome
     verdict: Verdict | None = None
-    """What the gate could say. Where it cannot tell, or a person has to approve, the candidate is held. None of a
-    skipped run."""
+    """The gate's verdict. If it cannot tell, or a person has to approve, the candidate is held. None for a skipped
+    run."""
     adapter: str
     alias: str
     run_id: str
     reasons: tuple[str, ...]
-    """The sentences of the rules that failed when held, or could not tell, of every rule when promoted; of a skipped
-    run why it was."""
+    """If held, the sentences of the rules that failed or could not tell; if promoted, those of every rule; for a
+    skipped run, why it was skipped."""
     rules: tuple[RuleResult, ...] = ()
     version: str | None = None
-    """None of a skipped run, which made none."""
+    """The candidate's version; None for a skipped run, which made none."""
     version_uri: str | None = None
     champion: str | None = None
-    """Who held the alias when the candidate was compared."""
+    """The version that held the alias when the candidate was compared."""
     anchor: str | None = None
-    """The best version so far, once this decision is carried out; later candidates are held to it too."""
+    """The best version so far, once this decision is carried out; later candidates are compared with it too."""
     look: int | None = None
-    """How often the alias was decided on by this test set, this time included."""
+    """How often the alias was decided on by this test set, including this decision."""
     passed_before: int = 0
-    """How many of those put one version in the place of another; 0 in decisions of before it was counted."""
+    """How many earlier decisions replaced one version by another; 0 in decisions made before this was counted."""
     lead: Lead | None = None
-    """The champion's, among earlier decisions on these records; None where they did not choose it, or are few."""
+    """The champion's lead in earlier decisions on these records; None if they did not choose it, or are too few."""
     test_set: tuple[str, ...] = ()
-    """As the evaluation has it."""
+    """Same as `Evaluation.test_set`."""
     evaluation_sha256: str = ""
-    """Of the evaluation that was decided on, as it was written; empty of a skipped run."""
+    """SHA-256 of the evaluation that was decided on, as it was written; empty for a skipped run."""
     policy: dict[str, Any] = {}
-    """The config's section `gate`."""
+    """Section `gate` of the config."""
     basis_sha256: str = ""
-    """Of all that the verdict follows from, and the verdict: equal where a decision is repeated on the same."""
+    """SHA-256 of the verdict and everything that it follows from; repeating a decision gives the same value."""
     since_run: str | None = None
-    """Of a skipped run, the one that consumed the data before."""
+    """For a skipped run, the id of the run that had consumed the data before."""
 
     @property
     def promoted(self) -> bool:
@@ -358,17 +358,17 @@ class Decision(Record):
 
     @property
     def waits(self) -> bool:
-        """Whether a person's approval is all that it lacks."""
+        """Whether only a person's approval is missing."""
         return self.verdict == "needs approval"
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the candidate is the version that held the alias already, so that there was nothing to decide."""
+        """Whether the candidate already held the alias, so that there was nothing to decide."""
         return self.version is not None and self.version == self.champion
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, or None when it is not a finite number."""
+    """Return the value as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)

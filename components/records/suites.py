@@ -1,4 +1,4 @@
-"""What an evaluation finds outside the domain: suites of questions, whose answers pass or do not."""
+"""Results of an evaluation outside the domain: suites of questions, whose answers pass or fail."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,11 +8,11 @@ MOST_LOST, MOST_CHARS = 3, 300
 
 
 class LostItem(Part):
-    """A question that the base's answer passes and the candidate's does not."""
+    """A question to which the base's answer passes and the candidate's does not."""
 
     prompt: str
     answer: str
-    """The candidate's, or its beginning."""
+    """The candidate's answer, or its beginning."""
 
 
 class Suite(Part):
@@ -21,33 +21,33 @@ class Suite(Part):
     name: str
     title: str
     meaning: str
-    """What passes, in a few words."""
+    """What counts as a pass, in a few words."""
     sha256: str
-    """Of the questions as the base's tokenizer reads them, the criteria of answers, and their longest length."""
+    """SHA-256 of the questions as the base tokenizes them, the criteria for answers, and their maximum length."""
     base_format: str = ""
-    """What the base was in: bf16, nf4 or int8."""
+    """Number format of the base's weights: bf16, nf4 or int8."""
     items: int
     left_out: str = ""
-    """Why no model was asked; empty where one was."""
+    """Why no model was asked; empty if one was."""
     passes: dict[str, list[bool]]
-    """By role, of each item; roles on another base than the candidate's are left out."""
+    """Whether each item passes, by role; roles on another base than the candidate's are left out."""
     lost: tuple[LostItem, ...] = ()
-    """A few of those that the candidate has lost."""
+    """A few of the items that the base passes and the candidate does not."""
 
     def passed(self, role: str) -> int | None:
-        """How many items; None where the role was not asked."""
+        """Return the number of items that a role passes; None if it was not asked."""
         return sum(self.passes[role]) if role in self.passes else None
 
     @property
     def summary(self) -> str:
-        """Who passes how many, in a line."""
+        """Number of items that each role passes, in one line."""
         if self.left_out:
             return f"suite {self.name}: left out, {self.left_out}"
         counts = ", ".join(f"{role} {sum(passes)}" for role, passes in self.passes.items())
         return f"suite {self.name}: of {self.items} items {counts}"
 
     def won_and_lost(self, against: str) -> tuple[int, int] | None:
-        """Items that the candidate alone passes, and that the other alone does; None where either was not asked."""
+        """Count the items that only the candidate passes, and only the other; None if either was not asked."""
         if "candidate" not in self.passes or against not in self.passes:
             return None
         pairs = list(zip(self.passes["candidate"], self.passes[against], strict=True))
@@ -56,7 +56,7 @@ class Suite(Part):
     def with_answers(
         self, passes: Mapping[str, list[bool]], said: Sequence[str] | None, prompts: Sequence[str]
     ) -> "Suite":
-        """With what was found, and a few of the answers that the candidate gave, if it was asked."""
+        """Return a copy with the passes, and a few of the candidate's lost items if it was asked."""
         lost: list[LostItem] = []
         if said is not None and "base" in passes:
             items = zip(prompts, said, passes["base"], passes["candidate"], strict=True)

@@ -1,4 +1,4 @@
-"""What a sweep leaves: its trials, what it found, and the rate that a run trains at."""
+"""Records of a sweep: its trials, its result, and the learning rate that a run trains at."""
 
 from typing import Any, ClassVar, Literal
 
@@ -15,74 +15,74 @@ class Trial(Record):
 
     name: str
     config_digest: str
-    """Of the trial's whole config: with another one the trial is another one too."""
+    """Digest of the trial's whole config; a trial with another config is another trial."""
     method: str
     learning_rate: float
     rank: int
     batch_size: int
     seed: int
     compares: bool = False
-    """Whether it belongs to the comparison of methods, with a seed that the search has not seen."""
+    """Whether the trial belongs to the comparison of methods, with a seed that the search has not used."""
     status: TrialStatus
     why: str = ""
-    """Of one that diverged or failed, in a sentence."""
+    """Why the trial diverged or failed, in a sentence."""
     loss: float | None = None
-    """Validation loss of the weights that would be published, in nats per answer token; of one that was stopped, its
-    last. None of one that diverged or failed."""
+    """Validation loss of the weights that would be published, in nats per answer token; for a stopped trial, its last
+    one. None if the trial diverged or failed."""
     start_loss: float | None = None
-    """The base's, before the first step."""
+    """Validation loss of the base, before the first step."""
     steps: int = 0
     num_steps: int = 0
     seconds: float | None = None
-    """From its beginning to its end."""
+    """Seconds from the trial's beginning to its end."""
     waited_s: float | None = None
-    """From the end of the trial before it in the same process to its beginning; None of a process's first."""
+    """Seconds between the previous trial in the same process and this one; None for a process's first trial."""
     ready_s: float | None = None
-    """From its beginning to its first step: what loading and attaching took."""
+    """Seconds from the trial's beginning to its first step: loading the base and attaching the adapter."""
     step_s: float | None = None
-    """Seconds of an optimizer step, the median."""
+    """Median duration of an optimizer step, in seconds."""
     bases_loaded: int = 0
-    """How many bases its process had loaded by then."""
+    """Number of bases that the trial's process had loaded by then."""
     curve: list[tuple[int, float]] = []
-    """Validation loss after so many steps."""
+    """Pairs of (number of steps, validation loss)."""
     record_nll: list[float] = []
-    """Of each validation record, the nats of its answer; of a finished trial alone."""
+    """Negative log-likelihood of each validation record's answer, in nats; only for a finished trial."""
     record_tokens: list[int] = []
     general_text: TextLosses | None = None
-    """Read after the training as `candidate`, of one that compares methods; and before it as `base`, unless the method
-    has a base of its own, which is only half of what its adapter begins as."""
+    """Losses on general text, for a trial that compares methods: `candidate` is measured after the training, `base`
+    before it, unless the method makes its own base, which without the adapter is only half of the initial model."""
     general_s: float | None = None
-    """Seconds that reading it took."""
+    """Seconds that measuring `general_text` took."""
 
     @property
     def is_outcome(self) -> bool:
-        """Whether the same training again would end no otherwise: a sweep that is resumed does not repeat it."""
+        """Whether repeating the training would give the same result, so that a resumed sweep does not repeat it."""
         return self.status in ("finished", "stopped", "diverged")
 
 
 class RateLoss(Part):
-    """One rate of a method, over its seeds."""
+    """Loss of a method at one learning rate, over its seeds."""
 
     learning_rate: float
     loss: float | None
-    """Mean of the trials' losses; None where a trial diverged."""
+    """Mean of the trials' losses; None if a trial diverged."""
     statuses: list[TrialStatus]
     ci95: tuple[float, float] | None = None
-    """Over the validation records, of one seed; over the seeds too where there are several."""
+    """95 % confidence interval of the loss over the validation records, and over the seeds if there are several."""
 
 
 class Forgotten(Part):
-    """What a method's trainings cost on general text, in nats per token."""
+    """How far a method's trainings raise the loss on general text, in nats per token."""
 
     base_format: str
-    """Of the base that is compared with: the method's own, where a training of the sweep has read as that."""
+    """Number format of the base compared with: the method's, if a trial of the sweep measured the base in it."""
     base_loss: float
     losses: list[float]
-    """After each training that compares methods, in the order of their seeds."""
+    """Loss after each training that compares methods, in the order of their seeds."""
     rise: float
-    """How far their mean is above the base's."""
+    """How far the mean of `losses` is above `base_loss`."""
     ci95: tuple[float, float]
-    """Of the rise, over passages and seeds."""
+    """95 % confidence interval of `rise`, over passages and seeds."""
     passages: int
 
 
@@ -93,23 +93,23 @@ class Tuned(Part):
     rank: int
     batch_size: int
     prior: float
-    """The rate in force before: of the config, or the method's own."""
+    """The learning rate in force before the sweep: the config's, or the method's default."""
     learning_rate: float
     loss: float
     below: RateLoss | None = None
-    """The nearest rate that was tried below the best; None where the grid ends."""
+    """The nearest tried rate below the best one; None if the grid ends there."""
     above: RateLoss | None = None
     is_inside: bool
-    """Whether the best lies inside the grid: both neighbours were tried and are worse."""
+    """Whether the best rate lies inside the grid: both neighbours were tried and are worse."""
     gain_over_prior: float | None = None
-    """How much lower its loss is than the prior rate's, in nats per answer token; None where that diverged."""
+    """How much lower the loss is than the prior rate's, in nats per answer token; None if that diverged."""
     rates: list[RateLoss]
-    """In ascending order."""
+    """All rates that were tried, in ascending order."""
     step_s: float | None = None
     memory_bytes: int | None = None
-    """Of one worker, as planned."""
+    """Planned memory of one worker, in bytes."""
     forgotten: Forgotten | None = None
-    """None where it was not measured, as where no methods are compared."""
+    """Rise of the loss on general text; None if not measured, for example if no methods are compared."""
 
 
 class MethodComparison(Part):
@@ -118,15 +118,15 @@ class MethodComparison(Part):
     method: str
     reference: str
     gain: float
-    """How much lower its loss is, in nats per answer token."""
+    """How much lower the method's loss is than the reference's, in nats per answer token."""
     ci95: tuple[float, float]
     seeds: int
     records: int
     time_ratio: float | None = None
-    """Of a step, to the reference's."""
+    """Ratio of the time of a step to the reference's."""
     memory_ratio: float | None = None
     servable_as: str = "lora"
-    """lora, lora-export or merged, as a version's lineage has it."""
+    """`lora`, `lora-export` or `merged`, as in a version's lineage."""
 
 
 class SweepResult(Record):
@@ -139,25 +139,25 @@ class SweepResult(Record):
     base: dict[str, Any]
     """Reference and identity of the base model."""
     dataset: dict[str, Any]
-    """As lineage names it."""
+    """The dataset, as in a version's lineage."""
     config_sha256: str
     environment: dict[str, Any]
-    """As lineage has it: code, packages, image."""
+    """Code, packages and image, as in a version's lineage."""
     records: int
-    """Validation records."""
+    """Number of validation records."""
     start_loss: float | None
-    """The base's on them."""
+    """Loss of the base on the validation records."""
     margin: float = 0.0
-    """What a method must gain to be advised."""
+    """Minimum gain for a method to be advised."""
     best: Tuned
     tuned: list[Tuned]
-    """Of every method, rank and batch size."""
+    """Results for every method, rank and batch size."""
     comparisons: list[MethodComparison] = []
     verdict: str
-    """In words."""
+    """The result in words."""
     advised_method: str
     trials: list[Trial]
-    """Without the losses of single records, which lie with each trial."""
+    """All trials, without the losses of single records, which are in each trial's own file."""
     seconds: float | None = None
 
 
@@ -168,8 +168,8 @@ class TunedRate(Record):
 
     learning_rate: float
     prior: float
-    """The config's."""
+    """The learning rate of the config."""
     sweep_run_id: str | None = None
-    """The run whose sweep found it: this one, or an earlier one; None where it is the config's own."""
+    """The run whose sweep found the rate: this one or an earlier one; None if the rate is the config's."""
     advice: str = ""
-    """Where the rate may lie now, when rank, batch size or data are others than at an earlier sweep."""
+    """Where the best rate may lie now, if rank, batch size or data differ from those of an earlier sweep."""

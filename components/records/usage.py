@@ -1,37 +1,37 @@
-"""What a training used."""
+"""Resources that a training used."""
 
 from components.records.part import Part
 
 
 class Usage(Part):
-    """Of the job that took the last step, unless it says otherwise; None where it was not known."""
+    """Resources used by the job that took the last step, unless a field says otherwise; None means unknown."""
 
     workers: int
-    """At the last step."""
+    """Number of workers at the last step."""
     gpu: str
-    """Model of each worker's; empty where they had none."""
+    """GPU model of each worker; empty if they had no GPU."""
     held_s: float
-    """Summed over the workers, from when the job began to the last step."""
+    """Seconds from the start of the job to the last step, summed over the workers."""
     in_steps_s: float
-    """Of the whole training summed over the workers, without steps that were lost."""
+    """Seconds spent in the whole training's steps, summed over the workers, without steps that were lost."""
     tokens: int
     restarts: int
-    """Of the whole training, as `steps_repeated`: how often workers began again after steps had been taken."""
+    """How often workers restarted after steps had been taken; like `steps_repeated`, over the whole training."""
     steps_repeated: int
-    """Of those that were recorded, which happens every few seconds."""
+    """Number of steps taken again after restarts. Only recorded steps count; they are recorded every few seconds."""
     flops: float | None
-    """Operations forward and backward, recomputed ones included, by the plan's count for a token."""
+    """Operations of forward and backward passes, including recomputed ones, by the plan's count per token."""
     flops_with_parents: float | None
-    """With those of the versions that the training went on from."""
+    """`flops` plus the operations of the versions that the training went on from."""
     s3_requests: int
-    """Of the workers that took the last step, as the bytes; what the driver asks is not among them."""
+    """S3 requests of the workers that took the last step, without the driver's; the same holds for the bytes below."""
     s3_read_bytes: int
     s3_written_bytes: int
     price: float | None
-    """US dollars for `held_s`; None without GPUs, and of those that have no price."""
+    """US dollars for `held_s`; None without GPUs, or if the GPUs have no price."""
     price_source: str
 
     @property
     def hours(self) -> float:
-        """Of one worker."""
+        """Worker-hours: `held_s` in hours."""
         return self.held_s / 3600

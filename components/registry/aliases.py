@@ -1,9 +1,9 @@
 """Aliases of an adapter, and how they move.
 
 An alias is one small object that names a version and the sha256 of its manifest; it moves only by compare-and-swap.
-The swap is the commit: the pointer carries the whole event that moved it. When the writer dies before the event is in
-the log, repeating the move, or the next move, writes it. Each move names by sha256 the one before it and the one that a
-rollback returns to: so the pointer, which only compare-and-swap changes, leads to that version.
+The swap is the commit: the pointer carries the whole event that moved it. If the writer dies before the event is in
+the log, repeating the move, or the next move, writes it. Each move names, by sha256, the previous move and the move
+that a rollback returns to. So the pointer, which only a compare-and-swap changes, leads to that version.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 MoveKind = Literal["promoted", "overridden", "rolled_back"]
 PRODUCTION = "production"
 PIPELINE = "fineloop pipeline"
-"""Who moves an alias where its gate did, and no person."""
+"""Actor of a move that the gate makes, not a person."""
 ANYONE = "*"
-"""For `promote`: take the alias from any holder."""
+"""Value of `expected` that takes the alias from any holder."""
 FORMAT = 1
 
 
@@ -57,7 +57,7 @@ class Cause:
     """Why an alias moves, and who moves it; the event keeps all of it."""
 
     run_id: str = ""
-    """The run that moves it; empty for a person."""
+    """The run that moves the alias; empty if a person does."""
     actor: str = ""
     reason: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ _POINTER = TypeAdapter(Pointer)
 
 
 def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
-    """Where the alias points, or None when it does not exist."""
+    """Read an alias; None if it does not exist."""
     found = store.read(_alias_key(name, alias))
     return _pointer(store, name, alias, *found) if found else None
 
@@ -91,10 +91,10 @@ def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Poi
 
 
 def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> list[Pointer]:
-    """Every alias of the adapter, by name; what lies there under a name that no alias has is none.
+    """Read every alias of the adapter, by name; objects that are not named like an alias are left out.
 
     Raises:
-        IntegrityError: one is damaged, and is not to be passed over with a warning.
+        IntegrityError: an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False.
     """
     found = ((info.key, store.read(info.key)) for info in store.list(aliases_key(name)))
     there = ((key, *object_) for key, object_ in found if object_)
@@ -102,14 +102,14 @@ def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> 
 
 
 def aliases_key(name: str) -> str:
-    """Of the folder of an adapter's aliases, with the slash at its end."""
+    """Key prefix of an adapter's aliases, with a trailing slash."""
     return adapter_key(name, "aliases/")
 
 
 def parse_aliases(
     store: Store, name: str, objects: Iterable[tuple[str, bytes, str]], *, pass_over_damaged: bool = True
 ) -> list[Pointer]:
-    """The same, of the key, the content and the etag of each object in the folder of aliases."""
+    """Parse aliases as `list_aliases` does, from (key, content, etag) of each object in their folder."""
     found = []
     for key, body, etag in objects:
         alias = key.rpartition("/")[2].removesuffix(".json")
@@ -126,7 +126,7 @@ def parse_aliases(
 
 
 def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
-    """The event that moved the alias to where it points; written when the log lacks it.
+    """Return the event of the alias's last move, and write it if the log lacks it.
 
     Raises:
         UnknownName: the alias does not exist.
@@ -214,10 +214,10 @@ def rollback(
 
 
 def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
-    """The version that the alias holds and those that rollbacks return to, by the sha256 of their manifests.
+    """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256.
 
     Raises:
-        IntegrityError: an event on that way is damaged or gone.
+        IntegrityError: the event of one of these moves is damaged or gone.
     """
     move = event_of(pointer)
     every = [move, *moves_beneath(store, name, move)]
@@ -235,15 +235,15 @@ def move_alias(
     cause: Cause,
     back_to: Event | None = None,
 ) -> Event:
-    """Move the alias from `expected` (None: it does not exist yet) to a version that is whole, every byte read.
+    """Move the alias from `expected` (None: it does not exist yet) to a version, after verifying every byte of it.
 
-    An alias that points there already is left alone, and its event completed when it is missing. `back_to` is the
-    earlier move to that version which this one returns to, and by the evidence of which the version is held again; None
-    adds one on top.
+    An alias that points there already is left alone, and its event is written if the log lacks it. `back_to` is the
+    earlier move to that version that this one returns to, and whose evidence counts again; None makes a new move on
+    top of the others.
 
     Raises:
-        ObjectMissing: there is no such version, or it was removed meanwhile, and the alias is back where it was; one
-            that nothing held before stays.
+        ObjectMissing: there is no such version, or it was removed meanwhile. The alias is then moved back; a new alias
+            stays.
         IntegrityError: the version is damaged, not the adapter that its id says, not the one that was published or
             held the alias before, or signed by no trusted key.
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
@@ -273,7 +273,7 @@ def move_alias(
             etag = store.swap(key, pointer, expected.etag, content_type=JSON)
     except Conflict as exc:
         holder = read_alias(store, name, alias)
-        if holder is not None and holder.version == version:  # another run of the same move won
+        if holder is not None and holder.version == version:  # another process made the same move
             return _held(store, name, holder)
         raise _conflict(store, name, alias, version, before, holder) from exc
     logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
@@ -287,7 +287,7 @@ def move_alias(
 
 
 def _returning(back_to: Event | None, cause: Cause, last: Reference | None) -> dict[str, Any]:
-    """The evidence by which a version is held, and the move beneath it."""
+    """Return the evidence for holding a version, and the reference of the move beneath."""
     if back_to is None:
         return {"evidence": dict(cause.evidence), "beneath": last}
     kept = {key: back_to.body[key] for key in ("beneath",) if key in back_to.body}  # release 0.1.0 did not write it
@@ -307,10 +307,10 @@ def _undo(store: Store, name: str, moved: Pointer, before: Pointer, cause: Cause
 
 
 def _held(store: Store, name: str, pointer: Pointer) -> Event:
-    """The event of a move that has been made, once its version is seen to be there still.
+    """Return the event of a move that has been made, after checking that its version still exists.
 
-    `collect.remove` takes the manifest away and then looks at the aliases; a move writes the alias and then looks for
-    the manifest. A store shows every read what was written before it, so that one of the two sees the other.
+    `collect.remove` deletes the manifest and then reads the aliases; a move writes the alias and then reads the
+    manifest. The store is strongly consistent, so at least one of the two sees the other.
 
     Raises:
         ObjectMissing: the version was removed while the alias moved to it.
@@ -326,13 +326,13 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
 
 
 def _record(store: Store, name: str, pointer: Pointer) -> Event:
-    """The event that moved the alias to where `pointer` says, written when the log lacks it."""
+    """Return the event that moved the alias to where `pointer` says, and write it if the log lacks it."""
     event = event_of(pointer)
     return replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
 
 
 def event_of(pointer: Pointer) -> Event:
-    """The event that moved the alias to where it points, whose address is not looked for."""
+    """Return the event that moved the alias to where it points; its `uri` is not looked up, and empty."""
     # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
     body = {**pointer.event, "since": pointer.since}
     return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)
@@ -367,7 +367,7 @@ def _conflict(
 
 
 def _after(time: str) -> str:
-    """Now, or just after `time` where this clock is behind: moves of one alias sort as they happened."""
+    """Return the current time, or just after `time` if this clock is behind: an alias's moves sort as they happened."""
     earliest = datetime.max.replace(tzinfo=UTC)
     with contextlib.suppress(OverflowError):  # a clock at the end of all time: nothing sorts after it
         earliest = (datetime.fromisoformat(time) + timedelta(microseconds=1)).astimezone(UTC)

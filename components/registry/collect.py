@@ -1,12 +1,12 @@
-"""What a registry no longer needs, and its removal.
+"""Garbage collection of a registry: what it no longer needs, and the removal.
 
-Kept is every version that an alias points at or that ever held one (a decision put it there, and a rollback returns to
-it), that waits for a person's approval, or that a run under way made or goes on from; the parents of what is kept, the
-newest ones, and all that is younger than an age. To what a trusted key has revoked no alias returns: no longer pointed
-at, it counts neither as held nor as new. Datasets and the bases of adapters' own stay for the versions that are
-kept and for the runs under way. A run is under way until it ends or has written nothing for the age, a day at least.
-Of a run that has decided only its checkpoints go, which nothing resumes any more. No index is trusted: what one holds
-counts where it has the MD5 that the store says of the object itself; see `documents`.
+A version is kept if an alias points at it or ever did (a decision put it there, and a rollback returns to it), if it
+waits for a person's approval, or if a run under way made it or goes on from it. The parents of kept versions, the
+newest versions, and all that is younger than an age are kept too. No alias returns to a version that a trusted key has
+revoked: once no alias points at it, it counts neither as held nor as new. Datasets and bases made for adapters are kept
+for the versions that are kept and for the runs under way. A run is under way until it ends or has written nothing for
+the age, at least a day. For a run that has decided, only its checkpoints are removed, which nothing resumes any more.
+No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `documents`.
 """
 
 import json
@@ -40,33 +40,33 @@ A_RUN_RESTS = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Rules:
-    """What is kept beside what is needed."""
+    """What is kept in addition to what is needed."""
 
     keep_last: int = 10
-    """Of each adapter; 0 keeps none for being new."""
+    """Number of newest versions of each adapter to keep; 0 keeps none for being new."""
     older_than: timedelta = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go, and what goes with it."""
+    """Something that may be removed, and the objects that go with it."""
 
     kind: Literal["version", "checkpoints", "dataset", "base"]
     name: str
-    """NAME@VERSION of a version, the run's id of checkpoints, else the folder's name."""
+    """NAME@VERSION for a version, the run's id for checkpoints, otherwise the folder's name."""
     why: str
     keys: tuple[str, ...]
     size_bytes: int
     manifest_sha256: str = ""
-    """Of a version."""
+    """SHA-256 of a version's manifest; empty for other kinds."""
     runs_seen: AbstractSet[str] = frozenset()
-    """The runs that there were: another one may have come to need it."""
+    """The runs that existed then; a newer run may have come to need it."""
 
 
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
-    """What may go of these adapters and of the runs that decided about them; removes nothing.
+    """Return what may be removed of these adapters and of the runs that decided about them; removes nothing.
 
-    Where they are all that there are, also the datasets and bases that nothing of what stays was made from.
+    If `names` holds all adapters, this includes the datasets and bases that no kept version was made from.
 
     Raises:
         IntegrityError: an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
@@ -82,7 +82,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     for name in [name for name in everything if name in names]:
         listing = Listing.of(store, name)
         if not store.trusted_keys and len(listing.by_version) <= rules.keep_last:
-            continue  # all are new, and none need be read
+            continue  # all are new, and need not be read
         kept[name], unneeded = _sorted_out(listing, rules, oldest, under_way)
         found += [_of_version(version, listing.by_version[version.version], by_run.keys()) for version in unneeded]
     for run_id, objects in by_run.items():
@@ -93,7 +93,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         if decision is not None and decision.adapter in names:
             found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
     if set(everything) <= set(names):
-        # Read only where something that is shared may go.
+        # These are read only if something shared may be removed.
         others = (Listing.of(store, name) for name in everything if name not in kept)
         stays = chain.from_iterable(
             chain(kept.values(), (_sorted_out(each, rules, oldest, under_way)[0] for each in others))
@@ -103,9 +103,10 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
 
 
 def remove(store: Store, removal: Removal) -> bool:
-    """Carry one out; False where an alias, or a run that began meanwhile, may have come to need it.
+    """Carry out a removal; False if an alias, or a run that began meanwhile, may have come to need it.
 
-    A version's removal is logged first. What makes a folder exist goes next, and then the rest: no reader sees a part.
+    A version's removal is logged first. The object that makes a folder exist is deleted next, and then the rest, so
+    that no reader sees a part.
     """
     if removal.kind == "checkpoints":
         store.delete(removal.keys)
@@ -140,7 +141,7 @@ def remove(store: Store, removal: Removal) -> bool:
 def _sorted_out(
     listing: Listing, rules: Rules, oldest: datetime, under_way: Sequence["_UnderWay"]
 ) -> tuple[list[Needing], list[Needing]]:
-    """The versions that something needs, and those that nothing does, each newest first."""
+    """Divide the versions into needed and unneeded ones, each newest first."""
     published, log, holders = listing.published(), listing.log(), listing.holders()
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
     held |= {*holders.values(), *waiting(log, holders)}
@@ -172,7 +173,7 @@ def _shared(
     under_way: Sequence["_UnderWay"],
     oldest: datetime,
 ) -> list[Removal]:
-    """Datasets and bases that are old, that no version that is kept was made from, and no run is on its way with."""
+    """Return the old datasets and bases that no kept version was made from and no run under way may need."""
     old_datasets, old_bases = (
         {} if is_kept else {name: each for name, each in _grouped(store, folder).items() if _newest(each) <= oldest}
         for folder, is_kept in (
@@ -199,20 +200,20 @@ def _shared(
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A run that has not ended, and what its training may be on its way with; nothing once it has been evaluated."""
+    """A run that has not ended, and what its training may need; nothing once it has been evaluated."""
 
     run_id: str
     made: str
-    """URI of the version that its training published, perhaps one that an earlier run had published."""
+    """URI of the version that its training published; an earlier run may have published it before."""
     datasets: AbstractSet[str] = frozenset()
     may_need_any_dataset: bool = False
     may_need_a_base: bool = False
     starts: tuple[str, ...] = ()
-    """NAME@VERSION that the training goes on from; of a version perhaps its first digits."""
+    """NAME@VERSION that the training may go on from; the version may be given by its first digits."""
 
 
 def _under_way(store: Store, run_id: str) -> _UnderWay | None:
-    """None of a run that has ended: its candidate was held, or it was skipped.
+    """Return the run if it is under way; None if it has ended: its candidate was held, or it was skipped.
 
     Raises:
         IntegrityError: one of its records is damaged.
@@ -242,7 +243,7 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
 
 
 def _makes_a_base(config: Mapping[str, Any]) -> bool:
-    """Whether a run's methods make bases; of a config that today's schema may not read any more."""
+    """Whether a run's methods make bases; `config` may be too old for the current schema."""
     method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
     rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
     return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
@@ -253,7 +254,7 @@ def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
 
 
 def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
-    """The objects of each folder in this one."""
+    """Return the objects of each subfolder of `folder`."""
     found: dict[str, list[ObjectInfo]] = {}
     for info in store.list(folder):
         name, slash, _ = info.key.removeprefix(folder).partition("/")

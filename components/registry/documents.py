@@ -1,8 +1,8 @@
-"""The small objects of an adapter, byte for byte as one listing of it shows them, at two requests or three.
+"""The small objects of an adapter, byte for byte as one listing of it shows them, in two or three requests.
 
-adapters/<name>/index/documents.json.gz holds those that were read before. One of them counts only where the listing
-gives the MD5 of just these bytes as the object's etag; else it is read, as all are where the store encrypts with keys
-of its own (SSE-KMS). So gc may decide by them: whoever may write the index may slow it down, and nothing else.
+adapters/<name>/index/documents.json.gz holds the objects read before. An entry counts only if the listing gives the MD5
+of exactly its bytes as the object's etag; otherwise the object is read, as all are if the store encrypts with its own
+keys (SSE-KMS). So gc may decide by them: write access to the index can slow gc down, and nothing else.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from components.store.store import ObjectInfo, Store
 
 WHAT = "documents"
 MOST_INDEXED_BYTES = 64 * 2**20
-"""Of an adapter's documents in all: of more than these, no index is kept, and each is read."""
+"""Maximum total size of an adapter's indexed documents; above it no index is kept, and each document is read."""
 TEXT = "latin-1"
-"""Any bytes are a text in it, and come back from it as they were."""
+"""An encoding that turns any bytes into text, and back without loss."""
 
 
 def documents(store: Store, name: str, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
-    """Key to content of those objects, all of the adapter; those that are gone since are left out."""
+    """Return the content of these objects of the adapter, by key; objects that are gone are left out."""
     infos = {info.key: info for info in objects}
 
     def read(key: str) -> bytes | None:

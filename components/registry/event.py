@@ -14,14 +14,14 @@ EventKind = Literal["published", "promoted", "refused", "proposed", "overridden"
 
 
 class Reference(TypedDict):
-    """What one event knows of another: where it lies, and every byte of it."""
+    """How one event names another: `time` and `sha256` locate it, and `sha256` fixes its content."""
 
     time: str
     sha256: str
 
 
 class _Named(Part):
-    """A `Reference` as it is read."""
+    """A `Reference`, as read from an event."""
 
     time: str
     sha256: str
@@ -33,16 +33,16 @@ class Evidence(Part):
     decision: str = ""
     """URI of a gate's decision; empty where a person moved the alias."""
     sha256: str = ""
-    """Of the decision."""
+    """SHA-256 of the decision."""
     anchor: str | None = None
     """The best version so far, from this move on."""
     anchor_before: str | None = None
-    """The one that a person replaced by it."""
+    """The anchor that a person replaced by `anchor`."""
     test_set: list[str] = []
 
 
 class Body(Part):
-    """What readers of the log rely on in a body, of whatever kind the event is: no key is of another type."""
+    """The keys of an event's body, of any kind, that readers of the log rely on, with their types."""
 
     version: str | None = None
     champion: str | None = None
@@ -72,24 +72,24 @@ class Event:
     time: str
     uri: str
     body: dict[str, Any]
-    """A move holds alias, from, to, manifest_sha256, run_id, actor, reason, evidence and since; `previous`, the
-    reference of the move before it, and `beneath`, that of the move to which a rollback of this one returns."""
+    """For a move: alias, from, to, manifest_sha256, run_id, actor, reason, evidence and since; `previous`, the
+    reference of the move before it; and `beneath`, that of the move to which a rollback of this one returns."""
 
     @property
     def sha256(self) -> str:
-        """Of kind and body; the id is its beginning."""
+        """SHA-256 of kind and body, in hex; `id` is its beginning."""
         return event_sha256(self.kind, self.body)
 
     @property
     def reference(self) -> Reference:
-        """How another event names this one."""
+        """The reference by which another event names this one."""
         return {"time": self.time, "sha256": self.sha256}
 
     def move(self) -> dict[str, str | None]:
-        """What the command line prints of a promotion or a rollback."""
+        """Return what the command line prints about a promotion or a rollback."""
         return {"alias": self.body["alias"], "from": self.body["from"], "to": self.body["to"], "event_uri": self.uri}
 
 
 def event_sha256(kind: str, body: Mapping[str, Any]) -> str:
-    """What an event is known by, in hex."""
+    """Return the SHA-256 of an event's kind and body, in hex."""
     return hashlib.sha256(encode_json([kind, dict(body)])).hexdigest()

@@ -1,4 +1,4 @@
-"""The event log of an adapter: append-only, one object an event, known by its content."""
+"""The event log of an adapter: append-only, one object per event, identified by its content."""
 
 import hashlib
 import logging
@@ -23,9 +23,9 @@ _EVENT = TypeAdapter(Event)
 
 
 def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:
-    """Add an event to the log and return its URI. An event of equal kind and body that is there already is left alone.
+    """Add an event to the log and return its URI. If an event of equal kind and body exists, nothing is written.
 
-    `at` is the time to file it under, now when absent; giving it makes a repetition cheap.
+    `at` is the time to file it under, by default now; giving it makes a repetition cheap.
     """
     sha256 = event_sha256(kind, body)
     event_id = sha256[:ID_LENGTH]
@@ -43,12 +43,12 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 
 def publication(version: str, manifest: Manifest) -> dict[str, Any]:
-    """The body of the event that a version was published with this manifest; it is filed at `manifest.created_at`."""
+    """Return the body of the event of a version's publication with this manifest, filed at `manifest.created_at`."""
     return _publication(version, manifest.sha256, str(manifest.about.get("run_id", "")))
 
 
 def publication_event(version: str, manifest_sha256: str, run_id: str, created_at: str) -> Event:
-    """That event, whose address is not looked for."""
+    """Return the event of a version's publication; its `uri` is not looked up, and empty."""
     body = _publication(version, manifest_sha256, run_id)
     return Event(event_sha256("published", body)[:ID_LENGTH], "published", created_at, "", body)
 
@@ -58,10 +58,10 @@ def _publication(version: str, manifest_sha256: str, run_id: str) -> dict[str, A
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
-    """Require that the log says that the version was published with exactly this manifest.
+    """Require that the log has the event of the version's publication with exactly this manifest.
 
     Raises:
-        IntegrityError: it does not.
+        IntegrityError: the log has no such event.
     """
     sha256 = event_sha256("published", publication(version, manifest))
     if not store.exists(_key(name, {"time": manifest.created_at, "sha256": sha256})):
@@ -72,10 +72,10 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
 
 
 def events(store: Store, name: str, *, always_indexed: bool = False, guesses: Iterable[Event] = ()) -> list[Event]:
-    """The adapter's log, oldest first. What lies there and is no event is named in a warning, and left out.
+    """Return the adapter's log, oldest first. Objects that are not events are left out with a warning.
 
-    `always_indexed` as `always` of `index.remembered`. An event that the caller knows from elsewhere, one of `guesses`,
-    is not read where its object has just these bytes.
+    `always_indexed` is the `always` of `index.remembered`. `guesses` are events that the caller expects in the log; one
+    is not read if its object has exactly these bytes.
     """
     folder = adapter_key(name, "events/")
     etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
@@ -103,10 +103,10 @@ def events(store: Store, name: str, *, always_indexed: bool = False, guesses: It
 
 
 def read_event(store: Store, name: str, reference: Reference) -> Event:
-    """The event that another one names, every byte of it.
+    """Read the event that another one names, and verify its content.
 
     Raises:
-        IntegrityError: it is gone, or another now.
+        IntegrityError: the event is gone, or has changed.
     """
     key = _key(name, reference)
     try:
@@ -119,17 +119,17 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
 
 
 def read_log(store: Store, name: str) -> tuple[list[Event], dict[str, str]]:
-    """The log as it lies there, oldest first, each object read; and of those that are no event, key and reason."""
+    """Read every object of the log: the events, oldest first, and key and reason for each object that is no event."""
     return parse_log(store, name, ((info.key, store.get(info.key)) for info in store.list(events_key(name))))
 
 
 def events_key(name: str) -> str:
-    """Of the folder of an adapter's events, with the slash at its end."""
+    """Key prefix of an adapter's events, with a trailing slash."""
     return adapter_key(name, "events/")
 
 
 def parse_log(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> tuple[list[Event], dict[str, str]]:
-    """The same, of the key and the content of each object in the folder of events."""
+    """Parse a log as `read_log` does, from (key, content) of each object in its folder."""
     found, junk = [], {}
     for key, body in objects:
         try:
@@ -148,8 +148,8 @@ def _read(store: Store, key: str) -> Any | None:
 
 
 def _is_of(record: Any, etag: str) -> bool:
-    """Whether the object with this etag holds the record: of a small object it is the MD5, unless the store encrypts
-    with keys of its own (SSE-KMS), where every event is read."""
+    """Whether the object with this etag holds the record. The etag of a small object is its MD5, unless the store
+    encrypts with its own keys (SSE-KMS); then every event is read."""
     try:
         return hashlib.md5(encode_json(record), usedforsecurity=False).hexdigest() == etag
     except (ValueError, RecursionError):  # no such thing was ever written

@@ -1,8 +1,8 @@
 """A cache of an adapter's immutable objects, so that ten thousand of them cost one request.
 
-adapters/<name>/index/<what>.json.gz is no part of the registry: what it lacks is read, what is no longer there is left
-out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events against the object's
-own etag; the rest is only shown, and nothing that moves an alias, verifies or audits reads it.
+adapters/<name>/index/<what>.json.gz is not part of the registry: objects that it lacks are read, entries of deleted
+objects are left out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events
+against the object's etag; the rest is only shown, and nothing that moves an alias, verifies or audits reads it.
 """
 
 import gzip
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 READS_AT_ONCE = 16
 WORTH_AN_INDEX = 100
-"""So many objects are read faster one by one than an index of them is kept."""
+"""Up to this many objects, reading them one by one is faster than keeping an index."""
 MAX_BYTES = 256 * 2**20
-"""Of an index, unpacked; an entry has some hundreds."""
+"""Maximum size of an unpacked index; an entry has a few hundred bytes."""
 
 
 class Index:
-    """One index of an adapter, read at most once, of which `keep` leaves what was asked for."""
+    """One index of an adapter, read at most once; `keep` writes it with what was asked for."""
 
     def __init__(self, store: Store, name: str, what: str, *, worth: int = 0) -> None:
-        """`worth` is how many values one has to ask for, so that it is read, and how many have to be new, so that it is
-        written, each time more than that."""
+        """The index is read only if more than `worth` values are asked for, and written only if more than `worth` of
+        them are new."""
         self._store, self._name, self._what, self._worth = store, name, what, worth
         self._indexed: dict[str, Any] | None = None
         self._known: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class Index:
     def of(
         self, ids: Iterable[str], read: Callable[[str], Any | None], *, is_so: Callable[[str, Any], bool]
     ) -> dict[str, Any]:
-        """What `read` says of each id, as `remembered` gives it."""
+        """Return what `read` returns for each id, as `remembered` does."""
         wanted = list(ids)
         if self._indexed is None and len(wanted) > self._worth:
             self._indexed = _read(self._store, self._name, self._what)
@@ -57,7 +57,7 @@ class Index:
         return known
 
     def keep(self) -> None:
-        """Write the index, where enough of it is new; without the right to, every reader reads the objects."""
+        """Write the index if enough of it is new; without permission to write it, every reader reads the objects."""
         if self._num_new <= self._worth:
             return
         key, body = _key(self._name, self._what), gzip.compress(encode_json(self._known), compresslevel=1, mtime=0)
@@ -77,11 +77,11 @@ def remembered(
     is_so: Callable[[str, Any], bool],
     always: bool = False,
 ) -> dict[str, Any]:
-    """What `read` says of each id, as JSON values, in the order of the ids; from the index where that knows it.
+    """Return what `read` returns for each id, as JSON values, in the order of the ids; from the index if it is there.
 
-    What `read` says must never change. Ids for which it returns None are left out, and read again the next time.
-    `is_so` decides whether the index's value of an id can be what `read` would return; else `read` is called. `always`
-    keeps the index of however few: for a reader that comes after each object that is new.
+    What `read` returns must never change. Ids for which it returns None are left out, and read again the next time.
+    `is_so` decides whether the index's value for an id can be what `read` would return; if not, `read` is called.
+    `always` keeps an index even of few values: for a reader that runs after each new object.
     """
     index = Index(store, name, what, worth=0 if always else WORTH_AN_INDEX)
     known = index.of(ids, read, is_so=is_so)
@@ -105,10 +105,10 @@ def _read(store: Store, name: str, what: str) -> dict[str, Any]:
 
 
 def _unpacked(body: bytes) -> bytes:
-    """What was packed, unless it is more than any index: a few bytes may unpack to more than memory holds.
+    """Unpack an index, up to `MAX_BYTES`: a few bytes may unpack to more than memory holds.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is larger.
     """
     unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(MAX_BYTES + 1)
     if len(unpacked) > MAX_BYTES:

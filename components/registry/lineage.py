@@ -1,7 +1,7 @@
 """The lineage record of a version: enough to know what an adapter was made from, and to make it again.
 
-What reads this machine says so; the rest is pure. Secrets cannot get in: the config holds none, and of a git address
-only what stands beside user and password is kept.
+Functions that read this machine say so; the rest is pure. Secrets cannot get in: the config holds none, and a git URL
+is kept without user and password.
 """
 
 import platform
@@ -26,7 +26,7 @@ class Base:
     """The frozen base model."""
 
     reference: str
-    """As the config names it."""
+    """The model's name in the config."""
     identity: Mapping[str, Any]
     """What fixes its bytes: a commit, or files with their sha256."""
 
@@ -55,38 +55,38 @@ class Code:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the run ran on. `code` is None outside a git checkout and an image that names its commit; `image` is empty
-    where no container names its own."""
+    """The software that the run ran on. `code` is None if there is neither a git checkout nor an image that names its
+    commit; `image` is empty if no container names its image."""
 
     python: str
     platform: str
     packages: Mapping[str, str]
-    """Everything that is installed, by its name as PyPI spells it."""
+    """Version of every installed package, by its normalised name."""
     code: Code | None = None
     image: str = ""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the training computed on; workers are alike."""
+    """Hardware of the training; all workers have the same."""
 
     cpu: str
-    """Model of the processor."""
+    """Model of the CPU."""
     cpus_per_worker: int
     workers: int
     gpu: str = ""
-    """Model of the worker's GPU; empty where it trained on processors."""
+    """Model of each worker's GPU; empty if the training ran on CPUs."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """Who started a training, and as which run and job; empty where unknown."""
+    """Who started a training, and as which run and job; empty means unknown."""
 
     user: str = ""
-    """Whose process submitted it: an account's name, never what proves it."""
+    """Account name of the user whose process submitted the training; never a credential."""
     kfp_run_id: str = ""
     submission_id: str = ""
-    """Of the Ray job, or the RayJob's own; `ray_job_id` is the cluster's number for it."""
+    """Submission id of the Ray job, or the RayJob's id; `ray_job_id` is the cluster's number for the job."""
     ray_job_id: str = ""
 
 
@@ -105,7 +105,7 @@ class Training:
     world_size: int
     started_at: str = ""
     resumed_from: str = ""
-    """URI of the checkpoint that the run went on from; empty when it started afresh."""
+    """URI of the checkpoint that the run resumed from; empty if it started afresh."""
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -123,11 +123,11 @@ def build_lineage(
     parents: Sequence[str] = (),
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The record as plain JSON values.
+    """Return the lineage record as plain JSON values.
 
     `recipe` is what was built rather than what was asked for (resolved target modules, trainable parameters); `parents`
-    are the URIs of the versions that this one grew from; `sources` the files and objects that were read, each with its
-    fingerprint.
+    are the URIs of the versions that this one was trained from; `sources` maps the files and objects that were read to
+    their fingerprints.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -148,9 +148,9 @@ def build_lineage(
 
 
 def environment(directory: Path, *, image: str = "", revision: str = "") -> Environment:
-    """The environment of this process; `directory` is where its code lies.
+    """Return the environment of this process; `directory` is where its code lies.
 
-    `revision` is what an image, which holds no checkout, was built from: a commit, then -dirty where files differed.
+    `revision` says what an image without a checkout was built from: a commit, then -dirty if files differed.
     """
     return Environment(
         python=platform.python_version(),
@@ -162,19 +162,19 @@ def environment(directory: Path, *, image: str = "", revision: str = "") -> Envi
 
 
 def installed_packages() -> dict[str, str]:
-    """Version of every installed distribution, by its normalised name (PEP 503); the first on the path counts."""
-    # What a package carries for itself is not installed: importing Ray puts a folder of such on the path.
+    """Return each installed distribution's version, by normalised name (PEP 503); the first on the path counts."""
+    # Packages that another one vendors are not installed: importing Ray puts a folder of them on the path.
     where = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
     found: dict[str, str] = {}
     for each in metadata.distributions(path=where):
-        name: str | None = each.metadata["Name"]  # None of a folder that an interrupted installation left
+        name: str | None = each.metadata["Name"]  # None for a folder that an interrupted installation left
         if name:
             found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
     return dict(sorted(found.items()))
 
 
 def cpu_model() -> str:
-    """The processor's model as Linux names it, else its architecture."""
+    """Return the CPU's model as Linux names it, otherwise its architecture."""
     try:
         described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -184,7 +184,7 @@ def cpu_model() -> str:
 
 
 def code_of(directory: Path) -> Code | None:
-    """Commit and state of the git checkout that `directory` lies in; None without a checkout, commit or git."""
+    """Return commit and state of the git checkout that holds `directory`; None without a checkout, commit or git."""
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -193,7 +193,7 @@ def code_of(directory: Path) -> Code | None:
 
 
 def code_of_image(revision: str) -> Code | None:
-    """The code of an image by its revision; None where that names no commit."""
+    """Return the code that an image was built from; None if `revision` names no commit."""
     commit, _, changed = revision.partition("-")
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
         return None
@@ -201,7 +201,7 @@ def code_of_image(revision: str) -> Code | None:
 
 
 def without_credentials(url: str) -> str:
-    """The address without user and password."""
+    """Return the URL without user and password."""
     parts = urlsplit(url)
     if not parts.scheme or "@" not in parts.netloc:
         return url

@@ -1,8 +1,8 @@
-"""The learning rates that sweeps have found, remembered for the runs that come after.
+"""The learning rates that sweeps have found, stored for later runs.
 
-adapters/<name>/rates/<key>.json is the newest for one base, recipe and data source; the sweep that found it stays in
-its run's folder. The key is made of all that a rate depends on and that stays the same from one night to the next: the
-data's source, not the records that it holds today.
+adapters/<name>/rates/<key>.json is the newest rate for one base, recipe and data source; the sweep that found it stays
+in its run's folder. The key is made of all that a rate depends on and that stays the same from one night to the next:
+the data's source, not the records that it holds today.
 """
 
 import hashlib
@@ -15,37 +15,37 @@ from components.store.store import JSON, Store, encode_json
 
 
 class FoundRate(Record):
-    """A rate that a sweep found."""
+    """A learning rate that a sweep found."""
 
     FILE: ClassVar[str] = "rates/<key>.json"
 
     learning_rate: float
     loss: float
-    """Validation loss of the sweep's training at it."""
+    """Validation loss of the sweep's training at this rate."""
     is_inside: bool
-    """Whether the rates tried beside it were worse."""
+    """Whether the neighbouring rates that were tried were worse."""
     method: str
     run_id: str
-    """Of the sweep."""
+    """The id of the sweep's run."""
     dataset_id: str
-    """What it was found on."""
+    """The id of the dataset that the rate was found on."""
     base: str = ""
-    """As the config names it; empty of a rate that release 0.1.0 found, as the three below are None."""
+    """The base model's name in the config; empty for a rate of release 0.1.0, whose three fields below are None."""
     rank: int | None = None
     batch_size: int | None = None
     train_records: int | None = None
 
 
 def remember(store: Store, config: RunConfig, found: FoundRate) -> None:
-    """Keep the rate for runs of this config, in the place of an earlier one."""
+    """Store the rate for runs of this config, replacing an earlier one."""
     store.put(_key(config), found.as_json(), content_type=JSON)
 
 
 def recall(store: Store, config: RunConfig) -> FoundRate | None:
-    """What the newest sweep found for runs of this config; None where there was none.
+    """Return what the newest sweep found for runs of this config; None if there was no sweep.
 
     Raises:
-        IntegrityError: the record is not what it should be.
+        IntegrityError: the record is malformed.
     """
     key = _key(config)
     found = store.read(key)
@@ -53,10 +53,10 @@ def recall(store: Store, config: RunConfig) -> FoundRate | None:
 
 
 def similar(store: Store, config: RunConfig) -> list[FoundRate]:
-    """What sweeps found for the adapter's base and method at whatever rank, batch size and data.
+    """Return what sweeps found for the adapter's base and method, at any rank, batch size and data.
 
     Raises:
-        IntegrityError: a record is not what it should be.
+        IntegrityError: a record is malformed.
     """
     keys = [entry.key for entry in store.list(adapter_key(config.adapter.name, "rates/"))]
     found = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]

@@ -1,11 +1,11 @@
 """Signatures of versions: an in-toto statement in a DSSE envelope, signed with Ed25519.
 
-The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary): of the version, by the sha256 of
-its manifest and the address that it has, that it passed the policy of a decision and may hold an alias; or FAILED, that
-it is revoked, which wins. It names no time, so that signing again gives the same bytes, in
-adapters/<name>/signatures/<version>/<first digits of the key's id>-<of the envelope>.dsse.json: a name that only the
-holder of the key can foresee, and so take. The private key comes from the signer's environment, and goes nowhere; or a
-KMS keeps it.
+The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary). It names the version by the
+sha256 of its manifest and by its address, and says that it passed the policy of a decision and may hold an alias; or,
+with FAILED, that it is revoked, which takes precedence. It holds no time, so that signing again gives the same bytes,
+in adapters/<name>/signatures/<version>/<first digits of the key's id>-<those of the envelope's sha256>.dsse.json: a
+name that only the holder of the key can predict, and so occupy. The private key comes from the signer's environment and
+is stored nowhere else; or a KMS keeps it.
 """
 
 import base64
@@ -43,42 +43,44 @@ SCHEME = "ed25519:"
 DIGITS = 12
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
 MOST_BYTES = 1 << 16
-"""Of an envelope; ours have two thousand."""
+"""Maximum size of an envelope; ours have two thousand bytes."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What trusted keys say of exactly these bytes of a version."""
+    """What the trusted keys state about exactly these bytes of a version."""
 
     passed: frozenset[str]
-    """Aliases that it may hold."""
+    """Aliases that the version may hold."""
     revoked_by: str
-    """Address of the statement that it may hold no alias and not be fetched, or empty."""
+    """Address of the statement that revokes the version (no alias may hold it, nobody fetch it); empty if none does."""
     reason: str
-    """The statement's."""
+    """The reason that the revocation gives."""
     junk: Mapping[str, str]
-    """Address of what lies among the signatures and is none, and why."""
+    """Objects among the signatures that are not signatures: address to reason."""
 
 
 class Signer(Protocol):
     """An Ed25519 key that signs: cryptography's `Ed25519PrivateKey`, or one that a KMS keeps, by the same methods."""
 
     def sign(self, data: bytes, /) -> bytes:
-        """The signature, 64 bytes."""
+        """Return the signature, 64 bytes."""
 
     def public_key(self) -> "Ed25519PublicKey":
-        """What verifies it."""
+        """Return the public key, which verifies signatures."""
 
 
 def pre_authentication(payload_type: str, payload: bytes) -> bytes:
-    """What is signed of an envelope: DSSE's PAE (github.com/secure-systems-lab/dsse, protocol.md, v1)."""
+    """Return the bytes that are signed: DSSE's PAE (github.com/secure-systems-lab/dsse, protocol.md, v1)."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
 def signer_from(environment: Mapping[str, str]) -> Signer | None:
-    """What to sign with, or None: what the function that FINELOOP_SIGNER names as PACKAGE.MODULE:FUNCTION gives, else
-    the key, PEM in FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names.
+    """Return the key to sign with, or None if none is set.
+
+    It comes from the function that FINELOOP_SIGNER names as PACKAGE.MODULE:FUNCTION, or else from PEM text in
+    FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names.
 
     Raises:
         UserError: there is no such function, it fails or gives no key; or the key cannot be read, or is no unencrypted
@@ -119,12 +121,12 @@ def _key_from(environment: Mapping[str, str]) -> Signer | None:
 
 
 def public_text(key: Signer) -> str:
-    """The public key as registry.trusted_keys takes it."""
+    """Return the public key in the format of registry.trusted_keys."""
     return SCHEME + base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
 def key_id(public: str) -> str:
-    """What an envelope calls a key: the sha256 of its 32 bytes."""
+    """Return the id of a key in an envelope: the sha256 of its 32 bytes."""
     return hashlib.sha256(base64.b64decode(public.removeprefix(SCHEME))).hexdigest()
 
 
@@ -138,9 +140,9 @@ def sign(
     decision: Decision | None = None,
     manifest_sha256: str | None = None,
 ) -> str:
-    """Read the version whole, sign that it may hold the alias and return the signature's URI. Again changes nothing.
+    """Verify the whole version, sign that it may hold the alias and return the signature's URI.
 
-    `decision` is what it is signed for; None when a person vouches for it.
+    Signing again changes nothing. `decision` is the decision that it is signed for; None if a person vouches for it.
 
     Raises:
         ObjectMissing: there is no such version.
@@ -192,10 +194,10 @@ def _write(store: Store, name: str, version: str, key: Signer, statement: Mappin
 
 
 def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] | None:
-    """The statement of an envelope that one of the trusted keys signed; None where none of them did.
+    """Return the statement of an envelope that one of the trusted keys signed; None if none of them did.
 
     Raises:
-        IntegrityError: it is no envelope of a statement, or what it says a trusted key signed that key did not.
+        IntegrityError: it is not an envelope of a statement, or its signature by a trusted key does not verify.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -236,7 +238,7 @@ def said(
     objects: Iterable[ObjectInfo] | None = None,
     bodies: Mapping[str, bytes] = NOTHING,
 ) -> Said:
-    """What the trusted keys say of the version, as far as it is of these very bytes and of this registry.
+    """Return what the trusted keys state about exactly these bytes of the version, in this registry.
 
     `objects` are those in its folder of signatures, and `bodies` their content by key, as far as the caller has them.
     """
@@ -287,7 +289,7 @@ def require_signed(store: Store, name: str, version: str, manifest_sha256: str, 
 
 
 def signatures_key(name: str) -> str:
-    """Of the folder of an adapter's signatures, with the slash at its end."""
+    """Key prefix of an adapter's signatures, with a trailing slash."""
     return adapter_key(name, "signatures/")
 
 

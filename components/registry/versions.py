@@ -137,7 +137,7 @@ def list_versions(store: Store, name: str) -> list[Version]:
 
 
 def newest(store: Store, name: str) -> Version | None:
-    """The version that the log says was published last, of those that are there; None where there is none."""
+    """Return the existing version that was published last according to the log; None if there is none."""
     for event in reversed(events(store, name)):
         version = str(event.body.get("version"))
         if event.kind == "published" and (manifest := folders.find_manifest(store, version_key(name, version))):

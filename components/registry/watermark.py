@@ -1,12 +1,12 @@
 """What an adapter has consumed of its data: where a scheduled run begins.
 
-A run notes what it read in runs/<run_id>/consumed/ before it trains: first the contents, in a file named by its hash,
+A run records what it read in runs/<run_id>/consumed/ before it trains: first the contents, in a file named by its hash,
 then the small header.json that names the file. When it ends in a decision, promoted or held,
 adapters/<name>/watermark.json moves to that note by compare-and-swap. A run that fails or is skipped moves nothing, so
 that what it saw is new again for the next one.
 
-Release 0.1.0 kept both in one runs/<run_id>/consumed.json, which is still read. It finds no such file of a newer run,
-and counts everything as new.
+Release 0.1.0 kept both in one runs/<run_id>/consumed.json, which is still read. That release finds no such file for a
+newer run, and counts everything as new.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 ATTEMPTS = 5
 ID_BYTES = 8
-"""Of a content's sha256. Of m new records beside n known ones m * n / 2**64 are expected to pass for known: of a
-million beside a million, 5e-8."""
+"""Number of bytes kept of a content's sha256. Of m new records beside n known ones, m * n / 2**64 are expected to be
+mistaken for known: 5e-8 for a million beside a million."""
 _COLUMN = "content"
 
 
@@ -41,17 +41,17 @@ class Consumed:
 
     run_id: str
     as_of: str
-    """When it looked, as the registry spells time."""
+    """When the run read its data, in the registry's time format."""
     sources: Mapping[str, str]
-    """Name of each file or object to its fingerprint."""
+    """Fingerprint of each file or object, by its name."""
     num_records: int
-    """Distinct ones."""
+    """Number of distinct records."""
     file: str = ""
-    """Of the run's folder; empty of a run of release 0.1.0."""
+    """Name of the contents' file in the run's folder; empty for a run of release 0.1.0."""
 
 
 def content_ids(contents: Iterable[bytes]) -> "pa.UInt64Array":
-    """The first 64 bits of each content's sha256, sorted."""
+    """Return the first 64 bits of each content's sha256, sorted."""
     import pyarrow as pa
 
     ids = array("Q", (int.from_bytes(content[:ID_BYTES]) for content in contents))
@@ -59,7 +59,7 @@ def content_ids(contents: Iterable[bytes]) -> "pa.UInt64Array":
 
 
 def note(store: Store, run_id: str, *, as_of: str, sources: Mapping[str, str], contents: "pa.UInt64Array") -> Consumed:
-    """Write what a run read, `contents` as `content_ids` gives them; a retried step writes it again."""
+    """Write what a run read, with `contents` from `content_ids`; a retried step writes it again."""
     packed = _packed(contents)
     file = f"{runs.CONSUMED}{hashlib.sha256(packed).hexdigest()}.parquet"
     store.put(runs.run_key(run_id, file), packed)
@@ -76,7 +76,7 @@ def note(store: Store, run_id: str, *, as_of: str, sources: Mapping[str, str], c
 
 
 def contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
-    """Ids of the contents that the run read, sorted; none where their file is gone.
+    """Return the ids of the contents that the run read, sorted; empty if their file is gone.
 
     Raises:
         IntegrityError: they are not what the run wrote.
@@ -99,7 +99,7 @@ def contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
 
 
 def read(store: Store, name: str) -> Consumed | None:
-    """What the adapter's newest finished run read, or None when there is none, or its note is gone.
+    """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone.
 
     Raises:
         IntegrityError: the mark or the note is not one of a format that this version knows.
@@ -116,7 +116,7 @@ def read(store: Store, name: str) -> Consumed | None:
 
 
 def noted(store: Store, run_id: str) -> Consumed | None:
-    """What the run read, None where it noted nothing.
+    """Return what the run read; None if it noted nothing.
 
     Raises:
         IntegrityError: the note is not one of a format that this version knows.
@@ -192,9 +192,9 @@ def _header_key(run_id: str) -> str:
 
 
 def _packed(contents: "pa.UInt64Array") -> bytes:
-    """As Parquet: 5.9 bytes an id of a million and 7.7 of a thousand, where log2(2**64 / n) + 1.44 bits are the least.
+    """Pack n ids as Parquet: 5.9 bytes per id for a million and 7.7 for a thousand.
 
-    Compressing what is delta-coded takes nothing off.
+    The least possible is log2(2**64 / n) + 1.44 bits. Compressing the delta-coded ids saves nothing.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,6 +1,6 @@
-"""What a run's report and the registry's pages read of an adapter.
+"""The files of an adapter that a run's report and the registry's pages read.
 
-They ask for what is new alone: adapters/<name>/index/page.json.gz has the rest; see `index`.
+Only new ones are read from the store: adapters/<name>/index/page.json.gz has the rest; see `index`.
 """
 
 import hashlib
@@ -31,46 +31,46 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 DIFFERS = ("config", "dataset", "base", "environment")
-"""Parts of the lineage whose changes between versions are shown."""
+"""Parts of the lineage for which the pages show changes between versions."""
 LINEAGE = "lineage "
-"""Before a version's id, the index's name of what is compared of its lineage."""
+"""Prefix of the index keys for the compared parts of lineages; a version's id follows."""
 DECISION = "decision "
-"""Before a run's id, the index's name of its decision."""
+"""Prefix of the index keys for decisions; a run's id follows."""
 SETTLED = timedelta(days=7)
-"""Nothing more is measured of a version that is older."""
+"""Age after which nothing more is measured of a version."""
 OF_THE_START = ("start_from", "start_share")
-"""Keys of train that say where a training starts, and what of that stays."""
+"""Keys of section `train` that say where a training starts, and what share of it stays."""
 MOST_GUESSED = 60
-"""Of so many of the newest versions it is guessed what the log says of their publication."""
+"""Number of newest versions whose publication events are guessed, so that the log need not be read for them."""
 
 
 class AdapterFiles:
-    """An adapter as it is when it is asked about, each object of it read once."""
+    """An adapter at the time of asking; each of its objects is read once."""
 
     def __init__(self, store: "Store", name: str) -> None:
         self.store, self.name = ReadOnce(store), name
         self._index = Index(self.store, name, "page")
 
     def keep(self) -> None:
-        """Leave an index of what was asked for, where some of that is new."""
+        """Write the index of what was asked for, if some of it is new."""
         self._index.keep()
 
     @cached_property
     def aliases(self) -> "list[Pointer]":
-        """By name; a damaged one is passed over with a warning."""
+        """The adapter's aliases, by name; a damaged one is left out with a warning."""
         folders = aliases_key(self.name), event_log.events_key(self.name)
         self.store.list_first(adapter_key(self.name, ""), *folders)
         return list_aliases(self.store, self.name)
 
     @cached_property
     def entries(self) -> dict[str, Mapping[str, Any]]:
-        """What the index has of each version, the newest first."""
+        """The index entry of each version, the newest first."""
         found = self._index.of(self._ids, self._entry, is_so=_is_settled)
         return dict(sorted(found.items(), key=lambda item: (item[1]["created_at"], item[0]), reverse=True))
 
     @cached_property
     def log(self) -> "list[Event]":
-        """The events, oldest first. Where the log has what versions and aliases say of their events, none is read."""
+        """The events, oldest first; those that versions and aliases predict correctly are not read from the store."""
         guesses = [
             event_log.publication_event(version, each["manifest_sha256"], each["run_id"], each["created_at"])
             for version, each in [*self.entries.items()][:MOST_GUESSED]
@@ -79,7 +79,7 @@ class AdapterFiles:
         return event_log.events(self.store, self.name, always_indexed=True, guesses=guesses)
 
     def published(self, version: str) -> Published:
-        """One of the versions that the index has."""
+        """Return one of the versions in the index."""
         entry = self.entries[version]
         uri = self.store.uri(version_key(self.name, version))
         found = Version(
@@ -93,16 +93,16 @@ class AdapterFiles:
         )
         try:
             return Published(found, _parsed(Evaluation, entry, uri), _parsed(Decision, entry, uri))
-        except IntegrityError:  # of another release's index
+        except IntegrityError:  # another release wrote the index
             return self.read_anew(found)
 
     def read_anew(self, version: Version) -> Published:
-        """A version, without the index."""
+        """Read a version without the index."""
         return Published(version, *_of_run(self.store, version.run_id, version.version))
 
     def changes(self, before: str | None, after: str) -> list[tuple[str, str, str]]:
-        """What changed in the lineage: path, before, after. Nothing where one of the two cannot be read."""
-        # The index keeps that of what is in production, which will be compared with what comes after it.
+        """Return the changes of the lineage as (path, before, after); empty if one of the two cannot be read."""
+        # The index keeps the production version's lineage, to compare it with the next version's.
         keys = {f"{LINEAGE}{version}": version for version in (before, after) if version in self._ids}
         compared = self._index.of(keys, lambda key: self._of_lineage(keys[key], _compared), is_so=_are_texts)
         found = {keys[key]: paths for key, paths in compared.items()}
@@ -116,7 +116,7 @@ class AdapterFiles:
         ]
 
     def decisions(self, run_ids: Iterable[str]) -> list[Decision]:
-        """What those runs decided, in their order, as far as it is kept, and of each what pages show.
+        """Return the decisions of these runs that are kept, in the runs' order, reduced to what the pages show.
 
         Raises:
             IntegrityError: a decision is damaged.
@@ -124,7 +124,7 @@ class AdapterFiles:
         return self._decisions(run_ids, lambda run_id: runs.find(self.store, run_id, Decision))
 
     def sound_decisions(self, run_ids: Iterable[str]) -> list[Decision]:
-        """The same; a damaged one, which an audit reports, is left out."""
+        """Return the same as `decisions`, without damaged ones, which an audit reports."""
         return self._decisions(run_ids, lambda run_id: decision_of(self.store, run_id))
 
     def _decisions(self, run_ids: Iterable[str], find: Callable[[str], Decision | None]) -> list[Decision]:
@@ -141,7 +141,7 @@ class AdapterFiles:
     def _parsed(self, run_id: str, body: Mapping[str, Any], find: Callable[[str], Decision | None]) -> Decision | None:
         try:
             return Decision.from_json(encode_json(body), self.store.uri(runs.run_key(run_id, Decision.FILE)))
-        except IntegrityError:  # of another release's index
+        except IntegrityError:  # another release wrote the index
             return find(run_id)
 
     @cached_property
@@ -149,7 +149,7 @@ class AdapterFiles:
         return versions.version_ids(self.store, self.name)
 
     def _of_lineage(self, version: str, part: Callable[[Mapping[str, Any]], dict[str, str]]) -> dict[str, str] | None:
-        """What `part` says of the version's lineage; None where that is damaged: an audit reports it."""
+        """Apply `part` to the version's lineage; None if the lineage is damaged, which an audit reports."""
         try:
             lineage: Any = versions.lineage_of(self.store, self.name, version)
         except (IntegrityError, ObjectMissing):
@@ -157,7 +157,7 @@ class AdapterFiles:
         return part(lineage) if isinstance(lineage, dict) else None
 
     def _entry(self, version: str) -> dict[str, Any] | None:
-        """What the index has of a version: of evaluation and decision what is shown."""
+        """Make the index entry of a version; evaluation and decision are reduced to what is shown."""
         described = versions.described(self.store, self.name, version)
         if described is None:
             return None
@@ -192,7 +192,7 @@ def _small(record: Record, keys: set[str]) -> dict[str, Any]:
 
 
 def _is_settled(_version: str, found: Any) -> bool:
-    """Whether it is an entry of a version, and its last word."""
+    """Whether it is an index entry of a version, and will not change any more."""
     return (
         isinstance(found, dict)
         and found.keys() == {*versions.DESCRIBED, "settled", "trained", Evaluation.FILE, Decision.FILE}
@@ -206,7 +206,7 @@ def _are_texts(_key: str, found: Any) -> bool:
 
 
 def _of_run(store: "Store", run_id: str, version: str) -> tuple[Evaluation | None, Decision | None]:
-    """What a run measured and decided, as far as that is there and is of this version."""
+    """Return a run's evaluation and decision, as far as they exist and are about this version."""
     try:
         found = runs.find(store, run_id, Evaluation) if run_id else None
         candidate = found.model("candidate") if found else None
@@ -219,7 +219,7 @@ def _of_run(store: "Store", run_id: str, version: str) -> tuple[Evaluation | Non
 
 
 def trained(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """On what dataset, from which version (none: an empty text), and by which config but for its start, as sha256."""
+    """Return the dataset, the parent version (empty if none) and the sha256 of the config without its start."""
     config, parents = _section(lineage, "config"), lineage.get("parents")
     train = {key: value for key, value in _section(config, "train").items() if key not in OF_THE_START}
     return {
@@ -230,13 +230,13 @@ def trained(lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _section(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Empty where it is none: whoever may publish may write any lineage."""
+    """Return a section; empty if it is not a mapping, since anyone who may publish may write any lineage."""
     found = of.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
 def _compared(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """What pages compare of a lineage, by path."""
+    """Return what the pages compare of a lineage, by path."""
     return {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}
 
 

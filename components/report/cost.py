@@ -13,10 +13,10 @@ MB = 10**6
 
 
 def cost(run: RunFiles) -> str:
-    """In one line; empty where the run does not say how long it trained, and with what.
+    """Return the cost of a training in one line; empty if the run does not record its duration and hardware.
 
-    Workers are held from the start of the job to the last step. What is not in steps are starts and checks. Of a run
-    that went on from a checkpoint an earlier job may have taken some steps, so that shares would compare two jobs.
+    Workers are held from the start of the job to the last step; time outside steps goes into startup and checks. If a
+    run resumed from a checkpoint, an earlier job may have taken some steps, so that shares would compare two jobs.
     """
     step = run.step("finetune")
     result = step.result if step else {}
@@ -37,7 +37,7 @@ def cost(run: RunFiles) -> str:
 
 
 def _used(recorded: Any) -> str:
-    """What earlier releases did not record."""
+    """Return the recorded usage as text; empty if an earlier release recorded none."""
     if not recorded:
         return ""
     used = Usage.model_validate(recorded)
@@ -55,7 +55,7 @@ def _used(recorded: Any) -> str:
 
 
 def _price(run: RunFiles, gpu: str, hours: float) -> str:
-    """Of GPUs: at the config's price, or the list's for the product that the workers named."""
+    """Return the price of the GPU hours as text, by the config's price or the list price for the workers' GPU model."""
     found = price_per_hour(config_file.loads(run.config_toml).ray, gpu) if run.config_toml else None
     if found is None:
         return ""

@@ -10,7 +10,7 @@ from components.report.numbers import count, number
 
 MAX_POINTS = 400  # more would not be seen and would only make the page larger
 LOG_FROM = 4.0
-"""Where the highest loss is so many times the lowest, the axis is logarithmic."""
+"""Ratio of the highest to the lowest loss from which on the axis is logarithmic."""
 Point = tuple[float, float]
 
 

@@ -1,4 +1,4 @@
-"""What the candidate got wrong: every wrong answer, and by class where the answers are classes."""
+"""What the candidate got wrong: every wrong answer, and counts by class if the answers are classes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class OfClass:
 
     @property
     def share(self) -> str:
-        """Of its records that are right."""
+        """Share of the class's records that were answered right, in per cent."""
         return f"{self.right / self.records:.0%}"
 
 
@@ -46,7 +46,7 @@ class Matrix:
 
 
 def wrong_answers(body: bytes) -> list[Wrong]:
-    """Of evaluation_records.parquet; nothing where it says of no answer whether it is right."""
+    """Return the wrong answers in evaluation_records.parquet; empty if it does not say which answers are right."""
     table = table_of(body)
     if not {"id", "prompt", "reference", _ANSWER, _RIGHT} <= {*table.column_names}:
         return []
@@ -59,13 +59,13 @@ def wrong_answers(body: bytes) -> list[Wrong]:
 
 
 def last_turn(prompt: str) -> str:
-    """What was said last before the answer, of a prompt as evaluation_records.parquet keeps it."""
+    """Return the last turn of a prompt in the format of evaluation_records.parquet."""
     turns = json.loads(prompt) if prompt.startswith("[") else []
     return str(turns[-1][1]) if turns else prompt
 
 
 def by_class(confusion: Mapping[str, Any] | None) -> list[OfClass]:
-    """The classes that were asked for, those with the smallest share of right answers first."""
+    """Return the classes that records ask for, those with the smallest share of right answers first."""
     if not confusion:
         return []
     labels: list[str] = confusion["labels"]
@@ -82,7 +82,7 @@ def by_class(confusion: Mapping[str, Any] | None) -> list[OfClass]:
 
 
 def matrix(confusion: Mapping[str, Any] | None) -> Matrix | None:
-    """All counts; rows that were never asked for are left out."""
+    """Return all counts; rows of classes that no record asks for are left out."""
     if not confusion:
         return None
     rows = [pair for pair in zip(confusion["labels"], confusion["counts"], strict=True) if sum(pair[1])]

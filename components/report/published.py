@@ -15,12 +15,12 @@ class Gain:
 
     metric: Metric
     amounts: Metric
-    """How its numbers are written."""
+    """The metric whose format the numbers have."""
     gain: float
     lower: float | None
     upper: float | None
     confidence: float | None
-    """Of each bound, where the gate set them; None of an evaluation's 95 % interval."""
+    """Confidence of each bound, if the gate set them; None for an evaluation's 95 % interval."""
 
     @property
     def bounds_text(self) -> str:
@@ -47,13 +47,13 @@ class Published:
         return when(self.version.created_at)
 
     def metric(self, key: str) -> str:
-        """As people read it; a dash where it was not measured."""
+        """Return the candidate's metric as text; a dash if it was not measured."""
         value = self.evaluation.metric("candidate", key) if self.evaluation else None
         return "-" if value is None else metric_of(key).text(value)
 
     @property
     def against_champion(self) -> Gain | None:
-        """As the gate decided on it, so that the page and the run's report say the same; else as it was evaluated."""
+        """The gain as the gate judged it, so that the page and the run's report agree; otherwise as evaluated."""
         rule = against_champion(self.decision) if self.decision else None
         if rule is not None and is_metric(rule.metric) and rule.gain is not None:
             amounts = RELATIVE if rule.relative else metric_of(rule.metric)

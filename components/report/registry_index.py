@@ -1,4 +1,4 @@
-"""What the list of all adapters says of each: what is in production, what the gate said last, and how it has gone."""
+"""A row of the list of all adapters: what is in production, the gate's last verdict, and the recent candidates."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 MOST_DECISIONS = 12
-"""Points of a sparkline."""
+"""Maximum number of points of a sparkline."""
 DECIDED = ("promoted", "refused", "proposed")
 
 
 @dataclass(frozen=True)
 class Sparkline:
-    """The candidates' numbers in the metric that was decided by, oldest first, in a box of 100 by 24."""
+    """The candidates' values of the metric that the gate compares by, oldest first, in a box of 100 by 24."""
 
     points: tuple[tuple[float, float], ...]
     text: str
-    """What it shows, for those who do not see it."""
+    """Text alternative: what the picture shows."""
     ends: str
 
 
@@ -41,20 +41,20 @@ class Listed:
 
     name: str
     in_production: str
-    """The version, or what to say in its place."""
+    """The version in production, or the text to show in its place."""
     since: str
-    """In UTC, as the alias has it; empty where nothing is in production."""
+    """Since when it is in production, in UTC, as stored in the alias; empty if nothing is in production."""
     num_versions: int
     last: str = ""
     """What happened last, and when."""
     verdict: str = ""
-    """Of the last decision."""
+    """Verdict of the last decision; empty if there is none."""
     run_id: str = ""
     """The run of the last decision."""
     sparkline: Sparkline | None = None
 
     def held(self, now: datetime | None = None) -> str:
-        """For how long it has been in production, and since when."""
+        """Return for how long it has been in production, and since when."""
         return f"{age(self.since, now or datetime.now(UTC))}, since {when(self.since)}" if self.since else ""
 
 
@@ -82,8 +82,8 @@ def listed(
     pointer: "Pointer | None",
     decisions_of: Callable[[Sequence[str]], Sequence[Decision]],
 ) -> Listed:
-    """What the list shows of an adapter; `log` is its newest events, oldest first, `decisions_of` gives what runs
-    decided, in their order, without what is gone or damaged."""
+    """Return what the list shows of an adapter. `log` is its newest events, oldest first; `decisions_of` returns the
+    decisions of runs, in the runs' order, without missing or damaged ones."""
     decisions = decisions_of(_decided(log))
     return Listed(
         name,
@@ -98,7 +98,7 @@ def listed(
 
 
 def decision_of(store: "Store", run_id: str) -> Decision | None:
-    """Of a run; None where it is gone, or damaged, which an audit reports."""
+    """Return a run's decision; None if it is missing, or damaged, which an audit reports."""
     try:
         return runs.find(store, run_id, Decision)
     except IntegrityError:
@@ -106,7 +106,7 @@ def decision_of(store: "Store", run_id: str) -> Decision | None:
 
 
 def age(since: str, now: datetime) -> str:
-    """How long ago, in whole days; empty where the time cannot be read."""
+    """Return how long ago `since` was, in whole days; empty if the time cannot be parsed."""
     began = parse_moment(since)
     if began is None:
         return ""
@@ -115,7 +115,7 @@ def age(since: str, now: datetime) -> str:
 
 
 def sparkline(decisions: Sequence[Decision]) -> Sparkline | None:
-    """Of the decisions by the newest one's metric; None of fewer than two."""
+    """Return a sparkline of the decisions made by the newest one's metric; None if there are fewer than two."""
     rules = [rule for each in decisions if (rule := _judged(each))]
     rules = [rule for rule in rules if rule.metric == rules[-1].metric]
     if len(rules) < 2:
@@ -132,13 +132,13 @@ def sparkline(decisions: Sequence[Decision]) -> Sparkline | None:
 
 
 def _judged(decision: Decision) -> RuleResult | None:
-    """The rule that compared candidates by the metric of the policy."""
+    """Return the rule that compared candidates by the policy's metric."""
     found = (each for each in decision.rules if each.against and is_metric(each.metric) and each.candidate is not None)
     return next(found, None)
 
 
 def _decided(log: Sequence["Event"]) -> list[str]:
-    """The newest runs that decided on production, oldest first."""
+    """Return the newest runs that decided on production, oldest first."""
     decided = (
         each.body.get("run_id")
         for each in log

@@ -18,10 +18,10 @@ from components.shared.durations import duration
 
 MAX_TEXT_CHARS = 900
 DRAWN = 100
-"""Answers in the page's table. A browser lays out thousands of rows in seconds, so a script draws the others when they
-are found or asked for."""
+"""Number of answers in the page's table. A browser takes seconds to lay out thousands of rows, so a script draws the
+others when they are found or asked for."""
 SHOWN_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
-"""Of all that lineage.json names."""
+"""The packages that the page shows, of all that lineage.json names."""
 _MAX_ANSWERS = 10
 _PERSONAL = {
     "email": "e-mail addresses",
@@ -61,7 +61,7 @@ class Sample:
     reference: str
     answers: tuple[Answer, ...]
     change: str
-    """`newly right`, `newly wrong` or nothing: the candidate against the champion, or the base where there is none."""
+    """`newly right`, `newly wrong` or empty: the candidate against the champion, or the base if there is none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StepTime:
 
 
 def samples(run: RunFiles) -> list[Sample]:
-    """The evaluation's sample answers, right or wrong as the exact match counts them."""
+    """Return the evaluation's sample answers, right or wrong by exact match."""
     called = names(run)
     result = []
     for sample in run.evaluation.samples if run.evaluation else []:
@@ -100,7 +100,7 @@ def right_counts(shown: Sequence[Sample]) -> list[str]:
 
 
 def wrong_answers(run: RunFiles) -> tuple[list[list[str]], str]:
-    """The candidate's wrong answers: texts of the rows that are drawn, and of the others as JSON for a script."""
+    """Return the candidate's wrong answers: the rows that the page draws, and the others as JSON for a script."""
     texts = [
         [clipped(each.prompt), each.id, clipped(each.reference), clipped(each.answer) or "(empty answer)"]
         for each in run.wrong
@@ -110,15 +110,15 @@ def wrong_answers(run: RunFiles) -> tuple[list[list[str]], str]:
 
 
 def clipped(text: str) -> str:
-    """The text, or its beginning with a word on how much is missing."""
+    """Return the text, or its beginning and how much is missing."""
     if len(text) <= MAX_TEXT_CHARS:
         return text
     return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
 
 
 def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = None) -> dict[str, Any] | None:
-    """Counts, rejects, splits and answers of profile.json, ready to show, and whose answers were replayed where
-    production was asked; None when there is no profile."""
+    """Return counts, rejects, splits and answers of profile.json, ready to show, and whose answers were replayed if
+    production was asked; None if there is no profile."""
     if profile is None:
         return None
     rows = profile.get("rows", {})
@@ -182,7 +182,7 @@ def _replayed(found: Replayed) -> str:
 
 
 def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the rows that hardly differ from a held-out prompt are near to, and how many are near within training."""
+    """Return the prompts that near-duplicates of held-out prompts resemble, and the count of those within training."""
     near = [(f"near “{each['begins']} …”", count(each["records"])) for each in profile.get("most_are_near", [])]
     in_train = profile.get("in_train", 0)
     return near + (

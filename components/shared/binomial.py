@@ -1,13 +1,13 @@
-"""How large a share may be of which so many were seen: exact, by Clopper and Pearson (Biometrika 26, 1934); pure."""
+"""Exact confidence bounds of a binomial share, by Clopper and Pearson (Biometrika 26, 1934); pure."""
 
 import math
 
 STEPS = 60
-"""Of bisection: a share to the last digit of a float."""
+"""Number of bisection steps: they give a share to the last digit of a float."""
 
 
 def at_most(seen: int, of: int, share: float) -> float:
-    """The chance to see so many, or fewer, of so many where the share is this."""
+    """Return the probability of `seen` or fewer successes in `of` trials, if the true share is `share`."""
     if share >= 1.0:
         return float(seen >= of)
     if share <= 0.0:
@@ -17,7 +17,7 @@ def at_most(seen: int, of: int, share: float) -> float:
 
 
 def upper(seen: int, of: int, confidence: float) -> float:
-    """The share is at most this, with the confidence asked for."""
+    """Return the upper bound of the share, at `confidence`."""
     low, high = seen / of, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -26,12 +26,12 @@ def upper(seen: int, of: int, confidence: float) -> float:
 
 
 def lower(seen: int, of: int, confidence: float) -> float:
-    """The share is at least this, with the same."""
+    """Return the lower bound of the share, at `confidence`."""
     return 1 - upper(of - seen, of, confidence)
 
 
 def least_of(seen: int, share: float, confidence: float) -> int:
-    """The fewest of which one may see so many and still be sure that no more than this share is like them."""
+    """Return the fewest trials in which `seen` successes show, at `confidence`, a true share of at most `share`."""
     low, high = seen, max(1, seen)
     while at_most(seen, high, share) > 1 - confidence:
         low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""How much memory this machine, or the container that we run in, has, and a limit to what this process takes of it."""
+"""The memory of this machine, or of the container that this process runs in, and a limit on what it takes."""
 
 import contextlib
 import os
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Of version 2, which says "max" for none, and of version 1, which then gives a number larger than any machine."""
+"""Limit files of cgroup v2, which has "max" for no limit, and v1, which then has a number larger than any machine's."""
 MEMINFO = Path("/proc/meminfo")
 STATM = Path("/proc/self/statm")
 _one_at_a_time = threading.RLock()
 
 
 def machine_bytes() -> int:
-    """The memory that this process may use: the machine's, or less where its container is limited."""
+    """Return the memory that this process may use, in bytes: the machine's, or the container's limit if lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: what the machine has free, at most what the container may hold."""
+    """Return the bytes that this process may still take: the machine's free memory, at most the container's limit."""
     if MEMINFO.is_file():
         for line in MEMINFO.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -32,11 +32,11 @@ def available_bytes() -> int:
 
 @contextlib.contextmanager
 def at_most(more_bytes: int) -> Iterator[None]:
-    """Let this process take this much more memory, all threads together; more raises MemoryError.
+    """Let this process take `more_bytes` more memory, all threads together; more raises MemoryError.
 
-    Without it the kernel ends a process that takes all there is, or another one, and no error says what was too large.
-    Memory counts once it may be written to (RLIMIT_DATA), used or not. Where that is not known, as outside Linux,
-    there is no limit. A thread waits for another's to end: of two that overlap, one would be put back for good.
+    Without a limit, the kernel kills this process or another one when memory runs out, and no error says what was too
+    large. Memory counts once it is writable (RLIMIT_DATA), used or not. Where the amount is unknown, as outside Linux,
+    there is no limit. A thread waits for another one's limit to end: of two that overlap, one would stay for good.
     """
     if not STATM.is_file():
         yield

@@ -1,7 +1,7 @@
 """The metrics of an evaluation: the one table that config, evaluation, gate, report and command line read.
 
 A new metric is a row here and its computation in `ray_jobs/scoring/` or `ray_jobs/probes/`. A config may name a
-function of its own as `module:function`, which is a row like the others.
+custom function as `module:function`, which is used like a row of the table.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 SAME = 1e-9  # two numbers closer than this are the same: 0.30 - 0.25 is not 0.05 in binary floating point
-LARGE = ((10, 3), (100, 2), (10_000, 1))  # below this size, so many decimals
+LARGE = ((10, 3), (100, 2), (10_000, 1))  # (limit, decimals): numbers below the limit have that many decimals
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Metric:
     meaning: str
     lower_is_better: bool
     unit: str = ""
-    """Empty where the number speaks for itself."""
+    """Unit of the numbers; empty if they need none."""
     is_share: bool = False
     """A value in 0..1, shown in per cent; differences are shown in points."""
     may_compare: bool = True
-    """Whether the gate may compare models on it. One that may not is measured on adapters alone, and can be limited."""
+    """Whether the gate may compare models on it. Other metrics are measured on adapters only, and can be limited."""
     repeats: str = ""
-    """The metric that this one says over again, so that one picture does for both."""
+    """Key of the metric that this one restates, so that one picture serves for both; empty if there is none."""
     column: str = ""
-    """What is kept of each record for it; empty where it goes by the metric's own key."""
+    """Name of the value stored per record for the metric; empty if it is the metric's own key."""
     per_token: bool = False
     """Whether the metric is a mean over answer tokens, and not over records."""
     exponential: bool = False
@@ -41,17 +41,17 @@ class Metric:
     differs_in_points: bool = True
     """Whether differences of a share are shown in points, and not in per cent."""
     on_request: bool = False
-    """Whether it is measured only where the config names it."""
+    """Whether it is measured only if the config names it."""
     probe: str = ""
-    """The probe that measures it, by its key in ray_jobs/probes; empty of one that held-out records measure."""
+    """Key in ray_jobs/probes of the probe that measures it; empty if it is measured on held-out records."""
 
     @property
     def title(self) -> str:
-        """The label as it begins a line."""
+        """The label with a capital letter, to begin a line."""
         return self.label[0].upper() + self.label[1:]
 
     def text(self, value: float, *beside: float) -> str:
-        """The number in its usual precision, or in as many digits as keep it apart from the numbers `beside` it."""
+        """Format a value in its usual precision, or with enough digits to differ from the values `beside` it."""
         usual = 1 if self.is_share else usual_decimals(value)
         for decimals in range(usual, 10):
             shown = self._digits(value, decimals)
@@ -60,44 +60,44 @@ class Metric:
         return repr(value)
 
     def amount_text(self, amount: float, *beside: float) -> str:
-        """A difference without its sign: like a value, but of a share in points."""
+        """Format a difference without its sign: like a value, but for a share in points."""
         return self._difference(self.text(abs(amount), *beside))
 
     def with_unit(self, value: float, *beside: float) -> str:
-        """The number and what it counts."""
+        """Format a value with its unit."""
         return f"{self.text(value, *beside)} {self.unit}".rstrip()
 
     def bound_text(self, bound: float) -> str:
-        """A bound as the config states it, shares in per cent."""
+        """Format a bound as stated in the config, shares in per cent."""
         return f"{bound * 100:.10g} %" if self.is_share else f"{bound:.10g}"
 
     def margin_text(self, margin: float) -> str:
-        """A margin as the config states it, shares in points."""
+        """Format a margin as stated in the config, shares in points."""
         return self._difference(self.bound_text(margin))
 
     def gain(self, ours: float, theirs: float) -> float:
-        """How much better ours is: positive when better, whichever way the metric runs."""
+        """Return how much better `ours` is: positive if better, whichever way the metric runs."""
         return theirs - ours if self.lower_is_better else ours - theirs
 
     def better_by(self, value: float, gain: float) -> float:
-        """The value that is better than `value` by `gain`."""
+        """Return the value that is better than `value` by `gain`."""
         return value - gain if self.lower_is_better else value + gain
 
     def gain_text(self, gain: float) -> str:
-        """An improvement or the opposite in words."""
+        """Format an improvement, or the opposite, in words."""
         amount = self.amount_text(gain)
         if float(amount.split()[0].replace(",", "")) == 0:
             return "no difference"
         return f"{amount} {'better' if gain > 0 else 'worse'}"
 
     def signed_text(self, gain: float, *beside: float) -> str:
-        """A difference with its sign."""
+        """Format a difference with its sign."""
         return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
 
     def range_text(
         self, lower: float | None, upper: float | None, *beside: float, confidence: float | None = None
     ) -> str:
-        """Where a difference lies: between two bounds, or on one side of the only one that is finite.
+        """Format where a difference lies: between two bounds, or on one side of the only finite one.
 
         `confidence`, from 0 to 1, is that of each bound.
         """
@@ -119,7 +119,7 @@ class Metric:
 
 
 def usual_decimals(value: float) -> int:
-    """How many decimals of a number people read: three of a small one, none of a large one."""
+    """Return the usual number of decimals: three for a small number, none for a large one."""
     return next((decimals for below, decimals in LARGE if abs(value) < below), 0)
 
 
@@ -227,19 +227,19 @@ RELATIVE = Metric(
 )
 """The unit of differences where margins are relative."""
 OWN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-"""How a config names a metric of its own: the function's import path."""
+"""Pattern of a custom metric's name in a config: the function's import path."""
 
 
 def is_metric(key: str | None) -> TypeGuard[str]:
-    """Whether it is in the table, or the import path of a function."""
+    """Whether `key` is in the table, or is the import path of a function."""
     return key is not None and (key in METRICS or re.fullmatch(OWN, key) is not None)
 
 
 def metric_of(key: str) -> Metric:
-    """The metric of this key.
+    """Return the metric of this key.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such metric.
     """
     if key in METRICS or not is_metric(key):
         return METRICS[key]
@@ -248,13 +248,13 @@ def metric_of(key: str) -> Metric:
 
 
 def metrics_of(keys: Iterable[str]) -> list[Metric]:
-    """The metrics of these keys, as the table has them, then a config's own; what is no metric is left out."""
+    """Return the metrics of these keys, in the table's order, then custom ones; other keys are left out."""
     asked = set(keys)
     own = sorted(key for key in asked - METRICS.keys() if is_metric(key))
     return [metric for key, metric in METRICS.items() if key in asked] + [metric_of(key) for key in own]
 
 
 MARKS = tuple(metric.key for metric in METRICS.values() if metric.is_share and not metric.probe)
-"""Those that are a mean of what each answer is worth."""
+"""Keys of the metrics on held-out records that are the mean of a score of each answer."""
 COMPARED = tuple(metric.key for metric in METRICS.values() if metric.may_compare and not metric.probe)
-"""The metrics that base and champion can be compared on."""
+"""Keys of the metrics on held-out records by which base and champion can be compared."""

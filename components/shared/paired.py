@@ -1,8 +1,8 @@
 """How much better one model is than another on the same records, and how sure that is; pure.
 
-Bounds are one-sided. Where every record is right or wrong and stands for itself, they are Tango's score bounds; else
-those of a bootstrap over groups of records, studentised, which allows for few groups and for skewed losses, and farther
-off where few large values decide.
+Bounds are one-sided. If every record is right or wrong and independent, they are Tango's score bounds. Otherwise they
+come from a studentised bootstrap over groups of records, which allows for few groups and for skewed losses; they are
+moved outwards where few large values decide.
 """
 
 import math
@@ -19,12 +19,12 @@ Array = npt.NDArray[np.float64]
 
 RESAMPLES = 4000
 PER_TAIL = 40
-"""Resamples beyond a bound, at least: a tail of 1 % is not read from a handful."""
+"""Minimum number of resamples beyond a bound: a tail of 1 % is not read from a handful."""
 MOST_READ = 0.995
-"""Beyond this, a bound is not read from resamples, but is as much farther off as a normal one would be."""
+"""Highest confidence at which a bound is read from resamples; beyond it, it is scaled outwards as a normal one."""
 COUNTS_AT_ONCE = 4_000_000
 COUNTS_IN_CACHE = 2**16
-"""As floats, half a megabyte: no more are converted before they are multiplied."""
+"""Number of counts that are converted to floats, half a megabyte, before they are multiplied."""
 MAX_LOG = 700.0
 POWER = 0.8
 MANY_RECORDS = 1_000_000
@@ -38,7 +38,7 @@ class Pairs:
     theirs: Array
     weights: Array
     groups: npt.NDArray[np.int64] | None = None
-    """Which records go together, counted from 0 without gaps; None where each stands for itself."""
+    """Group of each record, counted from 0 without gaps; None if all records are independent."""
     lower_is_better: bool = False
     exponential: bool = False
     """Whether the metric is the exponential of that mean, as perplexity is of the loss."""
@@ -47,17 +47,17 @@ class Pairs:
 
     @property
     def num_independent(self) -> int:
-        """Groups, or else records."""
+        """Number of groups; without groups, of records."""
         return len(self.ours) if self.groups is None else int(self.groups.max(initial=-1)) + 1
 
     def where(self, kept: npt.NDArray[np.bool_]) -> "Pairs":
-        """Some of the records."""
+        """Return the pairs of the records in `kept`."""
         groups = None if self.groups is None else np.unique(self.groups[kept], return_inverse=True)[1]
         return replace(self, ours=self.ours[kept], theirs=self.theirs[kept], weights=self.weights[kept], groups=groups)
 
     @property
     def are_binary(self) -> bool:
-        """Whether every record is right or wrong, and stands for itself."""
+        """Whether every record is right or wrong, and independent of the others."""
         values = np.concatenate([self.ours, self.theirs])
         return (
             not self.relative
@@ -70,23 +70,23 @@ class Pairs:
 class Bounds:
     """How much better the candidate is; positive is better, whichever way the metric points.
 
-    In the metric's own unit, or, where pairs are relative, as a share of the other model's.
+    In the metric's unit, or, if the pairs are relative, as a share of the other model's metric.
     """
 
     gain: float
     lower: float
-    """The gain is at least this, with the confidence asked for."""
+    """The gain is at least this, at the requested confidence."""
     upper: float
-    """The gain is at most this, with the same."""
+    """The gain is at most this, at the requested confidence."""
     error: float
     """Standard error of the gain."""
     records: int
     groups: int
-    """Independent ones; as many as records, where none go together."""
+    """Number of independent groups; equals `records` if there are no groups."""
 
 
 def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
-    """The gain with a bound on either side, each kept with `confidence`; None where it is no finite number."""
+    """Return the gain with a bound on either side, each at `confidence`; None if it is not a finite number."""
     numbers = np.stack([pairs.ours, pairs.theirs, pairs.weights], axis=1)
     if not len(numbers) or not np.isfinite(numbers).all():
         return None
@@ -100,7 +100,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
     elif error > 0:
         gains, errors = _resampled(pairs, sums, confidence)
         with np.errstate(divide="ignore", invalid="ignore"):
-            # A resample of like groups has no error: it is as far off as can be, or not at all.
+            # A resample of equal groups has no error: its distance is infinite, or zero.
             distances = np.nan_to_num((gains - gain) / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
         read = min(confidence, MOST_READ)
         farther = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(read) if read < confidence else 1.0
@@ -113,7 +113,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
 
 
 def much_worse_unseen(pairs: Pairs) -> float:
-    """How much lower the gain is to be expected where the tail of what records lose goes on beyond those drawn.
+    """Return how much lower the gain is expected to be if the tail of the losses extends beyond the records drawn.
 
     In the unit of the gain, and never below 0; see `tails`.
     """
@@ -124,12 +124,12 @@ def much_worse_unseen(pairs: Pairs) -> float:
 
 
 def wins_and_losses(pairs: Pairs) -> tuple[int, int]:
-    """On how many records the candidate alone is right, and on how many the other alone."""
+    """Return on how many records only the candidate is right, and on how many only the other model."""
     return int((pairs.ours > pairs.theirs).sum()), int((pairs.ours < pairs.theirs).sum())
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """The chance to lose so many, or more, of the records on which two equally good models differ.
+    """Return the probability of `lost` or more losses among the records on which two equally good models differ.
 
     McNemar's test (Psychometrika 12, 1947), exact and one-sided: a tail of the binomial distribution.
     """
@@ -138,14 +138,14 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def score_bounds(won: int, lost: int, records: int, confidence: float) -> tuple[float, float]:
-    """The differences between two paired shares that Tango's score test just rejects (Statistics in Medicine 17, 1998).
+    """Return the differences of paired shares that Tango's score test just rejects (Statistics in Medicine 17, 1998).
 
     At a difference of zero that test is McNemar's.
     """
     quantile = NormalDist().inv_cdf(confidence)
 
     def score(difference: float) -> float:
-        # The share of losses that is most likely under this difference.
+        # The maximum likelihood estimate of the share of losses under this difference.
         linear = (2 * records - won + lost) * difference - won - lost
         constant = -lost * difference * (1 - difference)
         share = (math.sqrt(max(linear**2 - 8 * records * constant, 0.0)) - linear) / (4 * records)
@@ -166,9 +166,9 @@ def score_bounds(won: int, lost: int, records: int, confidence: float) -> tuple[
 
 
 def shown_worse(won: int, lost: int, records: int, margin: float, confidence: float) -> bool:
-    """Whether so many wins and losses show that one share is below the other by more than the margin.
+    """Whether these wins and losses show that one share is below the other by more than the margin.
 
-    By McNemar's exact test that it is below, and by Tango's bound that it is so by more than a margin above zero.
+    McNemar's exact test has to show that it is below, and Tango's bound that it is so by more than a nonzero margin.
     """
     if mcnemar(won, lost) > 1 - confidence:
         return False
@@ -176,7 +176,7 @@ def shown_worse(won: int, lost: int, records: int, margin: float, confidence: fl
 
 
 def least_loss(records: int, margin: float, confidence: float) -> int | None:
-    """The smallest loss that shows, of a model that wins nothing; None where so few records show none.
+    """Return the fewest losses that show, for a model without wins; None if there are too few records.
 
     With a margin of zero it is the smallest k with 1 / 2^k <= 1 - confidence, the whole tail of McNemar's test.
     """
@@ -184,9 +184,9 @@ def least_loss(records: int, margin: float, confidence: float) -> int | None:
 
 
 def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
-    """How many records would decide in four cases of five, if the gain is what it is here, on which side of `required`.
+    """Return how many records would decide, in four cases of five, on which side of `required` a gain like this lies.
 
-    None where the gain is so near to it that no number of records is worth naming.
+    None if the gain is so near to `required` that no number of records is worth naming.
     """
     distance = abs(found.gain - required)
     normal = NormalDist()
@@ -197,10 +197,10 @@ def records_to_decide(found: Bounds, required: float, confidence: float) -> int 
 
 
 def _widened(residuals: Array, quantile: float) -> float:
-    """By how much farther off a studentised bootstrap's bound has to be where few large values of both signs decide.
+    """Return how much to widen a studentised bootstrap's bound where few large values of both signs decide: a factor.
 
-    Of a mean, such a bound fails more often than asked by (kurtosis - 3/2 skewness^2) / 6n of q (1 + 2 q^2) phi(q),
-    where q is the normal quantile (Hall, Annals of Statistics 16, 1988): here as a distance, and never nearer.
+    For a mean, such a bound fails more often than asked by (kurtosis - 3/2 skewness^2) / 6n times q (1 + 2 q^2) phi(q),
+    where q is the normal quantile (Hall, Annals of Statistics 16, 1988): here as a distance, and never inwards.
     """
     squares = residuals**2
     variance = squares.mean()
@@ -209,7 +209,7 @@ def _widened(residuals: Array, quantile: float) -> float:
 
 
 def _residuals(pairs: Pairs, sums: Array) -> Array:
-    """What each row of sums adds to the gain, as ours less theirs, times the sum of the weights; they sum to 0."""
+    """Return what each row of `sums` adds to ours less theirs, times the sum of the weights; the parts sum to 0."""
     total = sums.sum(axis=0)
     _, parts = _gains_and_parts(pairs, total[None, :2] / total[2])
     found: Array = sums @ parts[0]
@@ -221,7 +221,7 @@ def _summed(numbers: Array, groups: npt.NDArray[np.int64]) -> Array:
 
 
 def _resampled(pairs: Pairs, sums: Array, confidence: float) -> tuple[Array, Array]:
-    """Gain and standard error of each resample of the groups."""
+    """Return gain and standard error of each resample of the groups."""
     num_groups, num_resamples = len(sums), max(RESAMPLES, math.ceil(PER_TAIL / (1 - min(confidence, MOST_READ))))
     rows = min(num_resamples, max(1, COUNTS_AT_ONCE // num_groups))
     parts = [_gain_and_error(pairs, sums, _counts(num_groups, rows, seed)) for seed in range(-(-num_resamples // rows))]
@@ -231,18 +231,18 @@ def _resampled(pairs: Pairs, sums: Array, confidence: float) -> tuple[Array, Arr
 
 @lru_cache(maxsize=32)
 def _counts(num_groups: int, rows: int, seed: int) -> npt.NDArray[np.uint8]:
-    """How often each resample takes each group: rows of as many draws as there are groups. All comparisons of a
-    decision, and of its slices, take their resamples from here, and to draw them is nearly all of what a bound costs.
+    """Return how often each resample, a row with one draw per group, takes each group. All comparisons of a decision
+    and of its slices share these resamples, since drawing them is nearly all of what a bound costs.
     """
-    # Of numpy's streams of random numbers, this one stays as it is in every release (NEP 19).
+    # The one random stream that numpy keeps unchanged in every release (NEP 19).
     drawn = np.random.RandomState(seed).randint(0, num_groups, size=(rows, num_groups))
     drawn += np.arange(rows)[:, None] * num_groups
-    # A byte is enough: of more groups than it counts, none is drawn as often as that.
+    # A byte is enough: even among more than 255 groups, none is drawn that often.
     return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.uint8)
 
 
 def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
-    """Of each row of `counts`, how often every group is taken, the gain and its standard error.
+    """Return the gain and its standard error for each row of `counts`, which says how often each group is taken.
 
     A mean over tokens is a ratio of two sums, whose error is that of the residuals (Cochran, Sampling Techniques, 3rd
     edition, equation 6.13).
@@ -255,7 +255,7 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) ->
     gains, residual = _gains_and_parts(pairs, totals[:, :2] / totals[:, 2:])
     parts = residual[:, first] * residual[:, second] * squares
     scale = parts[:, first == second].sum(axis=1)
-    # Below what rounding leaves of equal numbers there is no variance.
+    # A variance as small as the rounding errors of equal numbers is none.
     variance = scale + 2 * parts[:, first != second].sum(axis=1)
     variance = np.where(variance > 1e-12 * scale, variance, 0.0) * len(sums) / max(len(sums) - 1, 1)
     sign = -1.0 if pairs.lower_is_better else 1.0
@@ -263,7 +263,7 @@ def _gain_and_error(pairs: Pairs, sums: Array, counts: npt.NDArray[np.uint8]) ->
 
 
 def _gains_and_parts(pairs: Pairs, means: Array) -> tuple[Array, Array]:
-    """Of each row of two means, ours less theirs, and what a record's three numbers weigh in it."""
+    """Return ours less theirs for each row of two means, and the weights of a record's three numbers in it."""
     values = np.exp(np.minimum(means, MAX_LOG)) if pairs.exponential else means
     gains, outer = values[:, 0] - values[:, 1], np.broadcast_to([1.0, -1.0], values.shape)
     if pairs.relative:

@@ -45,7 +45,7 @@ def unseen(values: Array) -> float:
 
 
 def _beyond(values: Array, number: int) -> Array:
-    """By how much the largest of so many more lie above the next one, in ascending order."""
+    """Return by how much the `number` largest values lie above the next largest, in ascending order, without ties."""
     largest = np.sort(values)[-number - 1 :]
     return largest[largest > largest[0]] - largest[0]
 

@@ -48,7 +48,7 @@ def client_from_environment() -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         signature_version="s3v4",
-        # A store of one's own seldom has a DNS name for each bucket.
+        # A self-hosted store seldom has a DNS name for each bucket.
         s3={"addressing_style": "path" if endpoint else "auto"},
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         connect_timeout=CONNECT_TIMEOUT_S,
@@ -106,7 +106,7 @@ def _pause_where_away(
 
 
 def busy_pause_s(attempts: int) -> float:
-    """How long to wait after so many attempts, when the first few, which wait for moments, are spent."""
+    """Return how many seconds to wait after this many attempts, once the first few, with short waits, are spent."""
     return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
 
 

@@ -1,8 +1,8 @@
-"""Folders that exist when their manifest does.
+"""Folders that exist once their manifest does.
 
 Every file is created, never overwritten (If-None-Match), and `manifest.json`, which lists each with its size and
-sha256, is created last. So a writer that dies half-way leaves nothing that a reader sees, and of two writers at once
-the slower one changes nothing of what the faster one's manifest vouches for.
+sha256, is created last. So a writer that dies half-way leaves nothing that a reader sees, and if two write at once, the
+slower one changes nothing that the faster one's manifest lists.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ CONTENT_TYPES = {".json": JSON, ".md": "text/markdown; charset=utf-8", ".html": 
 
 
 class FileDigest(TypedDict):
-    """What the manifest says of one file; sha256 in hex."""
+    """The manifest's entry for one file; sha256 in hex."""
 
     size: int
     sha256: str
@@ -42,19 +42,19 @@ class Manifest:
     """A folder's manifest, as stored."""
 
     files: dict[str, FileDigest]
-    """Path within the folder, with forward slashes, to its digest."""
+    """Digest of each file, by its path within the folder, with forward slashes."""
     about: dict[str, Any]
-    """What the writer wanted known without opening a file."""
+    """Metadata by the writer, to be read without opening a file."""
     created_at: str
-    """UTC, ISO 8601 with microseconds, so that order as text is order in time."""
+    """Time of creation in UTC, ISO 8601 with microseconds, so that it sorts as text."""
     sha256: str
-    """Of the manifest's own bytes: it vouches for every byte of the folder."""
+    """SHA-256 of `body`, in hex. The manifest holds the hash of every file, so this covers the whole folder."""
     body: bytes
-    """The stored bytes."""
+    """The bytes of manifest.json as stored."""
 
 
 def now() -> str:
-    """The time, in the one spelling that the registry uses."""
+    """Return the current time in the registry's format."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
@@ -67,12 +67,12 @@ def publish(
     identity: Collection[str] | None = None,
     apart: Collection[str] = (),
 ) -> Manifest:
-    """Write the folder `key`, manifest last. The same files again give the stored manifest and change nothing.
+    """Write the folder `key`, manifest last. Writing the same files again returns the stored manifest, unchanged.
 
-    A folder that another writer left without a manifest, or is writing now, is completed, and the manifest lists what
-    is stored, read where it is not the caller's. `identity` names the files that must be as given, by default all; of
-    any other, the one that was stored first stands. Writers of one folder should agree on the names of its files: what
-    is created after the manifest belongs to nothing. `apart` names folders in it that are no part of it.
+    A folder that another writer left without a manifest, or is writing now, is completed: the manifest lists what is
+    stored, and files that the caller did not write are read for it. `identity` names the files that must be as given,
+    by default all; of any other file, the one stored first stays. Writers of one folder should agree on the names of
+    its files: a file created after the manifest belongs to nothing. `apart` names subfolders that do not belong to it.
 
     Raises:
         Conflict: the folder exists with other files, or has no manifest yet and differs in its identity.
@@ -106,13 +106,13 @@ def publish(
 
 
 def find_manifest(store: Store, key: str) -> Manifest | None:
-    """The folder's manifest, or None when there is no such folder."""
+    """Read the folder's manifest; None if there is no such folder."""
     found = store.read(f"{key}/{MANIFEST}")
     return parse_manifest(found[0], store.uri(f"{key}/{MANIFEST}")) if found else None
 
 
 def read_manifest(store: Store, key: str) -> Manifest:
-    """The folder's manifest.
+    """Read the folder's manifest.
 
     Raises:
         ObjectMissing: there is no such folder, or its writer has not finished.
@@ -147,7 +147,7 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
         try:
             folder.rename(target)
         except OSError:
-            if not (target.is_dir() and _holds(target, manifest)):  # else another process was faster with the same
+            if not (target.is_dir() and _holds(target, manifest)):  # otherwise another process has just made the same
                 raise
     return manifest
 
@@ -155,7 +155,7 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
 def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart: Collection[str] = ()) -> Manifest:
     """Check every byte of the folder against its manifest.
 
-    `apart` names folders in it that are no part of it, and may hold anything.
+    `apart` names subfolders that do not belong to it, and may hold anything.
 
     Raises:
         ObjectMissing: there is no such folder.
@@ -169,7 +169,7 @@ def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart:
 
 
 def digest_of(body: bytes | Path) -> FileDigest:
-    """Size and sha256; a file is streamed."""
+    """Return size and sha256; a file is streamed."""
     if isinstance(body, bytes):
         return {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
     with body.open("rb") as file:
@@ -196,10 +196,10 @@ def _is_inside(path: str) -> bool:
 
 
 def parse_manifest(body: bytes, uri: str) -> Manifest:
-    """The manifest that the object with this address holds.
+    """Parse a manifest; `uri` is the address of its object.
 
     Raises:
-        IntegrityError: it is none of a format that this version knows.
+        IntegrityError: it is not a manifest of a format that this version knows.
     """
     data = decode_json(body, uri)
     try:
@@ -233,7 +233,7 @@ def _differing(stored: Mapping[str, FileDigest], digests: Mapping[str, FileDiges
 
 
 def _create(store: Store, key: str, body: bytes | Path) -> bool:
-    """Whether the object is now the caller's; another writer's stays as it is."""
+    """Create the object; False if there is one by another writer, which stays as it is."""
     try:
         store.create(key, body, content_type=CONTENT_TYPES.get(PurePosixPath(key).suffix, BINARY))
     except Conflict:
@@ -279,7 +279,7 @@ def _sizes(store: Store, key: str, apart: Collection[str] = ()) -> dict[str, int
 
 
 def _by_listing(store: Store, key: str, manifest: Manifest, apart: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """What a listing shows to be wrong, and the files whose content is left to look at."""
+    """Return the faults that a listing shows, and the files whose content is still to be checked."""
     sizes = _sizes(store, key, apart)
     faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]
     intact = []
@@ -295,7 +295,7 @@ def _by_listing(store: Store, key: str, manifest: Manifest, apart: Collection[st
 
 @contextlib.contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder on the target's own disk, to be filled and renamed to it; gone afterwards where it was not."""
+    """Yield an empty folder on the target's disk, to be filled and renamed to it; removed at the end if it was not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as scratch:

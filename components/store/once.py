@@ -1,4 +1,4 @@
-"""A store as it is seen by who reads each thing in it once, however many ask for it."""
+"""A store whose objects are read once, however many callers ask for them."""
 
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -8,14 +8,14 @@ from components.store.store import BINARY, ObjectInfo, Store
 
 
 class ReadOnce(Store):
-    """A store whose small objects and listings are kept once they are read, for as long as one report takes.
+    """A store that caches its small objects and listings once they are read, for the time that one report takes.
 
-    In a folder that was listed, an object that was not there is not asked for. What is written through it is read anew;
-    what others write meanwhile is not seen. Like any store it may be shared between threads.
+    In a folder that was listed, objects that the listing lacks are not requested. What is written through this store is
+    read anew; what others write meanwhile is not seen. Like any store it may be shared between threads.
     """
 
     def __init__(self, store: Store) -> None:
-        """Of the same place, and nothing is read yet."""
+        """Wrap a store, with an empty cache."""
         super().__init__(store._client, store.bucket, store.prefix, field=store._field, trusted_keys=store.trusted_keys)
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._listed: dict[str, dict[str, ObjectInfo]] = {}
@@ -42,7 +42,7 @@ class ReadOnce(Store):
         return (info for key, info in listed.items() if key.startswith(prefix))
 
     def list_first(self, prefix: str, *folders: str) -> None:
-        """Know the listings of those folders, before which nothing much lies in `prefix`, by one listing of it."""
+        """Fill the listings of `folders` by one listing of `prefix`, in which little should come before them."""
         last = max(folders)
         until = takewhile(lambda info: info.key < last or info.key.startswith(last), super().list(prefix))
         found = {info.key: info for info in until}
@@ -72,7 +72,7 @@ class ReadOnce(Store):
         super().delete(gone)
 
     def _listed_at(self, key: str) -> dict[str, ObjectInfo] | None:
-        """The listing that shows whatever has this key or this beginning; None where there was none."""
+        """Return the cached listing that covers this key or key prefix; None if there is none."""
         return next((found for prefix, found in [*self._listed.items()] if key.startswith(prefix)), None)
 
     def _forget(self, key: str) -> None:

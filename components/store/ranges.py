@@ -1,4 +1,4 @@
-"""An object as a file whose parts are read where they are asked for: a column of a Parquet file, not the whole."""
+"""An object as a file of which only the requested parts are read: a column of a Parquet file, not the whole."""
 
 import io
 from typing import TYPE_CHECKING
@@ -11,28 +11,28 @@ class ObjectFile(io.RawIOBase):
     """A seekable file over one object; each read is one request."""
 
     def __init__(self, store: "Store", key: str, size: int) -> None:
-        """`size` as a listing says it."""
+        """Open the object; `size` is its size in a listing."""
         self._store, self._key, self._size, self._place = store, key, size, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return the position at which the next read begins."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go there."""
+        """Move to a position, and return it."""
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
-        """So many bytes, fewer at the end; -1 and None mean all that follow.
+        """Read `size` bytes, fewer at the end; -1 and None read to the end.
 
         Raises:
             ObjectMissing: the object is gone.

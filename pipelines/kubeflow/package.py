@@ -1,7 +1,7 @@
-"""A compiled pipeline, and its place on the server: one version for each content.
+"""A compiled pipeline, and its versions on the server: one version for each content.
 
-A config is no part of it, but for how long steps may take, their labels and their certificates: versions change when
-the pipeline does, and are named by release and day.
+Of the config it holds only the steps' time limits, labels and certificates. So versions change when the pipeline does;
+they are named by release and day.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from pipelines.kubeflow.compile import compile_pipeline
 
 PIPELINE = "fineloop-retrain"
 ATTEMPTS = 3
-"""How often another name is chosen after another client has just taken one."""
+"""How often a version name is tried, as another client may just have taken it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Package:
 
     @property
     def content(self) -> str:
-        """What identifies this content: the description of its version on the server."""
+        """Identifies the content: the description of its version on the server."""
         return f"sha256 {hashlib.sha256(self.text.encode()).hexdigest()}"
 
 
@@ -57,7 +57,7 @@ class Published:
 
 
 def build(config: RunConfig, *, image: str = "") -> Package:
-    """Compile the pipeline, with the example as its default; an empty image means the project's own."""
+    """Compile the pipeline, with the example config as its default; an empty image means the project's image."""
     return Package(config, compile_pipeline(config, image=image, default=config_file.load(DEFAULT_CONFIG)))
 
 
@@ -79,13 +79,13 @@ def publish(kubeflow: Kubeflow, package: Package, *, today: date | None = None) 
 
 
 def find_pipeline(kubeflow: Kubeflow, name: str) -> str:
-    """The id of the pipeline of this name, or an empty string."""
+    """Return the id of the pipeline of this name, or an empty string."""
     namespace = kubeflow.namespace or None
     return kubeflow.id_of("pipelines", name, kubeflow.client.list_pipelines, "pipeline_id", namespace=namespace)
 
 
 def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
-    """Without a version: an upload would give the first one the pipeline's name instead of its content's."""
+    """Create the pipeline without a version: an upload would name the first one after the pipeline, not its content."""
     described = kfp_server_api.V2beta1Pipeline(
         display_name=PIPELINE,
         name=PIPELINE,
@@ -103,7 +103,7 @@ def _versions(kubeflow: Kubeflow, pipeline_id: str) -> list[Any]:
 
 
 def _names(day: str) -> Iterator[str]:
-    """Of the contents of one day; Kubernetes takes them for the names of objects, where Kubeflow keeps versions so."""
+    """Yield version names for one day; they are valid names of Kubernetes objects, as which Kubeflow may store them."""
     yield day
     yield from (f"{day}.{number}" for number in itertools.count(2))
 
@@ -120,7 +120,7 @@ def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -
 
 
 def _or_none_if_exists(create: Any) -> Any:
-    """None when another client has just created the same."""
+    """Return what `create` returns; None if another client has just created the same."""
     try:
         return create()
     except kfp_server_api.ApiException as exc:

@@ -91,7 +91,7 @@ class Run:
         return sent(self.detail).get("run_id") or self.run_id
 
     def task_runs(self) -> list[TaskRun]:
-        """Each task of the pipeline in the order in which they began, those that did not at the end."""
+        """Return the pipeline's tasks in the order in which they began, and at the end those that did not begin."""
         titles = task_titles(self.spec)
         keys = {title: key for key, title in titles.items()} | {key: key for key in titles}
         tasks = (self.detail.run_details.task_details or []) if self.detail.run_details else []

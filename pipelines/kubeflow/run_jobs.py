@@ -26,7 +26,7 @@ class RunJobs:
         self.stopped: list[str] = []
 
     def stop(self) -> None:
-        """Stop those that live."""
+        """Stop the run's jobs that are alive."""
         try:
             self.stopped += [each for each in stop_run(self._run_id, self._ray) if each not in self.stopped]
             self._why = ""

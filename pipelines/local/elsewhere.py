@@ -1,6 +1,6 @@
-"""The screen of a run that goes on somewhere else, from what it leaves in the store while it does.
+"""The display of a run that executes elsewhere, from what it writes to the store meanwhile.
 
-Any run does so, whoever started it: each step's record when it is over, and the curve of a training every 15 s.
+Every run, however it was started, writes each step's record when the step ends, and its training curve every 15 s.
 """
 
 import time
@@ -23,11 +23,11 @@ EVERY_S = 5.0
 QUIET_S = 180.0
 TRAINING = "finetune"
 LAST = "report"
-"""The step that comes at the end of each run in a pipeline, failed ones included."""
+"""The last step of each run in a pipeline, failed runs included."""
 
 
 class Elsewhere:
-    """What of a run has been shown so far."""
+    """A run that executes elsewhere, and what of it has been shown so far."""
 
     def __init__(self, store: "Store", run_id: str, display: "Display") -> None:
         self._store, self._run_id, self._display = store, run_id, display
@@ -36,7 +36,7 @@ class Elsewhere:
         self.failed: StepRecord | None = None
 
     def look(self) -> bool:
-        """Show what is new; whether the run is over. A store that is away is asked again the next time."""
+        """Show what is new, and return whether the run is over; a store that does not answer is asked again later."""
         try:
             steps = runs.steps(self._store, self._run_id)
             if not any(step.step == TRAINING for step in steps):
@@ -45,14 +45,14 @@ class Elsewhere:
                 self._show(step)
             if self.failed or LAST in self._shown:
                 return True
-            # One that only trains ends with its evaluation, and a gate's pod may take a while to start.
+            # A run that only trains ends with its evaluation; with a gate, its pod may take a while to start.
             return runs.find(self._store, self._run_id, Evaluation) is not None and self._rests()
         except StoreError as exc:
             self._display.message(f"the store does not answer, and is asked again: {exc}")
             return False
 
     def decision(self) -> Decision | None:
-        """What the gate said, where the run got that far."""
+        """Return the gate's decision; None if the run did not get that far."""
         return runs.find(self._store, self._run_id, Decision)
 
     def _rests(self) -> bool:

@@ -1,4 +1,4 @@
-"""The runs that a store keeps, however they were started: one line of each."""
+"""The runs in a store, however they were started: one line for each."""
 
 import tomllib
 from collections.abc import Iterator
@@ -21,26 +21,26 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class PastRun:
-    """What a run left, as far as it got."""
+    """A run by what it left in the store, as far as it got."""
 
     run_id: str
     began: str
-    """ISO 8601, in UTC."""
+    """Start time in ISO 8601, in UTC."""
     adapter: str
     outcome: str
-    """The gate's verdict; of a run without a gate `trained`, else how far it got."""
+    """The gate's verdict; `trained` for a run without a gate; otherwise how far it got."""
     version: str | None
     metric: str
-    """What the gate compares models by."""
+    """Key of the metric by which the gate compares models."""
     metrics: dict[str, float | None]
-    """Of the candidate."""
+    """Metrics of the candidate, by key."""
     learning_rate: float | None
     steps: int | None
     note: str
     hours: float | None
-    """Of one worker, as its training recorded them: GPU-hours where it trained on GPUs."""
+    """Worker-hours, as the training recorded them: GPU-hours if it trained on GPUs."""
     price: float | None
-    """US dollars for them; None without GPUs."""
+    """US dollars for `hours`; None without GPUs."""
 
     @property
     def loss(self) -> float | None:
@@ -48,12 +48,12 @@ class PastRun:
 
     @property
     def value(self) -> float | None:
-        """The candidate's, of the metric that the gate compares by."""
+        """The candidate's value of the metric by which the gate compares."""
         return self.metrics.get(self.metric)
 
 
 def listed(store: "Store", *, adapter: str = "", limit: int) -> list[PastRun]:
-    """The newest first; only those of `adapter`, where one is named."""
+    """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named."""
     began = sorted(
         ((info.last_modified, info.key.split("/")[1]) for info in store.list("runs/") if _is_config(info.key)),
         reverse=True,
@@ -63,10 +63,10 @@ def listed(store: "Store", *, adapter: str = "", limit: int) -> list[PastRun]:
 
 
 def find(store: "Store", wanted: str) -> str:
-    """The id of the run that `wanted` names: NAME@VERSION as the version's own, or an id, or the beginning of one.
+    """Return the id of the run that `wanted` names: NAME@VERSION for the version's run, an id, or the start of one.
 
     Raises:
-        UnknownName: there is none.
+        UnknownName: there is no such run.
         UserError: several ids begin so, or the version names no run.
     """
     from components.registry.versions import resolve
@@ -85,13 +85,13 @@ def find(store: "Store", wanted: str) -> str:
 
 
 def config_of(store: "Store", run_id: str) -> dict[str, Any]:
-    """The run's resolved config as it was written; empty where it wrote none."""
+    """Return the run's resolved config as it was written; empty if it wrote none."""
     found = store.read(runs.run_key(run_id, runs.CONFIG))
     return tomllib.loads(found[0].decode()) if found else {}
 
 
 def rate_of(config: dict[str, Any], tuned: TunedRate | None) -> float | None:
-    """The learning rate that a run trained at."""
+    """Return the learning rate that a run trained at."""
     if tuned is not None:
         return tuned.learning_rate
     set_to = config.get("train", {}).get("learning_rate")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 LOOPBACK = "127.0.0.1"
 NEW = range(20_000, 32_768)
-"""Below those that Linux takes for the near end of connections, of which one might take a port before its server."""
+"""Ports to choose from, below Linux's ephemeral ports: a connection might take one of those before the server does."""
 
 
 def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:

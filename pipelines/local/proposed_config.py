@@ -1,4 +1,4 @@
-"""A first config for somebody's data: what a look at the data says of each key, and the file with a comment a key."""
+"""A first config for a user's data: values derived from a look at the data, written with a comment for each key."""
 
 import functools
 import json
@@ -16,33 +16,33 @@ Key = tuple[str, str, Any, str]
 """Section, name, value and comment."""
 
 ENOUGH = 200
-"""Held-out records by which the gate sees a difference of a few points."""
+"""Number of held-out records with which the gate sees a difference of a few points."""
 MOST_HELD_OUT = 0.3
 SHORTEST, LONGEST = 128, 4096
-"""Tokens, between which a context is proposed."""
+"""Range of the context lengths that are proposed, in tokens."""
 SHORT_ANSWER = 60
-"""Characters: answers of which nearly all are shorter can be equal to their reference."""
+"""Length in characters: if nearly all answers are at most this long, they can equal their reference."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person says."""
+    """What the user asks for."""
 
     source: str
     base: str
     name: str
     overrides: Sequence[str] = ()
-    """Keys that stand in the file as they were set."""
+    """Overrides of config keys, which are written to the file as set."""
 
 
 def name_from(source: str) -> str:
-    """A registry name after the file's."""
+    """Return a registry name made from the file's name."""
     stem = Path(source.rstrip("/")).name.partition(".")[0]
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:63] or "adapter"
 
 
 def draft(asked: Asked) -> RunConfig:
-    """What the data are looked at with."""
+    """Return the config for a look at the data."""
     table = {
         "adapter": {"name": asked.name},
         "model": {"base": asked.base},
@@ -53,7 +53,7 @@ def draft(asked: Asked) -> RunConfig:
 
 
 def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
-    """The file. `seen` is what `ray_jobs.preview` prints of the draft."""
+    """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft."""
     splits = seen["profile"]["splits"]
     records = splits["train"]["records"] + splits["eval"]["records"]
     share = _held_out(records)
@@ -89,7 +89,7 @@ def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
 
 
 def _with_those_set(keys: Sequence[Key], asked: Asked) -> list[Key]:
-    """The keys with what somebody set in its place, or behind the others of its section."""
+    """Return the keys with the user's overrides, each in its place, or after the others of its section."""
     result, table = list(keys), config_file.as_table(draft(asked))
     for override in asked.overrides:
         section, _, key = override.partition("=")[0].strip().partition(".")
@@ -101,13 +101,13 @@ def _with_those_set(keys: Sequence[Key], asked: Asked) -> list[Key]:
 
 
 def _held_out(records: int) -> float:
-    """Enough to judge by, as long as most are left to train on."""
+    """Return the share of records to hold out: enough to judge by, as long as most are left to train on."""
     usual = DataConfig.model_fields["eval_share"].default
     return round(min(MOST_HELD_OUT, max(usual, ENOUGH / max(records, 1))), 2)
 
 
 def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
-    """The next power of two above the longest record, within what the base has positions for."""
+    """Return the next power of two above the longest record, within the base's positions, and a comment on it."""
     tokens, positions = seen["tokens"], seen.get("positions")
     if not tokens or not tokens["length"]:
         wanted, why = 1024, f"tokens; nothing was measured: {' '.join(seen['unread_because'].split())}"
@@ -127,5 +127,5 @@ def _metric(train: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _toml(value: Any) -> str:
-    """Of text, numbers and truth values TOML is JSON."""
+    """Format a value as TOML, which for text, numbers and booleans is the same as JSON."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""A version trained again from its lineage: the config for it, and what came of it beside the first one."""
+"""A version trained again from its lineage: the config for that, and the comparison with the first one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("bitsandbytes", "deepspeed", "fineloop", "peft", "torch", "transformers")
 COMPUTING = ("code.commit", "image", "python", *(f"packages.{name}" for name in PACKAGES))
-"""Of the lineage's environment, what numbers depend on."""
+"""Keys of the lineage's environment on which numbers depend."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Reproduced:
     version: str
     found: str
     differs: Mapping[str, Sequence[Any]]
-    """What the two ran on, where that differs: then and now."""
+    """Differences between what the two ran on: key to values then and now."""
     compared: Compared | None
-    """The new one beside the first; None where they are the same bytes."""
+    """The comparison of the new version with the first; None if they are the same bytes."""
 
     @property
     def is_same(self) -> bool:
@@ -51,7 +51,7 @@ class Reproduced:
 
 
 def recipe(store: "Store", version: Version, config: RunConfig, overrides: Sequence[str], *, note: str) -> Recipe:
-    """What trains the version again: its own run's config, in the registry of `config`, with `overrides`.
+    """Return what trains the version again: its run's config, in the registry of `config`, with `overrides`.
 
     Raises:
         ConfigError: its base comes with code, or it was measured by a function, and `config` does not allow that.
@@ -84,10 +84,10 @@ def recipe(store: "Store", version: Version, config: RunConfig, overrides: Seque
 
 
 def compared(store: "Store", first: Version, found: str, made_from: Recipe) -> Reproduced:
-    """What came of it.
+    """Return the version trained again, with its comparison with the first one.
 
     Raises:
-        IntegrityError: what the runs left is not what it should be.
+        IntegrityError: what the runs left is malformed.
     """
     again = f"{first.name}@{found}"
     if found == first.version:
@@ -102,8 +102,8 @@ def compared(store: "Store", first: Version, found: str, made_from: Recipe) -> R
 
 
 def _start(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the training began: at a version, which the lineage names by its address, or at the base, of which
-    nothing can stay in what it publishes."""
+    """Return the `train` keys for where the training began: at a version, which the lineage names by its address, or
+    at the base, of which no share can stay in what it publishes."""
     for uri in lineage.get("parents", []):
         if "/versions/" in uri:
             name, _, version = uri.rstrip("/").rpartition("/adapters/")[2].partition("/versions/")

@@ -22,7 +22,7 @@ POLL_S = 0.05
 
 
 class Server(Protocol):
-    """What one kind of server has of its own. `ports` are always those that it was, or is to be, started on."""
+    """What is specific to one kind of server. `ports` are always those that it was, or is to be, started on."""
 
     title: ClassVar[str]
     """What people call it."""

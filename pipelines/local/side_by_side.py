@@ -1,6 +1,6 @@
-"""Runs laid side by side, from what they left in the store: configs, metrics, and record by record what turned.
+"""Comparison of runs, from what they left in the store: configs, metrics, and the records that turned right or wrong.
 
-Gains and their bounds are the gate's: its code reads the kept losses of one run's candidate beside the other's.
+Gains and their bounds are computed by the gate's code, from the stored losses of one run's candidate and the other's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 OURS, THEIRS = "candidate_", "champion_"
 UNCOMPARED = ("adapter.note",)
-"""Keys that make no difference to a training."""
+"""Config keys that make no difference to a training."""
 Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One run."""
+    """One of the runs that are compared."""
 
     name: str
-    """As it was asked for."""
+    """The name by which the run was asked for."""
     run_id: str
     version: str | None
     note: str
     config: Mapping[str, Any]
-    """By dotted keys."""
+    """The run's config, by dotted keys."""
     confidence: float
-    """Of each of the gate's bounds."""
+    """Confidence of each of the gate's bounds."""
     evaluation: Evaluation
     records: "pa.Table"
     curve: Sequence[Mapping[str, Any]]
@@ -49,14 +49,14 @@ class Side:
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
-        """Of its candidate."""
+        """Metrics of the run's candidate, by key."""
         candidate = self.evaluation.model("candidate")
         return candidate.metrics if candidate else {}
 
 
 @dataclass(frozen=True)
 class Turned:
-    """A record that one of two answered right."""
+    """A record that only one of two candidates answered right."""
 
     id: str
     prompt: str
@@ -68,22 +68,22 @@ class Turned:
 
 @dataclass(frozen=True)
 class Compared:
-    """A run beside the first one, on the records that both were measured on."""
+    """A run compared with the first one, on the records that both were measured on."""
 
     name: str
     records: int
     confidence: float
     gains: Mapping[str, Bounds]
-    """By metric; positive is better than the first run."""
+    """Gain with its bounds, by metric; positive is better than the first run."""
     turned: Sequence[Turned]
 
 
 def read(store: "Store", wanted: str) -> Side:
-    """What the run that `wanted` names left.
+    """Read what the run that `wanted` names left.
 
     Raises:
         UserError: there is no such run, or it compared nothing.
-        IntegrityError: a record of it is not what it should be.
+        IntegrityError: one of its records is malformed.
     """
     from components.report.report import parse_metrics
 
@@ -109,14 +109,14 @@ def read(store: "Store", wanted: str) -> Side:
 
 
 def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
-    """The config's keys in which the runs differ, with each run's value; None where a run has none."""
+    """Return the config keys in which the runs differ, with each run's value; None if a run has none."""
     keys = sorted({key for side in sides for key in side.config} - {*UNCOMPARED})
     values = {key: [side.config.get(key) for side in sides] for key in keys}
     return {key: found for key, found in values.items() if any(each != found[0] for each in found)}
 
 
 def compare(first: Side, other: Side) -> Compared:
-    """The second run's candidate beside the first one's.
+    """Compare the second run's candidate with the first one's.
 
     Raises:
         DataError: they were measured on no common record.
@@ -143,7 +143,7 @@ def compare(first: Side, other: Side) -> Compared:
 
 
 def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
-    """evaluation_records.parquet of a comparison: the second run's candidate, and the first one's as the champion."""
+    """Return evaluation_records.parquet with the second run's candidate, and the first one's as the champion."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -159,7 +159,7 @@ def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
 
 
 def _rows(records: "pa.Table") -> dict[Key, int]:
-    """Where each record stands, by what it asks and what it expects."""
+    """Return the row of each record, by its id, prompt and reference."""
     texts = [
         records.column(name).to_pylist() if name in records.column_names else [""] * len(records)
         for name in ("id", "prompt", "reference")
