@@ -36,43 +36,45 @@ SAMPLE = 256
 LARGEST_BYTES = 200_000_000
 """Data beyond this is not read twice for an estimate."""
 OVERHEAD = 1.4
-"""What a step of a training takes beyond its layers' own passes: padding, the optimizer, the exchange of gradients, and
-workers that share one machine's memory and caches. Measured on the example with and without fast bfloat16."""
-# Seconds that do not depend on the data: servers, processes, imports and the model, measured with the example.
+"""Ratio of a training step's time to that of the layers' forward and backward passes: padding, the optimizer, reducing
+gradients, and workers that share a machine's memory and caches. Measured on the example with and without fast bfloat16.
+"""
+# Seconds that do not depend on the data: starting servers and processes, imports, loading the model. Measured with the
+# example.
 START_S, START_TRAINING_S, START_EVALUATION_S = 7.0, 18.0, 4.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do, in means of its records."""
+    """The work of a run: numbers of records, and mean lengths."""
 
     train_records: int
     eval_records: int
     length: float
-    """Tokens of a record."""
+    """Mean number of tokens per record."""
     answers: float
-    """Labelled tokens of a record."""
+    """Mean number of labelled tokens per record."""
     new_tokens: int
-    """Of the longest answer that is generated."""
+    """Tokens of the longest answer that is generated."""
     computed: float = 1.0
-    """Share of its tokens that a training computes: less than all where records are packed."""
+    """Share of the tokens that training computes: less than 1 where records are packed, as they share a prefix."""
 
     def train_tokens(self, train: TrainConfig) -> float:
-        """Of the whole training."""
+        """Tokens of the whole training, over all its steps."""
         steps = math.ceil(self.train_records / train.batch_size) * train.epochs
         return min(steps, train.max_steps or steps) * train.batch_size * self.length
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a run without a champion, whose evaluation compares two models."""
+    """Estimated times of a run without a champion, whose evaluation therefore compares only base and candidate."""
 
     tokens_per_s: float
-    """While training, all workers together."""
+    """Tokens per second in training, summed over all workers."""
     train_s: float
     evaluate_s: float
     run_s: float
-    """All of it, once the packages are installed."""
+    """Seconds of the whole run, not counting the installation of packages."""
 
 
 def main() -> None:
@@ -97,8 +99,8 @@ def main() -> None:
 
 
 def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict[str, Any]:
-    """The processor, what it multiplies in and the estimate; with a reason in place of what cannot be known."""
-    from ray_jobs.planning import pace  # which imports for seconds what converting a base does not need
+    """The processor, its matmul dtype and the estimate; unknown values are None, and `unknown_because` says why."""
+    from ray_jobs.planning import pace  # its imports take seconds, and converting a base does not need them
 
     cpu = this_cpu()
     body: dict[str, Any] = {
@@ -119,7 +121,7 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
         work, body["unknown_because"] = None, str(exc)
     try:
         found = pace.measure(config, base, _mean_batch(config, work))
-    except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # no condition of a run
+    except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as exc:  # a run does not need an estimate
         return {**body, "unknown_because": str(exc)}
     speed = tokens_per_s(config, found, cpu, work.computed if work else 1.0)
     body |= {"matmul_dtype": found.kernels.dtype, "tokens_per_s": speed}
@@ -127,10 +129,10 @@ def estimated(config: RunConfig, base: "PretrainedConfig | None" = None) -> dict
 
 
 def counted(config: RunConfig) -> Work:
-    """The run's records, and the tokens of some of them.
+    """Count the run's records, and tokenize a sample of them.
 
     Raises:
-        UserError: the data cannot be used, or lie where an estimate does not read them.
+        UserError: the data cannot be used, are in S3, or are too large for an estimate.
     """
     named = [config.data.source] if isinstance(config.data.source, str) else config.data.source
     if any(source.startswith("s3://") for source in named):
@@ -142,7 +144,7 @@ def counted(config: RunConfig) -> Work:
     with preview(config, sources) as (_, split):
         train, evaluation = split.train.head(SAMPLE), split.evaluation.head(SAMPLE)
     chat = chat_format.load(base_model.Base(config.model.base, path, {}), config.model)
-    # Records lie in the order of a hash, so the first are as good a sample as any.
+    # Records are sorted by a hash, so the first ones are a random sample.
     sample = tokenize(train, chat, config.model.max_length, config.data.loss_on)
     held_out = tokenize(evaluation, chat, config.model.max_length)
     return Work(
@@ -156,13 +158,14 @@ def counted(config: RunConfig) -> Work:
 
 
 def estimate_of(config: RunConfig, work: Work, found: "Pace", cpu: Cpu) -> Estimate:
-    """The estimate as plain arithmetic."""
+    """Compute the estimate from the amount of work and the measured pace."""
     train, evaluate = config.train, config.evaluate
     at_once, speed = _at_once(config, cpu), tokens_per_s(config, found, cpu, work.computed)
     measured = (train.evals_per_epoch * train.epochs + 1) * min(train.eval_records, work.eval_records) * work.length
     train_s = work.train_tokens(train) / speed + measured * found.read_s / at_once
     records = min(evaluate.records, work.eval_records)
-    # The base reads each prompt with its answer once and to answer it once; the candidate once more behind another's.
+    # The base reads each record twice: to score its answer and to generate one. The candidate reads it a third time, to
+    # score the answer behind another record's prompt.
     read = 5 * records * work.length * found.read_s / at_once
     batches = (
         math.ceil(math.ceil(records / config.ray.min_workers) / evaluate.batch_size) * config.ray.min_workers / at_once
@@ -177,17 +180,17 @@ def estimate_of(config: RunConfig, work: Work, found: "Pace", cpu: Cpu) -> Estim
 
 
 def tokens_per_s(config: RunConfig, found: "Pace", cpu: Cpu, computed: float) -> float:
-    """Of all workers together, while they train and compute that share of their records' tokens."""
+    """Training tokens per second, summed over all workers; `computed` is `Work.computed`."""
     return _at_once(config, cpu) / (OVERHEAD * found.train_s * computed)
 
 
 def _at_once(config: RunConfig, cpu: Cpu) -> float:
-    """Workers that really run at once: more than there are cores for share them."""
+    """Number of workers that effectively run in parallel: workers beyond the number of cores share them."""
     return min(config.ray.min_workers, max(1.0, cpu.cores / config.ray.cpus_per_worker))
 
 
 def _mean_batch(config: RunConfig, work: Work | None) -> "MeanBatch":
-    """What is read at once; without the records, as long ones as there may be."""
+    """The mean micro-batch of the run; without known records, of records with model.max_length tokens."""
     from ray_jobs.planning.pace import MeanBatch
 
     length, answers = (work.length, work.answers) if work else (config.model.max_length, config.model.max_length)
@@ -196,7 +199,7 @@ def _mean_batch(config: RunConfig, work: Work | None) -> "MeanBatch":
 
 
 def _computed(config: RunConfig, sample: TokenizedSplit) -> float:
-    """Of the sample's tokens, the share that passes of like lengths would compute."""
+    """Share of the sample's tokens that is computed when records of similar length are packed; 1 without packing."""
     base = base_config.read(config.model)
     kernel = attention.choose(base, config.model.attention, use_gpu=False)
     longest = int(sample.lengths.max(initial=0))

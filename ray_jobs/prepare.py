@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 STEP = "prepare"
 BLOCK_BYTES = 4 * 2**20
-"""Of rows that one task validates, about: of one large file many tasks make their part."""
+"""Approximate size of the blocks of rows that tasks validate: one large file is split into many blocks."""
 MOST_READERS = 256
-"""Tasks that the files are shared out among."""
+"""Maximum number of tasks that read files."""
 OF_READING, OF_VALIDATING = 0.25, 0.75
-"""CPUs of a task. Tasks that ask for the same are made one by Ray Data, which would leave one large file to one CPU;
-together they fit where there is but one."""
+"""CPUs that a reading task and a validating task request. The two differ because Ray Data fuses operators with equal
+requests, which would leave a large file to one CPU. Together they fit on one CPU."""
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def prepare_run(config: RunConfig, *, run_id: str, is_decided: bool = False) -> None:
-    """Do what the prepare step does, and leave its result in runs/<run_id>/prepared.json.
+    """Run the prepare step, and write its result to runs/<run_id>/prepared.json.
 
     Raises:
         FineloopError: as `components.prepare.prepare.prepare_if_new`.
@@ -74,14 +74,14 @@ def prepare(config: RunConfig, store: Store) -> PreparedDataset:
 
 
 def reader_of(config: RunConfig) -> Reader:
-    """What reads for this config."""
+    """The reader for `data.engine`: Ray Data, or this process."""
     return read_on_ray if config.data.engine == "ray" else read_here
 
 
 def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
-    """The reader that is the cluster of this driver, by Ray Data.
+    """Read and validate the sources with Ray Data, on the cluster of this driver.
 
-    A task that is lost with its worker is done again from the same file: what it gives does not depend on who does it.
+    A task that is lost with its worker is retried from the same file: its result does not depend on the worker.
     """
     entry.connect()
     import ray.data
@@ -109,7 +109,7 @@ def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
 
 
 def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
-    """The rows of some sources as they were read, some at a time, each time with the source and its place."""
+    """Read some sources, and yield their raw rows in portions, each with its source and the source's index."""
     placed = block["item"].to_pylist()
     with _errors_as_items() as failed, nothing_old_collected():
         for number, rows in rows_of([source for _, source in placed], rules):
@@ -118,7 +118,7 @@ def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
 
 
 def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
-    """What became of rows as they were read."""
+    """Validate raw rows, and yield a Batch for each portion; errors are passed on."""
     with _errors_as_items() as failed, nothing_old_collected():
         validation = rules.validation()
         for found in block["item"].to_pylist():
@@ -132,8 +132,8 @@ def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
 
 @contextlib.contextmanager
 def _errors_as_items() -> Iterator[list["pa.Table"]]:
-    """Puts an error of ours where the result of the rest would be: raised there, Ray would put it into one of its own,
-    and the first to fail would be named, not the first in order."""
+    """Turn a FineloopError in the body into a last item of the results. If it were raised, Ray would wrap it in its own
+    exception, and report the first task to fail instead of the first in order."""
     failed: list[pa.Table] = []
     try:
         yield failed
@@ -142,7 +142,7 @@ def _errors_as_items() -> Iterator[list["pa.Table"]]:
 
 
 def _block(*items: object) -> "pa.Table":
-    """What Ray Data hands on, with these objects as its rows."""
+    """An Arrow table whose rows are these objects, as Ray Data passes them between tasks."""
     import pyarrow as pa
     from ray.data.extensions import ArrowPythonObjectArray
 

@@ -1,7 +1,8 @@
-"""On-policy replay (arXiv:2605.29495): production answers earlier prompts, and what it answers rightly is trained on.
+"""On-policy replay (arXiv:2605.29495): the production version answers earlier prompts, and its correct answers are
+trained on.
 
-A training keeps closer to the model that it replaces by that model's own words than by another's; wrong ones are worse
-than none. The answers make a dataset of their own, so that a version's lineage names what it was trained on.
+Training on a model's own words keeps the new model closer to it than training on another's words; wrong answers are
+worse than none. The answers form a new dataset, so that a version's lineage names what it was trained on.
 """
 
 import hashlib
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 FORMAT = 1
-"""Of what is kept of a version's answers: whoever changes how they are made counts on."""
+"""Version number of the stored answers: increment it when the way that they are made changes."""
 
 
 def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
-    """Address of the dataset to train on: the prepared one, or one with production's answers where it has records for
-    production to answer. A run that goes on takes what it took before.
+    """URI of the dataset to train on: the prepared one, or, where that has replay records, a new one with production's
+    answers to them. A resumed run uses the same dataset as before.
 
     Raises:
         UserError: the version in production cannot be run.
@@ -63,7 +64,7 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
     key = _answers_key(config, store, dataset_uri, version)
     if (known := store.read(key)) is not None:
         found = Replayed.from_json(known[0], store.uri(key))
-        with suppress(ObjectMissing):  # the collector may have taken the answers, and left what names them
+        with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
             folders.read_manifest(store, _key(store, found.dataset_uri))
             log(f"{found.version or 'nobody'} has answered these records before")
             return found
@@ -93,7 +94,7 @@ def _nothing_right(config: RunConfig, version: str) -> str:
 def _answered(
     config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
 ) -> list[Record]:
-    """The records that the version answers rightly, with its answers; a call of tools stays as the record has it."""
+    """The records that the version answers correctly, with its answers; records with tool calls keep their own."""
     import ray
 
     from ray_jobs.planning.sharing import is_shared
@@ -122,7 +123,7 @@ def _answered(
 
 
 def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> str:
-    """Address of a dataset like that one, whose training records end with these."""
+    """Publish a copy of the dataset with `answered` appended to its training records; returns its URI."""
     key = _key(store, dataset_uri)
     with tempfile.TemporaryDirectory(prefix="fineloop-replay-") as folder:
         rejects = Path(folder, REJECTS)
@@ -143,7 +144,7 @@ def _batches(some: Iterable[Sequence[Record]]) -> "Iterator[pa.RecordBatch]":
 
 
 def _columns(store: Store, dataset_uri: str) -> set[str]:
-    """Those of NOT_ALWAYS that any record of the dataset needs."""
+    """The optional columns and fields (NOT_ALWAYS) that at least one record of the dataset needs."""
     found: set[str] = set()
     for split in ("train", "eval", "replay"):
         for some in read_split(store, dataset_uri, split):
@@ -152,7 +153,7 @@ def _columns(store: Store, dataset_uri: str) -> set[str]:
 
 
 def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
-    """Where it is kept what the version answered; beside the prepared records, and gone with them."""
+    """Key in the store of the version's answers: inside the prepared dataset's folder, so it is deleted with it."""
     data, longest = config.data, config.evaluate.max_new_tokens
     how = [FORMAT, version, data.replay_metric, data.replay_least, longest]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]

@@ -57,8 +57,8 @@ print(json.dumps({"imported": imported, "loaded": sorted(sys.modules)}))
 
 @dataclass(frozen=True)
 class Imported:
-    """What a new process imported of a package, every top-level module it has then loaded, and what jobs told of
-    themselves before."""
+    """What a new process imported of a package, every top-level module it has then loaded, and what jobs' `--help`
+    printed before."""
 
     modules: set[str]
     loaded: set[str]
@@ -75,9 +75,9 @@ def import_all(package: str, *jobs: str) -> Imported:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    printed, _, last = done.stdout.rstrip("\n").rpartition("\n")
     found = json.loads(last)
-    return Imported(set(found["imported"]), {name.partition(".")[0] for name in found["loaded"]}, told)
+    return Imported(set(found["imported"]), {name.partition(".")[0] for name in found["loaded"]}, printed)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,18 @@ def test_no_file_is_long() -> None:
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()
     }
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_every_docstring_names_what_it_describes() -> None:
+    """A fragment such as "Of the sweep" below `run_id` can be read only with the line above it."""
+    starts = re.compile(r"(Of|Those|Whose|And|So many|As many|What of)\b")
+    found = {
+        f"{path.relative_to(ROOT)}:{node.lineno}": node.value.value.partition("\n")[0]
+        for path in python_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    assert {place: line for place, line in found.items() if starts.match(line)} == {}
 
 
 def test_no_file_is_named_after_nothing() -> None:

@@ -47,23 +47,23 @@ PLACEHOLDERS = {
     "203.0.113.10": "the address of your store, in s3.yaml",
     "000000000000": "your AWS account, in account/kustomization.yaml",
 }
-"""What stands in the committed overlays for something of yours, by reserved names, and what it is."""
+"""Placeholders in the committed overlays, all of them reserved names, and what to put in their place."""
 
 
 def policies_of(overlay: str) -> tuple[Policy, ...]:
-    """Those that hold for an overlay: a laptop's images come from no registry, nor a team's on one."""
+    """The policies of an overlay. Images of `kind` and of `team` on it come from no registry and need no digest."""
     return POLICIES if overlay in ("kind", "team") else (*POLICIES, pods.images_have_a_digest)
 
 
 def violations(manifests: list[Manifest], policies: Iterable[Policy]) -> Iterator[str]:
-    """What the manifests do that policies forbid, each with the policy's name."""
+    """Yield what the manifests do that policies forbid, each with the policy's name."""
     for policy in policies:
         for found in policy(manifests):
             yield f"{policy.__name__}: {found}"
 
 
 def placeholders(manifests: list[Manifest]) -> Iterator[str]:
-    """What is not filled in yet."""
+    """The placeholders that are not filled in yet."""
     for manifest in manifests:
         text = repr(manifest)
         for placeholder, meaning in PLACEHOLDERS.items():
@@ -73,7 +73,7 @@ def placeholders(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print what is wrong; 1 when something is."""
+    """Print what is wrong; return 1 if anything is."""
     parser = argparse.ArgumentParser(prog="python -m infra.checks", description=__doc__)
     parser.add_argument("overlay", choices=sorted(folder.name for folder in (INFRA / "overlays").iterdir()))
     overlay = parser.parse_args().overlay

@@ -72,10 +72,10 @@ def _rendered(folder: str) -> list[Manifest]:
 
 
 def of_kind(manifests: Iterable[Manifest], *kinds: str) -> Iterator[Manifest]:
-    """Those of some kinds."""
+    """The manifests of some kinds."""
     return (manifest for manifest in manifests if manifest["kind"] in kinds)
 
 
 def title(manifest: Manifest) -> str:
-    """What to call it in a message."""
+    """The name of a manifest in messages."""
     return f"{manifest['kind']}/{manifest['metadata'].get('name', '?')}"

@@ -17,29 +17,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NEEDED = "sentencepiece"
-"""A package that llama.cpp's script imports when it comes to the vocabulary, minutes after its start."""
+"""A package that llama.cpp's script imports only when it converts the vocabulary, minutes after its start."""
 CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
-"""In a checkout of llama.cpp, and where its pyproject.toml has been installed."""
+"""Names of the converter: the script in a checkout of llama.cpp, and the command that its pyproject.toml installs."""
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 MAX_DIFFERENCE = 1e-6
-"""Of a tensor's largest value: what float32's rounding leaves where a converter stores 1 + w for w."""
-LOG_TAIL = 12  # lines of a converter that failed
+"""Largest tolerated difference, as a share of a tensor's largest absolute value (at least 1): float32's rounding error
+where a converter stores 1 + w in place of w."""
+LOG_TAIL = 12  # lines of output shown from a converter that failed
 ADDS_BOS = "tokenizer.ggml.add_bos_token"
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """How the tensors of a file were found beside those that it was made from."""
+    """Result of comparing the tensors of a file with those of the model that it was made from."""
 
     compared: int
     max_abs_difference: float
 
 
 def converter(named: Path | None) -> list[str]:
-    """The command of the converter that was named, or of the first on PATH.
+    """The command line of the converter `named`; with None, of the first one found on PATH.
 
     Raises:
-        UserError: there is none, or it would not run here.
+        UserError: there is no converter, or it cannot run here.
     """
     if named is None:
         found = next((Path(path) for name in CONVERTERS if (path := shutil.which(name))), None)
@@ -57,11 +58,11 @@ def converter(named: Path | None) -> list[str]:
         return [str(found)]
     if importlib.util.find_spec(NEEDED) is None:
         raise UserError(f"{found.name} needs {NEEDED}, which is not installed here: pip install {NEEDED}")
-    return [sys.executable, str(found)]  # a script gets this Python, which has torch and transformers; else its own
+    return [sys.executable, str(found)]  # run a script with this Python, which has torch and transformers
 
 
 def convert(command: list[str], model: Path, file: Path, *, dtype: str, name: str) -> None:
-    """Write the transformers folder `model` as `file`, its matrices as `dtype`.
+    """Convert the transformers folder `model` to the GGUF `file`, with matrices stored in `dtype`.
 
     Raises:
         FineloopError: the converter failed, or wrote nothing.
@@ -74,10 +75,10 @@ def convert(command: list[str], model: Path, file: Path, *, dtype: str, name: st
 
 
 def fill(model: "PreTrainedModel", file: Path) -> Tensors:
-    """Give the model, which the file was made from, the file's tensors, after comparing them with its own.
+    """Compare the file's tensors with those of the model that it was made from, then load them into the model.
 
     Raises:
-        FineloopError: one lacks, has another shape, or differs by more than the file's type makes it.
+        FineloopError: a tensor is missing, has another shape, or differs by more than MAX_DIFFERENCE.
         UserError: transformers cannot read a GGUF of such a model.
     """
     import torch
@@ -98,7 +99,7 @@ def fill(model: "PreTrainedModel", file: Path) -> Tensors:
 
 
 def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
-    """The file's tensors in float32, by the model's names."""
+    """The file's tensors in float32, keyed by the model's parameter names."""
     import torch
     from transformers import GgufConfig
 
@@ -114,7 +115,10 @@ def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
 
 
 def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, context: int) -> list[str]:
-    """Write Ollama's Modelfile beside the GGUF; returns warnings of what it cannot say. `context` is in tokens."""
+    """Write Ollama's Modelfile beside the GGUF; `context` is in tokens.
+
+    Returns warnings about what a Modelfile cannot express.
+    """
     tokenizer = chat.tokenizer
     bos = tokenizer.bos_token if _adds_bos(file, chat) else None
     joints = ollama.joints(chat.prompt, bos or "")
@@ -135,8 +139,8 @@ def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, conte
 
 
 def _adds_bos(file: Path, chat: ChatFormat) -> bool:
-    """Whether llama.cpp puts the beginning-of-sequence token before a text; where the file does not say, it does as the
-    tokenizer does."""
+    """Whether llama.cpp prepends the beginning-of-sequence token to a text; where the file does not say, it follows the
+    tokenizer."""
     from gguf import GGUFReader
 
     field = GGUFReader(file).get_field(ADDS_BOS)

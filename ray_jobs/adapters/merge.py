@@ -1,7 +1,7 @@
-"""Merging an adapter into dense weights, and measuring whether two models say the same.
+"""Merging an adapter into dense weights, and measuring whether two models give the same predictions.
 
 A 4-bit or int8 base cannot take an update without being rounded again, and peft's merge into one is wrong on CPU. So
-the update goes into the weights that the adapter was trained on, dequantised: W' = dequantise(Q), in float32.
+the update is added to the weights that the adapter was trained on, dequantised: W' = dequantise(Q), in float32.
 
 Shapes: T tokens of a row, V entries of the vocabulary.
 """
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 MIN_ARGMAX_AGREEMENT = 0.999
 MAX_MEAN_KL_NATS = 1e-6
-"""What the order of additions in float32 may change; measured on SmolLM2-135M it is below 1e-9."""
+"""Largest mean KL divergence that the summation order in float32 may cause; on SmolLM2-135M it is below 1e-9."""
 MOST_ROUNDED_AWAY = 0.1
-"""Of what an adapter changes: rounding that moves the model by more is warned of."""
+"""Ratio of two mean KL divergences, rounding's effect to the adapter's effect on its base: above it, users are warned.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,18 @@ class Agreement:
 
     positions: int
     argmax_agreement: float
-    """Share of positions at which both find the same token likeliest."""
+    """Share of positions at which both models rank the same token first."""
     max_abs_logit_difference: float
     mean_kl_nats: float
     """Mean of KL(reference || other)."""
 
     @property
     def is_same(self) -> bool:
-        """Whether the two differ in the order of additions alone."""
+        """Whether the two models agree up to float32's rounding."""
         return self.argmax_agreement >= MIN_ARGMAX_AGREEMENT and self.mean_kl_nats <= MAX_MEAN_KL_NATS
 
     def summary(self) -> str:
-        """The figures in a line."""
+        """The figures as one line of text."""
         return (
             f"{self.argmax_agreement:.2%} of {self.positions} positions agree, largest logit difference "
             f"{self.max_abs_logit_difference:.2g}, mean KL {self.mean_kl_nats:.2g} nats"
@@ -73,10 +74,10 @@ def agreement(reference: Iterable["torch.Tensor"], other: Iterable["torch.Tensor
 
 
 def require_same(found: Agreement, what: str) -> None:
-    """Refuse a model that does not say what the adapter on its base says.
+    """Require that a model predicts the same as the adapter on its base.
 
     Raises:
-        FineloopError: it differs by more than float32's rounding.
+        FineloopError: they differ by more than float32's rounding.
     """
     if not found.is_same:
         raise FineloopError(
@@ -86,7 +87,7 @@ def require_same(found: Agreement, what: str) -> None:
 
 
 def rounding_warnings(dtype: str, rounded: Agreement, effect: Agreement) -> list[str]:
-    """What to say where rounding the weights takes much of what the adapter changes, its `effect` on the base."""
+    """Warnings where rounding the weights undoes much of the adapter's `effect` on the base; empty otherwise."""
     lost, moved = rounded.mean_kl_nats, effect.mean_kl_nats
     if lost <= MOST_ROUNDED_AWAY * moved:
         return []
@@ -98,7 +99,7 @@ def rounding_warnings(dtype: str, rounded: Agreement, effect: Agreement) -> list
 
 
 def dequantise_into(dense: "PreTrainedModel", quantised: "PreTrainedModel") -> None:
-    """Give a dense model of the same architecture the weights that the quantised one computes with, exactly."""
+    """Copy the quantised model's dequantised weights, exactly, into a dense model of the same architecture."""
     import torch
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
@@ -112,7 +113,7 @@ def dequantise_into(dense: "PreTrainedModel", quantised: "PreTrainedModel") -> N
 
 
 def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
-    """A dense model in float32 of the weights that a quantised one computes with, for a base that is no other way."""
+    """A dense float32 model with the dequantised weights of a base that only exists quantised."""
     import copy
 
     import torch
@@ -129,7 +130,7 @@ def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def merge(adapted: "PeftModel") -> "PreTrainedModel":
-    """The dense base with the adapter's update in its weights, layer by layer and in place.
+    """Merge the adapter's update into the weights of its dense base, layer by layer and in place; returns the base.
 
     Raises:
         FineloopError: a merged weight is not finite.
@@ -142,7 +143,7 @@ def merge(adapted: "PeftModel") -> "PreTrainedModel":
 
 
 def vocabulary_rows(vocab_size: int, *, count: int, length: int) -> Sequence["torch.Tensor"]:
-    """Rows of random token ids, the same every time: what is left to compare on when the data is gone."""
+    """Rows of random token ids, the same on every call: inputs to compare models on when the data is gone."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -44,27 +44,27 @@ logger = logging.getLogger(__name__)
 CHOSEN = "chosen.json"
 FORMAT = 1  # of chosen.json
 COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
-"""Of the original: tokenizer, chat template, code where it has any."""
+"""Suffixes of the files that are copied from the original base: tokenizer, chat template, and code if it has any."""
 
 
 class Start(Protocol):
-    """How adapters of one `method.init` begin, where that is not as the base alone."""
+    """How adapters of one `method.init` are initialised together with a base of their own."""
 
     def check(self, config: RunConfig, original: Base) -> None:
-        """Refuse an original that no such base can be made of, without reading its weights."""
+        """Refuse an original base that no such base can be made from, without reading its weights."""
 
     def made_from(self, method: MethodConfig, original: Base) -> Mapping[str, Any]:
-        """All that base and first weights depend on, as JSON values; the base is named after it."""
+        """Everything that the base and the first weights depend on, as JSON values; the base's id is its hash."""
 
     def compute(
         self, config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
     ) -> Any:
-        """Compute the base on all workers; rank 0 has the result. Raises ConfigError on all of them or on none."""
+        """Compute the base on all workers; rank 0 gets the result. Raises ConfigError on all workers or on none."""
 
     def write(self, config: RunConfig, original: Base, computed: Any, folder: Path, init_path: Path) -> dict[str, Any]:
-        """Write the model to `folder` and the first weights to `init_path`, on rank 0; gives what was measured.
+        """Write the model to `folder` and the first weights to `init_path`, on rank 0; returns what was measured.
 
-        What else the original's folder holds, as its tokenizer, is put beside it.
+        The caller copies the other files of the original's folder, such as its tokenizer.
 
         Raises:
             ConfigError: the base is no better than the original.
@@ -84,7 +84,7 @@ def is_needed(method: MethodConfig) -> bool:
 
 
 def check(config: RunConfig, original: Base) -> None:
-    """What can be said before any worker is started.
+    """Check what can be checked before any worker is started.
 
     Raises:
         ConfigError: `method.init` makes no base of the original.
@@ -96,8 +96,8 @@ def check(config: RunConfig, original: Base) -> None:
 def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
     """The base to train on.
 
-    Where the store does not have it yet, all workers make it together: with several, every one of them must call
-    this, in an initialised process group, and before anything (as ZeRO-3 does) changes how models are loaded.
+    Where the store does not have it yet, all workers make it together. With several workers, every one of them must
+    call this in an initialised process group, and before anything, such as ZeRO-3, changes how models are loaded.
 
     Raises:
         ConfigError: no such base can be made of the original.
@@ -123,7 +123,7 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
 
 
 def find(config: RunConfig, original: Base, store: Store) -> Base:
-    """The base that an adapter of this config was trained on, brought into the cache and every byte verified.
+    """The base that an adapter of this config was trained on, pulled into the cache with every byte verified.
 
     Raises:
         ObjectMissing: it was never made.
@@ -147,8 +147,8 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
 
 
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
-    """Give a fresh adapter on `base` its first weights, where those are not peft's own: B A as made, whatever the
-    scaling is."""
+    """Set the first weights of a fresh adapter on `base`, where they are not peft's own. The scaled product s B A is
+    the one that was computed with the base, whatever the scaling s is."""
     import torch
     from safetensors import safe_open
 
@@ -164,7 +164,8 @@ def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
 
 
 def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
-    """For the lineage: how the base was made, what that gained and which bytes it has; nothing for the original."""
+    """What the lineage records of the base: how it was made, what that gained, and its sha256; empty for an original
+    base."""
     init = config.method.row.init
     if init not in OWN_BASE:
         return {}
@@ -173,13 +174,14 @@ def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
 
 
 def folder_key(method: MethodConfig, original: Base) -> str:
-    """Where the base of this method's own lies in the store: all that it depends on is in the name, no more."""
+    """Key in the store of this method's own base: a hash of exactly what the base depends on."""
     made_from = start_of(method.row.init).made_from(method, original)
     return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
 
 
 def _chosen(store: Store, key: str) -> tuple[str, str] | None:
-    """The folder that stands for the base, and its manifest's sha256; None where it was never made."""
+    """The folder in the store that all adapters use as the base, and its manifest's sha256; None where it was never
+    made."""
     found = store.read(f"{key}/{CHOSEN}")
     if found is None:
         manifest = folders.find_manifest(store, key)
@@ -230,7 +232,7 @@ def _from_rank_0(value: Any, group: "ProcessGroup | None") -> Any:
 
 @contextlib.contextmanager
 def _gloo_group(num_workers: int) -> Iterator["ProcessGroup | None"]:
-    """All workers, over the CPU whatever training uses, since Python objects pass; None for a single one."""
+    """A gloo process group of all workers, for broadcasting Python objects; None for a single worker."""
     import torch.distributed as dist
 
     if num_workers == 1:

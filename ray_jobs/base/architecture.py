@@ -1,7 +1,7 @@
-"""Which of transformers' classes a base is: one that reads text from left to right, and writes it.
+"""Which transformers class loads a base: always one that generates text causally, from left to right.
 
-Most are causal language models. A few, such as Mistral 3 and Qwen3-VL, transformers has only as models that take
-images: without an image they are language models too.
+Most bases are causal language models. For a few, such as Mistral 3 and Qwen3-VL, transformers has only classes that
+also take images: without an image these are language models too.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,23 +13,24 @@ if TYPE_CHECKING:
 
 
 def auto_class(base: "PretrainedConfig") -> Any:
-    """Of transformers' Auto classes, the one that makes and loads the base."""
+    """The transformers Auto class that creates and loads the base."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if _is_known_by_images_alone(base) else AutoModelForCausalLM
 
 
 def from_config(config: "PretrainedConfig", **how: Any) -> Any:
-    """A model of this shape with weights of its own; by the base's code where that made the config, which was allowed.
+    """A model with this config and new weights.
 
-    Left to itself, transformers would ask on the terminal.
+    Where the config comes from the base's own code, the user has allowed that code, so the model may use it too:
+    without `trust_remote_code` transformers would ask on the terminal.
     """
     allowed = type(config).__module__.startswith("transformers_modules.")
     return auto_class(config).from_config(config, trust_remote_code=allowed, **how)
 
 
 def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
-    """The class that the base is loaded as; None for one that it brings itself."""
+    """The transformers class that the base is loaded as; None where the base brings its own class."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if _is_known_by_images_alone(base) else MODEL_FOR_CAUSAL_LM_MAPPING
@@ -37,9 +38,9 @@ def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
 
 
 def read_by_the_model(base: "PretrainedConfig") -> tuple[str, ...]:
-    """Linear layers, by the last part of their names, whose weights the model itself reads and clamps while it trains.
+    """Last parts of the names of linear layers whose weights the model reads and clamps by itself during training.
 
-    An adapter around one would take no part in that, and packed into few bits its weight would be damaged
+    An adapter around such a layer would be bypassed, and clamping would damage a quantised weight
     (transformers 5.24, modeling_gemma3n.py, Gemma3nTextAltUp).
     """
     is_gemma_3n = base.get_text_config().model_type == "gemma3n_text"
@@ -47,7 +48,7 @@ def read_by_the_model(base: "PretrainedConfig") -> tuple[str, ...]:
 
 
 def require_causal(base: "PretrainedConfig", *, reference: str) -> None:
-    """Raises ConfigError for a base that writes no text, sees what it is to write, or looks at padding."""
+    """Raise ConfigError for a base that generates no text, attends to later tokens, or attends to padding."""
     if base.model_type == "doge":
         raise ConfigError(
             f"model.base {reference} is of the type doge, which chooses the tokens that it looks at, padding among "
@@ -68,7 +69,7 @@ def _is_known_by_images_alone(base: "PretrainedConfig") -> bool:
 
 
 def _sees_ahead(base: "PretrainedConfig") -> bool:
-    """Whether it is an encoder, or has one: transformers has a causal class for those too."""
+    """Whether the base is an encoder, or has one: transformers has causal classes for those too."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     is_encoder = type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)

@@ -1,13 +1,13 @@
-"""How a base computes attention: what `model.attention` asks for, what the base's code knows, what the worker runs on.
+"""Choosing a base's attention kernel from `model.attention`, what the base's code supports, and the worker's device.
 
 sdpa_float32        PyTorch's fused kernel in float32, for CPU workers
 sdpa_records        the same kernel in the base's dtype, for GPU workers
-sdpa                that one as transformers ships it, for bases that take no other
-flash_attention_2   the flash-attn package's, on GPUs
-eager               the formula written out, which every base knows
+sdpa                the same kernel as transformers ships it, for bases that take no other kernels
+flash_attention_2   the kernel of the flash-attn package, on GPUs
+eager               the formula written out, which every base supports
 
 On CPU the backward pass of the fused bfloat16 kernel is two and a half times slower than the float32 one at the lengths
-of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise. The first two know of the
+of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise. The first two handle the
 records of a packed row: see `packed`.
 """
 
@@ -28,18 +28,19 @@ FLOAT32 = "sdpa_float32"
 RECORDS = "sdpa_records"
 FLASH = "flash_attention_2"
 MOST_TOKENS = 8192
-"""Of a packed row: a kernel that does not know of records gets a mask of the row's length squared."""
+"""Maximum length of a packed row: kernels that do not handle records need a mask of the row's length squared."""
 REHEARSED = "rehearsed_"
-"""Begins the name of a kernel that a plan runs on no device, without its mask."""
+"""Prefix of the names of kernels that a plan runs on fake tensors, without a mask."""
 
 
 def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str | None:
-    """What to load the base with, as transformers spells it; None leaves it to a base that brings its own code.
+    """The attention implementation to load the base with, as transformers spells it; None leaves the choice to a base
+    that brings its own code.
 
-    `wanted` is model.attention. A CPU has no flash attention: what was trained with it runs there as with auto.
+    `wanted` is model.attention. CPUs have no flash attention: there it means the same as auto.
 
     Raises:
-        ConfigError: the base does not know what is wanted, or flash-attn is not installed.
+        ConfigError: the base does not support what is wanted, or flash-attn is not installed.
     """
     if wanted == "eager":
         return "eager"
@@ -59,9 +60,9 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
 
 
 def for_text(base: "PretrainedConfig", chosen: str | None) -> str | dict[str, str] | None:
-    """What `choose` gave, as `attn_implementation` takes it: for what reads and writes text alone.
+    """The result of `choose` as a value for `attn_implementation` that applies to the text model alone.
 
-    A tower that sees or hears keeps its own, as Gemma 4's for sound knows no fused kernel.
+    Vision and audio towers keep their own implementation: Gemma 4's audio tower, for example, supports no fused kernel.
     """
     text = base.get_text_config()
     if chosen is None or text is base:
@@ -76,10 +77,10 @@ def takes_kernels(base: "PretrainedConfig") -> bool:
 
 
 def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
-    """Whether a token looks at every token before it, by keys and values that stay as they are, and at nothing else:
-    no windows, chunks or recurrent states, no picture between them, and no turning by the length of the whole text.
+    """Whether each token attends to exactly the tokens before it, through keys and values that never change: no sliding
+    windows, chunks or recurrent states, no images in between, no rotary embedding that depends on the text's length.
 
-    A text of `within` tokens sees nothing of a window or a chunk that holds as many.
+    A window or chunk of at least `within` tokens does not count, as it hides nothing in texts of that length.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -88,7 +89,7 @@ def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
         return False
     if (getattr(base, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
         return False
-    # Llama 4's queries grow with their place in the row, by steps of so many tokens.
+    # Llama 4 scales queries by their position in the row, in steps of `floor_scale` tokens.
     if getattr(base, "attn_temperature_tuning", False) and base.floor_scale < MOST_TOKENS:
         return False
     layers = DynamicCache(config=base).layers
@@ -98,13 +99,13 @@ def looks_at_all_before(base: "PretrainedConfig", within: int = 0) -> bool:
 
 
 def is_float32(config: "PretrainedConfig") -> bool:
-    """Whether a model's attention is the float32 kernel, or a rehearsal of it."""
+    """Whether a model uses the float32 attention kernel, or its rehearsed variant."""
     name: str = config._attn_implementation
     return name.removeprefix(REHEARSED) == FLOAT32
 
 
 def register(name: str = FLOAT32) -> str:
-    """Make FLOAT32 or RECORDS known to transformers; returns the name to load a model with."""
+    """Register FLOAT32 or RECORDS with transformers; returns the name to load a model with."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -129,7 +130,7 @@ def register(name: str = FLOAT32) -> str:
 
 
 def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Packing") -> Any:
-    """Attention of `packed`'s row: (1, heads, T, D) each, to (1, T, heads, D)."""
+    """Attention over a packed row (see `packed`): query, key and value (1, heads, T, D), result (1, T, heads, D)."""
     q, k, v = (packing.apart(each[0].transpose(0, 1)) for each in (query, key, value))
     rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
     beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
@@ -137,7 +138,7 @@ def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Pack
 
 
 def _flash(model: "type[PreTrainedModel]") -> str:
-    # Of a class that names its own kernels transformers would fetch one of those, from the hub.
+    # For a class that lists its own compatible kernels, transformers would fetch one of them from the hub.
     own = model._compatible_flash_implementations
     if not model._supports_flash_attn or (own is not None and FLASH not in own):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The frozen base model: from a reference to files on this machine, to an immutable identity, to a model in memory.
 
 hub id               downloaded by huggingface_hub; identity is the commit
-local folder         used where it lies; identity is the sha256 of its files
+local folder         used in place; identity is the sha256 of its files
 s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of its files, which the registry remembers
 pkg://PACKAGE/FILE   converted once into the cache; identity is the sha256 of the GGUF
 """
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Weights are read from safetensors alone: a pickle can run code.
+# Weights are read only from safetensors: a pickle can run code.
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-IDENTITY = "identity.json"  # in the registry, of a base in S3
+IDENTITY = "identity.json"  # in the registry: the identity of a base in S3
 LISTING = "listing"
 HASHED_AT_ONCE = 4
-"""Files of a base, of which one core hashes 1.3 GB a second."""
-DIGESTS = "sha256.json"  # beside a converted base: what each of its files must hash to
+"""Number of a base's files that are hashed in parallel; one core hashes 1.3 GB per second."""
+DIGESTS = "sha256.json"  # beside a converted base: the sha256 of each of its files
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Base:
     path: Path
     """Folder in transformers' format, with safetensors weights."""
     identity: dict[str, str]
-    """What makes it this base and no other: kind, and a commit or sha256. Of a folder in S3 whose weights nobody has
-    read yet, `listing` is in place of sha256, and holds `resolve` to the same objects."""
+    """What identifies this base: its kind, and a commit or sha256. For a folder in S3 whose weights nobody has read,
+    `listing` replaces sha256, and `resolve` then accepts only the same objects."""
 
     @property
     def is_known(self) -> bool:
-        """Whether its identity says which bytes it has."""
+        """Whether the identity determines the base's bytes, that is, is not a mere listing."""
         return LISTING not in self.identity
 
 
@@ -69,18 +69,18 @@ def resolve(
     weights: bool = True,
     registry: Store | None = None,
 ) -> Base:
-    """Bring the base onto this machine. Safe to call from several processes at once; the second one finds it there.
+    """Download the base to this machine. Safe to call from several processes at once: later ones find it in the cache.
 
-    Without `weights` none are fetched from the hub or from S3. The identity of a folder in S3 is then the one that an
-    earlier reading left in `registry`, and each process that loads the weights verifies it; see `Base.is_known` for a
-    folder that was never read. With `weights`, the registry records what was read.
+    With `weights` false, no weights are fetched from the hub or from S3. The identity of a folder in S3 is then the one
+    that an earlier read left in `registry`, and each process that loads the weights verifies it; see `Base.is_known`
+    for a folder that was never read. With `weights` true, the registry records what was read.
 
-    `recorded` is the identity that a version's lineage gives its base, or that another process has found: no other base
-    is returned, and of the hub that commit is fetched, wherever its branch is today.
+    `recorded` is the base's identity from a version's lineage or from another process: no other base is returned, and
+    from the hub that commit is fetched, wherever the branch points today.
 
     Raises:
-        ConfigError: `model.base` names nothing that exists, or nothing that can be loaded.
-        IntegrityError: the cached copy is not what was written, or what is there is not what was recorded.
+        ConfigError: `model.base` does not exist, or cannot be loaded.
+        IntegrityError: the cached copy has changed, or the base is not the recorded one.
     """
     if recorded is None:
         return _bring(config, weights, registry)
@@ -90,7 +90,7 @@ def resolve(
     if LISTING in recorded:
         return base
     if not base.is_known:
-        return replace(base, identity=dict(recorded))  # nothing else can be said without reading the weights
+        return replace(base, identity=dict(recorded))  # nothing more is known without reading the weights
     require_same(base, recorded)
     return base
 
@@ -137,16 +137,17 @@ def load_model(
     across_gpus: bool = False,
     dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
-    """The frozen base in memory: 16 bits; NF4, doubly quantised (arXiv:2305.14314); or int8 (arXiv:2208.07339).
+    """Load the frozen base: in 16 bits, in NF4 with double quantisation (arXiv:2305.14314), or in int8
+    (arXiv:2208.07339).
 
-    `in_host_memory` leaves the model there, for the caller to move to the GPU; `across_gpus` lets the machine's GPUs
-    hold some layers each, which answer one after the other. Within `deepspeed.sharding` a bfloat16 base is sharded as
-    it is read, which rank 0 does for all. `dtype` is what weights and activations are in; None means bfloat16, or
-    float16 on a GPU that does not know that.
+    `in_host_memory` leaves the model in host memory, for the caller to move to the GPU; `across_gpus` spreads layers
+    over the machine's GPUs, which compute one after the other. Within `zero.sharding` a bfloat16 base is sharded while
+    it is read, and rank 0 reads for all. `dtype` is that of weights and activations; None means bfloat16, or float16 on
+    a GPU without bfloat16.
 
     Raises:
-        ConfigError: the base is no causal language model, does not know `model.attention`, or is quantised already and
-            otherwise.
+        ConfigError: the base is no causal language model, does not support `model.attention`, or is already quantised
+            in another format.
     """
     import torch
     from transformers import AutoConfig
@@ -172,8 +173,8 @@ def load_model(
     )
     model.requires_grad_(False)
     if not use_gpu:
-        # The last position of each row is no contiguous matrix, and PyTorch would multiply it by one copy of the output
-        # head for each row: seconds for every batch that is generated from.
+        # The hidden states of the rows' last positions are not contiguous. PyTorch would then copy the output head once
+        # per row: seconds for every batch in generation.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if base_format == "nf4":
             _never_repack(model)
@@ -183,15 +184,15 @@ def load_model(
 
 
 def is_quantised(base: Base) -> bool:
-    """Whether the folder's weights are quantised already."""
+    """Whether the folder's weights are already quantised."""
     return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
 
 
 def _never_repack(model: "PreTrainedModel") -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPU.
 
-    It would do so when a layer first runs in evaluation mode, and never undo it: the repacked product has no gradient,
-    so a training that goes on after a measurement would silently be wrong (bitsandbytes 0.50, nn/modules.py).
+    It would do so when a layer first runs in evaluation mode, and never undo it. The repacked product has no gradient,
+    so training that continues after an evaluation would silently be wrong (bitsandbytes 0.50, nn/modules.py).
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -201,10 +202,10 @@ def _never_repack(model: "PreTrainedModel") -> None:
 
 
 def _never_replace() -> None:
-    """Keep peft's DoRA from putting a copy in place of a quantised weight in host memory at every pass.
+    """Keep peft's DoRA from replacing a quantised weight in host memory by a copy in every forward pass.
 
-    A copy of an int8 weight lacks its scales, and of a copy DeepSpeed does not know that it shards the original (peft
-    0.21, utils/integrations.py).
+    The copy of an int8 weight lacks its scales, and DeepSpeed does not treat a copy as the parameter that it shards
+    (peft 0.21, utils/integrations.py).
     """
     from peft.tuners.lora import dora
     from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
@@ -225,13 +226,13 @@ def _from_hub(config: ModelConfig, weights: bool) -> Base:
 
 
 def _from_s3(reference: str, weights: bool, registry: Store | None, expected: str | None) -> Base:
-    """`expected` is the listing that another process has found; None where any will do."""
+    """Resolve a folder in S3; `expected` is the listing that another process has found, None accepts any."""
     store, prefix = open_uri(reference, field="model.base")
     prefix = prefix.rstrip("/") + "/"
     objects = list(store.list(prefix))
     if not objects:
         raise ConfigError(f"model.base {reference}: there is nothing in this folder")
-    # The etag too: many stores count in whole seconds, and new bytes may be as many as the old.
+    # The etag is included because many stores round times to seconds, and new content may have the same size.
     described = json.dumps([[item.key, item.size, item.etag, item.last_modified.isoformat()] for item in objects])
     listing = hashlib.sha256((reference + described).encode()).hexdigest()[:16]
     if expected not in (None, listing):
@@ -263,10 +264,10 @@ def _from_s3(reference: str, weights: bool, registry: Store | None, expected: st
 
 
 def _record_identity(registry: Store, key: str, base: Base) -> None:
-    """Have the registry remember the identity of what was read, unless it does.
+    """Record the identity of what was read in the registry, unless it is there already.
 
     Raises:
-        IntegrityError: who read the same objects first has read other bytes.
+        IntegrityError: the first reader of the same objects has read other bytes.
     """
     known = _known_identity(registry, key)
     if known is None:
@@ -304,17 +305,17 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("converting %s to safetensors, once", source.name)
-    # transformers reads the file's vocabulary for each of its configuration, weights and tokenizer, and makes the table
-    # of all names for each module: half of the time. To look through a vocabulary for garbage is a sixth of the rest.
+    # transformers parses the file's vocabulary once each for configuration, weights and tokenizer, and builds the table
+    # of tensor names for each module: half of the time. Garbage collection over the vocabulary is a sixth of the rest.
     with garbage.paused(), _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
+            quantization_config=GgufConfig(dequantize=True),  # quantised weights could not be saved
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model.should_save_on_this_rank = lambda _: True  # of a process group only rank 0 would, but each machine converts
+    model.should_save_on_this_rank = lambda _: True  # by default only rank 0 saves, but here each machine converts
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
@@ -323,7 +324,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 @contextmanager
 def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
-    """Within, what these functions of a module have returned is returned again."""
+    """Context in which the results of these functions of a module are cached."""
     functions = {name: getattr(module, name) for name in names}
     try:
         for name, function in functions.items():
@@ -339,20 +340,24 @@ def _verify(path: Path) -> None:
         digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
-    known = cache_dir().with_name("digests")  # a run asks for its base a dozen times, in all its processes
+    known = cache_dir().with_name("digests")  # a run resolves its base a dozen times over all its processes
     for name, expected in digests.items():
         if not (path / name).is_file() or remembered(path / name, known) != expected:
             raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
 
 
 def _require_model(path: Path, reference: str, *, has_weights: bool | None = None) -> Path:
-    """The folder, if it is a model; `has_weights` where it is not the folder that shows whether it has some."""
+    """Return the folder if it holds a model; `has_weights` overrides looking for weights in the folder.
+
+    Raises:
+        ConfigError: it has no config.json, no safetensors weights, or an index that names files outside the folder.
+    """
     if not (path / "config.json").is_file():
         raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
     if not (any(path.glob(WEIGHTS)) if has_weights is None else has_weights):
         raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
     for index in path.glob("*.safetensors.index.json"):
-        # transformers joins what it finds there to the folder, and the base's identity is that of files in the folder.
+        # transformers joins these names to the folder, while the base's identity covers only files inside the folder.
         shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
         if outside := sorted({name for name in shards if not _is_inside(name)}):
             raise ConfigError(
@@ -362,16 +367,16 @@ def _require_model(path: Path, reference: str, *, has_weights: bool | None = Non
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name in a folder is that of a file in it."""
+    """Whether a name that is relative to a folder stays inside it."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
 
 
 def _folder_identity(kind: str, path: Path) -> dict[str, str]:
-    """Of all bytes that may be read there, those behind links too: the hub's caches are made of links."""
+    """Identity of a folder: a sha256 over all its files, symbolic links followed, since the hub's caches use them."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     known = cache_dir().with_name("digests")
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # which hold no lock of the interpreter's
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing releases the GIL
         found = pool.map(lambda file: remembered(file, known), files)
         digests = {file.relative_to(path).as_posix(): digest for file, digest in zip(files, found, strict=True)}
     return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}

@@ -1,4 +1,4 @@
-"""sha256 of large files, read once on a machine for as long as they stay what they are."""
+"""sha256 of large files, computed once per machine for as long as a file does not change."""
 
 import hashlib
 import os
@@ -10,16 +10,16 @@ LOCKS = "locks"
 
 
 def sha256(path: Path) -> str:
-    """Of the bytes as they lie there now, in hex."""
+    """The sha256 of the file's current content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remembered(path: Path, known: Path) -> str:
-    """The same, from the folder `known` where path, size and times of the file are those of an earlier reading.
+    """The sha256 of the file, in hex, cached in the folder `known` by the file's path, size, times and inode.
 
-    Processes share the folder, and those that ask at once wait for the first of them; one that cannot be written to
-    costs a reading each time.
+    Processes share the folder; of several that ask at the same time, one computes and the others wait. A folder that
+    cannot be written to only costs a new computation each time.
     """
     from filelock import FileLock
 
@@ -32,10 +32,10 @@ def remembered(path: Path, known: Path) -> str:
         with suppress(OSError):
             (known / LOCKS).mkdir(parents=True, exist_ok=True)
             first.enter_context(FileLock(known / LOCKS / entry.name))
-            return entry.read_text(encoding="ascii")  # of who was
+            return entry.read_text(encoding="ascii")  # written by the process that was first
         digest = sha256(path)
         with suppress(OSError):
-            handle, scratch = tempfile.mkstemp(dir=known)  # so that no process reads half of it
+            handle, scratch = tempfile.mkstemp(dir=known)  # renamed when complete, so no process reads half of it
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(digest)
             Path(scratch).rename(entry)

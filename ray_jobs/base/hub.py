@@ -1,7 +1,7 @@
-"""The model hub, as many machines ask it at once: one process of a machine at a time, and again where it is too busy.
+"""Downloads from the model hub, where many machines ask at once: one process per machine at a time, with retries.
 
-`huggingface_hub` does so for half a minute, without jitter, and does not for what it asks about a branch or tag (2.4,
-utils/_http.py and _snapshot_download.py).
+`huggingface_hub` itself retries for half a minute, without jitter, and does not retry its request for the commit of a
+branch or tag (2.4, utils/_http.py and _snapshot_download.py).
 """
 
 import hashlib
@@ -20,20 +20,22 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CODE_FILES = ["*.py"]
-# The same weights once more, for other programs: original/ of Meta and OpenAI, consolidated* of Mistral, onnx/.
+# Copies of the same weights for other programs: original/ (Meta, OpenAI), consolidated* (Mistral), onnx/.
 NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 TRIES = 6
 AGAIN_S = 10.0
-"""Before it is asked again, doubled each time, half as much more or less: five minutes in all, as its rate limits."""
+"""Seconds before the first retry, doubled each time, with a jitter of 50 %: about five minutes in all, which is the
+window of the hub's rate limits."""
 BUSY = {408, 429, 500, 502, 503, 504}
 
 
 def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
-    """Those of a hub model's files that match, on this machine, and its own code where the config trusts it.
+    """Download the files of a hub model that match `patterns`, and its own code where the config trusts it; returns the
+    local folder.
 
     Raises:
-        ConfigError: `model.base` or `model.revision` is none that the hub knows, or the hub cannot be reached.
-        JobError: the hub is too busy, and stays so.
+        ConfigError: the hub does not know `model.base` or `model.revision`, or it cannot be reached.
+        JobError: the hub is still too busy after all retries.
     """
     from filelock import FileLock
     from huggingface_hub import snapshot_download
@@ -44,7 +46,7 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
     lock = cache_dir() / f"hub-{hashlib.sha256(reference.encode()).hexdigest()[:16]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock):  # whoever comes next finds the files of a commit, and asks the hub nothing
+        with FileLock(lock):  # the next process finds a commit's files in the cache, without a request to the hub
             found = _patiently(
                 reference,
                 lambda: snapshot_download(reference, revision=revision, allow_patterns=wanted, ignore_patterns=NEVER),
@@ -62,27 +64,27 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
 
 
 def offers(name: str, commit: str, pattern: str) -> bool:
-    """Whether a model has such files; what lists them has been fetched with the first of them."""
+    """Whether a hub model has files that match `pattern`; their listing was cached with the first download."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
     try:
         found = snapshot_download(name, revision=commit, allow_patterns=pattern, ignore_patterns=NEVER, dry_run=True)
-    except DryRunError:  # it is neither on this machine nor in reach
+    except DryRunError:  # the listing is not cached and the hub cannot be reached
         return False
     return bool(found)
 
 
 def _patiently(reference: str, ask: Callable[[], T]) -> T:
-    """What the hub answers, asked again while it is too busy.
+    """Call `ask` and retry while the hub is too busy; returns its result.
 
     Raises:
-        JobError: it stays so.
+        JobError: the hub is still too busy after TRIES attempts.
     """
     for number in range(TRIES):
         try:
             return ask()
-        except Exception as exc:  # of many kinds, some with the hub's answer as their cause
+        except Exception as exc:  # many types, some with the HTTP error as their cause
             status = _status(exc)
             if status not in BUSY:
                 raise
@@ -98,7 +100,7 @@ def _patiently(reference: str, ask: Callable[[], T]) -> T:
 
 
 def _status(exc: BaseException | None) -> int:
-    """The HTTP status that an error comes from; 0 without one."""
+    """The HTTP status in an error or in its chain of causes; 0 where there is none."""
     from huggingface_hub.errors import HfHubHTTPError
 
     while exc is not None and not isinstance(exc, HfHubHTTPError):

@@ -1,12 +1,12 @@
-"""How attention's vectors are laid out: as rows of tokens with their heads together, or in parts by the keys they meet.
+"""Two layouts of attention's vectors: as rows of tokens with all heads, or in parts, grouped by the keys attended to.
 
-A part is one batch of products. Records in rows of their own are one part. Packed records are two: the rests are one
-part, the common prefix is the other. Parts are stored flat, one vector of D after another: of each part all queries,
-then all keys, then all values.
+A part is one batch of matrix products. Records in separate rows are one part. Packed records are two parts: the rests,
+and the common prefix. Parts are stored flat, one vector of D after another: for each part all queries, then all keys,
+then all values.
 
-Shapes: N records of S tokens, X heads of D: K of queries, then G of keys and G of values; R = K / G queries of a token
-attend to the same keys. Packed (see `base.packed`): T tokens of the row, C of the common prefix, S of the longest
-rest. L tokens are attended to, C + S.
+Shapes: N records of S tokens, X heads of size D: K query heads, then G key heads and G value heads; R = K / G query
+heads share a key head. Packed (see `text.packed`): T tokens of the row, C of the common prefix, S of the longest
+rest. L = C + S tokens are attended to.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from torch import Tensor
 from ray_jobs.base.packing import Packing
 
 Shape = tuple[int, int, int]
-"""Of a part the batch, the tokens whose queries it has, and the tokens that those look at."""
+"""Shape of a part: batch size, number of tokens with queries, number of tokens that these attend to."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How many there are, and what their scores are multiplied by."""
+    """Numbers of query and key heads, and the factor that attention scores are multiplied by."""
 
     queries: int
     keys: int
@@ -31,13 +31,13 @@ class Heads:
 
     @property
     def per_key(self) -> int:
-        """R."""
+        """R: query heads per key head."""
         return self.queries // self.keys
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Records in rows of their own."""
+    """The layout of records in separate rows."""
 
     heads: Heads
     num_records: int
@@ -45,18 +45,18 @@ class Rows:
 
     @property
     def shapes(self) -> list[Shape]:
-        """Of its one part."""
+        """The shape of its only part."""
         return [(self.num_records * self.heads.keys, self.num_tokens, self.num_tokens)]
 
     def apart(self, qkv_NSXD: Tensor) -> Tensor:
-        """What parts are made of."""
+        """Rearrange queries, keys and values from rows into flat parts."""
         flat = qkv_NSXD.new_empty(qkv_NSXD[..., 0].numel(), qkv_NSXD.shape[-1])
         for of_row, of_part in self._pairs(qkv_NSXD, flat):
             of_part.copy_(of_row)
         return flat
 
     def queries(self, x_NSKD: Tensor) -> Tensor:
-        """The same of what has the queries alone."""
+        """Rearrange a tensor that has only the query heads from rows into flat parts."""
         return self._by_keys(x_NSKD).reshape(-1, x_NSKD.shape[-1])
 
     def together(self, flat: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Rows:
         return found
 
     def _by_keys(self, x_NSKD: Tensor) -> Tensor:
-        """(N, G, S, R, D)."""
+        """Query heads grouped by the key head that they share: (N, G, S, R, D)."""
         return x_NSKD.unflatten(2, (self.heads.keys, self.heads.per_key)).transpose(1, 2)
 
     def _pairs(self, qkv_NSXD: Tensor, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -85,29 +85,30 @@ class Rows:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed row. All is moved in one reading, by tables; behind a shorter record stands its last token again."""
+    """The layout of a packed row. One gather with an index table moves all vectors; shorter rests are padded by
+    repeating their last token."""
 
     heads: Heads
     shapes: list[Shape]
-    """Of the records' rests and, where there is one, the common prefix."""
+    """Shapes of the part of the rests and, where there is a common prefix, of its part."""
     common: int
     of_parts: Tensor
-    """Where in a row of X what parts are made of comes from."""
+    """Index table of `apart`: for each vector of the parts, its place among the row's T x X vectors."""
     of_queries: Tensor
-    """Where in a row of K their queries, or what they have found, come from."""
+    """Index table of `queries`: for each query of the parts, its place among the row's T x K vectors."""
     behind: Tensor
-    """Which of the queries are behind a record."""
+    """Indices of the queries that are padding behind a shorter rest."""
     back: Tensor
-    """The inverse of `queries`: (T, K)."""
+    """Index table of the inverse of `queries`, flattened from (T, K)."""
     all_back: Tensor
-    """The inverse of `apart`: (T, X)."""
+    """Index table of the inverse of `apart`, flattened from (T, X)."""
 
     def apart(self, qkv_NSXD: Tensor) -> Tensor:
-        """What parts are made of."""
+        """Rearrange queries, keys and values from the row into flat parts."""
         return qkv_NSXD.reshape(-1, qkv_NSXD.shape[-1]).index_select(0, self.of_parts)
 
     def queries(self, x_NSKD: Tensor) -> Tensor:
-        """The same of what has the queries alone, which is zero behind a record."""
+        """Rearrange a tensor that has only the query heads into flat parts, with zeros in the padding."""
         return x_NSKD.reshape(-1, x_NSKD.shape[-1]).index_select(0, self.of_queries).index_fill_(0, self.behind, 0)
 
     def together(self, flat: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ class Packed:
         return flat.index_select(0, self.back).view(1, -1, self.heads.queries, flat.shape[-1])
 
     def gradients(self, flat: Tensor) -> Tensor:
-        """The gradient of `apart`: every record attended to the common prefix, which also has a gradient of its own."""
+        """The gradient of `apart`. The common prefix receives the gradients of its own part, plus the sum of those of
+        all records, which attended to its keys and values."""
         K, G, C = self.heads.queries, self.heads.keys, self.common
         found = flat.index_select(0, self.all_back).view(1, -1, K + 2 * G, flat.shape[-1])
         batch, tokens, looked_at = self.shapes[0]
@@ -127,7 +129,7 @@ class Packed:
 
 @lru_cache(maxsize=2)
 def packed(packing: Packing, heads: Heads) -> Packed:
-    """The same in each layer."""
+    """Build the layout of a packed row; it is cached, as all layers use the same one."""
     N, S, C, K, G, R = len(packing.rests), packing.longest, packing.common, heads.queries, heads.keys, heads.per_key
     L, X = C + S, K + 2 * G
     rests = torch.tensor(packing.rests)[:, None]
@@ -165,5 +167,5 @@ def packed(packing: Packing, heads: Heads) -> Packed:
 
 
 def of(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> Rows | Packed:
-    """How such rows are taken apart."""
+    """The layout for such rows: `Packed` with a packing, else `Rows`."""
     return Rows(heads, *qkv_NSXD.shape[:2]) if packing is None else packed(packing, heads)

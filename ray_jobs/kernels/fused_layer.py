@@ -1,22 +1,23 @@
-"""A decoder layer of Llama's form, with LoRA on all its products, as one autograd function on CPUs.
+"""A decoder layer of Llama's architecture, with LoRA on all its linear layers, as one autograd function on CPUs.
 
     n = norm(x)     q, k, v = products of n            y = x + product of attention(q, k, v)
     m = norm(y)     gate, up = products of m           z = y + product of (silu(gate) up)
 
 Most of a small base's step is not multiplication: activations are written and read again, and autograd records every
-operation. Here sums are taken within products, attention and rotary positions stay in float32, and the factors need no
-product of their own: the layers that read one input have their W, A and B in one matrix M,
+operation. Here additions are fused into matrix products, attention and rotary embeddings stay in float32, and the LoRA
+factors need no separate products: the layers that share an input have their W, A and B in one matrix M,
 
     y = [x, x s A^T] [W, B]^T          gradient of x: [g, g B] [W; s A]          M = [W, B; s A, 0]
 
-Of packed records the last layer computes only keys and values for tokens that are not read, such as a prompt's.
+For packed records the last layer computes only keys and values for tokens that are not read, such as a prompt's.
 
-What is trained, stored and published is peft's own, and a layer that this does not cover uses its own forward: see
-`_form`. Results are closer to float64 than those of transformers' and peft's modules, which round after each operation.
+The trained, stored and published parameters are peft's own. A layer that this function does not cover uses its own
+forward: see `_form`. Results are closer to float64 than those of transformers' and peft's modules, which round after
+each operation.
 
-Shapes: N records of S tokens, T = N S, U of them read, H hidden, I input, O output, R ranks, X heads of D, the first K
-of them queries. A + stands for the columns of the factors, R rounded up. Packed records (see `base.packed`) are one of
-all their tokens, but for attention.
+Shapes: N records of S tokens, T = N S, U tokens that are read, H hidden, I input, O output, R ranks, X heads of size D,
+the first K of them queries. A + stands for the additional columns of the factors, R rounded up. Outside attention,
+packed records (see `text.packed`) count as one record with all their tokens.
 """
 
 from collections.abc import Sequence
@@ -38,35 +39,36 @@ from ray_jobs.kernels.attention_layout import Heads
 from ray_jobs.kernels.fused import Adapted
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
-"""Whose forward is the formula above."""
+"""Decoder layer classes whose forward pass is the formula above."""
 STEP = 32
-"""AMX's, through a 16-bit product's inner dimension: 16 columns more cost a third of the product there, 32 cost 3 %."""
+"""The number of factor columns is padded to a multiple of this, AMX's step through the inner dimension of a 16-bit
+product: 16 more columns cost a third of the product's time, 32 cost 3 %."""
 TOKENS = 16
-"""Rows of 16-bit products are filled up to a multiple, AMX's tiles: oneDNN compiles for each shape anew, which takes as
-long as a product once more; float32 mostly goes by a BLAS, which does not."""
+"""The number of rows of 16-bit products is padded to a multiple of this, the height of AMX's tiles: oneDNN compiles a
+kernel for each new shape, which takes as long as another product. float32 mostly uses a BLAS, which does not."""
 
 silu_backward = torch.ops.aten.silu_backward
 
 
 class Joined:
-    """M of layers that read one input, and the parts of it that products take."""
+    """M of the layers that share one input, and views of it for the products."""
 
     def __init__(self, layers: Sequence[Adapted]) -> None:
-        """Dense weights move into it for good, so that memory holds them once."""
+        """Build M; dense weights are moved into it for good, so that memory holds them once."""
         outputs, inputs = sum(len(layer.B) for layer in layers), layers[0].A.shape[1]
         more = _columns(layers)
         M = layers[0].A.new_zeros(outputs + more, inputs + more, dtype=layers[0].dtype)
         self.forth, self.back = M[:outputs].T, M[:, :inputs]
-        """[W, B]^T (I+, O) and [W; s A] (O+, I)."""
+        """Views of M: [W, B]^T (I+, O) and [W; s A] (O+, I)."""
         self.A_IR, B_OR = M[outputs:, :inputs].T, M[:outputs, inputs:]
         self.rows, self.ranks = _slices(layers, "B"), _slices(layers, "A")
-        """Of each layer: its outputs and its ranks."""
+        """Slices of each layer's outputs, and of each layer's ranks."""
         self.A = [self.A_IR.T[ranks] for ranks in self.ranks]
         self.B = [B_OR[rows, ranks] for rows, ranks in zip(self.rows, self.ranks, strict=True)]
         self.filled_by: Products | None = None
-        """Whose factors it has."""
+        """The products whose factors were copied into M last; None before the first copy."""
         self.weights = [M[rows, :inputs] for rows in self.rows]
-        # By shape too: ZeRO-3 has four bits stored as if they were bfloat16.
+        # The shape is compared too: under ZeRO-3, 4-bit weights are stored with dtype bfloat16.
         self.is_kept = all(
             layer.weight.dtype is M.dtype and layer.weight.shape == own.shape
             for layer, own in zip(layers, self.weights, strict=True)
@@ -78,33 +80,35 @@ class Joined:
                 layer.weight.data = place
 
     def holds(self, layers: Sequence[Adapted]) -> bool:
-        """Whether it holds these layers' weights, and not those of before a change."""
+        """Whether M is still the storage of these layers' weights; False after one was replaced."""
         return all(_lies_at(own, layer.weight) for layer, own in zip(layers, self.weights, strict=True))
 
 
 class Products:
-    """The products of layers that read one input. B is zero between a layer's outputs and another's ranks."""
+    """The matrix products of the layers that share one input. The joint B is block-diagonal: zero between one layer's
+    outputs and another's ranks."""
 
     def __init__(self, layers: Sequence[Adapted], kept: dict[str, Joined], name: str) -> None:
-        """`kept`: where M stays, by `name`; for weights that are stored in few bits it is made for each product."""
+        """`kept` caches M by `name`; for quantised weights M is built anew for each product."""
         self.layers, self.dtype, self.scaling = layers, layers[0].dtype, layers[0].scaling
         self.inputs, self.outputs = layers[0].A.shape[1], sum(len(layer.B) for layer in layers)
         self.more = _columns(layers)
         self._kept, self._name = kept, name
 
     def weights(self) -> list[Tensor]:
-        """What is trained, in the order in which `backward` gives gradients."""
+        """The trained factors, in the order in which `backward` returns their gradients."""
         return [factor for layer in self.layers for factor in (layer.A, layer.B)]
 
     def room(self, num_tokens: int, width: int) -> Tensor:
-        """For an operand (T, width+), its factors' columns zero: oneDNN reads past the end of another operand, times
-        zero, and zero times NaN is NaN."""
+        """Allocate an operand (T, width+) with zeros in the factors' columns. They must be initialised: oneDNN reads
+        past the end of another operand and multiplies that by zero, and zero times NaN is NaN."""
         found = self.layers[0].A.new_empty(num_tokens, width + self.more, dtype=self.dtype)
         found[:, width:] = 0
         return found
 
     def joined(self, *, backward: bool = False) -> Joined:
-        """M, with the factors as they are now; kept for the backward pass, unless another forward pass came between."""
+        """M with the current factors copied in. The backward pass reuses the forward pass's copy, unless there was
+        another forward pass in between."""
         found = self._kept.get(self._name)
         if found is None or not found.holds(self.layers):
             found = Joined(self.layers)
@@ -120,7 +124,7 @@ class Products:
         return found
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """From x (T, I+), whose last columns it fills, to (T, O)."""
+        """Compute the outputs (T, O) from x (T, I+), whose factor columns it fills; `onto` (T, O) is added."""
         M = self.joined()
         torch.mm(x[:, : self.inputs], M.A_IR, out=x[:, self.inputs :])
         y = torch.mm(x, M.forth) if onto is None else torch.addmm(onto, x, M.forth)
@@ -130,9 +134,10 @@ class Products:
         return y
 
     def backward(self, g: Tensor, x: Tensor, *, down: bool = True) -> tuple[Tensor | None, list[Tensor]]:
-        """From g (T, O+), whose last columns it fills, and `forward`'s x, to gradients of the input and of the factors.
+        """Compute the gradients of the input (T, I) and of the factors from g (T, O+), whose factor columns it fills,
+        and the x of `forward`.
 
-        The former only where `down` is set.
+        With `down` false, the input's gradient is None.
         """
         M, g_TO, g_TR = self.joined(backward=True), g[:, : self.outputs], g[:, self.outputs :]
         for B_OR, rows, ranks in zip(M.B, M.rows, M.ranks, strict=True):
@@ -146,7 +151,7 @@ class Products:
 
 
 def _columns(layers: Sequence[Adapted]) -> int:
-    """Of all layers' factors, with what a product's inner dimension is filled up with."""
+    """Number of factor columns: all layers' ranks, padded to a multiple of STEP except in float32."""
     ranks = sum(len(layer.A) for layer in layers)
     return ranks if layers[0].dtype is torch.float32 else -(-ranks // STEP) * STEP
 
@@ -157,14 +162,14 @@ def _lies_at(place: Tensor, weight: Tensor) -> bool:
 
 
 def _slices(layers: Sequence[Adapted], factor: str) -> list[slice]:
-    """Of each layer, where its rows of A or B are among all layers'."""
+    """Slice of each layer's rows of A or B among the concatenated rows of all layers."""
     ends = list(accumulate(len(getattr(layer, factor)) for layer in layers))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True)
 class Form:
-    """What sets a layer apart."""
+    """The parts and options of one decoder layer."""
 
     qkv: Products
     out: Products
@@ -175,10 +180,10 @@ class Form:
     heads: Heads
     packing: Packing | None
     read: Tensor | None
-    """The tokens that are read after this layer, int64 (U,); None for all."""
+    """Indices of the tokens that are read after this layer, int64 (U,); None for all."""
 
     def rows(self, tokens: int) -> int:
-        """Of the products of so many."""
+        """Number of rows of the products for `tokens` tokens: padded to a multiple of TOKENS, except in float32."""
         step = 1 if self.qkv.dtype is torch.float32 else TOKENS
         return -(-tokens // step) * step
 
@@ -242,7 +247,7 @@ class Layer(torch.autograd.Function):
         g_qkv = form.qkv.room(len(x), form.qkv.outputs)
         g_qkv[: N * S, : form.qkv.outputs] = g_NSXD.reshape(N * S, -1)
         g_qkv[N * S :] = 0
-        goes_down = ctx.needs_input_grad[0]  # not below the first trained layer
+        goes_down = ctx.needs_input_grad[0]  # False in the first trained layer, below which nothing needs gradients
         g_n, qkv_factors = form.qkv.backward(g_qkv, n, down=goes_down)
         x_gradient = None
         if goes_down:
@@ -253,13 +258,13 @@ class Layer(torch.autograd.Function):
 
 
 def adopt(model: nn.Module) -> None:
-    """Convert a model's layers of this form to the function above where it applies; what is one already stays."""
+    """Convert a model's layers in LAYERS to use the function above; converted ones stay as they are."""
     for module in model.modules():
         module.__class__ = ADOPTED.get(type(module), type(module))
 
 
 def part(model: nn.Module) -> None:
-    """Give layers whose weights were moved beside others' their own again, as they were loaded."""
+    """Undo the joining of weights in M: give each layer its own contiguous weights again, as they were loaded."""
     for module in model.modules():
         if kept := module.__dict__.pop("_joined", None):
             moved = {weight.data_ptr() for joined in kept.values() for weight in joined.weights}
@@ -269,7 +274,7 @@ def part(model: nn.Module) -> None:
 
 
 def _adopted(layer_class: Any) -> type:
-    """A layer of that class which uses the function above where it applies, and otherwise its own forward."""
+    """A subclass of `layer_class` that uses the function above where it applies, and otherwise its own forward."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         form = None if args else _form(self, hidden_states, **kwargs)
@@ -298,10 +303,10 @@ def _form(
     packing: Packing | None = None,
     **_: Any,
 ) -> Form | None:
-    """What a layer is made of; None where it must use its own forward: no gradients are wanted, not all of it is
-    adapted and covered by `fused`, it has a mask (but that of packed records), a cache, dropout or another kernel,
-    hooks rely on a module's being called, or it is recomputed in the backward pass: memory is short then, and this
-    function holds all activations of a layer at once."""
+    """The form of a layer; None where it must use its own forward: gradients are disabled, some linear layer is not
+    adapted or not covered by `fused`, there is an attention mask (other than that of packed records), a KV cache,
+    attention dropout or another attention kernel, a module has hooks, or the layer uses gradient checkpointing: memory
+    is short then, and this function holds all activations of a layer at once."""
     attn, mlp = layer.self_attn, layer.mlp
     if not torch.is_grad_enabled() or cache is not None or use_cache:
         return None
@@ -342,7 +347,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _norm(x: Tensor, norm: Any, reader: Products) -> tuple[Tensor, Tensor]:
-    """norm(x) as an operand (T, I+), and 1 / rms of each token, float32 (T, 1)."""
+    """Compute norm(x) as an operand (T, I+), and 1 / rms of each token, float32 (T, 1)."""
     wide = x.float()
     squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
@@ -352,24 +357,24 @@ def _norm(x: Tensor, norm: Any, reader: Products) -> tuple[Tensor, Tensor]:
 
 
 def _add_norm_gradient(g: Tensor, g_n: Tensor, x: Tensor, inverse: Tensor, norm: Any) -> None:
-    """Add to `g` what comes back through a norm: r (w g_n) - x r^3 mean(x w g_n), r being `inverse`."""
+    """Add the gradient of a norm's input to `g`: r (w g_n) - x r^3 mean(x w g_n), with r = `inverse`."""
     wide_x, wide = x.float(), g_n.float().mul_(norm.weight)
     back = torch.linalg.vecdot(wide, wide_x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
     g += wide.mul_(inverse).addcmul_(wide_x, back, value=-1).to(g.dtype)  # adding two dtypes takes four times as long
 
 
 def _filled_up(x: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """With rows of zeros after those of `x`."""
+    """Cast `x` to `dtype` and append rows of zeros up to `num_rows`."""
     return F.pad(x.to(dtype), (0, 0, 0, num_rows - len(x))) if num_rows > len(x) else x.to(dtype)
 
 
 def _spread(x_UH: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-    """Back to where they were taken from, among zeros; as they are where all were."""
+    """Scatter x to the places `rows` among `num_rows` rows, with zeros elsewhere; None returns x as it is."""
     return x_UH if rows is None else x_UH.new_zeros(num_rows, x_UH.shape[1]).index_copy_(0, rows, x_UH)
 
 
 def _rotate(qkv_NSXD: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-    """Llama's rotary positions, in place, whose halves turn together; those of -sin are the backward pass."""
+    """Apply Llama's rotary embedding, which pairs the two halves of a head, in place; -sin gives the backward pass."""
     first, second = qkv_NSXD[:, :, : heads.queries + heads.keys].chunk(2, dim=-1)
     (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     before = first.clone()

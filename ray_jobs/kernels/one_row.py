@@ -1,9 +1,10 @@
-"""Layers that multiply a single row as a vector where that is faster: decoding one prompt does so for every token.
+"""Linear layers that use matrix-vector products for a single row where that is faster, as when decoding one prompt.
 
-A product of two 16-bit matrices reads its weights twice where oneDNN packs them first; with a vector PyTorch reads them
-once. Which is faster depends on the processor: on two cores the vector with AMX, and with AVX-512 BF16 alone the
-matrix, by 1.8. Both accumulate in float32. An adapter's factors are so small that a vector always wins. Several rows
-are multiplied as before, and so is an adapter that one product cannot express: see `fused`.
+A matrix-matrix product in 16 bits reads the weights twice where oneDNN packs them first; a matrix-vector product in
+PyTorch reads them once. Which is faster depends on the processor: on two cores with AMX the matrix-vector product, with
+AVX-512 BF16 alone the matrix-matrix product, by a factor of 1.8. Both accumulate in float32. For an adapter's small
+factors, matrix-vector products are always faster. Several rows are multiplied as before, and so is an adapter that one
+product cannot express: see `fused`.
 
 Shapes: I input, O output, R rank.
 """
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from ray_jobs.kernels import fused
 
 ENOUGH_BYTES = 256_000_000
-"""Of weights to try both ways on: more than caches hold, and read in a tenth of a second."""
+"""Bytes of weights to time both kinds of product on: more than the caches hold, and read in a tenth of a second."""
 REPEATS = 2
 
 
 class Linear(nn.Linear):
-    """A dense layer without an adapter, such as the output head, by vectors."""
+    """A dense layer without an adapter, such as the output head, with matrix-vector products for single rows."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
@@ -32,10 +33,10 @@ class Linear(nn.Linear):
 
 
 class AdaptedLinear(fused.Linear):
-    """LoRA around a dense layer."""
+    """LoRA around a dense layer, with matrix-vector products for single rows."""
 
     by_vector: bool
-    """How the layer's own weights are multiplied; the factors always are so."""
+    """Whether the base layer's weight uses a matrix-vector product too; the LoRA factors always do."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., I) to (..., O), in the type of `x`."""
@@ -53,12 +54,12 @@ class AdaptedLinear(fused.Linear):
 
 
 def adopt(model: nn.Module) -> None:
-    """Convert a model's dense layers, for decoding alone: they have no backward pass."""
+    """Convert a model's dense layers to the product that is faster here; inference only, there is no backward pass."""
     convert(model, by_vector=vectors_win([each.weight for each in model.modules() if type(each) is nn.Linear]))
 
 
 def convert(model: nn.Module, *, by_vector: bool) -> None:
-    """The same, whatever is faster here."""
+    """Convert a model's dense layers without measuring: `by_vector` says which product the base weights use."""
     inner = {id(module.get_base_layer()) for module in model.modules() if isinstance(module, fused.Linear)}
     for module in model.modules():
         if type(module) is fused.Linear:
@@ -69,7 +70,7 @@ def convert(model: nn.Module, *, by_vector: bool) -> None:
 
 
 def vectors_win(weights: Sequence[Tensor]) -> bool:
-    """Whether products of a row with these matrices (O, I), or with some of them, are faster here by vectors."""
+    """Measure, on some of these matrices (O, I), whether matrix-vector products are faster for a single row here."""
     some, room = [], ENOUGH_BYTES
     for weight in weights:
         if weight.dtype in fused.HALF and weight.device.type == "cpu" and room > 0:

@@ -1,7 +1,7 @@
-"""A frozen base with its weights converted once to the dtype of its products, instead of before each product.
+"""Converting a frozen base's weights once to the dtype of its matrix products, instead of before each product.
 
-An answer takes a forward pass for every token, and most of such a pass on a quantised base is dequantising its 4-bit
-weights; of a training step it is a fifth. The converted weights are exactly those that each pass would read.
+Generation takes a forward pass per token, and dequantising 4-bit weights is most of such a pass; in a training step it
+is a fifth. The converted weights are exactly those that each pass would compute.
 """
 
 import logging
@@ -19,14 +19,14 @@ from ray_jobs.kernels import float32_layers
 logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.5
-"""Of the memory that is free: keys, values and activations want the rest."""
+"""Share of the free memory that dense weights may take; the rest is for the KV cache and activations."""
 
 
 def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
-    """Turn the frozen layers of a model on the CPU into dense ones, in place; an adapter's that are trained stay.
+    """Turn the frozen layers of a model on the CPU into dense ones, in place; an adapter's trained layers stay.
 
-    `products` is what they are multiplied in. The layers answer as before, but for the order of sums. An int8 base
-    that is multiplied in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
+    `products` is the dtype of the matrix products. Outputs are the same up to the order of summation. An int8 base with
+    products in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
     """
     dtype = _dtype(products)
     for layer in _layers(model, dtype):
@@ -36,7 +36,8 @@ def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
 
 
 def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int = 1) -> bool:
-    """The same where memory allows, which `sharers` processes of this machine share; gives whether it did."""
+    """Call `widen` if the free memory, shared by `sharers` processes of this machine, allows it; returns whether any
+    layer was converted."""
     dtype = _dtype(products)
     num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
     if not has_room(num_weights, products, sharers=sharers):
@@ -47,7 +48,7 @@ def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int
 
 
 def has_room(num_weights: int, products: MatmulDtype, *, sharers: int = 1) -> bool:
-    """Whether so many weights may be held dense by each of `sharers` processes of this machine."""
+    """Whether free memory allows each of `sharers` processes of this machine to hold `num_weights` dense weights."""
     return num_weights * _dtype(products).itemsize <= MEMORY_SHARE * available_bytes() / sharers
 
 
@@ -70,7 +71,7 @@ def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
 
 @torch.no_grad()
 def _weight(layer: Any) -> torch.Tensor:
-    """(O, I), as it is read for a product."""
+    """The dequantised weight (O, I) that a product would read."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):

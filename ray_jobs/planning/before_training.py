@@ -1,4 +1,4 @@
-"""The last look before workers are started: the plan for the real records, against what the cluster has."""
+"""The last check before workers are started: the memory plan for the real records against the cluster's devices."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,23 +30,24 @@ from ray_jobs.text.batching import Lengths
 
 @dataclass(frozen=True)
 class Outlook:
-    """What the plan says of a training that may begin."""
+    """The plan of a training that may begin."""
 
     lines: list[str]
-    """Printed before the training."""
+    """Lines to print before the training."""
     dense_base: bool = False
-    """Whether workers hold the base dense, where memory is free for it when they start."""
+    """Whether workers hold the base dense, provided that memory is free for it when they start."""
     flops_per_token: float | None = None
-    """Of the records as they are; None of a base that cannot be planned for."""
+    """Training FLOPs per token, for the actual mean record; None for a base that cannot be planned for."""
 
 
 def before_training(
     config: RunConfig, base_folder: Path, split: Lengths, nodes: Iterable[Mapping[str, Any]]
 ) -> Outlook:
-    """The outlook before any worker is started; `nodes` as `ray.nodes()` gives them.
+    """Plan the training before any worker is started; `nodes` is what `ray.nodes()` returns.
 
     Raises:
-        ConfigError: the training cannot fit, the adapter does not fit the base, or the base is none to begin with.
+        ConfigError: the training does not fit into memory, the adapter does not fit the base, or the base is no causal
+            language model.
     """
     device = cluster_device(config, nodes)
     own_base.check(config, Base(config.model.base, base_folder, {}))
@@ -54,7 +55,7 @@ def before_training(
         with rehearsing():
             base = base_config.load(base_folder, config.model)
             rehearsal = Rehearsal.of(config, base)
-    except CannotRehearse as exc:  # a plan is no condition of training
+    except CannotRehearse as exc:  # a training does not need a plan
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
     require_disk(config, base, rehearsal.stats)
     batch = _worst_batch(config, split)
@@ -86,7 +87,7 @@ def before_training(
 
 
 def planned_bytes(config: RunConfig, base_folder: Path, split: Lengths) -> int | None:
-    """Memory of one worker in bytes; None for a base that cannot be planned for."""
+    """Planned memory of one worker in bytes; None for a base that cannot be planned for."""
     try:
         with rehearsing():
             rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
@@ -120,6 +121,7 @@ def _evaluation_lines(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch
 
 
 def counts(stats: ModelStats) -> dict[str, Any]:
-    """The share is of base and adapter together, as publications count it."""
+    """The number of trainable parameters, and their share of the parameters of base and adapter together, as
+    publications count it."""
     total = stats.parameters + stats.trainable + stats.frozen_adapter
     return {"trainable_parameters": stats.trainable, "trainable_share": stats.trainable / total}

@@ -1,4 +1,4 @@
-"""Does a training fit, and what would: a rehearsed plan against the memory that there is."""
+"""Whether a training fits into memory, and which settings would: a rehearsed plan against the available memory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,46 +19,48 @@ from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
 from ray_jobs.text.batching import Lengths
 
 BASE_SHARE = 0.8
-"""Of one worker's memory that a base may take to be evaluated there: keys, values and activations want the rest."""
-# Ray's names of accelerators that differ from ours; of two sizes the larger, so that nothing is refused that would run.
+"""Share of one worker's memory that a base may take in evaluation; the rest is for the KV cache and activations."""
+# Ray's accelerator names that differ from ours. For two sizes under one name the larger, so that nothing that would run
+# is refused.
 RAY_NAMES = {"A100": "A100-80G"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker trains on."""
+    """The device that one worker trains on."""
 
     name: str
     memory: int | None
     """Bytes for one worker; None when unknown."""
     gpu: Gpu | None = None
     whole: int | None = None
-    """Of CPU workers, the memory that all of them share."""
+    """Total bytes of memory that all CPU workers share; None for GPUs, or when unknown."""
 
     @property
     def safe(self) -> int | None:
-        """What may be planned for: of a GPU's memory less than all, as a plan may be too low and nothing is swapped."""
+        """Bytes that a plan may use; None when unknown. On a GPU less than all its memory, since a plan may be too low
+        and a GPU cannot swap."""
         if self.memory is None or self.whole is not None:
             return self.memory
         return int(self.memory / (1 + MARGIN))
 
     def holds(self, num_bytes: int) -> bool | None:
-        """Whether what is planned with so many bytes fits; None where the memory is unknown."""
+        """Whether a plan of `num_bytes` fits; None where the memory is unknown."""
         return None if self.safe is None else num_bytes <= self.safe
 
 
 @dataclass(frozen=True)
 class WorstBatch:
-    """The worst micro-batch that a training meets."""
+    """Upper bound of a training's micro-batches."""
 
     length: int
     """Tokens of its longest record."""
     answers: int
-    """Labelled tokens of one of its records."""
+    """Labelled tokens per record: the mean over the records with the most of them."""
 
     @classmethod
     def of(cls, split: Lengths, micro_batch_size: int) -> "WorstBatch":
-        """Of real records: the longest, and the longest answers."""
+        """Build it from real records: the longest length, and the mean of the `micro_batch_size` longest answers."""
         longest = np.sort(split.num_answer_tokens)[-micro_batch_size:].tolist()
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
 
@@ -75,13 +77,13 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """A config, and the memory that it takes."""
+    """A config, and the memory that its training takes."""
 
     config: RunConfig
     parts: Parts
 
     def settings(self) -> dict[str, Any]:
-        """What decides the memory, as keys of the config."""
+        """The settings that determine the memory, by their keys in the config."""
         method, train = self.config.method, self.config.train
         values = (
             method.row.base,
@@ -94,15 +96,16 @@ class Choice:
         return dict(zip(SETTINGS, values, strict=True))
 
     def changes(self, configured: "Choice") -> dict[str, Any]:
-        """Where it differs."""
+        """The settings that differ from those of `configured`."""
         before = configured.settings()
         return {key: value for key, value in self.settings().items() if value != before[key]}
 
 
 def records_at_once(config: RunConfig, length: int) -> int:
-    """Records in the largest forward pass of a training whose longest have so many tokens.
+    """Number of records in the largest forward pass of a training whose longest records have `length` tokens.
 
-    With train.max_tokens as many of them as have that many tokens: shorter ones are more, and come nearer to it.
+    With train.max_tokens it is the number of longest records that reach that limit, rounded up: a pass of shorter
+    records has more of them, and comes closer to the limit.
     """
     train = config.train
     if not train.max_tokens:
@@ -111,17 +114,17 @@ def records_at_once(config: RunConfig, length: int) -> int:
 
 
 def named_device(config: RunConfig) -> Device:
-    """What the config alone says: the GPU it names, or this machine for CPU workers."""
+    """The device by the config alone: the GPU that it names, or for CPU workers this machine."""
     if config.ray.use_gpu:
         return gpu_device(config.ray.gpu)
     return cpu_device("this machine", machine_bytes(), config.ray.max_workers)
 
 
 def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Device:
-    """What a Ray cluster has, as `ray.nodes()` reports it; a GPU that the config names wins."""
+    """The device of a Ray cluster's workers, from `ray.nodes()`; a GPU that the config names takes precedence."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not config.ray.use_gpu:
-        # A head that runs no workers (num-cpus 0) lends them no memory.
+        # A head node that runs no workers (num-cpus 0) adds no memory.
         workers = [node for node in resources if node.get("CPU")]
         memory = sum(node.get("memory", 0) + node.get("object_store_memory", 0) for node in workers)
         return cpu_device("this cluster", int(memory) or None, config.ray.max_workers)
@@ -135,21 +138,22 @@ def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Dev
 
 
 def gpu_device(name: str | None) -> Device:
-    """One GPU of the table; with no name, an unknown one."""
+    """A GPU from the table GPUS; with None, an unknown one."""
     if name is None:
         return Device("an unnamed GPU", None)
     return Device(name, int(GPUS[name].memory_gib * GIB), GPUS[name])
 
 
 def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
-    """A worker's part of a memory that all share."""
+    """One CPU worker's equal part of the memory that all workers share."""
     return Device(name, memory // num_workers if memory else None, whole=memory)
 
 
 def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> RunConfig:
-    """The config with what it leaves to the plan: whether workers hold the base dense.
+    """The config with `train.dense_base` decided, where it is left to the plan.
 
-    CPU workers do that hold it whole, where the plan leaves the margin that it leaves on GPUs.
+    CPU workers that each hold the whole base (below ZeRO-3) hold it dense if the plan then leaves the margin that it
+    leaves on GPUs.
     """
     if config.train.dense_base is not None:
         return config
@@ -164,7 +168,7 @@ def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: 
 
 
 def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:
-    """What a config takes, its base dense where train.dense_base is true; `step` where it is known already."""
+    """The memory plan of a config, with a dense base where train.dense_base is true; `step` where already known."""
     train, records = config.train, records_at_once(config, batch.length)
     parts = plan(
         rehearsal.stats,
@@ -181,7 +185,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
 
 
 def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepMemory:
-    """One step of a worker with as many records at once as the config says."""
+    """Memory of one worker's step with the config's number of records per forward pass."""
     train = config.train
     return rehearsal.step(
         records_at_once(config, batch.length),
@@ -192,8 +196,8 @@ def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepM
 
 
 def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: int) -> Choice | None:
-    """The lowest ZeRO stage, then no recomputation, then the largest micro-batch that fits; else the same with
-    activations in host memory, and else on NF4. None where not even one record on an NF4 base does.
+    """The first choice that fits: preferably the lowest ZeRO stage, then no gradient checkpointing, then the largest
+    micro-batch; failing that, the same with activation offloading, and failing that on NF4. None if nothing fits.
     """
     for rough in _legal_choices(config, rehearsal, batch):
         if rough.parts.total <= memory:
@@ -204,8 +208,8 @@ def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: 
 
 
 def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> bool:
-    """Whether the workers have to shard the base for inference too: they did in training, and the memory of one does
-    not hold it or is unknown."""
+    """Whether the workers have to shard the base for inference too: they do in training (ZeRO-3), and the memory of one
+    worker is too small for it or unknown."""
     if config.train.zero_stage < 3 or config.ray.max_workers == 1:
         return False
     whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))
@@ -213,13 +217,13 @@ def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> b
 
 
 def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:
-    """The plan of a training that may begin, its config settled.
+    """The plan of a training that may begin, with its config settled.
 
-    Refused is only what cannot run: on a GPU, tensors that are larger than its memory with nothing else on it; on CPUs,
-    whose memory can be swapped and mapped from files, one worker's state larger than all the memory there is.
+    Only what cannot run is refused: on a GPU, tensors that exceed its whole memory; on CPUs, whose memory can be
+    swapped and mapped from files, one worker's `Parts.states` that exceed all the memory there is.
 
     Raises:
-        ConfigError: it cannot fit; the message names the parts and the settings that would.
+        ConfigError: it cannot fit; the message names the parts, and settings that would fit.
     """
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     parts = choice.parts
@@ -235,7 +239,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
 
 
 def evaluated(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, records: int | None = None) -> Reading:
-    """What the evaluation after it takes, with evaluate.batch_size records at once or so many."""
+    """Memory of the evaluation after the training, with `records` at once, evaluate.batch_size by default."""
     records = records or config.evaluate.batch_size
     answers = min(batch.answers, config.evaluate.max_new_tokens or batch.answers)
     return reading(
@@ -250,7 +254,7 @@ def evaluated(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, record
 
 
 def records_to_evaluate(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> int:
-    """The largest evaluate.batch_size up to the config's, halved again and again, that fits; 0 where none does."""
+    """The largest evaluate.batch_size that fits, found by halving the config's; 0 where none does."""
     records = config.evaluate.batch_size
     while records and device.holds(evaluated(config, rehearsal, batch, records).total) is False:
         records //= 2
@@ -258,7 +262,7 @@ def records_to_evaluate(config: RunConfig, rehearsal: Rehearsal, batch: WorstBat
 
 
 def pod_memory(config: RunConfig) -> int | None:
-    """One worker's part of its pod's memory; None where Fineloop makes no pods."""
+    """One worker's part of the pods' memory in bytes; None where Fineloop creates no pods."""
     cluster = config.ray.cluster
     if not isinstance(cluster, RayJobCluster):
         return None
@@ -312,7 +316,8 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
 
 
 def _between(first: StepMemory, last: StepMemory, *, share: float) -> StepMemory:
-    """About what a batch between them takes: what is kept grows with it evenly, the workspace no faster."""
+    """Interpolate the memory of a micro-batch between two others: what is kept for the backward pass grows linearly
+    with its size, the workspace at most so."""
     return StepMemory(
         int(first.kept + share * (last.kept - first.kept)),
         int(first.workspace + share * (last.workspace - first.workspace)),

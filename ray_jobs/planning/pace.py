@@ -1,7 +1,7 @@
-"""The speed of this processor, measured: a few layers of the base train and read for a second or two.
+"""Measuring the speed of this processor: a few layers of the base run forward and backward for a second or two.
 
-A processor's data sheet says little about a step: how fast weights are dequantised and widened, what memory keeps up
-with and what an adapter costs differ by more than arithmetic does. Layers repeat, so a few of them are enough.
+A processor's data sheet says little about a step: the speed of dequantising and converting weights, memory bandwidth
+and the cost of an adapter differ by more than arithmetic does. Layers repeat, so a few of them are enough.
 """
 
 import copy
@@ -24,45 +24,45 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 VOCABULARY = 2048
-"""Of the few layers' own model: its head must cost next to nothing beside them."""
+"""Vocabulary size of the measured model: small, so that its output head costs next to nothing."""
 FEWEST_TOKENS = 16
 SECONDS = 0.5
-"""What one pass should take, about; a micro-batch is cut to that where a layer is large or the processor slow."""
+"""Approximate upper limit of one pass; the micro-batch is cut to it where a layer is large or the processor slow."""
 REPEATS = 2
 
 
 @dataclass(frozen=True)
 class MeanBatch:
-    """What is read at once, in mean records."""
+    """A micro-batch of records of mean length."""
 
     records: int
-    """Of a micro-batch."""
+    """Number of records in a micro-batch."""
     length: int
-    """Tokens of a record."""
+    """Mean number of tokens per record."""
     answers: int
-    """Labelled tokens of a record."""
+    """Mean number of labelled tokens per record."""
     generated: int
-    """Records that are answered together in evaluation."""
+    """Number of records whose answers are generated together in evaluation."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that one worker takes here."""
+    """Seconds that one worker takes on this processor."""
 
     train_s: float
-    """For a token, forward and backward."""
+    """Seconds per token of a forward and backward pass."""
     read_s: float
-    """For a token, forward alone."""
+    """Seconds per token of a forward pass alone."""
     write_s: float
-    """For one more token of every answer that is generated together."""
+    """Seconds per decoding step, which generates one token of every answer in the batch."""
     kernels: Kernels
 
 
 def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pace:
-    """Measure on the threads of one worker.
+    """Measure with the number of threads of one worker.
 
     Raises:
-        Exception: whatever a model of this architecture with random weights and few layers stumbles over.
+        Exception: anything that a model of this architecture with few layers and random weights may raise.
     """
     torch.set_num_threads(config.ray.cpus_per_worker)
     rates = processor.measure(processor.typical_shape(base))
@@ -98,7 +98,7 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
     adapted.eval()
     with torch.inference_mode():
         read_s, write_s = _seconds(read), _seconds(write)
-    # The head alone is not among the few layers' own: two operations for each weight forward, and as many backward.
+    # The real output head was not measured: two operations per weight in the forward pass, and as many backward.
     head_s = 2 * text.vocab_size * text.hidden_size / rate
     share = batch.answers / batch.length
     return Pace(
@@ -110,19 +110,19 @@ def measure(config: RunConfig, base: "PretrainedConfig", batch: MeanBatch) -> Pa
 
 
 def _holds_dense(config: RunConfig, num_weights: int, kernels: Kernels) -> bool:
-    """Whether a training here would hold so many weights dense; its evaluation does where memory allows."""
+    """Whether a training here would hold `num_weights` weights dense; in its evaluation, memory alone decides."""
     if config.train.dense_base is not None:
         return config.train.dense_base
     return config.train.zero_stage < 3 and kernels.has_room(num_weights, sharers=config.ray.max_workers)
 
 
 def _few_layers(config: RunConfig, base: "PretrainedConfig", scratch: Path, kernels: Kernels) -> tuple[Any, int]:
-    """A model of the base's shape with its first layers alone and random weights, adapted, and how many those are."""
+    """An adapted model with only the base's first layers and random weights, and the number of these layers."""
     from ray_jobs.adapters import build
     from ray_jobs.planning.rehearsal import period
 
     few = copy.deepcopy(base)
-    if hasattr(few, "quantization_config"):  # these weights are new ones, of 16 bits until they are loaded
+    if hasattr(few, "quantization_config"):  # the new weights have 16 bits until they are loaded
         del few.quantization_config
     text = few.get_text_config()
     num_layers = min(text.num_hidden_layers, period(getattr(text, "layer_types", None) or [], text.num_hidden_layers))
@@ -148,7 +148,7 @@ def _linear_layers(adapted: Any) -> list[Any]:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The best of a few, after one that warms up."""
+    """The shortest time of REPEATS runs, after one warm-up run."""
     work()
     found = []
     for _ in range(REPEATS):

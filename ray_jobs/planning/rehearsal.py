@@ -1,8 +1,8 @@
-"""One training step rehearsed on fake tensors: real model code, real adapter, real shapes, and no memory behind them.
+"""One training step rehearsed on fake tensors: real model code, adapter and shapes, but no memory allocated.
 
 What a step keeps for its backward pass depends on the architecture, the adapter and the versions of three libraries;
-a formula for each would be wrong with the next release. Here the model itself says it, in a second and for any size:
-its layers run forward and backward on PyTorch's fake tensors, and every storage that appears and goes is counted.
+a formula for each would be wrong with the next release. Here the model itself is measured, in a second and at any size:
+its layers run forward and backward on PyTorch's fake tensors, and every storage that is created or freed is counted.
 
 Shapes: B records of a micro-batch, T tokens of each.
 """
@@ -34,38 +34,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# arXiv:2205.05198, equation 2, without the attention matrix, which fused kernels never store: bytes that a transformer
-# layer keeps for each token and unit of its width. Only for an architecture that does not run on fake tensors.
+# Bytes of activations that a transformer layer keeps per token and unit of its width: arXiv:2205.05198, equation 2,
+# without the attention matrix, which fused kernels never store. Used only where fake tensors do not work.
 LAYER_BYTES = 34
 BF16 = 2
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """What a base and its adapter consist of, counted on the model itself."""
+    """Sizes of a base and its adapter, counted on the model itself."""
 
     parameters: int
-    """Of the base; tied weights count once."""
+    """Number of the base's parameters; tied weights count once."""
     matrices: tuple[tuple[int, int], ...]
     """(outputs, inputs) of each weight that a quantised base stores in fewer bits: every linear layer but the head."""
     active: int
-    """Weights that one token is multiplied with in the base's layers, the head not included."""
+    """Number of weights that one token is multiplied with in the base's layers, without the head."""
     vocabulary: int
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
     attention_width: int
-    """Heads times their size."""
+    """Number of heads times head size."""
     num_layers: int
     experts: int
-    """Weights of experts that are stacked in one tensor, which bitsandbytes leaves in 16 bits."""
+    """Number of weights of experts that are stacked in one tensor, which bitsandbytes leaves in 16 bits."""
     cached: int
-    """Keys and values, in elements, that one token leaves behind in all layers while an answer is generated."""
+    """Elements of the KV cache per token, over all layers."""
     trainable: int
-    """Adapter's parameters that are trained; for full fine-tuning, all of the base."""
+    """Number of trained adapter parameters; for full fine-tuning, of all the base's parameters."""
     frozen_adapter: int
-    """Adapter's parameters that are not: VeRA's shared random matrices."""
+    """Number of frozen adapter parameters: VeRA's shared random matrices."""
     applied: int
-    """Adapter weights that one token is multiplied with; shared matrices count once for each layer that uses them."""
+    """Number of adapter weights that one token is multiplied with; shared matrices count once per layer."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class StepMemory:
     """Bytes of one forward and backward pass through the layers, the output head left out."""
 
     kept: int
-    """What is kept between the passes."""
+    """Bytes kept between the forward and the backward pass."""
     workspace: int
-    """What the passes need beyond that, at their peak."""
+    """Bytes that the passes need in addition, at their peak."""
     is_estimate: bool = False
-    """The architecture does not run on fake tensors, and a formula stands in."""
+    """Whether a formula was used, because the architecture does not run on fake tensors."""
     inputs: int = 0
-    """Of what is kept, the inputs of the layers, which checkpointing recomputes the rest from; 0 without it."""
+    """The part of `kept` that is the layers' inputs, which checkpointing recomputes the rest from; 0 without it."""
 
 
 class Rehearsal:
-    """A base with a fresh adapter, on no device at all; with no method, the base trained in full."""
+    """A base with a fresh adapter, on the meta device; with method None, the base for full fine-tuning."""
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class Rehearsal:
         use_gpu: bool = True,
         attention: Attention = "auto",
     ) -> None:
-        """Raises ConfigError where the base is no causal language model, wants a package that is not there, is
-        quantised otherwise, knows no such attention or has no such layers.
+        """Raises ConfigError where the base is no causal language model, needs a package that is not installed, is
+        already quantised in another format, or lacks the attention implementation or the layers that are asked for.
         """
         require_causal(base, reference=reference)
         if method is not None:
@@ -108,14 +108,14 @@ class Rehearsal:
         self.formats = tuple(
             each for each in stored_format.formats(base) if each == "bf16" or not left_dense(self._model)
         )
-        """What method.base may be of this base."""
-        base = base.get_text_config()  # of a model that also sees, what reads and writes
+        """The values of method.base that this base allows."""
+        base = base.get_text_config()  # the language model of a multimodal one
         matrices = tuple((outputs, inputs) for _, outputs, inputs in _linear_layers(self._model))
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         active = _active(self._model, base)
         self._model.requires_grad_(method is None)
         self.adapts_experts = False
-        """Whether the adapter goes to fused experts, whose weights ZeRO-3 cannot shard then."""
+        """Whether the adapter targets fused experts, whose weights ZeRO-3 cannot shard then."""
         adapted = None
         if method is not None:
             if method.row.base == "int8":
@@ -145,10 +145,10 @@ class Rehearsal:
 
     @classmethod
     def of(cls, config: RunConfig, base: "PretrainedConfig") -> "Rehearsal":
-        """What a config trains.
+        """The rehearsal of what a config trains.
 
         Raises:
-            ConfigError: the base is none for this config.
+            ConfigError: the base does not fit this config.
         """
         use_gpu, wanted = config.ray.use_gpu, config.model.attention
         found = cls(base, config.method, reference=config.model.base, use_gpu=use_gpu, attention=wanted)
@@ -160,8 +160,8 @@ class Rehearsal:
         return found
 
     def step(self, batch: int, length: int, *, checkpointing: bool, sharded: bool = False) -> StepMemory:
-        """One step over B x T tokens, every layer's cost extrapolated from the first ones: they repeat. `sharded`: ZeRO
-        shards the weights."""
+        """Memory of one step over B x T tokens, extrapolated from the first layers, as layers repeat. `sharded` says
+        whether ZeRO-3 shards the weights."""
         key = (batch, length, checkpointing, sharded)
         if key not in self._steps:
             try:
@@ -176,7 +176,7 @@ class Rehearsal:
         return self._steps[key]
 
     def reading(self, batch: int, length: int) -> int:
-        """Bytes that a forward pass over B x T tokens needs at its peak where nothing is kept for a backward pass."""
+        """Peak bytes of a forward pass over B x T tokens without gradients."""
         key = (batch, length)
         if key not in self._read:
             try:
@@ -220,11 +220,11 @@ class Rehearsal:
         self._model.train()
         with self._fake:
             _replace_tensors(self._model)
-        # Of Llama 4's get_decoder gives the whole model, with its head.
+        # For Llama 4 get_decoder returns the whole model, with its head.
         decoders = (module for module in self._model.get_decoder().modules() if _layers(module))
         decoder = next(decoders, self._model)
         with self._fake, torch.enable_grad(), _first_layers(decoder, 2 * self._period):
-            decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)  # what layers make once is there
+            decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)  # creates the layers' lazy tensors
         return decoder
 
 
@@ -237,9 +237,9 @@ def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrained
 
 
 def _rehearsed(base: "PretrainedConfig", attention: str | None) -> str | None:
-    """The same attention without its mask: of fake tensors transformers cannot see that nothing is padded.
+    """The same attention without a mask, since transformers cannot tell from fake tensors that there is no padding.
 
-    What flash attention keeps is what PyTorch's fused kernel keeps, and it runs on no fake tensor.
+    Flash attention, which does not run on fake tensors, is replaced by PyTorch's fused kernel, which keeps the same.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -253,7 +253,7 @@ def _rehearsed(base: "PretrainedConfig", attention: str | None) -> str | None:
 
 
 class _Int8Product(torch.autograd.Function):
-    """As bitsandbytes' product, which holds its input by a plain attribute: checkpointing does not make that go."""
+    """Stand-in for bitsandbytes' product, which keeps its input as an attribute: checkpointing does not free it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -267,16 +267,16 @@ class _Int8Product(torch.autograd.Function):
 
 def _as_int8(layer: Any) -> None:
     def forward(x: torch.Tensor) -> Any:
-        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # of a Conv1D
+        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # Conv1D
         return _Int8Product.apply(x, weight, layer.bias)
 
     layer.forward = forward
 
 
 def _replace_tensors(model: torch.nn.Module) -> None:
-    """Put a fake tensor in the place of each one on the meta device; what is trained is bfloat16, as DeepSpeed has it.
+    """Replace each meta tensor by a fake tensor; trained parameters become bfloat16, as in DeepSpeed.
 
-    A gradient goes as soon as it is there: it is counted elsewhere.
+    Gradients are freed as soon as they are accumulated: they are counted elsewhere.
     """
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -296,7 +296,7 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 def _layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
-    """The list of layers among a module's own children, with its name; nothing where there is none."""
+    """The list of decoder layers among a module's direct children, with its name; empty where there is none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [(name, child) for name, child in module.named_children() if isinstance(child, torch.nn.ModuleList)]
@@ -329,7 +329,7 @@ def _checkpointing(model: "PreTrainedModel", *, on: bool) -> Iterator[None]:
 
 @contextmanager
 def _hooked(model: torch.nn.Module) -> Iterator[None]:
-    """As under ZeRO-3, which has hooks on every module, so that no layer goes by one function."""
+    """Put hooks on every module, as ZeRO-3 does, so that no layer uses the fused function of `fused_layer`."""
     handles = [module.register_forward_pre_hook(lambda *_: None) for module in model.modules()]
     try:
         yield
@@ -339,7 +339,7 @@ def _hooked(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:
-    """Each linear layer but the head, with its numbers of outputs and inputs."""
+    """Yield each linear layer but the head, with its numbers of outputs and inputs."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -351,7 +351,7 @@ def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:
 
 
 def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
-    """Of experts, stored as one tensor (experts, ., .), a token meets only those it is sent to."""
+    """Weights per token, in each tensor of stacked experts (experts, ., .) only those that the token is routed to."""
     dense = sum(outputs * inputs for _, outputs, inputs in _linear_layers(model))
     chosen = getattr(base, "num_experts_per_tok", None) or 1
     experts = experts_of(model).values()
@@ -359,7 +359,7 @@ def _active(model: "PreTrainedModel", base: "PretrainedConfig") -> int:
 
 
 def _heads_width(base: "PretrainedConfig", *counts: str) -> int:
-    """Heads times their size, the mean over the layers, of which some may have others; `counts` are tried in order."""
+    """Number of heads times head size, averaged over layers, as they may differ; `counts` are tried in order."""
     layers = list(base.per_layer_config) if base.is_heterogeneous else [base]
     widths = []
     for layer in layers:
@@ -376,7 +376,7 @@ def _frozen(adapted: Any) -> int:
 
 
 def _applied(adapted: Any, rank: int) -> int:
-    """Low-rank methods alike: a token meets r x inputs and outputs x r weights at each adapted layer."""
+    """Number of adapter weights per token, for all low-rank methods: r x inputs + outputs x r per adapted layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
@@ -384,7 +384,7 @@ def _applied(adapted: Any, rank: int) -> int:
 
 
 def period(layer_types: list[str], num_layers: int) -> int:
-    """After how many layers their kinds repeat; at least two, since the first may differ a little."""
+    """Number of layers after which the layer types repeat; at least two, since the first layer may differ a little."""
     periods = (n for n in range(2, num_layers) if layer_types[n:] == layer_types[: len(layer_types) - n])
     return next(periods, num_layers)
 

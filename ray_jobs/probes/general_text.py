@@ -1,8 +1,8 @@
-"""Text of no domain, which shows whether an adapter forgets what its base knows.
+"""General-domain text, which shows whether an adapter forgets what its base knows.
 
-general_text.json holds the passages and says where they are from: modern encyclopaedic and technical prose, fiction and
-old science, ordered so that any prefix holds all kinds evenly. A passage is read as it stands, without a chat
-template, and every token of it but the first counts.
+general_text.json holds the passages and their sources: modern encyclopaedic and technical prose, fiction and old
+science, ordered so that any prefix contains all kinds evenly. A passage is read as plain text, without a chat template,
+and the loss is taken over all its tokens but the first.
 """
 
 import json
@@ -18,21 +18,21 @@ from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat
 
 MAX_TOKENS = 128
-"""Of a passage: the beginning shows as much as the whole, in less time."""
+"""Maximum number of tokens read per passage: the beginning shows as much as the whole, in less time."""
 
 
 class Passages(texts.Texts):
-    """Passages to read."""
+    """The passages of general text, as texts to read."""
 
     METRIC, KIND = "general_loss", "general_text"
 
     def value(self, role: Role) -> float | None:
-        """The loss per token."""
+        """The mean loss per token, in nats."""
         return self.known.loss(role)
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Passages:
-    """The passages, for those who have not read them yet."""
+    """The passages, for the contenders that no earlier run has measured on them."""
     return unread(chat, config).without_known(store, config, contenders)
 
 
@@ -49,7 +49,7 @@ def unread(chat: ChatFormat, config: RunConfig) -> Passages:
 
 
 def read(chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
-    """The first `evaluate.general_passages` of them, as the base's tokenizer begins and reads a text."""
+    """The first `evaluate.general_passages` passages as tokens, with the special tokens that the tokenizer adds."""
     source = json.loads(resources.files(__package__).joinpath("general_text.json").read_text(encoding="utf-8"))
     passages = [passage["text"] for passage in source["passages"][: config.evaluate.general_passages]]
     longest = min(MAX_TOKENS, config.model.max_length)

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness by their names, where that is installed: what else than the domain a model can do.
+"""Tasks of lm-evaluation-harness, where that is installed: what a model can do outside its domain.
 
-A task defines its own prompt and number of few-shot examples; no chat template is applied, as lm-eval's default. Each
-model is measured where it is in memory anyway, by one worker: tasks are not shared out. No rule of the gate reads the
-scores.
+A task defines its own prompt and number of few-shot examples; no chat template is applied, which is lm-eval's default.
+Each model is measured by one worker, while it is in memory anyway: tasks are not divided among workers. No rule of the
+gate uses the scores.
 """
 
 import contextlib
@@ -31,13 +31,14 @@ from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
 from ray_jobs.text.chat_format import ChatFormat
 
 SEED = 1234
-"""Of whatever a task draws, such as the examples before a question."""
+"""Seed of everything that a task samples, such as its few-shot examples."""
 BOOTSTRAPS = 1000
-"""How often documents are drawn again for the standard error of a metric that is no mean; 0 would give none at all."""
+"""Number of bootstrap resamples for the standard error of metrics that are no means; 0 would give no errors at all."""
 USUAL_TOKENS = 2048
-"""About the longest text of a usual task, with the examples before it."""
+"""Approximate length of the longest text of a usual task, with its few-shot examples."""
 BYTES_PER_LOGIT, MEMORY_SHARE = 12, 0.5
-"""lm-eval takes the logarithms of all probabilities in float32, beside the logits, and the rest wants memory too."""
+"""Bytes per logit, since lm-eval computes log-probabilities in float32 beside the logits, and the share of the free
+memory that they may take."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,23 @@ class Tasks:
     include: str
     roles: frozenset[Role]
     known: HarnessScores
-    """What is there already."""
+    """The scores that are already known."""
 
     def at(self, rows: Rows) -> "Tasks":
-        """They are one item: all for one worker, and nothing for the others."""
+        """A worker's share: all tasks count as one item, so one worker gets all, and the others none."""
         return self if len(rows(1)) else replace(self, roles=frozenset())
 
     def held_together(self) -> "Tasks":
-        """Left out, unless the scores are known already."""
+        """The tasks for workers that shard the base: they are left out, except for scores that are already known."""
         left_out = "as its workers hold the base together" if self.roles else ""
         return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
 
     def run(self, subject: Subject, found: Findings) -> tuple[TaskScore, ...] | None:
-        """A model's scores, unless they are known."""
+        """Measure a model's scores; None where they are already known."""
         return run(self, subject.model, subject.chat, subject.batch_size) if subject.role in self.roles else None
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """What is known once they were run; of no tasks, nothing."""
+        """All scores, known and new; an empty outcome without tasks."""
         if not self.known.tasks:
             return Outcome(None)
         scores = {**self.known.scores}
@@ -77,10 +78,10 @@ NO_TASKS = Tasks("", frozenset(), HarnessScores(lm_eval="", tasks=()))
 
 
 def check(config: RunConfig) -> None:
-    """See that the tasks of the config can be found here.
+    """Check that the tasks of the config can be found here.
 
     Raises:
-        ConfigError: lm-eval is not installed, does not know a task, or the folder of one's own is missing.
+        ConfigError: lm-eval is not installed, does not know a task, or the folder evaluate.lm_eval_include is missing.
     """
     evaluate: EvaluateConfig = config.evaluate
     if not evaluate.lm_eval:
@@ -121,10 +122,10 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:
-    """Every task on a model in memory, with as many texts at once as `batch_size` and memory allow.
+    """Run every task on a model in memory, with as many texts at once as `batch_size` and memory allow.
 
     Raises:
-        ConfigError: this worker's image is without lm-eval, or the folder of one's own.
+        ConfigError: this worker's image lacks lm-eval, or the folder evaluate.lm_eval_include.
         JobError: memory does not hold one text.
     """
     import torch
@@ -133,7 +134,7 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval gives a tokenizer without padding one.
+    # A copy, as lm-eval adds a padding token to a tokenizer that has none.
     around = {"tokenizer": copy.deepcopy(chat.tokenizer), "backend": "causal", "trust_remote_code": False}
     at_once = _with_room(batch_size, model)
     while True:
@@ -160,11 +161,11 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
                     "more memory, or a quantised base (method.base)"
                 ) from exc
             at_once //= 2
-        torch.cuda.empty_cache()  # out of the handler, whose traceback holds what did not fit
+        torch.cuda.empty_cache()  # outside the handler, whose traceback keeps references to tensors
 
 
 def parsed(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
-    """The metrics of each task: lm-eval keeps them as "metric,filter", and beside it "metric_stderr,filter"."""
+    """Yield the metrics of each task: lm-eval's keys are "metric,filter", and "metric_stderr,filter" for the error."""
     for task, found in results.items():
         for key, value in found.items():
             metric, comma, name = key.partition(",")
@@ -178,7 +179,7 @@ def parsed(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
 
 
 def _number(value: Any) -> float | None:
-    """lm-eval writes "N/A" where there is none."""
+    """A finite number; None otherwise, as lm-eval writes "N/A" where there is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -188,7 +189,8 @@ def _number(value: Any) -> float | None:
 
 @cache
 def _manager(include: str) -> Any:
-    """Of the tasks that lm-eval ships, and of those in a folder, which come first; reading them takes seconds."""
+    """lm-eval's manager of the tasks that it ships and of those in the folder `include`, which take precedence; cached,
+    as reading them takes seconds."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluate.lm_eval names tasks of lm-evaluation-harness, which is not installed here: "
@@ -204,14 +206,14 @@ def _manager(include: str) -> Any:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without lm-eval's lines and its bars of progress, which go to stderr; what is raised is raised."""
+    """Suppress lm-eval's log lines and progress bars, which go to stderr; exceptions are still raised."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 def _with_room(batch_size: int, model: Any) -> int:
-    """So many texts whose logits have room."""
+    """The largest batch size, up to `batch_size`, whose logits fit into memory; at least 1."""
     from ray_jobs.scoring.batches import free_bytes
 
     free = free_bytes(model.device)

@@ -27,7 +27,7 @@ from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 
 AMPLE = 4096
-"""Tokens of the longest question, where the base sets no limit."""
+"""Maximum number of tokens of a question; also the context length assumed for a base that declares none."""
 
 Passes = Callable[[str, Mapping[str, Any]], bool]
 
@@ -40,7 +40,7 @@ class PendingSuite:
     roles: frozenset[Role]
     max_new_tokens: int
     known: Suite
-    """What is there already; all there is of one that is left out."""
+    """The results that are already known; for a suite that is left out, nothing is added to them."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Questions:
     suites: tuple[PendingSuite, ...]
 
     def at(self, rows: Rows) -> "Questions":
-        """Of each suite the questions at these places."""
+        """A worker's share: the questions of each suite at `rows`."""
         return replace(
             self, suites=tuple(replace(each, split=each.split.take(rows(len(each.split)))) for each in self.suites)
         )
 
     def held_together(self) -> "Questions":
-        """As they are."""
+        """The same questions: generation works with a sharded base too."""
         return self
 
     def run(self, subject: Subject, found: Findings) -> dict[str, list[str]]:
-        """A model's greedy answers to the questions that it has not answered yet, by suite."""
+        """Generate a model's greedy answers to the suites that it has not answered yet, by suite."""
         from ray_jobs.scoring.generation import greedy
 
         return {
@@ -73,7 +73,7 @@ class Questions:
         }
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """Who passes what."""
+        """Which model passes which question, in each suite."""
         record = tuple(_judged(each, chat, shares) for each in self.suites)
         return Outcome(record, lines=[suite.summary for suite in record])
 
@@ -81,7 +81,7 @@ class Questions:
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Questions:
     """The suites of the config, for the roles that have not answered them yet.
 
-    Of the versions of earlier runs, and of the base, it is known what those runs have found.
+    For the base and for versions of earlier runs, the results of those runs are reused.
     """
     if not config.evaluate.suites:
         return Questions(())
@@ -99,7 +99,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def passing(name: str, chat: ChatFormat) -> Passes:
-    """What makes an answer pass in this suite, given its item."""
+    """The function that decides whether an answer passes in this suite, given its item."""
     if name == "tool_calls":
         calls = Calls.of(chat, shipped()[name]["tools"])
         assert calls is not None  # else the suite is left out
@@ -121,14 +121,14 @@ def shipped() -> dict[str, Any]:
 
 
 def _pending(name: SuiteName, chat: ChatFormat, base_format: str, reach: int) -> PendingSuite:
-    """A suite that no model has answered, or that is left out."""
+    """Prepare a suite that no model has answered yet, or one that is left out."""
     suite = shipped()[name]
     tools, most = suite.get("tools", {}), suite["max_new_tokens"]
     records = [
         Record(
             str(place),
             [Message("user", item["prompt"])],
-            "-",  # what no answer is compared with
+            "-",  # a reference is required, but no answer is compared with it
             tools=offered(tools, item["tools"]) if "tools" in item else "",
         )
         for place, item in enumerate(suite["items"])
@@ -174,7 +174,7 @@ def _judged(pending: PendingSuite, chat: ChatFormat, shares: Sequence[Findings])
 
 
 def _passes(sha256: str, before: Evaluation) -> tuple[str, Mapping[str, list[bool]]] | None:
-    """What an earlier run has found in the same suite."""
+    """The results of an earlier run in the same suite, with the format of its base; None where it has none."""
     known = next((each for each in before.suites if each.sha256 == sha256 and not each.left_out), None)
     return (known.base_format, known.passes) if known else None
 

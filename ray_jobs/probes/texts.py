@@ -1,4 +1,4 @@
-"""Texts of no domain that models read, and the loss of each model on them: general text, and the base's own answers."""
+"""The loss of each model on texts outside the domain: general text, and the base's own answers."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Read:
-    """What a model made of a share of the texts."""
+    """The result of a model's reading a share of the texts."""
 
     nll: list[float]
-    """-log p of each, in nats."""
+    """Negative log-likelihood of each text, in nats."""
     answers: list[list[int]] | None = None
-    """What the base answered first; None where it did not have to answer."""
+    """Tokens of the answers that the base generated first; None where it did not have to."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Texts(ABC):
     split: TokenizedSplit
     roles: frozenset[Role]
     known: TextLosses
-    """What is there already."""
+    """The losses that are already known."""
 
     METRIC: ClassVar[str]
     KIND: ClassVar[str]
@@ -46,18 +46,18 @@ class Texts(ABC):
 
     @abstractmethod
     def value(self, role: Role) -> float | None:
-        """The metric of a model, of what is known."""
+        """The metric of a model, computed from `known`."""
 
     def at(self, rows: Rows) -> Self:
-        """The texts at these places."""
+        """A worker's share: the texts at `rows`."""
         return replace(self, split=self.split.take(rows(len(self.split))))
 
     def held_together(self) -> Self:
-        """As they are."""
+        """The same texts: they can be read with a sharded base too."""
         return self
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
-        """Have a model read them, unless that is known."""
+        """Measure a model's loss on each text; None where it is already known."""
         from ray_jobs.scoring.scoring import label_nll
 
         if subject.role not in self.roles:
@@ -65,14 +65,14 @@ class Texts(ABC):
         return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """The losses of each text, and the metric of each model; of no texts, none."""
+        """The losses of each text, and the metric of each model; an empty outcome without texts."""
         if not len(self.split):
             return Outcome(None)
         whole = self.read(shares)
         return Outcome(whole.known, {role: {self.METRIC: whole.value(role)} for role in whole.known.nll})
 
     def read(self, shares: Sequence[Findings]) -> Self:
-        """With what was found in each share."""
+        """The texts with the losses from all shares added to `known`."""
         found = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
         return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **found}}))
 
@@ -95,7 +95,7 @@ class Texts(ABC):
 def as_split(
     rows: Sequence[Sequence[int]], num_prompt_tokens: Sequence[int], ids: Sequence[str] | None = None
 ) -> TokenizedSplit:
-    """Rows of tokens, of which all that follow the prompt are read for their surprise."""
+    """A split of these rows of tokens, in which all tokens after the prompt are labelled, so the loss counts them."""
     return TokenizedSplit(
         ids=list(ids) if ids is not None else [str(index) for index in range(len(rows))],
         tokens=np.array([token for row in rows for token in row], dtype=np.int32),
@@ -111,10 +111,10 @@ def as_split(
 
 
 def sha256(split: TokenizedSplit) -> str:
-    """Of the texts, as a tokenizer reads them."""
+    """The sha256 of the texts' tokens, in hex."""
     return hashlib.sha256(split.tokens.tobytes() + split.offsets.tobytes()).hexdigest()
 
 
 def in_order(shares: Sequence[Sequence[T]], count: int) -> list[T]:
-    """The first `count` of what was dealt out one by one, in its order."""
+    """The first `count` items in their original order, from shares that were dealt out one by one (round-robin)."""
     return [value for each in zip_longest(*shares) for value in each if value is not None][:count]

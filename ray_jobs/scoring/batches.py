@@ -1,4 +1,4 @@
-"""How many records go through a model at once: the configured number, as far as memory allows."""
+"""Batch sizes for inference: the configured number of records, as far as memory allows."""
 
 import logging
 from collections.abc import Callable
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BF16 = 2
+BF16 = 2  # bytes
 CACHE_SHARE = 0.7
-"""Of the free memory that keys and values may take: while a prompt is read, its activations stand beside them."""
+"""Share of the free memory that the KV cache may take; the rest is for the activations of the prefill."""
 
 
 def is_shared(model: torch.nn.Module) -> bool:
-    """Whether workers hold its weights together, so that each pass through it is collective (ZeRO-3)."""
+    """Whether the model is sharded over the workers (ZeRO-3), so that each forward pass is a collective operation."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -33,9 +33,10 @@ def in_batches(
     *,
     together: bool = False,
 ) -> None:
-    """Do `work` on all indices in batches of like length, longest first, with half as many whenever memory runs out.
+    """Call `work` on all indices in batches of similar length, longest first; halve the batch when out of memory.
 
-    `together` is set where other workers take the same steps: then none may take more of them, and memory must do.
+    Set `together` where other workers make the same forward passes: then a worker must not make more of them, and
+    running out of memory is raised.
 
     Raises:
         JobError: memory does not hold even one record.
@@ -59,25 +60,28 @@ def in_batches(
         else:
             done += len(indices)
             continue
-        torch.cuda.empty_cache()  # out of the handler, whose traceback holds what did not fit
+        torch.cuda.empty_cache()  # outside the handler, whose traceback keeps references to tensors
 
 
 def agreed(batch_size: int, device: torch.device) -> int:
-    """What the least of all workers has room for."""
+    """The smallest `batch_size` of all workers (an all-reduce)."""
     least = torch.tensor(batch_size, device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least)
 
 
 def with_room(batch_size: int, base: "PretrainedConfig", tokens: int, free_bytes: int | None) -> int:
-    """As many records as their keys and values have room for, at most `batch_size`; each grows to `tokens`."""
+    """The largest batch size up to `batch_size` whose KV cache fits, with `tokens` tokens per record; at least 1.
+
+    `free_bytes` None means that memory sets no limit.
+    """
     if free_bytes is None:
         return batch_size
     return max(1, min(batch_size, int(CACHE_SHARE * free_bytes / (tokens * cache_bytes_per_token(base)))))
 
 
 def cache_bytes_per_token(base: "PretrainedConfig") -> int:
-    """Keys and values of one token in all layers, in bfloat16; layers with a sliding window hold less in the end."""
+    """Bytes of the KV cache per token over all layers, in bfloat16; layers with a sliding window end up with less."""
     text = base.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -85,7 +89,8 @@ def cache_bytes_per_token(base: "PretrainedConfig") -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU, unused memory and what PyTorch keeps in reserve; None elsewhere, where memory is not ours alone."""
+    """Free memory of the GPU plus what PyTorch's allocator holds in reserve, in bytes; None on CPUs, where other
+    processes share the memory."""
     if device.type != "cuda":
         return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

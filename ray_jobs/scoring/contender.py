@@ -1,4 +1,4 @@
-"""A model of a comparison."""
+"""The models that an evaluation compares."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,18 +16,20 @@ class Contender:
 
     role: Role
     config: RunConfig
-    """The run's, with the base and the method that this model was trained with."""
+    """The run's config, with the base and the method that this model was trained with."""
     version: Version | None
+    """The adapter's version; None for the base alone."""
     base_identity: Mapping[str, str]
-    """Of the base that the adapter was trained on; of the base alone, what the candidate was."""
+    """Identity of the base that the adapter was trained on; for the base alone, of the candidate's base."""
     published_sha256: str = ""
-    """Of the manifest that this run's own training published: a trusted key signs it once the gate has let it pass."""
+    """sha256 of the manifest that this run's own training published; a trusted key signs it once the gate lets it pass.
+    """
     dataset_uri: str = ""
-    """Of the records that it is measured on, beside which a training may have left their tokens."""
+    """URI of the dataset that it is measured on; a training may have stored the records' tokens beside it."""
 
 
 def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
-    """A version of the config's adapter, on the base and with the method of its own run.
+    """The contender for a version of the config's adapter, with the base and the method of its own run.
 
     Raises:
         ObjectMissing: there is no such version.

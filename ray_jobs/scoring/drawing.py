@@ -1,4 +1,4 @@
-"""What was measured of held-out records, and how many more it takes to decide; pure."""
+"""The results on held-out records, and how many more records a decision needs; pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,16 @@ from ray_jobs.scoring.measure import ShardResult
 from ray_jobs.scoring.probe import Findings
 
 CLEAR = 0.999
-"""What lies on one side as surely as this needs no more records: to look once for so much hardly ever errs (the
-boundary of Haybittle and Peto, British Journal of Cancer 34, 1976)."""
+"""Confidence at which an interim result needs no more records: a single look at such a high level hardly changes the
+error rate (the Haybittle-Peto boundary, British Journal of Cancer 34, 1976)."""
 
 
 def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
-    """So many that a candidate as good as champion and best version is seen to be, in four cases of five; 0 where the
-    records at hand decide.
+    """Number of records at which a candidate as good as champion and anchor (the best version) passes the gate with a
+    power of 80 %; 0 where the records at hand decide.
 
-    What decides is how much the models differ from record to record and not which is ahead, so that to look before
-    drawing more makes no verdict likelier (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
+    It depends on how much the models differ from record to record, not on which is ahead, so that looking before
+    drawing more favours no verdict (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
     """
     margins: dict[Role, float] = {"champion": policy.worse_than_champion_by, "anchor": policy.total_budget}
     wanted = 0
@@ -46,20 +46,20 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """Of the records that fit every contender's context."""
+    """The results on the records that fit every contender's context."""
 
     kernels: Kernels
     records: list[Record]
     tokens: list[int]
     scores: dict[Role, list[Score]]
     shares: list[dict[str, Findings]]
-    """What probes found, by their keys, in each share."""
+    """The probes' findings on each share, by the probes' keys."""
     first_scored_at: str
-    """When the first batch was done; ISO 8601, in UTC."""
+    """Time at which the first batch was scored, ISO 8601 in UTC."""
 
     @classmethod
     def of(cls, kernels: Kernels, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]) -> "Found":
-        """What the workers have measured, each of its shard."""
+        """Join the results of the workers, one for each shard of records."""
         return cls(
             kernels,
             [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
@@ -70,7 +70,7 @@ class Found:
         )
 
     def and_then(self, more: "Found") -> "Found":
-        """With the scores of further records."""
+        """These results with the records and scores of `more` appended; its probes are not."""
         return replace(
             self,
             records=self.records + more.records,
@@ -80,7 +80,7 @@ class Found:
 
 
 def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
-    """Records to measure as well: as many of those left as decide, and no more than `evaluate.max_records`."""
+    """The remaining records to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
     policy, groups = config.gate, [record.group for record in found.records]
     compared = {
         role: pairs_of(
@@ -95,5 +95,5 @@ def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence
         if role not in ("candidate", "base")
     }
     wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
-    # One alone has no other's prompt to be read behind.
+    # A single record is not enough: its answer is also scored behind another record's prompt.
     return left[:wanted] if min(wanted, len(left)) > 1 else ()

@@ -1,6 +1,6 @@
-"""One frozen base in a process, reused one use after the other: what a training adds to it is removed again.
+"""One frozen base per process, reused by successive trainings: what a training adds to it is removed again.
 
-Reading and quantising a base takes longer than many trials train, and as long as scoring many records.
+Reading and quantising a base takes longer than many trials' training, and as long as scoring many records.
 """
 
 import gc
@@ -26,13 +26,13 @@ class HeldBase:
     def __init__(self) -> None:
         self.num_loaded = 0
         self.start_loss: float | None = None
-        """Of the model that is held, once it was measured."""
+        """Validation loss per answer token of the held base, without an adapter; None until it is measured."""
         self.general_nll: list[float] | None = None
-        """What it makes of each passage of general text, likewise."""
+        """Negative log-likelihood of the held base on each passage of general text; None until it is measured."""
         self.free_since: float | None = None
-        """When its last use ended, on the monotonic clock."""
+        """Time at which its last use ended, on the monotonic clock."""
         self.kernels: Kernels | None = None
-        """What computes its products."""
+        """The kernels of its matrix products."""
         self._key: tuple[Any, ...] = ()
         self._model: PreTrainedModel | None = None
         self._wide: dict[str, torch.Tensor] = {}
@@ -40,12 +40,12 @@ class HeldBase:
     def load(
         self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
     ) -> "PreTrainedModel":
-        """The base without any adapter; its previous use must have ended."""
+        """Load the base, or return the held one without any adapter; its previous use must have ended."""
         key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or key != self._key:
             self._model = self.start_loss = self.general_nll = None
             self._wide = {}
-            gc.collect()  # an adapted model and its engine hold each other in circles, so do 4-bit weights and layers
+            gc.collect()  # reference cycles: an adapted model and its engine, 4-bit weights and their layers
             self._model = door.load_model(base, config, base_format, kernels, **how)
             self._wide = _wider_than_16_bits(self._model)
             self._key, self.kernels = key, kernels
@@ -55,7 +55,7 @@ class HeldBase:
         return self._model
 
     def strip(self) -> None:
-        """Make the model what it was when it was loaded, but for dense weights in place of stored ones, if any."""
+        """Restore the model to its state when loaded, except that weights that were made dense stay dense."""
         if self._model is not None and strip(self._model):
             for name, weight in self._wide.items():
                 self._model.get_parameter(name).data = weight
@@ -63,14 +63,14 @@ class HeldBase:
 
 
 def _wider_than_16_bits(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
-    """What DeepSpeed would bring into 16 bits for good: weights that transformers keeps in float32, such as routers."""
+    """The weights that transformers keeps in float32, such as routers, and that DeepSpeed would cast to 16 bits."""
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.dtype.itemsize > 2}
 
 
 def strip(model: "PreTrainedModel") -> bool:
-    """Take off what peft and a training have put on a base: layers, hooks, and the note that it is adapted.
+    """Remove what peft and a training have added to a base: layers, hooks, and peft's attributes.
 
-    Gives whether there was anything.
+    Returns whether there were any adapter layers.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

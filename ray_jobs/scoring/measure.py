@@ -1,4 +1,4 @@
-"""Base, champion and candidate on the same records: their files, the records as tokens of each, and their scores."""
+"""Measuring base, champion and candidate on the same records: their files, the tokenized records, and their scores."""
 
 import tempfile
 import time
@@ -43,23 +43,24 @@ class ShardResult:
     """Scores of the records that fit every contender's context, in order."""
 
     tokens: dict[str, int]
-    """Id to the answer's tokens, as the candidate's tokenizer counts them: what every loss is divided by."""
+    """Number of answer tokens by record id, in the candidate's tokenizer: the divisor of every contender's loss."""
     scores: dict[Role, list[Score]]
     shares: list[dict[str, Findings]]
-    """What probes found, by their keys: of each worker that measured, in the order in which items were dealt out."""
+    """The probes' findings by the probes' keys: one for each worker, in the order in which items were dealt out."""
     first_scored_at: str = field(compare=False)
-    """When the first batch was done; ISO 8601, in UTC."""
+    """Time at which the first batch was scored, ISO 8601 in UTC."""
 
 
 @dataclass(frozen=True)
 class LocalContender:
-    """One contender with its files on this machine, and the records as it reads them."""
+    """One contender with its files on this machine, and the records as its tokens."""
 
     role: Role
     config: RunConfig
     base: Base
-    """Its base: for an adapter the weights that it was trained on."""
+    """Its base; for an adapter the one that it was trained on."""
     adapter: Path | None
+    """Folder of the adapter; None for the base alone."""
     chat: ChatFormat
     split: TokenizedSplit
 
@@ -75,7 +76,7 @@ class LocalContender:
         in_host_memory: bool = False,
         load: Callable[..., Any] = door.load_model,
     ) -> Any:
-        """The base in memory; `load` as `door.load_model`."""
+        """Load the base with `load`, which takes the arguments of `door.load_model`."""
         config = self.config
         return load(
             self.base,
@@ -88,7 +89,7 @@ class LocalContender:
         )
 
     def scores(self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress") -> list[Score]:
-        """Of the records at `rows`, by a model that has this contender's adapter on it, if it has one."""
+        """Score the records at `rows` with `model`, which has this contender's adapter on it, if there is one."""
         from ray_jobs.scoring.scoring import other_prompts, score
 
         others = other_prompts(self.split, self.config.model.max_length) if self.adapter else None
@@ -105,7 +106,7 @@ class LocalContender:
         )
 
     def subject(self, model: Any) -> Subject:
-        """The same model, as a probe takes it."""
+        """The model as the subject of a probe."""
         return Subject(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
 
 
@@ -113,7 +114,7 @@ class LocalContender:
 def local_contenders(
     contenders: Sequence[Contender], records: Sequence[Record]
 ) -> Iterator[tuple[list[Record], list[LocalContender]]]:
-    """The records that fit every contender's context, and the contenders; their adapters are gone afterwards.
+    """Yield the records that fit every contender's context, and the contenders; their adapters are deleted afterwards.
 
     Raises:
         DataError: no record fits.
@@ -138,9 +139,9 @@ def measure_shard(
     kernels: Kernels = PLAIN,
     held: HeldBase | None = None,
 ) -> ShardResult:
-    """Measure every contender on some records and by some probes, one after the other; runs as a Ray task.
+    """Measure every contender on some records and with some probes, one after the other; runs as a Ray task.
 
-    `held` is a base that this process holds already: contenders on it need not read it.
+    `held` is a base that this process already holds: contenders on it need not load it.
 
     Raises:
         DataError: no record fits the context.
@@ -168,13 +169,13 @@ def measure_shard(
                 run_all(probes, each.subject(model), found)
             finally:
                 if each.adapter:
-                    model.unload()  # the base is as it was
-            del base, model  # whose memory another base may need
+                    model.unload()  # removes the adapter from the base
+            del base, model  # another base may need the memory
         return ShardResult(answer_tokens(local), scores, [found], progress.first_scored_at)
 
 
 def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
-    """Of each record, as the candidate counts them."""
+    """Number of answer tokens by record id, in the candidate's tokenizer."""
     split = local[-1].split
     return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
 
@@ -194,13 +195,14 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path, regist
 def tokens_of(
     records: Sequence[Record], chat: ChatFormat, max_length: int, store: Store, dataset_uri: str
 ) -> TokenizedSplit:
-    """Held-out records as tokens: those that a training with this chat has left beside the dataset, or made here."""
+    """Held-out records as tokens: from the store, where a training with the same chat format has left them; otherwise
+    tokenized here."""
     found = token_store.find_of_records(store, dataset_uri, records, chat, max_length) if dataset_uri else None
     return tokenize(records, chat, max_length) if found is None else found
 
 
 def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
-    """The config with `evaluate.max_new_tokens` settled: room for every reference, and no more."""
+    """The config with `evaluate.max_new_tokens` set: enough for every reference answer, and no more."""
     longest = longest_answer(split.num_answer_tokens)
     if longest > USUAL_NEW_TOKENS:
         say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
@@ -216,7 +218,7 @@ def _only(contender: LocalContender, ids: set[str]) -> LocalContender:
 
 
 class Progress:
-    """How far a worker is. One of them prints it."""
+    """Progress of a worker's measurements; only one worker prints it."""
 
     def __init__(self, total: int, *, prints: bool) -> None:
         self.role = ""
@@ -227,7 +229,7 @@ class Progress:
         self._said_at = 0.0
 
     def advance(self, count: int) -> None:
-        """Count what a batch has done."""
+        """Add the `count` items of a finished batch."""
         self._done += count
         self.first_scored_at = self.first_scored_at or datetime.now(UTC).isoformat(timespec="microseconds")
         now = time.monotonic()

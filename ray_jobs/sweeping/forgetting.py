@@ -1,4 +1,4 @@
-"""What a method forgets: how far its trainings raise the loss on general text above the base's."""
+"""How much a method forgets: the rise of the loss on general text from the base to the method's trained models."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,11 +9,11 @@ from ray_jobs.sweeping.intervals import interval
 
 
 def forgotten(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
-    """Of one method's trainings, passage by passage and seed by seed; None where they read fewer than two passages.
+    """The forgetting of one method's trainings `ours`, paired by passage and seed; None with fewer than two passages.
 
-    What the base makes of it is known from any of the sweep's `trials`. A base of the method's own (LoftQ's) is no
-    model to have forgotten something of, and the original in the same format is taken; where no trial stands on that,
-    the original in another.
+    The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
+    forgetting, so the original base in the same format is used; where no trial used that, the original in another
+    format.
     """
     after = [trial.general_text for trial in ours if trial.general_text]
     before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]

@@ -1,6 +1,6 @@
-"""What a sweep does next, from what it knows; and in the end what it has found. No Ray and no I/O.
+"""What a sweep does next, from the trials so far, and its findings in the end. No Ray and no I/O.
 
-It is made anew from the trials that have ended, so that a sweep that was cut off goes on where it was.
+It is rebuilt from the trials that have ended, so that an interrupted sweep continues where it was.
 """
 
 import math
@@ -17,7 +17,7 @@ from ray_jobs.sweeping.points import Arm, Point
 
 
 class Plan:
-    """The points to try, handed out one by one, and the trials that came of them."""
+    """The points to try, handed out one by one, and the trials that resulted from them."""
 
     def __init__(self, config: RunConfig, arms: Sequence[Arm], ended: Iterable[Trial] = ()) -> None:
         self._config = config
@@ -30,11 +30,11 @@ class Plan:
 
     @property
     def compares(self) -> bool:
-        """Whether methods are compared in the end."""
+        """Whether several methods are compared in the end."""
         return len({arm.method for arm in self._grids}) > 1
 
     def next(self) -> Point | Literal["wait", "done"]:
-        """A point to begin; wait, where what comes next depends on trials that are under way."""
+        """The next point to start; "wait" where that depends on running trials, "done" at the end."""
         for point in self._open():
             if point.name not in self._begun:
                 self._begun.add(point.name)
@@ -42,14 +42,14 @@ class Plan:
         return "wait" if self._begun - self.trials.keys() else "done"
 
     def add(self, trial: Trial) -> None:
-        """Take in a trial that has ended, whatever came of it."""
+        """Add a trial that has ended, whatever its outcome."""
         self._begun.add(trial.name)
         self.trials[trial.name] = trial
 
     @property
     def num_to_come(self) -> int:
-        """How many trials are to end yet, as far as is known: a grid that widens has more, and a method of which
-        every training diverges is not compared."""
+        """Number of trials that have not ended yet, as far as is known: a grid that widens adds more, and a method
+        whose trainings all diverge is not compared."""
         tune = self._config.tune
         searching = sum(
             len(self._searching(arm)) + each.num_refining(self.losses(arm)) * tune.seeds
@@ -62,7 +62,7 @@ class Plan:
         return searching + num_methods * tune.compare_seeds - compared
 
     def _open(self) -> Iterable[Point]:
-        """Every point that is wanted by now and has not ended."""
+        """All points that are wanted now and whose trials have not ended."""
         searching = {arm: self._searching(arm) for arm in self._grids}
         for wanted in searching.values():
             yield from wanted
@@ -89,7 +89,7 @@ class Plan:
         return [Point(arm, rate, first + tune.seeds + number, compares=True) for number in range(tune.compare_seeds)]
 
     def losses(self, arm: Arm) -> dict[int, float]:
-        """The loss at each place whose trials have all ended; infinite where one diverged, or all failed."""
+        """The mean loss at each place whose trials have all ended; infinite where one diverged, or all failed."""
         reach = grid.HALF * (self._config.tune.points // 2 + self._config.tune.widen)
         rates = self._grids[arm].rates
         found = {}
@@ -101,7 +101,7 @@ class Plan:
         return found
 
     def contenders(self, arms: Iterable[Arm]) -> list[Arm]:
-        """Of each method its best rank and batch size."""
+        """The best arm (rank and batch size) of each method; methods whose trainings all diverged have none."""
         best: dict[str, Arm] = {}
         for arm in arms:
             loss = min(self.losses(arm).values(), default=math.inf)
@@ -112,12 +112,12 @@ class Plan:
         return list(best.values())
 
     def seeds_of(self, arm: Arm) -> list[Trial]:
-        """The trials by which the arm is compared with others, in the order of their seeds; those that ended well."""
+        """The finished trials of the arm in the comparison of methods, in the order of their seeds."""
         trials = [self.trials.get(point.name) for point in self._compared(arm)]
         return [trial for trial in trials if trial is not None and trial.status == "finished"]
 
     def found(self, arm: Arm, memory_bytes: int | None = None) -> Tuned | None:
-        """What was found for the arm; None where no training ended well."""
+        """The sweep's result for the arm; None where no rate has a finite loss."""
         losses = self.losses(arm)
         best = grid.best_place(losses) if losses else 0
         if not math.isfinite(losses.get(best, math.inf)):
@@ -147,7 +147,7 @@ class Plan:
     def _rate_loss(self, arm: Arm, place: int, loss: float) -> RateLoss:
         trials = [self.trials[point.name] for point in self._at(arm, place)]
         ends = None
-        if all(len(trial.record_nll) > 1 for trial in trials):  # of one record nothing says how far others would be
+        if all(len(trial.record_nll) > 1 for trial in trials):  # a single record has no variance
             ends = interval([trial.record_nll for trial in trials], trials[0].record_tokens)[1:]
         return RateLoss(
             learning_rate=self._grids[arm].rate(place),

@@ -1,4 +1,4 @@
-"""What is swept: arms, each a method at one rank and batch size, their points, and the config of the training there."""
+"""What is swept: arms (a method at one rank and batch size), their points, and the config of a point's training."""
 
 import math
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from components.shared.errors import ConfigError
 from ray_jobs.training import train_loop
 
 MEASUREMENTS = 4
-"""Of a trial at least: enough to stop it halfway, or when it diverges."""
+"""Minimum number of held-out evaluations per trial: enough to stop it halfway, or when it diverges."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at one rank and batch size, whose rates are swept by themselves."""
+    """A method at one rank and batch size, with a learning rate sweep of its own."""
 
     method: str
     rank: int
@@ -37,16 +37,16 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Unique within a sweep, and what its record is called."""
+        """Name of the point, unique within a sweep; its trial's record has the same name."""
         arm = self.arm
         return f"{arm.method}-r{arm.rank}-b{arm.batch_size}-{self.learning_rate:.3g}-s{self.seed}"
 
 
 def arms(config: RunConfig) -> Iterator[Arm]:
-    """What the config sweeps; neighbours share the format of their base, so that it is loaded as seldom as can be.
+    """Yield the arms that the config sweeps, sorted by the format of their base, so that it is loaded rarely.
 
     Raises:
-        ConfigError: one of them cannot be trained like this.
+        ConfigError: an arm has no legal config.
     """
     names = config.tune.methods or [config.method.name]
     for name in sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base):
@@ -59,16 +59,16 @@ def arms(config: RunConfig) -> Iterator[Arm]:
 
 
 def prior(config: RunConfig, arm: Arm) -> float:
-    """The rate to search around: the one in force, or for another method what that is worth relative to its own."""
+    """The learning rate to search around: the config's; for another method, scaled by the methods' relative rates."""
     relative = METHODS[arm.method].relative_rate / METHODS[config.method.name].relative_rate
     return float(f"{min(config.learning_rate * (1 if arm.method == config.method.name else relative), 0.1):.3g}")
 
 
 def at_rate(config: RunConfig, arm: Arm, learning_rate: float) -> RunConfig:
-    """The config of a run that trains as the arm does, at a rate.
+    """The config of a run that trains the arm at a learning rate.
 
     Raises:
-        ConfigError: that is no legal config.
+        ConfigError: it is no legal config.
     """
     method = _method(config, arm.method)
     rank = {} if arm.rank == method.r else {"rank": arm.rank}
@@ -85,9 +85,9 @@ def at_rate(config: RunConfig, arm: Arm, learning_rate: float) -> RunConfig:
 
 
 def trial_config(config: RunConfig, point: Point, num_records: int) -> RunConfig:
-    """The config of the training at a point: as a run's, on one worker, which holds the base whole.
+    """The config of a point's training: like a run's, but on one worker, which holds the whole base.
 
-    How many workers share a batch changes no step that is taken, and ZeRO-3 none either.
+    Neither the number of workers nor ZeRO-3 changes the optimizer steps.
     """
     run = at_rate(config, point.arm, point.learning_rate)
     train = run.train.model_copy(
@@ -110,12 +110,12 @@ def trial_config(config: RunConfig, point: Point, num_records: int) -> RunConfig
 
 
 def servable_as(config: RunConfig, arm: Arm) -> ServableAs:
-    """How an arm's adapters can be served, as far as the method decides it."""
+    """How an arm's adapters can be served, as far as the method determines it."""
     return serving(_method(config, arm.method).row, rank=arm.rank, target_modules=()).servable_as
 
 
 def _method(config: RunConfig, name: str) -> MethodConfig:
-    """The config's own method as it is, another one with its own rank and axes."""
+    """The method by its name: the config's own as it is, another with its own default rank and axes."""
     own = config.method
     if name == own.name:
         return own

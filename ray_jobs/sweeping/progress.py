@@ -1,4 +1,4 @@
-"""How far a sweep is, and how long it will still take."""
+"""The progress of a sweep, and its estimated remaining time."""
 
 import time
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from ray_jobs.sweeping.plan import Plan
 
 
 class Progress:
-    """Of a sweep that begins, or goes on, when this is made.
+    """Progress of a sweep that starts, or resumes, when this is created.
 
-    Time is counted in trainings, from the first one's first step: as many as have ended since, whatever came of them,
-    and of those that are under way the part that is behind them. What is to come will be as fast.
+    The rate is trainings per second since the first one's first step: those that have ended since, whatever their
+    outcome, plus the completed part of those that are running. The remaining trainings are assumed to be as fast.
     """
 
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self._under_way: dict[str, float] = {}
 
     def line(self, trial: Trial) -> str:
-        """A measurement of a trial that is under way, for a person."""
+        """One line of text about a measurement of a running trial."""
         now = self._clock()
         if self._began is None:
             self._began = now - ((trial.seconds or 0.0) - (trial.ready_s or 0.0))

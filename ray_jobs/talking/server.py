@@ -1,8 +1,8 @@
-"""An endpoint in OpenAI's format on this machine, for trying models out, and a page on it. It is no production server:
-one answer at a time, no authentication, no batching.
+"""An OpenAI-compatible endpoint on this machine, for trying models out, and a web page for it. It is no production
+server: one answer at a time, no authentication, no batching.
 
-It listens on loopback alone. A page of another site can neither read from it nor ask it: requests must name this
-machine as their host, and bring JSON as its own content type, which browsers send nowhere without asking first.
+It listens on the loopback interface only. Pages of other sites can neither read from it nor send requests to it: the
+Host header must name this machine, and the content type must be JSON, for which browsers send a CORS preflight first.
 """
 
 import json
@@ -23,11 +23,11 @@ from ray_jobs.talking.speaker import Speaker
 LOOPBACK = "127.0.0.1"
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 MOST_BYTES = 2**20
-"""Of a request."""
+"""Maximum size of a request's body, in bytes."""
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `speakers` by their names, one request after the other; `about` is what the page begins with."""
+    """HTTP server that answers with `speakers`, by their names, one request at a time; the page loads `about`."""
 
     daemon_threads = True
 
@@ -42,7 +42,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL that the server listens at."""
         return f"http://{LOOPBACK}:{self.server_port}"
 
 
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._wrong(404, f"there is no {self.path}: GET /v1/models, POST /v1/chat/completions")
 
     def do_POST(self) -> None:
-        # A body that is not read would be taken for the next request.
+        # An unread body would be parsed as the next request.
         self.close_connection = True
         if not self._is_for_us():
             return
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with self.server.turn:
                 self._answer(speaker, asked)
-        except ConnectionError:  # nobody listens any more, which ends the answer
+        except ConnectionError:  # the client has closed the connection
             pass
         return None
 
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _is_for_us(self) -> bool:
-        """Whether it was sent to this machine by one of its names: another's may have been made to lead here."""
+        """Whether the Host header names this machine; otherwise send an error. It protects against DNS rebinding."""
         host = self.headers.get("Host", "").rpartition(":")[0]
         if host in (LOOPBACK, "localhost"):
             return True
@@ -148,11 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Prompts and addresses go into no log."""
+        """Log nothing, since requests contain prompts and addresses."""
 
 
 def _policy() -> str:
-    """The page runs its own script alone, and speaks with its own server alone."""
+    """The page's Content-Security-Policy: only its own script runs, and only its own server can be reached."""
     scripts = re.findall(r"<script>(.*?)</script>", PAGE, flags=re.DOTALL)
     return (
         f"default-src 'none'; script-src {' '.join(map(script_source, scripts))}; style-src 'unsafe-inline'; "

@@ -1,6 +1,6 @@
 """Models that answer in a conversation: a version on its own base, and that base alone.
 
-They are prompted as training and evaluation prompt them, and decode by the same code.
+They are prompted as in training and evaluation, and decode with the same code.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ray_jobs.text.chat_format import ChatFormat
 
 logger = logging.getLogger(__name__)
 
-LONGEST_ANSWER = 256  # tokens, where the run's config sets no length
+LONGEST_ANSWER = 256  # tokens, where the run sets no maximum length
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class Said:
     text: str
     prompt_tokens: int
     tokens: int
-    """Of the answer, with what ended it."""
+    """Number of tokens of the answer, its stop token included."""
     ended: bool
-    """Whether it came to its end, and not to the longest that was allowed."""
+    """Whether the model ended the answer with a stop token, rather than reaching the maximum length."""
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """One of them."""
+    """One model that answers: a version, or its base."""
 
     name: str
     chat_as: ChatFormat
     max_length: int
-    """Tokens of a conversation that are read, as in training."""
+    """Maximum number of tokens of a conversation, as in training; a longer one loses its beginning."""
     longest: int
-    """Tokens of an answer, where nobody asks for another length: what evaluation took."""
+    """Default maximum number of tokens of an answer: the one of the evaluation."""
     model: Any
     is_base: bool = False
     """Whether the model answers without its adapter, where it has one."""
@@ -61,8 +61,8 @@ class Speaker:
     def answer(
         self, turns: Sequence[Message], *, on_text: OnText, max_tokens: int | None = None, temperature: float = 0.0
     ) -> Said:
-        """The answer to the last turn, greedy at temperature 0; `on_text` receives it word by word as it comes."""
-        # An answer is needed to make a record; generation sees the prompt alone.
+        """Answer the last turn, greedily at temperature 0; `on_text` receives the text word by word as it comes."""
+        # A record needs an answer, hence the placeholder; generation sees only the prompt.
         split = tokenize([Record("prompt", list(turns), "-")], self.chat_as, self.max_length)
         if split.cut:
             logger.warning(
@@ -82,16 +82,16 @@ class Speaker:
 
 @dataclass(frozen=True)
 class AsTrained:
-    """What the records of a training were like."""
+    """The form of the records of a training."""
 
     system: str
-    """The system message that all began with; empty where they differ or the dataset is gone."""
+    """The system message that all records began with; empty where they differ or the dataset is gone."""
     in_turns: bool
-    """Whether some are conversations of several turns."""
+    """Whether some records are conversations of several turns."""
 
 
 def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
-    """How the version's training data reads, as far as its profile says."""
+    """The form of the version's training records, as far as the dataset's profile says."""
     key = f"{store.key(recorded.read(config, store, version).dataset_uri).rstrip('/')}/profile.json"
     profile = store.get_json(key) if store.exists(key) else {}
     samples = profile.get("splits", {}).get("train", {}).get("samples", [])
@@ -100,12 +100,12 @@ def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
 
 
 def load(config: RunConfig, store: Store, version: Version, name: str, *, with_base: bool) -> list[Speaker]:
-    """The version under `name`, and the base that it was trained on, if asked for: from one base in memory, where the
-    version has none of its own.
+    """Load the version as a speaker `name`, and with `with_base` the base that it was trained on as another. Both share
+    one base in memory, unless the version has a base of its own.
 
     Raises:
-        ConfigError: its base comes with code that `config` does not allow to run.
-        IntegrityError: its base is not there any more as it was trained on.
+        ConfigError: its base needs code that `config` does not allow to run.
+        IntegrityError: its base has changed since the training.
     """
     its_run = recorded.read(config, store, version)
     own = its_run.config

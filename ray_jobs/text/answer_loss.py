@@ -1,7 +1,7 @@
-"""The loss on answers, with logits computed only where there is a label, and never more than a chunk of them at once.
+"""The loss on answers, with logits computed only for labelled tokens, and in chunks.
 
-A vocabulary is far wider than a hidden state, and most tokens of a record are its prompt: the full logits would be most
-of the memory and a large part of the time of a small model's step.
+A vocabulary is far larger than a hidden state, and most tokens of a record are its prompt: the full logits would take
+most of the memory and a large part of the time of a small model's step.
 
 Shapes: A labelled tokens of a batch, H the hidden width, V the vocabulary.
 """
@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from ray_jobs.text.batching import IGNORED
 
 CHUNK_LOGITS = 2**26
-"""Logits that are held at once: 256 MiB of float32, and still matrix products of hundreds of rows."""
+"""Maximum number of logits in memory at once: 256 MiB in float32, and still matrix products of hundreds of rows."""
 
 AfterHead = Callable[[torch.Tensor], torch.Tensor]
 _after_head: "WeakKeyDictionary[torch.nn.Module, AfterHead | None]" = WeakKeyDictionary()
-"""Of each head that was used, what the model does to its logits; None where that is not known."""
+"""For each output head that was used: the function that the model applies to its logits; None where it is unknown."""
 
 
 def chunk_positions(vocabulary: int) -> int:
-    """How many positions' logits are held at once."""
+    """Number of positions per chunk, whose logits are in memory at once."""
     return max(1, CHUNK_LOGITS // vocabulary)
 
 
@@ -39,17 +39,18 @@ def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tor
 
 
 def next_token_nll(model: Any, input_ids: torch.Tensor, targets: torch.Tensor, **given: Any) -> torch.Tensor:
-    """The same of `targets`: what follows each token of `input_ids`, or IGNORED. The model is `given` the rest too.
+    """Negative log-likelihood of `targets` in nats, float32 of shape (A,): the token that follows each token of
+    `input_ids`, or IGNORED. `given` are further arguments of the model's forward.
 
-    No mask is needed where rows are padded on the right and nothing stands before them: see `batching`.
+    No mask is needed where rows are padded on the right and there is no KV cache before them: see `batching`.
     """
-    module = getattr(model, "module", model)  # a DeepSpeed engine wraps what it trains
+    module = getattr(model, "module", model)  # a DeepSpeed engine wraps the model
     head: torch.nn.Module = module.get_output_embeddings()
     wanted = targets != IGNORED
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
     if len(targets) > positions and _may_be_chunked(head):
-        if head not in _after_head and not _is_shared(head):  # a further pass would be a collective
+        if head not in _after_head and not _is_shared(head):  # an additional forward pass would be a collective
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :1], wanted.new_ones(1, 1), use_cache=False)
         if (after := _after_head.get(head)) is not None:
@@ -58,21 +59,21 @@ def next_token_nll(model: Any, input_ids: torch.Tensor, targets: torch.Tensor, *
 
 
 def _may_be_chunked(head: torch.nn.Module) -> bool:
-    """Not where the head is trained, nor where a pass back through a shared one follows: DeepSpeed counts those by
-    the head's output, which losses in chunks go around."""
+    """Whether the loss may be computed in chunks: not with a trained head, nor before a backward pass through a sharded
+    one, since DeepSpeed counts backward passes by the head's output, which chunked losses bypass."""
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
     return not is_trained and not (_is_shared(head) and torch.is_grad_enabled())
 
 
 def _is_shared(head: torch.nn.Module) -> bool:
-    """Whether workers hold the head's weights together (ZeRO-3)."""
+    """Whether the head's weights are sharded over the workers (ZeRO-3)."""
     return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def _logits(
     model: Any, module: Any, head: torch.nn.Module, input_ids: torch.Tensor, wanted: torch.Tensor, **given: Any
 ) -> torch.Tensor:
-    """The logits at `wanted`, shape (A, V), as the model's own forward gives them."""
+    """The logits (A, V) at the positions `wanted`, as the model's own forward computes them."""
     raw: list[torch.Tensor] = []
 
     def select(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -95,7 +96,7 @@ def _logits(
 
 
 def _known_after_head(config: Any) -> AfterHead:
-    """What Granite, Cohere and Gemma do to their logits, as their configs name it. No model is taken at its word."""
+    """The function that Granite, Cohere and Gemma apply to logits, according to the config. The caller verifies it."""
 
     def after(logits: torch.Tensor) -> torch.Tensor:
         if divisor := getattr(config, "logits_scaling", None):
@@ -119,14 +120,14 @@ def _in_chunks(
     positions: int,
     **given: Any,
 ) -> torch.Tensor:
-    """The same in one pass through the model, whose head computes the losses instead of handing out logits."""
+    """`next_token_nll` in one forward pass, in which the head computes the losses in chunks and returns no logits."""
     found: list[torch.Tensor] = []
     forward = head.forward
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden[wanted]
         found.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
-        return forward(rows[:1].detach())  # the model goes on with something of the right shape
+        return forward(rows[:1].detach())  # the rest of the model's forward gets one row of logits
 
     with _forward_is(head, loss):
         model(input_ids=input_ids, **given)
@@ -134,16 +135,16 @@ def _in_chunks(
 
 
 class _ChunkedNll(torch.autograd.Function):
-    """Losses of rows through a frozen head. Their gradients are taken on the way, while a chunk's logits are there.
+    """Losses of rows through a frozen head. The forward pass computes their gradients too, chunk by chunk.
 
-    A row's loss depends on that row alone, so that its gradient needs but to be scaled by what comes back for it.
+    A row's loss depends on that row alone, so the backward pass only scales its gradient by the loss's own gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, targets: torch.Tensor, logits_of: AfterHead, positions: int
     ) -> torch.Tensor:
-        """Shapes: `rows` (A, H), `targets` (A,); gives (A,)."""
+        """Compute the losses (A,) of `rows` (A, H) for `targets` (A,)."""
         needs_grad = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for chunk, wanted in zip(rows.split(positions), targets.split(positions), strict=True):
@@ -159,14 +160,14 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """`outer`: of each loss, shape (A,)."""
+        """Scale the rows' gradients; `outer[0]` is the gradient of each loss, shape (A,)."""
         (gradients,) = ctx.saved_tensors
         return (gradients.float() * outer[0].unsqueeze(-1)).to(gradients.dtype), None, None, None
 
 
 @contextmanager
 def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put a forward in place of the module's, whose hooks stay."""
+    """Context in which `forward` replaces the module's forward; its hooks still run."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

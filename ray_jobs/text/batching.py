@@ -23,54 +23,55 @@ from ray_jobs.text.chat_format import ChatFormat
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label that cross_entropy passes over
-NO_RECORD = -1  # an empty place in a batch that is dealt out
-MIN_PROMPT_TOKENS = 8  # what must remain of a prompt that is cut to make room for its answer
-AT_ONCE = 1000  # records that are tokenised together: in Python's lists a token takes 25 times its room in an array
-MEGABATCH = 8  # batches that are sorted together: enough to pair like lengths, few enough to stay random
+IGNORED = -100  # the label that cross_entropy ignores
+NO_RECORD = -1  # an empty place in a worker's share of a batch
+MIN_PROMPT_TOKENS = 8  # minimum that remains of a prompt that is cut to make room for its answer
+AT_ONCE = 1000  # records tokenised together: a token in a Python list takes 25 times its memory in an array
+MEGABATCH = 8  # batches sorted together by length: enough to group similar lengths, few enough to stay random
 
 
 @dataclass(frozen=True)
 class TokenizedSplit:
     """One split as flat arrays, which Ray's object store shares between processes without copying.
 
-    N rows: a record each, or one for each of its answers where the chat template cannot hold them in one.
+    N rows: one per record, or one per answer of a record where the chat template cannot render them all in one.
     """
 
     ids: Sequence[str]
+    """Length N: the id of each row's record."""
     tokens: npt.NDArray[np.int32]
-    """All rows end to end."""
+    """The tokens of all rows, concatenated."""
     labelled: npt.NDArray[np.bool_]
-    """Of each token, whether it is to be learned."""
+    """One flag per token: whether it is labelled, that is, contributes to the loss."""
     offsets: npt.NDArray[np.int64]
     """Length N + 1: row i is tokens[offsets[i]:offsets[i + 1]]."""
     num_prompt_tokens: npt.NDArray[np.int32]
-    """Length N: how many tokens of each row come before its last answer."""
+    """Length N: the number of tokens of each row before its last answer."""
     too_long: Sequence[str]
-    """Ids of the records whose answer leaves no room for a prompt, or would end early; they are not in the arrays."""
+    """Ids of the records whose answer leaves no room for a prompt, or contains a stop; they are not in the arrays."""
     cut: Sequence[str]
-    """Ids of the records whose prompt is not whole."""
+    """Ids of the records whose prompt was shortened."""
     answers: npt.NDArray[np.int32] | None = None
-    """Length N: the labelled tokens of each row, where they have been counted."""
+    """Length N: the number of labelled tokens of each row; None where they have not been counted yet."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return np.diff(self.offsets)
 
     @cached_property
     def num_answer_tokens(self) -> npt.NDArray[np.int64]:
-        """Labelled tokens of each row."""
+        """Number of labelled tokens of each row."""
         if self.answers is not None:
             return self.answers.astype(np.int64)
         return np.add.reduceat(self.labelled, self.offsets[:-1], dtype=np.int64) if len(self) else self.offsets[:0]
 
     @property
     def digest(self) -> str:
-        """Of its tokens, and which of them are to be learned."""
+        """A sha256 over the rows' tokens and labels, in hex."""
         return hashlib.sha256(
             b"".join(each.tobytes() for each in (self.offsets, self.tokens, self.labelled))
         ).hexdigest()
@@ -80,7 +81,7 @@ class TokenizedSplit:
         return self.tokens[self.offsets[row] : self.offsets[row] + self.num_prompt_tokens[row]]
 
     def answer(self, row: int) -> npt.NDArray[np.int32]:
-        """The tokens of the row's last answer, its end included."""
+        """The tokens of the row's last answer, its stop token included."""
         return self.tokens[self.offsets[row] + self.num_prompt_tokens[row] : self.offsets[row + 1]]
 
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
@@ -100,22 +101,22 @@ class TokenizedSplit:
 
 
 class Lengths(Protocol):
-    """What one plans a training with: as much of a split as needs none of its tokens."""
+    """The lengths of a split's rows, without their tokens: what the planning of a training needs."""
 
     def __len__(self) -> int: ...
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
 
     @property
     def num_answer_tokens(self) -> npt.NDArray[np.int64]:
-        """Labelled tokens of each row."""
+        """Number of labelled tokens of each row."""
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
-    """Tokenise as the base's chat reads. Prompts that do not fit are made shorter, see `shortening`; the last answer is
-    never cut.
+    """Tokenise records with the base's chat template. Prompts that do not fit are shortened, see `shortening`; the last
+    answer is never cut.
 
     Raises:
         DataError: a record cannot be formatted with the base's chat template.
@@ -144,7 +145,7 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
         for (record, _), row in zip(owners, read, strict=True)
     ]
     is_cut = [not is_out and excess(row) > 0 for is_out, row in zip(no_room, read, strict=True)]
-    # Where a template makes a row for each answer, a shorter conversation has other rows.
+    # Records with one row per answer are not shortened: a shorter conversation would have other rows.
     alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
     shorter = shortening.fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
     for place, found in zip(alone, shorter, strict=True):
@@ -154,9 +155,9 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
     for *before, last in (read[place] for place in kept):
         answer = _ended(last, chat)
         prompt = [token for piece in before for token in piece]
-        lost = max(0, len(prompt) + len(answer) - max_length)  # of what no shorter text made fit
+        lost = max(0, len(prompt) + len(answer) - max_length)  # tokens to cut where shortening did not suffice
         earlier = _earlier_answers(before, chat)[lost:]
-        earlier &= ~np.logical_and.accumulate(earlier)  # what is left of an answer that is cut in two is not learned
+        earlier &= ~np.logical_and.accumulate(earlier)  # the remainder of an answer that was cut is not labelled
         rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
         labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
         num_prompt_tokens.append(len(prompt) - lost)
@@ -172,18 +173,18 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
 
 
 def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) -> int:
-    """By how many tokens a row is too long; its last piece is the answer."""
+    """Number of tokens by which a row exceeds `max_length`; its last piece is the answer."""
     return sum(map(len, row[:-1])) + len(_ended(list(row[-1]), chat)) - max_length
 
 
 def plan_epoch(
     lengths: npt.NDArray[np.int64], *, batch_size: int, group_by_length: bool, seed: int, epoch: int
 ) -> list[npt.NDArray[np.int64]]:
-    """The batches of one epoch, each an array of record indices. Pure, so that resuming needs no state for it.
+    """The batches of one epoch, each an array of record indices. A pure function, so that resuming needs no state.
 
-    Every record occurs once; a last short batch is filled up with records from the epoch's start, so that every batch
-    can be shared out evenly. With `group_by_length`, runs of MEGABATCH shuffled batches are sorted by length, cut again
-    and shuffled: like lengths meet while each batch stays a near-random sample.
+    Every record occurs once; a last short batch is filled with records from the epoch's start, so that every batch can
+    be divided evenly. With `group_by_length`, each group of MEGABATCH shuffled batches is sorted by length and divided
+    into batches again, and all batches are shuffled: lengths in a batch are similar, and it stays a near-random sample.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -204,11 +205,11 @@ def share(
     max_tokens: int = 0,
     num_workers: int,
 ) -> list[npt.NDArray[np.int64]]:
-    """Deal a batch out: for each round the records of each worker, shape (num_workers, B).
+    """Divide a batch into rounds (micro-batches): for each round the records of each worker, shape (num_workers, B).
 
-    Neighbours in length go to different workers, so that all do equal work in each round. With `max_tokens` a round is
-    of as many records of like length as stay within it on each worker, padding included, and of one at least; `lengths`
-    are those of all records. Places are left empty (`NO_RECORD`) where the workers are too many for even shares.
+    Neighbours in length go to different workers, so that all do equal work in each round. With `max_tokens` a round has
+    as many records of similar length as stay within it on each worker, padding included, and at least one; `lengths`
+    are those of all records. Places are empty (`NO_RECORD`) where the records do not divide evenly among the workers.
     """
     if not max_tokens:
         whole = _filled(batch, micro_batch_size * num_workers)
@@ -224,14 +225,14 @@ def share(
 
 
 def _filled(batch: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
-    """Up to a multiple of `step`."""
+    """Pad a batch with NO_RECORD to a multiple of `step`."""
     return np.pad(batch, (0, -len(batch) % step), constant_values=NO_RECORD)
 
 
 def collate(
     split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64], pad: int
 ) -> dict[str, "torch.Tensor"]:
-    """Pad records on the right. Gives `input_ids` and `labels`, both int64 of shape (B, T); labels are not shifted."""
+    """Pad records on the right; returns `input_ids` and `labels`, both int64 (B, T). Labels are not shifted."""
     import torch
 
     width = int(max(split.lengths[i] for i in indices))
@@ -245,13 +246,13 @@ def collate(
 
 
 def common_beginning(rows: Sequence[npt.NDArray[Any]], most: int) -> int:
-    """How many tokens all rows begin with, of the first `most`, which each has."""
+    """Length of the rows' common prefix, up to `most` tokens; each row has at least `most`."""
     equal = np.logical_and.reduce([row[:most] == rows[0][:most] for row in rows])
     return most if equal.all() else int(equal.argmin())
 
 
 def by_length(lengths: npt.NDArray[np.int64], batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices in batches of like length, longest first, so that running out of memory happens at once or never."""
+    """Yield indices in batches of similar length, longest first, so that memory runs out at once or never."""
     order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -262,7 +263,8 @@ def _offsets(lengths: "Sequence[int] | npt.NDArray[np.int64]") -> npt.NDArray[np
 
 
 def _ended(tokens: list[int], chat: ChatFormat) -> list[int]:
-    """Up to and with the first stop: what a template writes after it, generation never sees."""
+    """An answer's tokens up to and including the first stop, added where there is none: generation never sees what a
+    template writes after it."""
     stop = _first_stop(tokens, chat)
     return [*tokens, chat.end_of_turn] if stop is None else tokens[: stop + 1]
 
@@ -272,7 +274,8 @@ def _first_stop(tokens: list[int], chat: ChatFormat) -> int | None:
 
 
 def _earlier_answers(pieces: Sequence[list[int]], chat: ChatFormat) -> npt.NDArray[np.bool_]:
-    """Of each token of a prompt in pieces, whether it belongs to an answer: every second piece up to its stop."""
+    """One flag per token of a prompt in pieces: whether it belongs to an earlier answer. Every second piece is one, up
+    to its stop."""
     flags = [np.zeros(len(tokens), dtype=np.bool_) for tokens in pieces]
     for tokens, labelled in zip(pieces[1::2], flags[1::2], strict=True):
         stop = _first_stop(tokens, chat)

@@ -1,6 +1,6 @@
-"""How a conversation reads to a base: its tokenizer, its chat template, and the tokens that end an answer.
+"""The chat format of a base: its tokenizer, its chat template, and the tokens that end an answer.
 
-Training, scoring, chat and export all take it from here, so that a model is prompted as it was trained.
+Training, scoring, chat and export all use it, so that a model is prompted as it was trained.
 """
 
 import hashlib
@@ -28,25 +28,26 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
 )
 BEGIN = "{{ bos_token }}"
-"""Goes before it where the tokenizer begins every text so: the base has read nothing else, and servers do it too."""
+"""Prefix of PLAIN_TEMPLATE where the tokenizer begins every text with a BOS token: the base has seen nothing else, and
+servers add it too."""
 THINK, END_THINK = "<think>", "</think>"
 CLOSED = "{% if add_generation_prompt %}{{ '\n</think>\n\n' }}{% endif %}"
-"""Goes after a template that always opens a block of reasoning, where none is wanted."""
+"""Appended to a template that always opens a block of reasoning, where no reasoning is wanted."""
 SWITCHES = ("enable_thinking", "thinking")
-"""What templates call the switch: Qwen's and SmolLM's, then Granite's and DeepSeek's."""
+"""The variables by which templates switch reasoning on: in Qwen's and SmolLM's, then in Granite's and DeepSeek's."""
 Turn = Mapping[str, Any]
-"""As templates read one."""
-_TEXT = "0xTEXT"  # stands for a text where only what the template writes around it is wanted
+"""A turn as a chat template takes it."""
+_TEXT = "0xTEXT"  # a placeholder, to find what the template writes around a text
 
 
 @dataclass(frozen=True)
 class _Rendering:
-    """What a template is to write."""
+    """The arguments of one rendering of a chat template."""
 
     turns: Sequence[Turn]
     add_generation_prompt: bool
     tools: str = ""
-    """As JSON, where there are any."""
+    """The tools as JSON; empty without tools."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,28 @@ class ChatFormat:
 
     tokenizer: "PreTrainedTokenizerBase"
     template_from: Literal["base", "fineloop"]
-    """Whose chat template it is: the base's own, its block of reasoning closed where it must be, or PLAIN_TEMPLATE."""
+    """Source of the chat template: the base's own, with its block of reasoning closed if need be, or PLAIN_TEMPLATE."""
     end_of_turn: int
-    """The token that the template ends an answer with; the tokenizer's end of sequence where it writes none."""
+    """The token that the template writes after an answer; the tokenizer's EOS token where it writes none."""
     stops: frozenset[int]
-    """Every token that ends an answer: the tokenizer's, the base's generation_config's, and `end_of_turn`."""
+    """All tokens that end an answer: the tokenizer's EOS token, those of generation_config.json, and `end_of_turn`."""
     thinking: bool
     """Whether the model is asked to reason before it answers."""
     in_parts: bool = False
-    """Whether the template reads a turn as a list of texts and images, as those of models that see may do."""
+    """Whether the template takes a turn's content as a list of texts and images, as those of vision models may do."""
 
     @property
     def pad(self) -> int:
-        """The token that rows are padded with."""
+        """Id of the padding token."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def ends(self) -> frozenset[int]:
-        """What is no part of an answer's text. Other special tokens are: a base may have some for its labels."""
+        """Tokens that are no part of an answer's text. Other special tokens are: a base may use some for its labels."""
         return self.stops | {self.pad}
 
     def text_of(self, answer: Iterable[int]) -> str:
-        """What an answer's tokens say, without outer white space."""
+        """The text of an answer's tokens, without leading and trailing white space."""
         text: str = self.tokenizer.decode([int(token) for token in answer if token not in self.ends])
         return text.strip()
 
@@ -86,26 +87,26 @@ class ChatFormat:
         return _begins(self.tokenizer)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """What the model goes on from after these turns; nothing where the template refuses them."""
+        """The rendered prompt for an answer to these turns; empty where the template refuses them."""
         how = {"thinking": self.thinking, "in_parts": self.in_parts}
         return _shown(self.tokenizer, turns, **how, add_generation_prompt=True)
 
     def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
         """The record as rows of text, each in pieces: prompt and answer, alternating.
 
-        A row ends with an answer and what ends it; before that stands its prompt, as generation will see it. With
-        `loss_on` all, every assistant turn after the first user's is an answer: in one row where the template only ever
-        appends, in a row each where it rewrites earlier turns, as reasoning templates do.
+        A row ends with an answer and the text that ends it; before that comes its prompt, as generation will see it.
+        With `loss_on` all, every assistant turn after the first user's is an answer: all in one row where the template
+        only ever appends, in one row each where it rewrites earlier turns, as reasoning templates do.
 
-        Unless the model is asked to think, a block of reasoning is closed before the answer begins and no part of it.
+        Unless the model is asked to think, a block of reasoning is closed before the answer and not part of it.
 
         Raises:
-            DataError: the template refuses the record, or its answer is a block of reasoning and nothing after it.
+            DataError: the template refuses the record, or its answer is a block of reasoning with nothing after it.
         """
         return next(self.rows_of([record], loss_on))
 
     def rows_of(self, records: Sequence[Record], loss_on: LossOn = "last") -> Iterator[list[list[str]]]:
-        """`rows` of each, all of them rendered together."""
+        """Yield `rows` of each record; all are rendered together."""
         answered = [(record, self._answers(record, loss_on)) for record in records]
         found = iter(
             _rendered(
@@ -125,14 +126,14 @@ class ChatFormat:
             yield _joined(rows)
 
     def ends_early(self, record: Record, loss_on: LossOn = "last") -> bool:
-        """Whether an answer that is learned writes a token that ends it: what stands behind that would be lost."""
+        """Whether a labelled answer contains a stop token in its text: what follows that would be lost."""
         added = self.tokenizer.added_tokens_decoder
         texts = [added[stop].content for stop in self.stops if stop in added]
         earlier = [turn.content for turn in record.prompt if turn.role == "assistant"] if loss_on == "all" else []
         return any(text in answer for answer in [*earlier, record.answer] for text in texts)
 
     def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
-        """The turns before each answer, and the answer."""
+        """For each answer: the turns before it, and the answer."""
         self._require_tools_known(record)
         turns: list[Turn] = [*map(self._asked, record.prompt), _answer(record)]
         roles = [turn["role"] for turn in turns]
@@ -142,7 +143,7 @@ class ChatFormat:
         return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]
 
     def _asked(self, message: Message) -> Turn:
-        """An earlier turn. A model that is not asked to reason says what follows a block of reasoning, and no more."""
+        """An earlier turn. Without thinking, an assistant's turn has only what follows its block of reasoning."""
         turn = _turn(message)
         if message.role != "assistant" or self.thinking:
             return turn
@@ -185,12 +186,12 @@ class ChatFormat:
                 f"record {record.id!r} answers with tool calls, which the chat template of model.base writes into the "
                 "prompt too: it cannot be trained on them"
             )
-        # A template that rewrites the turns before an answer gives no common prefix: then the answer stands as it is.
+        # A template that rewrites the turns before an answer gives no common prefix: then the raw answer is used.
         answer: str = answered["content"]
         return prompt, answer.removeprefix(THINK) if _opens(prompt) else answer
 
     def _require_tools_known(self, record: Record) -> None:
-        """A template leaves out what it does not know without a word."""
+        """Raise DataError if the record uses tools and the template does not: it would silently leave them out."""
         template = str(self.tokenizer.chat_template)
         used = {
             "tools": bool(record.tools),
@@ -204,13 +205,13 @@ class ChatFormat:
             )
 
     def generation_config(self) -> "GenerationConfig":
-        """Greedy decoding to the first stop, and nothing else: no penalty or ban that a base may ship is in force."""
+        """Greedy decoding to the first stop, without any penalties or banned tokens that a base may ship."""
         from transformers import GenerationConfig
 
         return GenerationConfig(do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad)
 
     def recipe(self) -> dict[str, Any]:
-        """What the lineage says of it, as JSON values."""
+        """The chat format as the lineage records it, as JSON values."""
         template = str(self.tokenizer.chat_template)
         return {
             "template_from": self.template_from,
@@ -221,10 +222,10 @@ class ChatFormat:
 
 
 def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
-    """The base's own tokenizer and chat template, or the plain one where it has none.
+    """Load the base's own tokenizer and chat template, or the plain template where it has none.
 
-    Of a published adapter, whose files lie in `version`, those that it was trained with. Where the base's code may run,
-    a version's files name none to run: the tokenizer is the base's, and of the version the template alone.
+    For a published adapter, whose files are in `version`, load those that it was trained with. With `trust_remote_code`
+    a version's files must not name code to run: then the tokenizer is the base's, and only the template the version's.
 
     Raises:
         ConfigError: its tokenizer has no end-of-sequence token.
@@ -251,7 +252,7 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     asked = _shown(tokenizer, question, thinking=config.thinking, add_generation_prompt=True)
     if _opens(asked) and not config.thinking:
         tokenizer.chat_template += CLOSED
-    # Of a plain text a template that reads parts writes nothing, and does not say so.
+    # A template that takes lists of parts silently writes nothing for a plain text.
     in_parts = _TEXT not in asked and _TEXT in _shown(tokenizer, question, thinking=config.thinking, in_parts=True)
     end_of_turn = _end_of_turn(tokenizer, in_parts=in_parts)
     return ChatFormat(
@@ -272,7 +273,7 @@ def without_reasoning(text: str) -> str:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether a prompt opens a block of reasoning and leaves it open."""
+    """Whether a prompt ends with an open block of reasoning."""
     return prompt.rstrip().endswith(THINK)
 
 
@@ -286,7 +287,7 @@ def _answer(record: Record) -> dict[str, Any]:
 
 
 def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """In one row where each prompt begins with all that stands before it."""
+    """Join the rows into one if each prompt begins with all the text before it; otherwise keep them apart."""
     joined: list[str] = []
     for prompt, answer in rows:
         before = "".join(joined)
@@ -299,7 +300,7 @@ def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
 def _rendered(
     tokenizer: Any, renderings: Sequence[_Rendering], *, thinking: bool, in_parts: bool
 ) -> list[str | RefusedByTemplate]:
-    """What the template makes of each; raises ConfigError where it takes more time or memory than a template needs."""
+    """Render each conversation with the template; raises ConfigError where it takes too much time or memory."""
     return rendering.together(
         tokenizer,
         (
@@ -325,7 +326,7 @@ def _shown(
     in_parts: bool = False,
     add_generation_prompt: bool = False,
 ) -> str:
-    """What the template makes of such turns; nothing where it refuses them."""
+    """The text that the template renders for these turns; empty where it refuses them."""
     rendering = _Rendering(turns, add_generation_prompt=add_generation_prompt)
     (found,) = _rendered(tokenizer, [rendering], thinking=thinking, in_parts=in_parts)
     return found if isinstance(found, str) else ""
@@ -346,7 +347,7 @@ def _end_of_turn(tokenizer: Any, *, in_parts: bool) -> int:
 
 
 def _template_in(folder: Path) -> str | None:
-    """The chat template of a saved tokenizer, in a file of its own or as a key."""
+    """The chat template of a saved tokenizer, from chat_template.jinja or tokenizer_config.json; None without one."""
     if (alone := folder / "chat_template.jinja").is_file():
         return alone.read_text(encoding="utf-8")
     template: str | None = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
@@ -356,7 +357,7 @@ def _template_in(folder: Path) -> str | None:
 
 
 def _declared_stops(folder: Path) -> Iterator[int]:
-    """The `eos_token_id` of generation_config.json; of config.json where the base has no other."""
+    """Yield the `eos_token_id` of generation_config.json, or of config.json where that file does not exist."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             declared = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")

@@ -1,7 +1,7 @@
-"""Prompts that do not fit, made shorter so that they keep their form: what a template writes, and the system message.
+"""Shortening prompts that do not fit, while keeping their form: the template's own text, and the system message.
 
-The oldest exchanges go first, each from a user's turn to the next one's. Of the last exchange the longest text that is
-no answer loses its beginning, since a question usually follows what it is about.
+The oldest exchanges are removed first, each from one user's turn to the next. In the last exchange the longest text
+that is no answer loses its beginning, since a question usually follows the text that it is about.
 """
 
 import itertools
@@ -16,17 +16,18 @@ from ray_jobs.text.pieces import read
 
 Pieces = list[list[int]]
 MOST_TRIES = 16
-"""Each takes as many exchanges, or characters of one text, as hold the tokens that are too many, on average."""
+"""Maximum number of rounds. Each removes as many exchanges, or characters of one text, as on average hold the excess
+tokens."""
 KEPT_CHARS = 8
-"""Of a text that is cut, at least."""
+"""Minimum number of characters that are kept of a text that is cut."""
 
 
 def fitted(
     too_long: Sequence[tuple[Record, Pieces]], chat: ChatFormat, loss_on: LossOn, excess: Callable[[Pieces], int]
 ) -> list[Pieces | None]:
-    """The tokens of each record, whose row is one, with so much less to its prompt that `excess` is at most 0.
+    """The tokens of each record, which has a single row, after shortening its prompt until `excess` is at most 0.
 
-    `excess` says by how many tokens a row is too long. None for a record that cannot be made to fit so.
+    `excess` returns by how many tokens a row is too long. None for a record that cannot be shortened enough.
     """
     found: list[Pieces | None] = [None] * len(too_long)
     pending = dict(enumerate(too_long))
@@ -47,7 +48,7 @@ def fitted(
 
 
 def _shorter(record: Record, pieces: Pieces, chat: ChatFormat, excess: Callable[[Pieces], int]) -> Record | None:
-    """The record without its oldest exchanges, or with less of its longest text; None where neither is possible."""
+    """The record without its oldest exchanges, or with its longest text shortened; None where neither is possible."""
     turns = record.prompt
     asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
     if len(asked) > 1:

@@ -1,11 +1,11 @@
-"""One split of a dataset as tokens, in files that processes map into memory, and share there.
+"""One split of a dataset as tokens, in memory-mapped files that processes share.
 
-tokens.npy     int32, all rows end to end
-labelled.npy   bool, of each token whether it is to be learned
-rows.npy       ROW, one for each row, and one without tokens for each row that is left out
-ids.npy        uint8, the ids of the rows' records in UTF-8, end to end
+tokens.npy     int32, the tokens of all rows, concatenated
+labelled.npy   bool, one flag per token: whether it is labelled, that is, contributes to the loss
+rows.npy       dtype ROW, one entry for each row, and one of length 0 for each row that is left out
+ids.npy        uint8, the ids of the rows' records in UTF-8, concatenated
 
-Whoever plans with lengths alone reads rows.npy alone. The same rows give the same bytes.
+Planning, which needs only lengths, reads only rows.npy. The same rows give the same bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,20 +24,20 @@ from ray_jobs.text.batching import TokenizedSplit
 TOKENS, LABELLED, ROWS, IDS = FILES = ("tokens.npy", "labelled.npy", "rows.npy", "ids.npy")
 ROW = np.dtype(
     [
-        ("record", "<i4"),  # its number in the split
-        ("length", "<i4"),  # tokens; 0 where the answer leaves no room for a prompt
-        ("prompt", "<i4"),  # of them before the last answer
-        ("answers", "<i4"),  # of them to be learned
-        ("cut", "<i4"),  # 1 where its record's prompt is not whole
-        ("id", "<i4"),  # bytes of the record's id
+        ("record", "<i4"),  # index of its record in the split
+        ("length", "<i4"),  # number of tokens; 0 where the row is left out
+        ("prompt", "<i4"),  # number of tokens before the last answer
+        ("answers", "<i4"),  # number of labelled tokens
+        ("cut", "<i4"),  # 1 where its record's prompt was shortened
+        ("id", "<i4"),  # number of bytes of the record's id
     ]
 )
 Rows = npt.NDArray[Any]
-"""Of dtype ROW."""
+"""An array of dtype ROW."""
 
 
 def write(folder: Path, parts: Iterable[tuple[Sequence[Record], TokenizedSplit]]) -> None:
-    """Write some records after the other, with their tokens; memory holds no more than a part."""
+    """Write the tokens of all parts, each some records with their tokens; memory holds only one part at a time."""
     number = 0
     with ExitStack() as files:
         tokens = files.enter_context(_GrowingArray(folder / TOKENS, "<i4"))
@@ -67,23 +67,23 @@ def _rows(split: TokenizedSplit, numbers: dict[str, int]) -> Rows:
 
 
 def load_rows(folder: Path) -> Rows:
-    """What rows.npy says, those that are left out included."""
+    """The rows of rows.npy, including those that are left out."""
     return _mapped(folder / ROWS)
 
 
 def is_kept(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Of each row, whether it has tokens."""
+    """One flag per row: whether it has tokens, that is, is not left out."""
     kept: npt.NDArray[np.bool_] = rows["length"] > 0
     return kept
 
 
 def load_ids(folder: Path) -> "Ids":
-    """The ids of the records of the same rows."""
+    """The ids of the records of all rows in rows.npy."""
     return Ids(_mapped(folder / IDS), np.cumsum(load_rows(folder)["id"], dtype=np.int64))
 
 
 def load(folder: Path) -> TokenizedSplit:
-    """The whole split; its tokens lie in the files until they are looked at."""
+    """Load the whole split; its tokens are memory-mapped, and read only on access."""
     rows = load_rows(folder)
     names, kept = load_ids(folder), is_kept(rows)
     return TokenizedSplit(
@@ -99,23 +99,24 @@ def load(folder: Path) -> TokenizedSplit:
 
 
 def first_of_each_record(rows: Rows, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Of the rows that are chosen, by a flag for each, the first of each record."""
+    """Indices of the first chosen row of each record; `chosen` has one flag per row."""
     places = np.flatnonzero(chosen)
     return places[np.unique(rows["record"][places], return_index=True)[1]]
 
 
 @dataclass(frozen=True)
 class Ids(Sequence[str]):
-    """The ids of some rows, read where one asks for them."""
+    """The ids of some rows' records, decoded on access."""
 
     utf8: npt.NDArray[np.uint8]
+    """The ids of all rows in the file, concatenated."""
     ends: npt.NDArray[np.int64]
-    """Of each row of the file."""
+    """End of each row's id in `utf8`, for all rows in the file."""
     places: npt.NDArray[np.int64] | None = None
-    """The rows that are meant; None means all."""
+    """Indices of the selected rows; None means all."""
 
     def take(self, places: npt.NDArray[np.int64]) -> "Ids":
-        """Those of the rows at these places."""
+        """The ids at `places` of this selection."""
         return Ids(self.utf8, self.ends, places if self.places is None else self.places[places])
 
     def __len__(self) -> int:
@@ -134,7 +135,7 @@ class Ids(Sequence[str]):
 
 
 class _GrowingArray:
-    """An .npy file of one dimension, written from its beginning to its end."""
+    """A one-dimensional .npy file that is written by appending."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self._file, self._dtype, self._length = path.open("wb"), np.dtype(dtype), 0
@@ -145,7 +146,7 @@ class _GrowingArray:
         self._length += len(values)
 
     def _write_header(self) -> None:
-        # NumPy leaves room in it for a first axis that grows (lib/format.py, GROWTH_AXIS_MAX_DIGITS).
+        # NumPy reserves space in the header for a growing first axis (lib/format.py, GROWTH_AXIS_MAX_DIGITS).
         described = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": described, "fortran_order": False, "shape": (self._length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
@@ -162,6 +163,6 @@ class _GrowingArray:
 
 
 def _mapped(path: Path) -> npt.NDArray[Any]:
-    """Without NumPy's class for such arrays, each slice of which costs a microsecond more."""
+    """Map a file into memory as a plain ndarray: slicing numpy.memmap costs a microsecond more each time."""
     mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
     return mapped

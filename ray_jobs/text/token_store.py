@@ -1,7 +1,7 @@
-"""The tokens of a dataset's splits, made once and kept beside it: `datasets/<dataset_id>/tokens/<digest>/`.
+"""The tokens of a dataset's splits, created once and stored with it: `datasets/<dataset_id>/tokens/<digest>/`.
 
-The digest is that of all that decides them beside the records, `recipe`. A retry, the trials of a sweep and the
-evaluation find them there. Workers read them from a copy on their machine, which they share.
+The digest is a hash of `recipe`, that is, of everything besides the records that determines the tokens. Retries, the
+trials of a sweep and the evaluation reuse them. The workers of a machine read one shared copy there.
 """
 
 import hashlib
@@ -33,26 +33,26 @@ from ray_jobs.text.token_files import Ids, Rows
 logger = logging.getLogger(__name__)
 
 FORMAT = 4
-"""Of the files, and of how records become tokens: whoever changes either counts on."""
+"""Version of the files, and of how records become tokens: increment it when either changes."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
-"""Whose releases may read a text otherwise."""
+"""Libraries whose releases may tokenize a text differently."""
 KEPT_S = 24 * 3600.0
-"""How long a machine keeps tokens that no process asks for."""
+"""Seconds for which a machine keeps tokens that no process uses."""
 PROBE = Record("probe", [Message("user", "question")], "answer")
 
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """Where tokens lie: small enough to travel to every worker."""
+    """A reference to stored tokens, small enough to send to every worker."""
 
     key: str
     manifest_sha256: str
     rows: npt.NDArray[np.int64] | None = None
-    """The rows that are meant, in this order; None means all."""
+    """Indices of the selected rows, in this order; None means all."""
 
 
 def recipe(chat: ChatFormat, split: SplitName, max_length: int, loss_on: LossOn) -> dict[str, Any]:
-    """All that decides the tokens of a split beside its records, as JSON values."""
+    """Everything besides the records that determines the tokens of a split, as JSON values."""
     try:
         probe = chat.rows(PROBE)
     except DataError as exc:
@@ -77,7 +77,7 @@ def recipe(chat: ChatFormat, split: SplitName, max_length: int, loss_on: LossOn)
 def ensure(
     store: Store, dataset_uri: str, split: SplitName, chat: ChatFormat, *, max_length: int, loss_on: LossOn = "last"
 ) -> StoredTokens:
-    """Where the split's tokens lie; they are made where nobody has made them. Two who do make the same.
+    """Reference to the split's tokens, which are created if they do not exist. Two processes that do create the same.
 
     Raises:
         DataError: a record cannot be formatted with the base's chat template.
@@ -112,9 +112,9 @@ def _published(store: Store, key: str, folder: Path, how: dict[str, Any]) -> Man
 def find_of_records(
     store: Store, dataset_uri: str, records: Sequence[Record], chat: ChatFormat, max_length: int
 ) -> TokenizedSplit | None:
-    """The tokens of some held-out records, one row each, with their last answers; None where nobody has made them.
+    """The tokens of some held-out records, one row each, with their last answers; None if they are not in the store.
 
-    Records whose answers leave no room for a prompt have none.
+    Records whose answers leave no room for a prompt are left out.
     """
     key = _key(store, dataset_uri, recipe(chat, "eval", max_length, "last"))
     manifest = folders.find_manifest(store, key)
@@ -126,7 +126,7 @@ def find_of_records(
 
 
 def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
-    """The rows that are meant; the tokens of all rows lie in files of this machine until they are looked at.
+    """Load the selected rows; the tokens of all rows are in memory-mapped files of this machine, read on access.
 
     Raises:
         ObjectMissing: the tokens are gone from the store, and this machine has no copy.
@@ -141,7 +141,7 @@ def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
 
 
 def load_rows(store: Store, stored: StoredTokens) -> tuple[Rows, Ids]:
-    """What is known of all rows beside their tokens, those that are left out included, and their records' ids.
+    """The entries of all rows without their tokens, including rows that are left out, and their records' ids.
 
     Raises:
         ObjectMissing: the tokens are gone from the store.
@@ -153,7 +153,7 @@ def load_rows(store: Store, stored: StoredTokens) -> tuple[Rows, Ids]:
             store.download(f"{stored.key}/{name}", Path(scratch, name))
             if folders.digest_of(Path(scratch, name)) != manifest.files[name]:
                 raise IntegrityError(f"{store.uri(stored.key)}/{name} is not the one that its manifest lists")
-        # The files are gone then, and what is mapped of them stays.
+        # The files are deleted after this, but their memory maps stay valid.
         return token_files.load_rows(Path(scratch)), token_files.load_ids(Path(scratch))
 
 
@@ -166,7 +166,7 @@ def _root() -> Path:
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str:
-    """Of what it is made of, without how it pads and cuts, which nobody here asks it for."""
+    """A sha256 of the tokenizer's definition, without its padding and truncation, which are not used here."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and type(tokenizer).__module__.startswith("transformers."):
         made_of = json.loads(backend.to_str())

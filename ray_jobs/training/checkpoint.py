@@ -1,14 +1,14 @@
 """Resumable checkpoints in the store: the adapter and the optimizer, never the base.
 
-    runs/<run_id>/checkpoints/step-000100/rank-0/     this worker's part of the optimizer: float32 masters and moments,
-                                                      and which pieces of which parameters they belong to
+    runs/<run_id>/checkpoints/step-000100/rank-0/     this worker's shard of the optimizer state: float32 master weights
+                                                      and moments, and the pieces of the parameters they belong to
                                           rank-1/
                                           shared/     adapter weights, state.json
-                              best-000040/            best weights so far, of the step that state.json names; without
-                                                      one they are those that the training began with
+                              best-000040/            best weights so far, from the step that state.json names; without
+                                                      this folder they are the initial weights
 
 Each of these is a folder with a manifest. `shared` is written after all others, so a checkpoint exists when `shared`
-does: a half-uploaded one is never resumed from. Release 0.1.0 has the best weights in `shared`.
+does: a partial upload is never resumed from. Release 0.1.0 has the best weights in `shared`.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ from ray_jobs.training import optimizer, zero
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 PIECES = "pieces"
-"""Of an optimizer's file, in its metadata; release 0.1.0 wrote none."""
+"""Metadata key of the list of pieces in an optimizer file; files of release 0.1.0 lack it."""
 
 
 @dataclass
 class TrainingProgress:
-    """Where a training stands, beyond its tensors."""
+    """The state of a training without its tensors."""
 
     config_digest: str
-    """The config's `training_digest`; of release 0.1.0, its `digest`."""
+    """The config's `training_digest`; in checkpoints of release 0.1.0, its `digest`."""
     num_workers: int
     step: int = 0
     tokens: int = 0
@@ -46,19 +46,20 @@ class TrainingProgress:
     best_loss: float = float("inf")
     evals_without_gain: int = 0
     matmul_dtype: MatmulDtype = "bfloat16"
-    """What its products were taken in; a checkpoint that does not say was trained in bfloat16."""
+    """The dtype of the matrix products; older checkpoints lack it, and were trained in bfloat16."""
     loss_scale: float | None = None
-    """Of a training in float16."""
+    """The loss scale of a training in float16; None in bfloat16."""
     magnitudes: str = "whole"
-    """What is held of magnitudes, where there are any; a checkpoint that does not say holds them, not their change."""
+    """How DoRA magnitudes are stored, if there are any: "change" from their start, or "whole", as in older checkpoints,
+    which lack this field."""
     held_out: str = ""
-    """Names the records that `best_loss` was measured on; a checkpoint that does not say measured on others."""
+    """Digest of the records that `best_loss` was measured on; older checkpoints lack it, and used other records."""
     base: dict[str, str] = field(default_factory=dict)
-    """Identity of the base that was trained on; a checkpoint that does not say has none."""
+    """Identity of the base that was trained on; empty in older checkpoints."""
 
     def measured(self, loss: float) -> bool:
-        """Note a held-out loss, and whether it is the best so far."""
-        if not loss < self.best_loss:  # as no number is
+        """Record a held-out loss; returns whether it is the best so far."""
+        if not loss < self.best_loss:  # written so that NaN is no gain
             self.evals_without_gain += 1
             return False
         self.best_loss, self.best_step, self.evals_without_gain = loss, self.step, 0
@@ -66,12 +67,12 @@ class TrainingProgress:
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters by name."""
+    """The trained parameters by name: the adapter's."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the adapter's weights in host memory, whole. Under ZeRO-3 every worker must call it."""
+    """A full copy of the adapter's weights in host memory. Under ZeRO-3 every worker must call it."""
     parameters = trainable(module)
     with gathered(parameters.values()):
         return _contiguous(parameters)
@@ -86,8 +87,8 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
 
 
 def newest(store: Store, run_id: str) -> TrainingProgress | None:
-    """Where the newest checkpoint stands: what goes on from it does so on the same base, by the same products. None
-    without one that can be read."""
+    """The progress in the newest readable checkpoint: resuming uses the same base and the same dtype of products. None
+    where there is no such checkpoint."""
     for step in complete(store, run_id):
         with contextlib.suppress(IntegrityError, ObjectMissing):
             return progress_of(store, run_id, step)
@@ -95,16 +96,16 @@ def newest(store: Store, run_id: str) -> TrainingProgress | None:
 
 
 def discard_after(store: Store, run_id: str, step: int) -> None:
-    """Delete what a lost worker group left of checkpoints beyond `step`."""
+    """Delete the checkpoints that a lost worker group wrote, or began to write, after `step`."""
     for key, found in [*_steps(store, run_id), *_steps(store, run_id, "best")]:
         if found > step:
             _delete(store, key)
 
 
 def keep_newest(store: Store, run_id: str, count: int) -> None:
-    """Delete all but the newest checkpoints, and what is left of older ones that were never complete.
+    """Delete all but the `count` newest checkpoints, including older incomplete ones.
 
-    Beyond the newest lies what other workers are writing by now: they do not wait for a deletion.
+    Anything after the newest complete one stays: other workers may be writing it, as they do not wait for deletions.
     """
     kept = complete(store, run_id)[:count]
     for key, step in _steps(store, run_id):
@@ -119,7 +120,7 @@ def keep_newest(store: Store, run_id: str, count: int) -> None:
 
 
 def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
-    """A copy, in host memory, of this worker's masters and what the optimizer holds of each."""
+    """A copy in host memory of this worker's master weights and the optimizer state of each."""
     tensors = {}
     for index, (master, state) in enumerate(zero.master_partitions(engine)):
         held = {"master": master.detach(), **optimizer.saved(state)}
@@ -132,25 +133,25 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def key_of(run_id: str, step: int, kind: str = "step") -> str:
-    """Of the folder of a checkpoint, or of the `best` weights of that step."""
+    """Key in the store of a checkpoint's folder, or with `kind` "best" of the folder with the best weights."""
     return runs.run_key(run_id, f"{runs.CHECKPOINTS}{kind}-{step:06d}")
 
 
 def progress_of(store: Store, run_id: str, step: int) -> TrainingProgress:
-    """Where a training stood, without its tensors.
+    """The progress in a checkpoint, without its tensors.
 
     Raises:
-        IntegrityError: the checkpoint does not say.
+        IntegrityError: its state.json cannot be parsed.
     """
     key = f"{key_of(run_id, step)}/shared/{STATE}"
     return parse_progress(store.get(key), store.uri(key))
 
 
 def parse_progress(body: bytes, uri: str) -> TrainingProgress:
-    """What a checkpoint's state.json says.
+    """Parse a checkpoint's state.json.
 
     Raises:
-        IntegrityError: it is not one.
+        IntegrityError: it is not valid.
     """
     try:
         return TrainingProgress(**json.loads(body))  # the best loss is Infinity until one is measured
@@ -159,19 +160,19 @@ def parse_progress(body: bytes, uri: str) -> TrainingProgress:
 
 
 def complete(store: Store, run_id: str) -> list[int]:
-    """Steps of the checkpoints that were written to the end, newest first."""
+    """Steps of the complete checkpoints, newest first."""
     found = _steps(store, run_id)
     return [step for key, step in reversed(found) if store.exists(f"{key}/shared/{folders.MANIFEST}")]
 
 
 def _steps(store: Store, run_id: str, kind: str = "step") -> list[tuple[str, int]]:
-    """The folders of a kind, with the step of each; oldest first."""
+    """Keys and steps of the folders of one kind, oldest first."""
     names = store.folders(runs.run_key(run_id, runs.CHECKPOINTS))
     steps = sorted(int(name.removeprefix(f"{kind}-")) for name in names if name.startswith(f"{kind}-"))
     return [(key_of(run_id, step, kind), step) for step in steps]
 
 
 def _delete(store: Store, key: str) -> None:
-    # A manifest first: from then on it does not exist, however far the deletion gets.
+    # The manifest first: without it the checkpoint does not exist, even if the deletion is interrupted.
     store.delete([f"{key}/shared/{folders.MANIFEST}", f"{key}/{folders.MANIFEST}"])
     store.delete(item.key for item in list(store.list(f"{key}/")))

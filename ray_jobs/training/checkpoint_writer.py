@@ -1,4 +1,4 @@
-"""Checkpoints written beside the steps: a step waits while its state is copied to host memory, and for nothing more."""
+"""Asynchronous checkpoints: training waits only while the state is copied to host memory."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a checkpoint holds of this worker, in host memory, where no step changes it."""
+    """This worker's part of a checkpoint: a copy in host memory that further steps do not change."""
 
     progress: TrainingProgress
     pieces: list[Piece]
@@ -42,7 +42,7 @@ class _Snapshot:
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in a thread on each worker; every worker calls it at the same steps.
 
-    As a context it waits at the end for the one that is being written; after an error it does not.
+    As a context manager it waits at the end for the checkpoint that is being written, except after an error.
     """
 
     def __init__(self, store: Store, run_id: str, config: RunConfig, *, rank: int) -> None:
@@ -51,14 +51,15 @@ class CheckpointWriter:
         self._patience = Patience(config.train.store_patience_s)
         self._timeout = timedelta(seconds=config.ray.collective_timeout_s)
         self._group: dist.ProcessGroup | None = None
-        """Of the threads alone: collective operations of one group come in one order."""
+        """Process group of the writer threads alone: the collectives of one group must come in the same order on all
+        workers."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
         self._best_step = 0
-        """Of the best weights that are written already."""
+        """Step of the best weights that are already written; 0 for none."""
 
     def write(self, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor]) -> None:
-        """Begin to write a checkpoint of now, once the one before it is there.
+        """Start to write a checkpoint of the current state, after waiting for the previous one.
 
         Raises:
             StoreError: as `finish`.
@@ -76,10 +77,10 @@ class CheckpointWriter:
         self._writing = progress.step, self._thread.submit(self._write, snapshot)
 
     def finish(self) -> bool:
-        """Wait for the checkpoint that is being written; False where the store is away, the same on every worker.
+        """Wait for the checkpoint that is being written; returns False, on every worker, if the store is unavailable.
 
         Raises:
-            StoreError: it has been away for too long.
+            StoreError: it has been unavailable for too long.
         """
         if self._writing is None:
             return True
@@ -101,17 +102,17 @@ class CheckpointWriter:
         if error is None:
             try:
                 self.finish()
-            except StoreError as exc:  # what was trained is there, and publishing it has patience of its own
+            except StoreError as exc:  # the weights are in memory, and publishing them waits for the store by itself
                 logger.warning("the training ends without its newest checkpoint: %s", exc)
         self._thread.shutdown(wait=error is None)
         if self._group is not None and self._writing is None:
             dist.destroy_process_group(self._group)
 
     def _write(self, taken: _Snapshot) -> None:
-        """Return once the checkpoint is complete, on every worker.
+        """Write the checkpoint; returns once it is complete on every worker.
 
         Raises:
-            StoreError: on every worker, where one of them found the store away.
+            StoreError: the store was unavailable to one of the workers; raised on all of them.
         """
         key = checkpoint.key_of(self._run_id, taken.progress.step)
         self._together(key, lambda: self._write_part(key, taken))
@@ -146,10 +147,10 @@ class CheckpointWriter:
         folders.publish(self._store, key, {path.name: path for path in paths}, about={"kind": "checkpoint"})
 
     def _together(self, key: str, act: Callable[[], None]) -> None:
-        """Do it, and return when all workers have.
+        """Call `act`, and return when all workers have.
 
         Raises:
-            StoreError: the store is away, as this worker or another found.
+            StoreError: the store is unavailable to this worker or to another.
         """
         failure: StoreError | None = None
         try:

@@ -1,6 +1,6 @@
-"""The curve of a training as it is recorded, and the line of it that a person watches.
+"""The recorded metrics of a training, step by step, and the progress line for a person.
 
-A thread uploads it, so a slow or absent store delays no step: what it refuses is uploaded with what comes after.
+A thread uploads them, so a slow or unavailable store delays no step: each upload contains everything before it.
 """
 
 import json
@@ -25,7 +25,8 @@ PROGRESS_EVERY_S = 1.0
 METRICS_EVERY_S = 15.0
 NDJSON = "application/x-ndjson"
 MOST_POINTS = 10_000
-"""Of a curve, about 2.5 MB: beyond it every second step is left out, then every second one of those, and so on."""
+"""Maximum number of points in the file, about 2.5 MB: beyond it only every second step is kept, then every fourth, and
+so on."""
 
 
 class _Point(NamedTuple):
@@ -35,11 +36,11 @@ class _Point(NamedTuple):
 
 
 class MetricsLog:
-    """runs/<run_id>/metrics.jsonl, and the line that a person watches.
+    """Writes runs/<run_id>/metrics.jsonl, and prints the progress line.
 
-    With each `checkpoint_every_steps` it uploads, so that a training that goes on from there has the curve up to it; 0
-    has no checkpoints. Used as a context it uploads at the end, and also where a failure or a lost node ends it; at the
-    end it waits `patience_s` for a store that is away.
+    It uploads every `checkpoint_every_steps`, so that a training that resumes from there has the metrics up to it; 0
+    means no checkpoints. As a context manager it uploads at the end, also after a failure or the loss of a node; at the
+    end it waits up to `patience_s` for an unavailable store.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class MetricsLog:
         found = store.read(self._key)
         self._restarts_key = runs.run_key(run_id, runs.RESTARTS)
         self.restarts, self.steps_repeated = _restarts(store, self._restarts_key) if found else (0, 0)
-        # After a restart the curve goes on; points beyond the checkpoint are replaced as their steps come again.
+        # After a restart the metrics continue; points after the checkpoint are replaced as their steps are repeated.
         self._points = [_point(json.loads(line)) for line in found[0].splitlines()] if found else []
         self._taken = max((point.step for point in self._points if point.kind == "train"), default=0)
-        """By those that were lost; 0 once these have taken a step."""
+        """Last step of the lost worker group; 0 without a restart, and once this group has taken a step."""
         self._every = 1
         self._said_at = 0.0
         self._uploaded_at = time.monotonic()
@@ -71,7 +72,7 @@ class MetricsLog:
         self._is_refused = False
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Record a step or a measurement."""
+        """Add the record of a step or a held-out evaluation."""
         step, kind = record["step"], record["kind"]
         if self._trackers is not None:
             self._trackers.add(record)
@@ -80,12 +81,12 @@ class MetricsLog:
             self._taken = 0
             counted_so_far = encode_json({"restarts": self.restarts, "steps_repeated": self.steps_repeated})
             self._thread.submit(self._try, counted_so_far, self._restarts_key, JSON)
-        later = []  # what a restart comes to again
+        later = []  # points that a restart repeats
         while self._points and self._points[-1].step >= step:
             later.append(self._points.pop())
         self._points += [point for point in reversed(later) if point.step == step and point.kind != kind]
         if kind == "train" and self._points and not self._is_kept(self._points[-1]):
-            self._points.pop()  # the newest step is always there, until the next
+            self._points.pop()  # the newest step is always kept until the next one
         self._points.append(_point(record))
         if len(self._points) > MOST_POINTS:
             self._every *= 2
@@ -102,10 +103,10 @@ class MetricsLog:
             self._upload_beside()
 
     def upload(self) -> None:
-        """Write the whole file, and return when it is there.
+        """Upload the whole file, and wait until it is stored.
 
         Raises:
-            StoreError: the store is away, or refuses it.
+            StoreError: the store is unavailable, or refuses it.
         """
         self._thread.shutdown()
         body = self._body()
@@ -123,14 +124,14 @@ class MetricsLog:
             self._trackers.close()
         if error is None:
             self.upload()
-        elif not isinstance(error, StoreError):  # which is away
+        elif not isinstance(error, StoreError):  # after a StoreError an upload would fail too
             self._thread.shutdown()
             self._try(self._body())
 
     def _upload_beside(self) -> None:
-        """Write the whole file, as objects cannot be appended to, while the training goes on."""
+        """Upload the whole file in the background, since objects in the store cannot be appended to."""
         if self._uploading is not None and not self._uploading.done():
-            return  # the next time, with more
+            return  # the next upload includes these points
         self._uploaded_at = time.monotonic()
         self._uploading = self._thread.submit(self._try, self._body())
 
@@ -152,7 +153,7 @@ class MetricsLog:
 
 
 def _restarts(store: Store, key: str) -> tuple[int, int]:
-    """As the workers before counted them; none where they wrote nothing that can be read."""
+    """Restarts and repeated steps as earlier workers counted them; zeros where that cannot be read."""
     try:
         found = store.get_json(key)
         return int(found["restarts"]), int(found["steps_repeated"])
@@ -165,7 +166,7 @@ def _point(record: Mapping[str, Any]) -> _Point:
 
 
 def progress_line(record: Mapping[str, Any]) -> str:
-    """One step for a person: where, how good, how fast, how long still."""
+    """The progress line of one step: step, loss, learning rate, tokens per second and remaining time."""
     step, total = record["step"], record["num_steps"]
     left_s = record["elapsed_s"] / step * (total - step)
     minutes, seconds = divmod(math.ceil(left_s), 60)

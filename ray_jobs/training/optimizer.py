@@ -1,11 +1,11 @@
-"""AdamW as `train.optimizer` names it, and its state in a checkpoint.
+"""The AdamW variants of `train.optimizer`, and their state in a checkpoint.
 
-adamw              torch's: float32 masters and two moments in float32, 12 bytes a parameter with the master
-adamw_8bit         bitsandbytes': the moments in 8 bits, blocks of 256 with a float32 scale each (arXiv:2110.02861)
-paged_adamw_8bit   the same in CUDA's unified memory, which may leave the GPU while it is needed for something else
+adamw              PyTorch's: two moments in float32, 12 bytes per parameter with the float32 master weight
+adamw_8bit         bitsandbytes': moments in 8 bits, in blocks of 256 with a float32 scale each (arXiv:2110.02861)
+paged_adamw_8bit   the same in CUDA's unified memory, which can be paged out while the GPU memory is needed otherwise
                    (arXiv:2305.14314, section 3)
 
-The masters are DeepSpeed's in every case.
+In every case DeepSpeed holds the master weights.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ import torch
 from components.config.schema import TrainConfig
 from ray_jobs.adapters import dora
 
-# What bitsandbytes keeps beside its state: the code books of its two data types. The first has a sign.
+# bitsandbytes' code books for its two 8-bit data types, signed and unsigned, which it keeps in the optimizer state.
 CONSTANTS = ("qmap1", "qmap2")
 BLOCK = 256
 
 
 def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Of everything that is trained. Its learning rate is to be set before every step."""
+    """Create the optimizer of all trained parameters. The caller must set its learning rate before every step."""
     groups = _groups(model, train.weight_decay)
     if train.optimizer == "adamw":
-        # On CPUs one pass over everything takes a third of the time; on GPUs it would count its steps there.
+        # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there.
         is_on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
         return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or None)
     from bitsandbytes import optim
@@ -36,7 +36,7 @@ def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Everything that is trained; magnitudes, where there are any, as a second group, which does not decay."""
+    """Parameter groups of all trained parameters; DoRA magnitudes, if any, are a second group without weight decay."""
     magnitudes = list(dora.magnitudes(model))
     held = {id(parameter) for parameter in magnitudes}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
@@ -45,13 +45,13 @@ def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def forget_steps(state: dict[str, Any]) -> None:
-    """Let a parameter's first step be its first, where DeepSpeed has taken an empty one to make the state."""
+    """Reset a parameter's step count to 0, where DeepSpeed has taken an empty step to create the optimizer state."""
     if "step" in state:
         state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
 def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A parameter's state, to be written to a checkpoint; the step as float32."""
+    """A parameter's optimizer state as tensors for a checkpoint; the step count is float32."""
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name != "step"}
     return {
         "step": torch.as_tensor(float(state["step"])),
@@ -60,9 +60,9 @@ def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state that was `saved`, flat, with a number for each element of its parameter, so that it can be cut anywhere.
+    """A state from `saved` as flat tensors with one number per parameter element, so that it can be split anywhere.
 
-    Of moments in 8 bits that is what they stand for; in other blocks they are rounded anew.
+    8-bit moments are dequantised; `restore` quantises them again, in possibly different blocks.
     """
     from bitsandbytes import functional
 
@@ -80,12 +80,12 @@ def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put a parameter's state back, as `saved` or `in_float32` gave it."""
+    """Restore the optimizer state of a master weight from the result of `saved` or `in_float32`."""
     state = optimizer.state[master]
     step = tensors["step"]
-    if hasattr(optimizer, "init_state"):  # bitsandbytes', whose pages are its own to make
+    if hasattr(optimizer, "init_state"):  # bitsandbytes allocates its (paged) state by itself
         if not state:
-            # It looks the parameter up in its group, where ZeRO-3 puts one for its own step alone.
+            # It reads the parameter from its group, where ZeRO-3 puts parameters only during a step.
             group = optimizer.param_groups[0]
             held, group["params"] = group["params"], [master]
             optimizer.init_state(group, master, 0, 0)

@@ -1,10 +1,10 @@
-"""Which piece of which parameter a worker's optimizer holds, so that its state can be dealt out anew.
+"""Which pieces of which parameters a worker's optimizer partitions hold, so that their state can be redistributed.
 
-DeepSpeed keeps float32 masters, and an optimizer's state with each of them, in flat partitions (0.19):
+DeepSpeed keeps float32 master weights, each with its optimizer state, in flat partitions (0.19):
 
-    ZeRO 1 and 2   a group's parameters one after the other, cut into as many equal parts as there are workers
-                   (utils/tensor_fragment.py says of each parameter what of it is here)
-    ZeRO 3         of each parameter an equal part, one after the other (runtime/zero/stage3.py, set_grad_positions)
+    ZeRO 1 and 2   the concatenated parameters of a group, divided into one equal part per worker
+                   (utils/tensor_fragment.py has, for each parameter, the fragment on this worker)
+    ZeRO 3         an equal part of each parameter, concatenated (runtime/zero/stage3.py, set_grad_positions)
     none           each parameter whole, on every worker (runtime/fp16/unfused_optimizer.py)
 """
 
@@ -19,26 +19,26 @@ from components.shared.errors import IntegrityError
 
 
 class Piece(NamedTuple):
-    """`size` elements of a parameter as it lies flat, from `start` on; a partition has them from `offset` on."""
+    """`size` elements of a flattened parameter, from `start` on; they lie in a partition from `offset` on."""
 
     name: str
     start: int
     size: int
     partition: int
-    """By its place in `zero.master_partitions`."""
+    """Index of the partition in `zero.master_partitions`."""
     offset: int
 
 
 class Part(NamedTuple):
-    """What one worker holds."""
+    """The pieces and optimizer states of one worker."""
 
     pieces: Sequence[Piece]
     states: Sequence[Mapping[str, torch.Tensor]]
-    """Of each partition by name: `step`, and flat tensors of a number for each of its elements."""
+    """The state of each partition by name: `step`, and flat tensors with one number per element of the partition."""
 
 
 def here(engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> list[Piece]:
-    """What this worker's partitions hold of the trained `parameters`."""
+    """The pieces of the trained `parameters` in this worker's partitions."""
     return [piece for piece in _pieces(engine.optimizer, parameters) if piece.size]
 
 
@@ -62,12 +62,12 @@ def _pieces(wrapped: Any, parameters: Mapping[str, torch.nn.Parameter]) -> Itera
 
 
 def deal(parts: Iterable[Part], pieces: Sequence[Piece], sizes: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-    """The states of partitions of `sizes` that hold `pieces`, from the `parts` of workers that held them otherwise.
+    """Redistribute optimizer states: from the `parts` of other workers to partitions of `sizes` that hold `pieces`.
 
-    What belongs to no piece, the padding at a partition's end, is zero.
+    Elements that belong to no piece, such as the padding at a partition's end, are zero.
 
     Raises:
-        IntegrityError: no part holds some of it.
+        IntegrityError: the parts lack some of the elements.
     """
     states: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
     wanted: dict[str, list[Piece]] = defaultdict(list)
@@ -76,7 +76,7 @@ def deal(parts: Iterable[Part], pieces: Sequence[Piece], sizes: Sequence[int]) -
     left = sum(piece.size for piece in pieces)
     for part in parts:
         if not left:
-            break  # without ZeRO every part holds everything
+            break  # without ZeRO the first part holds everything
         for theirs in part.pieces:
             for ours in wanted[theirs.name]:
                 start, end = max(theirs.start, ours.start), min(theirs.start + theirs.size, ours.start + ours.size)

@@ -1,4 +1,4 @@
-"""Going on from a run's newest whole checkpoint, however many workers wrote it."""
+"""Resuming from a run's newest intact checkpoint, whatever number of workers wrote it."""
 
 import json
 import logging
@@ -29,36 +29,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Found:
-    """A checkpoint, whole and verified as far as this worker needs it."""
+    """The verified contents of a checkpoint that this worker needs."""
 
     progress: TrainingProgress
     adapter: Mapping[str, torch.Tensor]
     best: dict[str, torch.Tensor] | None
-    """None where nothing was better than the beginning."""
+    """The best weights; None where none were better than the initial ones."""
     states: list[dict[str, torch.Tensor]]
-    """Of each of this worker's partitions: its master and the optimizer's state."""
+    """For each of this worker's partitions: its master weights and its optimizer state."""
 
 
 _Written = tuple[list[Piece] | None, list[dict[str, torch.Tensor]]]
-"""By one worker: the pieces that it held, which release 0.1.0 did not write, and the state of each partition."""
+"""The part of a checkpoint that one worker wrote: its pieces (None in checkpoints of release 0.1.0), and the state of
+each partition."""
 
 
 def resume(
     store: Store, run_id: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
 ) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
-    """Put an engine into the state of the newest checkpoint that is whole; gives the progress and the best weights.
+    """Load the newest intact checkpoint into the engine; returns the progress and the best weights.
 
-    Without one these are `fresh` and the weights as they are. Every worker calls it and reads its own part; of a
-    checkpoint that another number of workers wrote, or another ZeRO stage, as many parts as hold its own. One that is
-    damaged for any of them is named in the log, and the one before it taken. What a lost group left of checkpoints
-    beyond it is deleted.
+    Without a checkpoint these are `fresh` and the current weights. Every worker must call it, and reads its own part;
+    if another number of workers or another ZeRO stage wrote the checkpoint, it reads as many parts as it takes to cover
+    its pieces. A checkpoint that is damaged for any worker is logged, and the one before it is used. Later checkpoints,
+    which a lost worker group left, are deleted.
 
-    A release may hold out other records of a dataset than the one that wrote the checkpoint: then what comes competes
-    only with what comes.
+    A new release may hold out other records of a dataset than the one that wrote the checkpoint: then the best loss is
+    reset, so that later losses are compared only with each other.
 
     Raises:
-        ConfigError: the checkpoint belongs to another config, or is of release 0.1.0, which could go on with the same
-            number of workers alone, and trained magnitudes otherwise.
+        ConfigError: the checkpoint belongs to another config, or to release 0.1.0, whose checkpoints need the same
+            number of workers, and which trained DoRA magnitudes in another form.
     """
     steps = checkpoint.complete(store, run_id) if rank == 0 else []
     found = None
@@ -89,7 +90,7 @@ def resume(
 
 
 def _sum(number: int, device: torch.device) -> int:
-    """Over all workers."""
+    """Sum a number over all workers (an all-reduce)."""
     total = torch.tensor([number], device=device)
     dist.all_reduce(total)
     return int(total.item())
@@ -119,7 +120,7 @@ def _read(
 
 def _best(store: Store, run_id: str, shared: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
     path = shared / checkpoint.BEST
-    if not path.exists():  # release 0.1.0 has it there
+    if not path.exists():  # only release 0.1.0 stores it there
         if not progress.best_step:
             return None
         path = shared.parent / "best" / checkpoint.BEST
@@ -128,7 +129,7 @@ def _best(store: Store, run_id: str, shared: Path, progress: TrainingProgress) -
 
 
 def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:
-    """What each worker wrote, the one of rank `first` first."""
+    """Yield what each worker wrote, starting with rank `first`."""
     for number in range(num_workers):
         folder = scratch / f"rank-{(first + number) % num_workers}"
         folders.pull(store, f"{key}/{folder.name}", folder)
@@ -151,7 +152,7 @@ def _states(
     fresh: TrainingProgress,
     uri: str,
 ) -> list[dict[str, torch.Tensor]]:
-    """Of each of this worker's partitions, as it was written where the same pieces were."""
+    """The state of each of this worker's partitions: as stored, if its pieces are the same, otherwise redistributed."""
     wanted = partitions.here(engine, checkpoint.trainable(engine.module))
     pieces, states = next(parts)
     is_same_number = progress.num_workers == fresh.num_workers

@@ -1,12 +1,12 @@
-"""Room for the workers: what the cluster has, or else what its autoscaler can make of it.
+"""Waiting for the workers' resources: those that the cluster has, or those that its autoscaler can add.
 
-A cluster that was made for the job has workers for it, or will have: after the loss of a head they come back later than
-the driver does, and what an autoscaler says meanwhile is of no account.
+A cluster that was created for the job has workers for it, or will have: after the loss of a head node they return later
+than the driver, and what an autoscaler reports meanwhile is ignored.
 
-Another can grow where its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head where
-the RayCluster says so): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it. The
-GCS knows how far the cluster can grow only where a platform reports that; Ray Train compares with it. Otherwise a
-placement group is a demand to the autoscaler, which it serves or calls infeasible.
+Any other cluster can grow if its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head if
+the RayCluster enables it): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it.
+The GCS knows the cluster's maximum size only where a platform reports it; Ray Train compares with that. Otherwise a
+placement group is a demand to the autoscaler, which it either fulfils or reports as infeasible.
 """
 
 import time
@@ -19,19 +19,21 @@ from components.shared.errors import ConfigError, WorkersMissing
 
 POLL_S = 1.0
 STABLE_S = 60.0
-"""How long an autoscaler must go on saying that it cannot grow enough: nodes may be on their way back to a new head."""
+"""Seconds for which an autoscaler must keep reporting that it cannot grow enough: after the loss of a head, nodes may
+still be reconnecting."""
 CALL_S = 10
 
 
 def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
-    """Whether the cluster is large enough for all workers as it is, whatever else runs there now."""
+    """Whether the cluster's total resources suffice for all workers, whatever else runs there now."""
     import ray
 
     return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
 
 
 def workers_with_room(config: RunConfig) -> int:
-    """Of elastic workers as many as the cluster has room for now, one that others use included; else all."""
+    """The largest number of elastic workers for which the cluster's total resources suffice, including those that
+    others use now; at least ray.min_workers, which without elasticity means all workers."""
     numbers = range(config.ray.max_workers, config.ray.min_workers, -1)
     return next((each for each in numbers if has_room(config.ray.per_worker, each)), config.ray.min_workers)
 
@@ -39,11 +41,11 @@ def workers_with_room(config: RunConfig) -> int:
 def wait_for_room(
     cluster: Cluster, per_worker: Mapping[str, float], num_workers: int, log: Callable[[str], None]
 ) -> None:
-    """Return once all workers have room at the same time; at once where the cluster is large enough as it is.
+    """Wait until the cluster has resources for all workers at the same time; returns at once if its size suffices.
 
     Raises:
-        ConfigError: it is too small, and does not grow or cannot grow enough.
-        WorkersMissing: it was made for the job, and its workers do not come.
+        ConfigError: the cluster is too small, and does not grow or cannot grow enough.
+        WorkersMissing: it was created for the job, and its workers do not appear.
     """
     import ray
 
@@ -63,10 +65,10 @@ def wait_for_own(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Return once the workers of a job's own cluster are there.
+    """Wait for the workers of a cluster that was created for the job.
 
     Raises:
-        WorkersMissing: not within `patience_s`, which is as long as nodes, images and pods may take.
+        WorkersMissing: they did not appear within `patience_s`, the time that nodes, images and pods may take.
     """
     began, said = clock(), False
     while name := _short_of(needed, has := resources()):
@@ -105,7 +107,7 @@ def _wait_for_growth(
         while not group.wait(POLL_S):
             said, before = _autoscaling_state(), has
             has = ray.cluster_resources()
-            # What others hold now may be free later, and the report may be older than its release.
+            # Resources that others hold may become free, and the report may be older than their release.
             if said is None or has != before or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
                 refused.clear()
                 since = time.monotonic()
@@ -137,7 +139,7 @@ def _too_small(name: str, needed: Mapping[str, float], why: str) -> ConfigError:
 
 
 def _autoscaling_state() -> Any:
-    """The autoscaler's newest AutoscalingState; None where none reports."""
+    """The autoscaler's latest AutoscalingState; None where no autoscaler reports one."""
     from ray._private.worker import global_worker
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -146,7 +148,7 @@ def _autoscaling_state() -> Any:
 
 
 def _is_infeasible(group_id: str, said: Any) -> bool:
-    # Of a placement group the autoscaler repeats what it is of: "ID:STRATEGY|STATE".
+    # For a placement group the autoscaler's details read "ID:STRATEGY|STATE".
     return any(each.details.startswith(group_id) for each in said.infeasible_gang_resource_requests)
 
 

@@ -1,4 +1,4 @@
-"""What a training reads of a prepared dataset: the records to train on, and those to validate on."""
+"""The splits of a prepared dataset that a training uses: training records and validation records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,13 +28,13 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PlannedSplit:
-    """What the driver knows of a split: how long its rows are, and where workers find their tokens."""
+    """A split as the driver sees it: the lengths of its rows, and a reference to their tokens for the workers."""
 
     stored: StoredTokens
     lengths: npt.NDArray[np.int64]
-    """Tokens of each row."""
+    """Number of tokens of each row."""
     num_answer_tokens: npt.NDArray[np.int64]
-    """Labelled tokens of each row."""
+    """Number of labelled tokens of each row."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -43,9 +43,8 @@ class PlannedSplit:
 def read(
     store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
 ) -> tuple[PlannedSplit, PlannedSplit]:
-    """The training records and those that checkpoints, and the trainings of a sweep, are chosen on, as tokens.
-
-    They are tokenised where no training of these records has done so.
+    """The training records, and the validation records by which checkpoints and a sweep's trainings are chosen, as
+    tokens. They are tokenised unless an earlier training has done so.
 
     Raises:
         DataError: too many records are too long for `model.max_length`.
@@ -68,10 +67,11 @@ def read(
 def require_embedded(
     store: Store, chat: ChatFormat, base: "PretrainedConfig", config: RunConfig, *splits: PlannedSplit
 ) -> None:
-    """Require that the base has embeddings for all tokens, which only a tokenizer of more than those may lack.
+    """Require that the base has embeddings for all tokens that occur in the splits; they can only be missing if the
+    tokenizer's vocabulary is larger than the base's.
 
     Raises:
-        ConfigError: it has none for one of them.
+        ConfigError: a token has no embedding.
     """
     rows = base.get_text_config().vocab_size
     if len(chat.tokenizer) <= rows:
@@ -90,7 +90,8 @@ def _planned(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> Plan
 
 
 def _validation(store: Store, dataset_uri: str, config: RunConfig) -> npt.NDArray[np.bool_]:
-    """Of each held-out record, whether `validation_and_test` takes it to choose weights on."""
+    """One flag per held-out record: whether `validation_and_test` makes it a validation record, by which weights are
+    chosen; all are True where it would otherwise be none."""
     found = np.array(
         [
             is_validation(record, config.data.validation_share)
@@ -103,10 +104,10 @@ def _validation(store: Store, dataset_uri: str, config: RunConfig) -> npt.NDArra
 
 
 def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
-    """Require that few enough records are left out or cut; `log` receives a line about those that are.
+    """Require that not too many records are left out or shortened; `log` receives a line about those that are.
 
     Raises:
-        DataError: more of them than `data.max_reject_share` allows.
+        DataError: there are more of them than `data.max_reject_share` allows.
     """
     limit, allowed = config.model.max_length, config.data.max_reject_share
     kept, num_records = token_files.is_kept(rows), len(np.unique(rows["record"]))
@@ -136,7 +137,7 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
 
 
 def of_dataset(store: Store, uri: str) -> lineage.Dataset:
-    """The dataset as lineage names it."""
+    """The dataset as the lineage records it."""
     manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
     about = manifest.about
     return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])

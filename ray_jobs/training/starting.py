@@ -1,4 +1,4 @@
-"""Where a training begins: at the base alone, or at a version of the same shape on the same base."""
+"""The start of a training: the base alone, or a version of the same shape on the same base."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,9 +26,9 @@ BASE, PRODUCTION = "base", "production"
 
 
 def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
-    """The version that `train.start_from` means, None for the base alone.
+    """The version that `train.start_from` names; None for the base alone.
 
-    Where nothing is in production yet, "production" means the base. `base` is what this run trains on.
+    Where nothing is in production yet, "production" means the base. `base` is the base that this run trains on.
 
     Raises:
         ConfigError: the version was trained with another method, rank or layers.
@@ -44,31 +44,29 @@ def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) 
         wanted = f"{config.adapter.name}@{pointer.version}" if pointer else ""
     found = resolve(store, wanted) if wanted else None
     first = encode_json({"version": f"{found.name}@{found.version}" if found else ""})
-    key = runs.run_key(
-        run_id, runs.START
-    )  # of the first attempt, and so of every later one, wherever the alias is by then
+    key = runs.run_key(run_id, runs.START)  # the first attempt decides for all later ones, even if the alias has moved
     chosen = decode_json(store.claim(key, first, content_type=JSON), store.uri(key))["version"]
     if not chosen:
         return None
     version = resolve(store, chosen)
     theirs = recorded.read(config, store, version)
-    if base.is_known:  # else the workers, who read it, compare it with `base_of`
+    if base.is_known:  # otherwise the workers compare it, when they read it, with the identity from `base_of`
         base_model.require_same(base, theirs.base_identity)
     _require_same_shape(config, theirs.config, version)
     return version
 
 
 def base_of(config: RunConfig, store: Store, start: Version, base: base_model.Base) -> base_model.Base:
-    """The base with the identity that it must have for a training that goes on from that version."""
+    """The base with the identity that it must have in a training that starts from version `start`."""
     return base if base.is_known else replace(base, identity=dict(recorded.read(config, store, start).base_identity))
 
 
 def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
-    """The adapter's weights, verified and signed as `pull_version` asks.
+    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`.
 
     Raises:
-        IntegrityError: they are not what the version's manifest lists, that is not the one that was published, or
-            no trusted key signed it.
+        IntegrityError: they differ from the version's manifest, the manifest is not the published one, or no trusted
+            key signed it.
     """
     from safetensors.torch import load
 
@@ -83,7 +81,8 @@ def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
 
 
 def flops_of(store: Store, version: Version | None) -> float | None:
-    """Of its training and of those before it; None where one of them does not say, 0 without one."""
+    """FLOPs of the version's training and of all trainings that it builds on; None where one of them is unknown, 0
+    without a version."""
     if version is None:
         return 0.0
     more = read_lineage(store, version).get("training", {}).get("more", {})
@@ -92,10 +91,10 @@ def flops_of(store: Store, version: Version | None) -> float | None:
 
 
 def begin(adapted: "PeftModel", start: Mapping[str, "torch.Tensor"]) -> None:
-    """Give a fresh adapter the weights of a version; DoRA's magnitudes and VeRA's matrices are among them.
+    """Load a version's weights into a fresh adapter, including DoRA's magnitudes and VeRA's matrices.
 
     Raises:
-        ConfigError: they are of other layers, or of other shapes.
+        ConfigError: they belong to other layers, or have other shapes.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -121,7 +120,7 @@ def _require_same_shape(config: RunConfig, theirs: RunConfig, version: Version) 
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:
-    """What a version's weights depend on, by the config's names."""
+    """The settings of the method that a version's weights depend on, by the config's names."""
     method = config.method
     row = {axis: getattr(method.row, axis) for axis in ("adapter", "scaling", "init", "base")}
     return {**row, "rank": method.r, "alpha": method.lora_alpha, "target_modules": method.target_modules}

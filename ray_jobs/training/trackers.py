@@ -1,7 +1,6 @@
-"""A training's curve, sent to MLflow, Weights & Biases and trackio while it goes on, as far as the config names them.
+"""Sending a training's metrics to MLflow, Weights & Biases and trackio while it runs, as far as the config names them.
 
-A thread sends it, from a queue that holds so much and no more: a step waits for none, and one that is away or slow
-costs its own points.
+A thread sends them from a bounded queue: no step waits for a tracker, and a slow or unavailable one only loses points.
 """
 
 import importlib
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
 LAST_S = 30.0
-"""How long the end of a training waits for points that have not been sent yet."""
+"""Seconds that the end of a training waits for points that have not been sent yet."""
 Point = tuple[int, dict[str, float]]
 
 
@@ -31,11 +30,11 @@ class Tracker(Protocol):
         """Add the values of a step."""
 
     def finish(self) -> None:
-        """The training is over."""
+        """End the run at the tracker."""
 
 
 class Mlflow:
-    """A run of an MLflow experiment; one that goes on goes on there too (mlflow.MlflowClient of 2.x and 3.x)."""
+    """A run in an MLflow experiment; a resumed training continues its run (mlflow.MlflowClient of 2.x and 3.x)."""
 
     def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
         mlflow, entities = importlib.import_module("mlflow"), importlib.import_module("mlflow.entities")
@@ -53,18 +52,18 @@ class Mlflow:
             self._client.log_batch(self._run_id, params=params)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """In one request."""
+        """Send the values of a step in one request."""
         now_ms = int(time.time() * 1000)
         metrics = [self._metric(key, value, now_ms, step) for key, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def finish(self) -> None:
-        """The training is over, however it ended: its version says how."""
+        """End the run, however the training ended: the outcome is in its version."""
         self._client.set_terminated(self._run_id)
 
 
 class Wandb:
-    """A run of Weights & Biases, by the name of ours (wandb.init)."""
+    """A run at Weights & Biases with our run id (wandb.init)."""
 
     def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
         entity, _, project = target.rpartition("/")
@@ -78,16 +77,16 @@ class Wandb:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Handed to its own process."""
+        """Hand the values of a step to wandb's own process."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:
-        """Waits for what its process has not sent."""
+        """End the run, after waiting for what wandb's process has not sent yet."""
         self._run.finish()
 
 
 class Trackio:
-    """A run of trackio, by the name of ours (trackio.init)."""
+    """A run at trackio with our run id as its name (trackio.init)."""
 
     def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
         self._run = importlib.import_module("trackio").init(
@@ -95,11 +94,11 @@ class Trackio:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Handed to its own thread."""
+        """Hand the values of a step to trackio's own thread."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:
-        """Waits for that."""
+        """End the run, after waiting for trackio's thread."""
         self._run.finish()
 
 
@@ -111,7 +110,7 @@ TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
 
 
 class Trackers:
-    """Those that the config names, for one training."""
+    """The trackers that the config names, for one training."""
 
     def __init__(self, config: RunConfig, run_id: str) -> None:
         self._named = {name: target for name in TRACKERS if (target := getattr(config.track, name))}
@@ -124,12 +123,12 @@ class Trackers:
             self._thread.start()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take a step or a measurement, and return at once."""
+        """Queue the record of a step or a held-out evaluation, and return at once."""
         if self._named:
             self._put((int(record["step"]), scalars(record)))
 
     def close(self) -> None:
-        """Wait for what is left, for a while."""
+        """Wait up to LAST_S for the points that are still queued."""
         if not self._named:
             return
         self._put(None)
@@ -156,12 +155,12 @@ class Trackers:
         return TRACKERS[name](self._named[name], self._config, self._run_id)
 
     def _tried(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What the call gives; None and a warning, the first time, where it fails."""
+        """Call a tracker; if it fails, return None and log a warning the first time."""
         try:
             return call(*arguments)
         except ModuleNotFoundError:
             logger.warning("track.%s is set, and %s is not installed beside the workers: pip install %s", *[name] * 3)
-        except Exception as exc:  # each package raises what it likes, and none of it may end a training
+        except Exception as exc:  # each package has its own exceptions, and none may end a training
             if name not in self._warned:
                 logger.warning("the training goes on without %s: %s: %s", name, type(exc).__name__, exc)
             self._warned.add(name)

@@ -1,6 +1,6 @@
-"""The training loop of one worker: steps, measurements on held-out records, early stopping, checkpoints.
+"""The training loop of one worker: steps, evaluations on held-out records, early stopping, checkpoints.
 
-Nothing here depends on chance beyond `train.seed`: batches are a pure function of seed and epoch, dropout is seeded by
+All randomness comes from `train.seed`: batches are a pure function of seed and epoch, and dropout is also seeded by
 step and rank, so a resumed training takes exactly the steps of an uninterrupted one.
 """
 
@@ -32,7 +32,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class TrainedAdapter:
-    """What a finished training gives: the weights to publish and how they came to be."""
+    """The result of a finished training: the weights to publish, and how they were obtained."""
 
     weights: dict[str, torch.Tensor]
     progress: TrainingProgress
@@ -44,7 +44,7 @@ class TrainedAdapter:
     resumed_from: int = 0
 
     def stepped(self, loss: float, num_tokens: int, *, elapsed_s: float) -> None:
-        """Note a step that has been taken."""
+        """Record a step that has been taken."""
         self.progress.step += 1
         self.progress.tokens += num_tokens
         self.progress.elapsed_s = elapsed_s
@@ -53,7 +53,7 @@ class TrainedAdapter:
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: float) -> float:
-    """Rate of optimizer step `step`, counted from 0: a linear warm-up, then a cosine to zero after the last."""
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then a cosine to zero after the last."""
     num_warmup = math.ceil(warmup_share * num_steps)
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
@@ -62,13 +62,13 @@ def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: fl
 
 
 def num_steps(train: TrainConfig, num_records: int) -> int:
-    """Optimizer steps of the whole training."""
+    """Number of optimizer steps of the whole training."""
     in_epochs = math.ceil(num_records / train.batch_size) * train.epochs
     return min(train.max_steps, in_epochs) if train.max_steps else in_epochs
 
 
 def eval_steps(train: TrainConfig, num_records: int) -> set[int]:
-    """After how many steps the held-out loss is measured; the last step is always one of them."""
+    """Numbers of steps after which the held-out loss is measured; the last step is always one of them."""
     total = num_steps(train, num_records)
     steps = {total}
     if train.evals_per_epoch:
@@ -92,15 +92,15 @@ def run(
     watch: preemption.Watch | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainedAdapter:
-    """Train to the end, from the newest complete checkpoint of this run when there is one. Of the weights `start`,
-    which the training began with, `train.start_share` stays in what comes of it. Checkpoints say that they are of the
-    base with the identity `base`.
+    """Train to the end, from the newest complete checkpoint of this run if there is one. The result is interpolated
+    with the weights `start`, at which the training began, by `train.start_share`. Checkpoints record the base's
+    identity `base`.
 
-    `report` gets one record for each step and each measurement, on every rank. `watch` says when a node is about to be
-    taken; without it none ever is.
+    `report` gets one record for each step and each evaluation, on every rank. `watch` says when a node is about to be
+    preempted; None means never.
 
     Raises:
-        RayActorError: a node is about to be taken, and a checkpoint is there.
+        RayActorError: a node is about to be preempted, and a checkpoint has been written.
     """
     train, num_records = config.train, len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
@@ -141,7 +141,7 @@ def run(
 
 
 def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit, base: Mapping[str, str]) -> TrainingProgress:
-    """Of a training that has taken no step."""
+    """The progress of a training that has taken no step."""
     return TrainingProgress(
         config.training_digest,
         worker.num_workers,
@@ -153,7 +153,7 @@ def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit, base: 
 
 
 def _of_step(trained: TrainedAdapter, engine: Any, **found: float) -> dict[str, Any]:
-    """The record of the step that was taken last."""
+    """The record of the last step, for `report`."""
     progress = trained.progress
     return {
         "kind": "train", "step": progress.step, "num_steps": trained.num_steps, "tokens": progress.tokens,
@@ -169,7 +169,7 @@ def _settle(
     start: Mapping[str, torch.Tensor] | None,
     measure: Callable[[], float],
 ) -> None:
-    """Choose the weights that are published: the best or the last, or between them and those of the start."""
+    """Choose the weights to publish: the best with early stopping, else the last, interpolated with the start's."""
     if train.early_stopping_patience:
         trained.weights, trained.eval_loss = best, trained.progress.best_loss
     else:
@@ -183,19 +183,19 @@ def _settle(
 def between(
     trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], share: float
 ) -> dict[str, torch.Tensor]:
-    """The weights that lie on the line from `trained` to `start`, at `share` of it: theta = (1 - share) trained +
-    share start (WiSE-FT, arXiv:2109.01903, section 3), summed in float32."""
+    """Interpolate linearly between the weights `trained` and `start`: theta = (1 - share) trained + share start
+    (WiSE-FT, arXiv:2109.01903, section 3), computed in float32."""
     return {name: weight.float().lerp(start[name].float(), share).to(weight.dtype) for name, weight in trained.items()}
 
 
 @torch.no_grad()
 def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_size: int, pad: int) -> float:
-    """Mean nats per answer token over a split that the workers share out."""
+    """Mean loss in nats per answer token over a split that is divided among the workers."""
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64)
     mine = np.arange(worker.rank, len(split), worker.num_workers)
     rounds = [mine[indices] for indices in by_length(split.lengths[mine], batch_size)]
-    # Under ZeRO-3 a forward pass is collective: a worker without further records repeats one, uncounted.
+    # Under ZeRO-3 a forward pass is collective: a worker without further records repeats a record, without counting it.
     idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
     for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
         nll = packed.records_nll(engine.module, split, indices, pad, device=worker.device)
@@ -211,7 +211,7 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
 def _batches(
     train: TrainConfig, split: TokenizedSplit, *, start: int, stop: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
-    """The batches of the steps `start` to `stop`, each with its epoch."""
+    """Yield the batches of the steps from `start` up to, not including, `stop`, each with its epoch."""
     per_epoch = math.ceil(len(split) / train.batch_size)
     for epoch in range(start // per_epoch, math.ceil(stop / per_epoch)):
         plan = plan_epoch(
@@ -238,7 +238,8 @@ def take_step(
     total: int,
     pace: Pace,
 ) -> tuple[float, float, int]:
-    """One optimizer step. Gives the mean loss over the batch's answer tokens, the gradient norm, the tokens seen."""
+    """Take one optimizer step; returns the mean loss over the batch's answer tokens, the gradient norm and the number
+    of tokens."""
     train = config.train
     zero.set_learning_rate(
         engine, learning_rate_at(step, peak=config.learning_rate, num_steps=total, warmup_share=train.warmup_share)
@@ -252,7 +253,7 @@ def take_step(
         max_tokens=train.max_tokens,
         num_workers=worker.num_workers,
     )
-    # DeepSpeed averages over rounds and workers; the loss is a mean over tokens, which they do not hold in equal parts.
+    # DeepSpeed averages over rounds and workers, but the loss is a mean over tokens, which are not spread evenly.
     scale = zero.accumulation(config) * worker.num_workers / answer_tokens
     packs = packed.wanted(config)
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
@@ -261,7 +262,7 @@ def take_step(
             engine.set_gradient_accumulation_boundary(number == len(rounds))
         mine = indices[worker.rank]
         records = mine[mine != NO_RECORD]
-        with pace.forward():  # all take part in each pass: a worker without records repeats one, uncounted
+        with pace.forward():  # all workers join each pass: one without records repeats a record, which is not counted
             nll = packed.records_nll(
                 engine, split, records if len(records) else batch[:1], pad, device=worker.device, packs=packs
             ).sum() * bool(len(records))

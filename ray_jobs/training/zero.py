@@ -1,7 +1,8 @@
-"""DeepSpeed as Fineloop uses it: ZeRO over the adapter's optimizer, gradients and, at stage 3, every weight.
+"""DeepSpeed as Fineloop uses it: ZeRO shards the adapter's optimizer state, gradients and, at stage 3, every weight.
 
-The same on GPUs and on CPU processes. At stage 3 a weight is whole only while a layer that reads it runs (DoRA's norm
-reads its layer's base: DeepSpeed sees that and gathers it once more); vectors stay whole. `gathered` makes the rest so.
+It works the same on GPUs and on CPU processes. At stage 3 a weight is gathered only while a layer that reads it runs
+(DoRA's norm reads its layer's base weight: DeepSpeed notices and gathers it again); vectors are never sharded. To read
+a weight elsewhere, use `gathered`.
 """
 
 import math
@@ -23,8 +24,8 @@ from ray_jobs.training import optimizer
 BUCKET_ELEMENTS = 20_000_000
 # Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
 LIVE_ELEMENTS = 100_000_000
-# From a high scale down: an overflow halves it at once, and so many steps without one double it. Steps are few here, so
-# none is spent on seeing the same overflow twice.
+# Dynamic loss scaling from a high scale down: an overflow halves it at once, and `loss_scale_window` steps without one
+# double it. A training has few steps, so none is spent on seeing the same overflow twice (hysteresis 1).
 LOSS_SCALING = {
     "enabled": True,
     "loss_scale": 0,  # dynamic
@@ -33,16 +34,16 @@ LOSS_SCALING = {
     "hysteresis": 1,
     "min_loss_scale": 1,
 }
-# Keeps transformers from reading weights before their turn.
+# Environment variable that keeps transformers from reading weights ahead.
 ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
-# Of a worker's part of the sharded weights, beyond its share: padding to equal parts.
+# Tolerated ratio of a worker's sharded weights to its exact share: shards are padded to equal sizes.
 PADDING = 1.05
 
 
 def prepare_environment(*, use_gpu: bool) -> None:
-    """Keep DeepSpeed from compiling a kernel at its first use on CPU, before anything imports it.
+    """Keep DeepSpeed from compiling a kernel at its first use on CPU; call this before anything imports DeepSpeed.
 
-    That takes a C++ compiler and 40 s; gloo does the kernel's work as fast.
+    Compiling takes a C++ compiler and 40 s, and gloo is as fast as the kernel.
 
     Raises:
         ConfigError: PyTorch has no kernels for this worker's GPU.
@@ -57,30 +58,30 @@ def prepare_environment(*, use_gpu: bool) -> None:
 
 
 def accumulation(config: RunConfig) -> int:
-    """Forward passes of each worker in one optimizer step; with train.max_tokens the most that there can be."""
+    """Gradient accumulation steps: forward passes per worker and optimizer step; with train.max_tokens the maximum."""
     return math.ceil(config.train.batch_size / _records_at_once(config))
 
 
 def _records_at_once(config: RunConfig) -> int:
-    """Of all workers, in each of them."""
+    """Number of records in one forward pass, over all workers."""
     return _micro_batch_size(config) * config.ray.max_workers
 
 
 def _micro_batch_size(config: RunConfig) -> int:
-    """Records in each of them, as DeepSpeed is to know."""
+    """Number of records per worker in one forward pass, as DeepSpeed is told."""
     return 1 if config.train.max_tokens else config.train.micro_batch_size
 
 
 def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
-    """The DeepSpeed configuration, spelled as DeepSpeed spells it.
+    """The DeepSpeed configuration, with DeepSpeed's own keys.
 
-    float16 has the loss scaled by what the gradients allow, found anew at each overflow, whose step is left out.
-    `longest_vector`: stage 3 leaves weights of up to so many elements whole on every worker.
+    float16 uses dynamic loss scaling: a step whose gradients overflow is skipped, and the scale is lowered.
+    `longest_vector`: at stage 3, weights of up to this number of elements stay whole on every worker.
     """
     train = config.train
     host = {"device": "cpu", "pin_memory": config.ray.use_gpu}
     zero: dict[str, Any] = {
-        # Without ZeRO, DeepSpeed 0.19 divides float16 gradients by a scale that it has not multiplied the loss by
+        # Without ZeRO, DeepSpeed 0.19 divides float16 gradients by a loss scale that it has not multiplied the loss by
         # (runtime/engine.py, backward). Stage 1 takes the same steps.
         "stage": max(1, train.zero_stage) if dtype is torch.float16 else train.zero_stage,
         "overlap_comm": config.ray.use_gpu,
@@ -98,13 +99,13 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
         if train.cpu_offload:
             zero["offload_param"] = host
     return {
-        "train_batch_size": accumulation(config) * _records_at_once(config),  # places; some may be empty
+        "train_batch_size": accumulation(config) * _records_at_once(config),  # some places may be empty
         "train_micro_batch_size_per_gpu": _micro_batch_size(config),
         "gradient_accumulation_steps": accumulation(config),
         "gradient_clipping": train.max_grad_norm,
         **({"fp16": LOSS_SCALING} if dtype is torch.float16 else {"bf16": {"enabled": True}}),
         "zero_optimization": zero,
-        # The optimizer that it is given, in host memory too; DeepSpeed's own would be compiled at first use.
+        # Use the given optimizer, in host memory too: DeepSpeed's own would be compiled at first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # the loop does the reporting
@@ -113,10 +114,10 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
 
 @contextmanager
 def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
-    """Within, a model is loaded, adapted and trained in shards, if this config says so. Needs a process group.
+    """Context in which a model is loaded, adapted and trained in shards, if the config says so. Needs a process group.
 
-    transformers and peft learn of it from a global, and DeepSpeed replaces `torch.nn.functional.linear`; both are as
-    they were afterwards. transformers cannot read a quantised base in shards: its weights are shared out one by one.
+    transformers and peft read a global setting for it, and DeepSpeed replaces `torch.nn.functional.linear`; both are
+    restored afterwards. transformers cannot load a quantised base in shards, so its weights are sharded one by one.
     """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -124,7 +125,7 @@ def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator
     deepspeed.init_distributed(dist_backend="nccl" if config.ray.use_gpu else "gloo", verbose=False)
     linear = torch.nn.functional.linear
     is_sharded, base = config.train.zero_stage == 3, config.method.row.base
-    # transformers holds it by a weak reference.
+    # transformers keeps only a weak reference to it.
     held = HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
     try:
         with ExitStack() as quantised:
@@ -139,7 +140,7 @@ def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator
 
 
 def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Wrap a model with an attached adapter. Its weights, in `dtype`, get float32 masters in the optimizer.
+    """Wrap a model with an adapter in a DeepSpeed engine. Its weights, in `dtype`, get float32 master weights.
 
     Raises:
         JobError: at stage 3, this worker holds more than its share of the weights.
@@ -155,18 +156,18 @@ def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = t
     )
     _leave_overflow_to_the_norm(engine.optimizer)
     for _, state in master_partitions(engine):
-        optimizer.forget_steps(state)  # without ZeRO there is one, which would spoil Adam's bias correction
+        optimizer.forget_steps(state)  # without ZeRO DeepSpeed takes one, which would spoil Adam's bias correction
     if config.train.zero_stage == 3:
         require_shared(engine.module, num_workers=config.ray.max_workers)
     return engine
 
 
 def _leave_overflow_to_the_norm(wrapped: Any) -> None:
-    """Keep stages 1 and 2 from looking at each gradient by itself for what is not finite.
+    """Keep stages 1 and 2 from checking each gradient separately for values that are not finite.
 
-    The norm of all of them is not finite either then, and leaves the step out just so (DeepSpeed 0.19,
-    runtime/zero/stage_1_and_2.py, step). The look takes eight small operations for each of an adapter's hundreds of
-    factors: as long as AdamW itself four times over on a CPU, and thousands of launches on a GPU.
+    The global gradient norm is then not finite either, and the step is skipped just the same (DeepSpeed 0.19,
+    runtime/zero/stage_1_and_2.py, step). The check takes eight small operations for each of an adapter's hundreds of
+    factors: four times as long as AdamW itself on a CPU, and thousands of kernel launches on a GPU.
     """
     if getattr(wrapped, "compute_grad_norm", False) and hasattr(wrapped, "has_overflow_partitioned_grads_serial"):
         nothing = torch.zeros(1, dtype=torch.bool, device=wrapped.device)
@@ -177,7 +178,7 @@ def _leave_overflow_to_the_norm(wrapped: Any) -> None:
 def for_inference(
     model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[torch.nn.Module]:
-    """Within, the frozen model is shared out among the workers, as at stage 3; to be used within `sharding`.
+    """Context in which the frozen model is sharded over the workers, as at stage 3; to be used within `sharding`.
 
     Raises:
         JobError: this worker holds more than its share of the weights.
@@ -197,35 +198,35 @@ def for_inference(
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """The rate of the next optimizer step."""
+    """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def loss_scale(engine: Any) -> float | None:
-    """What the loss is multiplied by at present; None where it is not scaled, in bfloat16."""
+    """The current loss scale; None in bfloat16, where the loss is not scaled."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def set_loss_scale(engine: Any, scale: float | None) -> None:
-    """What the loss is multiplied by in the next step, where it is scaled."""
+    """Set the loss scale of the next step, where the loss is scaled."""
     if scale is not None and engine.fp16_enabled():
         engine.optimizer.loss_scale = scale
 
 
 def finish_forward(engine: Any) -> None:
-    """To be called by every worker after forward passes that no backward pass follows.
+    """Release gathered weights; every worker must call it after forward passes that no backward pass follows.
 
-    At stage 3 DeepSpeed is by then gathering what that would need next, and weights in flight can be neither read nor
-    shared out.
+    At stage 3 DeepSpeed is by then prefetching the weights for a next pass, and weights in flight can be neither read
+    nor sharded.
     """
     engine.empty_partition_cache()
 
 
 def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """This worker's float32 master weights, flat, each with its optimizer state (empty before the first step)."""
+    """Yield this worker's flat float32 master weights, each with its optimizer state (empty before the first step)."""
     inner = engine.optimizer.optimizer
-    # Stage 3 puts them into the optimizer's groups only while it steps.
+    # Stage 3 puts them into the optimizer's groups only during a step.
     masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or [
         partition for group in inner.param_groups for partition in group["params"]
     ]
@@ -234,10 +235,10 @@ def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, tor
 
 
 def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
-    """Stage 3's promise, checked: this worker holds its share of the sharded weights and no more.
+    """Check that at stage 3 this worker holds only its share of the sharded weights.
 
     Raises:
-        JobError: it holds more, which trains as well, but not in the memory that was planned for.
+        JobError: it holds more: that would train correctly, but not in the planned memory.
     """
     longest_vector = _longest_vector(module)
     sharded = [parameter for parameter in module.parameters() if _shape(parameter).numel() > longest_vector]
@@ -253,7 +254,7 @@ def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
 
 
 def _share_out(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Shard what is still whole, weight by weight: DeepSpeed would first move the model to the GPU in one piece."""
+    """Shard the weights that are still whole, one by one: DeepSpeed would first move the whole model to the GPU."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -277,11 +278,12 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 @contextmanager
 def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Within, each weight of a base is sharded before the next one is read: no process ever holds the whole base.
+    """Context in which each weight of a base is sharded before the next one is read: no process ever holds the whole
+    base.
 
-    transformers reads and quantises them one after the other, in the order of their names, and every worker does
-    (5.24, core_model_loading.py, convert_and_load_state_dict_in_model); what is quantised already it would read ahead.
-    peft's DoRA reads the whole weight of a layer when it is put around it.
+    On every worker transformers reads and quantises the weights one after the other, in the order of their names (5.24,
+    core_model_loading.py, convert_and_load_state_dict_in_model); weights that are already quantised would be read
+    ahead. peft's DoRA reads a layer's whole weight when it wraps the layer.
     """
     import deepspeed
     from peft.tuners.lora import dora
@@ -311,11 +313,11 @@ def _at(model: torch.nn.Module, name: str) -> Any:
 
 @contextmanager
 def regather_for_backward() -> Iterator[None]:
-    """Within, a sharded 4-bit weight is gathered once more for its backward pass.
+    """Context in which a sharded 4-bit weight is gathered again for its backward pass.
 
     bitsandbytes keeps the gathered weight from the forward to the backward pass, so that every worker would hold the
-    whole base once in each step (0.50, autograd/_functions.py, MatMul4Bit), and checkpointing activations would not
-    help: it is kept where autograd does not see it.
+    whole base in each step (0.50, autograd/_functions.py, MatMul4Bit). Gradient checkpointing would not help, since the
+    weight is kept where autograd does not see it.
     """
     import bitsandbytes
 
@@ -337,7 +339,7 @@ class _Product4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, quant_state: Any, matmul_4bit: Any) -> torch.Tensor:
-        ctx.weight, ctx.quant_state = weight, quant_state  # the parameter: its data come and go
+        ctx.weight, ctx.quant_state = weight, quant_state  # the parameter, whose data is gathered and released
         product: torch.Tensor = matmul_4bit(x, weight, quant_state=quant_state)
         return product
 

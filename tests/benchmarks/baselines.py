@@ -10,7 +10,7 @@ from pathlib import Path
 PATH = Path(__file__).with_name("baselines.json")
 TOLERANCE = 0.05
 FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
-"""Of /proc/cpuinfo, the most able first."""
+"""Flags in /proc/cpuinfo and what they are called here, the most capable first."""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -94,7 +94,7 @@ class Bench:
     driver: ProcessPoolExecutor | None = None
     cluster: struck.Cluster | None = None
     starters: list[int] = field(default_factory=list)
-    """Of clusters whose heads are gone, and nodes perhaps not."""
+    """Process groups of clusters whose head is gone; their nodes may still run."""
     dataset_uri: str | None = None
 
     @property
@@ -194,7 +194,7 @@ def bench(folder: Path) -> Iterator[Bench]:
 
 
 def missing(folder: Path, faults: list[str], times: int) -> list[str]:
-    """Of each fault as many as there are too few."""
+    """The faults that are still to strike, each as often as it is missing."""
     done = [strike.fault for strike in recorded(folder)]
     return [fault for fault in faults for _ in range(times - done.count(fault))]
 

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def waited(command: Sequence[str], *, cwd: Path | None = None) -> Waited:
-    """Of one `fineloop chat`, which is given its words."""
+    """Run one `fineloop chat`, type its words, and measure how long they wait."""
     begun, pipe = time.perf_counter(), subprocess.PIPE
     with subprocess.Popen(command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe) as chat:
         assert chat.stdin is not None

@@ -21,7 +21,7 @@ from tests.benchmarks.peak import peak_mb
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 TOKENS = 4096
 STEPS = 2
-"""And one before them, which does not count."""
+"""Steps that count; one before them does not."""
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ MARGIN, YEARS, NIGHTS = GateConfig().total_budget, 4000, 100
 
 
 def records(look: int, passed: int) -> int:
-    """So many tell of an equal candidate in four cases of five."""
+    """Records that show with power 0.8 that an equal candidate is equal."""
     sure = norm.ppf(confidence_at(look, 0.95, passed))
     return int(np.ceil(((sure + norm.ppf(0.8)) * SPREAD / MARGIN) ** 2))
 

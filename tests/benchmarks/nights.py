@@ -16,7 +16,7 @@ from tests.components.gate.nights import Trainer, lost_of_the_best, year
 
 DISTANCES = (1.0, 0.7, 0.5)
 SPREAD = 0.01
-"""Of the true losses of trainings, at a distance of 1: the example's two seeds differ by as much."""
+"""Standard deviation of the trainings' true losses at a distance of 1, as the example's two seeds differ."""
 
 
 def main() -> None:

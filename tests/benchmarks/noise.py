@@ -120,7 +120,7 @@ def joined_file(folder: Path, joined: int, start: str, rate: float, steps: int) 
 
 
 def nights(steps: int) -> list[Training]:
-    """Those that make what is in production, in their order."""
+    """The trainings that lead to the version in production, in their order."""
     found = [Training("base", RATES[0], FIRST_NIGHT, steps)]
     while len(found) < NIGHTS:
         found.append(Training(found[-1].name, RATES[0], FIRST_NIGHT + len(found), steps))

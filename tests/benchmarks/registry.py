@@ -115,7 +115,7 @@ def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
 
 
 def fill_many(store: Store, names: list[str], versions: int) -> None:
-    """Those that are not there yet, and the list of all that their runs have written."""
+    """Add the adapters that are missing, and the list of everything that their runs wrote."""
 
     def one(name: str) -> None:
         if len(version_ids(store, name)) < versions:

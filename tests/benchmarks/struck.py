@@ -12,7 +12,7 @@ from components.shared.errors import ConfigError
 from tests.ray_jobs import own_cluster, own_ray
 
 FOLDER = "STRUCK_FOLDER"
-"""Of the notes, in the environment of the cluster."""
+"""Environment variable that names the folder of notes to the cluster's processes."""
 REFUSAL = "model.base 'org/name': the model hub refuses it to this worker"
 
 
@@ -29,7 +29,7 @@ class Note(NamedTuple):
 
 
 def read(folder: Path, run_id: str) -> list[Note]:
-    """Of all its workers, in the order of their steps' ends."""
+    """The notes of all workers of a run, in the order in which their steps ended."""
     lines = [line.split() for file in folder.glob(f"{run_id}-rank-*") for line in file.read_text().splitlines()]
     return sorted(
         Note(float(at), int(step), float.fromhex(loss), *map(int, numbers), node)

@@ -44,7 +44,7 @@ def live(request: pytest.FixtureRequest) -> Iterator[Live]:
 
 @pytest.fixture
 def step_image(request: pytest.FixtureRequest) -> str:
-    """Of every step."""
+    """Image that every step runs in."""
     return str(request.config.getoption("--step-image") or IMAGE)
 
 

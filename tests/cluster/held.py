@@ -82,7 +82,7 @@ class Held:
         return str(self._client.wait_for_run_completion(self.run_id, timeout=START_S, sleep_duration=2).state)
 
     def attempts(self) -> list[list[str]]:
-        """Of each step, how Argo says that its attempts ended, the first one first."""
+        """For each step, what Argo says about the end of each attempt, the first one first."""
         (workflow,) = self._kube.get("workflows", "-l", f"pipeline/runid={self.run_id}")["items"]
         nodes = workflow["status"]["nodes"]
         steps = [

@@ -73,12 +73,12 @@ class Kube:
 
     @property
     def prefix(self) -> str:
-        """Of all that its runs keep in the store."""
+        """Prefix of everything that its runs keep in the store."""
         return f"acceptance/{self.name}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a process that runs this checkout's code."""
+        """Environment of a process that runs this checkout's code."""
         return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
     def kubectl(self, *arguments: str, body: Mapping[str, Any] | None = None, namespace: str = "") -> str:
@@ -135,7 +135,7 @@ class Kube:
         return [pod["metadata"]["name"] for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
     def pods_of(self, run_id: str, component: str = "") -> list[str]:
-        """Of its job: all, or those of `head`, `worker` or `submitter`."""
+        """Names of the pods of the run's job: all, or those of `head`, `worker` or `submitter`."""
         kind = [f"app.kubernetes.io/component=ray-{component}"] if component else []
         return self.pods(f"fineloop.dev/run-id={run_id}", *kind)
 

@@ -44,7 +44,7 @@ class Live:
     started: list[str] = field(default_factory=list)
     schedules: list[str] = field(default_factory=list)
     jobs: list[str] = field(default_factory=list)
-    """Of Kubernetes."""
+    """Names of Kubernetes Jobs."""
 
     def fineloop(self, *arguments: str) -> Answered:
         """Run a command against the server."""
@@ -129,7 +129,7 @@ class Live:
         ]
 
     def ray_pods(self, run_id: str, *kinds: str) -> list[str]:
-        """Of its job's head and workers; also those on their way out, for they hold their GPUs."""
+        """Names of the head and worker pods of its job, also terminating ones, which still hold their GPUs."""
         found = self._core.list_namespaced_pod(self.namespace, label_selector=f"fineloop.dev/run-id={run_id}").items
         kinds = kinds or ("ray-head", "ray-worker")
         return [pod.metadata.name for pod in found if pod.metadata.labels.get(COMPONENT) in kinds]

@@ -7,7 +7,7 @@ STEP = {"pipelines.kubeflow.org/v2_component": "true"}
 
 
 def pod(name: str, labels: dict[str, str], image: str, *command: str) -> dict[str, Any]:
-    """Of the smallest size, and admitted by a restricted namespace."""
+    """A pod of the smallest size, which a restricted namespace admits."""
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     size = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}}
     container = {"name": "try", "image": image, "command": command, "securityContext": security, "resources": size}

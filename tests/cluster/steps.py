@@ -76,7 +76,7 @@ class Step:
 
     @property
     def pod(self) -> str:
-        """Of the newest attempt."""
+        """Name of the newest attempt's pod."""
         return f"{self.run_id}-{self.attempts}"
 
     def attempt(self) -> None:

@@ -68,7 +68,7 @@ class Trained:
     losses: list[float]
     eval_loss: float
     weights: dict[str, Any]
-    """Of the adapter, as they were in the trainer's memory."""
+    """The adapter's weights in the trainer's memory."""
     stands_on: str
 
 

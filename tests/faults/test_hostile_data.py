@@ -59,7 +59,7 @@ def one_long_list() -> pa.Table:
 
 
 def many_empty_rows() -> pa.Table:
-    """Of which each is a reject: 600 MB, were all of them held."""
+    """A table in which each row is a reject: 600 MB, if all of them were held."""
     return pa.table({name: pa.nulls(1_000_000, pa.string()) for name in ("prompt", "completion")})
 
 

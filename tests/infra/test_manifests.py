@@ -111,7 +111,7 @@ def test_pods_find_the_store_and_report_to_nobody(overlay: str) -> None:
 
 
 def test_a_second_team_has_everything_of_its_own_and_a_queue_that_lends() -> None:
-    """And changes nothing of the first one's: what both apply under one name is the same."""
+    """It changes nothing of the first team's: what both apply under one name is the same."""
     first, second = ({key(m): m for m in render(folder)} for folder in ("infra/overlays/kind", TEAM))
     assert {key for key in first if key in second and first[key] != second[key]} == set()
     own = {kind for kind, _, namespace in second.keys() - first.keys() if namespace == "fineloop-team"}

@@ -45,7 +45,7 @@ def selectors(expression: Any) -> Iterator[Any]:
 
 
 def labels_of(metric: str) -> set[str]:
-    """Of a recording rule those that its outermost aggregation keeps."""
+    """Labels that a recording rule's outermost aggregation keeps."""
     kept = re.match(r"\w+ by \(([^)]*)\)", RECORDED.get(metric, ""))
     return {*METRICS.get(metric, []), *(kept[1].replace(" ", "").split(",") if kept else [])}
 

@@ -13,7 +13,7 @@ NAME = "fineloop"
 
 @dataclass(frozen=True)
 class Bucket:
-    """Of a store that stays up."""
+    """A bucket of a store that stays up."""
 
     client: Any
 

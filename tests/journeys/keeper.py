@@ -48,7 +48,7 @@ class Keeper(Person):
         return {each["Key"].removeprefix(f"{self.prefix}/") for page in listed for each in page.get("Contents", [])}
 
     def files(self, version: str) -> set[str]:
-        """Those of a version."""
+        """Names of a version's files."""
         return self.keys(f"adapters/sums/versions/{version}/")
 
     def reads(self, key: str) -> Any:

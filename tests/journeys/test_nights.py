@@ -71,7 +71,7 @@ class Night:
     evaluation: dict[str, Any]
     decision: dict[str, Any]
     losses: dict[str, float]
-    """Of each model, from the records: nats per answer token."""
+    """Loss of each model in nats per answer token, computed from the records."""
 
 
 @pytest.fixture(scope="module")

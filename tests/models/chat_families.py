@@ -69,11 +69,11 @@ SMOL_VLM = (
 
 @dataclass(frozen=True)
 class Family:
-    """What of a published model decides how it is asked and where its answers end."""
+    """What decides how a published model is prompted and where its answers end."""
 
     template: str | None
     eos: str
-    """Of the tokenizer."""
+    """The tokenizer's end-of-sequence token."""
     stops: tuple[str, ...] = ()
     """generation_config.json's list."""
     bos: str | None = None

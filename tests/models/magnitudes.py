@@ -31,12 +31,12 @@ LORA, VERA = ".lora_magnitude_vector.default.weight", ".vera_lambda_m.default"
 
 @dataclass(frozen=True)
 class Figures:
-    """Of m / norm - 1, over all outputs of all adapted layers, and of the held-out loss."""
+    """Figures of m / norm - 1 over all outputs of all adapted layers, and of the held-out loss."""
 
     true_rms: float
     """By the equation."""
     correlation: float
-    """Of what the forward pass multiplies by with what the equation says."""
+    """Correlation of the factor in the forward pass with the equation's."""
     share_lost: float
     """Outputs whose forward pass multiplies by exactly one."""
     loss_as_trained: float

@@ -18,14 +18,14 @@ from ray_jobs.training.train_loop import learning_rate_at, num_steps
 
 @dataclass(frozen=True)
 class Curve:
-    """Of each step, before it is taken."""
+    """Loss and gradient norm of each step, before the update."""
 
     losses: list[float]
     grad_norms: list[float]
     model: Any = field(default=None, compare=False)
     """As it is after the last step, in training mode."""
     masters: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Of each trained weight, by its name in the model."""
+    """Float32 master of each trained weight, by its name in the model."""
 
 
 def plain_training(

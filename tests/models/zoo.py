@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 EOS = 256
-"""Of `tests.tiny`'s tokenizer: 256 bytes, then the special tokens."""
+"""The end-of-sequence token of `tests.tiny`'s tokenizer: 256 bytes, then the special tokens."""
 TEXT = {
     "vocab_size": EOS + len(SPECIAL),
     "hidden_size": 64,
@@ -63,7 +63,7 @@ class Kind:
     config_class: str
     text: dict[str, Any] = field(default_factory=dict)
     around: dict[str, Any] = field(default_factory=dict)
-    """Of a model that also sees: what its configuration holds beside the text's."""
+    """For a model that also sees images: what its configuration holds besides the text model's."""
 
     def config(self) -> "PretrainedConfig":
         """The configuration, which alone makes the model."""

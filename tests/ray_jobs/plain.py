@@ -15,7 +15,7 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 
 TIE = 0.06
-"""Of a logit: where bfloat16 may go another way."""
+"""Difference of two logits below which bfloat16 may choose the other token."""
 
 
 def published(config: RunConfig, store: Store, directory: Path, *, seed: int) -> Version:

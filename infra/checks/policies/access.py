@@ -6,7 +6,7 @@ from itertools import product
 from infra.checks.manifests import Manifest, of_kind, title
 
 NAMESPACE = "fineloop"
-"""Of the overlays; one more team has another."""
+"""Namespace of the overlays; a further team has another one."""
 PROMETHEUS = "monitoring"
 CLUSTER_KINDS = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass")
 ROLE_ARN = "eks.amazonaws.com/role-arn"

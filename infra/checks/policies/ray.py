@@ -202,7 +202,7 @@ def _nominal(manifests: list[Manifest]) -> Mapping[str, Decimal]:
 
 
 def _requests(job: Mapping[str, Any]) -> Mapping[str, Decimal]:
-    """Of the head, all workers and the submitter, which Kueue admits together."""
+    """Resources that head, workers and submitter request together, which is what Kueue admits."""
     pods = [(group["template"], group.get("replicas", 1)) for group in groups(job["rayClusterSpec"])]
     pods += [(job["submitterPodTemplate"], 1)] if "submitterPodTemplate" in job else []
     totals: defaultdict[str, Decimal] = defaultdict(Decimal)

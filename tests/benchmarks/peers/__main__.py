@@ -32,11 +32,11 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str
 # No request goes to a hub, and no telemetry is sent.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}
 LOSS_TOLERANCE = {"grouped": 0.1, "shuffled": 0.3}
-"""Of the mean loss of the last steps, as a share of Fineloop's. Grouped, all take the same batches at the same rates.
+"""Tolerance of the last steps' mean loss, as a share of Fineloop's. Grouped, all take the same batches and rates.
 In bfloat16 peers round more often on the way, and Adam's first steps, in which only signs count, take them elsewhere:
 by 7 % of the second loss, where Trainer in float32 is within 0.2 % of it. Shuffled, the batches differ."""
 FIRST_LOSS_TOLERANCE = 0.01
-"""Of the first step's loss where the batches are the same: an adapter that has not learned anything adds nothing."""
+"""Tolerance of the first step's loss on the same batches: an adapter that has not learned anything adds nothing."""
 FINELOOP = "fineloop"
 
 
@@ -112,7 +112,7 @@ def unmeasured(sides: list[str], missing: dict[str, str]) -> set[str]:
 
 
 def _installed(peers: set[str]) -> dict[str, str]:
-    """Of the peers that could not be installed, why."""
+    """Install the peers; returns the reason for each that could not be installed."""
     missing = {}
     for name in sorted(peers):
         try:
@@ -176,7 +176,7 @@ def fastest(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def others(found: dict[str, dict[str, float]]) -> dict[str, str]:
-    """Of sides that trained something else than Fineloop, to tell by their loss, how they differ."""
+    """Sides that trained something else than Fineloop, by their loss, and how they differ."""
     ours = found.get(FINELOOP, {"loss": math.nan, "first_loss": math.nan})
 
     def far(side: str, name: str, tolerance: float) -> bool:

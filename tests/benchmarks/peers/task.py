@@ -113,7 +113,7 @@ def write(
 
 
 def counts(batches: list[list[list[int]]], ignored: int) -> dict[str, int]:
-    """Of batches of records, each as its labels: tokens, those with padding, those with a loss, lengths squared."""
+    """Counts over batches of label lists: tokens, tokens with padding, labelled tokens, squared lengths."""
     rows = [labels for batch in batches for labels in batch]
     return {
         "tokens": sum(len(labels) for labels in rows),
@@ -124,7 +124,7 @@ def counts(batches: list[list[list[int]]], ignored: int) -> dict[str, int]:
 
 
 def figures(given: dict[str, Any], ended: list[float], losses: list[float]) -> dict[str, float]:
-    """Of a side whose steps ended then: what sides/measured.py prints of a peer."""
+    """The figures that sides/measured.py prints, for a side whose steps ended at these times."""
     return {
         "seconds": ended[-1] - ended[given["warm_up"] - 1],
         "steps": len(ended),

@@ -1,4 +1,4 @@
-"""What of the section [train] goes together, and with which workers."""
+"""Which keys of the section [train] go together, and with which workers."""
 
 import re
 

@@ -84,7 +84,7 @@ class Year:
     worse: int
     """Candidates that were truly worse than production by the margin or more."""
     promoted_worse: int
-    """Those of them that were promoted."""
+    """How many of them were promoted."""
 
 
 def in_production(trainer: Trainer, policy: GateConfig) -> Sequence[float]:

@@ -174,7 +174,7 @@ def test_each_further_look_at_a_test_set_has_to_be_surer() -> None:
 
 
 class GateConfigToCome(GateConfig):
-    """Of a release to come, with one key more."""
+    """The gate's section in a later release, with one key more."""
 
     rule_to_come: Annotated[float | None, Added("9.0.0")] = None
 

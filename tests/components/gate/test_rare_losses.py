@@ -15,7 +15,7 @@ EQUAL = {"candidate": model("v2"), "base": model(loss=9.0), "champion": model("v
 
 
 def decided(records: int, much_worse: int = 0, groups: int | None = None, **policy: object) -> Decision:
-    """Of a candidate that is as its champion, but for some records that lose two nats per token."""
+    """The decision on a candidate like its champion, except for some records that lose two nats per token."""
     measured = evaluation(**EQUAL).model_copy(update={"records": records})
     found = evidence(measured)
     nll = found.columns["champion_nll"] + 2 * TOKENS * (np.arange(records) < much_worse)
@@ -56,7 +56,7 @@ def test_groups_count_and_not_their_records():
     ("seen", "records", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")]
 )
 def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records, verdict):
-    """Of 300, three are at most 2.6 % of all and thirty at least 7.3 %; of 1,000, four at most 0.9 % (SciPy)."""
+    """Three of 300 records are at most 2.6 % of all, thirty at least 7.3 %; four of 1,000 at most 0.9 % (SciPy)."""
     wide = {"worse_than_champion_by": 2.0, "guards": [], "slices": []}
     decision = decided(records, seen, much_worse_share=0.01, **wide)
     assert decision.verdict == verdict
@@ -66,7 +66,7 @@ def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records
 
 
 def with_heavy_tail(**policy: object) -> RuleResult:
-    """Of a candidate whose losses against the champion are a lognormal's of sigma 1.5."""
+    """The rule's result for losses against the champion from a lognormal of sigma 1.5."""
     measured = evaluation(**EQUAL).model_copy(update={"records": 1000})
     found = evidence(measured)
     lost = TOKENS * np.random.default_rng(2).lognormal(-4, 1.5, 1000)

@@ -17,7 +17,7 @@ from tests.components.gate.evidenced import TOKENS, decide, evaluation, model, r
 
 
 def decided(gains: dict[str, np.ndarray], policy: GateConfig, kind: str = "label") -> Decision:
-    """Of a candidate that gains so many nats per token over the champion on the records of each slice."""
+    """The decision on a candidate that gains this many nats per token over the champion in each slice."""
     of_records = np.concatenate(list(gains.values()))
     names = np.repeat(list(gains), [len(each) for each in gains.values()])
     losses = {"base": np.full(len(names), 9.0), "champion": np.ones(len(names)), "candidate": 1.0 - of_records}
@@ -128,7 +128,7 @@ def test_a_number_that_is_missing_in_a_slice_stops_the_candidate() -> None:
 
 
 def test_a_decision_on_a_slice_without_a_bound_is_read_back() -> None:
-    """Of a slice whose models differ on one record, a resample may have none that differs, and so no spread."""
+    """If two models differ on one record of a slice, a resample may hold none that differs, and has no spread."""
     gains = {"Eye": around(0.1, 0.1, 200), "Skin": np.append(np.zeros(29), 0.5)}
     decision = decided(gains, GateConfig())
     read = Decision.from_json(decision.as_json(), "s3://bucket/decision.json")

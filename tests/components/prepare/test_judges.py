@@ -108,7 +108,7 @@ def test_parts_without_records_are_refused(config, store, published):
     ids=str,
 )
 def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, published, keys, message):
-    """Of 400 that are held out, some 320 are left when training has looked at its fifth."""
+    """About 320 of 400 held-out records are left when training has looked at its fifth."""
     asked = config_file.loads(config_file.dumps(config), keys)
     with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
         require_enough(store, published(), asked, run_id="r")

@@ -15,14 +15,14 @@ from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison
 
 
 def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: float) -> list[bool]:
-    """Of each prompt, whether it is near one that is held out."""
+    """One flag per prompt: whether it is near a held-out one."""
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(prompts, held_out, similarity=similarity, folder=Path(folder))
         return [row is not None for row in comparison.near_held_out(prompts)]
 
 
 def terms(count: int) -> list[str]:
-    """Of the example, neighbours among them."""
+    """Terms of the example, neighbours among them."""
     found = [row["messages"][1]["content"] for row in icd10.rows()]
     return found[5000 : 5000 + count]
 
@@ -73,7 +73,7 @@ def test_texts_too_short_to_compare_are_like_their_equals_alone() -> None:
 
 
 def test_a_share_that_is_just_the_one_asked_for_is_as_similar() -> None:
-    """Of 100 shingles 55 are held out, and 0.55 times 100 is 55.00000000000001."""
+    """55 of 100 shingles are held out, and 0.55 times 100 is 55.00000000000001."""
     text = "".join(chr(0x4E00 + place) for place in range(104))
     assert near_duplicates([text], [text[:59]], similarity=0.55) == [True]
     assert near_duplicates([text], [text[:58]], similarity=0.55) == [False]

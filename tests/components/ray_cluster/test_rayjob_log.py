@@ -5,7 +5,7 @@ from components.ray_cluster.rayjob_log import JobLog
 
 
 class Log(JobLog):
-    """Of a job whose every look takes a second, or another time."""
+    """The log of a job for which each look takes a second, or another time."""
 
     look_s = 1.0
 

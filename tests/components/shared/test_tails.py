@@ -16,7 +16,7 @@ def test_a_shape_is_found_again(shape: float) -> None:
 
 
 def test_fewer_sums_of_a_heavy_tail_fall_far_below_its_mean() -> None:
-    """Of a lognormal, where a bound of the mean fails because the rare values were not drawn."""
+    """Sums of a lognormal, where a bound on the mean fails because the rare values were not drawn."""
     random, mean = np.random.default_rng(0), np.exp(1.5**2 / 2)
     drawn = random.lognormal(0, 1.5, (600, 1000))
     lacks = 1000 * mean - drawn.sum(axis=1)

@@ -40,7 +40,7 @@ class KfpServer:
         self.under = under
         self.requests: list[str] = []
         self.num_outages = 0
-        """So many requests to come find nobody behind the gateway."""
+        """How many of the next requests fail, as behind a gateway without a server."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -106,7 +106,7 @@ class AppliedCluster:
         return copy.deepcopy(self.objects[path])
 
     def _listed(self, path: str, query: dict[str, str]) -> list[Any]:
-        """Of one namespace, or of all where the path names none."""
+        """The objects of one namespace, or of all if the path names none."""
         begin, _, kind = path.rpartition("/")
         name = query.get("fieldSelector", "").removeprefix("metadata.name=")
         return [

@@ -26,7 +26,7 @@ pytestmark = podman_tier
 MODEL = ["adapter.name=colours", "data.max_records=0", "model.max_length=64", "train.learning_rate=0.01"]
 LENGTHS = ["train.epochs=4", "evaluate.records=40", "evaluate.max_new_tokens=8"]
 VOLUMES = {"/tmp": "2g", "/tmp/ray": "2g", "/home/fineloop": "2g", "/dev/shm": "2g"}
-"""Of a Ray pod in the manifests."""
+"""Volumes of a Ray pod in the manifests."""
 
 
 def on_loopback(environment: Mapping[str, str], volumes: Mapping[str, str]) -> tuple[str, ...]:

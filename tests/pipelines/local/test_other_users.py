@@ -62,7 +62,7 @@ def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3
 
 
 def _grpc_ports(directory: Path) -> list[int]:
-    """Those of the filer first, which is the one that `_asked` can ask."""
+    """The gRPC ports, the filer's first, which is the one that `_asked` can ask."""
     ports = json.loads((directory / "ports.json").read_text())[len(seaweedfs.SERVICES) :]
     found = dict(zip(seaweedfs.SERVICES, ports, strict=True))
     return [found.pop("filer"), *found.values()]

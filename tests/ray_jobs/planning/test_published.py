@@ -35,7 +35,7 @@ def planned_gb(published: Memory) -> float:
 
 
 FIRST = 3
-"""Of the published trainings that `make test` plans; `make slow` plans the others."""
+"""How many of the published trainings `make test` plans; `make slow` plans the others."""
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def next_token(model, *rows: list[int]) -> np.ndarray:
-    """Of each row, the log of the distribution over what follows, as transformers and numpy have it."""
+    """Log-probabilities of the next token after each row, as transformers and numpy compute them."""
     return log_softmax(model(torch.tensor(rows)).logits[:, -1].float().numpy())
 
 

@@ -23,7 +23,7 @@ TAKEN = (
     *IN_SHORT, "Llama, untied", "Llama, biased", "Ministral 3", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "SmolLM3",
     "OLMo 2", "Granite", "GLM-4", "StarCoder2",
 )  # fmt: skip
-"""Of the zoo, those without windows, chunks, recurrent states or towers, and with kernels that can be chosen."""
+"""Models of the zoo without windows, chunks, recurrent states or towers, and with a choice of kernels."""
 RULE = Message("system", "Answer with one word.")
 RECORDS = [
     Record(str(index), [RULE, Message("user", prompt)], answer)

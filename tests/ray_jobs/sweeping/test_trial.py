@@ -80,7 +80,7 @@ def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_proc
 
 
 def passage_losses(base: Path, max_length: int, count: int) -> list[float]:
-    """Of the base, with transformers alone: its own loss of each passage, times the tokens it predicts."""
+    """Sum of the base's loss over the tokens of each passage, with transformers alone."""
     source = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -296,7 +296,7 @@ TALK = Record(
 
 
 def learned(split: TokenizedSplit, chat) -> list[list[str]]:
-    """Of each row, the runs of labelled tokens as text."""
+    """The runs of labelled tokens of each row, as text."""
     rows = []
     for start, end in zip(split.offsets, split.offsets[1:], strict=False):
         flags = split.labelled[start:end]

@@ -44,7 +44,7 @@ NOT_TAKEN = {
     "Falcon",
     "BLOOM",
 }
-"""And those with recurrent states, pictures, or positions that the kernel does not know."""
+"""WINDOWED, and models with recurrent states, images, or positions that the kernel does not know."""
 
 
 def split_of(common: int, rests: list[int], answer: int = ANSWER) -> TokenizedSplit:

@@ -58,7 +58,7 @@ def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat
 
 
 def test_only_held_out_records_that_choose_are_counted(config, chat, store):
-    """Of those that judge, the evaluation says what it leaves out."""
+    """The evaluation says which of the judging records it leaves out."""
     held_out = records(*[20] * 60)
     judging = judges_of(held_out, config, store)
     spoiled = [replace(each, answer="b" * 80) if each.id in judging else each for each in held_out]

@@ -25,7 +25,7 @@ BEGAN = 1_700_000_000.0
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    """Of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ def changed(base: RunConfig, *changes: str) -> str:
 
 
 def live_bytes() -> int:
-    """Of every tensor in this process, whoever holds it."""
+    """Bytes of all tensors in this process, whoever references them."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
@@ -31,8 +31,8 @@ def live_bytes() -> int:
 
 
 def kept_bytes() -> int:
-    """Of those that stay: gloo's threads hold what they have gathered until they run again (ProcessGroupGloo.cpp,
-    runLoop), which on a busy machine is some time after whoever waited for it."""
+    """Bytes of the tensors that stay. Gloo's threads hold gathered tensors until they run again (ProcessGroupGloo.cpp,
+    runLoop), which on a busy machine is some time after the collective returned."""
     looks = []
     for _ in range(5):
         looks.append(live_bytes())
@@ -53,7 +53,7 @@ class Held:
 
 
 def held_bytes(config_toml: str) -> Held:
-    """Of this rank."""
+    """Measure what this rank holds, in bytes."""
     from transformers import core_model_loading
 
     from ray_jobs.base import base_model
