@@ -66,7 +66,11 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
         found = Replayed.from_json(known[0], store.uri(key))
         with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
             folders.read_manifest(store, _key(store, found.dataset_uri))
-            log(f"{found.version or 'nobody'} has answered these records before")
+            log(
+                f"{found.version} has answered these records before"
+                if found.version
+                else "these records are replayed as they are, as in an earlier run"
+            )
             return found
     records = load_split(store, dataset_uri, "replay")
     if version is None:

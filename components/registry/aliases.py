@@ -353,13 +353,13 @@ def _conflict(
     *,
     since: str = "",
 ) -> AliasConflict:
-    by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "nobody"
+    by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
     if holder and holder.version == expected and not since:
         message = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
     else:
         message = (
-            f"{name}@{alias} was expected to be held by {expected or 'nobody'}{since and f' ({since})'}, but it is "
-            f"held by {by}: compare {version} with that one, then promote it by a run of its own"
+            f"{name}@{alias} was expected to be held by {expected or 'no version'}{since and f' ({since})'}, but it is "
+            f"held by {by}: compare {version} with that one in another run, which then promotes it"
         )
     conflict = AliasConflict(message)
     conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}

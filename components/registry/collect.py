@@ -236,7 +236,7 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
         needs_a_base = body is None or _makes_a_base(config)
     except (ValueError, LookupError, TypeError, AttributeError) as exc:
         where = store.uri(runs.run_key(run_id))
-        raise IntegrityError(f"{where} is damaged, so that nobody knows what the run needs: {exc}") from exc
+        raise IntegrityError(f"{where} is damaged, so it is unknown what the run needs: {exc}") from exc
     return _UnderWay(
         run_id, made, prepared, not prepared, needs_a_base, tuple(start for start in starts if "@" in start)
     )

@@ -66,7 +66,7 @@ class Listing:
         log, junk = parse_log(self.store, self.name, self._within(events_key(self.name)))
         if junk:
             key, why = next(iter(junk.items()))
-            raise IntegrityError(f"{self.store.uri(key)} is no event ({why}), so that nobody knows what held an alias")
+            raise IntegrityError(f"{self.store.uri(key)} is no event ({why}), so it is unknown what held an alias")
         return log
 
     def holders(self) -> dict[str, str]:
@@ -100,7 +100,7 @@ class Listing:
         lineage = self._content(_key(self.name, version, LINEAGE))
         if lineage is None or folders.digest_of(lineage) != manifest.files.get(LINEAGE):
             raise IntegrityError(
-                f"{uri}/{LINEAGE} is not the one that was published, so that nobody knows what {version} needs: "
+                f"{uri}/{LINEAGE} is not the one that was published, so it is unknown what {version} needs: "
                 f"nothing is removed; `fineloop adapters audit {self.name}` tells what is damaged"
             )
         return Needing(

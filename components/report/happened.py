@@ -27,7 +27,7 @@ def who(kind: str, body: Mapping[str, Any]) -> str:
     """By name: a person, or the machine."""
     if kind in ("published", "refused", "proposed") or body.get("actor") == PIPELINE:
         return "the pipeline"
-    return body.get("actor") or "nobody named"
+    return body.get("actor") or "an unnamed person"
 
 
 def why(body: Mapping[str, Any]) -> str:

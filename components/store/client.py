@@ -263,7 +263,7 @@ def _refusal(exc: Any, *, uri: str, endpoint: str, bucket_field: str) -> StoreEr
     if status == 404:
         return ObjectMissing(f"{uri} does not exist")
     if status in (409, 412):
-        return Conflict(f"{uri} was created or changed by somebody else ({code})")
+        return Conflict(f"{uri} was created or changed by another writer ({code})")
     if code in WRONG_REGION:
         return StoreError(
             f"{uri} lies in another region than the client asks ({code}): set AWS_DEFAULT_REGION to the bucket's region"

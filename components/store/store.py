@@ -314,7 +314,7 @@ class Store:
                     )
                 return str(answer["ETag"])
             except ObjectMissing as exc:  # If-Match on a deleted object
-                raise Conflict(f"{self.uri(key)} was deleted by somebody else") from exc
+                raise Conflict(f"{self.uri(key)} was deleted by another writer") from exc
             except Conflict as exc:
                 cause = exc.__cause__
                 assert isinstance(cause, ClientError)

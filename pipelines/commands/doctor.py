@@ -51,7 +51,7 @@ def _doctor(options: argparse.Namespace) -> Answer:
     ]
     is_well = all(check.ok for check in found)
     if num_unseen := sum(not check.seen for check in found):
-        lines.append(f"{num_unseen} not seen: whoever may look can say more")
+        lines.append(f"{num_unseen} not seen: this account may not look at them")
     body = {"ok": is_well, "not_seen": num_unseen, "checks": [vars(check) for check in found]}
     return Answer(body, "\n".join(lines), 0 if is_well else 1)
 

@@ -70,7 +70,7 @@ def _next(found: "Exposure", *, revocable: bool) -> Iterator[tuple[str, str]]:
         if each.aliases:
             yield f"fineloop adapters show {reference}", f"{_listed(each.aliases)} must move to the new version first"
         if revocable and not each.revoked:
-            yield f"fineloop adapters revoke {reference} --reason '{REVOKED_BECAUSE}'", "nobody is to use it again"
+            yield f"fineloop adapters revoke {reference} --reason '{REVOKED_BECAUSE}'", "so that it is not used again"
     if found.versions and not revocable:
         yield (
             "",

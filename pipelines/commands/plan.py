@@ -119,7 +119,7 @@ def _memory_lines(body: dict[str, Any]) -> Iterator[str]:
 
 def _verdict(body: dict[str, Any]) -> str:
     if body["fits"] is None:
-        return "on a GPU that nobody named: set ray.gpu to learn whether it fits"
+        return "on an unnamed GPU: set ray.gpu to learn whether it fits"
     has = f"{body['device_memory_bytes'] / GIB:.1f} on {body['device']}"
     if body["fits"]:
         return f"fits: {has}"

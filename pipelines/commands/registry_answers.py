@@ -91,7 +91,7 @@ def version_shown(store: Store, version: Version) -> Answer:
 def move_shown(name: str, event: Event, announced: Mapping[str, str], *, moved: bool) -> Answer:
     """A promotion or a rollback, and the outcome of its notifications; `moved` is False where it changed nothing."""
     move = event.move()
-    text = f"{move['from'] or 'nobody'} -> {move['to']}"
+    text = f"{move['from'] or 'none'} -> {move['to']}"
     if not moved:
         text = f"already {move['to']} since {event.time[:16].replace('T', ' ')} UTC"
     elif before := event.body.get("evidence", {}).get("anchor_before"):
@@ -172,7 +172,7 @@ def _event_text(event: Event) -> str:
     if "to" in body:
         by = f" by {body['actor']}" if body.get("actor") else ""
         why = f": {body['reason']}" if body.get("reason") else ""
-        text = f"{body['alias']}: {body['from'] or 'nobody'} -> {body['to']}{by}{why}"
+        text = f"{body['alias']}: {body['from'] or 'none'} -> {body['to']}{by}{why}"
     else:
         reasons = "; ".join(body.get("reasons", []))
         text = f"{body.get('version', '')}{': ' + reasons if reasons else ''}"

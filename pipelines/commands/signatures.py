@@ -33,8 +33,8 @@ def add(verbs: Any, *, reference: str) -> None:
         "revoke",
         _revoke,
         does=f"Sign, {key}, that a version is to be used no more.",
-        more="Who trusts the key fetches it no more and moves no alias to it, whoever else signed it; an alias that "
-        "holds it is left there, for a rollback.",
+        more="Registries that trust the key no longer fetch it or move an alias to it, whoever else signed it. An "
+        "alias that points at it stays, for a rollback.",
         example="fineloop adapters revoke icd10-chapters@v3f2 --reason 'it was trained on the wrong data'",
     )
     revoke.add_argument("reference", metavar=REFERENCE, help=reference)
@@ -74,7 +74,7 @@ def _revoke(options: argparse.Namespace) -> Answer:
     public = signing.public_text(key)
     with opened_registry(options) as store:
         if public not in store.trusted_keys:
-            raise UserError(f"registry.trusted_keys lacks {public}, so nobody would heed what it revokes: add it there")
+            raise UserError(f"registry.trusted_keys lacks {public}, so its revocations would be ignored: add it there")
         version = resolve(store, options.reference)
         uri = signing.revoke(store, version.name, version.version, key, reason=options.reason)
     body = {"name": version.name, "version": version.version, "statement_uri": uri, "public_key": public}

@@ -237,7 +237,7 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
     ]
     if inactive or whole["spec"].get("stopPolicy", "None") != "None":
         yield Check(
-            "queue", False, f"ClusterQueue {name} lets nobody in: {'; '.join(inactive) or 'stopped'}", "start it"
+            "queue", False, f"ClusterQueue {name} admits no job: {'; '.join(inactive) or 'stopped'}", "start it"
         )
         return
     jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"

@@ -40,7 +40,7 @@ def judge(job: LiveJob, state_of: StateOf) -> Verdict:
     In doubt it is kept; that of a run that a person stopped has no grace, however its step does.
     """
     if job.lifetime_s and job.age_s > job.lifetime_s + GRACE_S:
-        return Verdict(job, True, f"it is {job.age_s:.0f} s old, and nobody waits longer than {job.lifetime_s:.0f} s")
+        return Verdict(job, True, f"it is {job.age_s:.0f} s old, and its step waits at most {job.lifetime_s:.0f} s")
     if not job.kfp_run_id:
         return Verdict(job, False, "it was not started by Kubeflow")
     try:

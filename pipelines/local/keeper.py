@@ -49,7 +49,7 @@ def keep(service: Service, server: Server) -> None:
             if running.ended():
                 raise GroundError(f"{service.title} ended by itself: see the logs in {service.directory}")
             time.sleep(LOOK_S)
-        logger.info("stopping %s: %s", service.title, f"signal {stopping[0]}" if stopping else "nobody uses it")
+        logger.info("stopping %s: %s", service.title, f"signal {stopping[0]}" if stopping else "it is not used")
     finally:
         with contextlib.suppress(FileNotFoundError):  # before the server goes; and the home may be gone
             (service.directory / "endpoint.json").unlink()

@@ -66,7 +66,7 @@ def before_training(
     if is_dense:
         needs += ", the base held dense,"
     if device.memory is None:
-        fits = "; nobody knows how much it has: name the GPU with ray.gpu"
+        fits = "; the GPU's memory is unknown: name the GPU with ray.gpu"
     else:
         verdict = "fits" if device.holds(parts.total) else "may not fit"
         fits = f" of {device.memory / GIB:.1f} on {device.name}: {verdict}"

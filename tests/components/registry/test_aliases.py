@@ -49,7 +49,7 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_
     promote(store, "icd", two, cause=Cause("r2"))
     for expected in (one, None):
         with pytest.raises(
-            AliasConflict, match=f"held by {expected or 'nobody'}, but it is held by {two} .*run r2"
+            AliasConflict, match=f"held by {expected or 'no version'}, but it is held by {two} .*run r2"
         ) as raised:
             promote(store, "icd", three, expected=expected)
         pointer = read_alias(store, "icd", "production")

@@ -87,7 +87,7 @@ def test_a_large_file_travels_in_parts_and_comes_back_whole(
 
 def test_create_writes_once(store: Store) -> None:
     etag = store.create("one", b"first")
-    with pytest.raises(Conflict, match="one was created or changed by somebody else"):
+    with pytest.raises(Conflict, match="one was created or changed by another writer"):
         store.create("one", b"second")
     assert store.read("one") == (b"first", etag)
 

@@ -129,8 +129,8 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
         ("queue", _without("localqueues", "fineloop"), "has no LocalQueue fineloop", "ray.cluster.queue"),
         ("queue", _without("clusterqueues", "fineloop"), "which is not there", "create it"),
         ("queue", _small_quota, "12 GiB asked for, at most 8 GiB given", "ray.num_workers"),
-        ("queue", _stopped_queue, "lets nobody in: stopped", "start it"),
-        ("queue", _inactive_queue, "lets nobody in: references missing ResourceFlavor", "start it"),
+        ("queue", _stopped_queue, "admits no job: stopped", "start it"),
+        ("queue", _inactive_queue, "admits no job: references missing ResourceFlavor", "start it"),
         *(
             (
                 title,
