@@ -35,6 +35,6 @@ def past_decisions(run: RunFiles) -> forest.Picture | None:
 
 
 def against_champion(decision: Decision) -> RuleResult | None:
-    """The rule that compared the candidate with the champion between bounds; None where there was none."""
-    rules = (rule for rule in decision.rules if rule.name == "not_worse_than_champion" and rule.lower is not None)
-    return next(rules, None)
+    """The rule that compared the candidate with the champion and set a bound at least; None where there was none."""
+    rules = (rule for rule in decision.rules if rule.name == "not_worse_than_champion")
+    return next((rule for rule in rules if (rule.lower, rule.upper) != (None, None)), None)

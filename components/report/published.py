@@ -25,6 +25,8 @@ class Gain:
     @property
     def bounds_text(self) -> str:
         """The bounds in words; empty where there are none."""
+        if self.lower is None and self.upper is None:
+            return ""
         if self.confidence is not None:
             return f"the gain lies {self.amounts.range_text(self.lower, self.upper, confidence=self.confidence)}"
         if self.lower is None or self.upper is None:
@@ -32,6 +34,11 @@ class Gain:
         return (
             f"the 95 % interval of the gain is {' to '.join(map(self.amounts.signed_text, (self.lower, self.upper)))}"
         )
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether a bound shows that there is a difference."""
+        return (self.lower is not None and self.lower > 0) or (self.upper is not None and self.upper < 0)
 
 
 @dataclass(frozen=True)

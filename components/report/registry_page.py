@@ -164,9 +164,9 @@ def sentence(page: AdapterPage) -> str:
     text = f"On {records} held-out records its {found.metric.label} was {better} than the champion's of that day"
     if found.gain:
         text += f", by {found.amounts.amount_text(found.gain)}"
-    if found.lower is None or found.upper is None:
+    if not found.bounds_text:
         return f"{text}; no interval was measured."
-    sure = "which leaves out no difference" if found.lower > 0 or found.upper < 0 else "so that it may be chance"
+    sure = "which excludes no difference" if found.excludes_zero else "so that it may be chance"
     return f"{text}; {found.bounds_text}, {sure}."
 
 

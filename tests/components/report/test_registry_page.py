@@ -64,7 +64,7 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
 ) -> None:
     page = read_adapter(store, "icd")
     assert "On 250 held-out records its loss was better" in sentence(page)
-    assert "interval of the gain is +0.010 to +0.090, which leaves out no difference" in sentence(page)
+    assert "interval of the gain is +0.010 to +0.090, which excludes no difference" in sentence(page)
     drawn = picture(page)
     assert drawn is not None
     (dot,) = drawn.dots
@@ -111,7 +111,40 @@ def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: li
     ]
     said = sentence(read_adapter(store, "icd"))
     assert shown.partition("better, ")[2] in said
-    assert "+0.029 and +0.071, each with 95 % confidence, which leaves out no difference" in said
+    assert "+0.029 and +0.071, each with 95 % confidence, which excludes no difference" in said
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ((0.01, None), "the gain lies above +0.010, with 95 % confidence, which excludes no difference."),
+        ((None, 0.09), "the gain lies below +0.090, with 95 % confidence, so that it may be chance."),
+        ((None, None), "the 95 % interval of the gain is +0.010 to +0.090, which excludes no difference."),
+    ],
+)
+def test_one_bound_alone_is_shown(store: Store, ids: list[str], bounds, words) -> None:
+    lower, upper = bounds
+    compared = {
+        "metric": "loss",
+        "against": "champion",
+        "candidate": 0.25,
+        "other": 0.3,
+        "gain": 0.05,
+        "confidence": 0.95,
+    }
+    rule = RuleResult(
+        name="not_worse_than_champion", field="f", lower=lower, upper=upper, passed=True, text="", **compared
+    )
+    about = {
+        "adapter": "icd",
+        "alias": "production",
+        "run_id": "r1",
+        "version": ids[1],
+        "reasons": (),
+        "rules": (rule,),
+    }
+    runs.write(store, "r1", Decision(decision="promote", verdict="promote", **about))
+    assert sentence(read_adapter(store, "icd")).endswith(words)
 
 
 def test_the_list_says_for_how_long_what_the_gate_said_last_and_how_it_has_gone(store: Store, ids: list[str]) -> None:
