@@ -201,17 +201,17 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
         )
     share = intake.rejected_share
     if not intake.accepted:
-        raise DataError(f"data.source has no usable row among {intake.num_rows}:{_reasons_text(intake)}")
+        raise DataError(f"data.source has no usable row among {intake.num_rows:,}:{_reasons_text(intake)}")
     if share > max_reject_share:
         raise DataError(
-            f"{share:.1%} of rows are unusable ({intake.rejected} of {intake.num_rows}), more than "
+            f"{share:.1%} of rows are unusable ({intake.rejected:,} of {intake.num_rows:,}), more than "
             f"data.max_reject_share = {max_reject_share:g} allows:{_reasons_text(intake)}\n"
             "Fix these rows or raise data.max_reject_share."
         )
     logger.info(
-        "%d of %d rows are unusable (%.2f %%; data.max_reject_share is %g)",
-        intake.rejected,
-        intake.num_rows,
+        "%s of %s rows are unusable (%.2f %%; data.max_reject_share is %g)",
+        f"{intake.rejected:,}",
+        f"{intake.num_rows:,}",
         100 * share,
         max_reject_share,
     )
@@ -220,7 +220,7 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
 def _reasons_text(intake: Intake) -> str:
     reasons = intake.reasons.most_common()
     lines = [
-        f"\n  {count} x {reason} (for example {example.source}:{example.line})"
+        f"\n  {count:,} x {reason} (for example {example.source}:{example.line})"
         for reason, count, example in reasons[:_REASONS_SHOWN]
     ]
     if hidden := reasons[_REASONS_SHOWN:]:
