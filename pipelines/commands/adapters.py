@@ -65,7 +65,9 @@ def add(commands: Any) -> None:
         "fineloop adapters rollback icd10-chapters",
     )
     rollback.add_argument("name", metavar="NAME", help="adapter")
-    rollback.add_argument("--to", default=None, metavar="VERSION", help="go back to this one instead; first digits do")
+    rollback.add_argument(
+        "--to", default=None, metavar="VERSION", help="go back to this one instead; first digits suffice"
+    )
     for parser in (promote, rollback):
         parser.add_argument(
             "--expect", default=None, metavar="VERSION", help="only when this version holds the alias now"
@@ -110,16 +112,20 @@ def add(commands: Any) -> None:
     collect.add_argument(
         "name", nargs="?", default="", metavar="NAME", help="default: every adapter, and what they share"
     )
-    collect.add_argument("--keep-last", type=int, default=10, metavar="N", help="newest of an adapter to keep (10)")
-    collect.add_argument("--older-than-days", type=float, default=30, metavar="DAYS", help="leave younger alone (30)")
+    collect.add_argument(
+        "--keep-last", type=int, default=10, metavar="N", help="newest versions of an adapter to keep (10)"
+    )
+    collect.add_argument("--older-than-days", type=float, default=30, metavar="DAYS", help="keep what is younger (30)")
     act = collect.add_mutually_exclusive_group()
-    act.add_argument("--dry-run", action="store_true", help="only print what would go; the default")
+    act.add_argument("--dry-run", action="store_true", help="only print what would be removed; the default")
     act.add_argument("--delete", action="store_true", help="remove it")
 
     pull = _add(verbs, "pull", _pull, "Fetch a version, verified, for peft or a server.", "fineloop adapters pull NAME")
     _reference(pull)
     pull.add_argument("--to", type=Path, default=None, metavar="DIR", help="default: ./NAME-VERSION")
-    pull.add_argument("--with-base", action="store_true", help="fetch a base of its own too, to DIR-base")
+    pull.add_argument(
+        "--with-base", action="store_true", help="also fetch the base that LoftQ made for it, to DIR-base"
+    )
 
     does = "Write what a server needs to serve a version: Ray Serve LLM, KServe or vLLM."
     served = _add(verbs, "serve-manifest", _serve_manifest, does, "fineloop adapters serve-manifest NAME --for kserve")

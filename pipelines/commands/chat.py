@@ -28,9 +28,10 @@ def add(commands: Any) -> None:
         commands,
         "chat",
         _chat,
-        does="Talk to an adapter, with its base or another version beside it.",
-        more="It reads messages from the terminal, one a line, and runs the adapter on its own base, prompted as it "
-        "was trained. The adapter answers first. /reset begins anew; Ctrl-C ends an answer, not the chat.",
+        does="Talk to an adapter, and compare it with its base or another version.",
+        more="It reads messages from the terminal, one per line, and runs the adapter on the base that it was "
+        "trained on, with the same chat template. The adapter answers first. /reset begins a new conversation; "
+        "Ctrl-C ends an answer, not the chat.",
         example="echo Mpox | fineloop chat icd10-chapters --against none",
     )
     chat.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)

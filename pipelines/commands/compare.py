@@ -24,9 +24,9 @@ def add(commands: Any) -> None:
         commands,
         "compare",
         _compare,
-        does="Lay runs side by side: what differs in their configs, their metrics, and which records turned.",
-        more="Every run after the first is compared with it on the records that both were measured on, with the bounds "
-        "that the gate takes. Nothing is evaluated anew.",
+        does="Compare runs: their configs, their metrics, and the records that turned right or wrong.",
+        more="Every run after the first is compared with it on the records that both were measured on, with the "
+        "gate's bounds. Nothing is evaluated again.",
         example="fineloop compare 20261126-0200 icd10-chapters@production --html side-by-side.html",
     )
     parser.add_argument(

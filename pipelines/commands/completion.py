@@ -14,9 +14,9 @@ def add(commands: Any) -> None:
         commands,
         "completion",
         _completion,
-        does="Print what lets a shell complete commands and options.",
-        more="A shell looks for it in a place of its own: bash in ~/.local/share/bash-completion/completions/fineloop, "
-        "zsh in _fineloop in a folder of its fpath, fish in ~/.config/fish/completions/fineloop.fish.",
+        does="Print a shell completion script for commands and options.",
+        more="Where to write it: for bash ~/.local/share/bash-completion/completions/fineloop, for zsh a file "
+        "_fineloop in a folder of its fpath, for fish ~/.config/fish/completions/fineloop.fish.",
         example="fineloop completion bash > ~/.local/share/bash-completion/completions/fineloop",
     )
     completion.add_argument("shell", choices=SHELLS)

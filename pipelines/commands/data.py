@@ -26,15 +26,16 @@ def add(commands: Any) -> None:
         commands,
         "data",
         _data,
-        does="Say what a run would make of your data, before anything is started.",
-        more="Rows that are unusable and why, what is left out, lengths, answers, three records as the base's chat "
-        "template renders them with what is trained on marked, and what the gate could decide by what is held out. "
-        "Nothing is written. Of the base the tokenizer is read, not the weights. No store is asked, so that erased "
-        "records count. `fineloop data erase` keeps records out for good; a file of that name is ./erase.",
+        does="Show what a run would make of your data, before anything is started.",
+        more="It shows unusable rows with the reason, what is left out, lengths, answers, three records as the "
+        "base's chat template renders them with the trained tokens marked, and what the gate could decide on the "
+        "held-out records. Nothing is written. Only the base's tokenizer is read, not its weights. No store is "
+        "read, so that erased records count. `fineloop data erase` keeps records out for good; a file of that name "
+        "is ./erase.",
         example="fineloop data rows.jsonl -c mine.toml --html data.html",
     )
     data.add_argument("source", nargs="?", metavar="FILE", help="in place of data.source: a file, a glob, s3://...")
-    data.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
+    data.add_argument("--html", type=Path, metavar="FILE", help="write it as a web page too")
     add_config(data)
     erase.add(data)
 

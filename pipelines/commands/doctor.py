@@ -18,13 +18,13 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        does="Say whether this machine, or with --host a cluster, can run Fineloop, and what to do where not.",
-        more="It starts no server. A configured store is written to and read; what it wrote is removed again. How long "
-        "a run of the config takes here is estimated by training a few layers of its base for a second or two. "
-        "With --host it asks Kubeflow and, by the kubeconfig, Kubernetes for all that a run of the config needs there: "
-        "accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and what runs of them. What it may not "
-        "see has a question mark. It changes nothing; with --image it starts one pod that tries the store from inside "
-        "the cluster, and deletes it.",
+        does="Check whether this machine, or with --host a cluster, can run Fineloop, and how to fix what cannot.",
+        more="It starts no server. It writes to a configured store, reads that back, and removes it again. It "
+        "estimates how long a run of the config takes here by training a few layers of its base for a second or "
+        "two. With --host it checks, in Kubeflow and by the kubeconfig in Kubernetes, all that a run of the config "
+        "needs there: accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and that their "
+        "controllers run. What it may not see has a question mark. It changes nothing; with --image it starts one "
+        "pod that tries the store from inside the cluster, and deletes it.",
         example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
     )
     add_kubeflow(doctor)

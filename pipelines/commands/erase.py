@@ -26,9 +26,9 @@ def add(verbs: Any) -> None:
         "erase",
         _erase,
         does="Keep records out of every later dataset, for good, and list what saw them.",
-        more="An ID is a record's id as its dataset has it: that of its row, or of a row without one the first 16 hex "
-        "digits of its content's hash. The store keeps a hash of it. Datasets, versions and runs that saw the record "
-        "are listed with the commands that come next; none of them is touched.",
+        more="An ID is a record's id in its dataset: the id of its row or, if the row has none, the first 16 hex "
+        "digits of its content's hash. The store keeps a hash of it. Datasets, versions and runs that saw the "
+        "record are listed with the commands to run next; none of them is changed.",
         example="fineloop data erase 4711",
     )
     erase.add_argument("ids", nargs="+", metavar="ID", help="a record's id, as in the id column of its dataset")

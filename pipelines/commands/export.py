@@ -18,11 +18,11 @@ def add(verbs: Any, *, reference: str) -> None:
         "export",
         _export,
         does="Write a version merged into its base, as a folder or a GGUF, or as plain LoRA.",
-        more="What is guarded is the merge before it is rounded to --dtype: where it does not say, in float32, what "
-        "the adapter on its base says, nothing is written. What rounding costs is measured on the folder: its exact "
-        "match and loss on held-out records beside the adapter's, with a warning where it takes more than a tenth of "
-        "what the adapter changes. --gguf writes one file for llama.cpp by the converter that comes with it, compares "
-        "its tensors with the merged model's, and writes a Modelfile for Ollama beside it.",
+        more="Before it is rounded to --dtype, the merged model must predict the same in float32 as the adapter on "
+        "its base; otherwise nothing is written. The cost of rounding is measured on the folder: its exact match "
+        "and loss on held-out records beside the adapter's, with a warning if it is more than a tenth of the "
+        "adapter's effect. --gguf writes one file for llama.cpp with llama.cpp's converter, compares its tensors "
+        "with the merged model's, and writes a Modelfile for Ollama beside it.",
         example="fineloop adapters export icd10-chapters@production --merged",
     )
     export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
@@ -47,7 +47,7 @@ def add(verbs: Any, *, reference: str) -> None:
         "--approximate",
         type=_rank,
         metavar="RANK",
-        help="with --lora: where it is no LoRA, the nearest one of this rank, with the error measured",
+        help="with --lora: if it is not a LoRA, the nearest one of this rank, with the error measured",
     )
     export.add_argument(
         "--converter",

@@ -19,15 +19,17 @@ def add(commands: Any) -> None:
         "init",
         _init,
         does="Look at your data and write a first config for it, ten keys with a comment each, and plan it.",
-        more="What is not named is asked for on a terminal. Nothing is trained.",
+        more="On a terminal it asks for what the options leave open. Nothing is trained.",
         example="fineloop init rows.csv --base Qwen/Qwen3-0.6B --name colours",
     )
     init.add_argument("data", nargs="?", metavar="DATA", help="a file, a glob, a folder, s3:// or hf://")
     init.add_argument("--base", metavar="MODEL", help="the base model: hub id, folder, s3:// or pkg://")
-    init.add_argument("--name", metavar="NAME", help="what the registry calls the adapter (default: after the data)")
+    init.add_argument(
+        "--name", metavar="NAME", help="the adapter's name in the registry (default: from the data's name)"
+    )
     init.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.toml")
     add_set(init)
-    init.add_argument("--no-plan", action="store_true", help="write the config and end")
+    init.add_argument("--no-plan", action="store_true", help="write the config, and do not plan the training")
 
 
 def _init(options: argparse.Namespace) -> Answer:

@@ -19,12 +19,12 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        does="Say what a training will take: memory by part, speed, time and cost, before anything is started.",
-        more="It reads the base's configuration, not its weights, and needs no GPU. It plans for the worst: "
-        "every record as long as model.max_length, and all of it answer unless evaluate.max_new_tokens says how long "
-        "answers are. Name the GPU with ray.gpu, and its price with ray.gpu_price_per_hour when yours is not the list "
-        "price. Every training makes this plan for its real records first, and refuses what cannot fit; here that is "
-        "exit code 1.",
+        does="Estimate what a training will take: memory by part, speed, time and cost, before anything is started.",
+        more="It reads the base's configuration, not its weights, and needs no GPU. It plans for the worst case: "
+        "every record as long as model.max_length, and every token of it an answer unless evaluate.max_new_tokens "
+        "says how long answers are. Name the GPU with ray.gpu, and its price with ray.gpu_price_per_hour if it is "
+        "not the list price. Every training makes this plan for its real records first, and refuses what cannot "
+        "fit; here that is exit code 1.",
         example="fineloop plan --set model.base=meta-llama/Llama-2-7b-hf --set method.name=qlora \\\n"
         "      --set ray.use_gpu=true --set ray.gpu=A10G --set ray.num_workers=1",
     )

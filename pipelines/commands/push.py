@@ -18,15 +18,23 @@ def add(commands: Any) -> None:
         commands,
         "push",
         _push,
-        does="Push a version, or a folder that an export has written of it, to a model hub.",
-        more="A repository that is not there is made, private unless --public. The commit is tagged with the version. "
-        "The token comes from HF_TOKEN alone. With a version go its lineage.json and manifest.json, which name data, "
-        "store and who started the run.",
+        does="Push a version, or an exported folder of it, to a model hub.",
+        more="A missing repository is created, private unless --public is given. The commit is tagged with the "
+        "version. The token is read from HF_TOKEN only. A version is pushed with its lineage.json and "
+        "manifest.json, which name the data, the store and the user who started the run.",
         example="fineloop push icd10-chapters@production acme/icd10-chapters",
     )
-    push.add_argument("reference", metavar=REFERENCE, help="as everywhere")
+    push.add_argument(
+        "reference", metavar=REFERENCE, help="NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
+    )
     push.add_argument("repository", metavar="ORG/NAME", help="repository of models on the hub")
-    push.add_argument("--from", dest="folder", type=Path, metavar="DIR", help="what `adapters export` wrote, instead")
+    push.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help="push this folder, written by `adapters export`, instead",
+    )
     push.add_argument("--public", action="store_true", help="make a repository that anyone may read")
     add_config(push)
     add_home(push)

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         verbs,
         "up",
         _up,
-        does="Start the local Ray head, and the S3 server that its jobs use, and let them stay.",
+        does="Start the local Ray head and the S3 server that its jobs use, and leave them running.",
         example="fineloop ray up",
     )
     add_config(up)

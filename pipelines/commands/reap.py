@@ -22,9 +22,10 @@ def add(commands: Any) -> None:
         "reap",
         _reap,
         does="Stop the Ray jobs that no run waits for any more.",
-        more="These are jobs past their deadline, and jobs whose Kubeflow run is finished, canceled or gone. A RayJob "
-        "that Kubeflow did not start is deleted a day after its end. It looks at the RayJobs of a namespace and at the "
-        "cluster of RAY_ADDRESS; one that refuses does not keep it from the other. A job in doubt is kept.",
+        more="These are jobs past their deadline, and jobs whose Kubeflow run is finished, canceled or gone. A "
+        "RayJob that Kubeflow did not start is deleted a day after its end. It looks at the RayJobs of a namespace "
+        "and at the cluster of RAY_ADDRESS; if one of the two cannot be reached, it still looks at the other. A "
+        "job in doubt is kept.",
         example="fineloop reap --dry-run",
     )
     add_kubeflow(reap)

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         "replay",
         _replay,
         does="Decide on a run again from its stored evidence, and compare.",
-        more="Exit code 1 says that today's verdict or what it follows from is another than the recorded one.",
+        more="Exit code 1 means that the verdict, or what it follows from, is not the recorded one.",
         example="fineloop replay 20261126-0200-icd10",
     )
     parser.add_argument("run", metavar="RUN", help="the run's id in the store")

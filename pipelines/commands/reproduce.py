@@ -20,10 +20,10 @@ def add(commands: Any) -> None:
         commands,
         "reproduce",
         _reproduce,
-        does="Train a version again from its lineage, and say whether the same came of it.",
-        more="It takes the recorded config, rate and dataset, trains on this machine and publishes what comes of it "
-        "without an alias. The same version id means the same bytes. Where they differ, the metrics are compared with "
-        "the gate's bounds. Exit code 1 says that those differ too.",
+        does="Train a version again from its lineage, and check whether the result is the same.",
+        more="It takes the recorded config, rate and dataset, trains on this machine and publishes the result "
+        "without an alias. The same version id means the same bytes. If they differ, the metrics are compared with "
+        "the gate's bounds. Exit code 1 means that the metrics differ too.",
         example="fineloop reproduce icd10-chapters@production",
     )
     parser.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)

@@ -16,9 +16,9 @@ def add(commands: Any) -> None:
         "run",
         _run,
         does="Run the whole pipeline on this machine.",
-        more="It prepares the data, fine-tunes an adapter, compares it with the base model and with the version "
-        "in production, and promotes it when the gate lets it pass. With no options it runs the built-in example; "
-        "the second run in one home meets the first one's version as its champion.",
+        more="It prepares the data, fine-tunes an adapter, compares it with the base model and with the version in "
+        "production, and promotes it if the gate passes it. With no options it runs the built-in example; a second "
+        "run in the same home is compared with the first one's version.",
         example="fineloop run -c pipelines/configs/icd10.toml --set train.learning_rate=5e-4",
     )
     add_run_options(run)

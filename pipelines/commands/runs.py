@@ -34,14 +34,14 @@ def add(commands: Any) -> None:
         "list",
         _list,
         does="List the newest runs.",
-        more="Where a Kubeflow Pipelines is named they are its own, with their states; elsewhere, and with --store, "
-        "those that the registry's store keeps, however they were started, with what came out of them.",
+        more="If a Kubeflow Pipelines server is named, these are its runs, with their states; otherwise, and with "
+        "--store, the runs in the registry's store, however they were started, with their results.",
         example="fineloop runs list --adapter icd10-chapters --state failed",
     )
     listing.add_argument("--adapter", default="", metavar="NAME", help="only runs that retrain this adapter")
     listing.add_argument("--experiment", default="", metavar="NAME", help="only runs of this experiment")
     listing.add_argument("--state", default="", choices=STATES, metavar="STATE", help=", ".join(STATES))
-    listing.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many (default: 20)")
+    listing.add_argument("--limit", type=int, default=20, metavar="N", help="maximum number of runs (default: 20)")
     show = add_command(
         verbs,
         "show",
@@ -54,8 +54,9 @@ def add(commands: Any) -> None:
         "stop",
         _stop,
         does="Stop a run and wait until it is over.",
-        more="Its steps are terminated, and its Ray jobs are stopped: from here by the kubeconfig, or RAY_ADDRESS for "
-        "a shared cluster, and where that does not lead there by the steps and the cluster's own `fineloop reap`.",
+        more="Its steps are terminated, and its Ray jobs are stopped: from here by the kubeconfig, or RAY_ADDRESS "
+        "for a shared cluster; if they cannot be reached from here, by the steps and the cluster's own `fineloop "
+        "reap`.",
         example="fineloop runs stop 3f2a",
     )
     for parser in (show, stop):

@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
         _update,
         "Change a schedule; what is left out stays as it is, and a run that is under way goes on.",
         "fineloop schedule update nightly --cron '0 4 * * *' --set train.epochs=2",
-        more="The pipeline is compiled anew, so that the next run has this version's steps.",
+        more="The pipeline is compiled again, so that the next run has this version's steps.",
     )
     update.add_argument("--cron", default="", metavar="CRON", help=CRON)
     update.add_argument("--overlap", choices=("skip", "allow"), default="", help=OVERLAP)

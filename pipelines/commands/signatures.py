@@ -21,7 +21,8 @@ def add(verbs: Any, *, reference: str) -> None:
         "sign",
         _sign,
         does=f"Sign that a version may hold an alias, {key}.",
-        more="With --held, everything that an alias of the adapter holds or a rollback may need, as before a key goes.",
+        more="With --held, sign everything that an alias of the adapter holds or a rollback may need; use it "
+        "before you remove a key.",
         example="fineloop adapters sign icd10-chapters@v3f2",
     )
     which = sign.add_mutually_exclusive_group(required=True)
@@ -32,7 +33,7 @@ def add(verbs: Any, *, reference: str) -> None:
         verbs,
         "revoke",
         _revoke,
-        does=f"Sign, {key}, that a version is to be used no more.",
+        does=f"Sign, {key}, that a version must not be used any more.",
         more="Registries that trust the key no longer fetch it or move an alias to it, whoever else signed it. An "
         "alias that points at it stays, for a rollback.",
         example="fineloop adapters revoke icd10-chapters@v3f2 --reason 'it was trained on the wrong data'",

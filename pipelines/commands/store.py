@@ -13,7 +13,9 @@ def add(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser("store", help="this machine's own S3 server: up, down, env", allow_abbrev=False)
     verbs = group.add_subparsers(metavar="COMMAND", required=True)
-    up = add_command(verbs, "up", _up, does="Start the local S3 server and let it stay.", example="fineloop store up")
+    up = add_command(
+        verbs, "up", _up, does="Start the local S3 server and leave it running.", example="fineloop store up"
+    )
     add_config(up)
     down = add_command(
         verbs, "down", _down, does="Stop the local S3 server; its data stays.", example="fineloop store down"

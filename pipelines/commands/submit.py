@@ -20,9 +20,9 @@ def add(commands: Any) -> None:
         "submit",
         _submit,
         does="Run the pipeline on Kubeflow and follow it to its end.",
-        more="The config is checked and the pipeline compiled and uploaded first; the run gets the resolved config as "
-        "its parameter. Ctrl-C ends the following, not the run. Exit code 1 also means that the run failed or was "
-        "canceled.",
+        more="The config is checked, and the pipeline compiled and uploaded, first; the run gets the resolved "
+        "config as its parameter. Ctrl-C stops following, not the run. Exit code 1 also means that the run failed "
+        "or was canceled.",
         example="fineloop submit -c pipelines/configs/icd10.toml --host http://localhost:8080 --set method.name=dora",
     )
     add_config(submit)

@@ -17,11 +17,11 @@ def add(commands: Any) -> None:
         "sweep",
         _sweep,
         does="Find the best learning rate, and whether another method is worth more than plain LoRA.",
-        more="Every trial is a training as a run's own, judged on the records that checkpoints are chosen on. The grid "
-        "of half decades around the rate in force widens while the best rate is at its end, then narrows beside it. "
-        "With --methods each method is first tuned by itself, then all are compared at their best on further seeds. "
-        "The section tune of the config says what is tried, and when a run sweeps by itself. A sweep that was cut off "
-        "goes on under its --run-id, without the trials that have ended.",
+        more="Every trial is a training like a run's, judged on the records that checkpoints are chosen on. The "
+        "grid of half decades around the current rate widens while the best rate is at its edge, and is then "
+        "refined around it. With --methods each method is first tuned by itself, then all are compared at their "
+        "best rates on further seeds. The config's section tune says what is tried, and when a run sweeps by "
+        "itself. A sweep that was cut off is resumed by its --run-id, without the trials that have ended.",
         example="fineloop sweep -c mine.toml --set tune.max_steps=64 --apply\n"
         "  fineloop sweep --methods lora,dora,rslora --set tune.max_steps=64",
     )

@@ -14,9 +14,9 @@ def add(commands: Any) -> None:
         commands,
         "watch",
         _watch,
-        does="Show a run that goes on elsewhere, on Kubeflow or another cluster, until it is over.",
-        more="It reads what the run leaves in the registry's store: each step when it is over, and the curve of a "
-        "training every 15 s. Ctrl-C ends the watching alone.",
+        does="Show the progress of a run on Kubeflow or another cluster, until it is over.",
+        more="It reads what the run writes to the registry's store: each step when it has ended, and the "
+        "training's curve every 15 s. Ctrl-C stops watching, not the run.",
         example="fineloop watch 20261101-0300 -c mine.toml",
     )
     watch.add_argument(
