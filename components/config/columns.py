@@ -7,8 +7,8 @@ class ColumnsConfig(Section):
     """Columns of your rows that have names of their own. Unset, rows are known by their columns: see data.md."""
 
     prompt: str | list[str] = ""
-    """Column of the prompt, or a list of columns, whose texts are joined by a blank line; of such, empty ones may be
-    missing."""
+    """Column of the prompt, or a list of columns whose texts are joined by a blank line; in a list, empty columns are
+    skipped."""
     completion: str = ""
     """Column of the answer."""
     messages: str = ""

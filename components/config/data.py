@@ -29,10 +29,10 @@ class DataConfig(Section):
     columns: Annotated[ColumnsConfig, Added("0.2.0")] = ColumnsConfig()
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
-    five-character shingles, without case and punctuation, both in whole and in what is left without the text that
-    many prompts share. 0 leaves none out."""
+    five-character shingles, without case and punctuation, both of the whole prompts and of what is left of them without
+    the text that many prompts share. 0 leaves none out."""
     max_near_share: Annotated[Share, Added("0.2.0")] = 0.05
-    """Stop when more than this share of what would be trained on is left out as near what is held out."""
+    """Stop if more than this share of the training records would be left out as near-duplicates of held-out ones."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
     records whose answers, and those whose prompts, are too long for model.max_length."""
@@ -42,30 +42,31 @@ class DataConfig(Section):
     """Skip a run when fewer records than this are new since the adapter's last run that ended in a decision. They are
     not lost: they count again next time. 0 never skips."""
     personal: Annotated[Literal["report", "mask", "drop"], Added("0.2.0")] = "report"
-    """What is done with e-mail addresses, phone and card numbers, IBANs, keys and tokens in messages: counted in the
-    profile, masked (such as [EMAIL]) before anything is stored, or their records left out."""
+    """What happens to e-mail addresses, phone and card numbers, IBANs, keys and tokens in messages: report counts them
+    in the profile, mask replaces them (such as by [EMAIL]) before anything is stored, drop leaves their records out."""
     phone_regions: Annotated[list[Annotated[str, StringConstraints(pattern="^[A-Z]{2}$")]], Added("0.2.0")] = []
     """Countries (such as DE) whose phone numbers count as personal data without their leading + as well."""
     personal_names: Annotated[bool, Added("0.2.0")] = False
     """Look for people's names as well, with Presidio's English model; needs the package presidio-analyzer."""
     loss_on: Annotated[LossOn, Added("0.2.0")] = "last"
-    """Answers of a conversation that are trained on: the last, or all of the assistant's. Evaluation uses the last."""
+    """Answers of a conversation to train on: the last, or all of the assistant's. Evaluation uses the last."""
     window_days: Annotated[float, Field(ge=0)] = 0
-    """Train on files and objects of the last so many days before the newest one; 0 trains on all. What is held out
-    still comes from all of them, so that forgetting shows."""
+    """Train on files and objects from this many days before the newest one; 0 trains on all. Held-out records still
+    come from all of them, so that forgetting shows."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
     replay_from: Annotated[Literal["records", "production"], Added("0.2.0")] = "records"
-    """Answers of those earlier records: their own, or what the version that adapter.alias points at answers to them,
-    where that is right (on-policy replay, arXiv:2605.29495). Without such a version, their own."""
+    """Answers to train on for those earlier records: the records' own, or production's answers where they are right
+    (on-policy replay, arXiv:2605.29495). Without a version in production, the records' own."""
     replay_metric: Annotated[AnswerMetric, Added("0.2.0")] = "exact_match"
-    """Metric by which an answer of production counts as right."""
+    """Metric that decides whether an answer of production is right."""
     replay_least: Annotated[Annotated[float, Field(gt=0, le=1)], Added("0.2.0")] = 1
-    """Worth by that metric from which an answer of production is trained on."""
+    """Smallest value of that metric at which an answer of production is used."""
     engine: Annotated[Literal["local", "ray"], Added("0.2.0")] = "local"
-    """Who prepares the data: the step, or a job on the Ray cluster's CPUs, before a GPU is asked for."""
+    """Where the data are prepared: in the step's process, or by a job on the Ray cluster's CPUs, before a GPU is
+    requested."""
     memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
-    """Memory in GiB that preparing the data takes, about; what does not fit goes to disk."""
+    """Approximate memory in GiB for preparing the data; what does not fit is kept on disk."""
     timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
     """Deadline of the step that prepares the data, in a pipeline on Kubeflow, and of its Ray job."""
 

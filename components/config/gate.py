@@ -64,7 +64,7 @@ class Guard(Section):
     """The metric that is watched."""
     worse_than_champion_by: Annotated[float, Field(ge=0)] | None = None
     """The candidate must be shown to be worse by at most this much, as with gate.worse_than_champion_by. Absent, it is
-    held only when it is shown to be worse; where every record is right or wrong, by McNemar's exact test."""
+    held only if it is shown to be worse; where every record is right or wrong, by McNemar's exact test."""
 
 
 class ApprovalConfig(Section):
@@ -81,7 +81,7 @@ class GateConfig(Section):
     """When a candidate is promoted: when every rule passes. When the records do not show it either way, it is held."""
 
     metric: ComparedMetric = "loss"
-    """What base and champion are compared on."""
+    """Metric on which the candidate is compared with base and champion."""
     margins: Annotated[Literal["absolute", "relative"], Added("0.2.0")] = "absolute"
     """Unit of the margins on this metric: absolute is its own unit, relative a share of the other model's value
     (0.05 is 5 %). A margin on loss per token allows long answers more than short ones; relative margins and
@@ -91,9 +91,8 @@ class GateConfig(Section):
     worse_than_champion_by: Annotated[float, Field(ge=0)] = 0.02
     """The candidate may be worse than the champion by at most this much."""
     worse_than_best_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """The candidate may be worse than the best version so far by at most this much, so that small steps down do not
-    add up. Each further decision on the same test set needs more confidence. Unset: 2.5 times
-    worse_than_champion_by."""
+    """The candidate may be worse than the best version so far by at most this much, so that small losses do not add up.
+    Each further decision on the same test set needs more confidence. Unset: 2.5 times worse_than_champion_by."""
     worse_on_general_text_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """On general text (evaluate.general_passages) the candidate's loss may exceed the base's by at most this much,
     in nats per token. Unset: no limit, since an adapter that is served for its domain alone may forget the rest, and
@@ -108,9 +107,9 @@ class GateConfig(Section):
     """A record is much worse where its loss is above the champion's by more than this, in nats per answer token."""
     much_worse_share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Added("0.2.0")] = None
     """At most this share of records, or groups, may be much worse than with the champion, shown with confidence
-    (Clopper-Pearson); 1 asks for nothing. Unset: no limit, but, where the metric is a loss, as many records as show a
-    share of 0.01 at least once (299), or, of wide margins, the share that uses worse_than_champion_by up at 2 nats per
-    token each."""
+    (Clopper-Pearson); 1 sets no limit. Unset: no limit; but if the metric is a loss, there must be enough records to
+    contain a share of 0.01 at least once (299), or with wider margins the share that would use up
+    worse_than_champion_by at 2 nats per token each."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes about once in twenty times,
     and more often where losses are strongly skewed (docs/gate.md)."""

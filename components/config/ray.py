@@ -41,7 +41,7 @@ class JobsApiCluster(Section):
     """A Ray cluster that exists already, reached through its Jobs API at RAY_ADDRESS; here, the local head."""
 
     kind: Literal["jobs-api"] = "jobs-api"
-    """A cluster that is there; its address comes from RAY_ADDRESS."""
+    """A cluster that exists already; its address comes from RAY_ADDRESS."""
     has_address: ClassVar[bool] = True
     image: ClassVar[str] = ""
     ca_bundle: ClassVar[str] = ""
@@ -49,7 +49,7 @@ class JobsApiCluster(Section):
     queue_timeout_s: ClassVar[int] = 0
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
-        """Nothing is known of it before a job is there."""
+        """None: the cluster is not known before a job runs on it."""
 
     def for_data(self) -> "JobsApiCluster":
         """Itself."""
@@ -64,8 +64,8 @@ class WorkerPod(Section):
     memory_gib: Annotated[int, Field(ge=2)] = 24
     """Memory in GiB, shared memory included."""
     resources: Annotated[dict[OtherResource, Quantity], Added("0.2.0")] = {}
-    """What else it asks for, such as "vpc.amazonaws.com/efa" = "4" or "hugepages-2Mi" = "5Gi"; the ClusterQueue must
-    cover each of them."""
+    """Further resources of a pod, such as "vpc.amazonaws.com/efa" = "4" or "hugepages-2Mi" = "5Gi"; the ClusterQueue
+    must cover each of them."""
 
 
 class HeadPod(Section):
@@ -81,7 +81,7 @@ class DataPods(Section):
     """What the pods ask for that prepare the data where data.engine is ray; none has a GPU."""
 
     pods: Annotated[int, Field(ge=1)] = 2
-    """How many."""
+    """Number of pods."""
     cpu: Annotated[int, Field(ge=1)] = 4
     """CPU cores of each."""
     memory_gib: Annotated[int, Field(ge=4)] = 16
@@ -115,20 +115,20 @@ class RayJobCluster(Section):
     """A cluster of each job's own on Kubernetes: a RayJob that KubeRay starts, and Kueue lets in when there is room."""
 
     kind: Literal["rayjob"]
-    """A cluster that KubeRay makes for the job and takes down after it."""
+    """A cluster that KubeRay creates for the job and deletes after it."""
     has_address: ClassVar[bool] = False
     image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = IMAGE
     """Image of every Ray pod, with a tag other than latest or a digest."""
     image_pull_secrets: list[DnsName] = []
     """Secrets with which the image is pulled."""
     namespace: OptionalName = ""
-    """Where the RayJob lives; empty means the namespace of the pod that submits it."""
+    """Namespace of the RayJob; empty means the namespace of the pod that submits it."""
     service_account: DnsName = "fineloop-trainer"
-    """What the Ray pods run as."""
+    """ServiceAccount of the Ray pods."""
     queue: OptionalName = "fineloop"
     """Kueue's LocalQueue; empty runs without Kueue."""
     queue_timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """How long a job may wait in the queue before it is given up."""
+    """Longest wait in the queue; after it the job is given up."""
     priority_class: OptionalName = ""
     """Kueue's WorkloadPriorityClass; empty means the queue's default."""
     pod_priority_class: Annotated[OptionalName, Added("0.2.0")] = ""
@@ -136,14 +136,14 @@ class RayJobCluster(Section):
     topology: Annotated[str, StringConstraints(pattern=rf"^(({_DOMAIN})?{_NAME})?$"), Added("0.2.0")] = ""
     """A level of the queue's Topology, such as a rack, by its nodes' label: Kueue places all workers within one."""
     topology_required: Annotated[bool, Added("0.2.0")] = False
-    """Wait until one has room, where they are otherwise spread over as few as possible."""
+    """Wait until one of them has room for all workers; otherwise workers are spread over as few as possible."""
     labels: Annotated[dict[LabelKey, LabelValue], Added("0.2.0")] = {}
     """Labels of the RayJob, its pods and the pipeline's steps, such as a cost centre."""
     ca_bundle: Annotated[OptionalName, Added("0.2.0")] = ""
     """A ConfigMap whose key ca.crt holds every certificate authority that Ray pods and steps trust, yours and the
     public ones: it takes the place of the images' own."""
     nodes: Annotated[int, Field(ge=0)] = 0
-    """Worker pods, among which ray.num_workers is shared out evenly; 0 means a pod for each worker."""
+    """Number of worker pods, over which ray.num_workers is divided evenly; 0 means one pod for each worker."""
     worker: WorkerPod = WorkerPod()
     """Size of a worker pod; its GPUs, one for each of its workers, come on top."""
     head: HeadPod = HeadPod()
@@ -152,25 +152,27 @@ class RayJobCluster(Section):
     shared_memory_gib: Annotated[int, Field(ge=1)] = 8
     """/dev/shm of a worker pod in GiB, for NCCL, data loading and Ray's object store; part of the pod's memory."""
     disk_gib: Annotated[int, Field(ge=1)] = 100
-    """What a Ray pod may write to /tmp, and as much again to its home, in GiB; beyond it, it is evicted. One of the two
-    holds the base model, 2 GiB for each billion of parameters; /tmp also Ray's session and what spills over."""
+    """Limit in GiB on what a Ray pod writes to /tmp, and the same again to its home; beyond it, the pod is evicted. One
+    of the two holds the base model, 2 GiB for each billion of parameters; /tmp also holds Ray's session and spilled
+    objects."""
     gpu_resource: ResourceName = NVIDIA_GPU
-    """What Kubernetes calls the GPUs."""
+    """Name of the GPU resource in Kubernetes."""
     node_selector: dict[str, str] = {}
     """Labels that the workers' nodes must have; absent means the nvidia.com/gpu.product that belongs to ray.gpu."""
     tolerations: list[Toleration] = []
-    """Taints of the workers' nodes, beside the GPU's own."""
+    """Taints of nodes that workers tolerate, beside the GPU's own."""
     spot: bool = False
-    """Let workers run on spot nodes too. The head never does: with it goes the whole job."""
+    """Allow workers on spot nodes. The head never runs there: the whole job would end with it."""
     env: dict[str, str] = {}
-    """Plain variables for the Ray pods, such as NCCL_SOCKET_IFNAME. What is secret belongs in Secret fineloop-s3."""
+    """Environment variables of the Ray pods, such as NCCL_SOCKET_IFNAME. Secrets belong in Secret fineloop-s3."""
     ttl_s: Annotated[int, Field(ge=60)] = 600
-    """How long the cluster of a job that failed stays, for people to look at its dashboard. After a success it goes at
+    """How long the cluster of a failed job is kept, so that its dashboard can be read. After a success it is deleted at
     once."""
     backoff_limit: Annotated[int, Field(ge=0, le=10)] = 1
-    """How often KubeRay makes a new cluster when a job died without saying why: a lost head, no memory."""
+    """How often KubeRay creates a new cluster for a job that died without giving a reason: a lost head, no memory."""
     pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800
-    """How long nodes, images and pods may take to be ready, once the job has left the queue, and after a lost head."""
+    """Longest time for nodes, images and pods to become ready, once the job has left the queue and after a lost
+    head."""
 
     @field_validator("image")
     @classmethod
@@ -275,31 +277,32 @@ class RayConfig(Section):
     """The Ray Train workers."""
 
     num_workers: NumWorkers = 1
-    """Worker processes, one per GPU where GPUs are used. A run may go on with more or fewer of them. [min, max] is as
-    many as have room: a training waits for min of them alone, goes on with fewer when one is lost, and with more once
-    they have room again."""
+    """Worker processes, one per GPU where GPUs are used. A run may be resumed with more or fewer. [min, max] is
+    elastic: training starts with as many workers as there is room for, at least min. It continues with fewer when one
+    is lost, and with more when there is room again."""
     use_gpu: bool = False
     """Give each worker one GPU, with NCCL; otherwise CPU processes with gloo."""
     gpu: GpuName | None = None
-    """The GPU to plan for, when use_gpu is on; absent means the one that the cluster turns out to have."""
+    """The GPU to plan for, when use_gpu is on; absent means the one that the cluster provides."""
     gpu_price_per_hour: Annotated[float, Field(ge=0)] | None = None
-    """What one GPU costs you; absent means a public list price, which `fineloop plan` names with its date."""
+    """Your price of one GPU for an hour, in US dollars; absent means a public list price, which `fineloop plan` names
+    with its date."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPU cores reserved for each worker."""
     cpu_matmul_dtype: Annotated[CpuMatmulDtype, Added("0.2.0")] = "auto"
-    """What CPU workers multiply in. auto measures, and takes float32 where the processor multiplies bfloat16 slowly;
-    weights are stored in 16 bits or fewer all the same."""
+    """dtype of matrix products on CPU workers. auto measures, and uses float32 if the processor is slow in bfloat16;
+    weights are still stored in 16 bits or fewer."""
     max_failures: Annotated[int, Field(ge=0)] = 1
-    """How often lost workers are started again from the newest checkpoint."""
+    """How often lost workers are restarted from the newest checkpoint."""
     max_preemption_failures: Annotated[int, Field(ge=-1), Added("0.2.0")] = -1
-    """How often they are started again since their node was taken, as a spot node is; -1 is as often as that happens.
-    They save a checkpoint as soon as it is known, and lose no step."""
+    """How often workers are restarted because their node was preempted, as spot nodes are; -1 is unlimited. They save a
+    checkpoint as soon as the preemption is announced, and lose no step."""
     collective_timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 1_800
-    """How long workers wait for each other in a collective operation, until a network that lost one is called dead."""
+    """Timeout of collective operations, after which workers that cannot reach each other fail."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """Deadline of a run's Ray job, which trains and compares, from when it may start; past it, it is stopped."""
+    """Deadline of a run's Ray job (training and evaluation), from when it may start; past it, the job is stopped."""
     cluster: Cluster = JobsApiCluster()
-    """Which cluster: kind jobs-api is one that exists, rayjob makes one for each job on Kubernetes."""
+    """Which cluster: kind jobs-api is an existing one, rayjob creates one for each job on Kubernetes."""
 
     @model_validator(mode="after")
     def _image_knows_the_gpu(self) -> "RayConfig":

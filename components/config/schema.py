@@ -49,10 +49,10 @@ class ModelConfig(Section):
     revision: str = ""
     """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
     max_length: Annotated[int, Field(ge=16)] = 1024
-    """Context in tokens, at most what the base has positions for; unset, all of them where they are fewer than the
-    default. Longer prompts lose their oldest exchanges and then the beginning of their longest text; the answer is
-    never cut, and a record without room for its prompt is left out. data.max_reject_share bounds how many records
-    either may happen to."""
+    """Context length in tokens, at most the base's number of positions. Unset: the default, or that number where it is
+    less. Longer prompts lose their oldest exchanges, then the beginning of their longest text. Answers are never cut,
+    and a record without room for its prompt is left out; data.max_reject_share bounds the share of records for both
+    cases."""
     thinking: Annotated[bool, Added("0.2.0")] = False
     """Have a reasoning model reason before it answers, and train on the reasoning in the answers. When off, the chat
     template's reasoning block is closed before the answer begins. No metric reads a reasoning block."""
@@ -73,14 +73,14 @@ class MethodConfig(Section):
     name: MethodName = "qlora"
     """The method; docs/methods.md compares them."""
     adapter: AdapterKind | None = None
-    """What is trained. Unset: as the name says."""
+    """What is trained. Unset: as method.name has it."""
     scaling: Scaling | None = None
-    """classic is alpha / rank, rslora is alpha / sqrt(rank). Unset: as the name says."""
+    """classic is alpha / rank, rslora is alpha / sqrt(rank). Unset: as method.name has it."""
     init: Init | None = None
-    """Initial weights. default leaves the base's function unchanged; loftq derives a quantised base and initial
-    factors together. Unset: as the name says."""
+    """Initial weights. default leaves the base's function unchanged; loftq derives a quantised base and initial factors
+    together. Unset: as method.name has it."""
     base: BaseFormat | None = None
-    """How the frozen base is stored: bf16, nf4 or int8. Unset: as the name says."""
+    """How the frozen base is stored: bf16, nf4 or int8. Unset: as method.name has it."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Rank r of the update. Unset: 16, or 256 for VeRA and DVoRA."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -91,7 +91,7 @@ class MethodConfig(Section):
     """Names of the layers to adapt, a regular expression of whole names, or all-linear for every linear layer but the
     output head."""
     loftq_steps: Annotated[int, Field(ge=1, le=20)] = 5
-    """LoftQ only: alternating steps T. With 1 the base stays plain NF4; with more the adapter has a base of its own."""
+    """LoftQ only: alternating steps T. With 1 the base stays plain NF4; with more a base is made for the adapter."""
 
     @model_validator(mode="after")
     def _pattern_is_one(self) -> "MethodConfig":
@@ -125,10 +125,10 @@ class EvaluateConfig(Section):
     """How base, champion and candidate are compared on held-out records."""
 
     records: Annotated[int, Field(ge=1)] = 300
-    """Held-out records to use, the same for all three, in order of their key's hash; those of data.validation_share are
-    none of them."""
+    """Held-out records to evaluate on, the same for all three models, in order of their key's hash and without those of
+    data.validation_share."""
     max_records: Annotated[int, Field(ge=0), Added("0.2.0")] = 1000
-    """When that many records do not show whether the candidate is as good as the champion, more held-out records are
+    """If that many records do not show whether the candidate is as good as the champion, more held-out records are
     used, up to this many in all. 0 uses no more."""
     folds: Annotated[int, Field(ge=1), Added("0.2.0")] = 1
     """Number of parts that these records are divided into, by a hash of their ids. One part is used at a time; the
@@ -138,27 +138,27 @@ class EvaluateConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Most records in one forward pass or one generation: fewer where memory does not hold so many."""
+    """Maximum number of records in one forward pass or generation; fewer where memory does not hold as many."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
     metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
-    """What to measure beside loss, exact match and token F1, as far as the gate does not name it already: a metric
-    that is measured on request, or a function of yours as module:function, which is imported and run where evaluation
-    runs. It is given an answer and its reference, both text, and gives a number in 0..1, more being better."""
+    """Metrics to measure beside loss, exact match, token F1 and those that the gate names: a metric that is measured on
+    request, or your own function as module:function, which is imported and run where evaluation runs. It takes an
+    answer and its reference, both text, and returns a number from 0 to 1, higher being better."""
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
-    """How many of the 240 passages of general text that come with Fineloop are used to measure forgetting
-    (general_loss); 0 is none."""
+    """Number of the 240 passages of general text that come with Fineloop to measure forgetting on (general_loss); 0 is
+    none."""
     suites: Annotated[list[SuiteName], Added("0.2.0")] = []
     """Suites of some 24 questions outside the domain, for base, champion and candidate: constraints to keep, JSON to
     write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty: none."""
     own_answers: Annotated[int, Field(ge=0, le=48), Added("0.2.0")] = 0
-    """How many of the 48 general prompts that come with Fineloop the base answers at temperature 1; on these answers
-    each model's KL divergence from the base is measured (kl_from_base). 0 is none."""
+    """Number of the 48 general prompts that come with Fineloop to which the base's answers are sampled, at temperature
+    1. Each model's KL divergence from the base is measured on these answers (kl_from_base). 0 is none."""
     lm_eval: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Added("0.2.0")] = []
     """Tasks, groups or tags of lm-evaluation-harness to run on base, champion and candidate. The report shows them;
     no gate rule reads them. Needs fineloop[eval] and the tasks' data where evaluation runs."""
     lm_eval_limit: Annotated[Annotated[int, Field(ge=1)] | None, Added("0.2.0")] = None
-    """Use only the first so many documents of each task of evaluate.lm_eval. Unset: all."""
+    """Use only this many documents of each task of evaluate.lm_eval. Unset: all."""
     lm_eval_include: Annotated[str, Added("0.2.0")] = ""
     """Folder with YAML files of your own tasks, where evaluation runs. Naming it allows the code that they name to
     run. Empty: only the tasks that lm-eval ships."""

@@ -34,11 +34,12 @@ class TrainConfig(Section):
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the training split."""
     start_from: Annotated[StartFrom, Added("0.2.0")] = "base"
-    """base begins afresh. production goes on from the version that adapter.alias points at, and from the base where
-    there is none; NAME@VERSION from that one. It has to be of the same base, method, rank and layers."""
+    """base starts from the base model. production continues from the version that adapter.alias points at, or from the
+    base if there is none; NAME@VERSION continues from that version. It must have the same base, method, rank and
+    layers."""
     start_share: Annotated[Annotated[float, Field(ge=0, lt=1)], Added("0.2.0")] = 0
-    """Share of start_from's weights in what is published; the rest is what was trained from there (WiSE-FT,
-    arXiv:2109.01903). 0.5 publishes half the step: two trainings of one recipe then lie half as far apart."""
+    """Share of start_from's weights in the published ones; the rest is what was trained from there (WiSE-FT,
+    arXiv:2109.01903). 0.5 publishes half the step, so that two trainings of one recipe are half as far apart."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Stop after this many optimizer steps, with the schedule fitted to them; 0 means epochs decide."""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -92,7 +93,7 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
     store_patience_s: Annotated[int, Field(ge=0), Added("0.2.0")] = 1_800
-    """How long a training goes on while the store is away: without checkpoints, and then waiting to publish."""
+    """How long a training continues without the store: it writes no checkpoints, and at its end waits to publish."""
 
     @model_validator(mode="after")
     def _shares_with_something(self) -> "TrainConfig":
