@@ -1,13 +1,13 @@
-"""What `fineloop doctor` finds, on this machine or on a cluster."""
+"""Findings of `fineloop doctor`, on this machine or on a cluster."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `fix` says what to do when `ok` is false, and is empty otherwise.
+    """One finding. `fix` says what to do if `ok` is false, and is empty otherwise.
 
-    What could not be looked at is no fault and no proof: `ok`, and not `seen`.
+    If something could not be checked, `seen` is false and `ok` is true: that is neither a fault nor a proof.
     """
 
     name: str
@@ -18,5 +18,5 @@ class Check:
 
 
 def check(name: str, ok: bool, detail: str, fix: str) -> Check:
-    """A finding, with its fix where one is needed."""
+    """Return a finding, with `fix` only if it is not `ok`."""
     return Check(name, ok, detail, "" if ok else fix)

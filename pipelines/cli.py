@@ -47,7 +47,7 @@ INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Build the parser of the whole command line."""
     root = Parser(
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _alone(options: argparse.Namespace) -> Answer:
-    """Without a command."""
+    """Answer a command line without a command: the release with --version, the help otherwise."""
     return Answer(text=f"fineloop {version('fineloop')}" if options.version else options.parser.format_help().rstrip())
 
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_err("\n".join([f"fineloop: {exc}", *_notes(exc)]))
         return _fail(options, exc.as_json(), exc.exit_code)
     except Exception as exc:  # the entry point: a bug of ours, shown with its traceback
-        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # or the machine's
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # not a bug: no disk space
             print_err("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
         else:
             traceback.print_exc()

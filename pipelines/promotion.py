@@ -9,7 +9,7 @@ NAME = "fineloop-promotion"
 
 
 def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
-    """The pipeline; `configure` as for `retrain.build`."""
+    """Build the pipeline; `configure` is as in `retrain.build`."""
 
     @dsl.pipeline(name=NAME, description="Promote or approve a published version of an adapter by hand, or roll back.")
     def promotion(

@@ -1,7 +1,7 @@
-"""The whole flow, in order: data, adapter, comparison, decision, alias, report.
+"""The whole pipeline: data, adapter, comparison, decision, alias, report.
 
-The first step takes the run's config whole and writes it to the run's folder in the store; between steps pass only the
-folder's URI, the config's digest, and URIs and ids of what they made.
+The first step takes the run's whole config and writes it to the run's folder in the store. Steps pass each other only
+the folder's URI, the config's digest, and the URIs and ids of their outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def register(version_uri: str) -> None:
 
 
 def _configured(configure: Configure) -> AsStep:
-    """What makes a step of a task, given the sentence that Kubeflow shows for it."""
+    """Return a function that configures a task, and gives it the display name that Kubeflow shows."""
 
     def step(task: dsl.PipelineTask, sentence: str) -> dsl.PipelineTask:
         task.set_display_name(sentence)
@@ -48,12 +48,12 @@ def _configured(configure: Configure) -> AsStep:
 
 
 def _begun(data: dsl.PipelineTask) -> dict[str, Any]:
-    """What every later step is given of the run that the first one began."""
+    """Return the arguments of every later step that identify the run, from the first step's outputs."""
     return {name: data.outputs[name] for name in ("run_uri", "config_digest")}
 
 
 def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, *, tunes: bool) -> dsl.PipelineTask:
-    """Fine-tune a candidate, at a tuned rate where the run tunes, and compare it; returns the evaluation."""
+    """Add the steps that fine-tune a candidate, at a tuned rate if `tunes`, and compare it; return the evaluation."""
     candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
     if tunes:
         candidate.after(step(tune(**run, dataset_uri=dataset_uri), "Tune the learning rate"))
@@ -66,9 +66,9 @@ def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, 
 
 
 def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> dsl.base_component.BaseComponent:
-    """The pipeline; `configure` gives each task what it needs where it will run: time, memory, retries, secrets.
+    """Build the pipeline; `configure` sets what each task needs where it will run: time, memory, retries, secrets.
 
-    `tunes` puts in the step that settles the learning rate, for configs whose `tune.when` is not never.
+    `tunes` adds the step that tunes the learning rate, for configs whose `tune.when` is not never.
     """
 
     @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
@@ -123,13 +123,13 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
             )
             run = _begun(data)
             dataset_uri = data.outputs["dataset_uri"]
-            # Two conditions, for an If with an Else is a graph more: a pod of Kubeflow's, and a click to the training.
-            # kfp.local resolves the outputs called Output alone, and would skip a lone If on another in silence.
+            # Two conditions, because an If with an Else is one more graph: one more pod, and one more click in the UI.
+            # kfp.local resolves only outputs called Output, and would silently skip a lone If on any other.
             with dsl.If(data.outputs["Output"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
                 evaluation = _compared_candidate(step, run, dataset_uri, tunes=tunes)
                 decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
                 with dsl.If(decision.outputs["Output"] == True, name="Better: promote"):  # noqa: E712 - as above
-                    # The record lies where the training may write too: what the gate wrote is known by its sha256.
+                    # The training may write to the record's folder too, so the gate's record is verified by its sha256.
                     step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
                 with dsl.If(decision.outputs["Output"] == False, name="Not better: hold"):  # noqa: E712 - as above
                     step(hold(**run), "Leave the alias as it is")
@@ -140,7 +140,7 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
 
 
 def _prepared(step: AsStep, config: Any, run_id: Any) -> dsl.PipelineTask:
-    """The data, whether it is new or not."""
+    """Add the step that prepares the data, whether it is new or not."""
     task = prepare(
         config=config,
         adapter_name="",
@@ -159,7 +159,7 @@ def _prepared(step: AsStep, config: Any, run_id: Any) -> dsl.PipelineTask:
 
 
 def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:
-    """The pipeline of `fineloop train`."""
+    """Build the pipeline of `fineloop train`."""
 
     @dsl.pipeline(name="fineloop-train", description="Train one adapter and compare it: a version without an alias.")
     def train(config: dict[str, Any], run_id: str) -> None:
@@ -172,7 +172,7 @@ def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:
 
 
 def build_train_on(dataset_uri: str) -> dsl.base_component.BaseComponent:
-    """The pipeline of `fineloop reproduce`: a dataset is there, and the run has begun."""
+    """Build the pipeline of `fineloop reproduce`: the dataset exists, and the run has begun."""
 
     @dsl.pipeline(name="fineloop-train-on", description="Train one adapter on a dataset that is there; compare it.")
     def train(run_uri: str, config_digest: str) -> None:

@@ -1,4 +1,4 @@
-"""Arguments that many commands share and what they become, and how commands speak to people."""
+"""Arguments that many commands share, the values parsed from them, and what commands print."""
 
 import argparse
 import difflib
@@ -25,28 +25,28 @@ EXIT_CODES = """exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says what a mistyped command may stand for, and may have verbs beside its own arguments."""
+    """Parser that suggests a command for a mistyped one, and may have subcommands (verbs) beside its own arguments."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.verbs: dict[str, Parser] = {}
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> "Parser":
-        """Add a verb, as argparse's own groups of commands do: where it stands first, its parser reads the rest.
+        """Add a verb, as argparse's subparsers do: if it is the first argument, its parser reads the rest.
 
-        Argparse allows no group beside an argument that may be missing.
+        Argparse itself does not allow subparsers beside an optional positional argument.
         """
         self.verbs[name] = Parser(prog=f"{self.prog} {name}", **options)
         return self.verbs[name]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, where no verb stands first."""
+        """Parse as argparse does, or with the verb's parser if the first argument is a verb."""
         if self.verbs and args and args[0] in self.verbs:
             return self.verbs[args[0]].parse_known_args(args[1:], namespace)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
+        """Print the error, with a suggestion for a mistyped choice, and exit with code 2."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)
             message += "".join(f": did you mean {each}?" for each in near)
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command prints: `body` for --json, `text` for people."""
+    """A command's output, `body` for --json and `text` for people, and its exit code."""
 
     body: dict[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -86,7 +86,7 @@ def add_command(
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:
-    """Where the local store, Ray head and run logs live."""
+    """Add --home, the folder of the local store, the Ray head and the runs' logs."""
     parser.add_argument(
         "--home",
         type=Path,
@@ -97,7 +97,7 @@ def add_home(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The config, and single keys of it."""
+    """Add --config, and --set for single keys of it."""
     parser.add_argument(
         "-c",
         "--config",
@@ -110,7 +110,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
-    """Single keys of the config."""
+    """Add --set, which replaces single keys of the config."""
     parser.add_argument(
         "--set",
         action="append",
@@ -122,7 +122,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def add_note(parser: argparse.ArgumentParser) -> None:
-    """What the run is for; it travels in the config."""
+    """Add --note, the purpose of the run; it is stored in the config."""
     parser.add_argument(
         "--note",
         action="append",
@@ -135,7 +135,7 @@ def add_note(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(options: argparse.Namespace) -> "RunConfig":
-    """The validated config, its relative paths made absolute: steps run in other folders than the user's.
+    """Return the validated config with its relative paths made absolute, because steps run in other folders.
 
     Raises:
         ConfigError: the file is missing, or it or an override is wrong.
@@ -159,7 +159,7 @@ def load_config(options: argparse.Namespace) -> "RunConfig":
 
 
 def home_option(options: argparse.Namespace) -> str:
-    """What to append to a suggested command so that it finds the same home."""
+    """Return the --home option to append to a suggested command; empty for the default home."""
     default = options.home == Path(".fineloop")
     return "" if default else f" --home {shlex.quote(str(options.home))}"
 

@@ -1,4 +1,4 @@
-"""Arguments that the commands for Kubeflow share, and what they become."""
+"""Arguments that the commands for Kubeflow share, and the values parsed from them."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ EXPERIMENT = "fineloop"
 
 
 def add_kubeflow(parser: argparse.ArgumentParser) -> None:
-    """Which server, and whose part of it."""
+    """Add the server's address and the user's namespace on it."""
     parser.add_argument(
         "--host",
         default="",
@@ -31,7 +31,7 @@ def add_kubeflow(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pipeline(parser: argparse.ArgumentParser, *, keeps: bool = False) -> None:
-    """What runs. With `keeps`, what is left out stays as it is."""
+    """Add the pipeline's image, parameters and service account. With `keeps`, those omitted stay as they are."""
     parser.add_argument("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
     parser.add_argument(
         "--param",
@@ -51,21 +51,21 @@ def add_pipeline(parser: argparse.ArgumentParser, *, keeps: bool = False) -> Non
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """Where Kubeflow shows it."""
+    """Add --experiment, the group in which Kubeflow shows the runs."""
     parser.add_argument(
         "--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs in the UI (default: {EXPERIMENT})"
     )
 
 
 def connected(options: argparse.Namespace) -> "Kubeflow":
-    """The server that the options or the environment name."""
+    """Connect to the server that the options or the environment name."""
     from pipelines.kubeflow.client import connect
 
     return connect(os.environ, host=options.host, namespace=options.namespace)
 
 
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
-    """The compiled pipeline and its parameters, checked before Kubeflow is asked for anything."""
+    """Compile the pipeline and resolve its parameters; both are checked before any request to Kubeflow."""
     from components.ray_cluster.base_size import require_disk
     from pipelines.kubeflow import package, parameters
     from pipelines.kubeflow.reach import check_reach

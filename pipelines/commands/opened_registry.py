@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
-    """The registry that the config names, on the configured store or on the home's own.
+    """Open the registry that the config names, in the configured store or in the home's own.
 
     Raises:
-        UserError: the home holds no store and none is configured.
+        UserError: the home has no store, and none is configured.
         GroundError: the home's store does not start.
     """
     from components.store.store import Store

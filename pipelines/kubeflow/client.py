@@ -1,9 +1,9 @@
-"""The one place that makes a `kfp.Client` and turns the server's refusals into messages.
+"""Creates the `kfp.Client`, here only, and turns the server's refusals into messages.
 
-Where the server is: --host, KFP_ENDPOINT or kfp's own KF_PIPELINES_ENDPOINT; in a pod the service ml-pipeline of its
-namespace, or else of namespace kubeflow; elsewhere that of namespace kubeflow too, behind the API server that the
-kubeconfig names. Who asks: KFP_TOKEN, the file KFP_TOKEN_FILE, the token that Kubernetes projects for Kubeflow
-Pipelines, the cookies of kfp's context file, or the kubeconfig's user.
+The server is the first of: --host, KFP_ENDPOINT, kfp's own KF_PIPELINES_ENDPOINT. Otherwise, in a pod, it is the
+service ml-pipeline of the pod's namespace or of namespace kubeflow; elsewhere, the one of namespace kubeflow behind the
+API server that the kubeconfig names. Credentials are the first of: KFP_TOKEN, the file KFP_TOKEN_FILE, the token that
+Kubernetes projects for Kubeflow Pipelines; or else the cookies of kfp's context file, or the kubeconfig's user.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentia
 from components.shared.errors import KubeflowAway, KubeflowError, UserError
 
 TIMEOUTS_S = (5, 60)
-"""To connect, and between two bytes of an answer; kfp itself would wait for ever."""
+"""Timeouts in seconds to connect, and between two bytes of a response; kfp itself waits without limit."""
 PAGE_SIZE = 100
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 FORWARD = "kubectl -n fineloop port-forward svc/ml-pipeline-ui 8080:80"
@@ -35,7 +35,7 @@ _NAME_ONE = f"give --host URL or set KFP_ENDPOINT; `{FORWARD}` makes one reachab
 
 @dataclass(frozen=True)
 class Kubeflow:
-    """A Kubeflow Pipelines server. `namespace` is empty where the server knows but one."""
+    """A Kubeflow Pipelines server. `namespace` is empty if the server is not multi-user."""
 
     client: kfp.Client
     host: str
@@ -43,19 +43,19 @@ class Kubeflow:
     namespace: str
 
     def run_url(self, run_id: str) -> str:
-        """Where people see a run."""
+        """Return the address of a run in the UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
     def schedule_url(self, recurring_run_id: str) -> str:
-        """Where people see a recurring run."""
+        """Return the address of a recurring run in the UI."""
         return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
 
     def asking(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Around requests: kfp prints nothing, and a failure says that this host refused to `what`."""
+        """Wrap requests: suppress what kfp prints, and raise failures as errors that name this host and `what`."""
         return _asking(self.host, what)
 
     def listed(self, what: str, call: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
-        """Every item of a list, page by page, fetched as it is consumed."""
+        """Yield every item of a list; pages are fetched as they are consumed."""
         token = ""
         while True:
             with self.asking(f"list {what}"):
@@ -66,28 +66,28 @@ class Kubeflow:
                 return
 
     def id_of(self, what: str, name: str, call: Callable[..., Any], field: str, **arguments: Any) -> str:
-        """The id, in `field`, of the one that people know by this name; empty where there is none."""
+        """Return the id, from `field`, of the object with this display name; empty if there is none."""
         found = self.listed(what, call, what.replace(" ", "_"), filter=one_of("display_name", name), **arguments)
         return next((str(getattr(each, field)) for each in found), "")
 
 
 class _Unnamed(UserError):
-    """Nothing says where Kubeflow Pipelines is."""
+    """No option, variable or kubeconfig names a Kubeflow Pipelines server."""
 
 
 def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = "") -> Kubeflow:
-    """A client of the server that `host` or the environment names.
+    """Connect to the server that `host` or the environment names.
 
     Raises:
-        UserError: no server is named, or a multi-user server got no namespace.
-        KubeflowError: it is unreachable, refuses the credentials, or is no Kubeflow Pipelines.
+        UserError: no server is named, or the server is multi-user and no namespace is given.
+        KubeflowError: it is unreachable, refuses the credentials, or is not Kubeflow Pipelines.
     """
     host = _host(host, environment)
     token = environment.get("KFP_TOKEN", "").strip()
     credentials = None if token else _credentials(environment)
     shown_host = host or "the cluster's Kubeflow Pipelines"
     with _asking(shown_host, "say how it is"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kfp: that it is for 2.0 and later
+        warnings.simplefilter("ignore")  # kfp warns that it is for servers 2.0 and later
         client = _Client(host=host or None, existing_token=token or None, credentials=credentials)
         health = client.get_kfp_healthz()
     _give_up_in_time(client)
@@ -106,22 +106,22 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
 
 
 def one_of(key: str, *values: str) -> str:
-    """A filter for lists: `key` is one of the values."""
+    """Return a filter for lists, as JSON: `key` is one of the values."""
     return json.dumps({"predicates": [{"operation": "IN", "key": key, "stringValues": {"values": values}}]})
 
 
 class _Client(kfp.Client):
-    """kfp's, without its patience: it checks a server's health five times, and prints each refusal whole.
+    """kfp's client that checks the server's health once; kfp checks five times, and prints each refusal in full.
 
-    It also keeps the host of a kubeconfig: kfp sets the host to Kubeflow's service behind the Kubernetes API, and the
-    kubernetes package sets it back whenever it is asked for the user's token (kubernetes 30, kube_config.py).
+    It also keeps the host if a kubeconfig is used: kfp sets the host to Kubeflow's service behind the Kubernetes API,
+    and the kubernetes package resets it whenever it is asked for the user's token (kubernetes 30, kube_config.py).
     """
 
     _health: Any = None
 
     def _load_config(self, host: str | None, *others: Any, **named: Any) -> Any:
         config = super()._load_config(host, *others, **named)
-        if not host and "/proxy/" not in config.host:  # kfp prints that it failed, and goes on to localhost
+        if not host and "/proxy/" not in config.host:  # kfp prints the failure, and falls back to localhost
             raise UserError(f"the kubeconfig names no cluster that can be asked: mend it, or {_NAME_ONE}")
         if not host and config.refresh_api_key_hook:
             service, refresh = config.host, config.refresh_api_key_hook
@@ -143,7 +143,7 @@ class _Client(kfp.Client):
 
 
 def is_named(environment: Mapping[str, str], *, host: str = "") -> bool:
-    """Whether `host` or the environment names a server at all."""
+    """Whether `host` or the environment names a server."""
     try:
         _host(host, environment)
     except _Unnamed:
@@ -152,8 +152,8 @@ def is_named(environment: Mapping[str, str], *, host: str = "") -> bool:
 
 
 def _give_up_in_time(client: kfp.Client) -> None:
-    """Let every request time out; kfp's methods have no option for it."""
-    api = client.runs.api_client  # the one that all of its services share
+    """Set a timeout for every request; kfp's methods have no option for it."""
+    api = client.runs.api_client  # shared by all of the client's services
     unlimited = api.request
 
     def request(*arguments: Any, **options: Any) -> Any:
@@ -163,7 +163,7 @@ def _give_up_in_time(client: kfp.Client) -> None:
 
 
 def _host(given: str, environment: Mapping[str, str]) -> str:
-    """The server's URL; empty where kfp shall find it through the kubeconfig."""
+    """Return the server's URL; empty if kfp should find it through the kubeconfig."""
     host = given or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
     if host:
         if not host.startswith(("http://", "https://")):
@@ -183,7 +183,10 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
 
 
 def _credentials(environment: Mapping[str, str]) -> ServiceAccountTokenVolumeCredentials | None:
-    """A token file, read again for each request: Kubernetes replaces it every hour."""
+    """Return credentials that read a token file for each request, since Kubernetes replaces it every hour; else None.
+
+    None means that neither KFP_TOKEN_FILE nor a projected token exists.
+    """
     if path := environment.get("KFP_TOKEN_FILE"):
         try:
             Path(path).read_bytes()
@@ -197,7 +200,7 @@ def _credentials(environment: Mapping[str, str]) -> ServiceAccountTokenVolumeCre
 @contextlib.contextmanager
 def _asking(host: str, what: str) -> Iterator[None]:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # kfp prints links to it, and scripts read JSON from it
+        with contextlib.redirect_stdout(io.StringIO()):  # kfp prints links on stdout, from which scripts read JSON
             yield
     except urllib3.exceptions.HTTPError as exc:
         raise KubeflowAway(
@@ -235,7 +238,7 @@ def _said(exc: kfp_server_api.ApiException) -> str:
 
 
 def _reason(exc: BaseException) -> str:
-    """The innermost cause, without the addresses of objects that urllib3 puts before it."""
+    """Return the innermost cause, without the object addresses that urllib3 puts before it."""
     inner = getattr(exc, "reason", None)
     if isinstance(inner, BaseException):
         return _reason(inner)

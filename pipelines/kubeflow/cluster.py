@@ -1,4 +1,4 @@
-"""What `fineloop doctor` reads of a Kubernetes cluster: objects, kinds and rights, as plain JSON."""
+"""Access to a Kubernetes cluster for `fineloop doctor`: objects, kinds and rights, as plain JSON."""
 
 import json
 import re
@@ -9,25 +9,25 @@ from components.shared.errors import UserError
 
 Resource = dict[str, Any]
 _NO_RIGHT = re.compile(r"cannot \w+ resource")
-"""RBAC's words; pod security and quotas answer with 403 as well."""
+"""Wording of RBAC's refusals, to tell them from those of pod security and quotas, which are 403 too."""
 
 
 class NotSeen(Exception):
-    """The API server does not let us look, or cannot be reached; the text says which."""
+    """The API server does not permit the request, or cannot be reached; the text says which."""
 
 
 class Refused(NotSeen):
-    """The API server has judged what it was asked to create, and does not take it."""
+    """The API server rejected the object that it was asked to create."""
 
 
 class Cluster:
-    """The API server that a pod's account or the kubeconfig leads to."""
+    """Client of the API server that the pod's service account or the kubeconfig names."""
 
     def __init__(self, namespace: str = "") -> None:
         """Connect; an empty `namespace` means the kubeconfig context's.
 
         Raises:
-            UserError: there is no way to an API server, or no namespace.
+            UserError: no API server is configured, or no namespace.
         """
         from kubernetes import client
 
@@ -40,32 +40,32 @@ class Cluster:
         self._api = client.ApiClient(configured)
 
     def get(self, path: str) -> Resource | None:
-        """The object at a path of the API; None where there is none.
+        """Return the object at a path of the API; None if there is none.
 
         Raises:
-            NotSeen: we may not read it, or no server answers.
+            NotSeen: we may not read it, or the server does not answer.
         """
         return self._ask("GET", path)
 
     def create(self, path: str, body: Resource) -> Resource:
-        """What the API server makes of a body, such as the answer to an access review.
+        """Create an object and return the API server's response, such as the result of an access review.
 
         Raises:
-            Refused: the server, or a webhook of it, does not take this one.
-            NotSeen: we may not create it, or no server answers.
+            Refused: the server, or an admission webhook, rejects the object.
+            NotSeen: we may not create it, or the server does not answer.
         """
         return self._ask("POST", path, body) or {}
 
     def delete(self, path: str) -> None:
-        """Have an object deleted, if it is there.
+        """Delete an object if it exists.
 
         Raises:
-            NotSeen: we may not, or no server answers.
+            NotSeen: we may not delete it, or the server does not answer.
         """
         self._ask("DELETE", path)
 
     def log(self, pod: str) -> str:
-        """What a pod's container has said."""
+        """Return the log of a pod's container."""
         found = self._ask("GET", f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log", raw=True)
         return str(found or "")
 

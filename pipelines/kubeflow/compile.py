@@ -1,4 +1,4 @@
-"""The pipelines as YAML for Kubeflow Pipelines, with one config as their default."""
+"""Compiles the pipelines to YAML for Kubeflow Pipelines, with one config as their default."""
 
 import hashlib
 import tempfile
@@ -15,7 +15,7 @@ from components.promote.by_hand import ACTIONS
 from components.shared.errors import UserError
 
 METHOD_NAMES = ["", *get_args(MethodName)]
-"""What the UI offers; nothing keeps the config's."""
+"""Choices of the parameter `method_name` in the UI; the empty one keeps the config's method."""
 
 
 def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", image: str = "") -> dict[str, Any]:
@@ -36,11 +36,11 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
 
 
 def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
-    """The retraining pipeline's YAML, the platform's part as a second document.
+    """Compile the retraining pipeline to YAML, with the platform spec as a second document.
 
-    How long a step may take, whether the run tunes, and the steps' labels and certificates are compiled in. The default
-    of the parameter `config` is `default`, or the config itself. The same gives the same text. An empty image means
-    the project's own.
+    The steps' deadlines, labels and certificates, and whether the run tunes, are compiled in. The default of the
+    parameter `config` is `default`, or `config` itself if `default` is None. The same arguments give the same text. An
+    empty image means the project's own.
     """
     from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build
@@ -54,7 +54,7 @@ def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig |
 
 
 def compile_promotion(config: RunConfig, *, image: str = "") -> str:
-    """The YAML of the pipeline that promotes by hand, with the config's adapter and registry as its defaults."""
+    """Compile the pipeline that promotes by hand, with the config's adapter, registry and servers as its defaults."""
     from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.promotion import build
 
@@ -78,7 +78,7 @@ def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in defaults.items():
         parameters[name].update(defaultValue=value, isOptional=True)
-    # kfp compiles no Literal, which the server checks and the UI shows as a list to choose from.
+    # kfp does not compile Literal types; the server checks `literals`, and the UI shows them as a drop-down list.
     for name, values in literals.items():
         parameters[name]["literals"] = values
     if image:
@@ -88,7 +88,7 @@ def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]
 
 
 def _containers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every step's container; the importer has none."""
+    """Return every step's container; the importer has none."""
     return (each["container"] for each in spec["deploymentSpec"]["executors"].values() if "container" in each)
 
 
@@ -103,7 +103,7 @@ def _compiled(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as such: the steps' source stays readable."""
+    """YAML dumper that writes multi-line strings as literal blocks, so that the steps' source stays readable."""
 
 
 def _scalar(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:

@@ -1,7 +1,7 @@
-"""Cron of five fields, as crontab has it: checked, explained in words, and written as Kubeflow Pipelines wants it.
+"""Checks cron expressions of five fields, as in crontab, explains them in words, and converts them for Kubeflow.
 
-Kubeflow reads cron with robfig/cron v1: SECONDS come first, and five fields are accepted and mean something else
-(`0 2 * * *` is the second minute of every hour). Sunday is 0 only, and there is no L, W or #.
+Kubeflow Pipelines parses cron with robfig/cron v1: SECONDS come first, and five fields are accepted but mean something
+else (`0 2 * * *` is the second minute of every hour). Sunday is only 0, and L, W and # are not supported.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ NEVER = "there is no such day in these months"
 
 
 def parse(text: str) -> str:
-    """The five fields of a cron expression, nicknames spelled out.
+    """Check a cron expression and return its five fields, with nicknames such as @daily replaced.
 
     Raises:
-        UserError: it is not one, never comes, or says what Kubeflow's scheduler cannot.
+        UserError: it is not valid, never matches a time, or uses what Kubeflow's scheduler does not support.
     """
     expression = " ".join(NICKNAMES.get(text.strip().lower(), text).upper().split())
     if expression.startswith("@"):
@@ -59,11 +59,11 @@ def parse(text: str) -> str:
 
 
 def to_kfp(expression: str) -> str:
-    """Five parsed fields as Kubeflow's six, in numbers; the first is seconds."""
+    """Convert five parsed fields to Kubeflow's six, in numbers; the first is seconds."""
     cron = CronSim(expression, datetime.now(UTC))
     weekdays = {day % 7 for day in cron.weekdays if isinstance(day, int)}
     sets: list[set[int]] = [cron.minutes, cron.hours, cron.days, cron.months, weekdays]
-    # A field that starts with a star keeps it: whether day of month and day of week must both fit hangs on that.
+    # Keep a leading star: it decides whether day of month and day of week must both match.
     fields = [
         field if field.startswith("*") else _spans(values)
         for field, values in zip(expression.split(), sets, strict=True)
@@ -72,7 +72,7 @@ def to_kfp(expression: str) -> str:
 
 
 def from_kfp(cron: str) -> str:
-    """Kubeflow's six fields as crontab's five; empty where that cannot be said, and people are shown the six."""
+    """Convert Kubeflow's six fields to crontab's five; empty if there is no equivalent, so that the six are shown."""
     fields = cron.split()
     if len(fields) != len(RANGES) + 1 or fields[0] != "0":
         return ""
@@ -83,7 +83,7 @@ def from_kfp(cron: str) -> str:
 
 
 def words(expression: str) -> str:
-    """Five parsed fields in English."""
+    """Return five parsed fields in English."""
     text = CronSim(expression, datetime.now(UTC)).explain()
     return text[:1].lower() + text[1:]
 
@@ -91,13 +91,13 @@ def words(expression: str) -> str:
 def next_times(
     expression: str, *, now: datetime, start: datetime | None = None, end: datetime | None = None
 ) -> list[datetime]:
-    """The next five times, fewer where the end comes first."""
+    """Return the next five times, or fewer if `end` comes first."""
     times = CronSim(expression, max(now, start or now).astimezone(UTC))
     return list(itertools.takewhile(lambda time: end is None or time <= end, itertools.islice(times, NUM_NEXT)))
 
 
 def _mistake(fields: Sequence[str], field: str) -> str:
-    """What is wrong with a field, or with the 31st of months that have none."""
+    """Say what is wrong with a field, or that the months have no such day, such as a 31st."""
     any_month = " ".join([*fields[:3], "*", fields[4]])
     if field == "day-of-month":
         with contextlib.suppress(CronSimError):
@@ -107,7 +107,7 @@ def _mistake(fields: Sequence[str], field: str) -> str:
 
 
 def _spans(values: Iterable[int]) -> str:
-    """Numbers as a list of numbers and ranges."""
+    """Format numbers as a cron list of numbers and ranges."""
     ordered = sorted(values)
     groups = itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
     runs = [[number for _, number in group] for _, group in groups]

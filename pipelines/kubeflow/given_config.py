@@ -1,4 +1,4 @@
-"""The config that a run was given, or that a schedule gives each of its runs, as kfp's record of it holds it."""
+"""The config of a run, or of each run of a schedule, as read from kfp's record of it."""
 
 import tomllib
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from pipelines.kubeflow.parameters import CONFIG, defined
 
 @dataclass(frozen=True)
 class GivenConfig:
-    """A config, and the parameters that replace keys of it; no table for what runs another pipeline than ours."""
+    """A config, and the parameters that replace keys of it. `table` is empty for a run of another pipeline."""
 
     table: Mapping[str, Any]
     fields: Mapping[str, Any]
 
     @classmethod
     def of(cls, detail: Any, spec: Mapping[str, Any]) -> "GivenConfig":
-        """As sent, or else the pipeline's default; an empty spec has none."""
+        """Read the config that was sent, or else the default in the pipeline's spec; an empty spec has no default."""
         default = defined(spec).get(CONFIG, {}).get("defaultValue") if spec else None
         given = sent(detail)
         fields = {name: given[name] for name in (*KEYS, ANYWAY) if name in given}
@@ -28,7 +28,7 @@ class GivenConfig:
 
     @property
     def adapter(self) -> str:
-        """The adapter that it retrains; empty where it names none."""
+        """Name of the adapter to retrain; empty if the config has none."""
         section = self.table.get("adapter")
         if not isinstance(section, Mapping):
             return ""
@@ -36,7 +36,7 @@ class GivenConfig:
 
     @property
     def digest(self) -> str:
-        """As lineage has it; empty where this version of Fineloop cannot read the config."""
+        """The config's digest, as in lineage; empty if this version of Fineloop cannot read the config."""
         if not self.table:
             return ""
         try:
@@ -46,12 +46,12 @@ class GivenConfig:
 
 
 def sent(detail: Any) -> dict[str, Any]:
-    """The parameters of a run, or of each run of a recurring one, as they were sent."""
+    """Return the parameters of a run, or of each run of a recurring run, as they were sent."""
     return dict(detail.runtime_config.parameters or {}) if detail.runtime_config else {}
 
 
 def _table(given: Any) -> dict[str, Any]:
-    """A config as it is sent, and as release 0.1.0 sent it, which was TOML."""
+    """Return a sent config as a table; release 0.1.0 sent it as TOML. Empty if it cannot be read."""
     try:
         read = tomllib.loads(given) if isinstance(given, str) else config_file.whole_numbers(given)
     except tomllib.TOMLDecodeError:

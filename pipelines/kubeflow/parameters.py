@@ -1,4 +1,4 @@
-"""Check a run's parameters against the compiled pipeline itself, before anything is sent."""
+"""Checks a run's parameters against the compiled pipeline before anything is sent."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
 
 
 def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The pipeline's parameters by name, as its spec defines them."""
+    """Return the pipeline's parameters by name, as its spec defines them."""
     found: dict[str, dict[str, Any]] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     return found
 
@@ -28,12 +28,13 @@ def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def resolve(
     spec: Mapping[str, Any], config: RunConfig, given: Sequence[str], *, kept: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The parameters to send: the config, and each NAME=VALUE as the type that the pipeline wants.
+    """Return the parameters to send: the config, and each NAME=VALUE of `given` in the type that the pipeline wants.
 
-    `kept` are values of before, as far as the pipeline still takes them and `given` says nothing else.
+    `kept` has earlier values, which stay unless the pipeline has no such parameter any more, or `config` or `given`
+    replaces them.
 
     Raises:
-        UserError: a name is unknown or missing, or a value is not of its type.
+        UserError: a name is unknown or missing, or a value does not have the parameter's type.
     """
     known = defined(spec)
     values = {name: value for name, value in (kept or {}).items() if name in known}

@@ -1,4 +1,4 @@
-"""A pod in the place of a pipeline's step that tries the store, as the namespace would have a step run."""
+"""A probe pod that tries the store under the same conditions as a pipeline's step in the namespace."""
 
 import secrets
 import time
@@ -9,14 +9,14 @@ from pipelines.check import Check
 from pipelines.kubeflow.cluster import Cluster, Resource
 
 PATIENCE_S = 180.0
-"""To schedule the pod, pull the image and ask the store."""
+"""Seconds to schedule the pod, pull the image and try the store."""
 POLL_S = 2.0
 STEP_LABEL = "pipelines.kubeflow.org/v2_component"
-"""By which the network policies know a step."""
+"""Label by which the network policies select the pods of steps."""
 UNPLACED_S = 30.0
-"""How long no node may take the pod until that is the finding."""
+"""Seconds that the pod may stay unschedulable before the check fails."""
 ATTEMPTS = 7
-"""At each request, three quarters of a minute: the policies of a new pod open its way only after it has started."""
+"""Attempts at each request, 45 seconds in all: network policies take effect for a new pod only after it has started."""
 TRY = """
 from components.config.schema import RegistryConfig
 from components.store import client
@@ -28,7 +28,7 @@ print('fineloop: the store is sound')
 
 
 def pod(namespace: str, account: str, image: str, script: str, name: str = "fineloop-doctor") -> Resource:
-    """One container that runs a Python script, under the security context and with the environment of a step."""
+    """Return a pod with one container that runs a Python script, with a step's security context and environment."""
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -72,10 +72,10 @@ def pod(namespace: str, account: str, image: str, script: str, name: str = "fine
 
 
 def run(cluster: Cluster, registry: RegistryConfig, account: str, image: str) -> Check:
-    """Start the probe, wait for its end, and delete it whatever comes.
+    """Start the probe, wait until it ends, and delete it in any case.
 
     Raises:
-        NotSeen: we may not make pods, or the API server is away.
+        NotSeen: we may not create pods, or the API server does not answer.
     """
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
     pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
@@ -110,7 +110,7 @@ def _followed(cluster: Cluster, path: str, name: str, registry: RegistryConfig, 
 
 
 def _stuck(found: Resource) -> str:
-    """What a container waits for that will not come by itself."""
+    """Return why a container cannot start without a change, such as an image that cannot be pulled; else empty."""
     for status in found.get("status", {}).get("containerStatuses") or []:
         waiting = status.get("state", {}).get("waiting") or {}
         if waiting.get("reason") in (
@@ -124,7 +124,7 @@ def _stuck(found: Resource) -> str:
 
 
 def _unplaced(found: Resource) -> str:
-    """Why the scheduler has no node for it."""
+    """Return why the scheduler has no node for the pod; empty if it has one."""
     conditions = found.get("status", {}).get("conditions") or []
     reasons = [each for each in conditions if each["type"] == "PodScheduled" and each.get("reason") == "Unschedulable"]
     return str(reasons[0].get("message") or "Unschedulable") if reasons else ""

@@ -1,4 +1,4 @@
-"""What a config's Ray job asks of Kueue, and whether a ClusterQueue could ever give it."""
+"""Resources that a config's Ray job requests from Kueue, and whether a ClusterQueue can ever grant them."""
 
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -12,7 +12,7 @@ Resources = Mapping[str, Decimal]
 
 
 def demand(ray: RayConfig) -> Resources:
-    """Requests of head, workers and submitter together: Kueue lets them in as one."""
+    """Return the sum of the requests of head, workers and submitter, which Kueue admits together."""
     from kubernetes.utils.quantity import parse_quantity
 
     spec = rayjob(ray, Job("quota", "finetune", ("true",), 60.0), 1, namespace="any")["spec"]
@@ -28,7 +28,7 @@ def demand(ray: RayConfig) -> Resources:
 
 
 def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
-    """Why the queue can never give this: a resource that it does not cover, or too small a quota, in words."""
+    """Return why the queue can never grant this, in words: resources that it does not cover, or too small a quota."""
     from kubernetes.utils.quantity import parse_quantity
 
     room: dict[str, Decimal] = {}
@@ -48,7 +48,7 @@ def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for group in cluster_queue["spec"].get("resourceGroups", []):
         for flavor in group["flavors"]:
             for resource in flavor["resources"]:
-                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow what its cohort has
+                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow all that its cohort has
                 yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
 
 

@@ -1,4 +1,4 @@
-"""Data and base of a run on Kubeflow must lie where its pods can read them, not on the disk of the submitter."""
+"""Checks that the pods of a run on Kubeflow can read its data and base, which must not be on the submitter's disk."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
-    """Refuse a config, or a parameter that replaces a key of it, that names a path.
+    """Refuse a config that names a local path, or a parameter that replaces a key by one.
 
     Raises:
-        UserError: `data.source`, `model.base` or the parameter in place of it is one.
+        UserError: `data.source`, `model.base`, or the parameter that replaces it is a local path.
     """
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
     named = [("data.source", source) for source in sources]
@@ -44,5 +44,5 @@ def _scheme(place: str) -> str:
 
 
 def _is_path(base: str) -> bool:
-    """What no hub id looks like, or what looks like one and is here."""
+    """Whether `base` cannot be a hub id, or looks like one but exists here as a path."""
     return not _HUB_ID.fullmatch(base) or Path(base).exists()

@@ -1,4 +1,4 @@
-"""What a run's steps have recorded in the store: Kubeflow itself reports neither why a step failed nor its progress."""
+"""Records of a run's steps in the store. Kubeflow itself reports neither why a step failed nor its progress."""
 
 import json
 import math
@@ -18,13 +18,14 @@ from pipelines.kubeflow.run import Run
 from pipelines.kubeflow.run_jobs import INSTALLED_IN
 
 LOGS = "kubectl -n {namespace} logs -l pipeline/runid={run_id} -c main --tail 50"
-"""Kubeflow labels a run's pods so (2.17, apiserver/template/v2_template.go), and deletes them an hour after its end."""
+"""Command that prints the logs of a run's steps. Kubeflow sets the label `pipeline/runid` on a run's pods (2.17,
+apiserver/template/v2_template.go), and deletes them an hour after the run has ended."""
 
 T = TypeVar("T")
 
 
 class Recorded:
-    """The records of one run. Where the store cannot be read from here, `refused` says why, and all else is empty."""
+    """The records of one run. If the store cannot be read from here, `refused` says why, and all else is empty."""
 
     def __init__(self, run: Run) -> None:
         self.refused = ""
@@ -33,18 +34,18 @@ class Recorded:
         self._store: Store | None = None
 
     def errors(self) -> dict[str, str]:
-        """Why steps failed, in their own words; one that was killed before it could say is missing."""
+        """Return the error message of each failed step; a step that was killed before it recorded one is missing."""
         nothing: list[StepRecord] = []
         failed = [step for step in self._read(runs.steps, nothing) if not step.succeeded]
         return {step.step: step.result["error"]["message"] for step in failed if "error" in step.result}
 
     def failed_notifications(self) -> dict[str, str]:
-        """Notifications of the promotion that failed, and why."""
+        """Return the notifications of the promotion that failed, and why."""
         nothing: list[StepRecord] = []
         return failed_notifications(self._read(runs.steps, nothing))
 
     def progress(self) -> str:
-        """How far the training is; empty before its first steps are recorded."""
+        """Describe the training's progress; empty before its first steps are recorded."""
         found = self._read(lambda store, run_id: store.read(runs.run_key(run_id, runs.METRICS)), None)
         lines = found[0].splitlines() if found else []
         steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
@@ -56,11 +57,11 @@ class Recorded:
         return f"{at}, about {estimated_duration(left_s)} left" if left_s else at
 
     def decision(self) -> Decision | None:
-        """What was decided; None before that."""
+        """Return the gate's decision; None before there is one."""
         return self._read(lambda store, run_id: runs.find(store, run_id, Decision), None)
 
     def metrics(self) -> dict[Role, dict[str, float | None] | None]:
-        """What was measured of base, champion and candidate; empty before they were compared."""
+        """Return the compared models' metrics by role, None for a role without one; empty before the comparison."""
         found = self._read(lambda store, run_id: runs.find(store, run_id, Evaluation), None)
         return {role: model.metrics if (model := found.model(role)) else None for role in ROLES} if found else {}
 
@@ -76,7 +77,7 @@ class Recorded:
 
 
 def failures(run: Run, recorded: Recorded) -> list[str]:
-    """Why each failed step failed, for people, and where to look for what is not recorded."""
+    """Say why each failed step failed, for people, and where the logs are for steps that recorded no error."""
     failed = [task for task in run.task_runs() if task.state == "FAILED"] if run.state == "FAILED" else []
     errors = recorded.errors() if failed else {}
     silent = ", ".join(task.name for task in failed if task.step not in errors)
@@ -86,7 +87,7 @@ def failures(run: Run, recorded: Recorded) -> list[str]:
 
 
 def as_json(run: Run, recorded: Recorded) -> dict[str, Any]:
-    """What a run came to, for scripts; empty as far as it has not come, or the store cannot be read from here."""
+    """Return a run's result for scripts; fields are empty if they are not known yet, or the store cannot be read."""
     decision = recorded.decision()
     return {
         "message": "; ".join(failures(run, recorded)),
@@ -98,7 +99,7 @@ def as_json(run: Run, recorded: Recorded) -> dict[str, Any]:
 
 
 def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
-    """What a run came to, for people: the decision, or why it failed, or how far it is."""
+    """Describe a run's result for people: the decision, why it failed, or its progress."""
     if not run.is_over:
         return [progress] if (progress := recorded.progress()) else []
     decision = recorded.decision()
@@ -124,7 +125,7 @@ def _decision_lines(decision: Decision) -> list[str]:
 
 
 def _registry(config: Mapping[str, Any]) -> RegistryConfig:
-    """The registry of a config, whatever else is in it: a run may be older or newer than we are."""
+    """Read only the registry section of a config: the run may be from an older or newer release."""
     try:
         return RegistryConfig.model_validate(config.get("registry", {}))
     except ValidationError as exc:

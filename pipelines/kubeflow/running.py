@@ -1,4 +1,4 @@
-"""Whether what was applied to Kubernetes also runs: the operators' deployments, and a node that takes pods."""
+"""Checks that what was applied to Kubernetes is running: the operators' deployments, and a node that accepts pods."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,15 +6,16 @@ from pipelines.check import Check, check
 from pipelines.kubeflow.cluster import Cluster, NotSeen, Resource
 
 KUBEFLOW = ("workflow-controller", "ml-pipeline-persistenceagent", "ml-pipeline-scheduledworkflow")
-"""Without the first no step starts, without the second no end is seen, without the third no schedule fires."""
+"""Kubeflow's deployments: the first starts steps, the second reports that runs have ended, the third starts schedules'
+runs."""
 KUBERAY, KUEUE = "kuberay-operator", "kueue-controller-manager"
 
 
 def deployments(cluster: Cluster, title: str, names: Sequence[str]) -> Iterator[Check]:
-    """Whether each has a pod that is ready, in whichever namespace it is.
+    """Check that each deployment has a ready pod, in any namespace.
 
     Raises:
-        NotSeen: we may not list deployments, of the whole cluster or else of our namespace.
+        NotSeen: we may not list deployments in the cluster, and cannot list them, or find none, in our namespace.
     """
     wrong, fixes, absent = list[str](), list[str](), list[str]()
     for name in names:
@@ -33,7 +34,7 @@ def deployments(cluster: Cluster, title: str, names: Sequence[str]) -> Iterator[
 
 
 def nodes(cluster: Cluster) -> Iterator[Check]:
-    """Whether one is ready and takes pods.
+    """Check that at least one node is ready and accepts pods.
 
     Raises:
         NotSeen: we may not list nodes.

@@ -1,4 +1,4 @@
-"""Runs on Kubeflow: which there are, and how one is stopped."""
+"""Lists, finds and stops runs on Kubeflow."""
 
 import itertools
 import time
@@ -15,21 +15,21 @@ NEWEST_FIRST = "created_at desc"
 NUM_SEARCHED = 1000
 STOP_S = 180.0
 SERVER_STATES = {"CANCELED": ["CANCELED", "FAILED"]}
-"""What the server calls a state where it calls it otherwise: see `Run.state`."""
+"""The server's states for a state of `Run.state`, if they differ."""
 
 
 def get(kubeflow: Kubeflow, run_id: str) -> Run:
-    """The run of an id, with its steps."""
+    """Fetch the run with this id, including its steps."""
     with kubeflow.asking(f"show run {run_id}"):
         detail = kubeflow.client.get_run(run_id)
     return Run(kubeflow, detail, Specs(kubeflow).of(detail))
 
 
 def find(kubeflow: Kubeflow, reference: str) -> Run:
-    """A run by its id, the first digits of it, or its name; of several of one name the newest.
+    """Find a run by its id, the first digits of its id, or its name; of several with the same name, the newest.
 
     Raises:
-        UserError: there is none, or the digits fit several.
+        UserError: there is none, or the digits match several.
     """
     seen = list(itertools.islice(_details(kubeflow), NUM_SEARCHED))
     named = [detail for detail in seen if reference in (detail.run_id, detail.display_name)][:1]
@@ -44,7 +44,7 @@ def find(kubeflow: Kubeflow, reference: str) -> Run:
 def listed(
     kubeflow: Kubeflow, *, experiment: str = "", state: str = "", adapter: str = "", limit: int = 20
 ) -> list[Run]:
-    """The newest runs that fit.
+    """Return the newest runs that match, at most `limit`.
 
     Raises:
         UserError: there is no such experiment.
@@ -62,7 +62,7 @@ def listed(
 
 
 def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[Any]:
-    """kfp's records of the live runs that recurring runs have started."""
+    """Return kfp's records of the live runs that these recurring runs have started."""
     live = _details(kubeflow, filter=one_of("state", *LIVE))
     return [detail for detail in live if detail.recurring_run_id in recurring_run_ids]
 
@@ -75,12 +75,13 @@ def stop(
     timeout_s: float = STOP_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
-    """Terminate a run and wait until it is over; one that is over stays as it is, one that is being stopped is awaited.
+    """Terminate a run and wait until it is over; a run that is over stays as it is.
 
-    `then` is called once it is being stopped, and again once it is over: a step may have started a job in between.
+    A run that is already being stopped is awaited. `then` is called when the run is being stopped, and again when
+    it is over, because a step may have started a job in between.
 
     Raises:
-        KubeflowError: it is not over in time.
+        KubeflowError: it is not over after `timeout_s` seconds.
     """
     if run.is_over:
         then()
@@ -89,7 +90,7 @@ def stop(
         try:
             kubeflow.client.terminate_run(run.run_id)
         except kfp_server_api.ApiException as exc:
-            # So the server answers for a run that is being terminated, or that has just ended.
+            # The server answers 400 for a run that is being terminated, or that has just ended.
             if exc.status != 400 or get(kubeflow, run.run_id).state in ("PENDING", "RUNNING", "PAUSED"):
                 raise
     then()

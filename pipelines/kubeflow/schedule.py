@@ -1,9 +1,9 @@
-"""A schedule is one recurring run of Kubeflow, known by its name.
+"""Creates, updates and deletes schedules. A schedule is one recurring run of Kubeflow, identified by its name.
 
-Kubeflow cannot change a recurring run. So an update makes the new one first, then disables and deletes the old one: a
-crash in between leaves two, never none, and the next update or deletion ends all but the newest. A recurring run owns
-the workflows that it started; deleting it would end them, so it is deleted with the policy ORPHAN (servers since 2.16),
-and what it has started goes on.
+Kubeflow cannot change a recurring run. So an update first creates the new one, then disables and deletes the old one. A
+crash in between leaves two, never none, and the next update or deletion removes the older one. A recurring run owns the
+workflows that it started; deleting it would end them, so it is deleted with the policy ORPHAN (servers since 2.16), and
+the runs that it has started continue.
 """
 
 import re
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule as the server has it; `detail` is kfp's record, `others` those of its name that it replaced."""
+    """A schedule on the server; `detail` is kfp's record, `others` are the older records of its name."""
 
     kubeflow: Kubeflow
     detail: Any
@@ -34,33 +34,33 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The display name."""
         return str(self.detail.display_name)
 
     @property
     def recurring_run_id(self) -> str:
-        """Kubeflow's id."""
+        """Kubeflow's id of the recurring run."""
         return str(self.detail.recurring_run_id)
 
     @property
     def is_enabled(self) -> bool:
-        """It starts runs."""
+        """Whether it starts runs, and is not paused."""
         return bool(self.detail.status == "ENABLED")
 
     @property
     def kfp_cron(self) -> str:
-        """Six fields, the first of which is seconds."""
+        """Kubeflow's cron expression of six fields, the first of which is seconds."""
         trigger = self.detail.trigger.cron_schedule if self.detail.trigger else None
         return trigger.cron if trigger else ""
 
     @property
     def cron(self) -> str:
-        """Five fields; empty for a schedule that was made elsewhere and cannot be said in five."""
+        """Cron expression of five fields; empty for a schedule made elsewhere that has no such equivalent."""
         return cron.from_kfp(self.kfp_cron)
 
     @property
     def timing(self) -> Timing:
-        """When it runs."""
+        """The times of its runs."""
         trigger = self.detail.trigger.cron_schedule if self.detail.trigger else None
         return Timing(
             self.cron,
@@ -71,26 +71,26 @@ class Schedule:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What each run is given."""
+        """The parameters of each of its runs."""
         return sent(self.detail)
 
     @property
     def config(self) -> GivenConfig:
-        """The config that each run is given; a schedule that was made elsewhere may leave it to the pipeline."""
+        """The config of each run; empty if a schedule made elsewhere leaves it to the pipeline's default."""
         return GivenConfig.of(self.detail, {})
 
     @property
     def url(self) -> str:
-        """Where people see it."""
+        """Address of the schedule in the UI."""
         return self.kubeflow.schedule_url(self.recurring_run_id)
 
     def live_runs(self) -> list[str]:
-        """Ids of the runs that it, or one that it replaced, has started and that are not over."""
+        """Return the ids of live runs that it, or an older recurring run of its name, has started."""
         mine = [self.recurring_run_id, *(other.recurring_run_id for other in self.others)]
         return [detail.run_id for detail in runs.of_schedule(self.kubeflow, mine)]
 
     def as_json(self) -> dict[str, Any]:
-        """The schedule for scripts."""
+        """Return the schedule for scripts."""
         timing = self.timing
         return {
             "name": self.name,
@@ -117,19 +117,19 @@ class Schedule:
 
 
 def listed(kubeflow: Kubeflow, name: str = "") -> list[Schedule]:
-    """Every schedule of the pipeline, or those of a name, by name."""
+    """Return every schedule of the pipeline, sorted by name, or the one with this name."""
     pipeline_id = find_pipeline(kubeflow, PIPELINE)
     found: dict[str, list[Any]] = {}
     for detail in _recurring_runs(kubeflow, name):
         reference = detail.pipeline_version_reference
         if reference and reference.pipeline_id == pipeline_id:
             found.setdefault(detail.display_name, []).append(detail)
-    # Of one name the newest counts; an update that was cut off may have left an older one.
+    # If several have one name, the newest counts; an interrupted update may have left an older one.
     return [Schedule(kubeflow, *_newest_first(details)) for _, details in sorted(found.items())]
 
 
 def find(kubeflow: Kubeflow, name: str) -> Schedule:
-    """The schedule of a name.
+    """Return the schedule with this name.
 
     Raises:
         UserError: there is none.
@@ -150,10 +150,10 @@ def create(
     experiment: str,
     service_account: str = "",
 ) -> Schedule:
-    """A new schedule, enabled.
+    """Create a schedule, enabled.
 
     Raises:
-        UserError: the name is taken, or is none.
+        UserError: the name is taken, or is not valid.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"schedule {name!r}: a name is lower-case letters, digits and '-', at most 63 characters")
@@ -177,7 +177,10 @@ def update(
     parameters: dict[str, Any],
     service_account: str | None = None,
 ) -> Schedule:
-    """Replace a schedule; a paused one stays paused, and what it has started goes on."""
+    """Replace a schedule; a paused one stays paused, and the runs that it has started continue.
+
+    `service_account` None keeps the schedule's account.
+    """
     account = old.detail.service_account if service_account is None else service_account
     new = _create(
         old.kubeflow,
@@ -195,7 +198,7 @@ def update(
 
 
 def set_enabled(schedule: Schedule, enabled: bool) -> Schedule:
-    """Pause or resume; live runs go on. Older ones of its name stay paused in either case."""
+    """Pause or resume a schedule; live runs continue. Older recurring runs of its name are paused in either case."""
     kubeflow = schedule.kubeflow
     with kubeflow.asking(f"{'resume' if enabled else 'pause'} schedule {schedule.name}"):
         for other in schedule.others:
@@ -206,16 +209,16 @@ def set_enabled(schedule: Schedule, enabled: bool) -> Schedule:
 
 
 def delete(schedule: Schedule) -> None:
-    """End a schedule, and whatever of its name an update left; live runs go on."""
+    """Delete a schedule, and older recurring runs of its name that an update left; live runs continue."""
     for detail in (*schedule.others, schedule.detail):
         _retire(schedule.kubeflow, detail)
 
 
 def config_of(schedule: Schedule) -> Mapping[str, Any]:
-    """The config that its runs are given.
+    """Return the config of a schedule's runs.
 
     Raises:
-        ConfigError: it was made elsewhere, and has none.
+        ConfigError: the schedule was made elsewhere, and has no config.
     """
     if not schedule.config.table:
         raise ConfigError(
@@ -225,7 +228,7 @@ def config_of(schedule: Schedule) -> Mapping[str, Any]:
 
 
 def image_of(schedule: Schedule) -> str:
-    """The image that its steps run in; empty for the project's own, whose tag goes with the code."""
+    """Return the image of its steps; empty if it is the project's own, whose tag depends on the code's release."""
     spec = Specs(schedule.kubeflow).of(schedule.detail)
     executors = spec.get("deploymentSpec", {}).get("executors", {}).values()
     images = {executor["container"]["image"] for executor in executors if "container" in executor}

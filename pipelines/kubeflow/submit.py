@@ -1,4 +1,4 @@
-"""Start a run, and follow it to its end."""
+"""Starts a run, and follows it until it is over."""
 
 import time
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from pipelines.kubeflow.package import Package, publish
 from pipelines.kubeflow.run import Run, TaskRun
 
 POLL_S = (0.5, 10.0)
-"""Seconds until the next request: the first after a change, growing to the second while nothing changes."""
+"""Shortest and longest pause between requests, in seconds: short after a change, and growing while nothing changes."""
 PROGRESS_S = 30.0
-"""How often the progress of the training is read."""
+"""Seconds between reads of the training's progress."""
 OUTAGE_S = 300.0
-"""A server that is away for longer ends the waiting; the run goes on."""
+"""Seconds that the server may be unavailable before `follow` gives up; the run itself continues."""
 
 Say = Callable[[str], None]
 
@@ -30,7 +30,7 @@ def start(
     run_name: str,
     service_account: str = "",
 ) -> Run:
-    """Upload the pipeline where it is new, and start a run of it."""
+    """Upload the pipeline if it is new, and start a run of it."""
     published = publish(kubeflow, package)
     with kubeflow.asking("start a run"):
         made = kubeflow.client.create_experiment(experiment, namespace=kubeflow.namespace or None)
@@ -53,12 +53,12 @@ def follow(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Run:
-    """Wait until the run is over, however it ends; `say` each change of a task, and what `progress` says in between.
+    """Wait until the run is over, whatever its result; `say` each change of a task and, in between, the `progress`.
 
-    kfp's own wait does not know that a canceled run is over.
+    kfp's own wait does not treat a canceled run as over.
 
     Raises:
-        KubeflowAway: the server was away for five minutes.
+        KubeflowAway: the server was unavailable for five minutes.
     """
     last_seen: dict[str, str] = {}
     pause, answered = POLL_S[0], clock()
@@ -88,7 +88,7 @@ def follow(
 
 
 def _news(run: Run, last_seen: dict[str, str]) -> list[str]:
-    """What changed since the last look, which `last_seen` remembers."""
+    """Return lines on what has changed since the states in `last_seen`, and update these."""
     lines = []
     if not run.is_over and last_seen.get("") != run.state:
         last_seen[""] = run.state

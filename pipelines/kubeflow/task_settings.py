@@ -1,4 +1,4 @@
-"""What a step gets on a cluster and needs nowhere else: time, memory, retries, labels, its environment by reference."""
+"""Settings of a step that apply only on a cluster: deadline, memory, retries, labels, environment by reference."""
 
 import math
 from collections.abc import Callable
@@ -36,21 +36,21 @@ OF_ITS_OWN = {
     "move-by-hand": (PROMOTE_SECRET, PROMOTE_KEYS),
     "report": (REPORT_SECRET, REPORT_KEYS),
 }
-"""By a step's name, the secret that it alone is given, and its keys: a step that moves an alias signs and announces it,
-and the report sends events to an OpenLineage server."""
+"""Secrets of single steps: the secret's name and keys by step. A step that moves an alias signs and announces it, and
+the report sends events to an OpenLineage server."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
-"""Steps that wait for a Ray job, in a queue too: theirs is the longer deadline, so that the job says why it ended. So
-does prepare where data.engine is ray."""
+"""Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
+can report why it ended. So does prepare if data.engine is ray."""
 STEP_S = 3600
 GRACE_S = 900
 DATA_HEADROOM = 4
-"""Times data.memory_gib that the step may take which reads the data: what a record adds is not part of it."""
+"""Memory limit of the step that reads the data, in multiples of data.memory_gib, which excludes what a record adds."""
 RETRIES = 2
-"""A step that is run again finds what its first attempt left: a Ray job, a folder, an alias."""
+"""Retries of each step. A retry finds what the first attempt left: a Ray job, a folder, an alias."""
 
 
 def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
-    """What configures each task of a pipeline that runs this config."""
+    """Return a function that configures each task of a pipeline for this config."""
 
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
@@ -64,8 +64,8 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         if on_ray:
             for annotation, value in STAYS.items():
                 kubernetes.add_pod_annotation(task, annotation, value)
-        # Argo counts from the first attempt's start, and ends an attempt that runs when the time is up. kfp's own hour
-        # would take a training with it.
+        # Argo counts backoff_max_duration from the start of the first attempt, and when it is over ends even an attempt
+        # that is running. kfp's default of an hour would end a training.
         at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
         # The first step reads the data; the others hold a few JSON objects.

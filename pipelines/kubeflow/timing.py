@@ -1,4 +1,4 @@
-"""When a schedule runs."""
+"""The times at which a schedule starts runs."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,11 +12,12 @@ MAX_CONCURRENCY = 10
 
 @dataclass(frozen=True)
 class Timing:
-    """`cron` has five parsed fields, in UTC.
+    """When a schedule starts runs. `cron` has five parsed fields, in UTC.
 
-    With one run at once, of the times that fall into a run the last one comes when that run ends; a run that the
-    schedule started before it was updated does not count (kubeflow/pipelines 2.16, scheduled_workflow.go,
-    GetNextScheduledEpoch: of one ScheduledWorkflow, and an update makes another).
+    If `max_concurrency` is 1 and several times pass during a run, only the last of them starts a run, when that run
+    ends. Runs that were started before an update of the schedule do not count: Kubeflow counts those of one
+    ScheduledWorkflow, and an update makes another (kubeflow/pipelines 2.16, scheduled_workflow.go,
+    GetNextScheduledEpoch).
     """
 
     cron: str
@@ -25,14 +26,14 @@ class Timing:
     end: datetime | None = None
 
     def next_times(self, now: datetime) -> list[datetime]:
-        """The next five."""
+        """Return the next five times, or fewer if `end` comes first."""
         return cron.next_times(self.cron, now=now, start=self.start, end=self.end)
 
     def checked(self, now: datetime) -> "Timing":
-        """This timing, which will start a run.
+        """Return this timing, after a check that it will start a run.
 
         Raises:
-            UserError: it will not, or Kubeflow does not take it.
+            UserError: it will not start a run, or Kubeflow does not accept it.
         """
         if not 1 <= self.max_concurrency <= MAX_CONCURRENCY:
             raise UserError(f"--max-concurrency {self.max_concurrency}: Kubeflow takes 1 to {MAX_CONCURRENCY}")

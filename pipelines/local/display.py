@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per step, the running one rewritten in place on a terminal."""
+"""Terminal display of a run: one line per step; the running step's line is rewritten in place on a terminal."""
 
 import os
 import re
@@ -10,18 +10,18 @@ from typing import TextIO
 from components.shared.protocol import STARTED, Line
 
 PLAIN_EVERY_S = 5.0
-"""Without a terminal, such as in a CI log, progress is printed this often."""
+"""Seconds between lines of progress without a terminal, such as in a CI log."""
 ROW = "| "
-"""What a line begins with that is a row of a table, its cells apart by spaces: a sweep's trials."""
+"""Prefix of a line that is a row of a table, with cells separated by spaces: a sweep's trials."""
 WIDTHS = (8, 4, 5, 9, 4, 8, 9)
 _PROGRESS = re.compile(r"\b\d+ ?(/|of) ?\d+\b|\d%")
 _RESULT = re.compile(r"held-out loss")
-"""In what stays beside a step that is over, whatever it said after that."""
+"""Pattern of the message that stays beside a finished step, whatever the step says after it."""
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 class Display:
-    """Steps as they come. `live` rewrites lines with ANSI codes; otherwise lines are only ever added."""
+    """Display of the steps as they run. `live` rewrites lines with ANSI codes; otherwise lines are only added."""
 
     def __init__(self, stream: TextIO, *, live: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -36,7 +36,7 @@ class Display:
         self._seconds: float | None = None
 
     def start(self, step: str) -> None:
-        """A step begins; the one before it is over."""
+        """Show that a step begins; the step before it is over."""
         self._settle()
         self._over.discard(step)
         self._step, self._note, self._result, self._began, self._seconds = step, "", "", self._clock(), None
@@ -47,9 +47,9 @@ class Display:
             self._write(f"[{step}] {STARTED}\n")
 
     def line(self, line: Line) -> None:
-        """One line of the step protocol, from whichever step is running.
+        """Show a line of the step protocol, from whichever step is running.
 
-        What a worker has said comes a little later than what its driver says, and may belong to a step that is over.
+        A worker's lines arrive a little later than its driver's, and may belong to a step that is over.
         """
         if line.step != self._step:
             if line.step in self._over and line.text != STARTED:
@@ -61,7 +61,7 @@ class Display:
             self._say(line.text)
 
     def finish(self, seconds: float | None = None) -> None:
-        """The running step succeeded, in `seconds` where it measured them itself."""
+        """Show that the running step succeeded, in `seconds` if it measured them itself."""
         reported_s = self._seconds
         self._note = self._result or self._note
         self._seconds = seconds if seconds is not None else self._clock() - self._began
@@ -71,24 +71,24 @@ class Display:
             self._write(f"[{self._step}] finished in {self._seconds:.1f} s\n")
 
     def fail(self) -> None:
-        """The running step, if any, failed or was interrupted."""
+        """Show that the running step, if any, failed or was interrupted."""
         if self._step and self._seconds is None and self._live:
             self._rewrite(f"{self._paint('31', '✗')} {self._row(self._clock() - self._began)}\n")
         self._step = ""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the display: no more lines follow."""
         self._settle()
 
     def tick(self) -> None:
-        """Let the clock of the running step go on."""
+        """Update the running step's clock."""
         if self._live and self._step and self._seconds is None:
             now = self._clock()
             mark = _SPINNER[int(now * 8) % len(_SPINNER)]
             self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
 
     def message(self, text: str) -> None:
-        """A line of its own, above that of the running step."""
+        """Show a separate line, above the running step's."""
         if self._live and self._step and self._seconds is None:
             self._rewrite(f"{text}\n")
             self.tick()
@@ -115,7 +115,7 @@ class Display:
         self._write(f"[{self._step}] {text}\n")
 
     def _add_row(self, text: str) -> None:
-        """A row of a table that grows above the running step's line; its last column is free."""
+        """Add a row to a table above the running step's line; the last column is not padded."""
         *cells, last = text.removeprefix(ROW).split(maxsplit=len(WIDTHS))
         row = "  ".join([*(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)), last])
         if self._live:
@@ -129,7 +129,7 @@ class Display:
             if self._seconds is None:
                 self.finish()
             assert self._seconds is not None
-            self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}\n")  # whole: nothing rewrites it now
+            self._rewrite(f"{self._paint('32', '✓')} {self._row(self._seconds)}\n")  # not cut: it stays
         self._over.add(self._step)
         self._step = ""
 
@@ -137,7 +137,7 @@ class Display:
         return f"{self._step:<9} {seconds:7.1f} s  {self._note}".rstrip()
 
     def _rewrite(self, text: str) -> None:
-        """In the place of the line; what ends with a newline stays as it is, and only what does not is cut to fit."""
+        """Replace the current line. Text that ends with a newline is kept whole; other text is cut to the width."""
         width = shutil.get_terminal_size().columns - 1 + (len(text) - len(_without_codes(text)))
         self._write("\r\x1b[2K" + (text if text.endswith("\n") else text[:width]))
 

@@ -1,4 +1,4 @@
-"""Whether this machine can run Fineloop: `fineloop doctor`. Starts nothing."""
+"""`fineloop doctor`: checks whether this machine can run Fineloop. Starts nothing."""
 
 import importlib.util
 import os
@@ -33,17 +33,17 @@ TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", 
 
 
 def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
-    """Look at the machine, the packages, the store and Ray, as far as each is installed, configured or up.
+    """Check the machine, the packages, the store and Ray, as far as each is installed, configured or up.
 
-    With `config` the store that the environment names, or else the embedded one that is up, is written to and read: a
-    few small objects under the registry's prefix, removed again. And the GPUs that it asks for are looked for.
+    With `config`, a few small objects under the registry's prefix are written, read and removed again, in the store
+    that the environment names, or else in the embedded one that is up. The GPUs that the config asks for are checked.
     """
     registry = config.registry if config else None
     return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu(config)]
 
 
 def time_of_a_run(config: RunConfig, home: Path) -> Check:
-    """How long a run of this config takes here, by training a few layers of its base for a second or two."""
+    """Estimate how long a run of this config takes here, by training a few layers of its base for a second or two."""
     name = "time of a run"
     if any(importlib.util.find_spec(package) is None for package in TRAIN_PACKAGES):
         return Check(name, True, "unknown without the train packages", "")

@@ -19,15 +19,16 @@ LONG_S = 1800.0
 
 
 def estimate_here(config: RunConfig, config_path: Path, home: Path) -> list[str]:
-    """Lines for a person on how long a run takes here; no run fails for want of an estimate."""
+    """Return lines for people on how long a run takes here; if the estimate fails, a line says why."""
     return _lines_of(_job(config_path, home), config)
 
 
 @contextmanager
 def estimate_in_background(config: RunConfig, config_path: Path, home: Path) -> Iterator[Callable[[], list[str]]]:
-    """The same in a thread beside a run that starts. The callable returns the lines once they are there, and only once.
+    """Estimate in a thread while a run starts; yields a function that returns the lines once, when they are there.
 
-    A base that a package ships is converted first, which the run then need not do. All of it ends with the context.
+    Before and after that it returns an empty list. A base that a package ships is converted first, so that the run need
+    not do it. The thread ends with the context.
     """
     is_over, is_reported = threading.Event(), False
     job = replace(_job(config_path, home), arguments=("--convert",))
@@ -64,7 +65,7 @@ def _lines_of(job: Job, config: RunConfig, on_tick: Callable[[], None] = lambda:
 
 
 def estimate_lines(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
-    """Lines for a person, from what `ray_jobs.estimate` says."""
+    """Yield lines for people, from the answer of `ray_jobs.estimate`."""
     if estimate["tokens_per_s"] is None:
         yield f"how long it takes here is unknown: {estimate['unknown_because']}"
         return
@@ -79,7 +80,7 @@ def estimate_lines(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]
 
 
 def _shorter(config: RunConfig, estimate: dict[str, Any]) -> Iterator[str]:
-    """What would help, the most effective first."""
+    """Yield ways to make the run shorter, the most effective first."""
     if estimate["train_s"] >= estimate["evaluate_s"]:
         limit = config.data.max_records
         yield (

@@ -1,4 +1,4 @@
-"""The curve of a run as TensorBoard's event files in its folder, while it goes on; where tensorboardX is installed."""
+"""Writes a run's curve as TensorBoard event files to its folder while it runs, if tensorboardX is installed."""
 
 import contextlib
 import importlib.util
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 FOLDER = "tensorboard"
 EVERY_S = 15.0
-"""As often as a training uploads its curve."""
+"""Seconds between reads of the curve; a training uploads it as often."""
 LAST_S = 10.0
-"""How long the end of a run waits for the last of it, where the store is away."""
+"""Seconds that the end of a run waits at most for the rest of the curve, such as when the store is unavailable."""
 
 
 @contextlib.contextmanager
 def beside(store: "Store", run_id: str, folder: Path) -> Iterator[None]:
-    """Follow a run in a thread, which nothing waits for but the end of the run."""
+    """Write a run's event files in a thread; only the end of the context waits for it."""
     if importlib.util.find_spec("tensorboardX") is None:
         yield
         return
@@ -47,7 +47,7 @@ def beside(store: "Store", run_id: str, folder: Path) -> Iterator[None]:
 
 
 class EventFiles:
-    """What is written of runs/<run_id>/metrics.jsonl so far."""
+    """Event files of one run, with what has been written of its runs/<run_id>/metrics.jsonl so far."""
 
     def __init__(self, store: "Store", run_id: str, folder: Path) -> None:
         self._store, self._key, self._folder = store, runs.run_key(run_id, runs.METRICS), folder / FOLDER
@@ -55,13 +55,13 @@ class EventFiles:
         self._writer: Any = None
 
     def follow(self) -> None:
-        """Add what is new; a store that is away is asked again later."""
+        """Add new records; errors of the store are ignored, since it is read again later."""
         with contextlib.suppress(FineloopError):
             found = self._store.read(self._key)
             self._add(parse_metrics(found[0].decode(), origin=self._key) if found else [])
 
     def close(self) -> None:
-        """End the file."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -69,7 +69,7 @@ class EventFiles:
         new = [each for each in records if (each["kind"], each["step"]) not in self._written]
         if new and self._writer is None:
             with warnings.catch_warnings():
-                # It imports Google's storage client where that is installed, which misses a package of its own.
+                # tensorboardX imports Google's storage client if it is installed, and that lacks one of its packages.
                 warnings.simplefilter("ignore", ImportWarning)
                 from tensorboardX import SummaryWriter
             self._writer = SummaryWriter(str(self._folder))
@@ -78,4 +78,4 @@ class EventFiles:
             for name, value in scalars(record).items():
                 self._writer.add_scalar(name, value, int(record["step"]))
         if self._writer is not None:
-            self._writer.flush()  # what its thread has taken by now, which may leave the newest to the next time
+            self._writer.flush()  # writes what its thread has taken so far; the newest may wait for the next call

@@ -1,4 +1,4 @@
-"""Whether this machine has the GPUs that a config asks for, before its own Ray head starts and any data are read."""
+"""Checks that this machine has the GPUs that a config asks for, before the local Ray head starts or data are read."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ WAYS_OUT = "set ray.use_gpu=false to train on its processors, or name a cluster 
 
 
 def lacking(config: RunConfig, *, address: str = "") -> str:
-    """What a run here lacks of GPUs, and the ways out; empty where it asks for none, or another cluster has to know."""
+    """Say which GPUs a run here lacks, and what to do; empty if none are lacking, or it runs on another cluster."""
     ray = config.ray
     if not ray.use_gpu or address or ray_configured() or not ray.cluster.has_address:
         return ""
@@ -26,7 +26,7 @@ def lacking(config: RunConfig, *, address: str = "") -> str:
 
 
 def num_gpus() -> int:
-    """How many GPUs Ray sees on this machine."""
+    """Return the number of GPUs that Ray sees on this machine."""
     from ray._private.accelerators import get_accelerator_manager_for_resource
 
     manager = get_accelerator_manager_for_resource("GPU")  # as a head does (ray._private.resource_and_label_spec)
@@ -36,7 +36,7 @@ def num_gpus() -> int:
 
 
 def _torch_is_for_processors() -> bool:
-    """Read, not imported: torch takes seconds."""
+    """Whether torch is a CPU-only build. Its version file is read, because importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
     return bool(version) and re.search(r"^(cuda|hip|xpu)\b[^=\n]*= '", version, re.MULTILINE) is None

@@ -1,15 +1,16 @@
-"""Run one command so that nothing of it outlives the process that asked for it.
+"""Runs one command so that neither it nor its descendants outlive the process that started it.
 
-`python guard.py SIGNAL GRACE_S STDIN COMMAND...` starts the command, STDIN its standard input, and waits until (a) the
-guard's own standard input, a pipe from the process that started it, reaches its end: that process is gone, however it
-went; (b) the guard receives SIGTERM or SIGINT; (c) the command ends. Then it ends the command with SIGTERM, after
-GRACE_S by force, and with it whatever descends from it. On Linux the guard is the subreaper of all of these, so that
-daemons and sessions of their own do not get away, and a guard that dies by SIGKILL takes the command with it: the
-kernel sends SIGNAL.
+`python guard.py SIGNAL GRACE_S STDIN COMMAND...` starts the command with the descriptor STDIN as its standard input. It
+waits until (a) the guard's own standard input, a pipe from the process that started it, reaches its end, because that
+process has ended in any way; (b) the guard receives SIGTERM or SIGINT; or (c) the command ends. Then it ends the
+command with SIGTERM and, after GRACE_S seconds, by force, and all of its descendants. On Linux the guard is their
+subreaper, so that daemons and processes in their own sessions cannot escape. If the guard dies by SIGKILL, the kernel
+sends SIGNAL to the command.
 
-A byte in that pipe sends the command SIGINT: its session gets none from the terminal.
+A byte in the pipe makes the guard send SIGINT to the command, which gets none from the terminal in its own session.
 
-It runs outside the package (`python -I -S guard.py`), so that it starts in some 20 ms: only the standard library here.
+The guard runs outside the package (`python -I -S guard.py`) and imports only the standard library, so that it starts
+in some 20 ms.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from types import FrameType
 
 GRACE_S = 8.0
 FORCE_S = 5.0
-SIGNALLED = 128  # and the signal's number: what a shell calls the exit status of a command that a signal ended
+SIGNALLED = 128  # plus the signal's number: a shell's exit status for a command that a signal ended
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -55,7 +56,7 @@ def run(command: list[str], *, orphan_signal: int, grace_s: float, stdin: int) -
     def die_with_guard() -> None:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, orphan_signal, 0, 0, 0)
-            if os.getppid() != guard:  # it died before the kernel was asked
+            if os.getppid() != guard:  # the guard died before the prctl call
                 os._exit(1)
 
     child = subprocess.Popen(command, stdin=stdin, start_new_session=True, preexec_fn=die_with_guard)
@@ -81,7 +82,7 @@ def run(command: list[str], *, orphan_signal: int, grace_s: float, stdin: int) -
 
 
 def _reap(main: int) -> int | None:
-    """Collect every child that has ended; the exit status of `main` when it is among them."""
+    """Collect every child that has ended; return the exit status of `main` if it is among them, else None."""
     status = None
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -97,7 +98,7 @@ def _reap(main: int) -> int | None:
 def _end_descendants(main: int) -> None:
     deadline = time.monotonic() + FORCE_S
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(main, signal.SIGKILL)  # all that can be done where there is no /proc
+        os.killpg(main, signal.SIGKILL)  # without /proc, nothing more can be done
     while (alive := descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
@@ -107,10 +108,10 @@ def _end_descendants(main: int) -> None:
 
 
 def descendants(ancestor: int) -> set[int]:
-    """Every process that descends from `ancestor`, zombies included. Empty where there is no /proc."""
+    """Return the ids of all descendants of `ancestor`, zombies included; empty without /proc."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):  # it has ended by now
+        with contextlib.suppress(OSError, ValueError):  # the process has ended meanwhile
             parents[int(stat.parent.name)] = int(stat.read_text(errors="replace").rsplit(")", 1)[1].split()[1])
     found = {ancestor}
     while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
@@ -130,11 +131,11 @@ def start(
     grace_s: float = GRACE_S,
     umask: int = -1,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` under a guard; the returned process is the guard. End it with `stop`.
+    """Start `command` under a guard, and return the guard's process. End it with `stop`.
 
-    The streams and the umask are the command's, as subprocess.Popen takes them.
+    The streams and the umask are for the command, in the form that subprocess.Popen takes.
     """
-    inherited = [] if stdin == subprocess.DEVNULL else [os.dup(stdin)]  # a number that is not the guard's own stdin
+    inherited = [] if stdin == subprocess.DEVNULL else [os.dup(stdin)]  # a descriptor other than the guard's stdin
     settings = map(str, (int(orphan_signal), grace_s, *(inherited or [stdin])))
     try:
         return subprocess.Popen(
@@ -154,7 +155,7 @@ def start(
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGINT to the command of a guard that `start` returned. Harmless when it has ended."""
+    """Send SIGINT to the command of a guard that `start` returned. Does nothing if it has ended."""
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(b"\n")
@@ -162,7 +163,7 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a guard that `start` returned, and with it the command and its descendants. Harmless when it has ended."""
+    """Stop a guard that `start` returned, the command and its descendants. Does nothing if it has ended."""
     if process.stdin is not None:
         process.stdin.close()
     if process.poll() is None:

@@ -1,6 +1,6 @@
-"""The Ray jobs that need no cluster, as processes of this machine under a guard.
+"""Runs the Ray jobs that need no cluster as processes of this machine, under a guard.
 
-plan, estimate and export answer with one JSON object, the last line of their standard output; chat talks to a person.
+plan, estimate and export answer with one JSON object in the last line of their standard output; chat is interactive.
 """
 
 import json
@@ -20,13 +20,13 @@ from pipelines.local.service import job_environment
 from pipelines.local.step_secrets import without_secrets
 from pipelines.local.watch import run_heard
 
-LOG_TAIL = 20  # lines of stderr shown of a process that ended without an error of ours
+LOG_TAIL = 20  # lines of stderr to show if a process failed without reporting an error
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run. `config` is a file or the s3:// address of one; `environment` is added to this process's, but for
-    secrets: the job may run a base's code."""
+    """A module to run. `config` is a file or the s3:// address of one. `environment` is added to this process's own
+    environment without the secrets, because the job may run a base's code."""
 
     module: str
     config: str
@@ -35,12 +35,12 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         overrides = [part for override in self.overrides for part in ("--set", override)]
         return [sys.executable, "-m", self.module, "--config", self.config, *overrides, *self.arguments]
 
     def whole_environment(self) -> dict[str, str]:
-        """Every variable of the process."""
+        """Return all environment variables of the process."""
         return {**without_secrets(os.environ), **self.environment, **job_environment(os.environ)}
 
 
@@ -51,12 +51,12 @@ def answer(
     verbose: bool = False,
     on_tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is seen if `verbose`.
+    """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is shown if `verbose`.
 
-    What `on_tick` raises, which is called several times a second, ends the job.
+    `on_tick` is called several times a second; an exception from it ends the job.
 
     Raises:
-        FineloopError: what the job failed with, of its own class.
+        FineloopError: the job failed; the exception has the class of the job's own error.
     """
     failures: list[Failure] = []
     last = ""
@@ -88,9 +88,9 @@ def answer(
 
 
 def talk(job: Job, *, stdout: int | None = None) -> int:
-    """Run the job on this process's own standard streams, to its end; returns its exit code.
+    """Run the job on this process's own standard streams until it ends, and return its exit code.
 
-    An interrupt is passed on to the job, which says what it ends. `stdout` is a descriptor in place of our own.
+    An interrupt is passed on to the job, which decides what to end. `stdout` is a descriptor that replaces our own.
     """
     process = guard.start(
         job.command(),

@@ -1,6 +1,6 @@
 """The S3 server and the Ray head of one home, shared by everything that runs on it.
 
-What the environment names wins: with AWS_ENDPOINT_URL no store is started, with RAY_ADDRESS no Ray head.
+The environment takes precedence: with AWS_ENDPOINT_URL no store is started, with RAY_ADDRESS no Ray head.
 """
 
 import contextlib
@@ -19,27 +19,28 @@ from pipelines.local.service import Service
 
 PASSED_ON = ("AWS_", "RAY_")
 FULL_BYTES, FULL_SHARE = 64e6, 0.01
-"""Below either SeaweedFS writes no more (its `minFreeSpacePercent`), or soon will not."""
-MARGIN_S = 30.0  # what a keeper may take beyond its server's attempts to start
+"""Free disk space, in bytes and as a share, below which SeaweedFS stops to write (its `minFreeSpacePercent`), or soon
+will."""
+MARGIN_S = 30.0  # extra time for a keeper, beyond its server's attempts to start
 
 
 def store_service(home: Path) -> Service:
-    """The shared S3 server of `home`."""
+    """Return the shared S3 server of `home`."""
     return Service("store", SeaweedFS.title, home.absolute(), ATTEMPTS * SeaweedFS.start_timeout_s + MARGIN_S)
 
 
 def ray_service(home: Path) -> Service:
-    """The shared Ray head of `home`."""
+    """Return the shared Ray head of `home`."""
     return Service("ray", RayHead.title, home.absolute(), ATTEMPTS * RayHead.start_timeout_s + MARGIN_S)
 
 
 def store_configured() -> bool:
-    """Whether the environment names a store already."""
+    """Whether the environment names a store."""
     return bool(os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"))
 
 
 def ray_configured() -> bool:
-    """Whether the environment names a Ray cluster already."""
+    """Whether the environment names a Ray cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
@@ -47,11 +48,11 @@ def ray_configured() -> bool:
 def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dict[str, str]]:
     """Yield the environment variables that steps and Ray jobs need, valid while this context is open.
 
-    The embedded servers of `home` start where none is configured, unless they are up, and stop when the last run on
-    `home` has ended, however it ended. `bucket` is created in the embedded store when it is missing.
+    The embedded servers of `home` are started if none is configured and they are not up yet. They stop when the last
+    run on `home` has ended in any way. `bucket` is created in the embedded store if it is missing.
 
     Raises:
-        GroundError: the store or the head did not start, or the head is up with another store.
+        GroundError: the store or the head did not start, or the head that is up uses another store.
     """
     home = home.absolute()
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
@@ -89,7 +90,10 @@ def _using_store(home: Path, bucket: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _using_ray(home: Path, environment: Mapping[str, str], *, with_store: bool) -> Iterator[dict[str, str]]:
-    """`environment` is what the head's jobs inherit; `with_store`: the store in it stays as long as the head does."""
+    """Yield the variables of a client of the Ray head, which is started if it is not up.
+
+    The head's jobs inherit `environment`. `with_store` keeps the embedded store up as long as the head.
+    """
     arguments = ["--with-store"] if with_store else []
     with ray_service(home).use(arguments=arguments, environment=environment) as endpoint:
         if endpoint["store_digest"] != ray_head.store_digest(environment):
@@ -102,7 +106,7 @@ def _using_ray(home: Path, environment: Mapping[str, str], *, with_store: bool) 
 
 
 def store_up(home: Path, bucket: str) -> dict[str, str]:
-    """Start the embedded store and let it stay until `store_down`. Returns what an S3 client needs.
+    """Start the embedded store and keep it up until `store_down`. Returns the variables that an S3 client needs.
 
     Raises:
         GroundError: it did not start.
@@ -113,9 +117,9 @@ def store_up(home: Path, bucket: str) -> dict[str, str]:
 
 
 def ray_up(home: Path, *, bucket: str) -> dict[str, str]:
-    """Start the local Ray head, with the embedded store unless one is configured; both stay until `ray_down`.
+    """Start the local Ray head, with the embedded store unless one is configured; both stay up until `ray_down`.
 
-    Returns what a client needs to use both.
+    Returns the variables that clients of both need.
 
     Raises:
         GroundError: it did not start.
@@ -127,19 +131,19 @@ def ray_up(home: Path, *, bucket: str) -> dict[str, str]:
 
 
 def store_down(home: Path) -> bool:
-    """Stop the embedded store; False when it was not up.
+    """Stop the embedded store; return False if it was not up.
 
     Raises:
         GroundError: a process uses it.
     """
     head = ray_service(home)
     if head.directory.is_dir() and not head.pinned and not head.in_use():
-        ray_down(home)  # a run has just ended, and its head uses the store until it is gone
+        ray_down(home)  # a run has just ended, and its head uses the store until it has stopped
     return store_service(home).down(stop_with="end that run, or the local Ray head with `fineloop ray down`")
 
 
 def ray_down(home: Path) -> bool:
-    """Stop the local head; False when it was not up.
+    """Stop the local head; return False if it was not up.
 
     Raises:
         GroundError: a process uses it.
@@ -148,7 +152,7 @@ def ray_down(home: Path) -> bool:
 
 
 def store_environment(home: Path) -> dict[str, str]:
-    """What an S3 client needs to use the embedded store that is up now. Starts nothing.
+    """Return the variables that an S3 client needs to use the embedded store that is up now. Starts nothing.
 
     Raises:
         GroundError: none is up.
@@ -160,7 +164,7 @@ def store_environment(home: Path) -> dict[str, str]:
 
 
 def ray_environment(home: Path) -> dict[str, str]:
-    """What the Jobs API client needs to use the head that is up now. Starts nothing.
+    """Return the variables that the Jobs API client needs to use the head that is up now. Starts nothing.
 
     Raises:
         GroundError: none is up.
@@ -172,7 +176,7 @@ def ray_environment(home: Path) -> dict[str, str]:
 
 
 def _without_proxy() -> dict[str, str]:
-    """Keep a configured proxy from the servers on loopback."""
+    """Return variables that exempt the servers on loopback from a configured proxy; empty without a proxy."""
     if not any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
         return {}
     direct = {}

@@ -1,4 +1,4 @@
-"""What a finished run left in the store, as the command line reports it."""
+"""Outcome of a finished run, read from the store, as the command line reports it."""
 
 import shlex
 import textwrap
@@ -42,7 +42,7 @@ class Outcome:
     """Notifications of the promotion that failed, and why."""
 
     def as_json(self) -> dict[str, Any]:
-        """The object, with the keys that scripts rely on."""
+        """Return the object with the keys that scripts rely on."""
         fields = dict(vars(self))
         del fields["alias"]
         if not self.untold:
@@ -54,12 +54,12 @@ class Outcome:
 
 
 def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
-    """Read how a run of the whole pipeline ended, and copy its report to `report_path`, HOME/runs/RUN/report.html, and
+    """Read the outcome of a run of the whole pipeline. Copy its report to `report_path`, HOME/runs/RUN/report.html, and
     the registry's pages to HOME/pages/, where the report's links lead.
 
     Raises:
-        ObjectMissing: it did not get as far as a decision, or wrote no report.
-        FineloopError: it decided to promote, and the alias did not move.
+        ObjectMissing: the run has no decision or no report.
+        FineloopError: the run decided to promote and the alias did not move, or the other way round.
     """
     decision, steps = runs.read(store, run_id, Decision), runs.steps(store, run_id)
     promoted = any(step.moved_alias for step in steps)
@@ -92,10 +92,10 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
 
 
 def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
-    """Read what `fineloop train` published.
+    """Read the outcome of `fineloop train`.
 
     Raises:
-        ObjectMissing: it did not get that far.
+        ObjectMissing: the run published no version, or compared none.
     """
     result = runs.read(store, run_id, TrainResult)
     return Outcome(
@@ -120,9 +120,9 @@ def _seconds(steps: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
-    """The outcome for a person.
+    """Format the outcome for people.
 
-    `home_option` is what the next commands need to find this home again, `program` how this shell calls us.
+    `home_option` is the --home option that the suggested commands need, `program` the name of `fineloop` in this shell.
     """
     reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
     headline = {

@@ -1,7 +1,7 @@
-"""What keeps a home to its owner on a machine that others use too: folder modes, and a certificate for the store.
+"""Keeps a home private to its owner on a shared machine: folder modes, and a certificate for the store.
 
-A folder that only its owner may enter protects all that lies in it, whatever modes its files have, but no TCP port:
-those ask for this certificate, or for a key or token.
+A folder that only its owner may enter protects everything in it, whatever the modes of its files. It does not protect
+TCP ports: the servers behind them require this certificate, a key or a token.
 """
 
 import os
@@ -18,10 +18,10 @@ CLOCK_SKEW = timedelta(days=1)
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made where it is missing, and closed to all users but its owner.
+    """Create the folder if it is missing, close it to all users but its owner, and return it.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be created or written.
     """
     try:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -38,9 +38,9 @@ def private_folder(path: Path) -> Path:
 
 
 def write_certificate(directory: Path) -> tuple[Path, Path]:
-    """Write a new certificate, which is its own authority, and its key; any reader of the key may use the server.
+    """Write a new self-signed certificate and its key; whoever can read the key may use the server.
 
-    A server that is both ends of its connections needs no other: SeaweedFS compares no host name.
+    Both ends of the connections belong to the same server and share the certificate: SeaweedFS compares no host name.
     """
     from cryptography import x509  # not at the top: `fineloop --help` imports this module's neighbours
     from cryptography.hazmat.primitives import hashes, serialization

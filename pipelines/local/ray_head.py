@@ -1,8 +1,8 @@
-"""A Ray head on loopback, reached through the Jobs API with a token: `ray start --head` and nothing that is not needed.
+"""A Ray head on loopback, reached through the Jobs API with a token: `ray start --head` without optional services.
 
-Ray listens on every interface unless its node address is 127.0.0.1, and replaces that address by the machine's own
-unless a variable says that the platform has no clusters, which is set here. `ray stop` would end every Ray of the
-machine and is never used.
+Ray listens on every interface unless its node address is 127.0.0.1. It replaces that address by the machine's own
+unless a variable says that the platform has no clusters, which is set here. `ray stop` is never used, because it ends
+every Ray on the machine.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ RAY_DIR = "ray"
 class RayHead:
     """A head whose jobs inherit this process's environment.
 
-    Its token, ports and logs lie under `directory`, its sockets in a short temporary directory, and what its jobs write
-    on the way to the store in one of their own.
+    Its token, ports and logs are under `directory`, its sockets in a temporary directory with a short path, and its
+    jobs' temporary files in another temporary directory.
     """
 
     directory: Path
@@ -57,7 +57,7 @@ class RayHead:
     start_timeout_s: ClassVar[float] = 180.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-        """`ray start --head`."""
+        """Return the command line of `ray start --head` and its environment."""
         *own_ports, dashboard_metrics_port = ports
         if not self._token_path.exists():
             write_private(self._token_path, secrets.token_hex(32))
@@ -91,10 +91,10 @@ class RayHead:
         environment = head_environment(
             os.environ, token_path=self._token_path, dashboard_metrics_port=dashboard_metrics_port
         )
-        return command, {**environment, "TMPDIR": scratch}  # of jobs, which may be killed while they fill it
+        return command, {**environment, "TMPDIR": scratch}  # for jobs, which may be killed before they empty it
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
-        """Where it is, who may use it, and which store its jobs inherit."""
+        """Return the head's address, the path of its token, and the store that its jobs inherit."""
         return {
             "url": f"http://{LOOPBACK}:{ports[0]}",
             "token_path": str(self._token_path),
@@ -103,13 +103,13 @@ class RayHead:
         }
 
     def answers(self, ports: Sequence[int]) -> bool:
-        """Whether its Jobs API does, and the agent that starts the jobs: where another process took the agent's port,
-        the head goes on without it, and refuses every job."""
+        """Whether its Jobs API answers, and the agent that starts the jobs. If another process took the agent's port,
+        the head runs without the agent, and refuses every job."""
         agent = f"http://{LOOPBACK}:{ports[PORT_FLAGS.index(AGENT)]}/api/local_raylet_healthz"
         return _is_ok(agent) and answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
 
     def clear(self, ports: Iterable[int]) -> None:
-        """Remove its temporary directory and its jobs', whatever its ports were, and keep its logs."""
+        """Remove the temporary directories of the head and its jobs, and keep the head's logs; `ports` are not used."""
         note = self.directory / "temp_dir"
         with contextlib.suppress(FileNotFoundError):
             temp_dir, *others = map(Path, note.read_text(encoding="utf-8").splitlines())
@@ -132,16 +132,16 @@ class RayHead:
 
 
 def client_environment(endpoint: Mapping[str, Any]) -> dict[str, str]:
-    """What the Jobs API client needs to find and use the head."""
+    """Return the variables that the Jobs API client needs to find and use the head."""
     token_path = endpoint["token_path"]
     environment = {"RAY_ADDRESS": endpoint["url"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
-    if "RAY_AUTH_TOKEN" in os.environ:  # of another cluster: Ray would prefer it to the path
+    if "RAY_AUTH_TOKEN" in os.environ:  # for another cluster; Ray would prefer it to the path
         environment["RAY_AUTH_TOKEN"] = Path(token_path).read_text(encoding="ascii")
     return environment
 
 
 def lean(parameters: Any, head: bool) -> None:
-    """Leave out what no job here uses: the Ray Client server and the autoscaler. Ray calls this (RAY_START_HOOK)."""
+    """Disable the Ray Client server and the autoscaler, which no job here uses. Ray calls this (RAY_START_HOOK)."""
     parameters.ray_client_server_port = None
     parameters.no_monitor = True
 
@@ -149,7 +149,7 @@ def lean(parameters: Any, head: bool) -> None:
 def head_environment(
     environment: Mapping[str, str], *, token_path: Path, dashboard_metrics_port: int
 ) -> dict[str, str]:
-    """The head's environment, which its jobs inherit as a pod inherits a mounted secret."""
+    """Return the head's environment, which its jobs inherit as a pod inherits a mounted secret."""
     inherited = {
         name: value
         for name, value in environment.items()
@@ -170,7 +170,7 @@ def head_environment(
         "RAY_COLOR_PREFIX": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this node is never preempted
-        "RAY_worker_niceness": "0",  # a worker's 15 would starve the training beside anything else
+        "RAY_worker_niceness": "0",  # a worker's default of 15 would starve the training beside any other process
     }
 
 
@@ -194,12 +194,12 @@ def _is_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
 
 
 def store_url(environment: Mapping[str, str]) -> str:
-    """Where the store is that jobs inherit, for people."""
+    """Return the address of the store that jobs inherit, for people."""
     return environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or "the AWS default"
 
 
 def store_digest(environment: Mapping[str, str]) -> str:
-    """What jobs inherit that must not differ from what this command uses: the store, the credentials, the code."""
+    """Return a digest of what jobs inherit and must share with this command: the store, the credentials, the code."""
     inherited = {name: value for name, value in environment.items() if name.startswith("AWS_") and value}
     return hashlib.sha256(json.dumps([inherited, str(ROOT)], sort_keys=True).encode()).hexdigest()
 

@@ -38,7 +38,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs keep their files on this machine, and who watches."""
+    """Where runs keep their files on this machine, and the terminal that shows them."""
 
     home: Path
     terminal: TextIO
@@ -48,14 +48,14 @@ class Place:
 
 
 def new_run_id() -> str:
-    """Sorts by time, and differs between runs that begin in one second."""
+    """Return a new run id; ids sort by time, and differ between runs that begin in the same second."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def run(
     config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "", dataset_uri: str = ""
 ) -> Outcome:
-    """Run it to the end; for the rest as `run_and_read`."""
+    """Run the pipeline to its end and return the outcome; arguments and errors as in `run_and_read`."""
 
     def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> Outcome:
         if what == "train":
@@ -74,16 +74,16 @@ def run_and_read(
     run_id: str = "",
     dataset_uri: str = "",
 ) -> Read:
-    """Run it to the end, with one line per step on the terminal and everything else in HOME/runs/<run_id>/pipeline.log.
+    """Run the pipeline to its end: one line per step on the terminal, all output in HOME/runs/<run_id>/pipeline.log.
 
-    Then `read` is called while the store is there, with the run's id, its folder on this machine, and how many seconds
-    the servers and all of it took. With `dataset_uri` a training takes that dataset in place of its sources. Ctrl-C and
-    SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
+    Then `read` is called while the store is up, with the store, the run's id, its folder on this machine, and the
+    seconds that the servers' start and the whole run took. With `dataset_uri` a training takes that dataset instead of
+    its sources. Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
 
     Raises:
         UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
-            it asks for, the home cannot be written, or another command is at this run.
-        FineloopError: what a step failed with, of its own class.
+            it asks for, the home cannot be written, or another command is executing this run.
+        FineloopError: a step failed; the exception has the class of the step's own error.
         GroundError: the store or the Ray head did not start.
     """
     from components.step.step import require_run_id
@@ -136,10 +136,10 @@ def _require_runnable(config: RunConfig, place: Place) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other commands from this run until this process ends, however it does.
+    """Lock the run's folder against other commands; the lock ends with the context, or this process in any way.
 
     Raises:
-        UserError: another one has it.
+        UserError: another command holds the lock.
     """
     with (folder / "lock").open("w") as lock:
         try:
@@ -153,7 +153,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
-    """Say how a run goes on that did not get to its end, unless its input must change."""
+    """If a run does not finish, add a note on how to resume it, unless its input must change first."""
     try:
         yield
     except UserError:
@@ -169,7 +169,7 @@ def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _followed(config: RunConfig, run_id: str, folder: Path) -> Iterator[None]:
-    """Keep event files of its curve while it runs."""
+    """Write event files of the run's curve while it runs."""
     from components.store.store import Store
     from pipelines.local.event_files import beside
 
@@ -194,7 +194,7 @@ def _execute(
         display.tick()
 
     ended: Ended | None = None
-    scratch = folder / "scratch"  # of steps, which may be killed while they fill it
+    scratch = folder / "scratch"  # for steps, which may be killed before they empty it
     shutil.rmtree(scratch, ignore_errors=True)
     private_folder(scratch)
     variables = {"PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
@@ -229,7 +229,7 @@ def _read(
     ground_s: float,
     began: float,
 ) -> Read:
-    """Raise what a step failed with, or else read the outcome: how the process ended says little of it."""
+    """Raise the failure of a step, or else read the outcome: the process's exit status says little about it."""
     from components.records import runs
     from components.store.store import Store
 
@@ -245,7 +245,7 @@ def _read(
     except FineloopError as exc:
         exc.add_note(f"{f'step {ended.failed_step}; ' if ended.failed_step else ''}log: {folder / LOG}")
         if "report" in ended.finished:
-            with contextlib.suppress(OSError):  # as the store's errors are, and the disk's
+            with contextlib.suppress(OSError):  # errors of the store are OSErrors too, like the disk's
                 report = folder / runs.REPORT
                 report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
                 exc.add_note(f"report: {report}")
@@ -253,7 +253,7 @@ def _read(
 
 
 def _stop_jobs(config: RunConfig, run_id: str) -> None:
-    """Stop what the run left on the cluster; a step that was killed at once had no time to."""
+    """Stop the jobs that the run left on the cluster; a step that was killed could not do so."""
     from components.ray_cluster.submit import stop_run
 
     with contextlib.suppress(FineloopError):

@@ -15,9 +15,9 @@ from pipelines.local.step_secrets import of_step, without_secrets
 
 
 def main(arguments: list[str]) -> int:
-    """Run to the end. On SIGTERM every step gets one as well, which kfp.local does not send.
+    """Run the pipeline to its end. SIGTERM is passed on to every step, which kfp.local does not do.
 
-    Each step inherits this process's environment but for secrets, of which it is given its own.
+    Each step inherits this process's environment without the secrets, and is given only its own secrets.
     """
     parser = argparse.ArgumentParser(prog="python -m pipelines.local.run_pipeline")
     parser.add_argument("what", choices=("retrain", "train", "sweep"))
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             begun.say(f"taking {options.dataset} as it is")
         build_train_on(options.dataset)(run_uri=begun.run_uri, config_digest=begun.config.digest)
         return 0
-    tunes = config["tune"]["when"] != "never"  # it is the resolved config, which has every key
+    tunes = config["tune"]["when"] != "never"  # the resolved config has every key
     pipelines = {
         "retrain": lambda: build(configure, tunes=tunes),
         "train": lambda: build_train(tunes=tunes),

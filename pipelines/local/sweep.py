@@ -1,4 +1,4 @@
-"""`fineloop sweep`: a sweep on this machine, what it found for people, and the config that it is written to."""
+"""`fineloop sweep`: runs a sweep on this machine, describes its result, and writes it to a config."""
 
 import re
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from pipelines.local.run import Place, run_and_read
 if TYPE_CHECKING:
     from components.store.store import Store
 
-BAR = 24  # characters of the longest
+BAR = 24  # length of the longest bar, in characters
 
 
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
-    """Sweep to the end, or on from where a sweep with this id was cut off.
+    """Run a sweep to its end, or resume the sweep with this id where it was interrupted.
 
     Raises:
         FineloopError: as `run_and_read`.
@@ -39,12 +39,12 @@ def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
 
 
 def picture_path(place: Place, run_id: str) -> Path:
-    """Where the picture of a sweep lies on this machine."""
+    """Return the path of a sweep's picture on this machine."""
     return place.home.absolute() / "runs" / run_id / "sweep.svg"
 
 
 def sweep_lines(result: SweepResult) -> Iterator[str]:
-    """What was found, as lines of text."""
+    """Yield the result as lines of text."""
     for tuned in result.tuned:
         yield f"{tuned.method}, rank {tuned.rank}, {counted(tuned.batch_size, 'record')} a step"
         yield from _rate_lines(tuned)
@@ -66,7 +66,7 @@ def _rate_lines(tuned: Tuned) -> Iterator[str]:
 
 
 def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
-    """The keys that make a config train as the best of a sweep did, where it does not already."""
+    """Return the keys to change so that a config trains as the best of a sweep did, with their values."""
     found: dict[str, str | int | float] = {}
     if best.method != config.method.name:
         found["method.name"] = best.method
@@ -80,10 +80,10 @@ def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
 
 
 def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
-    """Write what the sweep found into a config file, of which all else stays as it is; gives the keys that changed.
+    """Write the sweep's result to a config file, leaving the rest of its text as it is; return the keys that changed.
 
     Raises:
-        ConfigError: the file would be none that can be read.
+        ConfigError: the changed file could not be read, or would not have the learning rate that was found.
     """
     found = changes(config, best)
     text = path.read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | f
 
 
 def with_key(text: str, key: str, value: str | int | float) -> str:
-    """TOML text with one key of a section set: in its own line where it has one, else as the section's first."""
+    """Set one key of a section in TOML text: in the key's line if it has one, else as the section's first key."""
     section, _, name = key.partition(".")
     line = f"{name} = " + (f'"{value}"' if isinstance(value, str) else f"{value:g}")
     head = re.search(rf"^\[{re.escape(section)}\][ \t]*(#.*)?$", text, flags=re.MULTILINE)

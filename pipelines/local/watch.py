@@ -1,8 +1,8 @@
-"""Run a command under a guard, so that it leaves nothing behind, and read what it prints.
+"""Runs a command under a guard, so that it leaves no process behind, and reads its output.
 
-kfp.local prints much, leaves a step running when it is killed, and reports success where a branch was skipped in
-silence. So the pipeline runs in a process of its own; all it prints goes to a log, and only the lines of steps, which
-begin by saying that they started, go on.
+kfp.local prints a lot, leaves a step running when it is killed, and reports success if a branch was skipped silently.
+So the pipeline runs in its own process. All of its output goes to a log; only the lines of steps that have said that
+they started are passed on.
 """
 
 import codecs
@@ -24,17 +24,17 @@ DRAIN_S = 1.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How the process ended, and the first failure that it reported: a later one of the report follows from it."""
+    """How the process ended, and the first failure that it reported; a later one, of the report, follows from it."""
 
     exit_code: int
     failure: Failure | None
     failed_step: str
     finished: frozenset[str] = frozenset()
-    """The steps that said so."""
+    """Names of the steps that reported that they finished."""
 
     @property
     def killed_by(self) -> str:
-        """The name of the signal that ended the process, or its guard; empty where none did."""
+        """Name of the signal that ended the process, or its guard; empty if none did."""
         with contextlib.suppress(ValueError):
             return signal.Signals(-self.exit_code if self.exit_code < 0 else self.exit_code - guard.SIGNALLED).name
         return ""
@@ -50,9 +50,9 @@ def watch(
     on_tick: Callable[[], None],
     on_text: Callable[[str], None] | None = None,
 ) -> Ended:
-    """Run the command to its end. When this call is left early, by Ctrl-C say, the command is stopped first.
+    """Run the command to its end. If an exception such as KeyboardInterrupt leaves this call, the command is stopped.
 
-    `on_text` gets everything that the process prints, `on_line` the lines meant for people.
+    `on_text` gets each line that the process prints, `on_line` only those for people.
     """
     found: list[tuple[str, Failure]] = []
     begun: set[str] = set()
@@ -95,7 +95,7 @@ def run_heard(
 ) -> int:
     """Run the command under a guard to its end and return its exit code; `on_text` gets each line of its output.
 
-    `stderr` is as subprocess.Popen takes it. When this call is left early, the command is stopped first.
+    `stderr` is as for subprocess.Popen. If an exception leaves this call, the command is stopped.
     """
     read_end, write_end = os.pipe()
     with os.fdopen(read_end, "rb", buffering=0) as output:
